@@ -1,0 +1,33 @@
+"""Hand-written Triton kernels for convolutional networks in PyTorch.
+
+`cnnfast.functional` holds the operations, `check` the proof, `trace` and `backend` show and steer who serves a call.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import functional as functional
+    from .checking import check as check
+    from .dispatch import backend as backend
+    from .dispatch import trace as trace
+
+__version__ = "0.1.0"
+
+_HOME = {"check": ".checking", "backend": ".dispatch", "trace": ".dispatch"}
+__all__ = ["__version__", "backend", "check", "functional", "trace"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads torch and the kernels on first use: `import cnnfast` costs nothing."""
+    if name == "functional":
+        return importlib.import_module(".functional", __name__)
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

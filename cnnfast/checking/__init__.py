@@ -1,0 +1,89 @@
+"""check: every covered call of a model or function, forward and backward, against float64 and beside PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..dispatch import launch
+from .capture import Captured, capture_calls
+from .judge import judge
+from .report import ROW_MARK, Comparison, Report, Row
+
+__all__ = ["Comparison", "Report", "Row", "check"]
+
+Progress = Callable[[int, int, str], None]
+
+
+def check(
+    target: Callable[..., Any],
+    *example_inputs: Any,
+    backward: bool = True,
+    dtype: torch.dtype | str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Checks every convolution, batch norm and pooling that `target(*example_inputs)` calls, be they cnnfast's or torch's own.
+
+    Each call is computed on its actual values by our kernels, by PyTorch, and in float64; the rule is in checking/judge.py. Where
+    nothing but compiled kernels could run and the tensors are on the CPU, a child process interprets the kernels.
+
+    target: a module (copied first; it and its buffers stay as they are, and it keeps its mode) or a function.
+    backward: gradients too, of input, parameters and residual. dtype: casts floating inputs and the copy of the module.
+    progress: called with (calls judged, calls in all, the next one).
+    Returns a Report: str() is a table; .ok, .rows, .to_json(). The arguments of all calls are held in memory at once.
+    Raises what `target` raises.
+    """
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError("check(): dtype must name a dtype of torch, such as float32")
+    calls = capture_calls(target, example_inputs, dtype)
+    interpreted = _judge_in_child([call for call in calls if _needs_interpreter(call)], backward)
+    rows: list[Row] = []
+    for i, call in enumerate(calls):
+        if progress is not None:
+            progress(i, len(calls), " ".join(filter(None, [call.layer, call.operation])))
+        rows.append(next(interpreted) if _needs_interpreter(call) else judge(call, backward))
+    if progress is not None:
+        progress(len(calls), len(calls), "")
+    return Report(rows)
+
+
+def _needs_interpreter(call: Captured) -> bool:
+    return launch is not None and not launch.INTERPRETED and call.device.type == "cpu"
+
+
+def _judge_in_child(calls: list[Captured], backward: bool) -> Iterator[Row]:
+    """The rows of `calls`, as a process of its own with TRITON_INTERPRET=1 finds them."""
+    if not calls:
+        return
+    with tempfile.TemporaryDirectory(prefix="cnnfast-check-") as folder:
+        path = Path(folder, "calls.pt")
+        torch.save({"backward": backward, "calls": [vars(call) for call in calls]}, path)
+        importable = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": importable}
+        with Path(folder, "stderr").open("w+") as stderr:
+            command = [sys.executable, "-P", "-m", f"{__name__}.worker", str(path)]
+            child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+            assert child.stdout is not None
+            try:
+                missing = len(calls)
+                for line in child.stdout:
+                    if line.startswith(ROW_MARK):
+                        missing -= 1
+                        yield Row.from_dict(json.loads(line.removeprefix(ROW_MARK)))
+                if child.wait() or missing:
+                    stderr.seek(0)
+                    raise RuntimeError(f"the process that interprets kernels ended with {child.returncode}:\n{stderr.read()[-4000:]}")
+            finally:
+                child.kill()
+                child.wait()
+                child.stdout.close()

@@ -1,0 +1,230 @@
+"""Judges one captured call: PyTorch's function, ours, and the reference in float64, on the same values.
+
+The rule, for every tensor that a call returns or updates, and for every gradient:
+
+    error of ours <= 2 x error of PyTorch's own function in the same dtype + floor
+
+for the largest error and for the root mean square, errors being distances from the reference in float64. NaN and infinities must
+stand exactly where the reference, rounded to the dtype, has them. The floor is made of
+- one unit in the last place: the dtype's epsilon times the largest (the root mean square) value of the reference, or the
+  smallest subnormal number; for float64, where the judge computes no better than the judged, 16 units;
+- 2 x the error of the reference's own formulas in the accumulators' dtype (float32, or float64): what any honest sum costs. PyTorch
+  may happen to sum in float64 on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch, functional, reference
+from ..activations import LEAKY_SLOPE, activate
+from .capture import Captured, clone
+from .report import FAIL, NOT_OURS, OK, Comparison, Row
+
+DIFFERENTIATED = ("input", "weight", "bias", "bn_weight", "bn_bias", "residual")
+BUFFERS = ("running_mean", "running_var")
+DOUBLE_UNITS = 16.0
+
+
+def judge(call: Captured, backward: bool = True) -> Row:
+    """Runs `call` where its tensors are and judges it. Nothing is raised: a kernel that raises is a FAIL with its message."""
+    shapes = " ".join("x".join(map(str, t.shape)) for name, t in call.tensors().items() if t.dim() > 1)
+    row = Row(call.layer, call.operation, shapes, str(call.dtype).removeprefix("torch."))
+    try:
+        for wanted, label in _runs(call, backward):
+            row.reason = _judge_run(call, wanted, label, row)
+            if row.reason:
+                row.verdict = NOT_OURS
+                return row
+    except Exception as error:
+        row.verdict, row.reason = FAIL, f"{type(error).__name__}: {error}".strip()
+        return row
+    row.verdict = OK if all(c.ok for c in row.comparisons) else FAIL
+    return row
+
+
+def _runs(call: Captured, backward: bool) -> list[tuple[tuple[str, ...], str]]:
+    """Which gradients to ask for in each run, and what to call it: kernels may differ with what is asked."""
+    runs: list[tuple[tuple[str, ...], str]] = [((), "")]
+    names = tuple(name for name, t in call.tensors().items() if name in DIFFERENTIATED and t.is_floating_point())
+    if backward and names:
+        runs.append((names, " (with gradients)"))
+        if call.operation == "conv_bn_act" and not call.training and "bn_weight" in names:
+            runs.append((tuple(n for n in names if n != "bn_weight"), " (bn_weight frozen)"))
+    return runs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The three ways to compute a call
+
+
+def _pytorch(call: Captured, arguments: dict[str, Any]) -> Any:
+    """PyTorch's own functions."""
+    arguments = {name: value for name, value in arguments.items() if name != "algorithm"}
+    if call.operation == "global_avg_pool2d":
+        y = F.adaptive_avg_pool2d(arguments["input"], 1)
+        return y if arguments["keepdim"] else y.flatten(-3)
+    if call.operation != "conv_bn_act":
+        return getattr(F, call.operation)(**arguments)
+    a = arguments
+    y = F.conv2d(a["input"], a["weight"], a["bias"], a["stride"], a["padding"], a["dilation"], a["groups"])
+    y = F.batch_norm(y, a["running_mean"], a["running_var"], a["bn_weight"], a["bn_bias"], a["training"], a["momentum"], a["eps"])
+    y = y if a["residual"] is None else y + a["residual"]
+    return activate(y, a["activation"], LEAKY_SLOPE if a["activation_arg"] is None else a["activation_arg"])
+
+
+def _ours(call: Captured, arguments: dict[str, Any]) -> Any:
+    return getattr(functional, call.operation)(**arguments)
+
+
+def _reference(call: Captured, arguments: dict[str, Any]) -> Any:
+    return getattr(reference, call.operation)(**{name: value for name, value in arguments.items() if name != "algorithm"})
+
+
+class _Evaluation:
+    """One way of computing a call, forward and backward, in `dtype` or as captured."""
+
+    def __init__(self, function: Callable, call: Captured, wanted: tuple[str, ...], dtype: torch.dtype | None = None) -> None:
+        self.call, self.wanted = call, wanted
+        self.arguments = {name: self._argument(name, value, dtype) for name, value in call.arguments.items()}
+        with call.computing(), torch.set_grad_enabled(bool(wanted)):
+            out = function(call, self.arguments)
+        self.output, *rest = out if isinstance(out, tuple) else (out,)
+        self.results: dict[str, Tensor] = {"output": self.output.detach(), **{"indices": t for t in rest}}
+        if call.training:
+            self.results |= {name: self.arguments[name] for name in BUFFERS if self.arguments[name] is not None}
+
+    def _argument(self, name: str, value: Any, dtype: torch.dtype | None) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.to(dtype) if dtype is not None and value.is_floating_point() and value.dtype != dtype else clone(value)
+        return value.requires_grad_(name in self.wanted)
+
+    def backward(self) -> None:
+        dy = torch.empty_like(self.output).copy_(output_gradient(self.call, self.output))
+        gradients = torch.autograd.grad(self.output, [self.arguments[name] for name in self.wanted], dy)
+        self.results |= {f"grad of {name}": g for name, g in zip(self.wanted, gradients, strict=True)}
+
+
+def output_gradient(call: Captured, output: Tensor) -> Tensor:
+    """The same numbers every time, rounded to the call's dtype."""
+    dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    return dy.to(call.dtype).to(output.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Judgement
+
+
+def _judge_run(call: Captured, wanted: tuple[str, ...], label: str, row: Row) -> str:
+    """Adds to `row`; returns why the call is not ours, or the empty string."""
+    with dispatch.backend("auto"):
+        with dispatch.trace() as forward:
+            ours = _Evaluation(_ours, call, wanted)
+        empty = 0 in (ours.output.numel(), call.arguments["input"].numel())
+        if reason := _not_ours(forward, empty, row.forward):
+            return reason
+        if wanted:
+            with dispatch.trace() as backward:
+                ours.backward()
+            if reason := _not_ours(backward, empty, row.backward):
+                return f"backward: {reason}"
+
+    accumulators = torch.float64 if call.dtype == torch.float64 else torch.float32
+    theirs = _Evaluation(_pytorch, call, wanted)
+    exact = _Evaluation(_reference, call, wanted, torch.float64)
+    plain = _Evaluation(_reference, call, wanted, accumulators)
+    if wanted:
+        for evaluation in (theirs, exact, plain):
+            evaluation.backward()
+    for name, result in ours.results.items():
+        terms = _cancelled_terms(exact) if name == "grad of bias" else 0.0
+        results = (e.results[name] for e in (theirs, plain, exact))
+        row.comparisons.append(compare(name + label, result, *results, dtype=call.dtype, terms=terms))
+    return ""
+
+
+def _not_ours(trace: dispatch.Trace, empty: bool, launched: list[str]) -> str:
+    """Why PyTorch served a call or no kernel ran, or the empty string; the kernels go to `launched`."""
+    for served in trace:
+        if served.served_by == "torch":
+            return served.reason
+        for event in served.launches:
+            name = f"{event.kernel} [{event.tile}]" if event.tile else event.kernel
+            if name not in launched:
+                launched.append(name)
+    return "" if empty or trace.launches else "no kernel was launched"
+
+
+def _cancelled_terms(exact: _Evaluation) -> float:
+    """How large a sum is whose terms cancel: the gradient of a bias before a batch norm that subtracts the mean is exactly zero.
+
+    Both results are rounding noise then, in proportion to their terms dy * bn_weight / std, and no multiple of the other's.
+    """
+    a, call = exact.arguments, exact.call
+    if call.operation != "conv_bn_act" or not call.training:
+        return 0.0
+    with torch.no_grad():
+        y = reference.conv2d(a["input"], a["weight"], None, a["stride"], a["padding"], a["dilation"], a["groups"])
+        scale = torch.rsqrt(y.var((0, 2, 3), unbiased=False) + a["eps"])
+        scale = scale if a["bn_weight"] is None else scale * a["bn_weight"].abs()
+        dy = output_gradient(call, exact.output).double()
+        return float((dy.square().sum((0, 2, 3)).sqrt() * scale).max())
+
+
+def compare(name: str, ours: Tensor, theirs: Tensor, plain: Tensor, exact: Tensor, *, dtype: torch.dtype, terms: float = 0.0) -> Comparison:
+    """The rule above. `exact` is float64; `dtype` is the call's, for the floor; `terms` the size of summands where that is not the result's."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return Comparison(name, message=f"is {ours.dtype} {list(ours.shape)}, but PyTorch's is {theirs.dtype} {list(theirs.shape)}")
+    if not ours.is_floating_point():
+        wrong = ours != exact
+        return Comparison(name, message=f"{int(wrong.sum())} of {wrong.numel()} differ" if wrong.any() else "", position=_first(wrong))
+    expected = exact.to(ours.dtype).double()
+    wrong = (ours.isnan() != expected.isnan()) | (ours.isinf() != expected.isinf()) | (ours.isinf() & (ours.double() != expected))
+    if wrong.any():
+        at = _first(wrong)
+        message = f"{int(wrong.sum())} of {wrong.numel()} are not finite where they should be, or the other way round: {float(ours[at])}, not {float(expected[at])}"
+        return Comparison(name, message=message, position=at)
+
+    finite = expected.isfinite()
+    exact = torch.where(finite, exact, 0.0)
+    errors = _errors(ours, exact, finite)
+    error, rms = _norms(errors)
+    torch_error, torch_rms = _norms(_errors(theirs, exact, finite))
+    plain_error, plain_rms = _norms(_errors(plain, exact, finite))
+    info = torch.finfo(dtype)
+    unit = info.eps * (DOUBLE_UNITS if dtype == torch.float64 else 1.0)
+    largest, typical = (unit * max(size, terms) + info.tiny * info.eps for size in _norms(exact))
+    return Comparison(
+        name,
+        error=error,
+        torch_error=torch_error,
+        limit=2 * torch_error + 2 * plain_error + largest,
+        rms=rms,
+        torch_rms=torch_rms,
+        rms_limit=2 * torch_rms + 2 * plain_rms + typical,
+        position=tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape)) if errors.numel() else (),
+    )
+
+
+def _first(wrong: Tensor) -> tuple[int, ...]:
+    return tuple(wrong.nonzero()[0].tolist()) if wrong.any() else ()
+
+
+def _errors(t: Tensor, exact: Tensor, finite: Tensor) -> Tensor:
+    """Distances where the result should be finite; a result that is not counts as no distance: PyTorch's own may overflow."""
+    distance = (t.double() - exact).abs()
+    return torch.where(finite & distance.isfinite(), distance, 0.0)
+
+
+def _norms(t: Tensor) -> tuple[float, float]:
+    """(largest absolute value, root mean square)."""
+    if t.numel() == 0:
+        return 0.0, 0.0
+    return float(t.abs().max()), math.sqrt(float(t.double().square().mean()))

@@ -1,0 +1,135 @@
+"""What check found, as data, as a table and as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+OK, FAIL, NOT_OURS = "ok", "FAIL", "not ours"
+STYLES = {OK: "green", FAIL: "bold red", NOT_OURS: "yellow"}
+ROW_MARK = "cnnfast-row "  # a row on its way from the child process, amid whatever kernels and libraries print
+WIDTH = 100  # of str(report)
+
+
+@dataclass
+class Comparison:
+    """One tensor of a call: errors of ours and of PyTorch's against float64 (largest, root mean square), and what was allowed.
+
+    `message` says what is wrong beyond an error too large: shape, dtype, NaN. `position` is that of the largest error.
+    """
+
+    tensor: str
+    error: float = 0.0
+    torch_error: float = 0.0
+    limit: float = 0.0
+    rms: float = 0.0
+    torch_rms: float = 0.0
+    rms_limit: float = 0.0
+    position: tuple[int, ...] = ()
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.message and self.error <= self.limit and self.rms <= self.rms_limit
+
+    @property
+    def backward(self) -> bool:
+        return self.tensor.startswith("grad")
+
+    @property
+    def excess(self) -> float:
+        """Error over limit: above 1 is a failure."""
+        if self.message:
+            return float("inf")
+        return max(e / limit if limit else float(e > 0) for e, limit in ((self.error, self.limit), (self.rms, self.rms_limit)))
+
+    def __str__(self) -> str:
+        at = f" at {self.position}" if self.position else ""
+        if self.message:
+            return f"{self.tensor}: {self.message}{at}"
+        if self.error > self.limit:
+            return f"{self.tensor}: error {self.error:.2e} > {self.limit:.2e}{at}, PyTorch's own {self.torch_error:.2e}"
+        return (
+            f"{self.tensor}: root mean square of the error {self.rms:.2e}, limit {self.rms_limit:.2e}, PyTorch's own {self.torch_rms:.2e}"
+        )
+
+
+@dataclass
+class Row:
+    """One call: `verdict` is "ok", "FAIL" or "not ours"; `forward` and `backward` name the kernels that were launched."""
+
+    layer: str
+    operation: str
+    shapes: str
+    dtype: str
+    verdict: str = FAIL
+    reason: str = ""
+    forward: list[str] = field(default_factory=list)
+    backward: list[str] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Row:
+        comparisons = [Comparison(**{**c, "position": tuple(c["position"])}) for c in data["comparisons"]]
+        return cls(**{**data, "comparisons": comparisons})
+
+    @property
+    def problems(self) -> list[str]:
+        return [*filter(None, [self.reason]), *(str(c) for c in self.comparisons if not c.ok)]
+
+    def worst(self, backward: bool) -> Comparison | None:
+        """The comparison nearest to its limit, or furthest beyond it."""
+        return max((c for c in self.comparisons if c.backward == backward), key=lambda c: c.excess, default=None)
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, [self.layer, self.operation, self.shapes, self.dtype]))
+
+
+@dataclass
+class Report:
+    """The rows of a check, in the order of the calls. str() is a table; rich prints it at the width of its console."""
+
+    rows: list[Row]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there was a covered call, each launched our kernels, and all hold."""
+        return bool(self.rows) and all(row.verdict == OK for row in self.rows)
+
+    @property
+    def summary(self) -> str:
+        if not self.rows:
+            return "FAIL: no covered call (convolution, batch norm, pooling) was made, so nothing was checked"
+        counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in (OK, FAIL, NOT_OURS)}
+        return f"{'ok' if self.ok else 'FAIL'}: of {len(self.rows)} calls " + ", ".join(
+            f"{n} {verdict}" for verdict, n in counts.items() if n
+        )
+
+    def to_json(self) -> str:
+        """An object with ok, summary and rows; errors are absolute, verdicts as in the table."""
+        rows = [{**asdict(row), "comparisons": [{**asdict(c), "ok": c.ok} for c in row.comparisons]} for row in self.rows]
+        return json.dumps({"ok": self.ok, "summary": self.summary, "rows": rows}, indent=1, allow_nan=False)
+
+    def __rich__(self) -> Group:
+        table = Table(title="largest errors against float64; each column's tensor is the one nearest to its limit", title_justify="left")
+        for name, options in (("call", {"ratio": 1}), ("forward", {}), ("PyTorch", {}), ("backward", {}), ("PyTorch", {}), ("", {})):
+            table.add_column(name, overflow="fold", **options)
+        for row in self.rows:
+            cells = []
+            for worst in (row.worst(False), row.worst(True)):
+                cells += [f"{worst.error:.1e}", f"{worst.torch_error:.1e}"] if worst else ["", ""]
+            table.add_row(Text(str(row)), *cells, Text(row.verdict, STYLES[row.verdict]))
+        problems = [Text(f"{row.verdict}: {row}\n    " + "\n    ".join(row.problems)) for row in self.rows if row.verdict != OK]
+        summary = Text(self.summary, STYLES[OK if self.ok else FAIL])
+        return Group(table, *problems, summary) if self.rows else Group(summary)
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False).print(self)
+        return text.getvalue().rstrip()

@@ -1,0 +1,80 @@
+"""`cnnfast aot`: every kernel compiled for GPUs that need not be there, and what their machine code says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from cnnfast_kernels.aot import Row
+    from rich.table import Table
+
+
+def aot(
+    arch: Annotated[list[str] | None, typer.Option(help="GPU architecture to compile for; may be repeated.", show_default="sm_90")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
+    only: Annotated[str, typer.Option(help="Only cases whose name contains this: fprop, wgrad, float64, pooling, ...")] = "",
+    jobs: Annotated[int | None, typer.Option(help="Processes that compile.", show_default="one a core")] = None,
+) -> None:
+    """Compile every kernel for a GPU, without needing one: registers, spills, shared memory, tensor cores.
+
+    Ends with exit code 1 if a kernel does not compile, spills registers, needs more shared memory than there is, multiplies
+    half precision without tensor cores, or waits after every wgmma; or if a kernel is not among the cases.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    try:
+        from cnnfast_kernels import aot as compiler
+    except ImportError as error:
+        raise typer.BadParameter(f"ahead-of-time compilation needs triton: {error}") from None
+
+    archs = arch or ["sm_90"]
+    progress = Progress(
+        TextColumn("compiling for " + ", ".join(archs)), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True)
+    )
+    try:
+        with progress:
+            bar = progress.add_task("")
+            rows = compiler.compile_all(archs, only, jobs, lambda done, total: progress.update(bar, completed=done, total=total))
+    except (RuntimeError, ValueError) as error:  # interpreted kernels, unknown architectures
+        raise typer.BadParameter(str(error)) from None
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+    found = compiler.problems(rows)
+    if not only:
+        found += [f"{name}: no case compiles it (aot_cases.py)" for name in sorted(compiler.uncovered(rows))]
+    console = Console()
+    for line in found:
+        console.print(f"[bold red]problem[/] {line}", highlight=False, soft_wrap=True)
+    console.print(summary(rows))
+    console.print(f"{len(rows)} kernels compiled, {len(found)} problems")
+    raise typer.Exit(1 if found else 0)
+
+
+def summary(rows: list[Row]) -> Table:
+    """One line a kernel and architecture: the worst of its rows."""
+    from rich.table import Table
+
+    table = Table(title="the worst of all variants and tiles of each kernel")
+    for heading in ("kernel", "arch"):
+        table.add_column(heading)
+    for heading in ("variants", "registers", "spills", "shared memory", "tensor cores", "loop", "seconds"):
+        table.add_column(heading, justify="right")
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.error is None:
+            groups.setdefault((row.kernel, row.arch), []).append(row)
+    for (kernel, arch), group in sorted(groups.items()):
+        loops = [row.loop_instructions for row in group if row.loop_instructions is not None]
+        table.add_row(
+            kernel, arch, str(len(group)), str(max(row.registers or 0 for row in group)), str(max(row.spill_bytes or 0 for row in group)),
+            str(max(row.shared_bytes or 0 for row in group)), " ".join(sorted({row.tensor_core for row in group if row.tensor_core})),
+            f"{min(loops)}-{max(loops)}" if loops else "", f"{sum(row.seconds for row in group):.1f}",
+        )  # fmt: skip
+    return table

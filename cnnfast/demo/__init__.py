@@ -1,0 +1,1 @@
+"""What `cnnfast demo` shows: a network trained on real digits, and the kernels judged on real images."""

@@ -1,0 +1,234 @@
+"""Which path a call takes, and how one sees it.
+
+A call is served by our kernels if its tensors are on an NVIDIA GPU from sm_80 on, or on the CPU while Triton interprets
+(TRITON_INTERPRET=1); otherwise torch.nn.functional is called directly. `why_torch` is the whole decision.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+try:
+    from cnnfast_kernels import launch
+except ImportError:  # no triton on this platform: every operation takes PyTorch's path
+    launch = None
+
+Backend = Literal["auto", "kernels", "torch"]
+
+OLDEST_GPU = (8, 0)
+_backend: Backend = "auto"
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Overrides the choice, for the whole process, while the context lasts.
+
+    "auto": kernels where there is a path, PyTorch elsewhere. "kernels": a call that would go to PyTorch raises RuntimeError.
+    "torch": PyTorch serves every call.
+    """
+    global _backend
+    if name not in ("auto", "kernels", "torch"):
+        raise ValueError(f'backend(name={name!r}): name must be "auto", "kernels" or "torch"')
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+@functools.cache
+def _gpu_reason(index: int) -> str:
+    if torch.version.hip:
+        return "the GPU is not NVIDIA's"
+    capability = torch.cuda.get_device_capability(index)
+    return "" if capability >= OLDEST_GPU else f"GPU sm_{capability[0]}{capability[1]} is older than sm_80"
+
+
+@functools.cache
+def _interpreter_rounds_bf16() -> bool:
+    """Triton's interpreter computes bfloat16 on raw bits, silently wrong; a test suite may have mended it. Asked once, by trying."""
+    from cnnfast_kernels.pooling import global_avg_pool
+
+    x = torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16).reshape(1, 1, 1, 2)
+    return bool(global_avg_pool(x).item() == x.float().mean().bfloat16().item())
+
+
+def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "auto") -> str:
+    """Why PyTorch serves an operation on these tensors; the empty string if our kernels do.
+
+    Raises RuntimeError under backend("kernels") instead of naming a reason.
+    """
+    reason = _why_torch(x, others, algorithm)
+    if reason and _backend == "kernels":
+        raise RuntimeError(f'backend("kernels"): this call would be served by PyTorch, because {reason}')
+    return reason
+
+
+def _why_torch(x: torch.Tensor, others: tuple[torch.Tensor | None, ...], algorithm: str) -> str:
+    if algorithm == "torch":
+        return 'algorithm="torch"'
+    if _backend == "torch":
+        return 'backend("torch")'
+    if launch is None:
+        return "triton is not installed"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a functorch transform or forward-mode AD is active"
+    device = x.device
+    for t in (x, *others):
+        if t is None:
+            continue
+        if t.dtype not in launch.KERNEL_DTYPES:
+            return f"dtype {t.dtype} has no kernel"
+        if t.layout != torch.strided or t.is_quantized or t.is_nested or t.is_neg():
+            return "the tensor is not plain strided memory"
+        if t.device != device:
+            return "tensors are on different devices"
+    if device.type == "cuda":
+        return _gpu_reason(device.index)
+    if device.type != "cpu":
+        return f"device {device.type} has no kernels"
+    if not launch.INTERPRETED:
+        return "the tensors are on the CPU, and Triton does not interpret"
+    if torch.bfloat16 in (x.dtype, *(t.dtype for t in others if t is not None)) and not _interpreter_rounds_bf16():
+        return "Triton's interpreter computes bfloat16 wrongly"
+    return ""
+
+
+@dataclass(slots=True)
+class Call:
+    """One operation as it was served: by "kernels" (`launches` names them) or by "torch" (`reason` says why)."""
+
+    operation: str
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    served_by: Literal["kernels", "torch"]
+    reason: str = ""
+    launches: list[Any] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        shapes = " ".join("x".join(map(str, s)) for s in self.shapes)
+        served = " + ".join(f"{e.kernel} [{e.tile}]" if e.tile else e.kernel for e in self.launches) or "no launch: nothing to compute"
+        return f"{self.operation} {shapes} {self.dtype}: {served if self.served_by == 'kernels' else f'torch, because {self.reason}'}"
+
+
+class Trace:
+    """The calls made while a `trace()` lasted: iterate, len(), or print one a line."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._inside = threading.local()  # the calls each thread is inside of; a launch belongs to the innermost
+
+    @property
+    def launches(self) -> list[str]:
+        """Names of all kernels launched, in the order of the calls."""
+        return [event.kernel for call in self.calls for event in call.launches]
+
+    def __iter__(self) -> Iterator[Call]:
+        return iter(self.calls)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.calls))
+
+    def enter(self, call: Call) -> None:
+        self.calls.append(call)
+        self._inside.__dict__.setdefault("stack", []).append(call)
+
+    def leave(self) -> None:
+        self._inside.stack.pop()
+
+    def launched(self, event: Any) -> None:
+        stack = self._inside.__dict__.get("stack")
+        if stack:
+            stack[-1].launches.append(event)
+
+
+_traces: list[Trace] = []
+
+
+@contextmanager
+def trace() -> Iterator[Trace]:
+    """Lists every operation that runs in this process while the context lasts, backward included, and who served it."""
+    calls = Trace()
+    _traces.append(calls)
+    try:
+        if launch is None:
+            yield calls
+        else:
+            with launch.observe(calls.launched):
+                yield calls
+    finally:
+        _traces.remove(calls)
+
+
+def _call(operation: str, arguments: tuple[Any, ...], served_by: Literal["kernels", "torch"], reason: str = "") -> Call:
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+    return Call(operation, tuple(tuple(t.shape) for t in tensors), dtype, served_by, reason)
+
+
+Observer = Callable[[str, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
+_captures: list[Observer] = []
+
+
+@contextmanager
+def capture(observer: Observer) -> Iterator[None]:
+    """Every call of a cnnfast.functional function runs within `observer(name, args, kwargs)`, a context manager."""
+    _captures.append(observer)
+    try:
+        yield
+    finally:
+        _captures.remove(observer)
+
+
+def operation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function of cnnfast.functional: its calls can be captured."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not _captures:
+            return function(*args, **kwargs)
+        with ExitStack() as stack:
+            for observer in tuple(_captures):
+                stack.enter_context(observer(function.__name__, args, kwargs))
+            return function(*args, **kwargs)
+
+    return call
+
+
+def record_torch(operation: str, reason: str, *arguments: Any) -> None:
+    """Tells every trace that PyTorch serves this call."""
+    for calls in _traces:
+        calls.calls.append(_call(operation, arguments, "torch", reason))
+
+
+def recorded(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates an operator's implementation: every trace learns that our kernels serve it, and which were launched."""
+
+    def decorate(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(implementation)
+        def call(*arguments: Any) -> Any:
+            if not _traces:
+                return implementation(*arguments)
+            active = tuple(_traces)
+            for calls in active:
+                calls.enter(_call(operation, arguments, "kernels"))
+            try:
+                return implementation(*arguments)
+            finally:
+                for calls in active:
+                    calls.leave()
+
+        return call
+
+    return decorate

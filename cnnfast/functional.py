@@ -1,0 +1,377 @@
+"""The operations by the names and arguments of torch.nn.functional, plus `algorithm` and the fused `conv_bn_act`.
+
+Every function decides by `dispatch.why_torch` who serves the call. On the kernels' path arguments are checked here, before
+anything is launched, and bad ones raise what PyTorch raises, naming the argument, its value and the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from cnnfast_kernels.problem import output_extent, pool_extent
+from torch import Tensor
+
+from .activations import ACTIVATIONS, LEAKY_SLOPE, activate
+from .dispatch import launch, operation, record_torch, why_torch
+
+if launch is not None:
+    from . import ops
+
+ALGORITHMS = ("auto", "direct", "im2col", "torch")
+
+Size2 = int | Sequence[int]
+
+
+def _pair(function: str, name: str, value: Size2) -> tuple[int, int]:
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{function}(): {name} must be an int or a pair of ints, but got {name}={value!r}")
+    if len(values) not in (1, 2):
+        raise RuntimeError(f"{function}(): expected {name} to be a single integer value or a list of 2 values, but got {name}={list(values)}")
+    return (values[0], values[-1])  # pyright: ignore[reportReturnType]
+
+
+def _at_least(function: str, name: str, values: tuple[int, int], least: int) -> tuple[int, int]:
+    if min(values) < least:
+        rule = "non-negative" if least == 0 else "positive"
+        raise RuntimeError(f"{function}(): {name} must be {rule}, but got {name}={values}")
+    return values
+
+
+def _window(function: str, input: Tensor, kernel_size: Size2, stride: Size2 | None, padding: Size2, dilation: Size2, ceil_mode: bool):
+    """The checked window of a pooling: (kernel_size, stride, padding, dilation, ceil_mode)."""
+    _check_image(function, input)
+    kernel = _at_least(function, "kernel_size", _pair(function, "kernel_size", kernel_size), 1)
+    step = kernel if stride is None or stride == [] else _at_least(function, "stride", _pair(function, "stride", stride), 1)
+    pad = _at_least(function, "padding", _pair(function, "padding", padding), 0)
+    dil = _at_least(function, "dilation", _pair(function, "dilation", dilation), 1)
+    for k, p, d in zip(kernel, pad, dil, strict=True):
+        if p > ((k - 1) * d + 1) // 2:
+            raise RuntimeError(f"{function}(): padding must be at most half of the effective kernel size, but got padding={pad}, kernel_size={kernel}, dilation={dil}")
+    extents = [pool_extent(input.shape[2 + i], kernel[i], step[i], pad[i], dil[i], ceil_mode) for i in (0, 1)]
+    if min(extents) < 1:
+        raise RuntimeError(f"{function}(): the output of input size {tuple(input.shape)} with kernel_size={kernel} would be {extents[0]}x{extents[1]}: too small")
+    return kernel, step, pad, dil, ceil_mode
+
+
+def _check_image(function: str, input: Tensor) -> None:
+    if input.dim() != 4 or 0 in input.shape[1:]:
+        raise RuntimeError(f"{function}(): expected input of size [C, H, W] or [N, C, H, W], only N may be 0, but got {list(input.shape)}")
+
+
+def _batched(input: Tensor) -> tuple[Tensor, bool]:
+    """PyTorch's unbatched [C, H, W] as a batch of one."""
+    return (input.unsqueeze(0), True) if input.dim() == 3 else (input, False)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts as PyTorch's convolutions do under torch.autocast: floating tensors but float64, to the dtype in force."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _check_tensors(function: str, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{function}(): {name} must be a Tensor, not {type(t).__name__}")
+
+
+def _check_algorithm(function: str, algorithm: str) -> None:
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"{function}(): algorithm must be one of {', '.join(ALGORITHMS)}, but got algorithm={algorithm!r}")
+
+
+def _conv_geometry(
+    function: str, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Size2, padding: Size2 | str, dilation: Size2, groups: int
+) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]:
+    """The checked geometry: (stride, (top, bottom, left, right), dilation, groups)."""
+    if weight.dim() != 4:
+        raise RuntimeError(f"{function}(): weight must be of size [K, C / groups, R, S], but got {list(weight.shape)}")
+    if input.dim() != 4:
+        raise RuntimeError(f"{function}(): expected 3D (unbatched) or 4D (batched) input, but got input of size {list(input.shape)}")
+    step = _at_least(function, "stride", _pair(function, "stride", stride), 1)
+    dil = _at_least(function, "dilation", _pair(function, "dilation", dilation), 1)
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"{function}(): groups must be an int, but got groups={groups!r}")
+    if groups < 1:
+        raise RuntimeError(f"{function}(): groups must be positive, but got groups={groups}")
+    K, C, R, S = weight.shape
+    if K < 1 or K % groups:
+        raise RuntimeError(f"{function}(): groups={groups} must divide the filters, but weight has size {list(weight.shape)}")
+    if input.shape[1] != C * groups:
+        raise RuntimeError(
+            f"{function}(): with groups={groups} and weight of size {list(weight.shape)}, input must have {C * groups} channels,"
+            f" but input has size {list(input.shape)}"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != K):
+        raise RuntimeError(f"{function}(): bias must have size [{K}], one value a filter, but got {list(bias.shape)}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != input.dtype:
+            raise RuntimeError(f"{function}(): {name} must have input's dtype {input.dtype}, but got {t.dtype}")
+    if R < 1 or S < 1:
+        raise RuntimeError(f"{function}(): weight must have at least one tap, but got size {list(weight.shape)}")
+    if 0 in input.shape[1:]:
+        raise RuntimeError(f"{function}(): only the batch of input may be empty, but got size {list(input.shape)}")
+    pads = _conv_padding(function, padding, step, dil, (R, S))
+    for size, taps, before, after, d in ((input.shape[2], R, pads[0], pads[1], dil[0]), (input.shape[3], S, pads[2], pads[3], dil[1])):
+        if size + before + after < d * (taps - 1) + 1:
+            raise RuntimeError(
+                f"{function}(): the padded input ({input.shape[2] + pads[0] + pads[1]} x {input.shape[3] + pads[2] + pads[3]}) is smaller than"
+                f" the kernel ({dil[0] * (R - 1) + 1} x {dil[1] * (S - 1) + 1} with dilation={dil})"
+            )
+    return step, pads, dil, groups
+
+
+def _conv_padding(
+    function: str, padding: Size2 | str, stride: tuple[int, int], dilation: tuple[int, int], taps: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding == "same":
+        if max(stride) > 1:
+            raise RuntimeError(f"{function}(): padding='same' is not supported for strided convolutions, but got stride={stride}")
+        h, w = (d * (n - 1) for d, n in zip(dilation, taps, strict=True))
+        return h // 2, h - h // 2, w // 2, w - w // 2  # even filters: one more at the end
+    if isinstance(padding, str):
+        raise RuntimeError(f"{function}(): padding must be 'same', 'valid', an int or a pair of ints, but got padding={padding!r}")
+    h, w = _at_least(function, "padding", _pair(function, "padding", padding), 0)
+    return h, h, w, w
+
+
+@operation
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 | str = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    *,
+    algorithm: str = "auto",
+) -> Tensor:
+    """2-D convolution, as torch.nn.functional.conv2d.
+
+    input [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], bias [K], all of one dtype (float16, bfloat16, float32, float64);
+    padding: int, pair, "same" or "valid". Returns [N, K, P, Q], channels_last if input or weight is.
+    algorithm: "auto", "direct" (implicit GEMM), "im2col" (explicit, in a bounded workspace), "torch".
+    Raises RuntimeError and TypeError where PyTorch does.
+    """
+    _check_algorithm("conv2d", algorithm)
+    _check_tensors("conv2d", input=input, weight=weight, bias=bias)
+    x, w, b = _autocast(input, weight, bias)
+    if reason := why_torch(x, w, b, algorithm=algorithm):
+        record_torch("conv2d", reason, input, weight)
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    x, unbatched = _batched(x)
+    geometry = _conv_geometry("conv2d", x, w, b, stride, padding, dilation, groups)
+    y = ops.conv_fprop(x, w, b, *geometry, algorithm)
+    return y.squeeze(0) if unbatched else y
+
+
+@operation
+def conv_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    activation_arg: float | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: Size2 = 1,
+    padding: Size2 | str = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    algorithm: str = "auto",
+) -> Tensor:
+    """act(batch_norm(conv2d(input, weight, bias)) + residual).
+
+    In eval one kernel. In training the convolution leaves the statistics of its output, running_mean and running_var are
+    updated in place if given, and a second kernel normalises, adds and activates.
+
+    Shapes and dtypes as conv2d; running_mean, running_var, bn_weight, bn_bias [K], of input's dtype or float32; residual of the
+    output's size. activation: None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu",
+    "hardswish". Raises as conv2d and batch_norm, ValueError for an unknown activation or a residual of another size or dtype.
+    """
+    _check_algorithm("conv_bn_act", algorithm)
+    _check_tensors("conv_bn_act", input=input, weight=weight, bias=bias, residual=residual)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"conv_bn_act(): activation must be one of {', '.join(map(str, ACTIVATIONS))}, but got activation={activation!r}")
+    if activation_arg is not None and activation != "leaky_relu":
+        raise ValueError(f"conv_bn_act(): activation_arg is leaky_relu's slope, but got activation_arg={activation_arg} for {activation!r}")
+    slope = LEAKY_SLOPE if activation_arg is None else float(activation_arg)
+    x, w, b, z = _autocast(input, weight, bias, residual)
+    if reason := why_torch(x, w, b, z, running_mean, running_var, bn_weight, bn_bias, algorithm=algorithm):
+        record_torch("conv_bn_act", reason, input, weight)
+        y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        return activate(y if residual is None else y + residual, activation, slope)
+    if input.dim() != 4:
+        raise RuntimeError(f"conv_bn_act(): input must be of size [N, C, H, W], but got {list(input.shape)}")
+    geometry = _conv_geometry("conv_bn_act", x, w, b, stride, padding, dilation, groups)
+    _check_norm("conv_bn_act", w.shape[0], x.dtype, running_mean, running_var, bn_weight, bn_bias, training, eps)
+    if z is not None:
+        _check_residual(x, w, z, geometry)
+    if not training:
+        return ops.conv_bn_act(x, w, b, running_mean, running_var, bn_weight, bn_bias, z, eps, activation, slope, *geometry, algorithm)
+    y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
+    count = _values_per_channel("conv_bn_act", y)
+    if running_mean is not None:
+        ops.update_running(running_mean, running_var, mean, var, momentum, count)
+    return ops.normalize(y, mean, var, bn_weight, bn_bias, z, eps, activation, slope, True)
+
+
+def _check_residual(x: Tensor, w: Tensor, residual: Tensor, geometry) -> None:
+    stride, pads, dilation, _ = geometry
+    P = output_extent(x.shape[2], w.shape[2], stride[0], pads[0], pads[1], dilation[0])
+    Q = output_extent(x.shape[3], w.shape[3], stride[1], pads[2], pads[3], dilation[1])
+    size = (x.shape[0], w.shape[0], P, Q)
+    if tuple(residual.shape) != size or residual.dtype != x.dtype:
+        raise ValueError(
+            f"conv_bn_act(): residual must be the output's size {list(size)} and dtype {x.dtype}, but got {list(residual.shape)} {residual.dtype}"
+        )
+
+
+def _check_norm(
+    function: str,
+    channels: int,
+    dtype: torch.dtype,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    if eps < 0:
+        raise ValueError(f"{function}(): eps must be non-negative, but got eps={eps}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{function}(): running_mean and running_var must either both be None or neither be None")
+    if not training and running_mean is None:
+        raise RuntimeError(f"{function}(): running_mean and running_var must be defined in evaluation mode")
+    for name, t in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.shape != (channels,):
+            raise RuntimeError(f"{function}(): {name} must have size [{channels}], one value a channel, but got {list(t.shape)}")
+        if t.dtype not in (dtype, torch.float32) or (dtype == torch.float64 and t.dtype != dtype):
+            raise RuntimeError(f"{function}(): {name} must have input's dtype {dtype} or float32, but got {t.dtype}")
+
+
+def _values_per_channel(function: str, y: Tensor) -> int:
+    count = y.numel() // y.shape[1]
+    if count == 1:
+        raise ValueError(f"{function}(): expected more than 1 value per channel when training, but got size {list(y.shape)}")
+    return count
+
+
+@operation
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation, as torch.nn.functional.batch_norm: (input - mean) * weight / sqrt(var + eps) + bias.
+
+    input [N, C] to [N, C, D, H, W]; running_mean, running_var, weight, bias [C], of input's dtype or float32. In training mean and
+    biased variance are input's own, and the running ones, if given, are updated in place (with the unbiased variance).
+    Raises RuntimeError and ValueError where PyTorch does.
+    """
+    _check_tensors("batch_norm", input=input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    if reason := why_torch(input, running_mean, running_var, weight, bias):
+        record_torch("batch_norm", reason, input)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if input.dim() < 2 or input.shape[1] == 0:
+        raise RuntimeError(f"batch_norm(): input must be of size [N, C, ...] with at least one channel, but got {list(input.shape)}")
+    _check_norm("batch_norm", input.shape[1], input.dtype, running_mean, running_var, weight, bias, training, eps)
+    if not training:
+        return ops.normalize(input, running_mean, running_var, weight, bias, None, eps, None, 0.0, False)
+    count = _values_per_channel("batch_norm", input)
+    mean, var = ops.batch_moments(input.detach())
+    if running_mean is not None:
+        ops.update_running(running_mean, running_var, mean, var, momentum, count)
+    return ops.normalize(input, mean, var, weight, bias, None, eps, None, 0.0, True)
+
+
+@operation
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Size2,
+    stride: Size2 | None = None,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Maximum over windows, as torch.nn.functional.max_pool2d: input [N, C, H, W] or [C, H, W]; padding counts as -inf, NaN wins.
+
+    With return_indices also the int64 positions h * W + w of the maxima. Raises RuntimeError and TypeError where PyTorch does.
+    """
+    _check_tensors("max_pool2d", input=input)
+    if reason := why_torch(input):
+        record_torch("max_pool2d", reason, input)
+        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    x, unbatched = _batched(input)
+    window = _window("max_pool2d", x, kernel_size, stride, padding, dilation, ceil_mode)
+    y, taps = ops.max_pool(x, return_indices, *window)
+    if not return_indices:
+        return y.squeeze(0) if unbatched else y
+    indices = ops.max_pool_indices(taps, x.shape, *window)
+    return (y.squeeze(0), indices.squeeze(0)) if unbatched else (y, indices)
+
+
+@operation
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Size2,
+    stride: Size2 | None = None,
+    padding: Size2 = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Mean over windows, as torch.nn.functional.avg_pool2d: input [N, C, H, W] or [C, H, W].
+
+    count_include_pad: zeros of the padding count in the divisor; divisor_override replaces it. Raises where PyTorch does.
+    """
+    _check_tensors("avg_pool2d", input=input)
+    if reason := why_torch(input):
+        record_torch("avg_pool2d", reason, input)
+        return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    if divisor_override == 0:
+        raise RuntimeError("avg_pool2d(): divisor_override must not be zero")
+    x, unbatched = _batched(input)
+    kernel, step, pad, _, _ = _window("avg_pool2d", x, kernel_size, stride, padding, 1, ceil_mode)
+    y = ops.avg_pool(x, kernel, step, pad, ceil_mode, count_include_pad, divisor_override)
+    return y.squeeze(0) if unbatched else y
+
+
+@operation
+def global_avg_pool2d(input: Tensor, keepdim: bool = True) -> Tensor:
+    """Mean of each plane: [N, C, H, W] to [N, C, 1, 1], or [N, C] without keepdim (and likewise unbatched [C, H, W])."""
+    _check_tensors("global_avg_pool2d", input=input)
+    if reason := why_torch(input):
+        record_torch("global_avg_pool2d", reason, input)
+        return input.mean((-2, -1), keepdim=keepdim)
+    x, unbatched = _batched(input)
+    _check_image("global_avg_pool2d", x)
+    y = ops.global_avg_pool(x)
+    y = y if keepdim else y.flatten(1)
+    return y.squeeze(0) if unbatched else y

@@ -1,0 +1,24 @@
+"""The operators of torch.ops.cnnfast: what autograd, torch.compile and torch.export see of the kernels.
+
+Each has a schema, an implementation that launches kernels (CUDA; CPU while Triton interprets), a fake that gives shapes,
+and, where it can be differentiated, a torch.autograd.Function registered under the Autograd key: a third of the host cost
+of torch.library.register_autograd.
+"""
+
+from .batchnorm import batch_moments, channel_sum, normalize, update_running
+from .conv import conv_bn_act, conv_fprop, conv_stats
+from .pooling import avg_pool, global_avg_pool, max_pool, max_pool_indices
+
+__all__ = [
+    "avg_pool",
+    "batch_moments",
+    "channel_sum",
+    "conv_bn_act",
+    "conv_fprop",
+    "conv_stats",
+    "global_avg_pool",
+    "max_pool",
+    "max_pool_indices",
+    "normalize",
+    "update_running",
+]

@@ -1,0 +1,171 @@
+"""Batch normalisation's operators: statistics, running statistics, normalise-activate(-add), and the sum over a channel.
+
+`normalize(training=True)` takes mean and var for those of y, and its derivative goes through them: two passes over memory,
+where statistics differentiated as tensors of their own would cost a third.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cnnfast_kernels import batchnorm, launch
+from cnnfast_kernels.epilogue import FROM_OUTPUT
+from torch import Tensor
+
+from ..activations import activate
+from .registry import below_autograd, register
+
+
+def _statistics_like(y: Tensor) -> Tensor:
+    return y.new_empty(y.shape[1], dtype=launch.accumulator_dtype(y.dtype))
+
+
+def _fake_moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    return _statistics_like(y), _statistics_like(y)
+
+
+def _fake_normalize(y: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _normalize_backward(
+    dz: Tensor, y: Tensor | None, z: Tensor | None, mean, var, weight, bias, residual, eps, activation, slope, training, needs
+) -> tuple[Tensor, ...]:
+    grads = batchnorm.normalize_backward(dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, tuple(needs))
+    return tuple(dz.new_empty(0) if g is None else g for g in grads)
+
+
+def _fake_normalize_backward(
+    dz: Tensor, y: Tensor | None, z: Tensor | None, mean, var, weight, bias, residual, eps, activation, slope, training, needs
+) -> tuple[Tensor, ...]:
+    like = (y if y is not None else dz, weight, bias, residual if residual is not None else dz)
+    return tuple(torch.empty_like(t) if need and t is not None else dz.new_empty(0) for t, need in zip(like, needs, strict=True))
+
+
+def _from_output(activation: str | None, slope: float) -> bool:
+    return activation in FROM_OUTPUT and not (activation == "leaky_relu" and slope <= 0)
+
+
+def _replay(y, mean, var, weight, bias, residual, eps, activation, slope, training) -> Tensor:
+    """normalize in PyTorch's own differentiable operators: derivatives above the first are taken of this."""
+    u = F.batch_norm(y, *((None, None) if training else (mean, var)), weight, bias, training, 0.0, eps)
+    return activate(u if residual is None else u + residual, activation, slope)
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, mean, var, weight, bias, residual, eps, activation, slope, training):
+        with below_autograd():
+            z = normalize(y, mean, var, weight, bias, residual, eps, activation, slope, training)
+        # act' is read off z where it can be: z is kept by whatever comes next, u = bn(y) + residual by nobody
+        from_output = _from_output(activation, slope)
+        keep_z = z if from_output and activation else None
+        ctx.save_for_backward(y, mean, var, weight, bias, None if from_output else residual, keep_z)
+        ctx.options = eps, activation, slope, training
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, mean, var, weight, bias, residual, z = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]
+        if torch.is_grad_enabled():
+            grads = _differentiable_backward(dz, y, mean, var, weight, bias, residual, z, ctx.options, needs)
+        else:
+            grads = _backward(dz, y, z, mean, var, weight, bias, residual, *ctx.options, needs)
+        return grads[0], None, None, *grads[1:], None, None, None, None
+
+
+def _backward(
+    dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, needs
+) -> list[Tensor | None]:  # fmt: skip
+    """(dy, dweight, dbias, dresidual), None where not needed. Without an activation dresidual is dz itself."""
+    by_kernel = [*needs[:3], needs[3] and activation is not None]
+    grads: list[Tensor | None] = [None] * 4
+    if any(by_kernel):
+        out = normalize_backward(dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, by_kernel)
+        grads = [g if need else None for g, need in zip(out, by_kernel, strict=True)]
+    if needs[3] and activation is None:
+        grads[3] = dz
+    return grads
+
+
+def _differentiable_backward(dz, y, mean, var, weight, bias, residual, z, options, needs) -> list[Tensor | None]:
+    eps, activation, slope, training = options
+    if z is not None:  # act(u) = z: its derivative is piecewise constant
+        dz = _select(dz, z, activation, slope)
+        activation = None
+    grads: list[Tensor | None] = [None] * 4
+    with torch.enable_grad():
+        inputs = [t for t, need in zip((y, weight, bias, residual), needs, strict=True) if need and t is not None]
+        out = _replay(y, mean, var, weight, bias, residual, eps, activation, slope, training)
+        found = iter(torch.autograd.grad(out, inputs, dz, create_graph=True) if inputs else ())
+    for i, t in enumerate((y, weight, bias, residual)):
+        if needs[i]:
+            grads[i] = dz if t is None else next(found)
+    return grads
+
+
+def _select(dz: Tensor, z: Tensor, activation: str | None, slope: float) -> Tensor:
+    """dz * act'(u), told from z = act(u)."""
+    match activation:
+        case "relu":
+            return torch.where(z <= 0, 0.0, dz)
+        case "leaky_relu":
+            return torch.where(z > 0, dz, dz * slope)
+        case "relu6":
+            return torch.where((z <= 0) | (z >= 6), 0.0, dz)
+    return dz
+
+
+def frozen_backward(
+    dz: Tensor, z: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float, activation: str | None, slope: float, needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dy, dbias, dresidual) of z = act(batch_norm(y) + residual) with frozen statistics and weight: y itself is not needed."""
+    need_y, need_bias, need_residual = needs
+    if not torch.is_grad_enabled():
+        dy, _, dbias, dresidual = _backward(
+            dz, None, z, mean, var, weight, None, None, eps, activation, slope, False, [need_y, False, need_bias, need_residual]
+        )
+        return dy, dbias, dresidual
+    g = dz if z is None else _select(dz, z, activation, slope)
+    scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
+    dy = (g * scale.view(1, -1, 1, 1)).to(dz.dtype) if need_y else None
+    return dy, channel_sum(g) if need_bias else None, g if need_residual else None
+
+
+class _ChannelSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        with below_autograd():
+            return channel_sum(x)
+
+    @staticmethod
+    def backward(ctx, dsum):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return dsum.view(1, -1, *[1] * (len(ctx.shape) - 2)).expand(ctx.shape)
+
+
+batch_moments = register("batch_moments(Tensor y) -> (Tensor, Tensor)", batchnorm.batch_moments, _fake_moments)
+update_running = register(
+    "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, SymInt count) -> ()",
+    batchnorm.update_running,
+    lambda *arguments: None,
+)
+normalize = register(
+    "normalize(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation, float slope,"
+    " bool training) -> Tensor",
+    lambda y, mean, var, weight, bias, residual, eps, activation, slope, training: batchnorm.normalize(
+        y, mean, var, weight, bias, residual, eps, activation, slope
+    ),
+    _fake_normalize,
+    _Normalize,
+)
+normalize_backward = register(
+    "normalize_backward(Tensor dz, Tensor? y, Tensor? z, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps,"
+    " str? activation, float slope, bool training, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _normalize_backward,
+    _fake_normalize_backward,
+)
+channel_sum = register("channel_sum(Tensor x) -> Tensor", batchnorm.channel_sum, lambda x: x.new_empty(x.shape[1]), _ChannelSum)

@@ -1,0 +1,225 @@
+"""Convolution's operators. fprop, dgrad and wgrad are bilinear, and the derivatives of each are the other two: derivatives
+of every order come from the three kernels.
+
+`padding` is (top, bottom, left, right). A gradient is laid out as the tensor it belongs to, so that nobody copies it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cnnfast_kernels import conv, launch
+from cnnfast_kernels.epilogue import FROM_OUTPUT, BatchNorm
+from cnnfast_kernels.problem import output_extent
+from torch import Tensor
+
+from .batchnorm import channel_sum, frozen_backward, normalize
+from .registry import below_autograd, register
+
+GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups, str algorithm"
+
+
+def allow_tf32(x: Tensor) -> bool:
+    """What PyTorch's own settings say of float32 convolutions on a GPU. Its newer API is read first: the older raises after a user has set it."""
+    return x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def _geometry(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> conv.Geometry:
+    return conv.Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)  # pyright: ignore[reportArgumentType]
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> Tensor:
+    return conv.conv_fprop(x, w, _geometry(stride, padding, dilation, groups), bias=bias, algorithm=algorithm, tf32=allow_tf32(x))
+
+
+def _dgrad(dy: Tensor, w: Tensor, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
+    geometry = _geometry(stride, padding, dilation, groups)
+    return conv.conv_dgrad(dy, w, x_shape, geometry, fmt=_format(channels_last), algorithm=algorithm, tf32=allow_tf32(dy))
+
+
+def _wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
+    geometry = _geometry(stride, padding, dilation, groups)
+    return conv.conv_wgrad(x, dy, w_shape, geometry, fmt=_format(channels_last), algorithm=algorithm, tf32=allow_tf32(x))
+
+
+def _stats(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> tuple[Tensor, Tensor, Tensor]:
+    return conv.conv_stats(x, w, _geometry(stride, padding, dilation, groups), bias=bias, algorithm=algorithm, tf32=allow_tf32(x))
+
+
+def _bn_act(
+    x: Tensor, w: Tensor, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, stride, padding, dilation, groups, algorithm
+) -> Tensor:
+    return conv.conv_fprop(
+        x, w, _geometry(stride, padding, dilation, groups), bias=bias, norm=BatchNorm(mean, var, bn_weight, bn_bias, eps),
+        residual=residual, activation=activation, slope=slope, algorithm=algorithm, tf32=allow_tf32(x),
+    )  # fmt: skip
+
+
+def _fake_output(x: Tensor, w: Tensor, stride, padding, dilation) -> Tensor:
+    P = output_extent(x.shape[2], w.shape[2], stride[0], padding[0], padding[1], dilation[0])
+    Q = output_extent(x.shape[3], w.shape[3], stride[1], padding[2], padding[3], dilation[1])
+    return launch.empty((x.shape[0], w.shape[0], P, Q), x, launch.memory_format(x, w))
+
+
+def _fake_fprop(x: Tensor, w: Tensor, bias, stride, padding, dilation, groups, algorithm) -> Tensor:
+    return _fake_output(x, w, stride, padding, dilation)
+
+
+def _fake_dgrad(dy: Tensor, w: Tensor, x_shape, channels_last, *geometry: Any) -> Tensor:
+    return launch.empty(x_shape, dy, _format(channels_last))
+
+
+def _fake_wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, *geometry: Any) -> Tensor:
+    return launch.empty(w_shape, x, _format(channels_last))
+
+
+def _fake_stats(x: Tensor, w: Tensor, bias, stride, padding, dilation, groups, algorithm) -> tuple[Tensor, Tensor, Tensor]:
+    statistic = x.new_empty(w.shape[0], dtype=launch.accumulator_dtype(x.dtype))
+    return _fake_output(x, w, stride, padding, dilation), statistic, torch.empty_like(statistic)
+
+
+def _fake_bn_act(
+    x: Tensor, w: Tensor, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, stride, padding, dilation, groups, algorithm
+) -> Tensor:
+    return _fake_output(x, w, stride, padding, dilation)
+
+
+def _save_operands(ctx: Any, x: Tensor, w: Tensor, *more: Tensor | None) -> None:
+    """x is kept only if w wants a gradient, and the other way round: a frozen weight costs no memory."""
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None, *more)
+    ctx.x_layout = x.shape, launch.is_channels_last(x)
+    ctx.w_layout = w.shape, launch.is_channels_last(w)
+
+
+def _operand_grads(ctx: Any, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, w and bias, each only if asked for."""
+    dx = conv_dgrad(dy, w, *ctx.x_layout, *ctx.geometry) if ctx.needs_input_grad[0] else None
+    dw = conv_wgrad(x, dy, *ctx.w_layout, *ctx.geometry) if ctx.needs_input_grad[1] else None
+    return dx, dw, channel_sum(dy) if ctx.needs_input_grad[2] else None
+
+
+class _Fprop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, bias, *geometry):
+        ctx.geometry = geometry
+        _save_operands(ctx, x, w)
+        with below_autograd():
+            return conv_fprop(x, w, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *_operand_grads(ctx, dy, *ctx.saved_tensors), *[None] * len(ctx.geometry)
+
+
+class _Dgrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dy, w, x_shape, channels_last, *geometry):
+        ctx.geometry = geometry
+        ctx.save_for_backward(dy, w)
+        with below_autograd():
+            return conv_dgrad(dy, w, x_shape, channels_last, *geometry)
+
+    @staticmethod
+    def backward(ctx, ddx):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dy, w = ctx.saved_tensors
+        ddy = conv_fprop(ddx, w, None, *ctx.geometry) if ctx.needs_input_grad[0] else None
+        dw = conv_wgrad(ddx, dy, w.shape, launch.is_channels_last(w), *ctx.geometry) if ctx.needs_input_grad[1] else None
+        return ddy, dw, None, None, *[None] * len(ctx.geometry)
+
+
+class _Wgrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dy, w_shape, channels_last, *geometry):
+        ctx.geometry = geometry
+        ctx.save_for_backward(x, dy)
+        with below_autograd():
+            return conv_wgrad(x, dy, w_shape, channels_last, *geometry)
+
+    @staticmethod
+    def backward(ctx, ddw):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, dy = ctx.saved_tensors
+        dx = conv_dgrad(dy, ddw, x.shape, launch.is_channels_last(x), *ctx.geometry) if ctx.needs_input_grad[0] else None
+        ddy = conv_fprop(x, ddw, None, *ctx.geometry) if ctx.needs_input_grad[1] else None
+        return dx, ddy, None, None, *[None] * len(ctx.geometry)
+
+
+class _Stats(torch.autograd.Function):
+    """mean and var are constants to autograd: `normalize(training=True)`, their one reader, differentiates through them itself."""
+
+    @staticmethod
+    def forward(ctx, x, w, bias, *geometry):
+        ctx.geometry = geometry
+        ctx.set_materialize_grads(False)
+        _save_operands(ctx, x, w)
+        with below_autograd():
+            y, mean, var = conv_stats(x, w, bias, *geometry)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, dy, dmean, dvar):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grads = (None, None, None) if dy is None else _operand_grads(ctx, dy, *ctx.saved_tensors)
+        return *grads, *[None] * len(ctx.geometry)
+
+
+class _BnAct(torch.autograd.Function):
+    """The fused form with frozen statistics and scale; its activation's derivative is read off its output."""
+
+    @staticmethod
+    def forward(ctx, x, w, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, *geometry):
+        ctx.geometry = geometry
+        ctx.norm = eps, activation, slope
+        with below_autograd():
+            z = _fused_bn_act(x, w, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, *geometry)
+        _save_operands(ctx, x, w, z if activation else None, mean, var, bn_weight)
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, w, z, mean, var, bn_weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dy, dbn_bias, dresidual = frozen_backward(dz, z, mean, var, bn_weight, *ctx.norm, (any(needs[:3]), needs[6], needs[7]))
+        grads = _operand_grads(ctx, dy, x, w) if any(needs[:3]) else (None, None, None)
+        return *grads, None, None, None, dbn_bias, dresidual, None, None, None, *[None] * len(ctx.geometry)
+
+
+conv_fprop = register(f"conv_fprop(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> Tensor", _fprop, _fake_fprop, _Fprop)
+conv_dgrad = register(f"conv_dgrad(Tensor dy, Tensor w, SymInt[4] x_shape, bool channels_last, {GEOMETRY}) -> Tensor", _dgrad, _fake_dgrad, _Dgrad)
+conv_wgrad = register(f"conv_wgrad(Tensor x, Tensor dy, SymInt[4] w_shape, bool channels_last, {GEOMETRY}) -> Tensor", _wgrad, _fake_wgrad, _Wgrad)
+conv_stats = register(f"conv_stats(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> (Tensor, Tensor, Tensor)", _stats, _fake_stats, _Stats)
+_fused_bn_act = register(
+    "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, Tensor? residual,"
+    f" float eps, str? activation, float slope, {GEOMETRY}) -> Tensor",
+    _bn_act,
+    _fake_bn_act,
+    _BnAct,
+)
+
+
+def conv_bn_act(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    *geometry: Any,
+) -> Tensor:
+    """act(batch_norm(conv(x, w) + bias) + residual) with given statistics: one kernel, unless a gradient needs what that one does not
+    store, namely the convolution's own output (bn_weight wants a gradient) or what the activation was applied to (gelu and the like)."""
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias, bn_weight, bn_bias, residual))
+    from_output = activation in FROM_OUTPUT and not (activation == "leaky_relu" and slope <= 0)
+    if wants_grad and (not from_output or (bn_weight is not None and bn_weight.requires_grad)):
+        y = conv_fprop(x, w, bias, *geometry)
+        return normalize(y, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, False)
+    return _fused_bn_act(x, w, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, *geometry)

@@ -1,0 +1,1 @@
+"""Triton kernels for convolutional networks: no autograd, no torch.nn. The PyTorch-facing package is `cnnfast`."""

@@ -1,0 +1,238 @@
+"""Compiles every kernel for a GPU that need not be there, and reads what the machine code says about it.
+
+    rows = compile_all(["sm_90"])
+    for line in problems(rows):
+        print(line)
+
+Kernels must not be interpreted in this process (TRITON_INTERPRET unset). `seconds` are those of a first compilation: what
+Triton finds in its cache on disk takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import pkgutil
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from . import launch, sass
+from .aot_cases import cases
+
+# Bytes of shared memory that one program may have.
+SHARED_LIMITS = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One compiled kernel. `loop_instructions`: of the innermost main loop, unrolled as it is in the machine code.
+
+    `dot`: what it multiplies in tl.dot, "f16" "bf16" "tf32" "f32" "f64", or None without any. A row with an error has nothing else.
+    """
+
+    kernel: str
+    variant: str
+    tile: str
+    arch: str
+    seconds: float = 0.0
+    registers: int | None = None
+    spill_bytes: int | None = None
+    shared_bytes: int | None = None
+    shared_limit: int | None = None
+    dot: str | None = None
+    tensor_core: str | None = None
+    async_copies: int | None = None
+    serialised: bool | None = None
+    loop_instructions: int | None = None
+    error: str | None = None
+
+
+class StubDriver:
+    """As much of a driver as Triton asks for in order to compile."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 1000 + self.capability  # Triton keeps compiled kernels by device: a number that no GPU and no other target has
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def is_active(self) -> bool:
+        return True
+
+
+def capability_of(arch: str) -> int:
+    """90 of "sm_90"."""
+    match = re.fullmatch(r"(?:sm_)?(\d+)a?", arch)
+    if not match or int(match[1]) not in SHARED_LIMITS:
+        raise ValueError(f"arch={arch!r} is not known here: use one of {', '.join(f'sm_{c}' for c in SHARED_LIMITS)}")
+    return int(match[1])
+
+
+@contextmanager
+def target(arch: str) -> Iterator[None]:
+    """Triton compiles for `arch` inside, whatever GPU this machine has. Not for launching: use launch.observe(compile_only=True)."""
+    if launch.INTERPRETED:
+        raise RuntimeError("kernels are interpreted in this process, not compiled: unset TRITON_INTERPRET and start again")
+    stub = StubDriver(capability_of(arch))
+    before = driver._active
+    driver.set_active(stub)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        driver.set_active(before)  # type: ignore[arg-type]
+
+
+def dot_operands(ttir: str) -> str | None:
+    """What Triton's intermediate code multiplies: the dtype of tl.dot's operands, "tf32" for float32 that may be rounded."""
+    match = re.search(r"tt\.dot [^\n]*: tensor<\d+x\d+x(\w+)[^\n]*", ttir)
+    if not match:
+        return None
+    return "tf32" if match[1] == "f32" and "inputPrecision = tf32" in match[0] else match[1]
+
+
+def inspect(compiled: Any) -> dict[str, Any]:
+    """The fields of a Row that Triton's compiled kernel tells, by name."""
+    code, usage = sass.disassemble(compiled.asm["cubin"])
+    instructions = sass.read(code)
+    return dict(
+        registers=sass.registers(usage),
+        spill_bytes=sass.spill_bytes(instructions, usage),
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=SHARED_LIMITS[compiled.metadata.target.arch],
+        dot=dot_operands(compiled.asm["ttir"]),
+        tensor_core=sass.tensor_core(instructions),
+        async_copies=sass.async_copies(instructions),
+        serialised=sass.serialised(instructions),
+        loop_instructions=sass.loop_instructions(instructions),
+    )
+
+
+@contextmanager
+def stderr_captured() -> Iterator[Callable[[], str]]:
+    """The compiler writes the reason of a failure to the file descriptor, from C++; the exception only says that it failed."""
+    with tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def text() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield text
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+_inspected: set[tuple[str, str]] = set()  # architecture and hash of what this process has reported
+
+
+def compile_case(arch: str, index: int) -> list[tuple[str, Row]]:
+    """(hash, row) of each kernel that case `index` launches, but for those that an earlier case of this process launched too."""
+    case = cases()[index]
+    rows: list[tuple[str, Row]] = []
+    clock = time.perf_counter()
+
+    def see(launched: launch.Launch) -> None:
+        nonlocal clock
+        seconds = time.perf_counter() - clock
+        if (arch, launched.compiled.hash) not in _inspected:
+            _inspected.add((arch, launched.compiled.hash))
+            tile = "" if launched.tile is None else str(launched.tile)
+            row = Row(launched.kernel, case.name, tile, arch, round(seconds, 3), **inspect(launched.compiled))
+            rows.append((launched.compiled.hash, row))
+        clock = time.perf_counter()
+
+    with stderr_captured() as said, target(arch), launch.observe(see, compile_only=True):
+        try:
+            case.run()
+        except Exception as error:  # whatever a compiler raises: a row must say so, and the others be compiled
+            reason = "\n".join(line for line in said().splitlines() if "error:" in line)[:2000]
+            rows.append((case.name, Row("", case.name, "", arch, error=f"{type(error).__name__}: {error}\n{reason}".strip())))
+    return rows
+
+
+def compile_all(
+    archs: Sequence[str], only: str = "", jobs: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Row]:
+    """Rows of every case whose name contains `only`, for each of `archs`, compiled by `jobs` processes (default: one a core).
+
+    The same machine code is one row, however many cases need it. `progress` is called with (cases done, all cases).
+    """
+    if launch.INTERPRETED:
+        raise RuntimeError("kernels are interpreted in this process and those it starts: unset TRITON_INTERPRET and start again")
+    for arch in archs:
+        capability_of(arch)
+    work = [(arch, i) for arch, (i, case) in itertools.product(archs, enumerate(cases())) if only in case.name]
+    done: dict[tuple[str, int], list[tuple[str, Row]]] = {}
+    progress(0, len(work))
+    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(compile_case, *item): item for item in work}
+        for future in as_completed(futures):
+            done[futures[future]] = future.result()
+            progress(len(done), len(work))
+    unique: dict[tuple[str, str], Row] = {}
+    for item in work:
+        for digest, row in done[item]:
+            unique.setdefault((row.arch, digest), row)
+    return list(unique.values())
+
+
+def problems(rows: Iterable[Row]) -> list[str]:
+    """What must not be shipped, one line each: failures, spills, too much shared memory, idle tensor cores, waits after every wgmma."""
+    found = []
+    for row in rows:
+        if row.error is not None:
+            found.append(f"{row.arch} {row.variant}: does not compile: {row.error}")
+            continue
+        name = f"{row.arch} {row.kernel} ({row.variant}; {row.tile})"
+        if row.spill_bytes:
+            found.append(f"{name}: spills {row.spill_bytes} bytes a thread, {row.registers} registers")
+        if (row.shared_bytes or 0) > (row.shared_limit or 0):
+            found.append(f"{name}: needs {row.shared_bytes} bytes of shared memory, {row.shared_limit} are allowed")
+        if row.dot in ("f16", "bf16", "tf32") and row.tensor_core is None:
+            found.append(f"{name}: multiplies {row.dot} without tensor cores")
+        if row.serialised:
+            found.append(f"{name}: waits after every wgmma")
+    return found
+
+
+def kernel_names() -> set[str]:
+    """Every kernel of this package: its jit functions whose name ends in _kernel."""
+    package = __package__ or ""
+    names = set()
+    for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}."):
+        for name, value in vars(import_module(module.name)).items():
+            if name.endswith("_kernel") and isinstance(value, triton.runtime.KernelInterface):
+                names.add(name)
+    return names
+
+
+def uncovered(rows: Iterable[Row]) -> set[str]:
+    """Kernels of the package that no row compiles."""
+    return kernel_names() - {row.kernel for row in rows}

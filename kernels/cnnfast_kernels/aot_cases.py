@@ -1,0 +1,201 @@
+"""What aot.py compiles: the launchers themselves, on tensors without data.
+
+Nothing here repeats a kernel's signature. A case runs the launcher that production runs, on meta tensors of a real layer's
+shape, so what is compiled is what production would compile. Every tile that can be chosen appears with its heaviest epilogue;
+what changes the code of all tiles alike (layouts, activations, other dtypes) appears on one tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from .batchnorm import batch_moments, channel_sum, normalize, normalize_backward, update_running
+from .conv import Geometry, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from .epilogue import ACTIVATIONS, BatchNorm
+from .pooling import (
+    adaptive_avg_pool,
+    avg_pool,
+    avg_pool_backward,
+    global_avg_pool,
+    global_avg_pool_backward,
+    max_pool,
+    max_pool_backward,
+    max_pool_indices,
+)
+from .problem import PoolProblem
+from .tiling import DEFAULT_TILES, Precision, TileConfig
+
+BATCH = 32
+SPLIT_K = 8
+LAST = torch.channels_last
+NCHW = torch.contiguous_format
+FLOAT32 = torch.float32
+
+# The dtype in which each precision's tiles are compiled. float16 differs from bfloat16 in one instruction.
+DTYPES: dict[Precision, torch.dtype] = {"half": torch.bfloat16, "tf32": FLOAT32, "ieee": FLOAT32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`run()` launches one or more kernels; `name` tells what is special."""
+
+    name: str
+    run: Callable[[], object]
+
+
+def empty(*shape: int, dtype: torch.dtype = FLOAT32, fmt: torch.memory_format = NCHW) -> torch.Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype, memory_format=fmt)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One convolution of a real network."""
+
+    name: str
+    C: int
+    size: int
+    K: int
+    window: int
+    stride: int = 1
+    groups: int = 1
+    fmt: torch.memory_format = LAST
+
+    @property
+    def geometry(self) -> Geometry:
+        pad = self.window // 2
+        return Geometry((self.stride, self.stride), (pad, pad, pad, pad), (1, 1), self.groups)
+
+    @property
+    def w_shape(self) -> tuple[int, int, int, int]:
+        return self.K, self.C // self.groups, self.window, self.window
+
+    def x(self, dtype: torch.dtype) -> torch.Tensor:
+        return empty(BATCH, self.C, self.size, self.size, dtype=dtype, fmt=self.fmt)
+
+    def w(self, dtype: torch.dtype) -> torch.Tensor:
+        return empty(*self.w_shape, dtype=dtype, fmt=self.fmt)
+
+    def y(self, dtype: torch.dtype) -> torch.Tensor:
+        size = (self.size - 1) // self.stride + 1
+        return empty(BATCH, self.K, size, size, dtype=dtype, fmt=self.fmt)
+
+    def infer(self, tile: TileConfig, precision: Precision, dtype: torch.dtype, activation: str | None = "relu") -> None:
+        """The heaviest epilogue of inference: batch norm, residual, activation."""
+        norm = BatchNorm(*(empty(self.K) for _ in range(4)))
+        conv_fprop(
+            self.x(dtype), self.w(dtype), self.geometry, norm=norm, residual=self.y(dtype), activation=activation, slope=0.01,
+            tf32=precision == "tf32", tile=tile,
+        )  # fmt: skip
+
+    def train(self, tile: TileConfig, precision: Precision, dtype: torch.dtype) -> None:
+        """The epilogue of training: bias and the statistics of a tile."""
+        bias = empty(self.K, dtype=dtype)
+        conv_stats(self.x(dtype), self.w(dtype), self.geometry, bias=bias, tf32=precision == "tf32", tile=tile)
+
+    def dgrad(self, tile: TileConfig, precision: Precision, dtype: torch.dtype) -> None:
+        x_shape = (BATCH, self.C, self.size, self.size)
+        conv_dgrad(self.y(dtype), self.w(dtype), x_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
+
+    def wgrad(self, tile: TileConfig, precision: Precision, dtype: torch.dtype) -> None:
+        split = replace(tile, SPLIT_K=SPLIT_K)
+        conv_wgrad(self.x(dtype), self.y(dtype), self.w_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=split)
+
+    def im2col(self, dtype: torch.dtype) -> None:
+        x, w, y = self.x(dtype), self.w(dtype), self.y(dtype)
+        conv_fprop(x, w, self.geometry, algorithm="im2col")
+        conv_dgrad(y, w, tuple(x.shape), self.geometry, fmt=self.fmt, algorithm="im2col")
+        conv_wgrad(x, y, self.w_shape, self.geometry, fmt=self.fmt, algorithm="im2col")
+
+
+STEM = Layer("7x7/2 of 3 channels", 3, 224, 64, 7, stride=2)  # taps x channels without a gap
+BODY = Layer("3x3", 128, 28, 128, 3)
+STRIDED = Layer("3x3/2", 128, 56, 128, 3, stride=2)
+POINTWISE = Layer("1x1", 256, 56, 64, 1)
+SHORTCUT = Layer("1x1/2", 256, 56, 512, 1, stride=2)
+FORMS = (
+    POINTWISE,
+    Layer("7x7", 128, 14, 128, 7),  # too many taps for one bit each
+    Layer("3x3 of 48 channels", 48, 56, 48, 3),  # channels that no block divides
+    Layer("3x3 NCHW", 128, 28, 128, 3, fmt=NCHW),
+    Layer("3x3 in 32 groups", 128, 56, 128, 3, groups=32),
+    Layer("3x3 depthwise", 128, 56, 128, 3, groups=128),
+)
+
+
+def convolutions() -> Iterator[Case]:
+    def case(operation: str, layer: Layer, tile: TileConfig, precision: Precision, dtype: torch.dtype | None = None, note: str = "", **options) -> Case:
+        dtype = dtype or DTYPES[precision]
+        kind = str(dtype).removeprefix("torch.") + (" tf32" if precision == "tf32" else "")
+        return Case(f"{operation} {kind} {layer.name}{note}", partial(getattr(layer, operation), tile, precision, dtype, **options))
+
+    for precision, tiles in DEFAULT_TILES.items():
+        for tile in tiles:
+            yield case("infer", BODY, tile, precision)
+            yield case("dgrad", BODY, tile, precision)
+            yield case("wgrad", BODY, tile, precision)
+            if precision == "half" or tile == tiles[0]:
+                yield case("train", BODY, tile, precision)
+                yield case("infer", STEM, tile, precision)
+        yield case("dgrad", STRIDED, tiles[0], precision)
+        yield case("wgrad", STEM, tiles[0], precision)
+
+    largest, smallest = DEFAULT_TILES["half"][0], DEFAULT_TILES["half"][-1]
+    for layer in FORMS:
+        yield case("infer", layer, largest, "half")
+    for layer in (POINTWISE, SHORTCUT, FORMS[-1]):
+        yield case("dgrad", layer, largest, "half")
+    for layer in (POINTWISE, FORMS[-1]):
+        yield case("wgrad", layer, largest, "half")
+    for operation in ("infer", "dgrad", "wgrad"):
+        yield case(operation, BODY, largest, "half", torch.float16)
+    for activation in ACTIVATIONS:
+        if activation != "relu":
+            yield case("infer", POINTWISE, smallest, "half", note=f" {activation}", activation=activation)
+    for dtype in (torch.bfloat16, FLOAT32):
+        yield Case(f"im2col {str(dtype).removeprefix('torch.')}", partial(BODY.im2col, dtype))
+
+
+def batch_norm(dtype: torch.dtype, fmt: torch.memory_format, training: bool) -> None:
+    """Forward and backward of act(batch_norm(y) + residual), all gradients asked for."""
+    C = 64
+    y = empty(BATCH, C, 56, 56, dtype=dtype, fmt=fmt)
+    residual = torch.empty_like(y)
+    weight, bias = empty(C), empty(C)
+    mean, var = batch_moments(y) if training else (empty(C), empty(C))
+    if training:
+        update_running(empty(C), empty(C), mean, var, 0.1, BATCH * 56 * 56)
+    z = normalize(y, mean, var, weight, bias, residual, 1e-5, "relu", 0.0)
+    normalize_backward(torch.empty_like(z), y, z, mean, var, weight, bias, residual, 1e-5, "relu", 0.0, training, (True,) * 4)
+    channel_sum(z)
+
+
+def pooling(dtype: torch.dtype, fmt: torch.memory_format) -> None:
+    x = empty(BATCH, 64, 112, 112, dtype=dtype, fmt=fmt)
+    window = PoolProblem.of(tuple(x.shape), (3, 3), (2, 2), (1, 1))
+    y, taps = max_pool(window, x, with_taps=True)
+    assert taps is not None
+    max_pool_indices(window, taps)
+    max_pool_backward(window, y, taps, fmt)
+    avg_pool(window, x, False, None)
+    avg_pool_backward(window, y, False, None, fmt)
+    adaptive_avg_pool(x, 7, 7)
+    last = empty(BATCH, 512, 7, 7, dtype=dtype, fmt=fmt)
+    global_avg_pool_backward(global_avg_pool(last), tuple(last.shape), fmt)
+
+
+def passes() -> Iterator[Case]:
+    for dtype, fmt, layout in (torch.bfloat16, LAST, ""), (FLOAT32, LAST, ""), (torch.bfloat16, NCHW, " NCHW"), (torch.float64, LAST, ""):
+        kind = str(dtype).removeprefix("torch.") + layout
+        yield Case(f"batch norm {kind}", partial(batch_norm, dtype, fmt, True))
+        if dtype != torch.float64:
+            yield Case(f"pooling {kind}", partial(pooling, dtype, fmt))
+    yield Case("batch norm bfloat16, given statistics", partial(batch_norm, torch.bfloat16, LAST, False))
+
+
+def cases() -> list[Case]:
+    """All of them, in an order that every process of one version agrees on."""
+    return [*convolutions(), *passes()]

@@ -1,0 +1,104 @@
+"""What happens to an accumulator before it is stored, as @triton.jit helpers, and the same activations' derivatives.
+
+Activations are compared and selected, never multiplied, so that NaN and infinities pass as in PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+ACTIVATIONS = (None, "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
+# act'(u) can be told from act(u) alone (leaky_relu: for slopes above 0), so that u need not be kept for backward
+FROM_OUTPUT = (None, "relu", "leaky_relu", "relu6")
+
+
+
+class BatchNorm(NamedTuple):
+    """Batch normalisation with given statistics: (y - mean) * weight / sqrt(var + eps) + bias, each of shape [K]."""
+
+    mean: torch.Tensor | None
+    var: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float = 1e-5
+
+
+NO_NORM = BatchNorm(None, None, None, None)
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+GAUSS = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+TANH_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+TANH_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def sigmoid(u):
+    return 1.0 / (1.0 + tl.exp(-u))
+
+
+@triton.jit
+def activate(u, slope, ACTIVATION: tl.constexpr):
+    """act(u); `slope` is leaky_relu's. Formulas as in torch.nn.functional."""
+    if ACTIVATION == "relu":
+        u = tl.where(u < 0, 0.0, u)
+    elif ACTIVATION == "leaky_relu":
+        u = tl.where(u > 0, u, u * slope)
+    elif ACTIVATION == "relu6":
+        u = tl.where(u < 0, 0.0, tl.where(u > 6, 6.0, u))
+    elif ACTIVATION == "gelu":
+        u = 0.5 * u * (1.0 + tl.erf(u * SQRT_HALF))
+    elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh v) = sigmoid(2 v)
+        u = u * sigmoid((u + u * u * u * TANH_CUBIC) * TANH_SCALE)
+    elif ACTIVATION == "silu":
+        u = u * sigmoid(u)
+    elif ACTIVATION == "hardswish":
+        u = u * tl.where(u < -3, 0.0, tl.where(u > 3, 6.0, u + 3.0)) * (1.0 / 6.0)
+    return u
+
+
+@triton.jit
+def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
+    """dz * act'(u), with PyTorch's choice at the kinks. For the activations of FROM_OUTPUT, `u` may be act(u) as well."""
+    if ACTIVATION == "relu":
+        dz = tl.where(u <= 0, 0.0, dz)
+    elif ACTIVATION == "leaky_relu":
+        dz = tl.where(u > 0, dz, dz * slope)
+    elif ACTIVATION == "relu6":
+        dz = tl.where((u <= 0) | (u >= 6), 0.0, dz)
+    elif ACTIVATION == "gelu":
+        dz = dz * (0.5 * (1.0 + tl.erf(u * SQRT_HALF)) + u * GAUSS * tl.exp(-0.5 * u * u))
+    elif ACTIVATION == "gelu_tanh":
+        s = sigmoid((u + u * u * u * TANH_CUBIC) * TANH_SCALE)
+        dz = dz * (s + u * s * (1.0 - s) * (1.0 + u * u * (3.0 * TANH_CUBIC)) * TANH_SCALE)
+    elif ACTIVATION == "silu":
+        s = sigmoid(u)
+        dz = dz * (s * (1.0 + u * (1.0 - s)))
+    elif ACTIVATION == "hardswish":
+        dz = tl.where(u < -3, 0.0, tl.where(u <= 3, dz * (u * (1.0 / 3.0) + 0.5), dz))
+    return dz
+
+
+@triton.jit
+def normalize_columns(y, mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS: tl.constexpr, ACC: tl.constexpr):
+    """Batch norm of y [rows, columns]; the mean is subtracted first, for y * scale + shift cancels where |mean| >> std."""
+    mean = tl.load(mean_ptr + column, mask=column_ok, other=0.0).to(ACC)
+    scale = 1.0 / tl.sqrt(tl.load(var_ptr + column, mask=column_ok, other=1.0).to(ACC) + EPS)
+    if weight_ptr is not None:
+        scale = scale * tl.load(weight_ptr + column, mask=column_ok, other=0.0).to(ACC)
+    y = (y - mean[None, :]) * scale[None, :]
+    if bias_ptr is not None:
+        y = y + tl.load(bias_ptr + column, mask=column_ok, other=0.0).to(ACC)[None, :]
+    return y
+
+
+@triton.jit
+def tile_moments(y, row_ok):
+    """Mean and sum of squared deviations of each column of y [BLOCK_M, BLOCK_N], over the rows that exist."""
+    count = tl.sum(row_ok.to(y.dtype), 0)
+    mean = tl.sum(tl.where(row_ok[:, None], y, 0.0), 0) / count
+    deviation = tl.where(row_ok[:, None], y - mean[None, :], 0.0)
+    return mean, tl.sum(deviation * deviation, 0)

@@ -1,0 +1,128 @@
+"""Gradient of a convolution's input as an implicit GEMM.
+
+    dx[n, h, w, c] = sum over r, s, k of dy[n, p, q, k] * w[k, r, s, c]    where p * stride_h = h + pad_h - r * dil_h, q alike
+
+With a stride most (h, r) pairs meet no p. Pixels with the same h mod stride_h meet the same taps, a stride / gcd(stride, dilation)
+apart, so the pixels are sorted into stride_h * stride_w classes, and within a class the sum is a correlation of stride 1 over dy:
+no work is spent on zeros, and all classes run in one launch. A class that meets no tap writes zeros.
+
+GEMM_M = N * H * W input pixels of a class, GEMM_N = C channels, GEMM_K = taps of the class * K, one GEMM a group.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import launch
+from ..problem import ConvProblem, tap_step
+from ..tiling import Precision, TileConfig, cdiv
+from .tiles import channel_offset, load_taps, multiply_accumulate, pixel_offset, tap_bits, unravel_npq, unravel_rsc
+
+EXTENTS = ["N", "H", "W", "P", "Q"]
+STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx") for d in "nhwc"]
+
+
+@triton.jit
+def class_axis(first, extent, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, STEP: tl.constexpr):
+    """The class of pixels h = first + i * STRIDE, i < pixels, along one axis: (pixels, r0, taps, p0).
+
+    It meets taps r = r0 + j * STEP, j < taps, and tap r of pixel i reads p = p0 + i - j * DIL * STEP / STRIDE.
+    """
+    if STRIDE == 1:
+        return extent, 0, R, PAD
+    else:
+        pixels = (extent - first + STRIDE - 1) // STRIDE
+        r0 = first * 0 + R
+        for r in tl.static_range(R if R < STEP else STEP):
+            r0 = tl.where((first + PAD - r * DIL) % STRIDE == 0, r, r0)
+        taps = (R - r0 + STEP - 1) // STEP
+        return pixels, r0, taps, (first + PAD - r0 * DIL) // STRIDE
+
+
+@triton.jit(do_not_specialize=EXTENTS + STRIDES)
+def conv_dgrad_kernel(
+    dy_ptr, w_ptr, dx_ptr, N, H, W, P, Q, C,
+    dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
+    w_stride_k, w_stride_r, w_stride_s, w_stride_c,
+    dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c,
+    K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, DY_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of dx. C and K are channels and filters of a group."""
+    MAX_R: tl.constexpr = (R + STEP_H - 1) // STEP_H  # taps of the class that meets most
+    MAX_S: tl.constexpr = (S + STEP_W - 1) // STEP_W
+    FLAT: tl.constexpr = K < BLOCK_K and MAX_R * MAX_S > 1
+    EVEN: tl.constexpr = K % BLOCK_K == 0
+    P_STEP: tl.constexpr = -(DIL_H * STEP_H // STRIDE_H)
+    Q_STEP: tl.constexpr = -(DIL_W * STEP_W // STRIDE_W)
+
+    # Channels vary fastest, then classes: programs that run together share their part of dy.
+    tiles_c = tl.cdiv(C, BLOCK_N)
+    tiles_m = tl.cdiv(N * tl.cdiv(H, STRIDE_H) * tl.cdiv(W, STRIDE_W), BLOCK_M)
+    pid = tl.program_id(0)
+    first_h = pid // tiles_c % STRIDE_H
+    first_w = pid // tiles_c // STRIDE_H % STRIDE_W
+    tile_m = pid // tiles_c // (STRIDE_H * STRIDE_W) % tiles_m
+    group = pid // tiles_c // (STRIDE_H * STRIDE_W) // tiles_m
+
+    rows, r0, taps_r, p0 = class_axis(first_h, H, R, STRIDE_H, PAD_H, DIL_H, STEP_H)
+    cols, s0, taps_s, q0 = class_axis(first_w, W, S, STRIDE_W, PAD_W, DIL_W, STEP_W)
+    M = N * rows * cols
+    n, i, j, row_ok = unravel_npq(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M, rows, cols)
+    c = pid % tiles_c * BLOCK_N + tl.arange(0, BLOCK_N)
+    c_ok = c < C
+
+    p = p0 + i
+    q = q0 + j
+    dy_rows = dy_ptr + pixel_offset(n, p, q, dy_stride_n, dy_stride_h, dy_stride_w, DY_ALIGN) + channel_offset(group * K, dy_stride_c)
+    w_cols = w_ptr + channel_offset(c, w_stride_c)
+    bits = None if FLAT or MAX_R * MAX_S > 31 else tap_bits(p, q, row_ok, P, Q, MAX_R, MAX_S, P_STEP, Q_STEP)
+
+    taps = taps_r * taps_s
+    steps = tl.cdiv(taps * K, BLOCK_K) if FLAT else taps * ((K + BLOCK_K - 1) // BLOCK_K)
+    if STRIDE_H * STRIDE_W > 1:
+        steps = tl.where(tile_m * BLOCK_M < M, steps, 0)  # classes differ in size: a smaller one has fewer tiles
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for step in range(steps):
+        tap_r, tap_s, k, k_ok = unravel_rsc(step, K, taps_r, taps_s, BLOCK_K, FLAT)
+        dy = load_taps(
+            dy_rows, bits, p, q, row_ok, tap_r, tap_s, k, k_ok, P, Q, dy_stride_h, dy_stride_w, dy_stride_c,
+            MAX_S, P_STEP, Q_STEP, DY_ALIGN, FLAT, EVEN,
+        )  # fmt: skip
+        w_mask = c_ok[None, :] if EVEN else c_ok[None, :] & k_ok[:, None]
+        r = (r0 + tap_r * STEP_H).to(tl.int64)
+        s = (s0 + tap_s * STEP_W).to(tl.int64)
+        w_rows = ((group * K + k).to(tl.int64) * w_stride_k + r * w_stride_r + s * w_stride_s) * W_ALIGN
+        w = tl.load(w_cols[None, :] + w_rows[:, None], mask=w_mask, other=0.0)
+        acc = multiply_accumulate(dy, w, acc, PRECISION)
+
+    h = first_h + i * STRIDE_H
+    w_pixel = first_w + j * STRIDE_W
+    dx_rows = dx_ptr + pixel_offset(n, h, w_pixel, dx_stride_n, dx_stride_h, dx_stride_w, DX_ALIGN)
+    dx_cols = channel_offset(group * C + c, dx_stride_c)
+    tl.store(dx_rows[:, None] + dx_cols[None, :], acc.to(dx_ptr.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
+
+
+def dgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor) -> None:
+    """Writes every element of dx, the gradient of a convolution's input.
+
+    Shapes: dy [N, K, P, Q], w [K, C / groups, R, S], dx [N, C, H, W], in any memory layout.
+    """
+    g = problem
+    pixels = g.N * cdiv(g.H, g.stride_h) * cdiv(g.W, g.stride_w)  # of the largest class
+    grid = (cdiv(pixels, tile.BLOCK_M) * g.parities * cdiv(g.group_channels, tile.BLOCK_N) * g.groups,)
+    dys, ws, dxs = launch.strides_nhwc(dy), launch.strides_nhwc(w), launch.strides_nhwc(dx)
+    launch.run(
+        conv_dgrad_kernel, grid, dx.device,
+        dy, w, dx, g.N, g.H, g.W, g.P, g.Q, g.group_channels, *dys[:4], *ws[:4], *dxs[:4],
+        tile=tile, K=g.group_filters, R=g.R, S=g.S,
+        STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
+        STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
+        DY_ALIGN=dys.align, W_ALIGN=ws.align, DX_ALIGN=dxs.align,
+        PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dx.dtype)],
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,132 @@
+"""Index algebra and masked loads that the gather kernels share.
+
+Pointers to a pixel are 64-bit from the start, so that no offset overflows; a pointer may lie outside its tensor as long
+as the mask of the load that uses it is false there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def unravel_npq(m, M, P, Q):
+    """Row m of the implicit GEMM as (n, p, q), and whether it exists."""
+    q = m % Q
+    t = m // Q
+    return t // P, t % P, q, m < M
+
+
+def divisor(d: int) -> tuple[int, int]:
+    """(magic, shift) for `divide`, of 1 <= d < 2**31. The magic number takes 32 bits, so that every d gives the same argument types."""
+    shift = (d - 1).bit_length()
+    return -(-(1 << (31 + shift)) // d), shift
+
+
+@triton.jit
+def divide(m, magic, shift):
+    """m // d for 0 <= m < 2**31 by Granlund and Montgomery's multiplication: 3 instructions where a runtime d takes some 20."""
+    return (tl.umulhi(m.to(tl.uint32) * 2, magic.to(tl.uint32)) >> shift.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def channel_offset(c, stride_c):
+    """`stride_c` is None where channels are adjacent: then the compiler sees that, and loads vectors."""
+    if stride_c is None:
+        offset = c.to(tl.int64)
+    else:
+        offset = c.to(tl.int64) * stride_c
+    return offset
+
+
+@triton.jit
+def pixel_offset(n, h, w, stride_n, stride_h, stride_w, ALIGN: tl.constexpr):
+    """Elements from the tensor's start to pixel (n, h, w). Multiplying by ALIGN last tells the compiler the alignment."""
+    return (n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w) * ALIGN
+
+
+@triton.jit
+def tap_bits(h0, w0, row_ok, H, W, R: tl.constexpr, S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr):
+    """Bit r * S + s of a row says whether tap (r, s), at (h0 + r * STEP_H, w0 + s * STEP_W), lies in the image. R * S <= 31."""
+    columns = tl.zeros_like(w0)
+    for s in tl.static_range(S):
+        w = w0 + s * STEP_W
+        columns |= ((w >= 0) & (w < W)).to(tl.int32) << s
+    bits = tl.zeros_like(h0)
+    for r in tl.static_range(R):
+        h = h0 + r * STEP_H
+        bits |= tl.where(row_ok & (h >= 0) & (h < H), columns << (r * S), 0)
+    return bits
+
+
+@triton.jit
+def unravel_rsc(step, C: tl.constexpr, R, S, BLOCK_K: tl.constexpr, FLAT: tl.constexpr):
+    """Tap and channels of k-step `step` over R x S taps: (r, s, c, c_ok) with c [BLOCK_K].
+
+    FLAT: the k-index runs over taps x channels without a gap, r and s are [BLOCK_K] too (few channels: no lane is wasted).
+    Otherwise a step stays within one tap, and r and s are scalars.
+    """
+    if FLAT:
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        c = k % C
+        r = k // C // S
+        s = k // C % S
+        c_ok = k < R * S * C
+    else:
+        STEPS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+        tap = step // STEPS_C
+        c = step % STEPS_C * BLOCK_K + tl.arange(0, BLOCK_K)
+        r = tap // S
+        s = tap % S
+        c_ok = c < C
+    return r, s, c, c_ok
+
+
+@triton.jit
+def load_taps(
+    rows, bits, h0, w0, row_ok, r, s, c, c_ok, H, W, stride_h, stride_w, stride_c,
+    S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Pixels of tap (r, s) for each row, channels c: [BLOCK_M, BLOCK_K], zero in the padding.
+
+    `rows` points at pixel (h0, w0) of each row; `bits` is from tap_bits, or None: then the mask is computed here.
+    EVEN: all of `c` exist.
+    """
+    if FLAT:
+        h = h0[:, None] + (r * STEP_H)[None, :]
+        w = w0[:, None] + (s * STEP_W)[None, :]
+        mask = row_ok[:, None] & c_ok[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    else:
+        if bits is None:
+            h = h0 + r * STEP_H
+            w = w0 + s * STEP_W
+            ok = row_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        else:
+            ok = ((bits >> (r * S + s)) & 1) != 0
+        mask = ok[:, None]
+        if not EVEN:
+            mask = mask & c_ok[None, :]
+    tap = ((r * STEP_H).to(tl.int64) * stride_h + (s * STEP_W).to(tl.int64) * stride_w) * ALIGN
+    offset = tap + channel_offset(c, stride_c)
+    return tl.load(rows[:, None] + offset[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def round_tf32(x):
+    """Nearest tf32 (ties away from zero, as cvt.rna). The matrix unit itself truncates: far worse on non-negative data."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
+
+
+@triton.jit
+def multiply_accumulate(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b; PRECISION: "half" | "tf32" | "ieee" | "fp64"."""
+    if PRECISION == "tf32":
+        acc = tl.dot(round_tf32(a), round_tf32(b), acc, input_precision="tf32", out_dtype=tl.float32)
+    elif PRECISION == "fp64":
+        acc = tl.dot(a, b, acc, out_dtype=tl.float64)
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float32)
+    return acc

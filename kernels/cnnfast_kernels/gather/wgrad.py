@@ -1,0 +1,166 @@
+"""Gradient of a convolution's weights as an implicit GEMM.
+
+    dw[k, r, s, c] = sum over n, p, q of dy[n, p, q, k] * x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c]
+
+GEMM_M = K filters, GEMM_N = R * S * C weights of a filter (c fastest), GEMM_K = N * P * Q output pixels, one GEMM a group.
+The result is small and the sum long, so the pixels are cut into parts that run side by side; each writes a partial
+gradient to its own slot, and a second kernel adds the slots in a fixed order: the same bits every time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import launch
+from ..problem import ConvProblem
+from ..tiling import Precision, TileConfig, cdiv
+from .tiles import channel_offset, divide, divisor, multiply_accumulate, pixel_offset
+
+# Weights summed by one program of the reduction.
+REDUCE_BLOCK = 256
+
+EXTENTS = ["N", "H", "W", "P", "Q", "SLOTS", "p_magic", "p_shift", "q_magic", "q_shift"]
+STRIDES = [f"{t}_stride_{d}" for t in ("x", "dy") for d in "nhwc"]
+
+
+@triton.jit(do_not_specialize=EXTENTS + STRIDES)
+def conv_wgrad_kernel(
+    x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, SLOTS, p_magic, p_shift, q_magic, q_shift,
+    x_stride_n, x_stride_h, x_stride_w, x_stride_c,
+    dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
+    dw_stride_slot, dw_stride_k, dw_stride_r, dw_stride_s, dw_stride_c,
+    C: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    X_ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr, DW_ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of one slot of dw [SLOTS, K * GROUPS, C, R, S]. C and K are channels and filters of a group."""
+    ONE_TAP: tl.constexpr = C % BLOCK_N == 0 or R * S == 1  # no tile of columns spans two taps
+
+    # Weights vary fastest: programs that run together share their pixels.
+    M = N * P * Q
+    tiles_rsc = tl.cdiv(R * S * C, BLOCK_N)
+    tiles_k = tl.cdiv(K, BLOCK_M)
+    pid = tl.program_id(0)
+    column = pid % tiles_rsc * BLOCK_N
+    group = pid // tiles_rsc // tiles_k % GROUPS
+    slot = pid // tiles_rsc // tiles_k // GROUPS
+
+    k = pid // tiles_rsc % tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
+    k_ok = k < K
+    columns = column + tl.arange(0, BLOCK_N)
+    column_ok = columns < R * S * C
+    c = columns % C
+    tap = (column if ONE_TAP else columns) // C
+    h_tap = tap // S * DIL_H - PAD_H  # scalars if ONE_TAP, else [BLOCK_N]
+    w_tap = tap % S * DIL_W - PAD_W
+    x_tap = (h_tap.to(tl.int64) * x_stride_h + w_tap.to(tl.int64) * x_stride_w) * X_ALIGN
+    x_cols = x_ptr + x_tap + channel_offset(group * C + c, x_stride_c)
+    dy_cols = dy_ptr + channel_offset(group * K + k, dy_stride_c)
+
+    steps = tl.cdiv(tl.cdiv(M, BLOCK_K), SLOTS)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for step in range(slot * steps, tl.minimum((slot + 1) * steps, tl.cdiv(M, BLOCK_K))):
+        m = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        t = divide(m, q_magic, q_shift)
+        n = divide(t, p_magic, p_shift)
+        p = t - n * P
+        q = m - t * Q
+        ok = m < M
+        dy_rows = pixel_offset(n, p, q, dy_stride_n, dy_stride_h, dy_stride_w, DY_ALIGN)
+        dy = tl.load(dy_cols[:, None] + dy_rows[None, :], mask=k_ok[:, None] & ok[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        h = p * STRIDE_H
+        w = q * STRIDE_W
+        x_rows = pixel_offset(n, h, w, x_stride_n, x_stride_h, x_stride_w, X_ALIGN)
+        if ONE_TAP:
+            inside = ok & (h >= -h_tap) & (h < H - h_tap) & (w >= -w_tap) & (w < W - w_tap)
+            mask = inside[:, None] & column_ok[None, :]
+        else:
+            inside_h = (h[:, None] >= -h_tap[None, :]) & (h[:, None] < H - h_tap[None, :])
+            inside_w = (w[:, None] >= -w_tap[None, :]) & (w[:, None] < W - w_tap[None, :])
+            mask = ok[:, None] & column_ok[None, :] & inside_h & inside_w
+        x = tl.load(x_cols[None, :] + x_rows[:, None], mask=mask, other=0.0)  # [BLOCK_K, BLOCK_N]
+        acc = multiply_accumulate(dy, x, acc, PRECISION)
+
+    tap = columns // C
+    dw_rows = dw_ptr + slot.to(tl.int64) * dw_stride_slot + (group * K + k).to(tl.int64) * dw_stride_k * DW_ALIGN
+    dw_cols = ((tap // S).to(tl.int64) * dw_stride_r + (tap % S).to(tl.int64) * dw_stride_s) * DW_ALIGN + channel_offset(c, dw_stride_c)
+    tl.store(dw_rows[:, None] + dw_cols[None, :], acc.to(dw_ptr.dtype.element_ty), mask=k_ok[:, None] & column_ok[None, :])
+
+
+@triton.jit(do_not_specialize=["SLOTS", "slot_stride"])
+def conv_wgrad_reduce_kernel(
+    partials_ptr, dw_ptr, K, SLOTS, slot_stride, dw_stride_k, dw_stride_r, dw_stride_s, dw_stride_c,
+    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DW_ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK weights of dw: the sum over all slots of partials [SLOTS, K, R, S, C]."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    k = e // (R * S * C)
+    ok = k < K
+    acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
+    for first in range(0, SLOTS, BLOCK_SLOTS):
+        slots = first + tl.arange(0, BLOCK_SLOTS)
+        offsets = slots.to(tl.int64)[:, None] * slot_stride + e[None, :]
+        acc += tl.sum(tl.load(partials_ptr + offsets, mask=(slots < SLOTS)[:, None] & ok[None, :], other=0.0), 0)
+    c = e % C
+    tap = e // C % (R * S)
+    dw_offset = (k * dw_stride_k + tap // S * dw_stride_r + tap % S * dw_stride_s) * DW_ALIGN + channel_offset(c, dw_stride_c)
+    tl.store(dw_ptr + dw_offset, acc.to(dw_ptr.dtype.element_ty), mask=ok)
+
+
+def wgrad_partials(
+    problem: ConvProblem, tile: TileConfig, precision: Precision, x: torch.Tensor, dy: torch.Tensor, partials: torch.Tensor
+) -> None:
+    """Writes partials [slots, K, C / groups, R, S], any strides: slot i holds the gradient from the i-th part of the output pixels.
+
+    Shapes: x [N, C, H, W], dy [N, K, P, Q], in any memory layout. There may be more slots than work: the last ones are then zeros.
+    The sum is taken in the accumulator's dtype and rounded to that of `partials`. `tile.SPLIT_K` is not read.
+    """
+    g = problem
+    slots = partials.shape[0]
+    grid = (cdiv(g.group_filters, tile.BLOCK_M) * cdiv(g.R * g.S * g.group_channels, tile.BLOCK_N) * g.groups * slots,)
+    xs, dys, dws = launch.strides_nhwc(x), launch.strides_nhwc(dy), launch.strides_nhwc(partials[0])
+    launch.run(
+        conv_wgrad_kernel, grid, x.device,
+        x, dy, partials, g.N, g.H, g.W, g.P, g.Q, g.group_filters, slots, *divisor(max(g.P, 1)), *divisor(max(g.Q, 1)), *xs[:4], *dys[:4], partials.stride(0), *dws[:4],
+        tile=tile, C=g.group_channels, GROUPS=g.groups, R=g.R, S=g.S,
+        STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
+        X_ALIGN=xs.align, DY_ALIGN=dys.align, DW_ALIGN=dws.align,
+        PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def empty_partials(problem: ConvProblem, slots: int, like: torch.Tensor) -> torch.Tensor:
+    """Workspace [slots, K, C / groups, R, S] for wgrad_partials, channels innermost, in the dtype that sums of products of `like` have."""
+    g = problem
+    shape = (slots, g.K, g.R, g.S, g.group_channels)
+    return launch.empty(shape, like, dtype=launch.accumulator_dtype(like.dtype)).permute(0, 1, 4, 2, 3)
+
+
+def reduce_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
+    """dw = the sum of the slots of `partials`, which is from empty_partials; dw [K, C / groups, R, S] in any layout and dtype."""
+    slots, K, C, R, S = partials.shape
+    dws = launch.strides_nhwc(dw)
+    launch.run(
+        conv_wgrad_reduce_kernel, (cdiv(dw.numel(), REDUCE_BLOCK),), dw.device,
+        partials, dw, K, slots, partials.stride(0), *dws[:4],
+        C=C, R=R, S=S, DW_ALIGN=dws.align, BLOCK=REDUCE_BLOCK, BLOCK_SLOTS=8, num_warps=4,
+    )  # fmt: skip
+
+
+def wgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
+    """Writes every element of dw, the gradient of a convolution's weights, from tile.SPLIT_K partial sums.
+
+    Shapes: x [N, C, H, W], dy [N, K, P, Q], dw [K, C / groups, R, S], in any memory layout.
+    """
+    if dy.numel() == 0:
+        dw.zero_()
+    elif tile.SPLIT_K == 1:
+        wgrad_partials(problem, tile, precision, x, dy, dw[None])
+    else:
+        partials = empty_partials(problem, tile.SPLIT_K, x)
+        wgrad_partials(problem, tile, precision, x, dy, partials)
+        reduce_partials(partials, dw)

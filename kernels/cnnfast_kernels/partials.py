@@ -1,0 +1,95 @@
+"""The second stage of sums and moments over rows: partials [T, quantities, C], one a tile of rows, combined into [C].
+
+Groups of partials become one partial, level by level, until one is left: no channel waits for one program to walk through
+all of its partials, and the order depends on shapes alone, so that the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .planes import PlaneTile
+from .tiling import cdiv
+
+
+@triton.jit
+def rows_before(tile, tiles, tiles_l, L, ROWS):
+    """Rows of the first `tile` tiles, at most `tiles`, when every plane of L rows is cut into tiles_l tiles of ROWS rows."""
+    tile = tl.minimum(tile, tiles)
+    return (tile // tiles_l).to(tl.int64) * L + tl.minimum(tile % tiles_l * ROWS, L)
+
+
+@triton.jit(do_not_specialize=["T", "tiles", "group", "tiles_l", "L", "ROWS"])
+def combine_kernel(
+    partials_ptr, first_ptr, second_ptr, T, tiles, group, tiles_l, L, ROWS,
+    C: tl.constexpr, QUANTITIES: tl.constexpr, MOMENTS: tl.constexpr, FINAL: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_T of T partials into one: sums, or MOMENTS by Chan's formula, where partial t stands for tiles [t, t + 1) * group."""
+    TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    out = tl.program_id(0) // TILES_C
+    t = out * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(0) % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_ok = c < C
+    mask = (t < T)[:, None] & c_ok[None, :]
+    stride: tl.constexpr = QUANTITIES * C
+    rows = partials_ptr + (t.to(tl.int64) * stride)[:, None] + c[None, :]
+    at = out.to(tl.int64) * stride + c
+    first = tl.load(rows, mask=mask, other=0.0)  # [BLOCK_T, BLOCK_C]
+    if MOMENTS:
+        count = (rows_before((t + 1) * group, tiles, tiles_l, L, ROWS) - rows_before(t * group, tiles, tiles_l, L, ROWS)).to(ACC)
+        total = tl.sum(count, 0)
+        # means relative to the first one: a large common mean costs no digits
+        origin = tl.load(partials_ptr + (out * BLOCK_T).to(tl.int64) * stride + c, mask=c < C * tl.minimum(T, 1), other=0.0)
+        shifted = tl.where(mask, first - origin[None, :], 0.0)
+        shift = tl.sum(shifted * count[:, None], 0) / total
+        deviation = shifted - shift[None, :]
+        m2 = tl.sum(tl.load(rows + C, mask=mask, other=0.0) + deviation * deviation * count[:, None], 0)
+        if FINAL:
+            m2 = m2 / total
+        tl.store(first_ptr + at, origin + shift, mask=c_ok)
+        tl.store(second_ptr + at, m2, mask=c_ok)
+    else:
+        tl.store(first_ptr + at, tl.sum(first, 0), mask=c_ok)
+        if QUANTITIES == 2:
+            second = tl.load(rows + C, mask=mask, other=0.0)
+            tl.store(second_ptr + at, tl.sum(second, 0), mask=c_ok)
+
+
+class TileRows(NamedTuple):
+    """How many rows the tiles have: every plane of L rows is cut into tiles_l tiles of ROWS rows, the last one shorter."""
+
+    tiles_l: int
+    L: int
+    ROWS: int
+
+
+def combine(partials: torch.Tensor, rows: TileRows | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Partials [T, quantities, C] into one [C] a quantity: sums, or mean and biased variance where `rows` is given."""
+    tiles, quantities, C = partials.shape
+    BLOCK_C = min(32 if partials.dtype == torch.float32 else 16, triton.next_power_of_2(C))
+    tile = PlaneTile(128, BLOCK_C, 8)
+    T, group = tiles, 1
+    while True:
+        groups = max(1, cdiv(T, tile.BLOCK_L))
+        final = groups == 1
+        if final:
+            outs = [launch.empty((C,), partials) for _ in range(quantities)]
+        else:
+            combined = launch.empty((groups, quantities, C), partials)
+            outs = list(combined.unbind(1))
+        first, second = outs if quantities == 2 else (outs[0], None)
+        launch.run(
+            combine_kernel, (groups * cdiv(C, BLOCK_C),), partials.device,
+            partials, first, second, T, tiles, group, *(rows or (1, 0, 0)),
+            tile=tile, C=C, QUANTITIES=quantities, MOMENTS=rows is not None, FINAL=final, ACC=launch.KERNEL_DTYPES[partials.dtype],
+            BLOCK_T=tile.BLOCK_L, BLOCK_C=BLOCK_C, num_warps=tile.num_warps,
+        )  # fmt: skip
+        if final:
+            return first, second
+        partials, T, group = combined, groups, group * tile.BLOCK_L

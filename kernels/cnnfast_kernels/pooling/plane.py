@@ -1,0 +1,103 @@
+"""Global average pooling: the one pooling that reduces across threads.
+
+A program sums blocks of BLOCK_PIXELS x BLOCK_C of one image, element by element, and adds the block's pixels up at its end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import launch
+from ..gather.tiles import channel_offset
+from ..tiling import BUSY_PROGRAMS, cdiv
+from .rows import NUM_WARPS, RUNTIME, divide
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneTile:
+    """The block of pixels x channels of one step; CHANNELS_FAST: lanes run along channels, else along pixels."""
+
+    BLOCK_PIXELS: int
+    BLOCK_C: int
+    CHANNELS_FAST: bool
+
+
+@triton.jit(do_not_specialize=["count", "span", "splits", *RUNTIME])
+def plane_mean_kernel(
+    x_ptr, y_ptr, count, span, splits, H, W,
+    x_stride_n, x_stride_h, x_stride_w, x_stride_c,
+    y_stride_n, y_stride_h, y_stride_c,
+    C: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_FAST: tl.constexpr,
+):  # fmt: skip
+    """y[n, split, c] = sum of x over `span` pixels of plane (n, c), divided by `count`."""
+    tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    split = pid // tiles_c % splits
+    n = pid // tiles_c // splits
+    channels = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    lane = tl.arange(0, BLOCK_PIXELS)
+    PIXEL_AXIS: tl.constexpr = 0 if CHANNELS_FAST else 1
+    if CHANNELS_FAST:  # lanes run along a block's last axis
+        c = channels[None, :]
+        lane = lane[:, None]
+        acc = tl.zeros((BLOCK_PIXELS, BLOCK_C), ACC)
+    else:
+        c = channels[:, None]
+        lane = lane[None, :]
+        acc = tl.zeros((BLOCK_C, BLOCK_PIXELS), ACC)
+
+    first = split * span
+    pixels = tl.minimum(span, H * W - first)
+    x_cols = x_ptr + n.to(tl.int64) * x_stride_n * X_ALIGN + channel_offset(c, x_stride_c)
+    for step in range(tl.cdiv(pixels, BLOCK_PIXELS)):
+        pixel = first + step * BLOCK_PIXELS + lane
+        offset = ((pixel // W).to(tl.int64) * x_stride_h + (pixel % W).to(tl.int64) * x_stride_w) * X_ALIGN
+        acc += tl.load(x_cols + offset, mask=(lane < pixels - step * BLOCK_PIXELS) & (c < C), other=0.0).to(ACC)
+
+    y = divide(tl.sum(acc, PIXEL_AXIS), count.to(ACC))
+    y_cols = y_ptr + (n.to(tl.int64) * y_stride_n + split.to(tl.int64) * y_stride_h) * Y_ALIGN + channel_offset(channels, y_stride_c)
+    tl.store(y_cols, y.to(y_ptr.dtype.element_ty), mask=channels < C)
+
+
+def _plane_mean(x: torch.Tensor, y: torch.Tensor, count: int, span: int, tile: PlaneTile) -> None:
+    """y [N, C, splits, 1] = sums over `span` pixels each, divided by `count`."""
+    N, C, H, W = x.shape
+    splits = y.shape[2]
+    xs, ys = launch.strides_nhwc(x), launch.strides_nhwc(y)
+    launch.run(
+        plane_mean_kernel, (N * splits * cdiv(C, tile.BLOCK_C),), x.device,
+        x, y, count, span, splits, H, W, *xs[:4], ys.n, ys.h, ys.c,
+        tile=tile, C=C, X_ALIGN=xs.align, Y_ALIGN=ys.align, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
+        BLOCK_PIXELS=tile.BLOCK_PIXELS, BLOCK_C=tile.BLOCK_C, CHANNELS_FAST=tile.CHANNELS_FAST, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def _plane_tile(C: int, channels_fast: bool) -> PlaneTile:
+    block_c = min(128 if channels_fast else 16, triton.next_power_of_2(C))
+    return PlaneTile((2048 if channels_fast else 1024) // block_c, block_c, channels_fast)
+
+
+def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
+    """The mean of each plane of x [N, C, H, W]: [N, C, 1, 1], channels_last if x is.
+
+    Few large planes are cut into parts, whose sums a second launch adds in order.
+    """
+    N, C, H, W = x.shape
+    fmt = launch.memory_format(x)
+    y = launch.empty((N, C, 1, 1), x, fmt)
+    tile = _plane_tile(C, fmt == torch.channels_last)
+    programs = max(1, N * cdiv(C, tile.BLOCK_C))
+    splits = max(1, min(cdiv(2 * BUSY_PROGRAMS, programs), H * W // (8 * tile.BLOCK_PIXELS)))
+    if splits == 1:
+        _plane_mean(x, y, H * W, H * W, tile)
+        return y
+    span = cdiv(cdiv(H * W, splits), tile.BLOCK_PIXELS) * tile.BLOCK_PIXELS
+    parts = launch.empty((N, C, cdiv(H * W, span), 1), x, torch.channels_last, launch.accumulator_dtype(x.dtype))
+    _plane_mean(x, parts, 1, span, tile)
+    _plane_mean(parts, y, H * W, parts.shape[2], _plane_tile(C, True))
+    return y

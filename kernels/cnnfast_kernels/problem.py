@@ -1,0 +1,140 @@
+"""The geometry of convolution and pooling: extents, padding, strides, and what follows from them.
+
+Pure Python: imports neither torch nor triton. The letters are those of CUTLASS and cuDNN:
+input N C H W, filters K C R S, output N K P Q.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+# Rows of the implicit GEMM are counted in 32-bit integers; offsets into tensors are 64-bit.
+MAX_PIXELS = 2**31 - 1
+
+
+def output_extent(size: int, window: int, stride: int, pad_before: int, pad_after: int, dilation: int) -> int:
+    """Positions a window of `window` taps takes along an axis: floor((size + pads - dilation * (window - 1) - 1) / stride) + 1."""
+    return (size + pad_before + pad_after - dilation * (window - 1) - 1) // stride + 1
+
+
+@dataclass(frozen=True, slots=True)
+class ConvProblem:
+    """One convolution. P and Q are given, not derived, so that one end may be padded more than the other ("same", even filters)."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    P: int
+    Q: int
+    stride_h: int = 1
+    stride_w: int = 1
+    pad_h: int = 0  # rows of zeros above the image; those below follow from P
+    pad_w: int = 0
+    dil_h: int = 1
+    dil_w: int = 1
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.C % self.groups or self.K % self.groups:
+            raise ValueError(f"groups={self.groups} must divide both the input channels C={self.C} and the filters K={self.K}")
+        if max(self.N * self.H * self.W, self.N * self.P * self.Q) > MAX_PIXELS:
+            raise ValueError(f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} must not exceed {MAX_PIXELS} pixels")
+
+    @classmethod
+    def of(
+        cls,
+        x_shape: tuple[int, ...],
+        w_shape: tuple[int, ...],
+        stride: tuple[int, int],
+        padding: tuple[int, int, int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> ConvProblem:
+        """From shapes [N, C, H, W] and [K, C / groups, R, S]; padding is (top, bottom, left, right)."""
+        N, C, H, W = x_shape
+        K, _, R, S = w_shape
+        top, bottom, left, right = padding
+        P = output_extent(H, R, stride[0], top, bottom, dilation[0])
+        Q = output_extent(W, S, stride[1], left, right, dilation[1])
+        return cls(N, C, H, W, K, R, S, P, Q, *stride, top, left, *dilation, groups)
+
+    @property
+    def group_channels(self) -> int:
+        return self.C // self.groups
+
+    @property
+    def group_filters(self) -> int:
+        return self.K // self.groups
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups == self.C and self.groups > 1
+
+    @property
+    def parities(self) -> int:
+        """Sub-problems of dgrad: input pixels with the same (h + pad) mod stride see the same taps."""
+        return self.stride_h * self.stride_w
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of one pass, taps in the padding counted as PyTorch's own counter does."""
+        return 2 * self.N * self.P * self.Q * self.K * self.group_channels * self.R * self.S
+
+
+def tap_step(stride: int, dilation: int) -> int:
+    """Distance between taps that reach the same input residue modulo `stride`: r * dilation = const (mod stride)."""
+    return stride // gcd(stride, dilation)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolProblem:
+    """One pooling of an [N, C, H, W] input by R x S windows; P and Q are given because ceil_mode changes them."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    R: int
+    S: int
+    P: int
+    Q: int
+    stride_h: int
+    stride_w: int
+    pad_h: int = 0
+    pad_w: int = 0
+    dil_h: int = 1
+    dil_w: int = 1
+
+    def __post_init__(self) -> None:
+        if max(self.N * self.H * self.W, self.N * self.P * self.Q) > MAX_PIXELS:
+            raise ValueError(f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} must not exceed {MAX_PIXELS} pixels")
+
+    @classmethod
+    def of(
+        cls,
+        x_shape: tuple[int, ...],
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int] = (1, 1),
+        ceil_mode: bool = False,
+    ) -> PoolProblem:
+        N, C, H, W = x_shape
+        P, Q = (
+            pool_extent(size, kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode) for i, size in enumerate((H, W))
+        )
+        return cls(N, C, H, W, *kernel_size, P, Q, *stride, *padding, *dilation)
+
+
+def pool_extent(size: int, window: int, stride: int, pad: int, dilation: int, ceil_mode: bool) -> int:
+    """PyTorch's rule: ceil_mode rounds up, but the last window must start inside the input or its left padding."""
+    span = size + 2 * pad - dilation * (window - 1) - 1
+    if not ceil_mode:
+        return span // stride + 1
+    extent = -(-span // stride) + 1
+    return extent - 1 if (extent - 1) * stride >= size + pad else extent

@@ -1,0 +1,78 @@
+"""Which ring these tests run in, and what every test can ask for.
+
+Rings: pure Python; Triton's interpreter on CPU tensors (where there is no CUDA GPU); a GPU. The ring is chosen here,
+before anything imports triton: Triton decides at import whether kernels are interpreted.
+
+Markers (pyproject.toml): `slow` runs only when asked for (-m slow), `gpu` needs a GPU, `compiled` starts a child process in which
+kernels are really compiled (see run_compiled).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# pytest-xdist uses the cores; a BLAS or OpenMP thread pool in each of its workers would only get in the way.
+for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(pool, "1")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+HAS_GPU = torch.cuda.is_available()
+
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+if importlib.util.find_spec("cnnfast_kernels") is None:  # not installed: an editable install brings both packages
+    sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels")]
+torch.set_num_threads(1)
+
+# The same examples on every run; an interpreted kernel has no deadline.
+hypothesis.settings.register_profile("cnnfast", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("cnnfast")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not HAS_GPU:
+    import interpreter
+
+    interpreter.install()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skip_gpu = pytest.mark.skip(reason="GPU ring: no CUDA GPU here")
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(skip_gpu)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where this ring's tensors live: the GPU, or the CPU for the interpreter."""
+    return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launch.empty hands out is full of NaN, or of a conspicuous integer: an element never written shows."""
+    if not HAS_TRITON:
+        return
+    from cnnfast_kernels import launch
+    from poison import poison
+
+    allocate = launch.empty
+    monkeypatch.setattr(launch, "empty", lambda *args, **kwargs: poison(allocate(*args, **kwargs)))
+
+
+@pytest.fixture
+def launches() -> Iterator[list]:
+    """The launch.Launch of every kernel started during the test, in order."""
+    from cnnfast_kernels import launch
+
+    seen: list[launch.Launch] = []
+    with launch.observe(seen.append):
+        yield seen

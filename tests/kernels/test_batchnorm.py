@@ -1,0 +1,455 @@
+"""batchnorm.py and partials.py against PyTorch: exactly where every sum is exact, else in float64, judged by PyTorch's own error."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+from child import run_compiled
+from cnnfast_kernels.batchnorm import batch_moments, channel_sum, combine_moments, normalize, normalize_backward, update_running
+from cnnfast_kernels.epilogue import ACTIVATIONS
+from poison import embed
+
+EPS = 1e-5
+SLOPE = 0.1
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+LAYOUTS = ["channels_last", "contiguous", "channels_last slice", "slice", "channels of a slice"]
+
+SMALL = (3, 10, 5, 4)
+SHAPES = {
+    "several tiles, ragged": (3, 70, 7, 9),
+    "2-D": (37, 5),
+    "3-D": (4, 6, 11),
+    "5-D": (2, 5, 3, 4, 2),
+    "1x1 planes": (6, 20, 1, 1),
+    "one channel": (2, 1, 5, 7),
+    "few channels of high planes": (2, 3, 20, 15),
+}
+
+
+def arrange(t, layout):
+    """A copy of `t` in this layout; slices are cut out of NaN."""
+    match layout:
+        case "channels_last":
+            return t.contiguous(memory_format=LAST.get(t.dim(), torch.contiguous_format))
+        case "channels_last slice":
+            return embed(arrange(t, "channels_last"))
+        case "slice":
+            return embed(t)
+        case "channels of a slice":
+            return embed(arrange(t, "channels_last"), (0, 1, 0, 0), (0, 2, 0, 0))
+    return t.contiguous()
+
+
+def normal(shape, dtype, device, seed, mean=0.0, std=1.0, layout="channels_last"):
+    t = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return arrange((t * std + mean).to(dtype).to(device), layout)
+
+
+def integers(shape, dtype, device, seed, layout="channels_last", low=-3, high=4):
+    t = torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+    return arrange(t.to(dtype).to(device), layout)
+
+
+def activate(u, activation, slope=SLOPE):
+    match activation:
+        case None:
+            return u
+        case "leaky_relu":
+            return F.leaky_relu(u, slope)
+        case "gelu_tanh":
+            return F.gelu(u, approximate="tanh")
+    return getattr(F, activation)(u)
+
+
+@dataclass
+class Operands:
+    """Those of act(batch_norm(y) + residual) and of its derivative; mean and var None: those of y."""
+
+    y: torch.Tensor
+    dz: torch.Tensor
+    mean: torch.Tensor | None = None
+    var: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+
+    def to(self, dtype):
+        return Operands(*(None if t is None else t.to(dtype) for t in (getattr(self, f.name) for f in fields(self))))
+
+    @property
+    def training(self):
+        return self.mean is None
+
+
+def operands(
+    shape, dtype, device, *, training=True, affine=True, residual=True, layout="channels_last", mean=0.0, std=1.0, parameters=None
+):
+    C = shape[1]
+    own = parameters or (torch.float64 if dtype == torch.float64 else torch.float32)
+    o = Operands(normal(shape, dtype, device, 0, mean, std, layout), normal(shape, dtype, device, 1, layout=layout))
+    if not training:
+        o.mean, o.var = normal((C,), own, device, 2), normal((C,), own, device, 3).abs() + 0.5
+    if affine:
+        o.weight, o.bias = normal((C,), own, device, 4), normal((C,), own, device, 5)
+    if residual:
+        o.residual = normal(shape, dtype, device, 6, layout=layout)
+    return o
+
+
+def theirs(o, activation, slope=SLOPE, eps=EPS):
+    """PyTorch's z, dy, dweight, dbias, dresidual; None where there is no such operand."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (o.y, o.weight, o.bias, o.residual)]
+    y, weight, bias, residual = leaves
+    u = F.batch_norm(y, o.mean, o.var, weight, bias, o.training, 0.0, eps)
+    z = activate(u if residual is None else u + residual, activation, slope)
+    grads = iter(torch.autograd.grad(z, [t for t in leaves if t is not None], o.dz))
+    return [z.detach(), *(None if t is None else next(grads) for t in leaves)]
+
+
+def ours(o, activation, slope=SLOPE, eps=EPS, keep=True, needs=None):
+    """The same; `keep`: backward is given z."""
+    mean, var = batch_moments(o.y) if o.training else (o.mean, o.var)
+    norm = (mean, var, o.weight, o.bias, o.residual, eps, activation, slope)
+    z = normalize(o.y, *norm)
+    needs = needs or (True, o.weight is not None, o.bias is not None, o.residual is not None)
+    return [z, *normalize_backward(o.dz, o.y, z if keep else None, *norm, o.training, needs)]
+
+
+def assert_as_good(mine, torchs, exact, scale=0.0):
+    """Largest and root mean square error at most twice PyTorch's, plus four units in the last place of the largest value (or `scale`)."""
+    assert mine.shape == exact.shape
+    assert mine.dtype == torchs.dtype
+    unit = torch.finfo(mine.dtype).eps
+    mine, torchs = mine.double(), torchs.double()
+    assert torch.equal(mine.isnan(), exact.isnan())
+    assert torch.equal(mine.isinf(), exact.isinf())
+    finite = exact.isfinite()
+    if finite.any():
+        error, allowed = (mine - exact)[finite].abs(), (torchs - exact)[finite].abs()
+        floor = 4 * unit * max(scale, float(exact[finite].abs().max()))
+        assert error.max() <= 2 * allowed.max() + floor
+        assert error.square().mean().sqrt() <= 2 * allowed.square().mean().sqrt() + floor / 2
+
+
+def check(o, activation=None, slope=SLOPE, eps=EPS, keep=True):
+    found, torchs, exact = (
+        ours(o, activation, slope, eps, keep),
+        theirs(o, activation, slope, eps),
+        theirs(o.to(torch.float64), activation, slope, eps),
+    )
+    for mine, other, judge in zip(found, torchs, exact, strict=True):
+        if judge is None:
+            assert mine is None
+        else:
+            assert_as_good(mine, other, judge)
+    for mine, like in zip(found[:2], torchs[:2], strict=True):
+        assert mine.stride() == like.stride()
+    return found
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_moments_are_exact(layout, dtype, device):
+    """Small integers, a power of two of them in every tile and plane: nothing is rounded."""
+    y = integers((4, 10, 4, 4), dtype, device, 0, layout)
+    mean, var = batch_moments(y)
+    assert mean.dtype == var.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(mean.double(), y.double().mean((0, 2, 3)))
+    assert torch.equal(var.double(), y.double().var((0, 2, 3), correction=0))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize(("dtype", "mean", "std"), [(torch.float32, 30, 0.1), (torch.float32, 300, 1e-2), (torch.float16, 30, 0.1)])
+def test_large_mean(dtype, mean, std, layout, device):
+    check(operands((5, 6, 17, 11), dtype, device, mean=mean, std=std, layout=layout), "relu")
+
+
+@pytest.mark.parametrize("C", [5, 40])
+@pytest.mark.parametrize(("T", "rows", "short"), [(1, 7, 3), (2, 64, 64), (128, 16, 1), (129, 128, 5), (128 * 128 + 3, 2, 1)])
+def test_combined_moments(T, rows, short, C, device):
+    """One to three levels; the last partial stands for fewer rows."""
+    if T > 1000 and C > 5:
+        C = 1  # many programs are enough once
+    counts = torch.full((T, 1), float(rows), dtype=torch.float64)
+    counts[-1] = short
+    mean, m2 = normal((T, C), torch.float32, "cpu", 0, 100.0, 0.1).double(), normal((T, C), torch.float32, "cpu", 1).abs().double()
+    total = (T - 1) * rows + short
+    exact_mean = (mean * counts).sum(0) / total
+    exact_var = (m2 + counts * (mean - exact_mean) ** 2).sum(0) / total
+    found = combine_moments(torch.stack((mean, m2), 1).float().to(device), rows, total)
+    torch.testing.assert_close(found[0].double().cpu(), exact_mean, rtol=2e-7, atol=0)
+    torch.testing.assert_close(found[1].double().cpu(), exact_var, rtol=2e-6, atol=0)
+
+
+def test_planes_of_several_tiles(device):
+    """NCHW: the last tile of every plane is shorter, not only the last of all; more partials than one level combines."""
+    y = integers((67, 3, 20, 15), torch.float32, device, 0, "contiguous")
+    mean, var = batch_moments(y)
+    torch.testing.assert_close(mean.double(), y.double().mean((0, 2, 3)), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(var.double(), y.double().var((0, 2, 3), correction=0), rtol=1e-6, atol=0)
+
+
+def test_partials_that_do_not_fit_the_rows(device):
+    with pytest.raises(ValueError, match="3 partials of 16 rows do not make 49 rows"):
+        combine_moments(torch.zeros(3, 2, 8, device=device), 16, 49)
+
+
+def test_one_row(device):
+    y = normal((1, 12, 1, 1), torch.float32, device, 0)
+    mean, var = batch_moments(y)
+    assert torch.equal(mean, y.flatten())
+    assert torch.equal(var, torch.zeros_like(var))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3), (0, 5)])
+def test_no_rows(shape, device):
+    """Callers refuse to train on no rows, as PyTorch does; what a kernel says is NaN for a mean and 0 for a sum."""
+    y = torch.empty(shape, device=device)
+    mean, var = batch_moments(y)
+    assert mean.isnan().all()
+    assert var.isnan().all()
+    assert torch.equal(channel_sum(y), torch.zeros(5, device=device))
+    ones = torch.ones(5, device=device)
+    assert normalize(y, ones, ones, ones, ones, None, EPS, "relu", 0.0).shape == shape
+    dy, dweight, dbias, _ = normalize_backward(y, y, y, ones, ones, ones, ones, None, EPS, "relu", 0.0, True, (True, True, True, False))
+    assert dy.shape == shape
+    assert torch.equal(dweight, ones * 0)
+    assert torch.equal(dbias, ones * 0)
+
+
+# --- running statistics -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("running", "batch"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64), (torch.float32, torch.float64)],
+)
+@pytest.mark.parametrize(("C", "momentum", "count"), [(5, 0.1, 2), (130, 0.3, 50), (5, 1.0, 7), (5, 0.0, 7)])
+def test_running_statistics(C, momentum, count, running, batch, device):
+    mean, var = normal((C,), batch, device, 0), normal((C,), batch, device, 1).abs()
+    running_mean, running_var = (embed(normal((C,), running, device, seed, 1.0)) for seed in (2, 3))
+    exact = [
+        (1 - momentum) * old.double() + momentum * new.double()
+        for old, new in ((running_mean, mean), (running_var, var * (count / (count - 1))))
+    ]
+    update_running(running_mean, running_var, mean, var, momentum, count)
+    tolerance = 4 * max(torch.finfo(running).eps, torch.finfo(batch).eps if running != torch.float32 else 0)
+    for found, judge in zip((running_mean, running_var), exact, strict=True):
+        torch.testing.assert_close(found.double(), judge, rtol=tolerance, atol=tolerance)
+
+
+def test_running_statistics_of_strided_buffers(device):
+    buffers = torch.zeros(6, 2, device=device)
+    one = torch.ones(6, device=device)
+    update_running(buffers[:, 0], buffers[:, 1], one, one * 3, 0.5, 4)
+    assert torch.equal(buffers.cpu(), torch.tensor([[0.5, 2.0]]).expand(6, 2))
+
+
+def test_one_value_has_no_unbiased_variance(device):
+    one = torch.ones(2, device=device)
+    with pytest.raises(ValueError, match="at least 2 values"):
+        update_running(one, one, one, one, 0.1, 1)
+
+
+# --- forward and backward -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape, layout, device):
+    check(operands(shape, torch.float32, device, layout=layout), "relu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_dtypes(training, dtype, device):
+    check(operands(SMALL, dtype, device, training=training), "relu")
+
+
+@pytest.mark.parametrize("parameters", [torch.float16, torch.bfloat16])
+def test_parameters_of_half_precision(parameters, device):
+    check(operands(SMALL, parameters, device, training=False, parameters=parameters), "silu")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, training, device):
+    check(operands(SMALL, torch.float32, device, training=training), activation)
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "gelu", "gelu_tanh", "silu", "hardswish"])
+def test_constants_have_the_digits_of_float64(activation, device):
+    check(operands(SMALL, torch.float64, device), activation)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+def test_backward_without_the_result(activation, device):
+    check(operands(SMALL, torch.float32, device), activation, keep=False)
+
+
+@pytest.mark.parametrize("slope", [-0.5, 0.0])
+def test_slope_that_hides_the_sign(slope, device):
+    """leaky_relu(u) does not tell the sign of u: it is computed again, although z is given."""
+    check(operands(SMALL, torch.float32, device), "leaky_relu", slope)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("affine", "residual"), [(False, False), (False, True), (True, False)])
+def test_optional_operands(affine, residual, training, device):
+    check(operands(SMALL, torch.float32, device, training=training, affine=affine, residual=residual), "gelu")
+
+
+SPECIAL = [-float("inf"), -1e30, -100, -6, -3.0000002, -3, -1, -1e-30, -0.0, 0.0, 1e-30, 1, 2.9999998, 3, 6, 6.0000005, 100, 1e30]
+SPECIAL += [float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_kinks_and_special_values(activation, keep, device):
+    """Mean 0, variance 1 and eps 0 make u = y: PyTorch's derivative at every kink, its NaN and its infinities."""
+    y = torch.tensor(SPECIAL, device=device)[:, None].repeat(1, 3)
+    zero, one = torch.zeros(3, device=device), torch.ones(3, device=device)
+    z = normalize(y, zero, one, None, None, None, 0.0, activation, SLOPE)
+    dy, *_ = normalize_backward(
+        one.expand_as(y), y, z if keep else None, zero, one, None, None, None, 0.0, activation, SLOPE, False, (True, *[False] * 3)
+    )
+    leaf = y.clone().requires_grad_()
+    expected = activate(leaf, activation)
+    (derivative,) = torch.autograd.grad(expected.sum(), leaf) if activation else (torch.ones_like(y),)
+    torch.testing.assert_close(z, expected.detach(), rtol=1e-5, atol=1e-30, equal_nan=True)
+    torch.testing.assert_close(dy, derivative, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_a_channel_that_is_not_finite_stays_alone(layout, value, device):
+    o = operands(SMALL, torch.float32, device, residual=False, layout=layout)
+    o.y[1, 3, 2, 1] = value
+    mean, var = batch_moments(o.y)
+    assert not mean[3].isfinite()
+    assert var[3].isnan()
+    found, torchs = ours(o, "relu"), theirs(o, "relu")
+    for mine, other in zip(found[:4], torchs[:4], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, device):
+    check(operands(SMALL, torch.float32, device, layout=layout), "silu")
+
+
+@pytest.mark.parametrize("dz", [*LAYOUTS, "expanded"])
+@pytest.mark.parametrize("y", ["channels_last", "contiguous"])
+def test_operands_of_different_layouts(y, dz, device):
+    """Results have y's format, whatever the others' strides are."""
+    o = operands(SMALL, torch.float32, device, layout=y)
+    expected = ours(o, "gelu")
+    o.dz = o.dz[:, :, :1, :1].expand(SMALL) if dz == "expanded" else arrange(o.dz, dz)
+    o.residual = arrange(o.residual, "slice" if y == "channels_last" else "channels_last")
+    if dz == "expanded":
+        expected = theirs(o, "gelu")
+    found = check(o, "gelu")
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fmt", [torch.channels_last, torch.contiguous_format])
+def test_format_of_the_result_can_be_named(fmt, device):
+    y, one = normal(SMALL, torch.float32, device, 0), torch.ones(10, device=device)
+    z = normalize(y, one, one, one, one, None, EPS, "relu", 0.0, out_like=torch.empty(SMALL, device=device, memory_format=fmt))
+    assert z.is_contiguous(memory_format=fmt)
+    torch.testing.assert_close(z, F.relu((y - 1) / (1 + EPS) ** 0.5 + 1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_each_gradient_alone_is_that_of_all(activation, training, device, launches):
+    """Every mask: the same bits, and no pass over memory that nothing asks for."""
+    o = operands(SMALL, torch.float32, device, training=training)
+    everything = ours(o, activation)[1:]
+    for needs in itertools.product([False, True], repeat=4):
+        before = len(launches)
+        found = ours(o, activation, needs=needs)[1:]
+        kernels = [event.kernel for event in launches[before:]]
+        for mine, expected, need in zip(found, everything, needs, strict=True):
+            assert (mine is not None) == need
+            assert mine is None or torch.equal(mine, expected)
+        dy, dweight, dbias, dresidual = needs
+        assert ("gradient_sums_kernel" in kernels) == (dweight or dbias or (dy and training))
+        assert ("normalize_backward_kernel" in kernels) == (dy or (dresidual and activation is not None))
+    if activation is None:
+        assert everything[3] is o.dz
+
+
+def test_frozen_backward_needs_no_y(device):
+    """What the fused convolution of inference keeps: its result, not the argument of batch norm."""
+    o = operands(SMALL, torch.float32, device, training=False)
+    z, dy, _, dbias, dresidual = ours(o, "relu")
+    norm = (o.mean, o.var, o.weight, o.bias, None, EPS, "relu", 0.0)
+    found = normalize_backward(o.dz, None, z, *norm, False, (True, False, True, True))
+    for mine, expected in zip(found, (dy, None, dbias, dresidual), strict=True):
+        assert mine is expected is None or torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
+def test_channel_sum_is_exact(layout, dtype, device):
+    dy = integers(SMALL, dtype, device, 0, "contiguous" if layout == "expanded" else layout)
+    dy = dy[:1, :, :1, :1].expand(SMALL) if layout == "expanded" else dy
+    found = channel_sum(dy)
+    assert found.dtype == dtype
+    assert torch.equal(found.double(), dy.double().sum((0, 2, 3)))
+
+
+def test_channel_sum_of_several_levels(device):
+    dy = integers((150, 2, 20, 15), torch.float32, device, 0, "contiguous")
+    assert torch.equal(channel_sum(dy).double(), dy.double().sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_same_inputs_same_bits(layout, device):
+    o = operands((3, 70, 7, 9), torch.float32, device, layout=layout)
+    for a, b in zip(ours(o, "gelu"), ours(o, "gelu"), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- compiled -----------------------------------------------------------------------------------------------------------
+
+
+def compile_for_two_images() -> list:
+    """[kernels of one image size, further ones of another], and loads and stores of normalize in half precision."""
+    import re
+
+    import torch
+    from cnnfast_kernels.batchnorm import batch_moments, normalize, normalize_backward
+    from stub_driver import stub_driver
+
+    counts = []
+    with stub_driver(arch=90) as gpu:
+        for n, h, w in ((64, 56, 56), (33, 61, 83)):
+            y = torch.empty(n, 64, h, w, device="meta", dtype=torch.float16).to(memory_format=torch.channels_last)
+            mean, var = batch_moments(y)
+            z = normalize(y, mean, var, None, None, y, 1e-5, "relu", 0.0)
+            normalize_backward(z, y, z, mean, var, None, None, None, 1e-5, "relu", 0.0, True, (True, False, False, True))
+            counts.append(gpu.compiles)
+    ptx = next(k.asm["ptx"] for k in gpu.compiled if "normalize_kernel" in k.asm["ptx"])
+    wide = re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", ptx)
+    narrow = re.findall(r"(?:ld|st)\.global\S*\.b16", ptx)
+    return [counts[0], counts[1] - counts[0], len(wide) > 0, len(narrow)]
+
+
+@pytest.mark.compiled
+def test_vector_loads_and_no_recompilation():
+    first, further, wide, narrow = run_compiled(compile_for_two_images)
+    assert first >= 6
+    assert further == 0
+    assert wide
+    assert narrow == 0

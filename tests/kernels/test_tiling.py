@@ -1,0 +1,70 @@
+"""The choice of a tile: always one that exists, and a split of wgrad's reduction within its bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from cnnfast_kernels import tiling
+from cnnfast_kernels.problem import ConvProblem
+from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig, cdiv, choose_tile, gemm_extents, precision_class
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@st.composite
+def problems(draw):
+    groups = draw(st.sampled_from([1, 1, 2, 32]))
+    channels, filters = (groups * draw(st.sampled_from([1, 3, 16, 64, 512])) for _ in range(2))
+    n, size, stride = draw(st.integers(1, 256)), draw(st.integers(7, 224)), draw(st.integers(1, 3))
+    taps = draw(st.sampled_from([1, 3, 7]))
+    x, w = (n, channels, size, size), (filters, channels // groups, taps, taps)
+    return ConvProblem.of(x, w, (stride,) * 2, (taps // 2,) * 4, (1, 1), groups)
+
+
+@given(problems(), st.sampled_from(["fprop", "dgrad", "wgrad"]), st.sampled_from(list(DEFAULT_TILES)))
+def test_the_tile_is_in_the_list(problem, operation, precision):
+    tile = choose_tile(problem, operation, precision)
+    assert dataclasses.replace(tile, SPLIT_K=1) in DEFAULT_TILES[precision]
+    if operation == "wgrad":
+        steps = cdiv(gemm_extents(problem, operation)[2], tile.BLOCK_K)
+        assert 1 <= tile.SPLIT_K <= tiling.MAX_SPLIT
+        assert tile.SPLIT_K == 1 or steps // tile.SPLIT_K >= tiling.MIN_STEPS_PER_SPLIT
+    else:
+        assert tile.SPLIT_K == 1
+
+
+@given(problems())
+def test_gemm_extents_agree_with_the_operations(problem):
+    for operation in ("fprop", "wgrad"):
+        GEMM_M, GEMM_N, GEMM_K = gemm_extents(problem, operation)
+        assert 2 * GEMM_M * GEMM_N * GEMM_K * problem.groups == problem.flops
+    assert gemm_extents(problem, "dgrad")[:2] == (problem.N * problem.H * problem.W, problem.group_channels)
+
+
+@pytest.mark.parametrize(("dtype", "tf32", "expected"), [
+    ("float16", False, "half"), ("bfloat16", True, "half"), ("float64", True, "fp64"),
+    ("float32", False, "ieee"), ("float32", True, "tf32"),
+])  # fmt: skip
+def test_precision_class(dtype, tf32, expected):
+    assert precision_class(dtype, tf32) == expected
+
+
+def test_a_dtype_without_kernel_is_named():
+    with pytest.raises(ValueError, match="dtype=int8 has no kernel: use float16"):
+        precision_class("int8")
+
+
+def test_tiles_suit_tensor_cores_and_small_gpus():
+    bytes_of = {"half": 2, "tf32": 4, "ieee": 4, "fp64": 8}
+    for precision, tiles in DEFAULT_TILES.items():
+        assert len(set(tiles)) == len(tiles) <= 4
+        assert list(tiles) == sorted(tiles, key=lambda t: -t.BLOCK_M * t.BLOCK_N)
+        for t in tiles:
+            assert all(block & (block - 1) == 0 and block >= 16 for block in (t.BLOCK_M, t.BLOCK_N, t.BLOCK_K))
+            assert (t.BLOCK_M + t.BLOCK_N) * t.BLOCK_K * bytes_of[precision] * t.num_stages <= 99 * 1024
+
+
+def test_a_tile_prints_what_a_table_needs():
+    assert str(TileConfig(128, 64, 32, 4, 3)) == "128x64x32 w4 s3"
+    assert str(TileConfig(128, 64, 32, 4, 3, 8)) == "128x64x32 w4 s3 split 8"

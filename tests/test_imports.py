@@ -1,0 +1,128 @@
+"""Who may import whom, read from the sources: nothing is imported here."""
+
+from __future__ import annotations
+
+import ast
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ROOTS = {"cnnfast": REPOSITORY, "cnnfast_kernels": REPOSITORY / "kernels", "tests": REPOSITORY, "benchmarks": REPOSITORY}
+
+# (importer, imported, exceptions): no module that matches the first may import what matches the second.
+FORBIDDEN = [
+    ("cnnfast_kernels*", "cnnfast*", ["cnnfast_kernels*"]),
+    ("cnnfast_kernels.problem", "torch*", []),
+    ("cnnfast_kernels.problem", "triton*", []),
+    ("cnnfast_kernels.tiling", "torch*", []),
+    ("cnnfast_kernels.tiling", "triton*", []),
+    ("cnnfast*", "tests*", []),
+    ("cnnfast*", "benchmarks*", []),
+    ("tests*", "benchmarks*", []),
+    ("benchmarks*", "tests*", []),
+    ("cnnfast.reference", "cnnfast*", []),
+    ("cnnfast*", "cnnfast.reference*", ["by cnnfast.checking*"]),
+    # Kernel files do not import one another, but index algebra is shared, and im2col is a way to call the other three.
+    *[
+        (
+            f"cnnfast_kernels.{importer}*",
+            f"cnnfast_kernels.{imported}*",
+            ["cnnfast_kernels.gather.tiles*", "by cnnfast_kernels.gather.im2col"],
+        )
+        for importer in ("gather.", "tma.", "batchnorm", "pooling")
+        for imported in ("gather.", "tma.", "batchnorm", "pooling")
+        if importer != imported or importer.endswith(".")  # parts of pooling may
+    ],
+]
+
+# Each may import its own row and those above it. A module that is not named here is free of this rule.
+LAYERS = {
+    "cnnfast_kernels": ["problem tiling", "epilogue launch", "gather tma batchnorm pooling", "conv aot"],
+    "cnnfast": ["ops dispatch", "functional", "nn", "models conversion", "checking tune bench", "commands"],
+}
+
+
+def sources(package: str) -> dict[str, Path]:
+    """Module name -> file."""
+    root = ROOTS[package]
+    files = (root / package).rglob("*.py")
+    return {".".join(f.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): f for f in sorted(files)}
+
+
+def imports(module: str, path: Path) -> set[str]:
+    """Every name a file imports, wherever it does: `from a import b` counts as a.b (b may be a module)."""
+    package = module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*origin, *filter(None, [node.module])])
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+MODULES = {module: imports(module, path) for package in ROOTS for module, path in sources(package).items()}
+
+
+@pytest.mark.parametrize(("importer", "imported", "exceptions"), FORBIDDEN)
+def test_forbidden_imports(importer, imported, exceptions):
+    offences = [
+        f"{module} imports {name}"
+        for module, names in MODULES.items()
+        if fnmatch(module, importer) and not any(fnmatch(f"by {module}", e) for e in exceptions)
+        for name in names
+        if fnmatch(name, imported) and not any(fnmatch(name, e) or fnmatch(name.rpartition(".")[0], e) for e in exceptions)
+    ]
+    assert not offences
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_layers(package):
+    layer = {f"{package}.{name}": i for i, row in enumerate(LAYERS[package]) for name in row.split()}
+
+    def layer_of(name: str) -> int | None:
+        return layer.get(".".join(name.split(".")[:2]))
+
+    offences = [
+        f"{module} imports {name}"
+        for module, names in MODULES.items()
+        for name in names
+        if None not in (mine := layer_of(module), theirs := layer_of(name)) and theirs > mine
+    ]
+    assert not offences
+
+
+def attributes(path: Path) -> set[str]:
+    """Dotted names used in a file: torch.empty, os.environ, ..."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+
+
+def test_the_environment_is_not_read():
+    """Except for the process that checking starts."""
+    files = {**sources("cnnfast"), **sources("cnnfast_kernels")}
+    readers = [m for m, f in files.items() if {"os.environ", "os.getenv"} & attributes(f) or any(n.startswith("os.") for n in MODULES[m])]
+    assert [m for m in readers if not m.startswith("cnnfast.checking")] == []
+
+
+def test_memory_comes_from_launch_empty():
+    """So that poisoned_workspaces (conftest.py) sees all of it: no other torch.empty, and no `from .launch import empty`.
+
+    Ahead-of-time compilation (aot) has meta tensors only, and may make them as it likes.
+    """
+    uninitialised = ("torch.empty", "torch.empty_like", "torch.empty_strided")
+    for module, path in sources("cnnfast_kernels").items():
+        if not module.startswith(("cnnfast_kernels.launch", "cnnfast_kernels.aot")):
+            assert not any(name in uninitialised or name.endswith(".new_empty") for name in attributes(path)), module
+        assert not any(name.endswith("launch.empty") for name in MODULES[module]), module
+
+
+def test_no_module_hides_behind_a_function_of_its_package():
+    """`from .convert import convert` in cnnfast/__init__.py would make cnnfast.convert the one or the other, by import order."""
+    for module, path in sources("cnnfast").items():
+        if path.stem == "__init__":
+            assert not [name for name in MODULES[module] if name in MODULES and f"{name}.{name.rpartition('.')[2]}" in MODULES[module]]

@@ -7,6 +7,7 @@ anything is launched, and bad ones raise what PyTorch raises, naming the argumen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,12 @@ Size2 = int | Sequence[int]
 
 def _pair(function: str, name: str, value: Size2) -> tuple[int, int]:
     values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    if not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values):
-        raise TypeError(f"{function}(): {name} must be an int or a pair of ints, but got {name}={value!r}")
+    try:
+        if any(isinstance(v, bool) for v in values):
+            raise TypeError
+        values = tuple(v if isinstance(v, int | torch.SymInt) else index(v) for v in values)
+    except TypeError:
+        raise TypeError(f"{function}(): {name} must be an int or a pair of ints, but got {name}={value!r}") from None
     if len(values) not in (1, 2):
         raise RuntimeError(f"{function}(): expected {name} to be a single integer value or a list of 2 values, but got {name}={list(values)}")
     return (values[0], values[-1])  # pyright: ignore[reportReturnType]
@@ -44,7 +49,8 @@ def _window(function: str, input: Tensor, kernel_size: Size2, stride: Size2 | No
     """The checked window of a pooling: (kernel_size, stride, padding, dilation, ceil_mode)."""
     _check_image(function, input)
     kernel = _at_least(function, "kernel_size", _pair(function, "kernel_size", kernel_size), 1)
-    step = kernel if stride is None or stride == [] else _at_least(function, "stride", _pair(function, "stride", stride), 1)
+    default = stride is None or (isinstance(stride, Sequence) and len(stride) == 0)
+    step = kernel if default else _at_least(function, "stride", _pair(function, "stride", stride), 1)
     pad = _at_least(function, "padding", _pair(function, "padding", padding), 0)
     dil = _at_least(function, "dilation", _pair(function, "dilation", dilation), 1)
     for k, p, d in zip(kernel, pad, dil, strict=True):
@@ -75,9 +81,9 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-def _check_tensors(function: str, **tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is not None and not isinstance(t, Tensor):
+def _check_tensors(function: str, required: dict[str, Tensor], **optional: Tensor | None) -> None:
+    for name, t in (required | optional).items():
+        if not isinstance(t, Tensor) and not (t is None and name in optional):
             raise TypeError(f"{function}(): {name} must be a Tensor, not {type(t).__name__}")
 
 
@@ -163,7 +169,7 @@ def conv2d(
     Raises RuntimeError and TypeError where PyTorch does.
     """
     _check_algorithm("conv2d", algorithm)
-    _check_tensors("conv2d", input=input, weight=weight, bias=bias)
+    _check_tensors("conv2d", {"input": input, "weight": weight}, bias=bias)
     x, w, b = _autocast(input, weight, bias)
     if reason := why_torch(x, w, b, algorithm=algorithm):
         record_torch("conv2d", reason, input, weight)
@@ -206,7 +212,8 @@ def conv_bn_act(
     "hardswish". Raises as conv2d and batch_norm, ValueError for an unknown activation or a residual of another size or dtype.
     """
     _check_algorithm("conv_bn_act", algorithm)
-    _check_tensors("conv_bn_act", input=input, weight=weight, bias=bias, residual=residual)
+    norm = {"running_mean": running_mean, "running_var": running_var, "bn_weight": bn_weight, "bn_bias": bn_bias}
+    _check_tensors("conv_bn_act", {"input": input, "weight": weight}, bias=bias, residual=residual, **norm)
     if activation not in ACTIVATIONS:
         raise ValueError(f"conv_bn_act(): activation must be one of {', '.join(map(str, ACTIVATIONS))}, but got activation={activation!r}")
     if activation_arg is not None and activation != "leaky_relu":
@@ -221,27 +228,26 @@ def conv_bn_act(
     if input.dim() != 4:
         raise RuntimeError(f"conv_bn_act(): input must be of size [N, C, H, W], but got {list(input.shape)}")
     geometry = _conv_geometry("conv_bn_act", x, w, b, stride, padding, dilation, groups)
-    _check_norm("conv_bn_act", w.shape[0], x.dtype, running_mean, running_var, bn_weight, bn_bias, training, eps)
-    if z is not None:
-        _check_residual(x, w, z, geometry)
+    _check_norm("conv_bn_act", w.shape[0], x.dtype, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    size = _output_size(x, w, geometry)
+    if z is not None and (z.shape != size or z.dtype != x.dtype):
+        raise ValueError(
+            f"conv_bn_act(): residual must be the output's size {list(size)} and dtype {x.dtype}, but got {list(z.shape)} {z.dtype}"
+        )
     if not training:
         return ops.conv_bn_act(x, w, b, running_mean, running_var, bn_weight, bn_bias, z, eps, activation, slope, *geometry, algorithm)
+    count = _values_per_channel("conv_bn_act", size)
     y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
-    count = _values_per_channel("conv_bn_act", y)
-    if running_mean is not None:
+    if running_mean is not None and count > 0:  # an empty batch leaves them as they are
         ops.update_running(running_mean, running_var, mean, var, momentum, count)
     return ops.normalize(y, mean, var, bn_weight, bn_bias, z, eps, activation, slope, True)
 
 
-def _check_residual(x: Tensor, w: Tensor, residual: Tensor, geometry) -> None:
+def _output_size(x: Tensor, w: Tensor, geometry) -> torch.Size:
     stride, pads, dilation, _ = geometry
     P = output_extent(x.shape[2], w.shape[2], stride[0], pads[0], pads[1], dilation[0])
     Q = output_extent(x.shape[3], w.shape[3], stride[1], pads[2], pads[3], dilation[1])
-    size = (x.shape[0], w.shape[0], P, Q)
-    if tuple(residual.shape) != size or residual.dtype != x.dtype:
-        raise ValueError(
-            f"conv_bn_act(): residual must be the output's size {list(size)} and dtype {x.dtype}, but got {list(residual.shape)} {residual.dtype}"
-        )
+    return torch.Size((x.shape[0], w.shape[0], P, Q))
 
 
 def _check_norm(
@@ -253,8 +259,11 @@ def _check_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
+    momentum: float,
     eps: float,
 ) -> None:
+    if not isinstance(momentum, float | int):
+        raise TypeError(f"{function}(): momentum must be a float, but got momentum={momentum!r}")
     if eps < 0:
         raise ValueError(f"{function}(): eps must be non-negative, but got eps={eps}")
     if (running_mean is None) != (running_var is None):
@@ -270,10 +279,10 @@ def _check_norm(
             raise RuntimeError(f"{function}(): {name} must have input's dtype {dtype} or float32, but got {t.dtype}")
 
 
-def _values_per_channel(function: str, y: Tensor) -> int:
-    count = y.numel() // y.shape[1]
+def _values_per_channel(function: str, size: torch.Size) -> int:
+    count = size.numel() // size[1]
     if count == 1:
-        raise ValueError(f"{function}(): expected more than 1 value per channel when training, but got size {list(y.shape)}")
+        raise ValueError(f"{function}(): expected more than 1 value per channel when training, but got size {list(size)}")
     return count
 
 
@@ -294,18 +303,18 @@ def batch_norm(
     biased variance are input's own, and the running ones, if given, are updated in place (with the unbiased variance).
     Raises RuntimeError and ValueError where PyTorch does.
     """
-    _check_tensors("batch_norm", input=input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_tensors("batch_norm", {"input": input}, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if reason := why_torch(input, running_mean, running_var, weight, bias):
         record_torch("batch_norm", reason, input)
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if input.dim() < 2 or input.shape[1] == 0:
         raise RuntimeError(f"batch_norm(): input must be of size [N, C, ...] with at least one channel, but got {list(input.shape)}")
-    _check_norm("batch_norm", input.shape[1], input.dtype, running_mean, running_var, weight, bias, training, eps)
+    _check_norm("batch_norm", input.shape[1], input.dtype, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
         return ops.normalize(input, running_mean, running_var, weight, bias, None, eps, None, 0.0, False)
-    count = _values_per_channel("batch_norm", input)
+    count = _values_per_channel("batch_norm", input.shape)
     mean, var = ops.batch_moments(input.detach())
-    if running_mean is not None:
+    if running_mean is not None and count > 0:  # an empty batch leaves them as they are
         ops.update_running(running_mean, running_var, mean, var, momentum, count)
     return ops.normalize(input, mean, var, weight, bias, None, eps, None, 0.0, True)
 
@@ -324,7 +333,7 @@ def max_pool2d(
 
     With return_indices also the int64 positions h * W + w of the maxima. Raises RuntimeError and TypeError where PyTorch does.
     """
-    _check_tensors("max_pool2d", input=input)
+    _check_tensors("max_pool2d", {"input": input})
     if reason := why_torch(input):
         record_torch("max_pool2d", reason, input)
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
@@ -351,7 +360,7 @@ def avg_pool2d(
 
     count_include_pad: zeros of the padding count in the divisor; divisor_override replaces it. Raises where PyTorch does.
     """
-    _check_tensors("avg_pool2d", input=input)
+    _check_tensors("avg_pool2d", {"input": input})
     if reason := why_torch(input):
         record_torch("avg_pool2d", reason, input)
         return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
@@ -366,7 +375,7 @@ def avg_pool2d(
 @operation
 def global_avg_pool2d(input: Tensor, keepdim: bool = True) -> Tensor:
     """Mean of each plane: [N, C, H, W] to [N, C, 1, 1], or [N, C] without keepdim (and likewise unbatched [C, H, W])."""
-    _check_tensors("global_avg_pool2d", input=input)
+    _check_tensors("global_avg_pool2d", {"input": input})
     if reason := why_torch(input):
         record_torch("global_avg_pool2d", reason, input)
         return input.mean((-2, -1), keepdim=keepdim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -126,7 +127,8 @@ def capture_calls(target: Callable[..., Any], inputs: tuple[Any, ...], dtype: to
     """Runs `target` on copies of `inputs`, without gradients, and returns its covered calls in order.
 
     A module is copied first and keeps its mode; its buffers and PyTorch's random numbers are afterwards as they were. `dtype`
-    casts floating inputs and the copy of the module. A compiled model runs uncompiled.
+    casts floating inputs and the copy of the module. A compiled model runs uncompiled. PyTorch serves every call, so that no fault
+    of a kernel reaches the arguments of the next.
     """
     owners: dict[int, str] = {}
     if isinstance(target, torch.nn.Module):
@@ -142,7 +144,9 @@ def capture_calls(target: Callable[..., Any], inputs: tuple[Any, ...], dtype: to
     inputs = tree_map_only(Tensor, prepare, inputs)
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     recorder = _Recorder(owners)
-    uncompiled = torch.compiler.set_stance("force_eager")
-    with torch.random.fork_rng(devices=cuda), torch.no_grad(), uncompiled, dispatch.capture(recorder.ours), recorder:
+    # Nothing is compiled before torch._dynamo is imported, and importing it takes seconds.
+    uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    unchanged = torch.random.fork_rng(devices=cuda)
+    with unchanged, torch.no_grad(), uncompiled, dispatch.backend("torch"), dispatch.capture(recorder.ours), recorder:
         target(*inputs)
     return recorder.calls

@@ -95,8 +95,9 @@ class _Evaluation:
         self.arguments = {name: self._argument(name, value, dtype) for name, value in call.arguments.items()}
         with call.computing(), torch.set_grad_enabled(bool(wanted)):
             out = function(call, self.arguments)
-        self.output, *rest = out if isinstance(out, tuple) else (out,)
-        self.results: dict[str, Tensor] = {"output": self.output.detach(), **{"indices": t for t in rest}}
+        outputs = out if isinstance(out, tuple) else (out,)
+        self.output: Tensor = outputs[0]
+        self.results = {name: t.detach() for name, t in zip(("output", "indices"), outputs, strict=False)}
         if call.training:
             self.results |= {name: self.arguments[name] for name in BUFFERS if self.arguments[name] is not None}
 
@@ -179,7 +180,7 @@ def _cancelled_terms(exact: _Evaluation) -> float:
 
 
 def compare(name: str, ours: Tensor, theirs: Tensor, plain: Tensor, exact: Tensor, *, dtype: torch.dtype, terms: float = 0.0) -> Comparison:
-    """The rule above. `exact` is float64; `dtype` is the call's, for the floor; `terms` the size of summands where that is not the result's."""
+    """The rule above. `exact` is float64; the floor is that of the call's `dtype`, for results or, if larger, summands of size `terms`."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return Comparison(name, message=f"is {ours.dtype} {list(ours.shape)}, but PyTorch's is {theirs.dtype} {list(theirs.shape)}")
     if not ours.is_floating_point():
@@ -189,7 +190,7 @@ def compare(name: str, ours: Tensor, theirs: Tensor, plain: Tensor, exact: Tenso
     wrong = (ours.isnan() != expected.isnan()) | (ours.isinf() != expected.isinf()) | (ours.isinf() & (ours.double() != expected))
     if wrong.any():
         at = _first(wrong)
-        message = f"{int(wrong.sum())} of {wrong.numel()} are not finite where they should be, or the other way round: {float(ours[at])}, not {float(expected[at])}"
+        message = f"{int(wrong.sum())} of {wrong.numel()} are not finite, or finite, wrongly: {float(ours[at])}, not {float(expected[at])}"
         return Comparison(name, message=message, position=at)
 
     finite = expected.isfinite()

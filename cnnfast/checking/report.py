@@ -118,8 +118,8 @@ class Report:
 
     def __rich__(self) -> Group:
         table = Table(title="largest errors against float64; each column's tensor is the one nearest to its limit", title_justify="left")
-        for name, options in (("call", {"ratio": 1}), ("forward", {}), ("PyTorch", {}), ("backward", {}), ("PyTorch", {}), ("", {})):
-            table.add_column(name, overflow="fold", **options)
+        for name in ("call", "forward", "PyTorch", "backward", "PyTorch", ""):
+            table.add_column(name, overflow="fold", ratio=1 if name == "call" else None)
         for row in self.rows:
             cells = []
             for worst in (row.worst(False), row.worst(True)):

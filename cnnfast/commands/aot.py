@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from cnnfast_kernels.aot import Row
     from rich.table import Table
+
+    from cnnfast_kernels.aot import Row
 
 
 def aot(
@@ -26,6 +27,7 @@ def aot(
     half precision without tensor cores, or waits after every wgmma; or if a kernel is not among the cases.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     try:
@@ -34,9 +36,8 @@ def aot(
         raise typer.BadParameter(f"ahead-of-time compilation needs triton: {error}") from None
 
     archs = arch or ["sm_90"]
-    progress = Progress(
-        TextColumn("compiling for " + ", ".join(archs)), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True)
-    )
+    text = TextColumn("compiling for " + ", ".join(archs))
+    progress = Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True))
     try:
         with progress:
             bar = progress.add_task("")
@@ -51,7 +52,7 @@ def aot(
         found += [f"{name}: no case compiles it (aot_cases.py)" for name in sorted(compiler.uncovered(rows))]
     console = Console()
     for line in found:
-        console.print(f"[bold red]problem[/] {line}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]problem[/] {escape(line)}", highlight=False, soft_wrap=True)
     console.print(summary(rows))
     console.print(f"{len(rows)} kernels compiled, {len(found)} problems")
     raise typer.Exit(1 if found else 0)

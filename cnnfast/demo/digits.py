@@ -14,7 +14,6 @@ from .layers import ConvBN, ResidualBlock
 
 HELD_OUT = 360  # of 1,797
 BATCH = 64
-EPOCHS = 40
 LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 5e-2
 LABEL_SMOOTHING = 0.1
@@ -51,7 +50,7 @@ def load_digits(seed: int) -> tuple[Digits, Digits]:
 class DigitNet(nn.Module):
     """[N, 1, 8, 8] to ten logits [N, 10]: a stem, two residual blocks with a max pool between, a global mean, a linear layer."""
 
-    def __init__(self, width: int = 32):
+    def __init__(self, width: int = 16):
         super().__init__()
         self.stem = ConvBN(1, width, 3)
         self.block1 = ResidualBlock(width, width)
@@ -80,9 +79,7 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]].unsqueeze(1)
 
 
-def train(
-    network: nn.Module, digits: Digits, epochs: int, seed: int, on_epoch: Callable[[float], None] = lambda loss: None
-) -> list[float]:
+def train(network: nn.Module, digits: Digits, epochs: int, seed: int, on_epoch: Callable[[float], None] = lambda loss: None) -> list[float]:
     """Trains `network` in place, on the device of its parameters; returns each epoch's mean loss, and tells `on_epoch`."""
     device = next(network.parameters()).device
     digits = digits.to(device)
@@ -92,6 +89,8 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=max(2, epochs * batches))
     network.train()
     losses = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # images so small gain nothing from more, and sums in one order give the same network on every machine
     for _ in range(epochs):
         total = torch.zeros((), device=device)
         for batch in torch.randperm(len(digits), generator=generator)[: batches * BATCH].view(batches, BATCH).to(device):
@@ -104,6 +103,7 @@ def train(
             total += loss.detach()
         losses.append(total.item() / batches)
         on_epoch(losses[-1])
+    torch.set_num_threads(threads)
     network.eval()
     return losses
 

@@ -4,8 +4,8 @@
     for line in problems(rows):
         print(line)
 
-Kernels must not be interpreted in this process (TRITON_INTERPRET unset). `seconds` are those of a first compilation: what
-Triton finds in its cache on disk takes milliseconds.
+Kernels must not be interpreted in this process (TRITON_INTERPRET unset). `seconds` are those of a first compilation, the
+first of each process with Triton's own start: what Triton finds in its cache on disk takes milliseconds.
 """
 
 from __future__ import annotations
@@ -113,21 +113,41 @@ def dot_operands(ttir: str) -> str | None:
     return "tf32" if match[1] == "f32" and "inputPrecision = tf32" in match[0] else match[1]
 
 
-def inspect(compiled: Any) -> dict[str, Any]:
-    """The fields of a Row that Triton's compiled kernel tells, by name."""
-    code, usage = sass.disassemble(compiled.asm["cubin"])
-    instructions = sass.read(code)
-    return dict(
-        registers=sass.registers(usage),
-        spill_bytes=sass.spill_bytes(instructions, usage),
-        shared_bytes=compiled.metadata.shared,
-        shared_limit=SHARED_LIMITS[compiled.metadata.target.arch],
-        dot=dot_operands(compiled.asm["ttir"]),
-        tensor_core=sass.tensor_core(instructions),
-        async_copies=sass.async_copies(instructions),
-        serialised=sass.serialised(instructions),
-        loop_instructions=sass.loop_instructions(instructions),
-    )
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """What Triton's compiled kernel leaves to inspect, and what can travel between processes."""
+
+    digest: str
+    capability: int
+    cubin: bytes
+    shared_bytes: int
+    dot: str | None
+
+    @classmethod
+    def of(cls, compiled: Any) -> Binary:
+        metadata = compiled.metadata
+        return cls(compiled.hash, metadata.target.arch, compiled.asm["cubin"], metadata.shared, dot_operands(compiled.asm["ttir"]))
+
+
+def inspect(binaries: Sequence[Binary]) -> list[dict[str, Any]]:
+    """For each of `binaries`, all of one architecture, the fields of a Row that it tells, by name."""
+    found = []
+    for binary, code in zip(binaries, sass.disassemble([b.cubin for b in binaries], binaries[0].capability), strict=True):
+        usage = sass.resource_usage(binary.cubin)
+        found.append(
+            {
+                "registers": sass.registers(usage),
+                "spill_bytes": sass.spill_bytes(code, usage),
+                "shared_bytes": binary.shared_bytes,
+                "shared_limit": SHARED_LIMITS[binary.capability],
+                "dot": binary.dot,
+                "tensor_core": sass.tensor_core(code),
+                "async_copies": sass.async_copies(code),
+                "serialised": sass.serialised(code),
+                "loop_instructions": sass.loop_instructions(code),
+            }
+        )
+    return found
 
 
 @contextmanager
@@ -149,23 +169,23 @@ def stderr_captured() -> Iterator[Callable[[], str]]:
             os.close(saved)
 
 
-_inspected: set[tuple[str, str]] = set()  # architecture and hash of what this process has reported
+_reported: set[tuple[int, str]] = set()  # architecture and hash of the kernels that this process has reported
 
 
-def compile_case(arch: str, index: int) -> list[tuple[str, Row]]:
-    """(hash, row) of each kernel that case `index` launches, but for those that an earlier case of this process launched too."""
+def compile_case(arch: str, index: int) -> list[tuple[Row, Binary | None]]:
+    """Each kernel that case `index` launches, but for those that an earlier case of this process launched too; not inspected yet."""
     case = cases()[index]
-    rows: list[tuple[str, Row]] = []
+    rows: list[tuple[Row, Binary | None]] = []
     clock = time.perf_counter()
 
     def see(launched: launch.Launch) -> None:
         nonlocal clock
         seconds = time.perf_counter() - clock
-        if (arch, launched.compiled.hash) not in _inspected:
-            _inspected.add((arch, launched.compiled.hash))
+        binary = Binary.of(launched.compiled)
+        if (binary.capability, binary.digest) not in _reported:
+            _reported.add((binary.capability, binary.digest))
             tile = "" if launched.tile is None else str(launched.tile)
-            row = Row(launched.kernel, case.name, tile, arch, round(seconds, 3), **inspect(launched.compiled))
-            rows.append((launched.compiled.hash, row))
+            rows.append((Row(launched.kernel, case.name, tile, arch, round(seconds, 3)), binary))
         clock = time.perf_counter()
 
     with stderr_captured() as said, target(arch), launch.observe(see, compile_only=True):
@@ -173,7 +193,7 @@ def compile_case(arch: str, index: int) -> list[tuple[str, Row]]:
             case.run()
         except Exception as error:  # whatever a compiler raises: a row must say so, and the others be compiled
             reason = "\n".join(line for line in said().splitlines() if "error:" in line)[:2000]
-            rows.append((case.name, Row("", case.name, "", arch, error=f"{type(error).__name__}: {error}\n{reason}".strip())))
+            rows.append((Row("", case.name, "", arch, error=f"{type(error).__name__}: {error}\n{reason}".strip()), None))
     return rows
 
 
@@ -189,18 +209,25 @@ def compile_all(
     for arch in archs:
         capability_of(arch)
     work = [(arch, i) for arch, (i, case) in itertools.product(archs, enumerate(cases())) if only in case.name]
-    done: dict[tuple[str, int], list[tuple[str, Row]]] = {}
+    done: dict[tuple[str, int], list[tuple[Row, Binary | None]]] = {}
     progress(0, len(work))
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(compile_case, *item): item for item in work}
         for future in as_completed(futures):
             done[futures[future]] = future.result()
             progress(len(done), len(work))
-    unique: dict[tuple[str, str], Row] = {}
-    for item in work:
-        for digest, row in done[item]:
-            unique.setdefault((row.arch, digest), row)
-    return list(unique.values())
+    return [row for arch in archs for row in finished([row for item in work if item[0] == arch for row in done[item]])]
+
+
+def finished(compiled: Sequence[tuple[Row, Binary | None]]) -> list[Row]:
+    """Failures, then the rows of one architecture with all that inspection tells; the same binary is one row."""
+    unique: dict[str, tuple[Row, Binary]] = {}
+    for row, binary in compiled:
+        if binary is not None:
+            unique.setdefault(binary.digest, (row, binary))
+    told = inspect([binary for _, binary in unique.values()]) if unique else []
+    failures = [row for row, binary in compiled if binary is None]
+    return failures + [replace(row, **fields) for (row, _), fields in zip(unique.values(), told, strict=True)]
 
 
 def problems(rows: Iterable[Row]) -> list[str]:

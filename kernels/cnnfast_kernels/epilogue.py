@@ -78,7 +78,7 @@ def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
         s = sigmoid(u)
         dz = dz * (s * (1.0 + u * (1.0 - s)))
     elif ACTIVATION == "hardswish":
-        dz = tl.where(u < -3, 0.0, tl.where(u <= 3, dz * (u * (1.0 / 3.0) + 0.5), dz))
+        dz = tl.where(u <= -3, 0.0, tl.where(u < 3, dz * (u * (1.0 / 3.0) + 0.5), dz))
     return dz
 
 
@@ -97,8 +97,13 @@ def normalize_columns(y, mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column
 
 @triton.jit
 def tile_moments(y, row_ok):
-    """Mean and sum of squared deviations of each column of y [BLOCK_M, BLOCK_N], over the rows that exist."""
+    """Mean and sum of squared deviations of each column of y [BLOCK_M, BLOCK_N], over the rows that exist.
+
+    Where |mean| >> std the sum's rounding is many deviations wide; the mean deviation from such a mean is what it lacks.
+    """
     count = tl.sum(row_ok.to(y.dtype), 0)
     mean = tl.sum(tl.where(row_ok[:, None], y, 0.0), 0) / count
     deviation = tl.where(row_ok[:, None], y - mean[None, :], 0.0)
-    return mean, tl.sum(deviation * deviation, 0)
+    lack = tl.sum(deviation, 0) / count
+    deviation = tl.where(row_ok[:, None], deviation - lack[None, :], 0.0)
+    return mean + lack, tl.sum(deviation * deviation, 0)

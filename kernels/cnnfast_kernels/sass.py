@@ -1,17 +1,21 @@
 """What a kernel's machine code (SASS) says: registers, spills, tensor-core instructions, waits, the length of its main loop.
 
-`disassemble` calls the two tools that come with Triton; everything else is a function of the text they print.
+`disassemble` and `resource_usage` call the tools that come with Triton; what follows `read` is a function of what they print.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import triton
+from triton import knobs
 
 # wgmma of sm_90; tcgen05 of sm_100; mma of every architecture. The letter is the operand: H half and tf32, Q fp8, I int8, D fp64.
 TENSOR_CORE = re.compile(r"[HQIB]GMMA|UTC\w*MMA|[HQIDO]MMA")
@@ -19,9 +23,8 @@ ASYNC_COPIES = {"LDGSTS", "UTMALDG"}
 LOADS = ASYNC_COPIES | {"LDG", "LD"}
 MULTIPLY_ADD = {"FFMA", "FFMA2", "DFMA"}
 
-LABEL = re.compile(r"^\s*(\.L_\w+):")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-TARGET = re.compile(r"`\((\.L_\w+)\)")
+TARGET = re.compile(r"\b0x([0-9a-f]+)$")
 
 
 class Instruction(NamedTuple):
@@ -37,35 +40,57 @@ class Instruction(NamedTuple):
         return self.opcode.partition(".")[0]
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """(machine code as nvdisasm prints it, resource usage as cuobjdump prints it)."""
-    tools = triton.knobs.nvidia
+def machine_code(cubin: bytes) -> bytes:
+    """The kernel's own section of a cubin, which is a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    entry_size, entries, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * entry_size) for i in range(entries)]
+    for name, _, _, _, offset, size in sections:
+        if cubin.startswith(b".text.", sections[names][4] + name):
+            return cubin[offset : offset + size]
+    raise ValueError("this cubin has no section .text.*")
+
+
+def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[Instruction]]:
+    """The instructions of each of `cubins`, which are all for sm_`capability`.
+
+    One call of nvdisasm for all of them: it spends two thirds of a second on its tables, and next to nothing on a kernel.
+    """
+    if not cubins:
+        return []
+    codes = [machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        arch = f"SM{capability}a" if capability >= 90 else f"SM{capability}"  # Triton compiles for the variant with wgmma and tcgen05
+        command = [knobs.nvidia.nvdisasm.path, "-ndf", "-b", arch, file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ends = list(itertools.accumulate(map(len, codes)))
+    kernels: list[list[Instruction]] = [[] for _ in codes]
+    for i in read(text):
+        kernel = bisect_right(ends, i.address)
+        start = ends[kernel - 1] if kernel else 0
+        kernels[kernel].append(i._replace(address=i.address - start, target=None if i.target is None else i.target - start))
+    return kernels
+
+
+def resource_usage(cubin: bytes) -> str:
+    """As cuobjdump prints it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        # without data-flow analysis (-ndf) it takes two thirds of the time
-        commands = [tools.nvdisasm.path, "-ndf", "-c", file.name], [tools.cuobjdump.path, "-res-usage", file.name]
-        code, usage = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
-    return code, usage
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def read(code: str) -> list[Instruction]:
-    """The instructions of nvdisasm's text, in order of address."""
-    labels: dict[str, int] = {}
-    waiting: list[str] = []
-    found: list[tuple[int, str, str]] = []
-    for line in code.splitlines():
-        if label := LABEL.match(line):
-            waiting.append(label[1])
-        elif match := INSTRUCTION.search(line):
-            address = int(match[1], 16)
-            labels.update((label, address) for label in waiting)
-            waiting.clear()
-            found.append((address, match[2], match[3].strip()))
+    """The instructions of nvdisasm's text of raw machine code, where branches name addresses."""
     instructions = []
-    for address, opcode, operands in found:
-        target = TARGET.search(operands) if opcode.startswith("BRA") else None
-        instructions.append(Instruction(address, opcode, operands, labels.get(target[1]) if target else None))
+    for line in code.splitlines():
+        if match := INSTRUCTION.search(line):
+            opcode, operands = match[2], match[3].strip()
+            target = TARGET.search(operands) if opcode.startswith("BRA") else None
+            instructions.append(Instruction(int(match[1], 16), opcode, operands, int(target[1], 16) if target else None))
     return instructions
 
 

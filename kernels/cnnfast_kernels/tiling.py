@@ -78,7 +78,8 @@ def choose_tile(problem: ConvProblem, operation: Operation, precision: Precision
     """The largest default tile that is not mostly padding and leaves enough programs to fill a GPU; else the smallest."""
     GEMM_M, GEMM_N, GEMM_K = gemm_extents(problem, operation)
     tiles = DEFAULT_TILES[precision]
-    fitting = [t for t in tiles if t.BLOCK_N <= max(GEMM_N, tiles[-1].BLOCK_N) and t.BLOCK_M <= max(GEMM_M, tiles[-1].BLOCK_M)] or [tiles[-1]]
+    least = tiles[-1]
+    fitting = [t for t in tiles if t.BLOCK_M <= max(GEMM_M, least.BLOCK_M) and t.BLOCK_N <= max(GEMM_N, least.BLOCK_N)]
     programs = {t: cdiv(GEMM_M, t.BLOCK_M) * cdiv(GEMM_N, t.BLOCK_N) * problem.groups for t in fitting}
     if operation == "wgrad":  # the split, not the tile, makes the programs
         tile = fitting[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from cnnfast_kernels.planes import as_planes, choose_plane_tile, dense_format
 from cnnfast_kernels.tiling import BUSY_PROGRAMS, cdiv
 from poison import embed

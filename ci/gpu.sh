@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Everything worth doing when a GPU is at hand, in one call under 10 minutes: correctness, the demo at full size in every dtype,
+# the layers' times. Results are files in $OUT, by default benchmarks/results/<gpu>. Needs no installation: PYTHONPATH is set here.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH=".:kernels" PYTHONUNBUFFERED=1
+
+gpu=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || exit 1
+OUT=${OUT:-benchmarks/results/$gpu}
+mkdir -p "$OUT"
+failed=0
+
+run() { # seconds, log, command
+    local seconds=$1 log=$2
+    shift 2
+    printf '\n=== %s ===\n' "$*"
+    timeout "$seconds" "$@" 2>&1 | tee "$OUT/$log" | tail -n 40 || { failed=1; echo "FAILED or out of time: $*"; }
+}
+
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | tee "$OUT/gpu.csv"
+run 240 tests.log python3 -m pytest -q -n 8 -m "not compiled" tests
+run 120 demo.log python3 -m cnnfast demo --out "$OUT/demo"
+run 200 layers.log python3 -m pytest -q benchmarks --benchmark-json="$OUT/layers.json"
+exit $failed

@@ -1,0 +1,51 @@
+"""A photograph of scikit-learn's, and the first layers of a ResNet that it goes through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import cnnfast.functional as F
+
+from .layers import ConvBN, ResidualBlock
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every published ResNet expects
+
+
+def load_photograph(size: int | None) -> Tensor:
+    """A temple in China, [1, 3, H, W] in [0, 1]: all 427 x 640 pixels, or scaled down to a shorter side and cropped to `size` x `size`."""
+    from sklearn.datasets import load_sample_image
+
+    image = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1).unsqueeze(0).float() / 255
+    if size is None:
+        return image
+    H, W = image.shape[2:]
+    scale = size / min(H, W)
+    image = nn.functional.interpolate(image, (round(H * scale), round(W * scale)), mode="bilinear", antialias=True)
+    top, left = (image.shape[2] - size) // 2, (image.shape[3] - size) // 2
+    return image[:, :, top : top + size, left : left + size].clamp(0, 1)
+
+
+def normalized(image: Tensor) -> Tensor:
+    """As a network wants it: mean 0 and variance 1 over ImageNet, channels_last."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return ((image - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+class StemAndBlock(nn.Module):
+    """ResNet's beginning: a 7x7 convolution of stride 2, a 3x3 max pool of stride 2, one basic block of 64 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = ConvBN(3, 64, 7, 2)
+        self.block = ResidualBlock(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(F.max_pool2d(self.stem(x), 3, 2, 1))
+
+
+def make_layers(seed: int) -> StemAndBlock:
+    """With weights as ResNets start with, in training mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return StemAndBlock()

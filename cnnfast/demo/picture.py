@@ -1,0 +1,94 @@
+"""The demo's picture: the photograph, what the residual block makes of it, digits as they were read, and errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .results import Proof, Results
+
+OURS, THEIRS, WRONG = "#1f6fb4", "#c7c7c7", "#c0392b"
+MAPS = (2, 4)
+DIGITS = 12
+
+
+@dataclass
+class Images:
+    """photograph [3, H, W] in [0, 1]; features [C, P, Q]; digits [N, 8, 8], what they are and what was read, [N]."""
+
+    photograph: Tensor
+    features: Tensor
+    features_by: str
+    digits: Tensor
+    labels: Tensor
+    read: Tensor
+
+
+def draw(results: Results, images: Images, file: Path) -> None:
+    """Writes a PNG."""
+    figure = Figure(figsize=(12, 13), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(3.4, 1.9, 6.5))
+    _photograph(top, images)
+    _digits(middle, images, results)
+    _errors(bottom, results.proofs)
+    figure.savefig(file, dpi=110)
+
+
+def _photograph(figure, images: Images) -> None:
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
+    axes = left.subplots()
+    axes.imshow(images.photograph.permute(1, 2, 0).numpy())
+    axes.set_title(f"photograph, {images.photograph.shape[1]} x {images.photograph.shape[2]}")
+    axes.axis("off")
+    right.suptitle(
+        f"after the stem and one residual block: {MAPS[0] * MAPS[1]} of {len(images.features)} channels (by {images.features_by})"
+    )
+    liveliest = images.features.flatten(1).std(1).argsort(descending=True)
+    for axes, channel in zip(right.subplots(*MAPS).flat, liveliest, strict=False):
+        axes.imshow(images.features[channel].numpy(), cmap="magma")
+        axes.axis("off")
+
+
+def _digits(figure, images: Images, results: Results) -> None:
+    """Mistakes first."""
+    t = results.training
+    figure.suptitle(f"held-out digits as the network reads them: {t.held_out - len(t.mistakes)} of {t.held_out} right, {t.accuracy:.1%}")
+    order = (images.read == images.labels).int().argsort(stable=True)
+    for axes, i in zip(figure.subplots(1, DIGITS).flat, order, strict=False):
+        axes.imshow(images.digits[i].numpy(), cmap="gray_r")
+        right = images.read[i] == images.labels[i]
+        axes.set_title(f"{images.read[i]}" if right else f"{images.read[i]}, is {images.labels[i]}", color="black" if right else WRONG)
+        axes.axis("off")
+
+
+def _errors(figure, proofs: list[Proof]) -> None:
+    """Bars of the largest errors against float64, one pair a call and direction; the first dtype of each subject."""
+    subjects = list({proof.title: proof for proof in reversed(proofs)}.values())[::-1]
+    if not subjects:
+        figure.suptitle("triton is not installed here: no kernel ran")
+        return
+    figure.suptitle("largest error against float64, of the tensor nearest to its limit")
+    grid = figure.subplots(1, len(subjects), squeeze=False)[0]
+    for axes, proof in zip(grid, subjects, strict=True):
+        bars = [
+            (f"{row.layer or row.operation}{', backward' if backward else ''}", worst)
+            for row in proof.report.rows
+            for backward in (False, True)
+            if (worst := row.worst(backward))
+        ]
+        places = np.arange(len(bars))
+        axes.barh(places - 0.2, [c.error for _, c in bars], 0.4, color=OURS, label="our kernels")
+        axes.barh(places + 0.2, [c.torch_error for _, c in bars], 0.4, color=THEIRS, label="PyTorch")
+        axes.plot([c.limit for _, c in bars], places, "|", color=WRONG, markersize=14, label="limit")
+        axes.set_yticks(places, [name for name, _ in bars])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_title(f"{proof.title}, {proof.dtype}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0].legend(loc="lower right", fontsize=9)

@@ -1,0 +1,86 @@
+"""What a demo found, as data."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cnnfast.checking import Comparison, Report
+
+from .digits import ACCURACY_WANTED
+from .timing import Timing
+
+
+@dataclass
+class Training:
+    """A training run; `mistakes` are (row of scikit-learn's images, digit, what the network read). Accuracy is of the held-out part."""
+
+    seed: int
+    images: int
+    held_out: int
+    losses: list[float]
+    mistakes: list[tuple[int, int, int]]
+    served_by: str
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        return 1 - len(self.mistakes) / self.held_out
+
+    @property
+    def ok(self) -> bool:
+        return self.accuracy >= ACCURACY_WANTED
+
+
+@dataclass
+class Proof:
+    """A check of some layers on real images: what went through which layers, in which dtype."""
+
+    title: str
+    dtype: str
+    report: Report
+    seconds: float
+
+    @property
+    def launches(self) -> dict[str, int]:
+        """Kernels with their tiles, and how many of the calls, forward or backward, launched each."""
+        return dict(Counter(kernel for row in self.report.rows for kernel in (*row.forward, *row.backward)))
+
+
+@dataclass
+class Results:
+    """`environment` says where this ran; `timings` is empty without a GPU, `proofs` without triton."""
+
+    environment: dict[str, str]
+    training: Training
+    proofs: list[Proof] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    timed: str = ""
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.training.ok and all(p.report.ok for p in self.proofs) and all(t.right for t in self.timings)
+
+    def to_json(self) -> str:
+        proofs = [
+            {"title": p.title, "dtype": p.dtype, "seconds": p.seconds, "launches": p.launches, "check": json.loads(p.report.to_json())}
+            for p in self.proofs
+        ]
+        data: dict[str, Any] = {
+            "ok": self.ok,
+            "seconds": self.seconds,
+            "environment": self.environment,
+            "training": {**asdict(self.training), "accuracy": self.training.accuracy, "wanted": ACCURACY_WANTED},
+            "proofs": proofs,
+            "timed": self.timed,
+            "timings": [asdict(t) for t in self.timings],
+        }
+        return json.dumps(data, indent=1, allow_nan=False)
+
+
+def figure(comparison: Comparison | None, ours: bool) -> str:
+    """An error as text, or nothing where there is none."""
+    return "" if comparison is None else f"{comparison.error if ours else comparison.torch_error:.1e}"

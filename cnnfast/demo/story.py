@@ -1,0 +1,144 @@
+"""The demo itself: training, proof and times, one after the other, told on a console while they run."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from cnnfast import __version__
+from cnnfast.checking import check
+from cnnfast.dispatch import Trace, backend, launch, trace
+
+from . import digits, photograph, timing
+from .picture import Images
+from .results import Proof, Results, Training
+
+# What the interpreter can do in the time that a demo may take.
+INTERPRETED_SIZE = 96
+INTERPRETED_DIGITS = 8
+GPU_DIGITS = 64
+GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def tell(seed: int, epochs: int, console: Console) -> tuple[Results, Images]:
+    """Runs everything; on a GPU if there is one."""
+    began = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    place = environment(device)
+    console.print(", ".join(f"{name} {value}" for name, value in place.items()), highlight=False)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=console) as bars:
+        network = digits.make_network(seed).to(device)
+        training_part, held_out = digits.load_digits(seed)
+        training, read = learn(network, training_part, held_out, epochs, seed, bars)
+        console.print(
+            f"held-out digits read right: {training.accuracy:.1%} ({training.held_out - len(training.mistakes)} of {training.held_out});"
+            f" {training.seconds:.0f} s of training, served by {training.served_by}",
+            highlight=False,
+        )
+        results = Results(place, training)
+
+        image = photograph.load_photograph(None if gpu else INTERPRETED_SIZE)
+        layers = photograph.make_layers(seed).to(device)
+        x = photograph.normalized(image).to(device)
+        with torch.no_grad(), trace() as calls:
+            features = layers(x)
+        images = Images(image[0], features[0].float().cpu(), served_by(calls), held_out.images[:, 0], held_out.labels, read)
+
+        if launch is None:
+            console.print("triton is not installed here: no kernel can run")
+        else:
+            some = held_out.images[: GPU_DIGITS if gpu else INTERPRETED_DIGITS].to(device)
+            for dtype in GPU_DTYPES if gpu else GPU_DTYPES[:1]:
+                sizes = " x ".join(map(str, x.shape[2:]))
+                results.proofs += [
+                    prove(f"photograph, {sizes}, through stem and block, in training", layers, x, dtype, bars),
+                    prove(f"{len(some)} held-out digits through the trained network", network, some, dtype, bars),
+                ]
+        if gpu:
+            results.timed = timing.CONDITIONS
+            results.timings = measure(device, bars)
+    results.seconds = time.perf_counter() - began
+    return results, images
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    place = {"cnnfast": __version__, "torch": torch.__version__, "Python": platform.python_version()}
+    if launch is not None:
+        import triton
+
+        place["triton"] = triton.__version__
+    if device.type == "cuda":
+        return {**place, "kernels": "compiled", "GPU": torch.cuda.get_device_name(device)}
+    return {**place, "kernels": "in Triton's interpreter" if launch else "none", "GPU": "none"}
+
+
+def served_by(calls: Trace) -> str:
+    """Who served these calls, in words."""
+    reasons = {call.reason for call in calls if call.served_by == "torch"}
+    return f"PyTorch, because {' and '.join(sorted(reasons))}" if reasons else "our kernels"
+
+
+def learn(
+    network: digits.DigitNet, training_part: digits.Digits, held_out: digits.Digits, epochs: int, seed: int, bars: Progress
+) -> tuple[Training, Tensor]:
+    """Trains, then reads the held-out part: what was learned, and what was read in each image."""
+    bar = bars.add_task("training on digits", total=epochs, note="")
+    began = time.perf_counter()
+    gpu = next(network.parameters()).is_cuda
+    # An interpreter that somebody switched on would take hours to train.
+    with nullcontext() if gpu else backend("torch"):
+        losses = digits.train(network, training_part, epochs, seed, lambda loss: bars.update(bar, advance=1, note=f"loss {loss:.3f}"))
+        seconds = time.perf_counter() - began
+        with trace() as calls:
+            read = digits.predict(network, held_out)
+    wrong = (read != held_out.labels).nonzero().flatten()
+    mistakes = [(int(held_out.rows[i]), int(held_out.labels[i]), int(read[i])) for i in wrong]
+    by = served_by(calls) if gpu else "PyTorch, as always on a CPU"
+    return Training(seed, len(training_part), len(held_out), losses, mistakes, by, seconds), read
+
+
+def prove(title: str, module: nn.Module, x: Tensor, dtype: torch.dtype, bars: Progress) -> Proof:
+    """Checks every call of `module(x)`, forward and backward, and prints what was found."""
+    name = str(dtype).removeprefix("torch.")
+    bar = bars.add_task(title.partition(" through")[0], total=None, note=name)
+    began = time.perf_counter()
+    report = check(
+        module, x, dtype=dtype, progress=lambda done, total, call: bars.update(bar, completed=done, total=total, note=f"{name} {call}")
+    )
+    proof = Proof(title, name, report, time.perf_counter() - began)
+    bars.console.print(Text(f"\n{title}, {name}", "bold"), report, launch_table(proof.launches.items()))
+    return proof
+
+
+def measure(device: torch.device, bars: Progress) -> list[timing.Timing]:
+    """Times ResNet-50's convolutions and prints what was found."""
+    layers = timing.resnet50()
+    bar = bars.add_task("ResNet-50's convolutions", total=len(layers), note="")
+    timings = []
+    table = Table(*timing.HEADING, title=timing.CONDITIONS)
+    with timing.cudnn_benchmark():
+        for layer in layers:
+            timings.append(timing.time_layer(layer, device, torch.bfloat16))
+            table.add_row(*timings[-1].cells)
+            bars.update(bar, advance=1, note=str(layer))
+    bars.console.print(table)
+    return timings
+
+
+def launch_table(launches: Iterable[tuple[str, int]]) -> Table:
+    table = Table("kernel launched", "in calls")
+    for kernel, calls in launches:
+        table.add_row(Text(kernel), str(calls))
+    return table

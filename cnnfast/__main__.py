@@ -11,7 +11,7 @@ from .commands.aot import aot
 from .commands.check import check
 from .commands.demo import demo
 
-app = typer.Typer(name="cnnfast", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_show_locals=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
 
 
 def _version(asked: bool) -> None:

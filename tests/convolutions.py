@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from cnnfast_kernels.problem import ConvProblem
-from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
+
+from cnnfast_kernels.problem import ConvProblem
+from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig
 from poison import embed, poison
 
 

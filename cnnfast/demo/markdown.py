@@ -18,9 +18,10 @@ def markdown(results: Results, picture: str) -> str:
         table(("", ""), results.environment.items()),
         f"![photograph, feature maps, digits, errors]({picture})",
         "## Handwritten digits",
-        f"A residual network was trained on {t.images} of scikit-learn's images for {len(t.losses)} epochs ({t.seconds:.0f} s, seed {t.seed};"
-        f" served by {t.served_by}). Of {t.held_out} held-out images it reads {t.held_out - len(t.mistakes)} right:"
-        f" **{t.accuracy:.1%}** (wanted: {ACCURACY_WANTED:.0%}). Loss: {t.losses[0]:.3f} after the first epoch, {t.losses[-1]:.3f} after the last.",
+        f"A residual network was trained on {t.images} of scikit-learn's images for {len(t.losses)} epochs ({t.seconds:.0f} s,"
+        f" seed {t.seed}; served by {t.served_by}). Of {t.held_out} held-out images it reads {t.held_out - len(t.mistakes)} right:"
+        f" **{t.accuracy:.1%}** (wanted: {ACCURACY_WANTED:.0%})."
+        f" Loss: {t.losses[0]:.3f} after the first epoch, {t.losses[-1]:.3f} after the last.",
     ]
     if t.mistakes:
         parts.append(table(("image", "is", "read as"), sorted(t.mistakes)))

@@ -18,7 +18,10 @@ BATCH = 64
 ROUNDS = 9
 CHECKED_IMAGES = 2  # float64 takes its time
 REPEATS = 10
-CONDITIONS = f"ResNet-50's convolutions, batch {BATCH}, bfloat16, channels_last, cudnn.benchmark: milliseconds of one call, median of {ROUNDS} interleaved rounds"
+CONDITIONS = (
+    f"ResNet-50's convolutions, batch {BATCH}, bfloat16, channels_last, cudnn.benchmark:"
+    f" milliseconds of one call, median of {ROUNDS} interleaved rounds"
+)
 HEADING = ("convolution", "times in the network", "forward", "PyTorch", "backward", "PyTorch", "against float64")
 
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of one call

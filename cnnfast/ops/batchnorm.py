@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from cnnfast_kernels import batchnorm, launch
 from cnnfast_kernels.epilogue import FROM_OUTPUT
+from cnnfast_kernels.planes import dense_format
 from torch import Tensor
 
 from ..activations import activate
@@ -26,8 +27,12 @@ def _fake_moments(y: Tensor) -> tuple[Tensor, Tensor]:
     return _statistics_like(y), _statistics_like(y)
 
 
+def _dense_like(y: Tensor) -> Tensor:
+    return launch.empty(y.shape, y, dense_format(y))
+
+
 def _fake_normalize(y: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(y)
+    return _dense_like(y)
 
 
 def _normalize_backward(
@@ -40,8 +45,9 @@ def _normalize_backward(
 def _fake_normalize_backward(
     dz: Tensor, y: Tensor | None, z: Tensor | None, mean, var, weight, bias, residual, eps, activation, slope, training, needs
 ) -> tuple[Tensor, ...]:
-    like = (y if y is not None else dz, weight, bias, residual if residual is not None else dz)
-    return tuple(torch.empty_like(t) if need and t is not None else dz.new_empty(0) for t, need in zip(like, needs, strict=True))
+    image = dz if y is None else y
+    grads = (_dense_like(image), *(torch.empty_like(mean if t is None else t) for t in (weight, bias)), _dense_like(image))
+    return tuple(g if need else dz.new_empty(0) for g, need in zip(grads, needs, strict=True))
 
 
 def _from_output(activation: str | None, slope: float) -> bool:
@@ -61,8 +67,8 @@ class _Normalize(torch.autograd.Function):
             z = normalize(y, mean, var, weight, bias, residual, eps, activation, slope, training)
         # act' is read off z where it can be: z is kept by whatever comes next, u = bn(y) + residual by nobody
         from_output = _from_output(activation, slope)
-        keep_z = z if from_output and activation else None
-        ctx.save_for_backward(y, mean, var, weight, bias, None if from_output else residual, keep_z)
+        of_u = (None, None, z if activation else None) if from_output else (bias, residual, None)
+        ctx.save_for_backward(y, mean, var, weight, *of_u)
         ctx.options = eps, activation, slope, training
         return z
 
@@ -93,17 +99,20 @@ def _backward(
 
 def _differentiable_backward(dz, y, mean, var, weight, bias, residual, z, options, needs) -> list[Tensor | None]:
     eps, activation, slope, training = options
-    if z is not None:  # act(u) = z: its derivative is piecewise constant
-        dz = _select(dz, z, activation, slope)
-        activation = None
     grads: list[Tensor | None] = [None] * 4
+    if _from_output(activation, slope):  # its derivative is piecewise constant; bias and residual were not kept, nor are they needed
+        dz = dz if z is None else _select(dz, z, activation, slope)
+        activation = None
+        grads[2] = dz.sum((0, *range(2, dz.dim())), dtype=mean.dtype) if needs[2] else None
+        grads[3] = dz if needs[3] else None
+        needs = [*needs[:2], False, False]
     with torch.enable_grad():
         inputs = [t for t, need in zip((y, weight, bias, residual), needs, strict=True) if need and t is not None]
         out = _replay(y, mean, var, weight, bias, residual, eps, activation, slope, training)
         found = iter(torch.autograd.grad(out, inputs, dz, create_graph=True) if inputs else ())
     for i, t in enumerate((y, weight, bias, residual)):
-        if needs[i]:
-            grads[i] = dz if t is None else next(found)
+        if needs[i] and t is not None:
+            grads[i] = next(found)
     return grads
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from cnnfast_kernels import conv, launch
-from cnnfast_kernels.epilogue import FROM_OUTPUT, BatchNorm
+from cnnfast_kernels.epilogue import FROM_OUTPUT, BatchNorm, Epilogue
 from cnnfast_kernels.problem import output_extent
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def _format(channels_last: bool) -> torch.memory_format:
 
 
 def _fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> Tensor:
-    return conv.conv_fprop(x, w, _geometry(stride, padding, dilation, groups), bias=bias, algorithm=algorithm, tf32=allow_tf32(x))
+    return conv.conv_fprop(x, w, _geometry(stride, padding, dilation, groups), Epilogue(bias), algorithm=algorithm, tf32=allow_tf32(x))
 
 
 def _dgrad(dy: Tensor, w: Tensor, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
@@ -54,10 +54,8 @@ def _stats(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation,
 def _bn_act(
     x: Tensor, w: Tensor, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, stride, padding, dilation, groups, algorithm
 ) -> Tensor:
-    return conv.conv_fprop(
-        x, w, _geometry(stride, padding, dilation, groups), bias=bias, norm=BatchNorm(mean, var, bn_weight, bn_bias, eps),
-        residual=residual, activation=activation, slope=slope, algorithm=algorithm, tf32=allow_tf32(x),
-    )  # fmt: skip
+    epilogue = Epilogue(bias, BatchNorm(mean, var, bn_weight, bn_bias, eps), residual, activation, slope)
+    return conv.conv_fprop(x, w, _geometry(stride, padding, dilation, groups), epilogue, algorithm=algorithm, tf32=allow_tf32(x))
 
 
 def _fake_output(x: Tensor, w: Tensor, stride, padding, dilation) -> Tensor:

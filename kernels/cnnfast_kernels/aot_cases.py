@@ -15,7 +15,7 @@ import torch
 
 from .batchnorm import batch_moments, channel_sum, normalize, normalize_backward, update_running
 from .conv import Geometry, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
-from .epilogue import ACTIVATIONS, BatchNorm
+from .epilogue import ACTIVATIONS, BatchNorm, Epilogue
 from .pooling import (
     adaptive_avg_pool,
     avg_pool,
@@ -85,10 +85,8 @@ class Layer:
     def infer(self, tile: TileConfig, precision: Precision, dtype: torch.dtype, activation: str | None = "relu") -> None:
         """The heaviest epilogue of inference: batch norm, residual, activation."""
         norm = BatchNorm(empty(self.K), empty(self.K), empty(self.K), empty(self.K))
-        conv_fprop(
-            self.x(dtype), self.w(dtype), self.geometry, norm=norm, residual=self.y(dtype), activation=activation, slope=0.01,
-            tf32=precision == "tf32", tile=tile,
-        )  # fmt: skip
+        epilogue = Epilogue(None, norm, self.y(dtype), activation, 0.01)
+        conv_fprop(self.x(dtype), self.w(dtype), self.geometry, epilogue, tf32=precision == "tf32", tile=tile)
 
     def train(self, tile: TileConfig, precision: Precision, dtype: torch.dtype) -> None:
         """The epilogue of training: bias and the statistics of a tile."""

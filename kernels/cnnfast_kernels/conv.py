@@ -13,7 +13,7 @@ import torch
 
 from . import launch
 from .batchnorm import batch_moments, combine_moments
-from .epilogue import BatchNorm
+from .epilogue import PLAIN, Epilogue
 from .gather.dgrad import dgrad
 from .gather.fprop import fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
@@ -36,34 +36,32 @@ class Geometry(NamedTuple):
         return ConvProblem.of(tuple(x_shape), tuple(w_shape), *self)
 
 
-def _plan(operation: Operation, problem: ConvProblem, x: torch.Tensor, tf32: bool, tile: TileConfig | None) -> tuple[TileConfig, Precision]:
-    precision = precision_class(str(x.dtype).removeprefix("torch."), tf32)
-    return tile or choose_tile(problem, operation, precision), precision
+def _plan(
+    operation: Operation, problem: ConvProblem, tf32: bool, tile: TileConfig | None, *operands: torch.Tensor
+) -> tuple[TileConfig, Precision]:
+    precision = precision_class(str(operands[0].dtype).removeprefix("torch."), tf32)
+    adjacent = all(t.stride(1) == 1 or t.shape[1] == 1 for t in operands)
+    return tile or choose_tile(problem, operation, precision, adjacent), precision
 
 
 def conv_fprop(
     x: torch.Tensor,
     w: torch.Tensor,
     geometry: Geometry,
+    epilogue: Epilogue = PLAIN,
     *,
-    bias: torch.Tensor | None = None,
-    norm: BatchNorm | None = None,
-    residual: torch.Tensor | None = None,
-    activation: str | None = None,
-    slope: float = 0.0,
     algorithm: Algorithm = "auto",
     tf32: bool = False,
     tile: TileConfig | None = None,
 ) -> torch.Tensor:
-    """act(batch_norm(conv(x, w) + bias) + residual), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
+    """What `epilogue` makes of conv(x, w), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
     problem = geometry.problem(x.shape, w.shape)
-    tile, precision = _plan("fprop", problem, x, tf32, tile)
+    tile, precision = _plan("fprop", problem, tf32, tile, x, w)
     y = launch.empty((problem.N, problem.K, problem.P, problem.Q), x, launch.memory_format(x, w))
-    epilogue = dict(bias=bias, norm=norm, residual=residual, activation=activation, slope=slope)
     if algorithm == "im2col":
-        im2col_fprop(problem, precision, x, w, y, **epilogue)
+        im2col_fprop(problem, precision, x, w, y, epilogue)
     else:
-        fprop(problem, tile, precision, x, w, y, **epilogue)
+        fprop(problem, tile, precision, x, w, y, epilogue)
     return y
 
 
@@ -80,13 +78,13 @@ def conv_stats(
     """(y, mean [K], biased variance [K]): the convolution's kernel leaves the moments of its tiles, a small one combines them."""
     problem = geometry.problem(x.shape, w.shape)
     if algorithm == "im2col":
-        y = conv_fprop(x, w, geometry, bias=bias, algorithm=algorithm, tf32=tf32, tile=tile)
+        y = conv_fprop(x, w, geometry, Epilogue(bias), algorithm=algorithm, tf32=tf32, tile=tile)
         return y, *batch_moments(y)
-    tile, precision = _plan("fprop", problem, x, tf32, tile)
+    tile, precision = _plan("fprop", problem, tf32, tile, x, w)
     pixels = problem.N * problem.P * problem.Q
     y = launch.empty((problem.N, problem.K, problem.P, problem.Q), x, launch.memory_format(x, w))
     moments = launch.empty((cdiv(pixels, tile.BLOCK_M), 2, problem.K), x, dtype=launch.accumulator_dtype(x.dtype))
-    fprop(problem, tile, precision, x, w, y, bias=bias, moments=moments)
+    fprop(problem, tile, precision, x, w, y, Epilogue(bias), moments)
     return y, *combine_moments(moments, tile.BLOCK_M, pixels)
 
 
@@ -103,7 +101,7 @@ def conv_dgrad(
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to x."""
     problem = geometry.problem(x_shape, w.shape)
-    tile, precision = _plan("dgrad", problem, dy, tf32, tile)
+    tile, precision = _plan("dgrad", problem, tf32, tile, dy, w)
     dx = launch.empty(x_shape, dy, fmt)
     if algorithm == "im2col":
         im2col_dgrad(problem, precision, dy, w, dx)
@@ -125,7 +123,7 @@ def conv_wgrad(
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to w."""
     problem = geometry.problem(x.shape, w_shape)
-    tile, precision = _plan("wgrad", problem, x, tf32, tile)
+    tile, precision = _plan("wgrad", problem, tf32, tile, x, dy)
     dw = launch.empty(w_shape, x, fmt)
     if dy.numel() == 0 or x.numel() == 0:
         return dw.zero_()

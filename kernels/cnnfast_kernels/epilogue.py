@@ -27,7 +27,20 @@ class BatchNorm(NamedTuple):
     eps: float = 1e-5
 
 
-NO_NORM = BatchNorm(None, None, None, None)
+NO_NORM = BatchNorm(None, None, None, None, 0.0)
+
+
+class Epilogue(NamedTuple):
+    """What a convolution's kernel makes of its sums: act(batch_norm(sum + bias) + residual). residual is of the output's size."""
+
+    bias: torch.Tensor | None = None
+    norm: BatchNorm = NO_NORM
+    residual: torch.Tensor | None = None
+    activation: str | None = None
+    slope: float = 0.0  # leaky_relu's
+
+
+PLAIN = Epilogue()
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 GAUSS = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)

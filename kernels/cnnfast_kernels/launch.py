@@ -113,7 +113,9 @@ def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if any(is_channels_last(t) for t in tensors) else torch.contiguous_format
 
 
-def empty(shape: Sequence[int], like: torch.Tensor, fmt: torch.memory_format = torch.contiguous_format, dtype: torch.dtype | None = None) -> torch.Tensor:
+def empty(
+    shape: Sequence[int], like: torch.Tensor, fmt: torch.memory_format = torch.contiguous_format, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Every output and workspace of this package is allocated here, so that tests can fill them with NaN first."""
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=fmt)
 

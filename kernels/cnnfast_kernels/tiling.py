@@ -74,10 +74,14 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def choose_tile(problem: ConvProblem, operation: Operation, precision: Precision) -> TileConfig:
-    """The largest default tile that is not mostly padding and leaves enough programs to fill a GPU; else the smallest."""
+def choose_tile(problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True) -> TileConfig:
+    """The largest default tile that is not mostly padding and leaves enough programs to fill a GPU; else the smallest.
+
+    `adjacent`: channels lie next to each other in all operands. If not, every element needs an address of its own, and the largest
+    tile would not have the registers for them.
+    """
     GEMM_M, GEMM_N, GEMM_K = gemm_extents(problem, operation)
-    tiles = DEFAULT_TILES[precision]
+    tiles = DEFAULT_TILES[precision][0 if adjacent else 1 :]
     least = tiles[-1]
     fitting = [t for t in tiles if t.BLOCK_M <= max(GEMM_M, least.BLOCK_M) and t.BLOCK_N <= max(GEMM_N, least.BLOCK_N)]
     programs = {t: cdiv(GEMM_M, t.BLOCK_M) * cdiv(GEMM_N, t.BLOCK_N) * problem.groups for t in fitting}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+
 from cnnfast_kernels.gather.dgrad import dgrad
 from convolutions import (
     CASES,
@@ -30,7 +32,6 @@ from convolutions import (
     positive_operands,
     reference,
 )
-from hypothesis import given
 
 
 def check(case, device, tile=SMALL, dtype=torch.float32, precision="ieee", layout="channels_last"):

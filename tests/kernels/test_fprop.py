@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+
 from cnnfast_kernels import launch
-from cnnfast_kernels.epilogue import BatchNorm
+from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.gather.fprop import fprop
 from cnnfast_kernels.tiling import cdiv
 from convolutions import (
@@ -33,7 +35,6 @@ from convolutions import (
     positive_operands,
     reference,
 )
-from hypothesis import given
 
 
 def check(case, device, tile=SMALL, dtype=torch.float32, precision="ieee", layout="channels_last"):
@@ -90,7 +91,7 @@ def test_epilogue(case, device):
     rows = g.N * g.P * g.Q
     y = output(case.y, torch.float32, device)
     moments = launch.empty((cdiv(rows, SMALL.BLOCK_M), 2, g.K), x)
-    fprop(g, SMALL, "ieee", x, w, y, bias=bias, norm=norm, residual=residual, moments=moments, activation="relu")
+    fprop(g, SMALL, "ieee", x, w, y, Epilogue(bias, norm, residual, "relu"), moments)
 
     column = [t.double()[:, None, None] for t in (bias, mean, norm.var, weight, beta)]
     exact = (reference(case, x, w, dy)[0] + column[0] - column[1]) / column[2].sqrt() * column[3] + column[4]
@@ -106,7 +107,7 @@ def test_nan_passes(device):
     x, w, dy = operands(EVEN, torch.float32, device)
     x[0, 3, 2, 2] = float("nan")
     y = output(EVEN.y, torch.float32, device)
-    fprop(EVEN.problem, SMALL, "ieee", x, w, y, activation="relu")
+    fprop(EVEN.problem, SMALL, "ieee", x, w, y, Epilogue(activation="relu"))
     expected = torch.relu(reference(EVEN, x, w, dy)[0]).float()
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 

@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from cnnfast_kernels import launch
 from cnnfast_kernels.gather.tiles import divisor
 from cnnfast_kernels.gather.wgrad import empty_partials, reduce_partials, wgrad, wgrad_partials
@@ -33,8 +36,6 @@ from convolutions import (
     positive_operands,
     reference,
 )
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 
 def check(case, device, tile=SMALL, dtype=torch.float32, precision="ieee", layout="channels_last"):

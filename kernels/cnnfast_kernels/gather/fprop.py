@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..epilogue import NO_NORM, BatchNorm, activate, normalize_columns, tile_moments
+from ..epilogue import PLAIN, Epilogue, activate, normalize_columns, tile_moments
 from ..problem import ConvProblem
 from ..tiling import Precision, TileConfig, cdiv
 from .tiles import channel_offset, load_taps, multiply_accumulate, pixel_offset, tap_bits, unravel_npq, unravel_rsc
@@ -38,7 +38,6 @@ def conv_fprop_kernel(
     """One tile of y. C and K are channels and filters of a group; z is the residual; `moments` [tiles, 2, K * GROUPS]."""
     FLAT: tl.constexpr = C < BLOCK_K and R * S > 1
     STEPS: tl.constexpr = (R * S * C + BLOCK_K - 1) // BLOCK_K if FLAT else R * S * ((C + BLOCK_K - 1) // BLOCK_K)
-
     EVEN: tl.constexpr = C % BLOCK_K == 0
 
     # Filters vary fastest: programs that run together share their pixels.
@@ -57,15 +56,15 @@ def conv_fprop_kernel(
     w0 = q * STRIDE_W - PAD_W
     x_rows = x_ptr + pixel_offset(n, h0, w0, x_stride_n, x_stride_h, x_stride_w, X_ALIGN) + channel_offset(group * C, x_stride_c)
     w_cols = w_ptr + (group * K + k).to(tl.int64) * w_stride_k * W_ALIGN
-    if FLAT or R * S > 31:
-        bits = None
-    else:
-        bits = tap_bits(h0, w0, row_ok, H, W, R, S, DIL_H, DIL_W)
+    bits = None if FLAT or R * S > 31 else tap_bits(h0, w0, row_ok, H, W, R, S, DIL_H, DIL_W)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for step in range(STEPS):
         r, s, c, c_ok = unravel_rsc(step, C, R, S, BLOCK_K, FLAT)
-        x = load_taps(x_rows, bits, h0, w0, row_ok, r, s, c, c_ok, H, W, x_stride_h, x_stride_w, x_stride_c, S, DIL_H, DIL_W, X_ALIGN, FLAT, EVEN)
+        x = load_taps(
+            x_rows, bits, h0, w0, row_ok, r, s, c, c_ok, H, W, x_stride_h, x_stride_w, x_stride_c,
+            S, DIL_H, DIL_W, X_ALIGN, FLAT, EVEN,
+        )  # fmt: skip
         w_mask = k_ok[None, :] if EVEN else k_ok[None, :] & c_ok[:, None]
         w_taps = (r.to(tl.int64) * w_stride_r + s.to(tl.int64) * w_stride_s) * W_ALIGN + channel_offset(c, w_stride_c)
         w = tl.load(w_cols[None, :] + w_taps[:, None], mask=w_mask, other=0.0)
@@ -97,29 +96,26 @@ def fprop(
     x: torch.Tensor,
     w: torch.Tensor,
     y: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    norm: BatchNorm | None = None,
-    residual: torch.Tensor | None = None,
+    epilogue: Epilogue = PLAIN,
     moments: torch.Tensor | None = None,
-    activation: str | None = None,
-    slope: float = 0.0,
 ) -> None:
-    """Writes y = act(batch_norm(conv(x, w) + bias) + residual) and, if asked, the (mean, M2) of each tile of BLOCK_M pixels.
+    """Writes y, what `epilogue` makes of conv(x, w), and, if asked, the (mean, M2) of each tile of BLOCK_M pixels of y.
 
-    Shapes: x [N, C, H, W], w [K, C / groups, R, S], y and residual [N, K, P, Q], in any memory layout; bias and those of
-    norm [K]; moments [ceil(N * P * Q / BLOCK_M), 2, K] in the accumulator's dtype.
+    Shapes: x [N, C, H, W], w [K, C / groups, R, S], y and the residual [N, K, P, Q], in any memory layout; bias and those of
+    the batch norm [K]; moments [ceil(N * P * Q / BLOCK_M), 2, K] in the accumulator's dtype.
     """
     g = problem
     grid = (cdiv(g.N * g.P * g.Q, tile.BLOCK_M) * cdiv(g.group_filters, tile.BLOCK_N) * g.groups,)
+    e = epilogue
     xs, ws, ys = launch.strides_nhwc(x), launch.strides_nhwc(w), launch.strides_nhwc(y)
-    zs = ys if residual is None else launch.strides_nhwc(residual)
+    zs = ys if e.residual is None else launch.strides_nhwc(e.residual)
     launch.run(
         conv_fprop_kernel, grid, x.device,
-        x, w, y, bias, *(norm or NO_NORM)[:4], residual, moments, slope, g.N, g.H, g.W, g.P, g.Q, g.group_filters, *xs[:4], *ws[:4], *ys[:4], *zs[:4],
+        x, w, y, e.bias, *e.norm[:4], e.residual, moments, e.slope, g.N, g.H, g.W, g.P, g.Q, g.group_filters,
+        *xs[:4], *ws[:4], *ys[:4], *zs[:4],
         tile=tile, C=g.group_channels, GROUPS=g.groups, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
         X_ALIGN=xs.align, W_ALIGN=ws.align, Y_ALIGN=ys.align, Z_ALIGN=zs.align,
-        EPS=norm.eps if norm else 0.0, ACTIVATION=activation, PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
+        EPS=e.norm.eps, ACTIVATION=e.activation, PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..epilogue import BatchNorm
+from ..epilogue import PLAIN, Epilogue
 from ..problem import ConvProblem
 from ..tiling import Precision, TileConfig, cdiv, choose_tile
 from .dgrad import dgrad
@@ -95,10 +95,10 @@ def col2im_kernel(
 
 def geometry(g: ConvProblem) -> dict[str, int]:
     """The constexpr arguments that both kernels read off the problem."""
-    return dict(
-        GROUPS=g.groups, R=g.R, S=g.S, STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
-        BLOCK_M=COPY_TILE.BLOCK_M, BLOCK_N=COPY_TILE.BLOCK_N,
-    )  # fmt: skip
+    return {
+        "GROUPS": g.groups, "R": g.R, "S": g.S, "STRIDE_H": g.stride_h, "STRIDE_W": g.stride_w, "PAD_H": g.pad_h, "PAD_W": g.pad_w,
+        "DIL_H": g.dil_h, "DIL_W": g.dil_w, "BLOCK_M": COPY_TILE.BLOCK_M, "BLOCK_N": COPY_TILE.BLOCK_N,
+    }  # fmt: skip
 
 
 def copy_tiles(rows: int, columns: int, groups: int) -> tuple[int]:
@@ -151,20 +151,16 @@ def flat_filters(w: torch.Tensor) -> torch.Tensor:
 
 
 def im2col_fprop(
-    problem: ConvProblem, precision: Precision, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *,
-    bias: torch.Tensor | None = None, norm: BatchNorm | None = None, residual: torch.Tensor | None = None,
-    activation: str | None = None, slope: float = 0.0,
-) -> None:  # fmt: skip
+    problem: ConvProblem, precision: Precision, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, epilogue: Epilogue = PLAIN
+) -> None:
     """As gather.fprop.fprop, by im2col."""
     filters = flat_filters(w)
     for images, p0, p1 in pieces(problem, x.element_size()):
         columns = im2col(problem, x[images], p0, p1)
         gemm = as_1x1(problem, columns.shape[0], p1 - p0, columns.shape[1])
-        z = None if residual is None else residual[images, :, p0:p1]
-        fprop(
-            gemm, choose_tile(gemm, "fprop", precision), precision, columns, filters, y[images, :, p0:p1],
-            bias=bias, norm=norm, residual=z, activation=activation, slope=slope,
-        )  # fmt: skip
+        residual = None if epilogue.residual is None else epilogue.residual[images, :, p0:p1]
+        tile = choose_tile(gemm, "fprop", precision)
+        fprop(gemm, tile, precision, columns, filters, y[images, :, p0:p1], epilogue._replace(residual=residual))
 
 
 def im2col_dgrad(problem: ConvProblem, precision: Precision, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor) -> None:

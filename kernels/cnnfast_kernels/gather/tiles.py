@@ -33,11 +33,7 @@ def divide(m, magic, shift):
 @triton.jit
 def channel_offset(c, stride_c):
     """`stride_c` is None where channels are adjacent: then the compiler sees that, and loads vectors."""
-    if stride_c is None:
-        offset = c.to(tl.int64)
-    else:
-        offset = c.to(tl.int64) * stride_c
-    return offset
+    return c.to(tl.int64) if stride_c is None else c.to(tl.int64) * stride_c
 
 
 @triton.jit

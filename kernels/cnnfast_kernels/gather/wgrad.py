@@ -124,7 +124,8 @@ def wgrad_partials(
     xs, dys, dws = launch.strides_nhwc(x), launch.strides_nhwc(dy), launch.strides_nhwc(partials[0])
     launch.run(
         conv_wgrad_kernel, grid, x.device,
-        x, dy, partials, g.N, g.H, g.W, g.P, g.Q, g.group_filters, slots, *divisor(max(g.P, 1)), *divisor(max(g.Q, 1)), *xs[:4], *dys[:4], partials.stride(0), *dws[:4],
+        x, dy, partials, g.N, g.H, g.W, g.P, g.Q, g.group_filters, slots, *divisor(max(g.P, 1)), *divisor(max(g.Q, 1)),
+        *xs[:4], *dys[:4], partials.stride(0), *dws[:4],
         tile=tile, C=g.group_channels, GROUPS=g.groups, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
         X_ALIGN=xs.align, DY_ALIGN=dys.align, DW_ALIGN=dws.align,

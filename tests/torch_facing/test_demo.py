@@ -1,0 +1,163 @@
+"""The parts of the demo: data, network, training, layers to time, and the report of a small made-up result."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from cnnfast import backend, trace
+from cnnfast.checking import Comparison, Report, Row
+from cnnfast.demo import digits, photograph, story, timing
+from cnnfast.demo.markdown import markdown
+from cnnfast.demo.picture import Images, draw
+from cnnfast.demo.results import Proof, Results, Training
+
+
+def test_split_is_seeded_disjoint_and_complete():
+    training, held_out = digits.load_digits(7)
+    assert torch.equal(digits.load_digits(7)[1].rows, held_out.rows)
+    assert not torch.equal(digits.load_digits(8)[1].rows, held_out.rows)
+    assert sorted([*training.rows.tolist(), *held_out.rows.tolist()]) == list(range(1797))
+    assert len(held_out) == digits.HELD_OUT
+    assert held_out.images.shape == (digits.HELD_OUT, 1, 8, 8)
+    assert (float(held_out.images.min()), float(held_out.images.max())) == (0, 1)
+    assert set(held_out.labels.tolist()) == set(range(10))
+
+
+def test_shift_moves_each_image_by_at_most_a_pixel():
+    image = torch.zeros(50, 1, 8, 8)
+    image[:, :, 4, 4] = 1
+    moved = digits.shifted(image, torch.Generator().manual_seed(0))
+    places = {tuple(place[2:]) for place in moved.nonzero().tolist()}
+    assert moved.sum() == 50
+    assert places == {(h, w) for h in (3, 4, 5) for w in (3, 4, 5)}
+
+
+def test_training_reduces_the_loss_and_is_reproducible():
+    part, held_out = digits.load_digits(0)
+    runs = []
+    with backend("torch"):
+        for _ in range(2):
+            network = digits.make_network(0)
+            losses = digits.train(network, part, 2, 0)
+            runs.append((losses, digits.predict(network, held_out)))
+    (losses, read), (again, read_again) = runs
+    assert losses == again
+    assert torch.equal(read, read_again)
+    assert losses[1] < 0.8 * losses[0]
+    assert not network.training
+
+
+def test_the_network_is_built_on_this_package(device):
+    network = digits.make_network(0).to(device).eval()
+    with trace() as calls, torch.no_grad():
+        assert network(torch.rand(2, 1, 8, 8, device=device)).shape == (2, 10)
+    operations = [call.operation for call in calls]
+    assert {call.served_by for call in calls} == {"kernels"}
+    assert len(operations) == 8  # six convolutions, two of them with a residual; max pool; global mean
+
+
+def test_photograph_goes_through_the_stem_and_a_block():
+    image = photograph.load_photograph(64)
+    assert image.shape == (1, 3, 64, 64)
+    assert photograph.load_photograph(None).shape == (1, 3, 427, 640)
+    assert 0 <= image.min() < 0.1
+    assert 0.9 < image.max() <= 1
+    with backend("torch"):
+        assert photograph.make_layers(0)(photograph.normalized(image)).shape == (1, 64, 16, 16)
+    assert torch.equal(story.centre(image, 4), image[:, :, 30:34, 30:34])
+
+
+def test_prove_shows_errors_and_launches(device):
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn
+
+    console = Console(record=True, width=120, quiet=True)
+    with Progress(TextColumn("{task.description}"), console=console) as bars:
+        layer = photograph.ConvBN(2, 3, 3).to(device)
+        proof = story.prove("a layer", layer, torch.rand(1, 2, 5, 5, device=device), torch.float32, bars)
+    assert proof.report.ok
+    assert [row.operation for row in proof.report.rows] == ["conv_bn_act"]
+    assert any("conv_fprop" in kernel for kernel in proof.launches)
+    assert any("conv_wgrad" in kernel for kernel in proof.launches)
+
+
+def test_resnet50_has_its_53_convolutions():
+    layers = timing.resnet50()
+    assert sum(layer.count for layer in layers) == 53
+    assert len(set(layers)) == len(layers)
+    parameters = sum(layer.count * layer.C * layer.K * layer.R**2 for layer in layers)
+    assert parameters == 23_454_912
+    assert sum(layer.count * layer.flops(1) for layer in layers) == 2 * 4_087_136_256
+
+
+def test_a_layer_is_checked_and_then_timed_in_turn(device):
+    order = []
+
+    def timer(call):
+        order.append(call())
+        return float(len(order))
+
+    layer = timing.Layer(2, 5, 3, 3, 2, 1)
+    found = timing.time_layer(layer, device, torch.float32, timer, N=2, rounds=3)
+    assert found.right
+    assert len(order) == 4 * (1 + 3)  # a warm-up, then three rounds of four calls
+    assert (found.forward, found.torch_forward - found.forward) == (found.forward, 2.0)
+    assert found.flops == 2 * 2 * 3 * 3 * 3 * 2 * 3 * 3
+    y, (dx, dw) = order[0], order[1]
+    torch.testing.assert_close(y, order[2])
+    torch.testing.assert_close((dx, dw), order[3])
+    assert len(found.cells) == len(timing.HEADING)
+
+
+def made_up(ok: bool = True) -> Results:
+    errors = [Comparison("output", 1e-6, 2e-6, 4e-6), Comparison("grad of weight", 3e-6, 2e-6, 4e-6)]
+    stem = Row("stem", "conv_bn_act", "1x3x8x8 4x3x3x3", "float32", "ok", "", ["conv_fprop_kernel [64x32]"], ["conv_wgrad_kernel"], errors)
+    pool = Row("pool", "max_pool2d", "1x4x8x8", "float32", "ok", "", ["max_pool_kernel"], [], [Comparison("output")])
+    if not ok:
+        pool.verdict, pool.reason = "FAIL", "it | broke"
+    training = Training(3, 1437, 360, [2.0, 0.5], [(17, 8, 1)], "PyTorch", 12.0)
+    times = [timing.Timing("a layer", 2, 1000, True, 0.1, 0.2, 0.3, 0.4)]
+    return Results({"torch": "2.x"}, training, [Proof("photograph", "float32", Report([stem, pool]), 5.0)], times, "conditions", 20.0)
+
+
+def test_report_as_markdown_and_json():
+    text, data = markdown(made_up(), "demo.png"), json.loads(made_up().to_json())
+    assert "99.7%" in text
+    assert "| 17 | 8 | 1 |" in text
+    assert "| stem | conv_bn_act | 1x3x8x8 4x3x3x3 | 1.0e-06 | 2.0e-06 | 3.0e-06 | 2.0e-06 | ok |" in text
+    assert "`conv_fprop_kernel [64x32]` | 1 |" in text
+    assert "| a layer | 2 | 0.100 | 0.200 | 0.300 | 0.400 | ok |" in text
+    assert data["ok"]
+    assert data["training"]["accuracy"] == 359 / 360
+    assert data["proofs"][0]["check"]["rows"][0]["layer"] == "stem"
+    assert data["proofs"][0]["launches"]["max_pool_kernel"] == 1
+
+
+def test_report_of_a_failure():
+    results = made_up(ok=False)
+    text = markdown(results, "demo.png")
+    assert not results.ok
+    assert "FAILED" in text
+    assert "it | broke" in text
+    results = made_up()
+    results.training.mistakes *= 12
+    assert not results.ok
+
+
+def test_report_without_triton():
+    results = made_up()
+    results.proofs, results.timings = [], []
+    assert "no kernel ran" in markdown(results, "demo.png")
+
+
+@pytest.mark.parametrize("proofs", [0, 1, 2])
+def test_picture(tmp_path, proofs):
+    results = made_up()
+    results.proofs = [Proof(f"subject {i}", "float32", results.proofs[0].report, 1.0) for i in range(proofs)]
+    read = torch.arange(20) % 10
+    images = Images(torch.rand(3, 9, 12), torch.rand(16, 4, 5), "PyTorch", torch.rand(20, 8, 8), read.roll(1), read)
+    draw(results, images, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,320 @@
+"""The operators as citizens of PyTorch: opcheck, gradients of first and second order, compile, export, transforms, autocast."""
+
+from __future__ import annotations
+
+import cnnfast
+import cnnfast.functional as ours
+import pytest
+import torch
+import torch.nn.functional as theirs
+from agreement import integers, leaf, normal
+from cnnfast.ops.registry import LIBRARY
+from convolutions import arrange
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+GEOMETRY = ([1, 2], [1, 0, 1, 1], [1, 1], 2, "auto")
+IM2COL = (*GEOMETRY[:4], "im2col")
+WINDOW = ([3, 2], [2, 2], [1, 1], [1, 1], True)
+AVERAGE = ([3, 2], [2, 2], [1, 1], True, False, None)
+
+X = normal(2, 4, 5, 4)
+NHWC = X.contiguous(memory_format=torch.channels_last)
+W = normal(6, 2, 2, 3, seed=1)
+Y = normal(2, 6, 5, 2, seed=2)
+MEAN, VAR, WEIGHT, BIAS = (normal(6, seed=i).abs() + 0.5 for i in range(3, 7))
+TAPS = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+
+
+def wants(*arguments):
+    """The same, every floating tensor wanting a gradient."""
+    return tuple(leaf(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments)
+
+
+SAMPLES = {
+    "conv_fprop": [wants(X, W, BIAS, *GEOMETRY), (NHWC, W, None, *GEOMETRY), wants(NHWC, W, None, *IM2COL), wants(X[:0], W, BIAS, *GEOMETRY)],
+    "conv_dgrad": [wants(Y, W, X.shape, False, *GEOMETRY), (Y, W, X.shape, True, *IM2COL)],
+    "conv_wgrad": [wants(X, Y, W.shape, False, *GEOMETRY), (NHWC, Y, W.shape, True, *IM2COL)],
+    "conv_stats": [wants(X, W, BIAS, *GEOMETRY), (NHWC, W, None, *GEOMETRY), (NHWC, W, None, *IM2COL)],
+    "conv_bn_act": [
+        (*wants(X, W, BIAS), MEAN, VAR, WEIGHT, *wants(BIAS, Y), 1e-5, "relu", 0.0, *GEOMETRY),
+        (NHWC, W, None, MEAN, VAR, None, None, None, 1e-5, "gelu", 0.0, *GEOMETRY),
+    ],
+    "normalize": [
+        (leaf(Y), MEAN, VAR, *wants(WEIGHT, BIAS, Y), 1e-5, "silu", 0.0, True),
+        (leaf(Y), MEAN, VAR, *wants(WEIGHT, BIAS), None, 1e-5, "relu", 0.0, False),
+        (arrange(Y, "transposed"), MEAN, VAR, None, None, None, 1e-5, None, 0.0, False),
+        (normal(3, 6), MEAN, VAR, None, None, None, 1e-5, None, 0.0, True),
+    ],
+    "normalize_backward": [
+        (Y, Y, None, MEAN, VAR, WEIGHT, BIAS, Y, 1e-5, "gelu", 0.0, True, [True, True, True, True]),
+        (Y, None, Y, MEAN, VAR, None, None, None, 1e-5, "relu", 0.0, False, [True, False, True, True]),
+        (Y, arrange(Y, "transposed"), Y, MEAN, VAR, WEIGHT, None, None, 1e-5, "relu", 0.0, True, [True, True, True, True]),
+    ],
+    "channel_sum": [wants(Y), (normal(3, 6),)],
+    "batch_moments": [(Y,), (Y.float(),)],
+    "update_running": [(MEAN.clone(), VAR.clone(), MEAN, VAR, 0.1, 20)],
+    "max_pool": [wants(X, True, *WINDOW), (NHWC, False, *WINDOW), wants(NHWC, False, *WINDOW)],
+    "max_pool_indices": [(TAPS + 3, X.shape, *WINDOW)],
+    "max_pool_backward": [wants(normal(2, 4, 4, 3), TAPS + 3, X.shape, True, *WINDOW)],
+    "avg_pool": [wants(X, *AVERAGE), (NHWC, *AVERAGE)],
+    "avg_pool_backward": [wants(normal(2, 4, 4, 3), X.shape, True, *AVERAGE)],
+    "global_avg_pool": [wants(X), (NHWC,)],
+    "global_avg_pool_backward": [wants(normal(2, 4, 1, 1), X.shape, True)],
+}
+
+
+def test_every_operator_has_samples():
+    assert {name.split("::")[1].split(".")[0] for name in LIBRARY._op_defs} == set(SAMPLES)
+
+
+@pytest.mark.parametrize(("name", "sample"), [(n, i) for n, samples in SAMPLES.items() for i in range(len(samples))])
+def test_opcheck(name, sample, device):
+    """Schema, fake, autograd registration, and tracing with dynamic shapes."""
+    arguments = [a.to(device).detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in SAMPLES[name][sample]]
+    torch.library.opcheck(getattr(torch.ops.cnnfast, name), tuple(arguments))
+
+
+def image(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Values well apart: no maximum changes within gradcheck's step."""
+    n = torch.Size(shape).numel()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).double().view(shape).div(n).sub(0.4)
+
+
+SMALL = image(2, 2, 4, 3)
+STATS = MEAN[:2].clone(), VAR[:2].clone()
+DIFFERENTIABLE = {
+    "conv2d": (lambda x, w, b: ours.conv2d(x, w, b, (1, 2), 1, groups=2), [SMALL, image(4, 1, 3, 2, seed=1), BIAS[:4]]),
+    "conv2d im2col": (lambda x, w, b: ours.conv2d(x, w, b, 2, 1, algorithm="im2col"), [SMALL, image(2, 2, 2, 3, seed=1), BIAS[:2]]),
+    "conv_bn_act training relu": (
+        lambda x, w, g, b, r: ours.conv_bn_act(x, w, None, None, g, b, residual=r, training=True, padding=1),
+        [SMALL, image(2, 2, 3, 3, seed=1), WEIGHT[:2], BIAS[:2], image(2, 2, 4, 3, seed=2)],
+    ),
+    "conv_bn_act training gelu": (
+        lambda x, w, g, b, r: ours.conv_bn_act(x, w, None, None, g, b, residual=r, training=True, activation="gelu"),
+        [SMALL, image(2, 2, 1, 1, seed=1), WEIGHT[:2], BIAS[:2], image(2, 2, 4, 3, seed=2)],
+    ),
+    "conv_bn_act eval": (
+        lambda x, w, g, b: ours.conv_bn_act(x, w, *STATS, g, b, activation="leaky_relu"),
+        [SMALL, image(2, 2, 2, 2, seed=1), WEIGHT[:2], BIAS[:2]],
+    ),
+    "conv_bn_act frozen": (
+        lambda x, w, b, r: ours.conv_bn_act(x, w, *STATS, WEIGHT[:2], b, residual=r, activation="relu6"),
+        [SMALL, image(2, 2, 2, 2, seed=1), BIAS[:2], image(2, 2, 3, 2, seed=2)],
+    ),
+    "batch_norm training": (lambda x, w, b: ours.batch_norm(x, None, None, w, b, True), [SMALL, WEIGHT[:2], BIAS[:2]]),
+    "batch_norm eval": (lambda x, w, b: ours.batch_norm(x, *STATS, w, b), [SMALL, WEIGHT[:2], BIAS[:2]]),
+    "max_pool2d": (lambda x: ours.max_pool2d(x, 2, 1, 1), [SMALL]),
+    "avg_pool2d": (lambda x: ours.avg_pool2d(x, 2, 1, 1, count_include_pad=False), [SMALL]),
+    "global_avg_pool2d": (ours.global_avg_pool2d, [SMALL]),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_of_both_orders(name, device):
+    function, inputs = DIFFERENTIABLE[name]
+    inputs = [leaf(t.to(device)) for t in inputs]
+    with cnnfast.backend("kernels"):
+        assert gradcheck(function, inputs, fast_mode=True)
+        assert gradgradcheck(function, inputs, fast_mode=True, gen_non_contig_grad_outputs=True)
+
+
+def net(f, x, w, v, running, g, b):
+    """Every operation once; `f` is cnnfast.functional or the same in PyTorch."""
+    y = f.conv_bn_act(x, w, *running, g, b, residual=None, activation="relu", training=True, padding=1)
+    y = f.max_pool2d(y, 3, 2, 1)
+    y = f.conv2d(y, v, None, 1, 1)
+    y = f.batch_norm(f.avg_pool2d(y, 2), None, None, None, None, True)
+    return f.global_avg_pool2d(y * y * y)
+
+
+class PyTorch:
+    """What cnnfast.functional adds to torch.nn.functional, in its terms."""
+
+    conv2d, max_pool2d, avg_pool2d, batch_norm = theirs.conv2d, theirs.max_pool2d, theirs.avg_pool2d, theirs.batch_norm
+
+    @staticmethod
+    def conv_bn_act(x, w, mean, var, g, b, residual=None, activation="relu", training=False, **geometry):
+        y = theirs.batch_norm(theirs.conv2d(x, w, **geometry), mean, var, g, b, training)
+        return theirs.relu(y)
+
+    @staticmethod
+    def global_avg_pool2d(x):
+        return x.mean((2, 3), keepdim=True)
+
+
+def net_inputs(device, n=2, size=8, dtype=torch.float64):
+    shapes = (n, 3, size, size + 1), (4, 3, 3, 3), (2, 4, 3, 3)
+    x, w, v = (normal(*shape, seed=i, dtype=dtype).to(device) for i, shape in enumerate(shapes))
+    running = [torch.zeros(4, dtype=dtype, device=device), torch.ones(4, dtype=dtype, device=device)]
+    return leaf(x), leaf(w), leaf(v), running, leaf(MEAN[:4].to(device, dtype)), leaf(VAR[:4].to(device, dtype))
+
+
+def outcome(function, inputs):
+    y = function(*inputs)
+    return [y, *torch.autograd.grad(y.square().sum(), [t for t in inputs if isinstance(t, torch.Tensor)]), *inputs[3]]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(dynamic, device):
+    """One graph, forward and backward; with dynamic shapes one compilation serves all sizes."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *inputs: net(ours, *inputs), fullgraph=True, backend=counter, dynamic=dynamic)
+    for n, size in ((2, 8), (3, 11), (4, 9)) if dynamic else ((2, 8),):
+        with cnnfast.trace() as trace:
+            mine = outcome(compiled, net_inputs(device, n, size))
+        torch.testing.assert_close(mine, outcome(lambda *i: net(PyTorch, *i), net_inputs(device, n, size)))
+        assert {call.served_by for call in trace} == {"kernels"}
+        assert {"conv_dgrad", "conv_wgrad", "normalize_backward", "max_pool_backward"} <= {call.operation for call in trace}
+    assert counter.frame_count == 1
+
+
+def test_compile_frozen_batch_norm(device):
+    """Its bias wants a gradient, its weight does not: the fused kernel's own backward, compiled."""
+    torch._dynamo.reset()
+
+    def fused(x, w, mean, var, b, r):
+        return ours.conv_bn_act(x, w, mean, var, None, b, residual=r, activation="relu6")
+
+    inputs = leaf(X), leaf(normal(6, 4, 1, 1)), MEAN, VAR, leaf(BIAS), leaf(normal(2, 6, 5, 4))
+    inputs = [t.to(device).detach().requires_grad_(t.requires_grad) for t in inputs]
+    results = []
+    for function in (torch.compile(fused, fullgraph=True, backend="aot_eager"), fused):
+        y = function(*inputs)
+        results.append([y, *torch.autograd.grad(y.sum(), [t for t in inputs if t.requires_grad])])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_inductor(device):
+    torch._dynamo.reset()
+
+    def small(x, w):
+        return ours.conv2d(x, w, padding=1).relu() + 1
+
+    x, w = leaf(integers(1, 2, 4, 4).to(device)), leaf(integers(3, 2, 3, 3).to(device))
+    results = []
+    for function in (torch.compile(small, fullgraph=True), small):
+        y = function(x, w)
+        results.append([y, *torch.autograd.grad(y.sum(), (x, w))])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+class Module(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, x):
+        return ours.max_pool2d(ours.conv2d(x, self.weight, padding=1), 2)
+
+
+def test_export(device):
+    """The exported program holds our operators, and takes any batch."""
+    module = Module(integers(3, 2, 3, 3).to(device))
+    x = integers(2, 2, 4, 4).to(device)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2, max=64)},))
+    assert "cnnfast.conv_fprop" in str(program.graph)
+    x = integers(3, 2, 4, 4, seed=4).to(device)
+    assert torch.equal(program.module()(x), module(x))
+
+
+def loss(function):
+    return lambda w, x: function(x, w, None, 1, 1).square().sum()
+
+
+def test_transforms_take_pytorchs_operators(device):
+    """grad, vmap, jvp and their compositions give PyTorch's numbers; the trace says who served them."""
+    x, w, v = normal(3, 1, 2, 4, 4).to(device), normal(3, 2, 3, 3, seed=1).to(device), normal(3, 2, 3, 3, seed=2).to(device)
+
+    def each(f):
+        yield torch.func.grad(loss(f))(w, x[0])
+        yield torch.func.vmap(torch.func.grad(loss(f)), (None, 0))(w, x)
+        yield from torch.func.jvp(lambda w: loss(f)(w, x[0]), (w,), (v,))
+        with torch.autograd.forward_ad.dual_level():
+            y = f(x[0], torch.autograd.forward_ad.make_dual(w, v), None, 1, 1)
+            yield torch.autograd.forward_ad.unpack_dual(y).tangent
+
+    with cnnfast.trace() as trace:
+        mine = list(each(ours.conv2d))
+    torch.testing.assert_close(mine, list(each(theirs.conv2d)), rtol=0, atol=0)
+    assert {(call.served_by, call.reason) for call in trace} == {("torch", "a functorch transform or forward-mode AD is active")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype, device):
+    """Convolutions compute in the lower precision, other functions in that of their input, gradients have the dtypes of their tensors."""
+    x, w, v, running, g, b = net_inputs(device, dtype=torch.float32)
+    seen = []
+    for f in (ours, PyTorch):
+        with torch.autocast(device.type, dtype):
+            y = f.conv2d(x, w, None, padding=1)
+            z = f.conv_bn_act(x, w, *running, g, b, training=True, padding=1)
+            later = f.max_pool2d(z, 2), f.avg_pool2d(z, 2), f.batch_norm(z, *running), f.batch_norm(x, None, None, training=True)
+            double = f.conv2d(x.double(), w.double())
+        grads = torch.autograd.grad(y.float().sum() + z.float().sum(), (x, w, g, b))
+        seen.append([t.dtype for t in (y, z, *later, double, *grads)])
+        numbers = y.detach().float(), z.detach().float()
+        seen.append(numbers)
+    assert seen[0] == seen[2]
+    torch.testing.assert_close(seen[1], seen[3], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant, device):
+    plain = outcome(lambda *i: net(ours, *i), net_inputs(device))
+    again = outcome(lambda *i: checkpoint(net, ours, *i, use_reentrant=False), net_inputs(device)) if not reentrant else None
+    if reentrant:
+        x, w = leaf(X.to(device)), leaf(W.to(device))
+        checkpoint(lambda x: ours.conv2d(x, w, groups=2), x, use_reentrant=True).sum().backward()
+        y = ours.conv2d(leaf(X.to(device)), other := leaf(W.to(device)), groups=2)
+        y.sum().backward()
+        torch.testing.assert_close(w.grad, other.grad, rtol=0, atol=0)
+    else:
+        torch.testing.assert_close(plain[:6], again[:6], rtol=0, atol=0)
+
+
+IN_PLACE = {
+    "conv2d's input": lambda x, w: (ours.conv2d(x, w), x),
+    "conv2d's weight": lambda x, w: (ours.conv2d(x, w), w),
+    "conv_bn_act's input": lambda x, w: (ours.conv_bn_act(x, w, training=True), x),
+    "batch_norm's input": lambda x, w: (ours.batch_norm(x, None, None, training=True), x),
+}
+
+
+@pytest.mark.parametrize("what", IN_PLACE)
+def test_modified_in_place(what, device):
+    """A tensor saved for backward and changed since is an error, not a wrong gradient."""
+    x, w = leaf(integers(2, 2, 4, 4).to(device)) * 1.0, leaf(integers(3, 2, 3, 3).to(device)) * 1.0
+    y, changed = IN_PLACE[what](x, w)
+    changed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_activated_output_modified_in_place(device):
+    """relu's derivative is read off the output."""
+    x, w = leaf(integers(2, 2, 4, 4).to(device)), leaf(integers(3, 2, 3, 3).to(device))
+    y = ours.conv_bn_act(x, w, training=True)
+    with torch.no_grad():
+        y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_second_backward_needs_retain_graph(device):
+    y = ours.conv2d(leaf(X.to(device)), W.to(device), groups=2).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+
+
+def test_autograd_accumulates(device):
+    """One weight used twice gets the sum."""
+    x, w = integers(2, 2, 6, 6).to(device), integers(2, 2, 3, 3).to(device)
+    grads = []
+    for f in (ours.conv2d, theirs.conv2d):
+        weight = leaf(w.clone())
+        f(f(x, weight, padding=1), weight).sum().backward()
+        grads.append(weight.grad)
+    assert torch.equal(*grads)

@@ -23,7 +23,7 @@ from .picture import Images
 from .results import Proof, Results, Training
 
 # What the interpreter can do in the time that a demo may take.
-INTERPRETED_SIZE = 224
+INTERPRETED_SIZE = 128
 INTERPRETED_BACKWARD_SIZE = 48  # the gradient of the stem's input: 196 steps for each 64 of its pixels
 INTERPRETED_DIGITS = 8
 GPU_DIGITS = 64

@@ -8,10 +8,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cnnfast_kernels import launch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._prims_common import suggest_memory_format
+
+from cnnfast_kernels import launch
 
 
 @st.composite

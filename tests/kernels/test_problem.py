@@ -7,10 +7,11 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from cnnfast_kernels.problem import ConvProblem, PoolProblem, tap_step
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
+
+from cnnfast_kernels.problem import ConvProblem, PoolProblem, tap_step
 
 extent = st.integers(1, 40)
 window = st.integers(1, 7)

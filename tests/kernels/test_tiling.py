@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from cnnfast_kernels import tiling
 from cnnfast_kernels.problem import ConvProblem
 from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig, cdiv, choose_tile, gemm_extents, precision_class
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @st.composite

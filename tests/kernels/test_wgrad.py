@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cnnfast_kernels import launch
-from cnnfast_kernels.gather.tiles import divisor
 from cnnfast_kernels.gather.wgrad import empty_partials, reduce_partials, wgrad, wgrad_partials
+from cnnfast_kernels.indexing import divisor
 from convolutions import (
     CASES,
     DTYPES,

@@ -14,9 +14,10 @@ import triton.language as tl
 
 from .. import launch
 from ..epilogue import PLAIN, Epilogue, activate, normalize_columns, tile_moments
+from ..indexing import channel_offset, pixel_offset, unravel_npq
 from ..problem import ConvProblem
 from ..tiling import Precision, TileConfig, cdiv
-from .tiles import channel_offset, load_taps, multiply_accumulate, pixel_offset, tap_bits, unravel_npq, unravel_rsc
+from .tiles import load_taps, multiply_accumulate, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
 STRIDES = [f"{t}_stride_{d}" for t in ("x", "y", "z") for d in "nhwc"]

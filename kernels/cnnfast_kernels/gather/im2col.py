@@ -17,11 +17,11 @@ import triton.language as tl
 
 from .. import launch
 from ..epilogue import PLAIN, Epilogue
+from ..indexing import channel_offset, pixel_offset, unravel_npq
 from ..problem import ConvProblem
 from ..tiling import Precision, TileConfig, cdiv, choose_tile
 from .dgrad import dgrad
 from .fprop import fprop
-from .tiles import channel_offset, pixel_offset, unravel_npq
 from .wgrad import empty_partials, reduce_partials, wgrad_partials
 
 MAX_WORKSPACE = 256 * 2**20

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from .. import launch
+from ..indexing import channel_offset, divide, divisor, pixel_offset
 from ..problem import ConvProblem
 from ..tiling import Precision, TileConfig, cdiv
-from .tiles import channel_offset, divide, divisor, multiply_accumulate, pixel_offset
+from .tiles import multiply_accumulate
 
 # Weights summed by one program of the reduction.
 REDUCE_BLOCK = 256

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..gather.tiles import channel_offset
+from ..indexing import channel_offset
 from ..tiling import BUSY_PROGRAMS, cdiv
 from .rows import NUM_WARPS, RUNTIME, divide
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..gather.tiles import channel_offset, pixel_offset
+from ..indexing import channel_offset, pixel_offset
 from ..problem import PoolProblem
 from ..tiling import cdiv
 

@@ -1,0 +1,42 @@
+"""Index algebra of kernels over [N, C, H, W] tensors in any memory layout.
+
+Offsets to a pixel are 64-bit from the start, so that none overflows; a pointer may lie outside its tensor as long as the
+mask of the load that uses it is false there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def unravel_npq(m, M, P, Q):
+    """Row m of the implicit GEMM as (n, p, q), and whether it exists."""
+    q = m % Q
+    t = m // Q
+    return t // P, t % P, q, m < M
+
+
+def divisor(d: int) -> tuple[int, int]:
+    """(magic, shift) for `divide`, of 1 <= d < 2**31. The magic number takes 32 bits, so that every d gives the same argument types."""
+    shift = (d - 1).bit_length()
+    return -(-(1 << (31 + shift)) // d), shift
+
+
+@triton.jit
+def divide(m, magic, shift):
+    """m // d for 0 <= m < 2**31 by Granlund and Montgomery's multiplication: 3 instructions where a runtime d takes some 20."""
+    return (tl.umulhi(m.to(tl.uint32) * 2, magic.to(tl.uint32)) >> shift.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def channel_offset(c, stride_c):
+    """`stride_c` is None where channels are adjacent: then the compiler sees that, and loads vectors."""
+    return c.to(tl.int64) if stride_c is None else c.to(tl.int64) * stride_c
+
+
+@triton.jit
+def pixel_offset(n, h, w, stride_n, stride_h, stride_w, ALIGN: tl.constexpr):
+    """Elements from the tensor's start to pixel (n, h, w). Multiplying by ALIGN last tells the compiler the alignment."""
+    return (n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w) * ALIGN

@@ -55,10 +55,11 @@ def _gpu_reason(index: int) -> str:
 @functools.cache
 def _interpreter_rounds_bf16() -> bool:
     """Triton's interpreter computes bfloat16 on raw bits, silently wrong; a test suite may have mended it. Asked once, by trying."""
-    from cnnfast_kernels.pooling import global_avg_pool
+    from cnnfast_kernels.conv import Geometry, conv_fprop
 
-    x = torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16).reshape(1, 1, 1, 2)
-    return bool(global_avg_pool(x).item() == x.float().mean().bfloat16().item())
+    x = torch.tensor([1.0, 0.75 * 2**-7], dtype=torch.bfloat16).reshape(1, 1, 1, 2)
+    y = conv_fprop(x, torch.ones_like(x), Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1))
+    return bool(y.item() == 1 + 2**-7)  # a product on raw bits is far off, truncation gives 1
 
 
 def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "auto") -> str:
@@ -87,7 +88,7 @@ def _why_torch(x: torch.Tensor, others: tuple[torch.Tensor | None, ...], algorit
             continue
         if t.dtype not in launch.KERNEL_DTYPES:
             return f"dtype {t.dtype} has no kernel"
-        if t.layout != torch.strided or t.is_quantized or t.is_nested or t.is_neg():
+        if t.layout != torch.strided or t.is_quantized or t.is_nested:  # a lazy negation is done before an operator runs
             return "the tensor is not plain strided memory"
         if t.device != device:
             return "tensors are on different devices"

@@ -7,26 +7,29 @@ anything is launched, and bad ones raise what PyTorch raises, naming the argumen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from operator import index
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cnnfast_kernels.problem import output_extent, pool_extent
 from torch import Tensor
+
+from cnnfast_kernels.problem import output_extent, pool_extent
 
 from .activations import ACTIVATIONS, LEAKY_SLOPE, activate
 from .dispatch import launch, operation, record_torch, why_torch
 
-if launch is not None:
-    from . import ops
+# Without triton no call gets as far as an operator.
+ops: Any = import_module(".ops", __package__) if launch is not None else None
 
 ALGORITHMS = ("auto", "direct", "im2col", "torch")
 
-Size2 = int | Sequence[int]
+Size2 = int | tuple[int, ...] | list[int]
 
 
 def _pair(function: str, name: str, value: Size2) -> tuple[int, int]:
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    values: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     try:
         if any(isinstance(v, bool) for v in values):
             raise TypeError
@@ -34,8 +37,8 @@ def _pair(function: str, name: str, value: Size2) -> tuple[int, int]:
     except TypeError:
         raise TypeError(f"{function}(): {name} must be an int or a pair of ints, but got {name}={value!r}") from None
     if len(values) not in (1, 2):
-        raise RuntimeError(f"{function}(): expected {name} to be a single integer value or a list of 2 values, but got {name}={list(values)}")
-    return (values[0], values[-1])  # pyright: ignore[reportReturnType]
+        raise RuntimeError(f"{function}(): {name} must be a single integer value or a list of 2 values, but got {name}={list(values)}")
+    return values[0], values[-1]
 
 
 def _at_least(function: str, name: str, values: tuple[int, int], least: int) -> tuple[int, int]:
@@ -55,10 +58,15 @@ def _window(function: str, input: Tensor, kernel_size: Size2, stride: Size2 | No
     dil = _at_least(function, "dilation", _pair(function, "dilation", dilation), 1)
     for k, p, d in zip(kernel, pad, dil, strict=True):
         if p > ((k - 1) * d + 1) // 2:
-            raise RuntimeError(f"{function}(): padding must be at most half of the effective kernel size, but got padding={pad}, kernel_size={kernel}, dilation={dil}")
+            raise RuntimeError(
+                f"{function}(): padding must be at most half of the effective kernel size, but got padding={pad},"
+                f" kernel_size={kernel}, dilation={dil}"
+            )
     extents = [pool_extent(input.shape[2 + i], kernel[i], step[i], pad[i], dil[i], ceil_mode) for i in (0, 1)]
     if min(extents) < 1:
-        raise RuntimeError(f"{function}(): the output of input size {tuple(input.shape)} with kernel_size={kernel} would be {extents[0]}x{extents[1]}: too small")
+        raise RuntimeError(
+            f"{function}(): with kernel_size={kernel} the output of input size {list(input.shape)} would be {extents[0]}x{extents[1]}: too small"
+        )
     return kernel, step, pad, dil, ceil_mode
 
 
@@ -72,7 +80,7 @@ def _batched(input: Tensor) -> tuple[Tensor, bool]:
     return (input.unsqueeze(0), True) if input.dim() == 3 else (input, False)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Casts as PyTorch's convolutions do under torch.autocast: floating tensors but float64, to the dtype in force."""
     device = next(t for t in tensors if t is not None).device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
@@ -336,7 +344,7 @@ def max_pool2d(
     _check_tensors("max_pool2d", {"input": input})
     if reason := why_torch(input):
         record_torch("max_pool2d", reason, input)
-        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)  # pyright: ignore
     x, unbatched = _batched(input)
     window = _window("max_pool2d", x, kernel_size, stride, padding, dilation, ceil_mode)
     y, taps = ops.max_pool(x, return_indices, *window)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import cnnfast
 import torch
-from cnnfast.dispatch import Trace
 from torch import Tensor
+
+import cnnfast
+from cnnfast.dispatch import Trace
 
 Function = Callable[..., Tensor]
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from poison import embed
 from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from poison import embed
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("interpreter ring: a GPU is present, kernels are compiled", allow_module_level=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from child import run_compiled
 
 pytestmark = pytest.mark.compiled
@@ -11,6 +12,7 @@ pytestmark = pytest.mark.compiled
 def launch_on_a_stub(archs):
     """Launches one convolution thrice on each architecture: as it is, with other extents, with another dtype."""
     import torch
+
     from cnnfast_kernels.gather.fprop import fprop
     from cnnfast_kernels.problem import ConvProblem
     from cnnfast_kernels.tiling import TileConfig

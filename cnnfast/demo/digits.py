@@ -39,9 +39,9 @@ def load_digits(seed: int) -> tuple[Digits, Digits]:
     """(training part, held-out part): the same split for the same seed."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(data.target)
+    pixels, targets = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    labels = torch.tensor(targets)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     held_out, training = order[:HELD_OUT], order[HELD_OUT:]
     return Digits(images[training], labels[training], training), Digits(images[held_out], labels[held_out], held_out)

@@ -29,8 +29,8 @@ def markdown(results: Results, picture: str) -> str:
     if results.proofs:
         parts.append(
             "Each call, on the values that reached it, by our kernels, by PyTorch, and in float64. Errors are the largest distances from"
-            " float64, shown for the tensor nearest to its limit: twice PyTorch's own error and a small floor. The root mean square"
-            " of the errors is held to the same rule."
+            " float64, shown for the tensor nearest to its limit. The limit: twice PyTorch's own error, twice that of the plain formulas"
+            " in the accumulators' dtype, and one unit in the last place. The root mean square of the errors is held to the same rule."
         )
         parts += [part for proof in results.proofs for part in proof_parts(proof)]
     else:

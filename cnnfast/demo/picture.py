@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +32,9 @@ class Images:
 
 def draw(results: Results, images: Images, file: Path) -> None:
     """Writes a PNG."""
-    figure = Figure(figsize=(12, 13), layout="constrained")
+    figure = Figure(figsize=(13, 12), layout="constrained")
     FigureCanvasAgg(figure)
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(3.4, 1.9, 6.5))
+    top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=(3.6, 1.4, 6.5)).flat
     _photograph(top, images)
     _digits(middle, images, results)
     _errors(bottom, results.proofs)
@@ -44,7 +45,7 @@ def _photograph(figure, images: Images) -> None:
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
     axes = left.subplots()
     axes.imshow(images.photograph.permute(1, 2, 0).numpy())
-    axes.set_title(f"photograph, {images.photograph.shape[1]} x {images.photograph.shape[2]}")
+    axes.set_title(f"photograph, {images.photograph.shape[1]} x {images.photograph.shape[2]}", fontsize=11)
     axes.axis("off")
     right.suptitle(
         f"after the stem and one residual block: {MAPS[0] * MAPS[1]} of {len(images.features)} channels (by {images.features_by})"
@@ -58,7 +59,9 @@ def _photograph(figure, images: Images) -> None:
 def _digits(figure, images: Images, results: Results) -> None:
     """Mistakes first."""
     t = results.training
-    figure.suptitle(f"held-out digits as the network reads them: {t.held_out - len(t.mistakes)} of {t.held_out} right, {t.accuracy:.1%}")
+    figure.suptitle(
+        f"held-out digits as the network reads them: {t.held_out - len(t.mistakes)} of {t.held_out} right, {t.accuracy:.1%}", fontsize=11
+    )
     order = (images.read == images.labels).int().argsort(stable=True)
     for axes, i in zip(figure.subplots(1, DIGITS).flat, order, strict=False):
         axes.imshow(images.digits[i].numpy(), cmap="gray_r")
@@ -73,7 +76,7 @@ def _errors(figure, proofs: list[Proof]) -> None:
     if not subjects:
         figure.suptitle("triton is not installed here: no kernel ran")
         return
-    figure.suptitle("largest error against float64, of the tensor nearest to its limit")
+    figure.suptitle("largest error against float64, of the tensor nearest to its limit", fontsize=11)
     grid = figure.subplots(1, len(subjects), squeeze=False)[0]
     for axes, proof in zip(grid, subjects, strict=True):
         bars = [
@@ -89,6 +92,9 @@ def _errors(figure, proofs: list[Proof]) -> None:
         axes.set_yticks(places, [name for name, _ in bars])
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.set_title(f"{proof.title}, {proof.dtype}", fontsize=10)
+        for place, (_, worst) in zip(places, bars, strict=True):
+            if worst.error == worst.torch_error == 0:  # a logarithmic axis cannot show it
+                axes.text(0.01, place, "both exact", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        axes.set_title(textwrap.fill(f"{proof.title}, {proof.dtype}", 40), fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].legend(loc="lower right", fontsize=9)

@@ -29,6 +29,7 @@ INTERPRETED_DIGITS = 8
 GPU_DIGITS = 64
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+OURS = "our kernels"
 PHOTOGRAPH_PATH = "through a ResNet's stem and first block, in training"
 
 
@@ -38,7 +39,7 @@ def tell(seed: int, epochs: int, console: Console) -> tuple[Results, Images]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     place = environment(device)
-    console.print(", ".join(f"{name} {value}" for name, value in place.items()), highlight=False)
+    console.print(", ".join(f"{name} {value}" for name, value in place.items()), highlight=False, soft_wrap=True)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console) as bars:
@@ -49,6 +50,7 @@ def tell(seed: int, epochs: int, console: Console) -> tuple[Results, Images]:
             f"held-out digits read right: {training.accuracy:.1%} ({training.held_out - len(training.mistakes)} of {training.held_out});"
             f" {training.seconds:.0f} s of training, served by {training.served_by}",
             highlight=False,
+            soft_wrap=True,
         )
         results = Results(place, training)
 
@@ -57,7 +59,8 @@ def tell(seed: int, epochs: int, console: Console) -> tuple[Results, Images]:
         x = photograph.normalized(image).to(device)
         with torch.no_grad(), trace() as calls:
             features = layers(x)
-        images = Images(image[0], features[0].float().cpu(), served_by(calls), held_out.images[:, 0], held_out.labels, read)
+        by = OURS if served_by(calls) == OURS else "PyTorch"
+        images = Images(image[0], features[0].float().cpu(), by, held_out.images[:, 0], held_out.labels, read)
 
         if launch is None:
             console.print("triton is not installed here: no kernel can run")
@@ -90,7 +93,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def served_by(calls: Trace) -> str:
     """Who served these calls, in words."""
     reasons = {call.reason for call in calls if call.served_by == "torch"}
-    return f"PyTorch, because {' and '.join(sorted(reasons))}" if reasons else "our kernels"
+    return f"PyTorch, because {' and '.join(sorted(reasons))}" if reasons else OURS
 
 
 def learn(

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import cnnfast.functional as F
 from cnnfast.checking import check
-from cnnfast.dispatch import backend
 
 BATCH = 64
 ROUNDS = 9
@@ -125,14 +125,13 @@ def time_layer(
 
     x = random(N, layer.C, layer.size, layer.size)
     w = random(layer.K, layer.C, layer.R, layer.R, scale=(layer.C * layer.R**2) ** -0.5)
-    geometry = {"stride": layer.stride, "padding": layer.R // 2}
+    geometry: dict[str, Any] = {"stride": layer.stride, "padding": layer.R // 2}
     right = check(lambda x, w: F.conv2d(x, w, **geometry), x[:CHECKED_IMAGES], w).ok
 
     calls: dict[str, Callable[[], object]] = {}
     for name, convolve in (("", F.conv2d), ("torch_", torch.nn.functional.conv2d)):
         forward = lambda convolve=convolve: convolve(x, w, **geometry)  # noqa: E731
-        with backend("kernels" if device.type == "cuda" else "auto"):
-            y = forward()
+        y = forward()
         dy = torch.ones_like(y)
         calls[f"{name}forward"] = forward
         calls[f"{name}backward"] = lambda y=y, dy=dy: torch.autograd.grad(y, (x, w), dy, retain_graph=True)

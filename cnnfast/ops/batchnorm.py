@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from cnnfast_kernels import batchnorm, launch
 from cnnfast_kernels.epilogue import FROM_OUTPUT
 from cnnfast_kernels.planes import dense_format
-from torch import Tensor
 
 from ..activations import activate
 from .registry import below_autograd, register
@@ -79,13 +80,11 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = _differentiable_backward(dz, y, mean, var, weight, bias, residual, z, ctx.options, needs)
         else:
-            grads = _backward(dz, y, z, mean, var, weight, bias, residual, *ctx.options, needs)
+            grads = _backward(dz, y, z, mean, var, weight, bias, residual, *ctx.options, needs=needs)
         return grads[0], None, None, *grads[1:], None, None, None, None
 
 
-def _backward(
-    dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, needs
-) -> list[Tensor | None]:  # fmt: skip
+def _backward(dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, needs) -> list[Tensor | None]:
     """(dy, dweight, dbias, dresidual), None where not needed. Without an activation dresidual is dz itself."""
     by_kernel = [*needs[:3], needs[3] and activation is not None]
     grads: list[Tensor | None] = [None] * 4

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from cnnfast_kernels import conv, launch
 from cnnfast_kernels.epilogue import FROM_OUTPUT, BatchNorm, Epilogue
 from cnnfast_kernels.problem import output_extent
-from torch import Tensor
 
 from .batchnorm import channel_sum, frozen_backward, normalize
 from .registry import below_autograd, register
@@ -21,8 +22,8 @@ GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups, str algo
 
 
 def allow_tf32(x: Tensor) -> bool:
-    """What PyTorch's own settings say of float32 convolutions on a GPU. Its newer API is read first: the older raises after a user has set it."""
-    return x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    """What PyTorch's own settings say of float32 convolutions on a GPU, by its newer API: the older one raises once that is used."""
+    return x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore
 
 
 def _geometry(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> conv.Geometry:
@@ -52,7 +53,22 @@ def _stats(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation,
 
 
 def _bn_act(
-    x: Tensor, w: Tensor, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, stride, padding, dilation, groups, algorithm
+    x: Tensor,
+    w: Tensor,
+    bias,
+    mean,
+    var,
+    bn_weight,
+    bn_bias,
+    residual,
+    eps,
+    activation,
+    slope,
+    stride,
+    padding,
+    dilation,
+    groups,
+    algorithm,
 ) -> Tensor:
     epilogue = Epilogue(bias, BatchNorm(mean, var, bn_weight, bn_bias, eps), residual, activation, slope)
     return conv.conv_fprop(x, w, _geometry(stride, padding, dilation, groups), epilogue, algorithm=algorithm, tf32=allow_tf32(x))
@@ -82,7 +98,22 @@ def _fake_stats(x: Tensor, w: Tensor, bias, stride, padding, dilation, groups, a
 
 
 def _fake_bn_act(
-    x: Tensor, w: Tensor, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, stride, padding, dilation, groups, algorithm
+    x: Tensor,
+    w: Tensor,
+    bias,
+    mean,
+    var,
+    bn_weight,
+    bn_bias,
+    residual,
+    eps,
+    activation,
+    slope,
+    stride,
+    padding,
+    dilation,
+    groups,
+    algorithm,
 ) -> Tensor:
     return _fake_output(x, w, stride, padding, dilation)
 
@@ -181,14 +212,18 @@ class _BnAct(torch.autograd.Function):
     def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, w, z, mean, var, bn_weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dy, dbn_bias, dresidual = frozen_backward(dz, z, mean, var, bn_weight, *ctx.norm, (any(needs[:3]), needs[6], needs[7]))
+        dy, dbn_bias, dresidual = frozen_backward(dz, z, mean, var, bn_weight, *ctx.norm, needs=(any(needs[:3]), needs[6], needs[7]))
         grads = _operand_grads(ctx, dy, x, w) if any(needs[:3]) else (None, None, None)
         return *grads, None, None, None, dbn_bias, dresidual, None, None, None, *[None] * len(ctx.geometry)
 
 
 conv_fprop = register(f"conv_fprop(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> Tensor", _fprop, _fake_fprop, _Fprop)
-conv_dgrad = register(f"conv_dgrad(Tensor dy, Tensor w, SymInt[4] x_shape, bool channels_last, {GEOMETRY}) -> Tensor", _dgrad, _fake_dgrad, _Dgrad)
-conv_wgrad = register(f"conv_wgrad(Tensor x, Tensor dy, SymInt[4] w_shape, bool channels_last, {GEOMETRY}) -> Tensor", _wgrad, _fake_wgrad, _Wgrad)
+conv_dgrad = register(
+    f"conv_dgrad(Tensor dy, Tensor w, SymInt[4] x_shape, bool channels_last, {GEOMETRY}) -> Tensor", _dgrad, _fake_dgrad, _Dgrad
+)
+conv_wgrad = register(
+    f"conv_wgrad(Tensor x, Tensor dy, SymInt[4] w_shape, bool channels_last, {GEOMETRY}) -> Tensor", _wgrad, _fake_wgrad, _Wgrad
+)
 conv_stats = register(f"conv_stats(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> (Tensor, Tensor, Tensor)", _stats, _fake_stats, _Stats)
 _fused_bn_act = register(
     "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, Tensor? residual,"

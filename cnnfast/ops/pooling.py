@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from cnnfast_kernels import launch, pooling
 from cnnfast_kernels.problem import PoolProblem
-from torch import Tensor
 
 from .registry import below_autograd, register
 
@@ -179,5 +180,8 @@ avg_pool_backward = register(
 )
 global_avg_pool = register("global_avg_pool(Tensor x) -> Tensor", pooling.global_avg_pool, _fake_global, _Global)
 global_avg_pool_backward = register(
-    "global_avg_pool_backward(Tensor dy, SymInt[4] x_shape, bool channels_last) -> Tensor", _global_backward, _fake_backward, _GlobalBackward
+    "global_avg_pool_backward(Tensor dy, SymInt[4] x_shape, bool channels_last) -> Tensor",
+    _global_backward,
+    _fake_backward,
+    _GlobalBackward,
 )

@@ -16,7 +16,6 @@ ACTIVATIONS = (None, "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu",
 FROM_OUTPUT = (None, "relu", "leaky_relu", "relu6")
 
 
-
 class BatchNorm(NamedTuple):
     """Batch normalisation with given statistics: (y - mean) * weight / sqrt(var + eps) + bias, each of shape [K]."""
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
+from triton import knobs
 
 # Triton decides at decoration, that is at import, whether kernels are interpreted; so does this.
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+INTERPRETED: bool = bool(knobs.runtime.interpret)
 
 KERNEL_DTYPES = {
     torch.float16: tl.float16,

@@ -125,9 +125,7 @@ class PoolProblem:
         ceil_mode: bool = False,
     ) -> PoolProblem:
         N, C, H, W = x_shape
-        P, Q = (
-            pool_extent(size, kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode) for i, size in enumerate((H, W))
-        )
+        P, Q = (pool_extent(size, kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode) for i, size in enumerate((H, W)))
         return cls(N, C, H, W, *kernel_size, P, Q, *stride, *padding, *dilation)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cnnfast
-import cnnfast.functional as ours
 import pytest
 import torch
 import torch.nn.functional as theirs
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import cnnfast
+import cnnfast.functional as ours
 from agreement import assert_bits, assert_same_strides, assert_served_by_kernels, exact, integers, leaf, normal, run, saved_bytes
 from cnnfast_kernels.gather import im2col
 from convolutions import LAYOUTS, arrange
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 
 ALGORITHMS = ("auto", "direct", "im2col")
 DIRECT = {"conv_fprop_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "gradient_sums_kernel", "combine_kernel"}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 
-import cnnfast.functional as ours
 import pytest
 import torch
 import torch.nn.functional as F
+
+import cnnfast.functional as ours
 from agreement import (
     Outcome,
     assert_bits,

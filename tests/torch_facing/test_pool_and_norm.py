@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import cnnfast.functional as ours
 import pytest
 import torch
 import torch.nn.functional as theirs
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import cnnfast.functional as ours
 from agreement import (
     assert_bits,
     assert_close,
@@ -19,8 +22,6 @@ from agreement import (
     saved_bytes,
 )
 from convolutions import LAYOUTS, arrange
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 FEW = settings(max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -40,7 +41,9 @@ def pools(draw):
 
 
 @FEW
-@given(case=pools(), layout=st.sampled_from([*LAYOUTS]), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
+@given(
+    case=pools(), layout=st.sampled_from([*LAYOUTS]), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
+)
 def test_any_max_pool(case, layout, dtype, device):
     """Few different integers, so that many are equal: the result, which of equals wins, and the gradient that it gets."""
     shape, *window = case

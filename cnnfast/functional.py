@@ -65,7 +65,8 @@ def _window(function: str, input: Tensor, kernel_size: Size2, stride: Size2 | No
     extents = [pool_extent(input.shape[2 + i], kernel[i], step[i], pad[i], dil[i], ceil_mode) for i in (0, 1)]
     if min(extents) < 1:
         raise RuntimeError(
-            f"{function}(): with kernel_size={kernel} the output of input size {list(input.shape)} would be {extents[0]}x{extents[1]}: too small"
+            f"{function}(): with kernel_size={kernel} the output of input size {list(input.shape)} would be"
+            f" {extents[0]}x{extents[1]}: too small"
         )
     return kernel, step, pad, dil, ceil_mode
 
@@ -135,8 +136,8 @@ def _conv_geometry(
     for size, taps, before, after, d in ((input.shape[2], R, pads[0], pads[1], dil[0]), (input.shape[3], S, pads[2], pads[3], dil[1])):
         if size + before + after < d * (taps - 1) + 1:
             raise RuntimeError(
-                f"{function}(): the padded input ({input.shape[2] + pads[0] + pads[1]} x {input.shape[3] + pads[2] + pads[3]}) is smaller than"
-                f" the kernel ({dil[0] * (R - 1) + 1} x {dil[1] * (S - 1) + 1} with dilation={dil})"
+                f"{function}(): the padded input ({input.shape[2] + pads[0] + pads[1]} x {input.shape[3] + pads[2] + pads[3]}) is"
+                f" smaller than the kernel ({dil[0] * (R - 1) + 1} x {dil[1] * (S - 1) + 1} with dilation={dil})"
             )
     return step, pads, dil, groups
 
@@ -274,11 +275,12 @@ def _check_norm(
         raise TypeError(f"{function}(): momentum must be a float, but got momentum={momentum!r}")
     if eps < 0:
         raise ValueError(f"{function}(): eps must be non-negative, but got eps={eps}")
+    if not training and (running_mean is None or running_var is None):
+        raise RuntimeError(f"{function}(): running_mean and running_var must be defined in evaluation mode")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{function}(): running_mean and running_var must either both be None or neither be None")
-    if not training and running_mean is None:
-        raise RuntimeError(f"{function}(): running_mean and running_var must be defined in evaluation mode")
-    for name, t in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+    own = "bn_" if function == "conv_bn_act" else ""  # there weight and bias are the convolution's
+    for name, t in (("running_mean", running_mean), ("running_var", running_var), (f"{own}weight", weight), (f"{own}bias", bias)):
         if t is None:
             continue
         if t.shape != (channels,):

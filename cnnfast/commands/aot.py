@@ -64,7 +64,7 @@ def summary(rows: list[Row]) -> Table:
 
     table = Table(title="the worst of all variants and tiles of each kernel")
     for heading in ("kernel", "arch"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for heading in ("variants", "registers", "spills", "shared memory", "tensor cores", "loop", "seconds"):
         table.add_column(heading, justify="right")
     groups: dict[tuple[str, str], list[Row]] = {}

@@ -95,6 +95,6 @@ def _errors(figure, proofs: list[Proof]) -> None:
         for place, (_, worst) in zip(places, bars, strict=True):
             if worst.error == worst.torch_error == 0:  # a logarithmic axis cannot show it
                 axes.text(0.01, place, "both exact", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-        axes.set_title(textwrap.fill(f"{proof.title}, {proof.dtype}", 40), fontsize=10)
+        axes.set_title(textwrap.fill(f"{proof.title}, {proof.dtype}", 34), fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].legend(loc="lower right", fontsize=9)

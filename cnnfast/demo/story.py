@@ -23,9 +23,9 @@ from .picture import Images
 from .results import Proof, Results, Training
 
 # What the interpreter can do in the time that a demo may take.
-INTERPRETED_SIZE = 128
-INTERPRETED_BACKWARD_SIZE = 48  # the gradient of the stem's input: 196 steps for each 64 of its pixels
-INTERPRETED_DIGITS = 8
+INTERPRETED_SIZE = 96
+INTERPRETED_BACKWARD_SIZE = 32  # the stem's two gradients, of 49 taps, take longest
+INTERPRETED_DIGITS = 4
 GPU_DIGITS = 64
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

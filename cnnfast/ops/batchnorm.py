@@ -171,8 +171,8 @@ normalize = register(
     _Normalize,
 )
 normalize_backward = register(
-    "normalize_backward(Tensor dz, Tensor? y, Tensor? z, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps,"
-    " str? activation, float slope, bool training, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "normalize_backward(Tensor dz, Tensor? y, Tensor? z, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual,"
+    " float eps, str? activation, float slope, bool training, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _normalize_backward,
     _fake_normalize_backward,
 )

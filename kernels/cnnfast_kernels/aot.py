@@ -10,7 +10,6 @@ first of each process with Triton's own start: what Triton finds in its cache on
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import pkgutil
@@ -174,7 +173,7 @@ _reported: set[tuple[int, str]] = set()  # architecture and hash of the kernels 
 
 def compile_case(arch: str, index: int) -> list[tuple[Row, Binary | None]]:
     """Each kernel that case `index` launches, but for those that an earlier case of this process launched too; not inspected yet."""
-    case = cases()[index]
+    case = cases(capability_of(arch))[index]
     rows: list[tuple[Row, Binary | None]] = []
     clock = time.perf_counter()
 
@@ -206,9 +205,7 @@ def compile_all(
     """
     if launch.INTERPRETED:
         raise RuntimeError("kernels are interpreted in this process and those it starts: unset TRITON_INTERPRET and start again")
-    for arch in archs:
-        capability_of(arch)
-    work = [(arch, i) for arch, (i, case) in itertools.product(archs, enumerate(cases())) if only in case.name]
+    work = [(arch, i) for arch in archs for i, case in enumerate(cases(capability_of(arch))) if only in case.name]
     done: dict[tuple[str, int], list[tuple[Row, Binary | None]]] = {}
     progress(0, len(work))
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -26,8 +26,8 @@ from .pooling import (
     max_pool_backward,
     max_pool_indices,
 )
-from .problem import PoolProblem
-from .tiling import DEFAULT_TILES, Precision, TileConfig
+from .problem import ConvProblem, PoolProblem
+from .tiling import DEFAULT_TILES, Precision, TileConfig, candidate_tiles
 
 BATCH = 32
 LAST = torch.channels_last
@@ -67,6 +67,10 @@ class Layer:
     def geometry(self) -> Geometry:
         pad = self.window // 2
         return Geometry((self.stride, self.stride), (pad, pad, pad, pad), (1, 1), self.groups)
+
+    @property
+    def problem(self) -> ConvProblem:
+        return self.geometry.problem((BATCH, self.C, self.size, self.size), self.w_shape)
 
     @property
     def w_shape(self) -> tuple[int, int, int, int]:
@@ -124,7 +128,7 @@ FORMS = (
 )
 
 
-def convolutions() -> Iterator[Case]:
+def convolutions(arch: int) -> Iterator[Case]:
     def case(
         operation: str,
         layer: Layer,
@@ -139,7 +143,8 @@ def convolutions() -> Iterator[Case]:
         return Case(f"{operation} {kind} {layer.name}{note}", partial(getattr(layer, operation), tile, precision, dtype, **options))
 
     # Where no tile is named it is the one that is chosen: the stem and groups of few filters never meet the larger ones.
-    for precision, tiles in DEFAULT_TILES.items():
+    for precision in DEFAULT_TILES:
+        tiles = candidate_tiles(BODY.problem, "fprop", precision, arch=arch)
         for tile in tiles:
             yield case("infer", BODY, tile, precision)
             yield case("dgrad", BODY, tile, precision)
@@ -149,7 +154,7 @@ def convolutions() -> Iterator[Case]:
         yield case("dgrad", STRIDED, tiles[0], precision)
         yield case("wgrad", STEM, None, precision)
 
-    largest, smallest = DEFAULT_TILES["half"][0], DEFAULT_TILES["half"][-1]
+    largest, *_, smallest = candidate_tiles(BODY.problem, "fprop", "half", arch=arch)
     for layer in FORMS:
         yield case("infer", layer, None, "half")
     for layer in (POINTWISE, SHORTCUT, DEPTHWISE):
@@ -200,6 +205,6 @@ def passes() -> Iterator[Case]:
     yield Case("pooling float32 NCHW", partial(pooling, FLOAT32, NCHW))
 
 
-def cases() -> list[Case]:
-    """All of them, in an order that every process of one version agrees on."""
-    return [*convolutions(), *passes()]
+def cases(arch: int = 90) -> list[Case]:
+    """All of them for sm_90 or another, in an order that every process of one version agrees on."""
+    return [*convolutions(arch), *passes()]

@@ -41,7 +41,8 @@ def _plan(
 ) -> tuple[TileConfig, Precision]:
     precision = precision_class(str(operands[0].dtype).removeprefix("torch."), tf32)
     adjacent = all(t.stride(1) == 1 or t.shape[1] == 1 for t in operands)
-    return tile or choose_tile(problem, operation, precision, adjacent), precision
+    arch = launch.architecture(operands[0].device)
+    return tile or choose_tile(problem, operation, precision, adjacent, arch), precision
 
 
 def conv_fprop(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
-from triton import knobs
+from triton import knobs, runtime
 
 # Triton decides at decoration, that is at import, whether kernels are interpreted; so does this.
 INTERPRETED: bool = bool(knobs.runtime.interpret)
@@ -70,6 +71,21 @@ def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, ti
             callback(event)
 
 
+@functools.cache
+def _gpu_architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def architecture(device: torch.device) -> int:
+    """90 for sm_90: what kernels for tensors on `device` are compiled for. The interpreter, where it makes no difference, counts as 90."""
+    if INTERPRETED:
+        return 90
+    if device.type == "cuda":
+        return _gpu_architecture(device.index)
+    return runtime.driver.active.get_current_target().arch  # compiling ahead of time
+
+
 class Strides(NamedTuple):
     """Strides in units of `align` elements, channels last; `c` is None where channels are adjacent.
 
@@ -90,7 +106,8 @@ def strides_nhwc(t: torch.Tensor) -> Strides:
     if c > 1:  # channels are apart: nothing to vectorise
         return Strides(n, h, w, c, 1)
     align = 8
-    while n % align or h % align or w % align:
+    pixel = 0 if n or h or w else t.shape[1]  # one pixel is aligned as those of a larger image
+    while n % align or h % align or w % align or pixel % align:
         align //= 2
     return Strides(n // align, h // align, w // align, None if t.shape[1] == 1 or c == 1 else c, align)
 

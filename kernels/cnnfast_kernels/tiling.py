@@ -34,7 +34,7 @@ class TileConfig:
 # Largest first. Shared memory of the largest stays under the 99 KiB of sm_89.
 DEFAULT_TILES: dict[Precision, tuple[TileConfig, ...]] = {
     "half": (TileConfig(128, 64, 32, 4, 4), TileConfig(64, 64, 32, 4, 4), TileConfig(64, 32, 32, 4, 4)),
-    "tf32": (TileConfig(128, 64, 32, 4, 3), TileConfig(64, 64, 32, 4, 3), TileConfig(64, 32, 32, 4, 3)),
+    "tf32": (TileConfig(64, 64, 16, 4, 4), TileConfig(64, 32, 16, 4, 4)),
     "ieee": (TileConfig(64, 64, 16, 4, 3), TileConfig(64, 32, 16, 4, 3)),
     "fp64": (TileConfig(64, 32, 16, 4, 2), TileConfig(32, 32, 16, 4, 2)),
 }
@@ -74,14 +74,26 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def choose_tile(problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True) -> TileConfig:
-    """The largest default tile that is not mostly padding and leaves enough programs to fill a GPU; else the smallest.
+def candidate_tiles(
+    problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
+) -> tuple[TileConfig, ...]:
+    """The default tiles that a convolution may get, largest first: those whose kernels keep within the registers of 4 warps.
 
-    `adjacent`: channels lie next to each other in all operands. If not, every element needs an address of its own, and the largest
-    tile would not have the registers for them.
+    `adjacent`: channels lie next to each other in all operands; if not, every element needs an address of its own. Few channels
+    (a k-step spans several taps) need some too. `arch`: 90 for sm_90; on sm_100 the compiler takes more registers.
     """
+    tiles = DEFAULT_TILES[precision]
+    depth = problem.group_filters if operation == "dgrad" else problem.group_channels
+    few = depth < tiles[0].BLOCK_K and problem.R * problem.S > 1
+    if not adjacent:
+        return tiles[-1:]
+    return tiles[1:] if few or arch >= 100 else tiles
+
+
+def choose_tile(problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90) -> TileConfig:
+    """The largest candidate that is not mostly padding and leaves enough programs to fill a GPU; else the smallest."""
     GEMM_M, GEMM_N, GEMM_K = gemm_extents(problem, operation)
-    tiles = DEFAULT_TILES[precision][0 if adjacent else 1 :]
+    tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
     least = tiles[-1]
     fitting = [t for t in tiles if t.BLOCK_M <= max(GEMM_M, least.BLOCK_M) and t.BLOCK_N <= max(GEMM_N, least.BLOCK_N)]
     programs = {t: cdiv(GEMM_M, t.BLOCK_M) * cdiv(GEMM_N, t.BLOCK_N) * problem.groups for t in fitting}

@@ -159,7 +159,7 @@ def im2col_fprop(
         columns = im2col(problem, x[images], p0, p1)
         gemm = as_1x1(problem, columns.shape[0], p1 - p0, columns.shape[1])
         residual = None if epilogue.residual is None else epilogue.residual[images, :, p0:p1]
-        tile = choose_tile(gemm, "fprop", precision)
+        tile = choose_tile(gemm, "fprop", precision, arch=launch.architecture(x.device))
         fprop(gemm, tile, precision, columns, filters, y[images, :, p0:p1], epilogue._replace(residual=residual))
 
 
@@ -176,7 +176,7 @@ def im2col_dgrad(problem: ConvProblem, precision: Precision, dy: torch.Tensor, w
             part = dy[n : n + images]
             gemm = as_1x1(g, part.shape[0], g.P, g.groups * filters.shape[1])
             columns = launch.empty((gemm.N, gemm.C, g.P, g.Q), dy, torch.channels_last)
-            dgrad(gemm, choose_tile(gemm, "dgrad", precision), precision, part, filters, columns)
+            dgrad(gemm, choose_tile(gemm, "dgrad", precision, arch=launch.architecture(dy.device)), precision, part, filters, columns)
             col2im(g, columns, dx[n : n + images], c0, c1)
 
 
@@ -184,7 +184,7 @@ def im2col_wgrad(problem: ConvProblem, precision: Precision, x: torch.Tensor, dy
     """As gather.wgrad.wgrad, by im2col: every piece leaves partial sums, which are added in the order of the pieces."""
     parts = list(pieces(problem, x.element_size()))
     first = as_1x1(problem, parts[0][0].stop, parts[0][2], problem.R * problem.S * problem.C)
-    tile = choose_tile(first, "wgrad", precision)
+    tile = choose_tile(first, "wgrad", precision, arch=launch.architecture(x.device))
     partials = empty_partials(problem, len(parts) * tile.SPLIT_K, x)
     flat = partials.permute(0, 1, 3, 4, 2).flatten(2)[..., None, None]  # the same memory in the order of the columns
     for i, (images, p0, p1) in enumerate(parts):

@@ -25,6 +25,9 @@ class PlaneTile:
     BLOCK_C: int
     CHANNELS_FAST: bool
 
+    def __str__(self) -> str:
+        return f"{self.BLOCK_PIXELS}x{self.BLOCK_C} {'NHWC' if self.CHANNELS_FAST else 'NCHW'}"
+
 
 @triton.jit(do_not_specialize=["count", "span", "splits", *RUNTIME])
 def plane_mean_kernel(

@@ -37,6 +37,9 @@ class PoolTile:
     VEC: int
     CHANNELS_FAST: bool
 
+    def __str__(self) -> str:
+        return f"{self.ROWS}x{self.VEC} {'NHWC' if self.CHANNELS_FAST else 'NCHW'}"
+
 
 @triton.jit
 def unravel_rows(N, H, W, C: tl.constexpr, CHANNELS_FAST: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr):

@@ -52,8 +52,7 @@ def _window(function: str, input: Tensor, kernel_size: Size2, stride: Size2 | No
     """The checked window of a pooling: (kernel_size, stride, padding, dilation, ceil_mode)."""
     _check_image(function, input)
     kernel = _at_least(function, "kernel_size", _pair(function, "kernel_size", kernel_size), 1)
-    default = stride is None or (isinstance(stride, Sequence) and len(stride) == 0)
-    step = kernel if default else _at_least(function, "stride", _pair(function, "stride", stride), 1)
+    step = kernel if stride is None or stride in ((), []) else _at_least(function, "stride", _pair(function, "stride", stride), 1)
     pad = _at_least(function, "padding", _pair(function, "padding", padding), 0)
     dil = _at_least(function, "dilation", _pair(function, "dilation", dilation), 1)
     for k, p, d in zip(kernel, pad, dil, strict=True):

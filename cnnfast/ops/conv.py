@@ -213,7 +213,7 @@ class _BnAct(torch.autograd.Function):
         x, w, z, mean, var, bn_weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         dy, dbn_bias, dresidual = frozen_backward(dz, z, mean, var, bn_weight, *ctx.norm, needs=(any(needs[:3]), needs[6], needs[7]))
-        grads = _operand_grads(ctx, dy, x, w) if any(needs[:3]) else (None, None, None)
+        grads = (None, None, None) if dy is None else _operand_grads(ctx, dy, x, w)
         return *grads, None, None, None, dbn_bias, dresidual, None, None, None, *[None] * len(ctx.geometry)
 
 

@@ -83,7 +83,8 @@ def architecture(device: torch.device) -> int:
         return 90
     if device.type == "cuda":
         return _gpu_architecture(device.index)
-    return runtime.driver.active.get_current_target().arch  # compiling ahead of time
+    ahead_of_time: Any = runtime.driver.active.get_current_target()
+    return ahead_of_time.arch
 
 
 class Strides(NamedTuple):

@@ -6,9 +6,10 @@ import contextlib
 import gc
 import weakref
 
-import cnnfast.functional as ours
 import pytest
 import torch
+
+import cnnfast.functional as ours
 from agreement import integers, leaf
 from child import run_compiled
 from cnnfast_kernels import launch
@@ -50,6 +51,7 @@ def compiled_activations():
     import weakref
 
     import torch
+
     from cnnfast import ops
     from stub_driver import stub_driver
 
@@ -117,6 +119,7 @@ def test_a_launch_makes_the_tensors_device_current(monkeypatch):
 
 def streams_and_devices():
     import torch
+
     from cnnfast import ops
     from stub_driver import stub_driver
 
@@ -145,11 +148,12 @@ def specialisations(channels, filters, dtype_name):
     """Operators run over many extents: {operator, layout: [names of the kernels that each of the extents would compile]}."""
     from types import SimpleNamespace
 
-    import cnnfast.ops  # noqa: F401 - defines the operators
     import torch
+    from triton.runtime.jit import JITFunction
+
+    import cnnfast.ops  # noqa: F401 - defines the operators
     from cnnfast_kernels import launch
     from stub_driver import stub_driver
-    from triton.runtime.jit import JITFunction
 
     def pretend(self, key, *specialisation):
         """In place of compiling: only whether Triton would is asked here."""
@@ -204,8 +208,9 @@ def specialisations(channels, filters, dtype_name):
                 operators.global_avg_pool_backward(image(n, channels, 1, 1, fmt), x.shape, last)
 
     counts = {}
+    convolutions = [f"{o} {a}" for o in ("fprop", "dgrad", "wgrad") for a in ("auto", "im2col")]
     for fmt in (torch.channels_last, torch.contiguous_format):
-        for name in [f"{o} {a}" for o in ("fprop", "dgrad", "wgrad") for a in ("auto", "im2col")] + "moments normalize max average global".split():
+        for name in [*convolutions, "moments", "normalize", "max", "average", "global"]:
             with stub_driver() as gpu, launch.observe(lambda event: None, compile_only=True):
                 seen = counts[f"{name}, {'NHWC' if fmt == torch.channels_last else 'NCHW'}"] = []
                 for n, h, w in extents:

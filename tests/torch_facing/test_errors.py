@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import cnnfast
-import cnnfast.functional as ours
 import pytest
 import torch
 import torch.nn.functional as theirs
+
+import cnnfast
+import cnnfast.functional as ours
 
 X, W = torch.randn(2, 4, 8, 8), torch.randn(6, 4, 3, 3)
 MEAN, VAR = torch.zeros(4), torch.ones(4)

@@ -258,7 +258,7 @@ def test_transforms_take_pytorchs_operators(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(dtype, device):
     """Convolutions compute in the lower precision, other functions in that of their input, gradients have the dtypes of their tensors."""
-    x, w, v, running, g, b = net_inputs(device, dtype=torch.float32)
+    x, w, _, running, g, b = net_inputs(device, dtype=torch.float32)
     seen = []
     for f in (ours, PyTorch):
         with torch.autocast(device.type, dtype):

@@ -40,6 +40,7 @@ step "Command line"
 for command in "" demo check aot; do
     cnnfast $command --help >"$work/help"
 done
+cnnfast check cnnfast.demo.digits:DigitNet --input 1x1x8x8
 
 step "Ahead of time, newest triton: sm_80 sm_89 sm_90 sm_100"
 cnnfast aot --arch sm_80 --arch sm_89 --arch sm_90 --arch sm_100 --json "$work/aot.json"

@@ -57,7 +57,9 @@ def _from_output(activation: str | None, slope: float) -> bool:
 
 def _replay(y, mean, var, weight, bias, residual, eps, activation, slope, training) -> Tensor:
     """normalize in PyTorch's own differentiable operators: derivatives above the first are taken of this."""
-    u = F.batch_norm(y, *((None, None) if training else (mean, var)), weight, bias, training, 0.0, eps)
+    u = F.batch_norm(y, *((None, None) if training else (mean, var)), weight, None, training, 0.0, eps)
+    if bias is not None:  # PyTorch's second derivative of a bias without a weight is wrong, hence added apart
+        u = u + bias.to(u.dtype).view(1, -1, *[1] * (u.dim() - 2))
     return activate(u if residual is None else u + residual, activation, slope)
 
 

@@ -98,6 +98,7 @@ DIFFERENTIABLE = {
         [SMALL, image(2, 2, 1, 1, seed=1), WEIGHT[:2]],
     ),
     "conv_bn_act training gelu": (
+        # a bias without a weight: PyTorch's own batch_norm has a wrong second derivative here
         lambda x, b, r: ours.conv_bn_act(x, ONE.to(x), None, None, None, b, residual=r, training=True, activation="gelu"),
         [SMALL, BIAS[:2], image(2, 2, 4, 3, seed=2)],
     ),

@@ -1,7 +1,8 @@
 """Convolution: the one place that picks a family of kernels and a tile.
 
 Tensors are of logical shape x [N, C, H, W], w [K, C / groups, R, S], y [N, K, P, Q], in any memory layout; `padding` is
-(top, bottom, left, right). Arguments are taken to be consistent: cnnfast.functional checks what users pass.
+(top, bottom, left, right). Arguments are taken to be consistent: cnnfast.functional checks what users pass. `tile`
+replaces the choice for the direct kernels; im2col chooses for each piece of its workspace.
 """
 
 from __future__ import annotations

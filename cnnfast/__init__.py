@@ -1,6 +1,7 @@
 """Hand-written Triton kernels for convolutional networks in PyTorch.
 
-`cnnfast.functional` holds the operations, `check` the proof, `trace` and `backend` show and steer who serves a call.
+`functional` holds the operations, `nn` the layers, `check` the proof; `trace` and `backend` show and steer who
+serves a call.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import functional as functional
+    from . import nn as nn
     from .checking import check as check
     from .dispatch import backend as backend
     from .dispatch import trace as trace
 
 __version__ = "0.1.0"
 
+_MODULES = ("functional", "nn")
 _HOME = {"check": ".checking", "backend": ".dispatch", "trace": ".dispatch"}
-__all__ = ["__version__", "backend", "check", "functional", "trace"]
+__all__ = ["__version__", "backend", "check", "functional", "nn", "trace"]
 
 
 def __getattr__(name: str) -> Any:
     """Loads torch and the kernels on first use: `import cnnfast` costs nothing."""
-    if name == "functional":
-        return importlib.import_module(".functional", __name__)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,3 +23,11 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
 
 def activate(u: Tensor, activation: str | None, slope: float = LEAKY_SLOPE) -> Tensor:
     return ACTIVATIONS[activation](u, slope)
+
+
+def check_activation(function: str, activation: str | None, activation_arg: float | None) -> None:
+    """Raises ValueError, in the name of `function`, for an unknown activation or an argument that it does not take."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{function}(): activation must be one of {', '.join(map(str, ACTIVATIONS))}, but got activation={activation!r}")
+    if activation_arg is not None and activation != "leaky_relu":
+        raise ValueError(f"{function}(): activation_arg is leaky_relu's slope, but got activation_arg={activation_arg} for {activation!r}")

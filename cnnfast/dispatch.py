@@ -192,6 +192,11 @@ def capture(observer: Observer) -> Iterator[None]:
         _captures.remove(observer)
 
 
+def captured() -> bool:
+    """Whether calls are being captured."""
+    return bool(_captures)
+
+
 def operation(function: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a function of cnnfast.functional: its calls can be captured."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cnnfast_kernels.problem import output_extent, pool_extent
 
-from .activations import ACTIVATIONS, LEAKY_SLOPE, activate
+from .activations import LEAKY_SLOPE, activate, check_activation
 from .dispatch import launch, operation, record_torch, why_torch
 
 # Without triton no call gets as far as an operator.
@@ -222,10 +222,7 @@ def conv_bn_act(
     _check_algorithm("conv_bn_act", algorithm)
     norm = {"running_mean": running_mean, "running_var": running_var, "bn_weight": bn_weight, "bn_bias": bn_bias}
     _check_tensors("conv_bn_act", {"input": input, "weight": weight}, bias=bias, residual=residual, **norm)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"conv_bn_act(): activation must be one of {', '.join(map(str, ACTIVATIONS))}, but got activation={activation!r}")
-    if activation_arg is not None and activation != "leaky_relu":
-        raise ValueError(f"conv_bn_act(): activation_arg is leaky_relu's slope, but got activation_arg={activation_arg} for {activation!r}")
+    check_activation("conv_bn_act", activation, activation_arg)
     slope = LEAKY_SLOPE if activation_arg is None else float(activation_arg)
     x, w, b, z = _autocast(input, weight, bias, residual)
     if reason := why_torch(x, w, b, z, running_mean, running_var, bn_weight, bn_bias, algorithm=algorithm):

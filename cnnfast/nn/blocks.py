@@ -1,0 +1,178 @@
+"""Blocks of convolution and batch norm, in which a convolution, its norm, the activation and the residual addition are one step.
+
+In eval that is one kernel, in training a convolution that leaves statistics and one pass over its output. Where kernels do not
+serve, or a member is watched by a hook or of another kind, the members are called one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from ..activations import LEAKY_SLOPE, activate, check_activation
+from .fused import conv_bn_act, fusable, is_batch_norm, is_conv2d
+from .layers import BatchNorm2d, Conv2d
+
+Size2 = int | tuple[int, int]
+
+
+class ConvBNAct(nn.Module):
+    """act(bn(conv(x)) + residual), of the children `conv` (Conv2d) and `bn` (BatchNorm2d).
+
+    x [N, in_channels, H, W] to [N, out_channels, P, Q]. padding: int, pair, "valid" or "same": with stride 1 as torch.nn.Conv2d's
+    "same", otherwise dilation * (kernel_size - 1) // 2 on each side, as ResNets pad. activation: None, "relu", "leaky_relu"
+    (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu", "hardswish". eps and momentum (None: the average of all
+    batches) are the norm's, everything else the convolution's.
+    residual: added before the activation; broadcast and promoted as PyTorch does. Raises as torch.nn.Conv2d and BatchNorm2d,
+    ValueError for an unknown activation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: Size2 | str = "same",
+        dilation: Size2 = 1,
+        groups: int = 1,
+        *,
+        bias: bool = False,
+        activation: str | None = "relu",
+        activation_arg: float | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_activation("ConvBNAct", activation, activation_arg)
+        if padding == "same" and _pair(stride) != (1, 1):
+            height, width = (d * (k - 1) // 2 for d, k in zip(_pair(dilation), _pair(kernel_size), strict=True))
+            padding = height, width
+        factory = {"device": device, "dtype": dtype}
+        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **factory)  # pyright: ignore
+        self.bn = BatchNorm2d(out_channels, eps, momentum, **factory)
+        self.activation, self.activation_arg = activation, activation_arg
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if fusable(x, self.conv, self.bn) and is_conv2d(self.conv) and is_batch_norm(self.bn):
+            return conv_bn_act(self.conv, self.bn, x, residual, self.activation, self.activation_arg)
+        y = self.bn(self.conv(x))
+        y = y if residual is None else y + residual
+        return activate(y, self.activation, LEAKY_SLOPE if self.activation_arg is None else self.activation_arg)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}" + ("" if self.activation_arg is None else f", activation_arg={self.activation_arg}")
+
+
+def conv_bn_relu(x: Tensor, conv: nn.Module, bn: nn.Module, relu: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
+    """relu(bn(conv(x)) + residual) of a ResNet's members: fused where it may be."""
+    members = (conv, bn) if relu is None else (conv, bn, relu)
+    if fusable(x, *members) and is_conv2d(conv) and is_batch_norm(bn) and (relu is None or type(relu) is nn.ReLU):
+        if residual is not None:
+            residual = residual.to(x.dtype)  # a sum in place, as below, keeps the dtype that autocast gave to bn's output
+        return conv_bn_act(conv, bn, x, residual, None if relu is None else "relu")  # pyright: ignore[reportArgumentType]
+    y = bn(conv(x))
+    if residual is not None:
+        y += residual
+    return y if relu is None else relu(y)
+
+
+class _Block(nn.Module):
+    downsample: nn.Module | None
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """The residual: x, or what `downsample` makes of it, fused if that is a convolution and a norm."""
+        if self.downsample is None:
+            return x
+        if type(self.downsample) is nn.Sequential and len(self.downsample) == 2 and fusable(x, self.downsample):
+            conv, bn = self.downsample
+            return conv_bn_relu(x, conv, bn)
+        return self.downsample(x)
+
+
+def _conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> Conv2d:
+    return Conv2d(inplanes, planes, 3, stride, dilation, dilation, groups, bias=False)
+
+
+class BasicBlock(_Block):
+    """torchvision's block of two 3x3 convolutions: its arguments, state_dict and numbers.
+
+    x [N, inplanes, H, W] to [N, planes, P, Q] with P = ceil(H / stride). downsample: makes the residual of x; needed where sizes
+    differ. norm_layer(channels): BatchNorm2d. Raises ValueError for groups or base_width, NotImplementedError for dilation.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if groups != 1 or base_width != 64:
+            raise ValueError(f"BasicBlock: must have groups=1 and base_width=64, but got groups={groups}, base_width={base_width}")
+        if dilation > 1:
+            raise NotImplementedError(f"BasicBlock: dilation must be 1, but got dilation={dilation}")
+        norm = norm_layer or BatchNorm2d
+        self.conv1 = _conv3x3(inplanes, planes, stride)
+        self.bn1 = norm(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv3x3(planes, planes)
+        self.bn2 = norm(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = conv_bn_relu(x, self.conv1, self.bn1, self.relu)
+        return conv_bn_relu(y, self.conv2, self.bn2, self.relu, self.shortcut(x))
+
+
+class Bottleneck(_Block):
+    """torchvision's block of a 1x1, a 3x3 (strided) and a 1x1 convolution: its arguments, state_dict and numbers.
+
+    x [N, inplanes, H, W] to [N, 4 * planes, P, Q] with P = ceil(H / stride). groups and base_width give ResNeXt and wide ResNets.
+    downsample: makes the residual of x; needed where sizes differ. norm_layer(channels): BatchNorm2d.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        norm = norm_layer or BatchNorm2d
+        width = int(planes * (base_width / 64)) * groups
+        self.conv1 = Conv2d(inplanes, width, 1, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = _conv3x3(width, width, stride, groups, dilation)
+        self.bn2 = norm(width)
+        self.conv3 = Conv2d(width, planes * self.expansion, 1, bias=False)
+        self.bn3 = norm(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = conv_bn_relu(x, self.conv1, self.bn1, self.relu)
+        y = conv_bn_relu(y, self.conv2, self.bn2, self.relu)
+        return conv_bn_relu(y, self.conv3, self.bn3, self.relu, self.shortcut(x))

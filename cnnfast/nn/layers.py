@@ -1,0 +1,137 @@
+"""torch.nn's layers, computed by cnnfast.functional.
+
+Each class adds nothing to an instance: `module.__class__ = Conv2d` turns an existing torch.nn.Conv2d into ours, and back. Where
+PyTorch serves a call the layer asks once and then runs torch.nn's own code, so that it costs no more than torch.nn's layer does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import functional
+from ..dispatch import record_torch, why_torch
+
+
+def _torch_serves(operation: str, input: Any, weight: Tensor | None = None) -> bool:
+    """Whether PyTorch serves a call on `input`; every trace is then told. functional asks about the other tensors."""
+    reason = why_torch(input) if isinstance(input, Tensor) else "input is not a Tensor"
+    if not reason:
+        return False
+    record_torch(operation, reason, input, weight)
+    return True
+
+
+class Conv2d(torch.nn.Conv2d):
+    """torch.nn.Conv2d: [N, C, H, W] or [C, H, W] to [N, K, P, Q]; every padding_mode. Raises what torch.nn.Conv2d raises."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if _torch_serves("conv2d", input, weight):
+            return super()._conv_forward(input, weight, bias)
+        if self.padding_mode == "zeros":
+            return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return functional.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Conv1d(torch.nn.Conv1d):
+    """torch.nn.Conv1d: [N, C, L] or [C, L] to [N, K, M]; every padding_mode. Raises what torch.nn.Conv1d raises."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if _torch_serves("conv1d", input, weight):
+            return super()._conv_forward(input, weight, bias)
+        if self.padding_mode == "zeros":
+            return functional.conv1d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return functional.conv1d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+
+class ConvTranspose2d(torch.nn.ConvTranspose2d):
+    """torch.nn.ConvTranspose2d: [N, C, H, W] or [C, H, W] to [N, K, P, Q]. Raises what torch.nn.ConvTranspose2d raises."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        # _parameters: a parametrized weight is computed at every access of self.weight
+        if self.padding_mode != "zeros" or _torch_serves("conv_transpose2d", input, self._parameters.get("weight")):
+            return super().forward(input, output_size)
+        extra = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)  # pyright: ignore
+        return functional.conv_transpose2d(input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
+
+
+class BatchNorm2d(torch.nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d of [N, C, H, W]: its buffers and when they change too. Raises what torch.nn.BatchNorm2d raises."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch_serves("batch_norm", input):
+            return super().forward(input)
+        self._check_input_dim(input)
+        mean, var, training, momentum = running_statistics(self)
+        return functional.batch_norm(input, mean, var, self.weight, self.bias, training, momentum, self.eps)
+
+
+def running_statistics(bn: torch.nn.Module) -> tuple[Tensor | None, Tensor | None, bool, float]:
+    """(running_mean, running_var, training, momentum) as functional.batch_norm takes them, by torch.nn.BatchNorm2d's rules.
+
+    Counts the batch in num_batches_tracked. A norm without `track_running_stats` is a frozen one, which normalises by its statistics.
+    """
+    mean: Any = bn.running_mean
+    var: Any = bn.running_var
+    tracks = getattr(bn, "track_running_stats", None)
+    if tracks is None or not bn.training:
+        return mean, var, mean is None and var is None, 0.0
+    if not tracks:
+        return None, None, True, 0.0
+    momentum: Any = bn.momentum
+    batches: Any = bn.num_batches_tracked
+    if batches is not None:
+        batches.add_(1)
+        if momentum is None:  # the average of all batches so far
+            momentum = 1.0 / float(batches)
+    return mean, var, True, 0.0 if momentum is None else momentum
+
+
+class MaxPool2d(torch.nn.MaxPool2d):
+    """torch.nn.MaxPool2d of [N, C, H, W] or [C, H, W]; with return_indices also the positions. Raises what torch.nn.MaxPool2d raises."""
+
+    def forward(self, input: Tensor) -> Any:
+        if _torch_serves("max_pool2d", input):
+            return super().forward(input)
+        return functional.max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices)
+
+
+class AvgPool2d(torch.nn.AvgPool2d):
+    """torch.nn.AvgPool2d of [N, C, H, W] or [C, H, W]. Raises what torch.nn.AvgPool2d raises."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch_serves("avg_pool2d", input):
+            return super().forward(input)
+        return functional.avg_pool2d(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, self.divisor_override
+        )
+
+
+class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
+    """torch.nn.AdaptiveAvgPool2d of [N, C, H, W] or [C, H, W]. Raises what torch.nn.AdaptiveAvgPool2d raises."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch_serves("adaptive_avg_pool2d", input):
+            return super().forward(input)
+        if self.output_size in (1, (1, 1), [1, 1]):
+            return functional.global_avg_pool2d(input)
+        return functional.adaptive_avg_pool2d(input, self.output_size)
+
+
+class GlobalAvgPool2d(torch.nn.Module):
+    """The mean of each plane: [N, C, H, W] to [N, C, 1, 1], or to [N, C] with keepdim=False (and likewise [C, H, W])."""
+
+    def __init__(self, keepdim: bool = True) -> None:
+        super().__init__()
+        self.keepdim = keepdim
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.global_avg_pool2d(input, self.keepdim)
+
+    def extra_repr(self) -> str:
+        return f"keepdim={self.keepdim}"

@@ -1,0 +1,81 @@
+"""convert: any CNN of PyTorch's onto our kernels. revert: back. report: what was done.
+
+A converted model is the same tree of modules, with other classes. Single modules (leaves.py) get the class of cnnfast.nn that
+inherits from their own. Containers get a subclass of their own class (grafts.py) whose forward was generated (fusion.py) from
+a trace of theirs (tracing.py); it serves only where it is sure to compute the same, and calls the container's own otherwise.
+Names, parameters, buffers, hooks, methods and isinstance are what they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .fusion import fuse, unfuse
+from .leaves import swap, swap_back
+from .reporting import Report, Row, report_on
+from .tree import share
+
+__all__ = ["Report", "Row", "convert", "report", "revert"]
+
+FORMATS = (None, torch.channels_last, torch.contiguous_format)
+
+
+def convert(model: nn.Module, *, inplace: bool = False, memory_format: torch.memory_format | None = None) -> nn.Module:
+    """The same model on cnnfast's kernels: convolutions, batch norms and pools replaced, and fused where they follow one another.
+
+    Not in place, the result is a new tree of modules over the same Parameter and buffer objects: an optimizer made before still
+    trains it, a checkpoint of one is a checkpoint of the other, and training one changes the statistics of both.
+    memory_format: torch.channels_last lays out the weights so that kernels read vectors (and outputs become channels_last: a later
+    `.view` may raise where `.reshape` would not); the weights are the original's too. None keeps all strides.
+    Converting a converted model converts what is new in it. `report` says what was done, and what was left and why.
+
+    Raises TypeError if `model` is no module, or has attributes that cannot be copied (then use inplace=True); ValueError for another
+    memory format, and for a compiled model (convert it first, then compile).
+    """
+    _check("convert", model)
+    if memory_format not in FORMATS:
+        raise ValueError(f"convert(): memory_format must be None, torch.channels_last or torch.contiguous_format, but got {memory_format!r}")
+    if not inplace:
+        model = share(model)
+    modules = list(model.modules())
+    for module in modules:
+        swap(module)
+    for module in reversed(modules):  # children first: whether one may write into its arguments is known then
+        fuse(module)
+    return model if memory_format is None else model.to(memory_format=memory_format)
+
+
+def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The model in PyTorch's own classes again, over the same Parameter and buffer objects; cnnfast.nn's modules become torch.nn's too.
+
+    For what knows PyTorch's classes only, such as ONNX export and quantization. Raises TypeError as convert does.
+    """
+    _check("revert", model)
+    if not inplace:
+        model = share(model)
+    for module in model.modules():
+        unfuse(module)
+        swap_back(module)
+    return model
+
+
+def report(model: nn.Module, *example_inputs: Any) -> Report:
+    """What of `model` runs on our kernels, and what does not and why.
+
+    example_inputs: what the model takes, to weigh modules by FLOPs; nothing is computed. Without them one image of 224 x 224 is
+    tried. Raises TypeError if `model` is no module.
+    """
+    _check("report", model)
+    return report_on(model, example_inputs)
+
+
+def _check(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}(): model must be a torch.nn.Module, but got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"{function}(): a scripted model has no Python to convert: convert the model that was scripted")
+    if type(model).__name__ == "OptimizedModule":
+        raise ValueError(f"{function}(): this model is compiled already: {function} it first, then torch.compile the result")

@@ -1,0 +1,120 @@
+"""Fused containers: the class that a container gets, and when its generated forward may stand for its own."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import nn as cnn
+from .grafts import base_of, graft
+from .planning import Group, Plan, Variant, plan
+from .tracing import Refused
+
+
+def fuse(block: nn.Module) -> None:
+    """Gives a container a fused forward, if there is one, on top of its own class; on none that was there before."""
+    unfuse(block)
+    try:
+        found = plan(block)
+    except Refused:
+        return
+    if found is not None:
+        block.__class__ = _fused_class(type(block), found)
+
+
+def unfuse(block: nn.Module) -> None:
+    if plan_of(block) is not None:
+        block.__class__ = base_of(type(block))
+        block.__dict__.pop("_cnnfast_changed", None)
+
+
+def plan_of(block: nn.Module) -> Plan | None:
+    """What a container was fused by, whether or not it has changed since."""
+    return getattr(type(block), "_cnnfast_plan", None)
+
+
+def groups_in_force(block: nn.Module) -> list[Group]:
+    """The groups of a fused container that has not changed since; none otherwise."""
+    found = plan_of(block)
+    groups = {} if found is None else {g.conv: g for v in reversed(found.variants) if _members(block, found, v) for g in v.groups}
+    return list(groups.values())
+
+
+def why_not_fused(block: nn.Module) -> str:
+    """Why a container that might be fused is not; the empty string if there is nothing to fuse."""
+    try:
+        plan(block)
+    except Refused as reason:
+        return str(reason)
+    return ""
+
+
+@functools.cache
+def _fused_class(base: Any, found: Plan) -> type:
+    variants = [(variant, _compile(base, variant)) for variant in found.variants]
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs:
+            for variant, fused in variants:
+                if variant.takes(args):
+                    if _serves(self, found, variant, args):
+                        return fused(self, *args)
+                    break
+        return base.forward(self, *args, **kwargs)
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        base.__setattr__(self, name, value)
+        if name not in ("training", "__class__"):
+            changed(self)
+
+    def __delattr__(self: Any, name: str) -> None:
+        base.__delattr__(self, name)
+        changed(self)
+
+    def changed(self: Any) -> None:
+        """Another attribute may mean another forward: it is traced anew."""
+        if type(self) is cls:
+            fuse(self)
+        else:  # another library has put its own class on top of ours
+            self.__dict__["_cnnfast_changed"] = True
+
+    methods = {"forward": forward, "__setattr__": __setattr__, "__delattr__": __delattr__, "_cnnfast_plan": found}
+    cls = graft(base, (base,), methods, fuse)
+    return cls
+
+
+def _compile(base: type, variant: Variant) -> Any:
+    """The function that the source says. Its lines show in tracebacks."""
+    file = f"<cnnfast fusion of {base.__module__}.{base.__qualname__} {abs(hash(variant)):x}>"
+    linecache.cache[file] = (len(variant.source), None, variant.source.splitlines(keepends=True), file)
+    namespace: dict[str, Any] = dict(variant.names)
+    exec(compile(variant.source, file, "exec"), namespace)
+    return namespace["forward"]
+
+
+def _serves(block: nn.Module, found: Plan, variant: Variant, args: tuple[Any, ...]) -> bool:
+    """Whether kernels serve these arguments, and the container and its members are as they were, and unwatched."""
+    members = _members(block, found, variant)
+    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    return bool(members) and cnn.fusable(first, *members)
+
+
+def _members(block: nn.Module, found: Plan, variant: Variant) -> list[nn.Module]:
+    """The members of all groups; none if the container has changed since it was fused."""
+    if tuple(block._modules) != found.children or "_cnnfast_changed" in block.__dict__:
+        return []
+    members = []
+    for path, cls in variant.members:
+        module: Any = block
+        for name in path:
+            module = module._modules.get(name)
+            if module is None:
+                return []
+        if type(module) is not cls:
+            return []
+        members.append(module)
+    return members

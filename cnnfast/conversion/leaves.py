@@ -1,0 +1,140 @@
+"""Single modules: which class of cnnfast.nn takes the place of which of PyTorch's, and why others stay."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from .. import nn as cnn
+from .grafts import base_of, graft
+
+LEAVES: dict[type, type] = {
+    nn.Conv1d: cnn.Conv1d,
+    nn.Conv2d: cnn.Conv2d,
+    nn.ConvTranspose2d: cnn.ConvTranspose2d,
+    nn.BatchNorm2d: cnn.BatchNorm2d,
+    nn.MaxPool2d: cnn.MaxPool2d,
+    nn.AvgPool2d: cnn.AvgPool2d,
+    nn.AdaptiveAvgPool2d: cnn.AdaptiveAvgPool2d,
+}
+ORIGINALS = {ours: theirs for theirs, ours in LEAVES.items()}
+
+# Methods that compute: a subclass that has one of its own is another operation.
+COMPUTING = ("forward", "_conv_forward", "_check_input_dim", "__call__")
+
+# What a report mentions although no class takes its place.
+UNCOVERED = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+# Batch norms whose statistics and weights are all constants: buffers running_mean, running_var, weight, bias, and eps.
+FROZEN_NORMS = {
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+    "timm.layers.norm_act.FrozenBatchNormAct2d",
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d",
+}
+
+
+def class_name(module: nn.Module) -> str:
+    cls = base_of(type(module))
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class _NormAct(cnn.BatchNorm2d):
+    """timm's BatchNormAct2d: children drop and act follow the normalisation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(cnn.BatchNorm2d.forward(self, input)))
+
+
+# Foreign classes with a forward of their own, by name, so that nothing is imported: what computes the same.
+ADAPTERS: dict[str, type] = {"timm.layers.norm_act.BatchNormAct2d": _NormAct}
+
+
+def normalizes_and_activates(module: nn.Module) -> bool:
+    """Whether its children `drop` and `act` belong to what it computes."""
+    return type(module).forward is _NormAct.forward or class_name(module) == "timm.layers.norm_act.FrozenBatchNormAct2d"
+
+
+def is_ours(module: nn.Module) -> bool:
+    return isinstance(module, (*ORIGINALS, cnn.GlobalAvgPool2d))
+
+
+def replacement(module: nn.Module) -> type | None:
+    """The class of cnnfast.nn, or one grafted on the module's own, that computes the same by our kernels."""
+    cls = type(module)
+    if is_ours(module) or why_left(module):
+        return None
+    if cls in LEAVES:
+        return LEAVES[cls]
+    if adapter := ADAPTERS.get(class_name(module)):
+        return _grafted(cls, adapter)
+    original = _original(cls)
+    return _grafted(cls, LEAVES[original]) if original else None
+
+
+def swap(module: nn.Module) -> None:
+    """Gives `module` its replacement's class, if it has one."""
+    if (cls := replacement(module)) is not None:
+        module.__class__ = cls
+
+
+def swap_back(module: nn.Module) -> None:
+    """What `swap` did, undone; also for a cnnfast.nn module that was never PyTorch's."""
+    cls: Any = type(module)
+    if cls in ORIGINALS:
+        module.__class__ = ORIGINALS[cls]
+    elif base_of(cls) is not cls:
+        module.__class__ = base_of(cls)
+    elif parametrize.is_parametrized(module) and cls.__base__ in ORIGINALS:  # parametrized after the conversion
+        module.__class__ = type(cls.__name__, (ORIGINALS[cls.__base__],), dict(cls.__dict__))
+
+
+def why_left(module: nn.Module) -> str:
+    """Why a convolution, batch norm or pooling of PyTorch's keeps its class; the empty string if it need not, or is none."""
+    cls = type(module)
+    if is_ours(module):
+        return ""
+    if isinstance(module, LazyModuleMixin):
+        return "not initialised yet: run the model once, then convert it" if _original(cls) else ""
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance" if _original(cls) else ""
+    if isinstance(module, nn.SyncBatchNorm):
+        return "synchronises statistics between processes: PyTorch's own, unless fused in eval mode"
+    if class_name(module) in FROZEN_NORMS:
+        return "frozen: PyTorch's own, unless fused with a convolution"
+    if isinstance(module, UNCOVERED):
+        return f"there is no kernel for {cls.__name__}"
+    original = _original(cls)
+    if original is None or class_name(module) in ADAPTERS:
+        return ""
+    own = [m for m in COMPUTING for c in cls.__mro__[: cls.__mro__.index(original)] if m in c.__dict__]
+    return f"{cls.__name__} has its own {own[0]}" if own else ""
+
+
+def _original(cls: type) -> type | None:
+    """The class of PyTorch's in LEAVES that `cls` is or inherits from."""
+    return next((c for c in cls.__mro__ if c in LEAVES), None)
+
+
+def is_convolution(module: nn.Module | None) -> bool:
+    """Whether calling `module` is our 2-D convolution and nothing else."""
+    return isinstance(module, cnn.Conv2d) and all(getattr(type(module), m) is getattr(cnn.Conv2d, m) for m in COMPUTING[:2])
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether calling `module` is a batch norm that may be fused with the convolution before it, timm's with what follows included."""
+    if isinstance(module, cnn.BatchNorm2d):
+        return type(module).forward is cnn.BatchNorm2d.forward or normalizes_and_activates(module)
+    return type(module) is nn.SyncBatchNorm or class_name(module) in FROZEN_NORMS
+
+
+@functools.cache
+def _grafted(base: type, ours: type) -> type:
+    """`base` with the computation of `ours`: for subclasses (parametrized modules are such) and adapters."""
+    return graft(base, (base, ours), {name: ours.__dict__[name] for name in COMPUTING if name in ours.__dict__}, swap)

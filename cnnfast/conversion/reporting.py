@@ -1,0 +1,173 @@
+"""What a conversion did, module by module, read off the model as it is now."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from .. import dispatch
+from ..summary import layers
+from .fusion import groups_in_force, plan_of, why_not_fused
+from .grafts import base_of
+from .leaves import is_ours, replacement, why_left
+
+FUSED, REPLACED, LEFT = "fused", "replaced", "left"
+STYLES = {FUSED: "green", REPLACED: "green", LEFT: "yellow"}
+WIDTH = 100  # of str(report)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass
+class Row:
+    """One module. `status`: "fused" (`reason` says into what), "replaced" (its forward is ours), "left" (`reason` says why).
+
+    flops: multiplications and additions of its forward, None where the model could not be run to find the sizes.
+    """
+
+    name: str
+    kind: str
+    status: str
+    reason: str = ""
+    flops: int | None = None
+    convolution: bool = False
+
+
+@dataclass
+class Report:
+    """The modules that cnnfast covers, or might. str() is a table; rich prints it at the width of its console.
+
+    total_flops: of the whole model, None if unknown; input: the sizes that FLOPs are of; notes: what else a user should know.
+    """
+
+    rows: list[Row]
+    total_flops: int | None
+    input: str
+    notes: list[str]
+
+    def count(self, status: str) -> int:
+        """Convolutions of that status: "fused", "replaced" or "left"."""
+        return sum(row.convolution and row.status == status for row in self.rows)
+
+    @property
+    def coverage(self) -> float | None:
+        """Share of the model's FLOPs that modules with our forward have, 0 to 1."""
+        if not self.total_flops:
+            return None
+        return sum(row.flops or 0 for row in self.rows if row.status != LEFT) / self.total_flops
+
+    @property
+    def summary(self) -> str:
+        convolutions = sum(row.convolution for row in self.rows)
+        text = f"{self.count(FUSED)} of {convolutions} convolutions fused, {self.count(REPLACED)} replaced, {self.count(LEFT)} left"
+        return text if self.coverage is None else f"{text}; {self.coverage:.1%} of the FLOPs ({self.input})"
+
+    def to_json(self) -> str:
+        """An object with summary, coverage, total_flops, input, notes and rows."""
+        head = {"summary": self.summary, "coverage": self.coverage, "total_flops": self.total_flops, "input": self.input}
+        return json.dumps({**head, "notes": self.notes, "rows": [asdict(row) for row in self.rows]}, indent=1)
+
+    def __rich__(self) -> Group:
+        table = Table()
+        for heading in ("module", "class", "", "GFLOP", "into, or why"):
+            table.add_column(heading, overflow="fold", justify="right" if heading == "GFLOP" else "left")
+        for row in self.rows:
+            flops = f"{row.flops / 1e9:.3f}" if row.flops else ""
+            table.add_row(Text(row.name), Text(row.kind), Text(row.status, STYLES[row.status]), flops, Text(row.reason))
+        return Group(table, *(Text(note, "yellow") for note in self.notes), Text(self.summary, "bold"))
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False).print(self)
+        return text.getvalue().rstrip()
+
+
+def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> Report:
+    modules = dict(model.named_modules())
+    fused: dict[str, str] = {}
+    for name, module in modules.items():
+        fused |= _fused_members(name, module)
+    costs, total, sizes = _flops(model, example_inputs)
+    rows = []
+    for name, module in modules.items():
+        kind = base_of(type(module)).__name__
+        convolution = isinstance(module, CONVOLUTIONS)
+        if name in fused:
+            rows.append(Row(name, kind, FUSED, fused[name], costs.get(name), convolution))
+        elif is_ours(module):
+            rows.append(Row(name, kind, REPLACED, "", costs.get(name), convolution))
+        elif reason := why_left(module) or _why_plain(module) or _why_not(module):
+            rows.append(Row(name, kind, LEFT, reason, costs.get(name), convolution))
+    return Report(rows, total, sizes, list(_notes(model)))
+
+
+def _fused_members(name: str, block: nn.Module) -> dict[str, str]:
+    """Full name of each member of a group > what the group computes."""
+    prefix = f"{name}." if name else ""
+    return {prefix + member: str(group) for group in groups_in_force(block) for member in group.members}
+
+
+def _why_plain(module: nn.Module) -> str:
+    """Whether it is a module that `convert` would take, but has not."""
+    return "not converted: it came later, or the model never was" if replacement(module) else ""
+
+
+def _why_not(block: nn.Module) -> str:
+    """Why a container whose own children could be fused is not."""
+    if plan_of(block) is not None:
+        return "" if groups_in_force(block) else "not fused any more: it has changed; convert again"
+    lists = [m for m in block.children() if isinstance(m, nn.ModuleList | nn.ModuleDict)]
+    own = [m for container in (block, *lists) for m in container.children()]
+    if any(isinstance(m, nn.Conv2d) for m in own) and any(isinstance(m, nn.BatchNorm2d) for m in own):
+        reason = why_not_fused(block)
+        return f"not fused: {reason}" if reason else ""
+    return ""
+
+
+def _flops(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[dict[str, int], int | None, str]:
+    """(FLOPs of each module by name, of the model, what input they are of). Without inputs an image as large as ImageNet's is tried."""
+    inputs = example_inputs
+    if not inputs:
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is None:
+            return {}, None, ""
+        inputs = (torch.empty(1, first.in_channels, 224, 224, device="meta"),)
+    try:
+        found = layers(model, *inputs)
+    except Exception as error:  # whatever a foreign forward raises
+        if example_inputs:
+            raise
+        return {}, None, f"the model does not take {_sizes(inputs)}: {type(error).__name__}"
+    costs: dict[str, int] = {}
+    for layer in found:
+        costs[layer.name] = costs.get(layer.name, 0) + layer.flops
+    return costs, sum(costs.values()), f"for an input of {_sizes(inputs)}"
+
+
+def _sizes(inputs: tuple[Any, ...]) -> str:
+    return ", ".join("x".join(map(str, t.shape)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))
+
+
+def _notes(model: nn.Module) -> Iterator[str]:
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and is_ours(m)]
+    if not weights:
+        return
+    with dispatch.backend("auto"):
+        reason = dispatch.why_torch(weights[0])
+    if reason:
+        yield f"PyTorch serves this model as it is now, because {reason}."
+    strided = sum(w.shape[1] > 1 and w[0, 0].numel() > 1 and not w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    if strided:
+        yield (
+            f"{strided} convolutions have NCHW weights, and an NCHW input gives NCHW outputs: each kernel then reads single elements, not vectors."
+            " convert(model, memory_format=torch.channels_last), and channels_last inputs, avoid that."
+        )

@@ -1,7 +1,7 @@
 """Hand-written Triton kernels for convolutional networks in PyTorch.
 
-`functional` holds the operations, `nn` the layers, `check` the proof; `trace` and `backend` show and steer who
-serves a call.
+`functional` holds the operations, `nn` the layers, `models` the ResNets, `check` the proof; `trace` and `backend` show and steer
+who serves a call.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import functional as functional
+    from . import models as models
     from . import nn as nn
     from .checking import check as check
     from .dispatch import backend as backend
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("functional", "nn")
+_MODULES = ("functional", "models", "nn")
 _HOME = {"check": ".checking", "backend": ".dispatch", "trace": ".dispatch"}
-__all__ = ["__version__", "backend", "check", "functional", "nn", "trace"]
+__all__ = ["__version__", "backend", "check", "functional", "models", "nn", "trace"]
 
 
 def __getattr__(name: str) -> Any:

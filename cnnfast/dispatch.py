@@ -80,6 +80,8 @@ def _why_torch(x: torch.Tensor, others: tuple[torch.Tensor | None, ...], algorit
         return 'backend("torch")'
     if launch is None:
         return "triton is not installed"
+    if x.is_cpu and not launch.INTERPRETED:  # first: what PyTorch serves anyway shall not wait for the other questions
+        return "the tensors are on the CPU, and Triton does not interpret"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a functorch transform or forward-mode AD is active"
     device = x.device
@@ -96,8 +98,6 @@ def _why_torch(x: torch.Tensor, others: tuple[torch.Tensor | None, ...], algorit
         return _gpu_reason(device.index)
     if device.type != "cpu":
         return f"device {device.type} has no kernels"
-    if not launch.INTERPRETED:
-        return "the tensors are on the CPU, and Triton does not interpret"
     if torch.bfloat16 in (x.dtype, *(t.dtype for t in others if t is not None)) and not _interpreter_rounds_bf16():
         return "Triton's interpreter computes bfloat16 wrongly"
     return ""

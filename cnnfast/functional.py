@@ -25,36 +25,38 @@ ops: Any = import_module(".ops", __package__) if launch is not None else None
 
 ALGORITHMS = ("auto", "direct", "im2col", "torch")
 
-Size2 = int | tuple[int, ...] | list[int]
+Size = int | tuple[int, ...] | list[int]
 
 
-def _pair(function: str, name: str, value: Size2) -> tuple[int, int]:
+def _sizes(function: str, name: str, value: Size, n: int = 2) -> tuple[int, ...]:
+    """`value` as n ints, one an axis."""
     values: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     try:
         if any(isinstance(v, bool) for v in values):
             raise TypeError
         values = tuple(v if isinstance(v, int | torch.SymInt) else index(v) for v in values)
     except TypeError:
-        raise TypeError(f"{function}(): {name} must be an int or a pair of ints, but got {name}={value!r}") from None
-    if len(values) not in (1, 2):
-        raise RuntimeError(f"{function}(): {name} must be a single integer value or a list of 2 values, but got {name}={list(values)}")
-    return values[0], values[-1]
+        kind = "a pair of ints" if n == 2 else "a tuple of one int"
+        raise TypeError(f"{function}(): {name} must be an int or {kind}, but got {name}={value!r}") from None
+    if len(values) not in (1, n):
+        raise RuntimeError(f"{function}(): {name} must be a single integer value or a list of {n} values, but got {name}={list(values)}")
+    return values if len(values) == n else values * n
 
 
-def _at_least(function: str, name: str, values: tuple[int, int], least: int) -> tuple[int, int]:
+def _at_least(function: str, name: str, values: tuple[int, ...], least: int) -> tuple[int, ...]:
     if min(values) < least:
         rule = "non-negative" if least == 0 else "positive"
         raise RuntimeError(f"{function}(): {name} must be {rule}, but got {name}={values}")
     return values
 
 
-def _window(function: str, input: Tensor, kernel_size: Size2, stride: Size2 | None, padding: Size2, dilation: Size2, ceil_mode: bool):
+def _window(function: str, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, dilation: Size, ceil_mode: bool):
     """The checked window of a pooling: (kernel_size, stride, padding, dilation, ceil_mode)."""
     _check_image(function, input)
-    kernel = _at_least(function, "kernel_size", _pair(function, "kernel_size", kernel_size), 1)
-    step = kernel if stride is None or stride in ((), []) else _at_least(function, "stride", _pair(function, "stride", stride), 1)
-    pad = _at_least(function, "padding", _pair(function, "padding", padding), 0)
-    dil = _at_least(function, "dilation", _pair(function, "dilation", dilation), 1)
+    kernel = _at_least(function, "kernel_size", _sizes(function, "kernel_size", kernel_size), 1)
+    step = kernel if stride is None or stride in ((), []) else _at_least(function, "stride", _sizes(function, "stride", stride), 1)
+    pad = _at_least(function, "padding", _sizes(function, "padding", padding), 0)
+    dil = _at_least(function, "dilation", _sizes(function, "dilation", dilation), 1)
     for k, p, d in zip(kernel, pad, dil, strict=True):
         if p > ((k - 1) * d + 1) // 2:
             raise RuntimeError(
@@ -75,9 +77,9 @@ def _check_image(function: str, input: Tensor) -> None:
         raise RuntimeError(f"{function}(): expected input of size [C, H, W] or [N, C, H, W], only N may be 0, but got {list(input.shape)}")
 
 
-def _batched(input: Tensor) -> tuple[Tensor, bool]:
-    """PyTorch's unbatched [C, H, W] as a batch of one."""
-    return (input.unsqueeze(0), True) if input.dim() == 3 else (input, False)
+def _batched(input: Tensor, n: int = 2) -> tuple[Tensor, bool]:
+    """PyTorch's unbatched [C, H, W] (n = 2 axes) as a batch of one."""
+    return (input.unsqueeze(0), True) if input.dim() == n + 1 else (input, False)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -100,61 +102,90 @@ def _check_algorithm(function: str, algorithm: str) -> None:
         raise ValueError(f"{function}(): algorithm must be one of {', '.join(ALGORITHMS)}, but got algorithm={algorithm!r}")
 
 
-def _conv_geometry(
-    function: str, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Size2, padding: Size2 | str, dilation: Size2, groups: int
-) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]:
-    """The checked geometry: (stride, (top, bottom, left, right), dilation, groups)."""
-    if weight.dim() != 4:
-        raise RuntimeError(f"{function}(): weight must be of size [K, C / groups, R, S], but got {list(weight.shape)}")
-    if input.dim() != 4:
-        raise RuntimeError(f"{function}(): expected 3D (unbatched) or 4D (batched) input, but got input of size {list(input.shape)}")
-    step = _at_least(function, "stride", _pair(function, "stride", stride), 1)
-    dil = _at_least(function, "dilation", _pair(function, "dilation", dilation), 1)
+def _image_size(n: int) -> str:
+    return ("L", "H, W")[n - 1]
+
+
+def _check_operands(
+    function: str, n: int, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, transposed: bool = False
+) -> None:
+    """What a convolution over n axes asks of its (batched) tensors."""
+    taps = ("S", "R, S")[n - 1]
+    sizes = f"[C, K / groups, {taps}]" if transposed else f"[K, C / groups, {taps}]"
+    if weight.dim() != n + 2:
+        raise RuntimeError(f"{function}(): weight must be of size {sizes}, but got {list(weight.shape)}")
+    if input.dim() != n + 2:
+        raise RuntimeError(
+            f"{function}(): expected {n + 1}D (unbatched) or {n + 2}D (batched) input [N, C, {_image_size(n)}], but got input of size"
+            f" {list(input.shape)}"
+        )
     if not isinstance(groups, int) or isinstance(groups, bool):
         raise TypeError(f"{function}(): groups must be an int, but got groups={groups!r}")
     if groups < 1:
         raise RuntimeError(f"{function}(): groups must be positive, but got groups={groups}")
-    K, C, R, S = weight.shape
-    if K < 1 or K % groups:
-        raise RuntimeError(f"{function}(): groups={groups} must divide the filters, but weight has size {list(weight.shape)}")
-    if input.shape[1] != C * groups:
+    first, second = weight.shape[:2]
+    if first < 1 or first % groups:
+        rows = "channels" if transposed else "filters"
+        raise RuntimeError(f"{function}(): groups={groups} must divide the {rows}, but weight has size {list(weight.shape)}")
+    channels, filters = (first, second * groups) if transposed else (second * groups, first)
+    if input.shape[1] != channels:
         raise RuntimeError(
-            f"{function}(): with groups={groups} and weight of size {list(weight.shape)}, input must have {C * groups} channels,"
+            f"{function}(): with groups={groups} and weight of size {list(weight.shape)}, input must have {channels} channels,"
             f" but input has size {list(input.shape)}"
         )
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != K):
-        raise RuntimeError(f"{function}(): bias must have size [{K}], one value a filter, but got {list(bias.shape)}")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != filters):
+        raise RuntimeError(f"{function}(): bias must have size [{filters}], one value a filter, but got {list(bias.shape)}")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != input.dtype:
             raise RuntimeError(f"{function}(): {name} must have input's dtype {input.dtype}, but got {t.dtype}")
-    if R < 1 or S < 1:
-        raise RuntimeError(f"{function}(): weight must have at least one tap, but got size {list(weight.shape)}")
+    if 0 in weight.shape[1:]:
+        raise RuntimeError(f"{function}(): weight must have at least one filter and one tap, but got size {list(weight.shape)}")
     if 0 in input.shape[1:]:
         raise RuntimeError(f"{function}(): only the batch of input may be empty, but got size {list(input.shape)}")
-    pads = _conv_padding(function, padding, step, dil, (R, S))
-    for size, taps, before, after, d in ((input.shape[2], R, pads[0], pads[1], dil[0]), (input.shape[3], S, pads[2], pads[3], dil[1])):
-        if size + before + after < d * (taps - 1) + 1:
-            raise RuntimeError(
-                f"{function}(): the padded input ({input.shape[2] + pads[0] + pads[1]} x {input.shape[3] + pads[2] + pads[3]}) is"
-                f" smaller than the kernel ({dil[0] * (R - 1) + 1} x {dil[1] * (S - 1) + 1} with dilation={dil})"
-            )
+
+
+def _conv_geometry(
+    function: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    n: int = 2,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """The checked geometry over n axes: (stride, (top, bottom, left, right), dilation, groups)."""
+    _check_operands(function, n, input, weight, bias, groups)
+    step = _at_least(function, "stride", _sizes(function, "stride", stride, n), 1)
+    dil = _at_least(function, "dilation", _sizes(function, "dilation", dilation, n), 1)
+    taps = weight.shape[2:]
+    pads = _conv_padding(function, padding, step, dil, taps)
+    padded = [size + pads[2 * i] + pads[2 * i + 1] for i, size in enumerate(input.shape[2:])]
+    spans = [d * (t - 1) + 1 for d, t in zip(dil, taps, strict=True)]
+    if any(size < span for size, span in zip(padded, spans, strict=True)):
+        raise RuntimeError(
+            f"{function}(): the padded input ({' x '.join(map(str, padded))}) is smaller than the kernel"
+            f" ({' x '.join(map(str, spans))} with dilation={dil})"
+        )
     return step, pads, dil, groups
 
 
 def _conv_padding(
-    function: str, padding: Size2 | str, stride: tuple[int, int], dilation: tuple[int, int], taps: tuple[int, int]
-) -> tuple[int, int, int, int]:
+    function: str, padding: Size | str, stride: tuple[int, ...], dilation: tuple[int, ...], taps: Sequence[int]
+) -> tuple[int, ...]:
+    """(before, after) of each axis, one after the other."""
     if padding == "valid":
-        return 0, 0, 0, 0
+        return (0, 0) * len(taps)
     if padding == "same":
         if max(stride) > 1:
             raise RuntimeError(f"{function}(): padding='same' is not supported for strided convolutions, but got stride={stride}")
-        h, w = (d * (n - 1) for d, n in zip(dilation, taps, strict=True))
-        return h // 2, h - h // 2, w // 2, w - w // 2  # even filters: one more at the end
+        spans = [d * (n - 1) for d, n in zip(dilation, taps, strict=True)]
+        return tuple(pad for span in spans for pad in (span // 2, span - span // 2))  # even filters: one more at the end
     if isinstance(padding, str):
         raise RuntimeError(f"{function}(): padding must be 'same', 'valid', an int or a pair of ints, but got padding={padding!r}")
-    h, w = _at_least(function, "padding", _pair(function, "padding", padding), 0)
-    return h, h, w, w
+    pads = _at_least(function, "padding", _sizes(function, "padding", padding, len(taps)), 0)
+    return tuple(pad for pad in pads for _ in range(2))
 
 
 @operation
@@ -162,9 +193,9 @@ def conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Size2 = 1,
-    padding: Size2 | str = 0,
-    dilation: Size2 = 1,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
     groups: int = 1,
     *,
     algorithm: str = "auto",
@@ -189,6 +220,104 @@ def conv2d(
 
 
 @operation
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    algorithm: str = "auto",
+) -> Tensor:
+    """1-D convolution, as torch.nn.functional.conv1d: conv2d of images one row high.
+
+    input [N, C, L] or [C, L], weight [K, C / groups, S], bias [K]; dtypes, padding and algorithm as conv2d. Returns [N, K, Q], in
+    memory [N, Q, K] if weight lies as [K, S, C / groups]. Raises RuntimeError and TypeError where PyTorch does.
+    """
+    _check_algorithm("conv1d", algorithm)
+    _check_tensors("conv1d", {"input": input, "weight": weight}, bias=bias)
+    x, w, b = _autocast(input, weight, bias)
+    if reason := why_torch(x, w, b, algorithm=algorithm):
+        record_torch("conv1d", reason, input, weight)
+        return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+    x, unbatched = _batched(x, 1)
+    step, pads, dil, groups = _conv_geometry("conv1d", x, w, b, stride, padding, dilation, groups, 1)
+    # PyTorch makes input contiguous: where the channels of ours are adjacent, a row's stride of 1 hides that from the output's format.
+    rows = x.unsqueeze(2) if x.is_contiguous() else x.unsqueeze(3).transpose(2, 3)
+    y = ops.conv_fprop(rows, w.unsqueeze(2), b, (1, *step), (0, 0, *pads), (1, *dil), groups, algorithm).squeeze(2)
+    return y.squeeze(0) if unbatched else y
+
+
+@operation
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    algorithm: str = "auto",
+) -> Tensor:
+    """2-D transposed convolution, as torch.nn.functional.conv_transpose2d: the gradient of a convolution as an operation of its own.
+
+    input [N, C, H, W] or [C, H, W], weight [C, K / groups, R, S], bias [K]; dtypes and algorithm as conv2d. Returns [N, K, P, Q] with
+    P = (H - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1, channels_last if input or weight is.
+    Raises RuntimeError and TypeError where PyTorch does.
+    """
+    _check_algorithm("conv_transpose2d", algorithm)
+    _check_tensors("conv_transpose2d", {"input": input, "weight": weight}, bias=bias)
+    x, w, b = _autocast(input, weight, bias)
+    if reason := why_torch(x, w, b, algorithm=algorithm):
+        record_torch("conv_transpose2d", reason, input, weight)
+        return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    x, unbatched = _batched(x)
+    size, *geometry = _transposed_geometry("conv_transpose2d", x, w, b, stride, padding, output_padding, groups, dilation)
+    channels_last = launch.memory_format(x, w) == torch.channels_last
+    y = ops.conv_dgrad(x, w, b, size, channels_last, *geometry, algorithm)
+    return y.squeeze(0) if unbatched else y
+
+
+def _transposed_geometry(
+    function: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    groups: int,
+    dilation: Size,
+) -> tuple[list[int], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    """The checked (size of the output, stride, (top, bottom, left, right), dilation, groups).
+
+    They are those of the convolution that leads from the output to input: it ends where its last window does, hence output_padding
+    is taken off the padding at the end.
+    """
+    _check_operands(function, 2, input, weight, bias, groups, transposed=True)
+    step = _at_least(function, "stride", _sizes(function, "stride", stride), 1)
+    pads = _at_least(function, "padding", _sizes(function, "padding", padding), 0)
+    more = _at_least(function, "output_padding", _sizes(function, "output_padding", output_padding), 0)
+    dil = _at_least(function, "dilation", _sizes(function, "dilation", dilation), 1)
+    if any(m >= max(s, d) for m, s, d in zip(more, step, dil, strict=True)):
+        raise RuntimeError(
+            f"{function}(): output_padding must be smaller than either stride or dilation, but got output_padding={more},"
+            f" stride={step}, dilation={dil}"
+        )
+    P, Q = ((n - 1) * s - 2 * p + d * (t - 1) + m + 1 for n, s, p, d, t, m in zip(
+        input.shape[2:], step, pads, dil, weight.shape[2:], more, strict=True
+    ))  # fmt: skip
+    if min(P, Q) < 1:
+        raise RuntimeError(f"{function}(): with padding={pads} the output of input size {list(input.shape)} would be {P}x{Q}: too small")
+    ends = (pads[0], pads[0] - more[0], pads[1], pads[1] - more[1])
+    return [input.shape[0], weight.shape[1] * groups, P, Q], step, ends, dil, groups
+
+
+@operation
 def conv_bn_act(
     input: Tensor,
     weight: Tensor,
@@ -204,9 +333,9 @@ def conv_bn_act(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    stride: Size2 = 1,
-    padding: Size2 | str = 0,
-    dilation: Size2 = 1,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
     groups: int = 1,
     algorithm: str = "auto",
 ) -> Tensor:
@@ -328,10 +457,10 @@ def batch_norm(
 @operation
 def max_pool2d(
     input: Tensor,
-    kernel_size: Size2,
-    stride: Size2 | None = None,
-    padding: Size2 = 0,
-    dilation: Size2 = 1,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -355,9 +484,9 @@ def max_pool2d(
 @operation
 def avg_pool2d(
     input: Tensor,
-    kernel_size: Size2,
-    stride: Size2 | None = None,
-    padding: Size2 = 0,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
@@ -376,6 +505,37 @@ def avg_pool2d(
     kernel, step, pad, _, _ = _window("avg_pool2d", x, kernel_size, stride, padding, 1, ceil_mode)
     y = ops.avg_pool(x, kernel, step, pad, ceil_mode, count_include_pad, divisor_override)
     return y.squeeze(0) if unbatched else y
+
+
+@operation
+def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
+    """Mean over windows, as torch.nn.functional.adaptive_avg_pool2d: input [N, C, H, W] or [C, H, W] to [N, C, P, Q].
+
+    output_size: P = Q, or (P, Q), of which each may be None (as input's) and larger than input's. Window p covers rows
+    floor(p * H / P) to ceil((p + 1) * H / P). Raises RuntimeError, TypeError and ValueError where PyTorch does.
+    """
+    _check_tensors("adaptive_avg_pool2d", {"input": input})
+    if reason := why_torch(input):
+        record_torch("adaptive_avg_pool2d", reason, input)
+        return F.adaptive_avg_pool2d(input, output_size)  # pyright: ignore[reportArgumentType]
+    P, Q = _adaptive_size("adaptive_avg_pool2d", input, output_size)
+    x, unbatched = _batched(input)
+    _check_image("adaptive_avg_pool2d", x)
+    y = ops.global_avg_pool(x) if P == Q == 1 else ops.adaptive_avg_pool(x, (P, Q))
+    return y.squeeze(0) if unbatched else y
+
+
+def _adaptive_size(function: str, input: Tensor, output_size: Any) -> tuple[int, ...]:
+    size: Any = output_size
+    if isinstance(output_size, Sequence) and not isinstance(output_size, str):
+        if input.dim() <= len(output_size):
+            raise ValueError(
+                f"{function}(): input must have more dimensions than output_size={output_size} has values, but got size {list(input.shape)}"
+            )
+        size = [own if v is None else v for v, own in zip(output_size, input.shape[-len(output_size) :], strict=False)]
+        if len(size) != 2:
+            raise RuntimeError(f"{function}(): output_size must be an int or have 2 values, but got output_size={output_size}")
+    return _at_least(function, "output_size", _sizes(function, "output_size", size), 0)
 
 
 @operation

@@ -80,6 +80,49 @@ def conv2d(
     return y if input.dim() == 4 else y[0]
 
 
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 | str = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+) -> Tensor:
+    """conv2d of images one row high."""
+    along = padding if isinstance(padding, str) else (0, _pair(padding)[1])
+    image, filters = input.unsqueeze(-2), weight.unsqueeze(-2)
+    return conv2d(image, filters, bias, (1, _pair(stride)[1]), along, (1, _pair(dilation)[1]), groups).squeeze(-2)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    output_padding: Size2 = 0,
+    groups: int = 1,
+    dilation: Size2 = 1,
+) -> Tensor:
+    """Adds input[n, c, h, w] * weight[c, k, r, s] to output[n, k, h * stride - padding + r * dilation, ...], plus bias."""
+    x = _batched(input).unflatten(1, (groups, -1))
+    w = weight.unflatten(0, (groups, -1))  # [G, C / G, K / G, R, S]
+    taps, step, pads, more, dil = weight.shape[2:], _pair(stride), _pair(padding), _pair(output_padding), _pair(dilation)
+    reach = [(n - 1) * s + 1 for n, s in zip(x.shape[-2:], step, strict=True)]  # rows from the first to the last that one tap meets
+    extents = [n + d * (t - 1) + m for n, d, t, m in zip(reach, dil, taps, more, strict=True)]
+    y = x.new_zeros(x.shape[0], groups, w.shape[2], *extents)
+    for r in range(taps[0]):
+        for s in range(taps[1]):
+            seen = torch.zeros_like(y)
+            rows, columns = (slice(tap * d, tap * d + n, st) for tap, d, n, st in zip((r, s), dil, reach, step, strict=True))
+            seen[..., rows, columns] = torch.einsum("ngchw,gck->ngkhw", x, w[..., r, s])
+            y = y + seen
+    y = y[..., pads[0] : extents[0] - pads[0], pads[1] : extents[1] - pads[1]].flatten(1, 2)
+    y = y if bias is None else y + bias.view(-1, 1, 1)
+    return y if input.dim() == 4 else y[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Activations, with PyTorch's derivatives at the kinks; NaN passes
 
@@ -222,6 +265,16 @@ def avg_pool2d(
     pixels = sum(inside.to(x.dtype) for *_, inside in _taps(counted, *geometry, (0, 0) if count_include_pad else pads, (1, 1)))
     y = y / (pixels if divisor_override is None else divisor_override)
     return y if input.dim() == 4 else y[0]
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
+    """Each output pixel is the mean of the rows floor(p * H / P) to ceil((p + 1) * H / P), and columns likewise."""
+    wanted = (output_size, output_size) if isinstance(output_size, int) else output_size
+    H, W = input.shape[-2:]
+    P, Q = (own if size is None else size for size, own in zip(wanted, (H, W), strict=True))
+    rows, columns = ([(i * n // m, -(-(i + 1) * n // m)) for i in range(m)] for n, m in ((H, P), (W, Q)))
+    y = [input[..., h0:h1, w0:w1].sum((-2, -1)) / ((h1 - h0) * (w1 - w0)) for h0, h1 in rows for w0, w1 in columns]
+    return torch.stack(y, -1).unflatten(-1, (P, Q)) if y else input.new_zeros(*input.shape[:-2], P, Q)
 
 
 def global_avg_pool2d(input: Tensor, keepdim: bool = True) -> Tensor:

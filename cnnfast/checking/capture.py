@@ -17,13 +17,23 @@ from torch.utils._pytree import tree_map_only
 
 from .. import dispatch, functional
 
-OPERATIONS = ("conv2d", "conv_bn_act", "batch_norm", "max_pool2d", "avg_pool2d", "global_avg_pool2d")
+OPERATIONS = (
+    "conv1d",
+    "conv2d",
+    "conv_transpose2d",
+    "conv_bn_act",
+    "batch_norm",
+    "max_pool2d",
+    "avg_pool2d",
+    "adaptive_avg_pool2d",
+    "global_avg_pool2d",
+)
 SIGNATURES = {name: inspect.signature(getattr(functional, name)) for name in OPERATIONS}
 
 # PyTorch's own functions that a plain model calls.
 TORCH_FUNCTIONS = {
     getattr(torch.nn.functional, name): name
-    for name in ("conv2d", "batch_norm", "max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d")
+    for name in (*(name for name in OPERATIONS if hasattr(torch.nn.functional, name)), "max_pool2d_with_indices")
 }
 
 
@@ -112,11 +122,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = None if self.inside else TORCH_FUNCTIONS.get(func) if isinstance(func, Callable) else None
-        if name == "adaptive_avg_pool2d":
-            size = kwargs.get("output_size", args[-1])
-            if size == 1 or tuple(size if isinstance(size, list | tuple) else ()) == (1, 1):
-                self.record("global_avg_pool2d", (kwargs.get("input", args[0] if args else None),), {})
-        elif name == "max_pool2d_with_indices":
+        if name == "max_pool2d_with_indices":
             self.record("max_pool2d", args, {**kwargs, "return_indices": True})
         elif name:
             self.record(name, args, kwargs)

@@ -6,14 +6,16 @@ of torch.library.register_autograd.
 """
 
 from .batchnorm import batch_moments, channel_sum, normalize, update_running
-from .conv import conv_bn_act, conv_fprop, conv_stats
-from .pooling import avg_pool, global_avg_pool, max_pool, max_pool_indices
+from .conv import conv_bn_act, conv_dgrad, conv_fprop, conv_stats
+from .pooling import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool, max_pool_indices
 
 __all__ = [
+    "adaptive_avg_pool",
     "avg_pool",
     "batch_moments",
     "channel_sum",
     "conv_bn_act",
+    "conv_dgrad",
     "conv_fprop",
     "conv_stats",
     "global_avg_pool",

@@ -38,9 +38,9 @@ def _fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation,
     return conv.conv_fprop(x, w, _geometry(stride, padding, dilation, groups), Epilogue(bias), algorithm=algorithm, tf32=allow_tf32(x))
 
 
-def _dgrad(dy: Tensor, w: Tensor, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
+def _dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
     geometry = _geometry(stride, padding, dilation, groups)
-    return conv.conv_dgrad(dy, w, x_shape, geometry, fmt=_format(channels_last), algorithm=algorithm, tf32=allow_tf32(dy))
+    return conv.conv_dgrad(dy, w, x_shape, geometry, bias=bias, fmt=_format(channels_last), algorithm=algorithm, tf32=allow_tf32(dy))
 
 
 def _wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
@@ -84,7 +84,7 @@ def _fake_fprop(x: Tensor, w: Tensor, bias, stride, padding, dilation, groups, a
     return _fake_output(x, w, stride, padding, dilation)
 
 
-def _fake_dgrad(dy: Tensor, w: Tensor, x_shape, channels_last, *geometry: Any) -> Tensor:
+def _fake_dgrad(dy: Tensor, w: Tensor, bias, x_shape, channels_last, *geometry: Any) -> Tensor:
     return launch.empty(x_shape, dy, _format(channels_last))
 
 
@@ -127,7 +127,7 @@ def _save_operands(ctx: Any, x: Tensor, w: Tensor, *more: Tensor | None) -> None
 
 def _operand_grads(ctx: Any, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, w and bias, each only if asked for."""
-    dx = conv_dgrad(dy, w, *ctx.x_layout, *ctx.geometry) if ctx.needs_input_grad[0] else None
+    dx = conv_dgrad(dy, w, None, *ctx.x_layout, *ctx.geometry) if ctx.needs_input_grad[0] else None
     dw = conv_wgrad(x, dy, *ctx.w_layout, *ctx.geometry) if ctx.needs_input_grad[1] else None
     return dx, dw, channel_sum(dy) if ctx.needs_input_grad[2] else None
 
@@ -146,19 +146,21 @@ class _Fprop(torch.autograd.Function):
 
 
 class _Dgrad(torch.autograd.Function):
+    """Also a transposed convolution, to which `bias` belongs."""
+
     @staticmethod
-    def forward(ctx, dy, w, x_shape, channels_last, *geometry):
+    def forward(ctx, dy, w, bias, x_shape, channels_last, *geometry):
         ctx.geometry = geometry
-        ctx.save_for_backward(dy, w)
+        _save_operands(ctx, dy, w)
         with below_autograd():
-            return conv_dgrad(dy, w, x_shape, channels_last, *geometry)
+            return conv_dgrad(dy, w, bias, x_shape, channels_last, *geometry)
 
     @staticmethod
     def backward(ctx, ddx):  # pyright: ignore[reportIncompatibleMethodOverride]
         dy, w = ctx.saved_tensors
         ddy = conv_fprop(ddx, w, None, *ctx.geometry) if ctx.needs_input_grad[0] else None
-        dw = conv_wgrad(ddx, dy, w.shape, launch.is_channels_last(w), *ctx.geometry) if ctx.needs_input_grad[1] else None
-        return ddy, dw, None, None, *[None] * len(ctx.geometry)
+        dw = conv_wgrad(ddx, dy, *ctx.w_layout, *ctx.geometry) if ctx.needs_input_grad[1] else None
+        return ddy, dw, channel_sum(ddx) if ctx.needs_input_grad[2] else None, None, None, *[None] * len(ctx.geometry)
 
 
 class _Wgrad(torch.autograd.Function):
@@ -172,7 +174,7 @@ class _Wgrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ddw):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, dy = ctx.saved_tensors
-        dx = conv_dgrad(dy, ddw, x.shape, launch.is_channels_last(x), *ctx.geometry) if ctx.needs_input_grad[0] else None
+        dx = conv_dgrad(dy, ddw, None, x.shape, launch.is_channels_last(x), *ctx.geometry) if ctx.needs_input_grad[0] else None
         ddy = conv_fprop(x, ddw, None, *ctx.geometry) if ctx.needs_input_grad[1] else None
         return dx, ddy, None, None, *[None] * len(ctx.geometry)
 
@@ -219,7 +221,10 @@ class _BnAct(torch.autograd.Function):
 
 conv_fprop = register(f"conv_fprop(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> Tensor", _fprop, _fake_fprop, _Fprop)
 conv_dgrad = register(
-    f"conv_dgrad(Tensor dy, Tensor w, SymInt[4] x_shape, bool channels_last, {GEOMETRY}) -> Tensor", _dgrad, _fake_dgrad, _Dgrad
+    f"conv_dgrad(Tensor dy, Tensor w, Tensor? bias, SymInt[4] x_shape, bool channels_last, {GEOMETRY}) -> Tensor",
+    _dgrad,
+    _fake_dgrad,
+    _Dgrad,
 )
 conv_wgrad = register(
     f"conv_wgrad(Tensor x, Tensor dy, SymInt[4] w_shape, bool channels_last, {GEOMETRY}) -> Tensor", _wgrad, _fake_wgrad, _Wgrad

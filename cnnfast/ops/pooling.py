@@ -53,8 +53,12 @@ def _average_backward(
     return pooling.avg_pool_backward(problem, dy, count_include_pad, divisor_override, _format(channels_last))
 
 
-def _global_backward(dy: Tensor, x_shape, channels_last: bool) -> Tensor:
-    return pooling.global_avg_pool_backward(dy, x_shape, _format(channels_last))
+def _adaptive(x: Tensor, output_size) -> Tensor:
+    return pooling.adaptive_avg_pool(x, *output_size)
+
+
+def _adaptive_backward(dy: Tensor, x_shape, channels_last: bool) -> Tensor:
+    return pooling.adaptive_avg_pool_backward(dy, tuple(x_shape), _format(channels_last))
 
 
 def _fake_pooled(x: Tensor, problem: PoolProblem, dtype: torch.dtype | None = None) -> Tensor:
@@ -75,8 +79,12 @@ def _fake_backward(dy: Tensor, x_shape, channels_last: bool, *options: Any) -> T
     return launch.empty(x_shape, dy, _format(channels_last))
 
 
+def _fake_adaptive(x: Tensor, output_size) -> Tensor:
+    return launch.empty((*x.shape[:2], *output_size), x, launch.memory_format(x))
+
+
 def _fake_global(x: Tensor) -> Tensor:
-    return launch.empty((*x.shape[:2], 1, 1), x, launch.memory_format(x))
+    return _fake_adaptive(x, (1, 1))
 
 
 class _Max(torch.autograd.Function):
@@ -136,6 +144,18 @@ class _AverageBackward(torch.autograd.Function):
         return avg_pool(ddx, *ctx.options), None, None, *[None] * len(ctx.options)
 
 
+class _Adaptive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, output_size):
+        ctx.layout = _layout(x)
+        with below_autograd():
+            return adaptive_avg_pool(x, output_size)
+
+    @staticmethod
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return adaptive_avg_pool_backward(dy, *ctx.layout), None
+
+
 class _Global(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -145,18 +165,20 @@ class _Global(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return global_avg_pool_backward(dy, *ctx.layout)
+        return adaptive_avg_pool_backward(dy, *ctx.layout)
 
 
-class _GlobalBackward(torch.autograd.Function):
+class _AdaptiveBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, x_shape, channels_last):
+        ctx.output_size = dy.shape[2:]
         with below_autograd():
-            return global_avg_pool_backward(dy, x_shape, channels_last)
+            return adaptive_avg_pool_backward(dy, x_shape, channels_last)
 
     @staticmethod
     def backward(ctx, ddx):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return global_avg_pool(ddx), None, None
+        whole = tuple(ctx.output_size) == (1, 1)
+        return global_avg_pool(ddx) if whole else adaptive_avg_pool(ddx, ctx.output_size), None, None
 
 
 max_pool = register(f"max_pool(Tensor x, bool with_taps, {WINDOW}) -> (Tensor, Tensor)", _max, _fake_max, _Max)
@@ -179,9 +201,10 @@ avg_pool_backward = register(
     _AverageBackward,
 )
 global_avg_pool = register("global_avg_pool(Tensor x) -> Tensor", pooling.global_avg_pool, _fake_global, _Global)
-global_avg_pool_backward = register(
-    "global_avg_pool_backward(Tensor dy, SymInt[4] x_shape, bool channels_last) -> Tensor",
-    _global_backward,
+adaptive_avg_pool = register("adaptive_avg_pool(Tensor x, SymInt[2] output_size) -> Tensor", _adaptive, _fake_adaptive, _Adaptive)
+adaptive_avg_pool_backward = register(
+    "adaptive_avg_pool_backward(Tensor dy, SymInt[4] x_shape, bool channels_last) -> Tensor",
+    _adaptive_backward,
     _fake_backward,
-    _GlobalBackward,
+    _AdaptiveBackward,
 )

@@ -18,10 +18,10 @@ from .conv import Geometry, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from .epilogue import ACTIVATIONS, BatchNorm, Epilogue
 from .pooling import (
     adaptive_avg_pool,
+    adaptive_avg_pool_backward,
     avg_pool,
     avg_pool_backward,
     global_avg_pool,
-    global_avg_pool_backward,
     max_pool,
     max_pool_backward,
     max_pool_indices,
@@ -101,6 +101,11 @@ class Layer:
         x_shape = (BATCH, self.C, self.size, self.size)
         conv_dgrad(self.y(dtype), self.w(dtype), x_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
 
+    def transposed(self, tile: TileConfig | None, precision: Precision, dtype: torch.dtype) -> None:
+        """dgrad with the bias of a transposed convolution."""
+        bias, x_shape = empty(self.C, dtype=dtype), (BATCH, self.C, self.size, self.size)
+        conv_dgrad(self.y(dtype), self.w(dtype), x_shape, self.geometry, bias=bias, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
+
     def wgrad(self, tile: TileConfig | None, precision: Precision, dtype: torch.dtype, split: int = 8) -> None:
         tile = tile and replace(tile, SPLIT_K=split)
         conv_wgrad(self.x(dtype), self.y(dtype), self.w_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
@@ -159,6 +164,7 @@ def convolutions(arch: int) -> Iterator[Case]:
         yield case("infer", layer, None, "half")
     for layer in (POINTWISE, SHORTCUT, DEPTHWISE):
         yield case("dgrad", layer, None, "half")
+    yield case("transposed", STRIDED, None, "half")
     yield case("wgrad", DEPTHWISE, None, "half")
     yield case("wgrad", POINTWISE, largest, "half", split=1)
     yield case("infer", BODY, largest, "half", torch.float16)
@@ -191,9 +197,8 @@ def pooling(dtype: torch.dtype, fmt: torch.memory_format) -> None:
     max_pool_backward(window, y, taps, fmt)
     avg_pool(window, x, False, None)
     avg_pool_backward(window, y, False, None, fmt)
-    adaptive_avg_pool(x, 7, 7)
-    last = (BATCH, 512, 7, 7)
-    global_avg_pool_backward(global_avg_pool(empty(*last, dtype=dtype, fmt=fmt)), last, fmt)
+    adaptive_avg_pool_backward(adaptive_avg_pool(x, 7, 7), (BATCH, 64, 112, 112), fmt)
+    global_avg_pool(empty(BATCH, 512, 7, 7, dtype=dtype, fmt=fmt))
 
 
 def passes() -> Iterator[Case]:

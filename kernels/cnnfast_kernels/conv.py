@@ -96,19 +96,20 @@ def conv_dgrad(
     x_shape: Sequence[int],
     geometry: Geometry,
     *,
+    bias: torch.Tensor | None = None,
     fmt: torch.memory_format = torch.contiguous_format,
     algorithm: Algorithm = "auto",
     tf32: bool = False,
     tile: TileConfig | None = None,
 ) -> torch.Tensor:
-    """Gradient of sum(dy * conv(x, w)) with respect to x."""
+    """Gradient of sum(dy * conv(x, w)) with respect to x, plus `bias` [C]: the transposed convolution of dy."""
     problem = geometry.problem(x_shape, w.shape)
     tile, precision = _plan("dgrad", problem, tf32, tile, dy, w)
     dx = launch.empty(x_shape, dy, fmt)
     if algorithm == "im2col":
-        im2col_dgrad(problem, precision, dy, w, dx)
+        im2col_dgrad(problem, precision, dy, w, dx, bias)
     else:
-        dgrad(problem, tile, precision, dy, w, dx)
+        dgrad(problem, tile, precision, dy, w, dx, bias)
     return dx
 
 

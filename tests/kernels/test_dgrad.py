@@ -63,6 +63,16 @@ def test_default_tile(precision, tile, device):
     check(WHOLE_TILE, device, tile, DTYPES[precision], precision)
 
 
+@pytest.mark.parametrize("case", [RAGGED, STRIDED, GROUPED, Case("unseen inputs", (1, 16, 6, 5), (16, 1, 1), (2, 2))], ids=str)
+def test_bias(case, device):
+    """Of a transposed convolution: pixels that no tap reaches get it too."""
+    x, w, dy = operands(case, torch.float32, device)
+    bias = torch.arange(case.x[1], device=device).float()
+    dx = output(case.x, torch.float32, device)
+    dgrad(case.problem, SMALL, "ieee", dy, w, dx, bias)
+    assert_exact(dx, reference(case, x, w, dy)[1] + bias.double().view(-1, 1, 1))
+
+
 def test_mixed_layouts(device):
     """Each tensor brings its own strides."""
     x, w, dy = operands(STRIDED, torch.float32, device, "nchw")

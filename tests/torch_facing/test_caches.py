@@ -183,8 +183,8 @@ def specialisations(channels, filters, dtype_name):
                 operators.conv_fprop(x, weight, None, *geometry, algorithm)
                 operators.conv_fprop(x, pointwise, None, *one, algorithm)
             case ["dgrad", algorithm]:
-                operators.conv_dgrad(y, weight, x.shape, last, *geometry, algorithm)
-                operators.conv_dgrad(image(n, filters, h, w, fmt), pointwise, x.shape, last, *one, algorithm)
+                operators.conv_dgrad(y, weight, None, x.shape, last, *geometry, algorithm)
+                operators.conv_dgrad(image(n, filters, h, w, fmt), pointwise, None, x.shape, last, *one, algorithm)
             case ["wgrad", algorithm]:
                 operators.conv_wgrad(x, y, weight.shape, last, *geometry, algorithm)
                 operators.conv_wgrad(x, image(n, filters, h, w, fmt), pointwise.shape, last, *one, algorithm)
@@ -205,7 +205,7 @@ def specialisations(channels, filters, dtype_name):
                 operators.avg_pool_backward(pooled, x.shape, last, *average)
             case ["global"]:
                 operators.global_avg_pool(x)
-                operators.global_avg_pool_backward(image(n, channels, 1, 1, fmt), x.shape, last)
+                operators.adaptive_avg_pool_backward(image(n, channels, 1, 1, fmt), x.shape, last)
 
     counts = {}
     convolutions = [f"{o} {a}" for o in ("fprop", "dgrad", "wgrad") for a in ("auto", "im2col")]

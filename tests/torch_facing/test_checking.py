@@ -120,7 +120,20 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("function", [conv, max_pool, avg_pool, global_pool, batch_norm])
+def conv_row(device):
+    return torch.nn.functional.conv1d(draw(1, 16, 9, device=device), draw(8, 16, 3, device=device), draw(8, device=device), 2, "valid")
+
+
+def transposed(device):
+    x, w, b = draw(1, 8, 4, 3, device=device), draw(8, 6, 3, 2, device=device), draw(6, device=device)
+    return torch.nn.functional.conv_transpose2d(x, w, b, stride=2, padding=1, output_padding=(1, 0))
+
+
+def adaptive_pool(device):
+    return torch.nn.functional.adaptive_avg_pool2d(draw(2, 3, 6, 5, device=device), (None, 7))
+
+
+@pytest.mark.parametrize("function", [conv, conv_row, transposed, max_pool, avg_pool, adaptive_pool, global_pool, batch_norm])
 def test_right_kernels_pass(function, device):
     report = cnnfast.check(function, device)
     (row,) = report.rows
@@ -238,8 +251,10 @@ def test_calls_of_both_libraries_are_captured_once():
         ("stem.1", "batch_norm"),
         ("", "max_pool2d"),
         ("", "avg_pool2d"),
-        ("", "global_avg_pool2d"),
+        ("", "adaptive_avg_pool2d"),
+        ("", "adaptive_avg_pool2d"),
     ]
+    assert calls[-1].arguments["output_size"] == 2
     assert calls[0].arguments["padding"] == (1, 1)
     assert calls[1].training
 

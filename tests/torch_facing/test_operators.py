@@ -40,7 +40,7 @@ SAMPLES = {
         wants(NHWC, W, None, *IM2COL),
         wants(X[:0], W, BIAS, *GEOMETRY),
     ],
-    "conv_dgrad": [wants(Y, W, X.shape, False, *GEOMETRY), (Y, W, X.shape, True, *IM2COL)],
+    "conv_dgrad": [wants(Y, W, BIAS[:4], X.shape, False, *GEOMETRY), (Y, W, None, X.shape, True, *IM2COL)],
     "conv_wgrad": [wants(X, Y, W.shape, False, *GEOMETRY), (NHWC, Y, W.shape, True, *IM2COL)],
     "conv_stats": [wants(X, W, BIAS, *GEOMETRY), (NHWC, W, None, *GEOMETRY), (NHWC, W, None, *IM2COL)],
     "conv_bn_act": [
@@ -67,7 +67,8 @@ SAMPLES = {
     "avg_pool": [wants(X, *AVERAGE), (NHWC, *AVERAGE)],
     "avg_pool_backward": [wants(normal(2, 4, 3, 3), X.shape, True, *AVERAGE)],
     "global_avg_pool": [wants(X), (NHWC,)],
-    "global_avg_pool_backward": [wants(normal(2, 4, 1, 1), X.shape, True)],
+    "adaptive_avg_pool": [wants(X, [3, 2]), (NHWC, [7, 1])],
+    "adaptive_avg_pool_backward": [wants(normal(2, 4, 3, 6), X.shape, True), wants(normal(2, 4, 1, 1), X.shape, False)],
 }
 
 
@@ -93,6 +94,12 @@ STATS, ONE = (MEAN[:2].clone(), VAR[:2].clone()), image(2, 2, 1, 1, seed=1)
 DIFFERENTIABLE = {
     "conv2d": (lambda x, w, b: ours.conv2d(x, w, b, 1, (1, 0), groups=2), [SMALL, image(2, 1, 3, 2, seed=1), BIAS[:2]]),
     "conv2d im2col": (lambda x, w: ours.conv2d(x, w, None, 1, (0, 1), algorithm="im2col"), [SMALL, image(2, 2, 2, 2, seed=1)]),
+    "conv1d": (lambda x, w, b: ours.conv1d(x, w, b, 2, 1, groups=2), [SMALL.flatten(2), image(2, 1, 3, seed=1), BIAS[:2]]),
+    "conv1d channels apart": (lambda x, w: ours.conv1d(x.transpose(1, 2), w), [image(2, 4, 3), image(2, 3, 2, seed=1)]),
+    "conv_transpose2d": (
+        lambda x, w, b: ours.conv_transpose2d(x, w, b, 2, 1, 1, groups=2),
+        [SMALL, image(2, 2, 3, 2, seed=1), BIAS[:4]],
+    ),
     "conv_bn_act training relu": (
         lambda x, w, g: ours.conv_bn_act(x, w, None, None, g, BIAS[:2].to(x), training=True),
         [SMALL, image(2, 2, 1, 1, seed=1), WEIGHT[:2]],
@@ -115,6 +122,8 @@ DIFFERENTIABLE = {
     "max_pool2d": (lambda x: ours.max_pool2d(x, 2, 1, 1), [SMALL]),
     "avg_pool2d": (lambda x: ours.avg_pool2d(x, 2, 1, 1, count_include_pad=False), [SMALL]),
     "global_avg_pool2d": (ours.global_avg_pool2d, [SMALL]),
+    "adaptive_avg_pool2d": (lambda x: ours.adaptive_avg_pool2d(x, (3, 5)), [SMALL]),
+    "adaptive_avg_pool2d of planes": (lambda x: ours.adaptive_avg_pool2d(x, 1), [SMALL]),
 }
 
 

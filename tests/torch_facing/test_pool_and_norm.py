@@ -67,9 +67,33 @@ def test_any_average_pool(case, layout, count_pad, divisor, device):
     assert mine.trace.launches == ["avg_pool_kernel", "avg_pool_backward_kernel"] * (shape[0] > 0)
 
 
+SIZES = st.one_of(
+    st.integers(1, 9), st.tuples(*[st.one_of(st.none(), st.integers(1, 9))] * 2), st.lists(st.integers(0, 3), min_size=2, max_size=2)
+)
+
+
+@FEW
+@given(shape=st.tuples(st.integers(0, 2), *[st.integers(1, 7)] * 3), size=SIZES, layout=st.sampled_from([*LAYOUTS]))
+def test_any_adaptive_pool(shape, size, layout, device):
+    """To fewer pixels, more, none, or as many as there are; whole planes are the global kernel's."""
+    x = arrange(normal(*shape).to(device), layout)
+    y = theirs.adaptive_avg_pool2d(x, size)
+    if y.numel() == 0:  # PyTorch has no gradient of no pixels; ours is zero
+        mine = run(lambda x: ours.adaptive_avg_pool2d(x, size), [x])
+        assert mine.y.shape == y.shape
+        assert mine.grads[0].shape == x.shape
+        assert not mine.grads[0].any()
+        return
+    mine = run(lambda x: ours.adaptive_avg_pool2d(x, size), [x])
+    assert_close(mine, exact(lambda x: theirs.adaptive_avg_pool2d(x, size), [x]), 1e-13)
+    assert mine.y.stride() == y.stride()
+    assert mine.trace.launches == ["plane_mean_kernel" if y.shape[2:] == (1, 1) else "avg_pool_kernel", "avg_pool_backward_kernel"]
+
+
 POOLS = {
     "max": (lambda x: ours.max_pool2d(x, 3, 2, 1), lambda x: theirs.max_pool2d(x, 3, 2, 1)),
     "average": (lambda x: ours.avg_pool2d(x, 2, 1, 1, True, False), lambda x: theirs.avg_pool2d(x, 2, 1, 1, True, False)),
+    "adaptive": (lambda x: ours.adaptive_avg_pool2d(x, (3, 8)), lambda x: theirs.adaptive_avg_pool2d(x, (3, 8))),
     "global": (ours.global_avg_pool2d, lambda x: theirs.adaptive_avg_pool2d(x, 1)),
 }
 

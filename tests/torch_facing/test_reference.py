@@ -43,6 +43,32 @@ def test_conv2d(x, w, options):
     agree(reference.conv2d(x, w, b, **options), F.conv2d(x, w, b, **options), x, w, b)
 
 
+@pytest.mark.parametrize(
+    ("x", "w", "options"),
+    [
+        ((2, 4, 9), (6, 2, 3), {"stride": 2, "padding": (2,), "dilation": 2, "groups": 2}),
+        ((3, 5), (2, 3, 3), {"padding": "same"}),
+    ],
+)
+def test_conv1d(x, w, options):
+    x, w, b = draw(*x), draw(*w), draw(w[0])
+    agree(reference.conv1d(x, w, b, **options), F.conv1d(x, w, b, **options), x, w, b)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "options"),
+    [
+        ((2, 4, 3, 4), (4, 3, 3, 2), {}),
+        ((2, 4, 3, 4), (4, 3, 3, 2), {"stride": (2, 3), "padding": (1, 0), "output_padding": (1, 2), "groups": 2}),
+        ((4, 3, 4), (4, 1, 3, 3), {"stride": 2, "dilation": 3, "output_padding": 2, "groups": 4}),
+        ((1, 4, 3, 3), (4, 2, 2, 2), {"padding": 1}),
+    ],
+)
+def test_conv_transpose2d(x, w, options):
+    x, w, b = draw(*x), draw(*w), draw(w[1] * options.get("groups", 1))
+    agree(reference.conv_transpose2d(x, w, b, **options), F.conv_transpose2d(x, w, b, **options), x, w, b)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4, 5)])
 def test_batch_norm(shape, training):
@@ -103,6 +129,13 @@ def test_max_pool2d(shape, window):
 def test_avg_pool2d(shape, window, options):
     x = draw(*shape)
     agree(reference.avg_pool2d(x, **window, **options), F.avg_pool2d(x, **window, **options), x)
+
+
+@pytest.mark.parametrize("size", [1, 3, (2, 9), (None, 2), (None, None)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 6, 7)])
+def test_adaptive_avg_pool2d(shape, size):
+    x = draw(*shape)
+    agree(reference.adaptive_avg_pool2d(x, size), F.adaptive_avg_pool2d(x, size), x)
 
 
 def test_global_avg_pool2d():

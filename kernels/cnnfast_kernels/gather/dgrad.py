@@ -44,7 +44,7 @@ def class_axis(first, extent, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.con
 
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
 def conv_dgrad_kernel(
-    dy_ptr, w_ptr, dx_ptr, N, H, W, P, Q, C,
+    dy_ptr, w_ptr, dx_ptr, bias_ptr, N, H, W, P, Q, C,
     dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
     w_stride_k, w_stride_r, w_stride_s, w_stride_c,
     dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c,
@@ -53,7 +53,7 @@ def conv_dgrad_kernel(
     STEP_H: tl.constexpr, STEP_W: tl.constexpr, DY_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx. C and K are channels and filters of a group."""
+    """One tile of dx, plus the bias of a transposed convolution if there is one. C and K are channels and filters of a group."""
     MAX_R: tl.constexpr = (R + STEP_H - 1) // STEP_H  # taps of the class that meets most
     MAX_S: tl.constexpr = (S + STEP_W - 1) // STEP_W
     FLAT: tl.constexpr = K < BLOCK_K and MAX_R * MAX_S > 1
@@ -101,6 +101,8 @@ def conv_dgrad_kernel(
         w = tl.load(w_cols[None, :] + w_rows[:, None], mask=w_mask, other=0.0)
         acc = multiply_accumulate(dy, w, acc, PRECISION)
 
+    if bias_ptr is not None:
+        acc = acc + tl.load(bias_ptr + group * C + c, mask=c_ok, other=0.0).to(ACC)[None, :]
     h = first_h + i * STRIDE_H
     w_pixel = first_w + j * STRIDE_W
     dx_rows = dx_ptr + pixel_offset(n, h, w_pixel, dx_stride_n, dx_stride_h, dx_stride_w, DX_ALIGN)
@@ -108,10 +110,18 @@ def conv_dgrad_kernel(
     tl.store(dx_rows[:, None] + dx_cols[None, :], acc.to(dx_ptr.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
 
 
-def dgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor) -> None:
-    """Writes every element of dx, the gradient of a convolution's input.
+def dgrad(
+    problem: ConvProblem,
+    tile: TileConfig,
+    precision: Precision,
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    dx: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> None:
+    """Writes every element of dx, the gradient of a convolution's input, or with `bias` the result of a transposed convolution.
 
-    Shapes: dy [N, K, P, Q], w [K, C / groups, R, S], dx [N, C, H, W], in any memory layout.
+    Shapes: dy [N, K, P, Q], w [K, C / groups, R, S], dx [N, C, H, W], in any memory layout; bias [C].
     """
     g = problem
     pixels = g.N * cdiv(g.H, g.stride_h) * cdiv(g.W, g.stride_w)  # of the largest class
@@ -119,7 +129,7 @@ def dgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, dy: torc
     dys, ws, dxs = launch.strides_nhwc(dy), launch.strides_nhwc(w), launch.strides_nhwc(dx)
     launch.run(
         conv_dgrad_kernel, grid, dx.device,
-        dy, w, dx, g.N, g.H, g.W, g.P, g.Q, g.group_channels, *dys[:4], *ws[:4], *dxs[:4],
+        dy, w, dx, bias, g.N, g.H, g.W, g.P, g.Q, g.group_channels, *dys[:4], *ws[:4], *dxs[:4],
         tile=tile, K=g.group_filters, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
         STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),

@@ -63,12 +63,12 @@ def im2col_kernel(
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "C0", *STRIDES])
 def col2im_kernel(
-    columns_ptr, x_ptr, N, H, W, P, Q, C0, x_stride_n, x_stride_h, x_stride_w, x_stride_c,
+    columns_ptr, x_ptr, bias_ptr, N, H, W, P, Q, C0, x_stride_n, x_stride_h, x_stride_w, x_stride_c,
     C: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     X_ALIGN: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sums columns [N, P, Q, GROUPS, R, S, C] into channels C0 to C0 + C of each group of x, CHANNELS a group."""
+    """Sums columns [N, P, Q, GROUPS, R, S, C] into channels C0 to C0 + C of each group of x, CHANNELS a group, plus the bias, if any."""
     tiles_n = tl.cdiv(C, BLOCK_N)
     pid = tl.program_id(0)
     M = N * H * W
@@ -88,8 +88,11 @@ def col2im_kernel(
         pixel = (n.to(tl.int64) * P + p) * Q + q
         rows = columns_ptr + ((pixel * GROUPS + group) * R * S + tap) * C
         acc += tl.load(rows[:, None] + c[None, :], mask=ok[:, None] & c_ok[None, :], other=0.0).to(ACC)
+    channel = group * CHANNELS + C0 + c
+    if bias_ptr is not None:
+        acc = acc + tl.load(bias_ptr + channel, mask=c_ok, other=0.0).to(ACC)[None, :]
     x = x_ptr + pixel_offset(n, h, w, x_stride_n, x_stride_h, x_stride_w, X_ALIGN)
-    x = x[:, None] + channel_offset(group * CHANNELS + C0 + c, x_stride_c)[None, :]
+    x = x[:, None] + channel_offset(channel, x_stride_c)[None, :]
     tl.store(x, acc.to(x_ptr.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
 
 
@@ -118,13 +121,13 @@ def im2col(problem: ConvProblem, x: torch.Tensor, p0: int, p1: int) -> torch.Ten
     return columns
 
 
-def col2im(problem: ConvProblem, columns: torch.Tensor, dx: torch.Tensor, c0: int, c1: int) -> None:
+def col2im(problem: ConvProblem, columns: torch.Tensor, dx: torch.Tensor, bias: torch.Tensor | None, c0: int, c1: int) -> None:
     """Writes channels c0 to c1 of every group of dx from columns [N, groups * R * S * (c1 - c0), P, Q], channels_last."""
     g, n = problem, dx.shape[0]
     xs = launch.strides_nhwc(dx)
     launch.run(
         col2im_kernel, copy_tiles(n * g.H * g.W, c1 - c0, g.groups), dx.device,
-        columns, dx, n, g.H, g.W, g.P, g.Q, c0, *xs[:4], tile=COPY_TILE, C=c1 - c0, CHANNELS=g.group_channels, X_ALIGN=xs.align,
+        columns, dx, bias, n, g.H, g.W, g.P, g.Q, c0, *xs[:4], tile=COPY_TILE, C=c1 - c0, CHANNELS=g.group_channels, X_ALIGN=xs.align,
         ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dx.dtype)], **geometry(g),
     )  # fmt: skip
 
@@ -163,7 +166,9 @@ def im2col_fprop(
         fprop(gemm, tile, precision, columns, filters, y[images, :, p0:p1], epilogue._replace(residual=residual))
 
 
-def im2col_dgrad(problem: ConvProblem, precision: Precision, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor) -> None:
+def im2col_dgrad(
+    problem: ConvProblem, precision: Precision, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
     """As gather.dgrad.dgrad, by im2col: pieces are images, and channels where one image is too large."""
     g = problem
     channel = g.P * g.Q * g.R * g.S * g.groups * dy.element_size()
@@ -177,7 +182,7 @@ def im2col_dgrad(problem: ConvProblem, precision: Precision, dy: torch.Tensor, w
             gemm = as_1x1(g, part.shape[0], g.P, g.groups * filters.shape[1])
             columns = launch.empty((gemm.N, gemm.C, g.P, g.Q), dy, torch.channels_last)
             dgrad(gemm, choose_tile(gemm, "dgrad", precision, arch=launch.architecture(dy.device)), precision, part, filters, columns)
-            col2im(g, columns, dx[n : n + images], c0, c1)
+            col2im(g, columns, dx[n : n + images], bias, c0, c1)
 
 
 def im2col_wgrad(problem: ConvProblem, precision: Precision, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:

@@ -174,9 +174,6 @@ def adaptive_avg_pool(x: torch.Tensor, P: int, Q: int) -> torch.Tensor:
 
 def adaptive_avg_pool_backward(dy: torch.Tensor, x_shape: tuple[int, int, int, int], memory_format: torch.memory_format) -> torch.Tensor:
     """dx of shape [N, C, H, W] = `x_shape` in `memory_format`, from dy [N, C, P, Q] in any layout."""
+    if dy.numel() == 0:  # no windows
+        return launch.empty(x_shape, dy, memory_format).zero_()
     return _average(PoolProblem(*x_shape, 1, 1, *dy.shape[2:], 1, 1), dy, memory_format, True, True)
-
-
-def global_avg_pool_backward(dy: torch.Tensor, x_shape: tuple[int, int, int, int], memory_format: torch.memory_format) -> torch.Tensor:
-    """dx of shape [N, C, H, W] = `x_shape` in `memory_format`: dy [N, C, 1, 1] / (H * W) everywhere."""
-    return adaptive_avg_pool_backward(dy, x_shape, memory_format)

@@ -21,7 +21,7 @@ import triton.language as tl
 from . import launch
 from .epilogue import FROM_OUTPUT, activate, activate_backward, tile_moments
 from .partials import TileRows, combine
-from .planes import as_planes, dense_format, load_channels, load_tile, locate_tile, mergeable, tile_pointers
+from .planes import common_planes, dense_format, load_channels, load_tile, locate_tile, mergeable, tile_pointers
 from .tiling import cdiv
 
 STRIDES = [f"{t}_stride_{d}" for t in ("y", "z", "residual", "dz", "dy", "dresidual") for d in "nlc"]
@@ -56,16 +56,24 @@ def combine_moments(partials: torch.Tensor, rows_per_partial: int, total_rows: i
     return mean, var
 
 
+@launch.planned
+def _plan_moments(shape, strides, dtype) -> tuple[launch.Plan, launch.Layout, TileRows]:
+    planes = common_planes(shape, (strides,), dtype)
+    acc = launch.accumulator_dtype(dtype)
+    run = launch.Plan(
+        batch_moments_kernel, planes.grid, planes.units, *planes.strides[0], ACC=launch.KERNEL_DTYPES[acc], **planes.constants
+    )
+    rows = TileRows(max(1, planes.tiles_l), planes.L, planes.tile.BLOCK_L)
+    return run, launch.dense((planes.tiles, 2, planes.C), acc), rows
+
+
 def batch_moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance [C] over all other axes of y [N, C, *spatial]; float32, or float64 for float64. NaN if there are no rows."""
-    planes, (y,) = as_planes(y)
-    acc = launch.accumulator_dtype(y.dtype)
-    partials = launch.empty((planes.tiles, 2, planes.C), y, dtype=acc)
-    launch.run(
-        batch_moments_kernel, planes.grid, y.device, y, partials, planes.units, *planes.strides[0],
-        ACC=launch.KERNEL_DTYPES[acc], **planes.constants,
-    )  # fmt: skip
-    mean, var = combine(partials, TileRows(max(1, planes.tiles_l), planes.L, planes.tile.BLOCK_L))
+    y = mergeable(y)
+    run, layout, rows = _plan_moments(y.shape, y.stride(), y.dtype)
+    partials = launch.empty(layout, y)
+    run(y, partials)
+    mean, var = combine(partials, rows)
     assert var is not None
     return mean, var
 
@@ -115,6 +123,17 @@ def contiguous(*vectors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]
     return tuple(None if v is None else v.contiguous() for v in vectors)
 
 
+@launch.planned
+def _plan_normalize(shape, y_strides, residual_strides, like, dtype, eps, activation, slope) -> tuple[launch.Plan, launch.Layout]:
+    z = launch.dense(shape, dtype, dense_format(launch.Layout(shape, like, dtype)))
+    planes = common_planes(shape, (y_strides, residual_strides, z.strides), dtype)
+    run = launch.Plan(
+        normalize_kernel, planes.grid, slope, planes.units, *chain(*planes.strides),
+        EPS=eps, ACTIVATION=activation, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dtype)], **planes.constants,
+    )  # fmt: skip
+    return run, z
+
+
 def normalize(
     y: torch.Tensor,
     mean: torch.Tensor,
@@ -131,13 +150,13 @@ def normalize(
 
     Shapes: y and residual [N, C, *spatial] in any layouts, the others [C] of any floating dtypes.
     """
-    z = launch.empty(y.shape, y, dense_format(y if out_like is None else out_like))
-    planes, (y, residual, z_planes) = as_planes(y, residual, z)
-    launch.run(
-        normalize_kernel, planes.grid, y.device,
-        y, *contiguous(mean, var, weight, bias), residual, z_planes, slope, planes.units, *chain(*planes.strides),
-        EPS=eps, ACTIVATION=activation, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(y.dtype)], **planes.constants,
-    )  # fmt: skip
+    like = (y if out_like is None else out_like).stride()
+    y, residual = mergeable(y), mergeable(residual)
+    run, layout = _plan_normalize(
+        y.shape, y.stride(), None if residual is None else residual.stride(), like, y.dtype, eps, activation, slope
+    )
+    z = launch.empty(layout, y)
+    run(y, *contiguous(mean, var, weight, bias), residual, z)
     return z
 
 
@@ -230,6 +249,33 @@ def normalize_backward_kernel(
         tl.store(tile_pointers(dy_ptr, dy_stride_n, dy_stride_l, dy_stride_c, n, l, c, ALIGN), dy, mask=mask)
 
 
+def strides(*operands: torch.Tensor | None) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(None if t is None else t.stride() for t in operands)
+
+
+@launch.planned
+def _plan_sums(shape, strides, dtype, eps, activation, slope, quantities) -> tuple[launch.Plan, launch.Layout]:
+    planes = common_planes(shape, strides, dtype)
+    acc = launch.accumulator_dtype(dtype)
+    run = launch.Plan(
+        gradient_sums_kernel, planes.grid, slope, planes.units, *chain(*planes.strides),
+        QUANTITIES=quantities, EPS=eps, ACTIVATION=activation, ACC=launch.KERNEL_DTYPES[acc], **planes.constants,
+    )  # fmt: skip
+    return run, launch.dense((planes.tiles, quantities, planes.C), acc)
+
+
+@launch.planned
+def _plan_backward(shape, strides, like, dtype, eps, activation, slope, need_dy, need_dresidual) -> tuple[launch.Plan, launch.Layout]:
+    dy = launch.dense(shape, dtype, dense_format(launch.Layout(shape, like, dtype)))
+    results = dy.strides if need_dy else None, dy.strides if need_dresidual else None
+    planes = common_planes(shape, (*strides, *results), dtype)
+    run = launch.Plan(
+        normalize_backward_kernel, planes.grid, slope, planes.units, planes.rows, *chain(*planes.strides),
+        EPS=eps, ACTIVATION=activation, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dtype)], **planes.constants,
+    )  # fmt: skip
+    return run, dy
+
+
 def normalize_backward(
     dz: torch.Tensor,
     y: torch.Tensor | None,
@@ -263,37 +309,27 @@ def normalize_backward(
     dz, y, z = mergeable(dz), mergeable(y), mergeable(z)
     mean, var, weight, bias = contiguous(mean, var, weight, bias)
     like = dz if y is None else y
-    acc = launch.accumulator_dtype(like.dtype)
-    options = {"EPS": eps, "ACTIVATION": activation, "ACC": launch.KERNEL_DTYPES[acc]}
 
     sum_g = sum_gx = None
     need_sum_gx = need_dweight or (training and need_dy)
     if need_sum_gx or need_dbias:
         used = y if need_sum_gx or recompute else None
-        planes, _ = as_planes(dz, used, z, argument)
-        quantities = 2 if need_sum_gx else 1
-        partials = launch.empty((planes.tiles, quantities, planes.C), like, dtype=acc)
-        launch.run(
-            gradient_sums_kernel, planes.grid, dz.device,
-            dz, used, z, argument, mean, var, weight, bias, partials, slope, planes.units, *chain(*planes.strides),
-            QUANTITIES=quantities, **options, **planes.constants,
-        )  # fmt: skip
+        run, layout = _plan_sums(dz.shape, strides(dz, used, z, argument), dz.dtype, eps, activation, slope, 2 if need_sum_gx else 1)
+        partials = launch.empty(layout, like)
+        run(dz, used, z, argument, mean, var, weight, bias, partials)
         sum_g, sum_gx = combine(partials)
 
     dy = None
     if need_dy or need_dresidual:
-        fmt = dense_format(like)
-        dy = launch.empty(like.shape, like, fmt) if need_dy else None
-        dresidual = launch.empty(like.shape, like, fmt) if need_dresidual else dresidual
         sums = (sum_g, sum_gx) if training else (None, None)
         used = y if recompute or (training and need_dy) else None
-        own = dresidual if need_dresidual else None
-        planes, _ = as_planes(dz, used, z, argument, dy, own)
-        launch.run(
-            normalize_backward_kernel, planes.grid, dz.device,
-            dz, used, z, argument, mean, var, weight, bias, *sums, dy, own, slope, planes.units, planes.rows, *chain(*planes.strides),
-            **options, **planes.constants,
-        )  # fmt: skip
+        run, layout = _plan_backward(
+            dz.shape, strides(dz, used, z, argument), like.stride(), dz.dtype, eps, activation, slope, need_dy, need_dresidual
+        )
+        dy = launch.empty(layout, like) if need_dy else None
+        own = launch.empty(layout, like) if need_dresidual else None
+        run(dz, used, z, argument, mean, var, weight, bias, *sums, dy, own)
+        dresidual = own if need_dresidual else dresidual
 
     dweight = sum_gx.to((mean if weight is None else weight).dtype) if need_dweight else None
     dbias = sum_g.to((mean if bias is None else bias).dtype) if need_dbias else None
@@ -302,13 +338,10 @@ def normalize_backward(
 
 def channel_sum(dy: torch.Tensor) -> torch.Tensor:
     """The sum over all axes but channels of dy [N, C, *spatial]: [C], of dy's dtype. Zero if there are no rows."""
-    planes, (dy,) = as_planes(dy)
-    acc = launch.accumulator_dtype(dy.dtype)
-    partials = launch.empty((planes.tiles, 1, planes.C), dy, dtype=acc)
-    launch.run(
-        gradient_sums_kernel, planes.grid, dy.device, dy, *[None] * 7, partials, 0.0, planes.units, *planes.strides[0], *[None] * 9,
-        EPS=0.0, ACTIVATION=None, QUANTITIES=1, ACC=launch.KERNEL_DTYPES[acc], **planes.constants,
-    )  # fmt: skip
+    dy = mergeable(dy)
+    run, layout = _plan_sums(dy.shape, strides(dy, None, None, None), dy.dtype, 0.0, None, 0.0, 1)
+    partials = launch.empty(layout, dy)
+    run(dy, *[None] * 7, partials)
     return combine(partials)[0].to(dy.dtype)
 
 
@@ -334,6 +367,14 @@ def update_running_kernel(
     tl.store(running_var_ptr + c * var_stride, running_var.to(running_var_ptr.dtype.element_ty), mask=c_ok)
 
 
+@launch.planned
+def _plan_update(C, mean_stride, var_stride, momentum, count, wide) -> launch.Plan:
+    return launch.Plan(
+        update_running_kernel, (cdiv(C, 128),), momentum, mean_stride, var_stride, count,
+        C=C, ACC=tl.float64 if wide else tl.float32, BLOCK_C=128, num_warps=4,
+    )  # fmt: skip
+
+
 def update_running(
     running_mean: torch.Tensor, running_var: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, momentum: float, count: int
 ) -> None:
@@ -344,9 +385,5 @@ def update_running(
     if count < 2:
         raise ValueError(f"the unbiased variance needs at least 2 values per channel, not {count}")
     wide = torch.float64 in (running_mean.dtype, mean.dtype)
-    C = running_mean.shape[0]
-    launch.run(
-        update_running_kernel, (cdiv(C, 128),), mean.device,
-        running_mean, running_var, *contiguous(mean, var), momentum, running_mean.stride(0), running_var.stride(0), count,
-        C=C, ACC=tl.float64 if wide else tl.float32, BLOCK_C=128, num_warps=4,
-    )  # fmt: skip
+    run = _plan_update(running_mean.shape[0], running_mean.stride(0), running_var.stride(0), momentum, count, wide)
+    run(running_mean, running_var, *contiguous(mean, var))

@@ -15,10 +15,10 @@ import torch
 from . import launch
 from .batchnorm import batch_moments, combine_moments
 from .epilogue import PLAIN, Epilogue
-from .gather.dgrad import dgrad
-from .gather.fprop import fprop
+from .gather.dgrad import plan_dgrad
+from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
-from .gather.wgrad import wgrad
+from .gather.wgrad import WgradPlan, plan_wgrad
 from .problem import ConvProblem
 from .tiling import Operation, Precision, TileConfig, cdiv, choose_tile, precision_class
 
@@ -37,13 +37,64 @@ class Geometry(NamedTuple):
         return ConvProblem.of(tuple(x_shape), tuple(w_shape), *self)
 
 
-def _plan(
-    operation: Operation, problem: ConvProblem, tf32: bool, tile: TileConfig | None, *operands: torch.Tensor
-) -> tuple[TileConfig, Precision]:
-    precision = precision_class(str(operands[0].dtype).removeprefix("torch."), tf32)
+def _precision(dtype: torch.dtype, tf32: bool) -> Precision:
+    return precision_class(str(dtype).removeprefix("torch."), tf32)
+
+
+def _tile(operation: Operation, problem: ConvProblem, precision: Precision, arch: int, *operands: launch.Layout) -> TileConfig:
     adjacent = all(t.stride(1) == 1 or t.shape[1] == 1 for t in operands)
-    arch = launch.architecture(operands[0].device)
-    return tile or choose_tile(problem, operation, precision, adjacent, arch), precision
+    return choose_tile(problem, operation, precision, adjacent, arch)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plans: all that a call needs and its tensors' contents do not change
+
+
+class FpropPlan(NamedTuple):
+    y: launch.Layout
+    run: launch.Plan
+    BLOCK_M: int  # pixels of y whose moments the kernel can leave, and where it leaves them
+    moments: launch.Layout
+
+
+@launch.planned
+def _plan_fprop(
+    x_shape, x_strides, w_shape, w_strides, residual_strides, dtype, geometry: Geometry, eps, activation, slope, tf32, tile, arch
+) -> FpropPlan:
+    g = geometry.problem(x_shape, w_shape)
+    x, w = launch.Layout(x_shape, x_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
+    y = launch.dense((g.N, g.K, g.P, g.Q), dtype, launch.memory_format(x, w))
+    residual = None if residual_strides is None else launch.Layout(y.shape, residual_strides, dtype)
+    precision = _precision(dtype, tf32)
+    tile = tile or _tile("fprop", g, precision, arch, x, w)
+    run = plan_fprop(g, tile, precision, x, w, y, residual, eps, activation, slope)
+    moments = launch.dense((cdiv(g.N * g.P * g.Q, tile.BLOCK_M), 2, g.K), launch.accumulator_dtype(dtype))
+    return FpropPlan(y, run, tile.BLOCK_M, moments)
+
+
+@launch.planned
+def _plan_dgrad(
+    dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, arch
+) -> tuple[launch.Layout, launch.Plan]:
+    g = geometry.problem(x_shape, w_shape)
+    dy, w = launch.Layout(dy_shape, dy_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
+    dx = launch.dense(x_shape, dtype, fmt)
+    precision = _precision(dtype, tf32)
+    return dx, plan_dgrad(g, tile or _tile("dgrad", g, precision, arch, dy, w), precision, dy, w, dx)
+
+
+@launch.planned
+def _plan_wgrad(
+    x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, arch
+) -> tuple[launch.Layout, WgradPlan]:
+    g = geometry.problem(x_shape, w_shape)
+    x, dy = launch.Layout(x_shape, x_strides, dtype), launch.Layout(dy_shape, dy_strides, dtype)
+    dw = launch.dense(w_shape, dtype, fmt)
+    precision = _precision(dtype, tf32)
+    return dw, plan_wgrad(g, tile or _tile("wgrad", g, precision, arch, x, dy), precision, x, dy, dw)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def conv_fprop(
@@ -57,13 +108,16 @@ def conv_fprop(
     tile: TileConfig | None = None,
 ) -> torch.Tensor:
     """What `epilogue` makes of conv(x, w), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
-    problem = geometry.problem(x.shape, w.shape)
-    tile, precision = _plan("fprop", problem, tf32, tile, x, w)
-    y = launch.empty((problem.N, problem.K, problem.P, problem.Q), x, launch.memory_format(x, w))
+    bias, norm, residual, activation, slope = epilogue
+    plan: FpropPlan = _plan_fprop(
+        x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype,
+        geometry, norm.eps, activation, slope, tf32, tile, launch.architecture(x.device),
+    )  # fmt: skip
+    y = launch.empty(plan.y, x)
     if algorithm == "im2col":
-        im2col_fprop(problem, precision, x, w, y, epilogue)
+        im2col_fprop(geometry.problem(x.shape, w.shape), _precision(x.dtype, tf32), x, w, y, epilogue)
     else:
-        fprop(problem, tile, precision, x, w, y, epilogue)
+        plan.run(x, w, y, bias, norm.mean, norm.var, norm.weight, norm.bias, residual, None)
     return y
 
 
@@ -78,16 +132,17 @@ def conv_stats(
     tile: TileConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, mean [K], biased variance [K]): the convolution's kernel leaves the moments of its tiles, a small one combines them."""
-    problem = geometry.problem(x.shape, w.shape)
     if algorithm == "im2col":
         y = conv_fprop(x, w, geometry, Epilogue(bias), algorithm=algorithm, tf32=tf32, tile=tile)
         return y, *batch_moments(y)
-    tile, precision = _plan("fprop", problem, tf32, tile, x, w)
-    pixels = problem.N * problem.P * problem.Q
-    y = launch.empty((problem.N, problem.K, problem.P, problem.Q), x, launch.memory_format(x, w))
-    moments = launch.empty((cdiv(pixels, tile.BLOCK_M), 2, problem.K), x, dtype=launch.accumulator_dtype(x.dtype))
-    fprop(problem, tile, precision, x, w, y, Epilogue(bias), moments)
-    return y, *combine_moments(moments, tile.BLOCK_M, pixels)
+    plan: FpropPlan = _plan_fprop(
+        x.shape, x.stride(), w.shape, w.stride(), None, x.dtype,
+        geometry, 0.0, None, 0.0, tf32, tile, launch.architecture(x.device),
+    )  # fmt: skip
+    y, moments = launch.empty(plan.y, x), launch.empty(plan.moments, x)
+    plan.run(x, w, y, bias, None, None, None, None, None, moments)
+    N, _, P, Q = plan.y.shape
+    return y, *combine_moments(moments, plan.BLOCK_M, N * P * Q)
 
 
 def conv_dgrad(
@@ -103,13 +158,14 @@ def conv_dgrad(
     tile: TileConfig | None = None,
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to x, plus `bias` [C]: the transposed convolution of dy."""
-    problem = geometry.problem(x_shape, w.shape)
-    tile, precision = _plan("dgrad", problem, tf32, tile, dy, w)
-    dx = launch.empty(x_shape, dy, fmt)
+    layout, run = _plan_dgrad(
+        dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt, geometry, tf32, tile, launch.architecture(dy.device)
+    )
+    dx = launch.empty(layout, dy)
     if algorithm == "im2col":
-        im2col_dgrad(problem, precision, dy, w, dx, bias)
+        im2col_dgrad(geometry.problem(x_shape, w.shape), _precision(dy.dtype, tf32), dy, w, dx, bias)
     else:
-        dgrad(problem, tile, precision, dy, w, dx, bias)
+        run(dy, w, dx, bias)
     return dx
 
 
@@ -125,13 +181,14 @@ def conv_wgrad(
     tile: TileConfig | None = None,
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to w."""
-    problem = geometry.problem(x.shape, w_shape)
-    tile, precision = _plan("wgrad", problem, tf32, tile, x, dy)
-    dw = launch.empty(w_shape, x, fmt)
+    layout, run = _plan_wgrad(
+        x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt, geometry, tf32, tile, launch.architecture(x.device)
+    )
+    dw = launch.empty(layout, x)
     if dy.numel() == 0 or x.numel() == 0:
         return dw.zero_()
     if algorithm == "im2col":
-        im2col_wgrad(problem, precision, x, dy, dw)
+        im2col_wgrad(geometry.problem(x.shape, w_shape), _precision(x.dtype, tf32), x, dy, dw)
     else:
-        wgrad(problem, tile, precision, x, dy, dw)
+        run(x, dy, dw)
     return dw

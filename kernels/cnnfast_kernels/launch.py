@@ -1,4 +1,8 @@
-"""What every launcher shares: the one function that launches, strides as kernels want them, memory formats, who watches."""
+"""What every launcher shares: launches and plans of them, layouts and strides as kernels want them, who watches.
+
+Working out a launch's sixty arguments, and letting Triton find what it compiled for them, costs the host more than many a kernel
+takes. All of that follows from shapes, strides and dtypes: a launcher does it once, keeps the `Plan`, and calls it with the tensors.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from triton import knobs, runtime
+from triton.compiler import CompiledKernel
 
 # Triton decides at decoration, that is at import, whether kernels are interpreted; so does this.
 INTERPRETED: bool = bool(knobs.runtime.interpret)
@@ -51,13 +57,19 @@ def observe(callback: Callable[[Launch], None], compile_only: bool = False) -> I
         _compile_only = before
 
 
-def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, tile: Any = None, **options: Any) -> None:
-    """Launches `kernel` on `device` and its current stream; an empty grid launches nothing.
+def _tell(kernel: Any, tile: Any, grid: tuple[int, ...], compiled: Any) -> None:
+    event = Launch(kernel.__name__, tile, grid, compiled)
+    for callback in tuple(_observers):
+        callback(event)
+
+
+def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, tile: Any = None, **options: Any) -> Any:
+    """Launches `kernel` on `device` and its current stream; an empty grid launches nothing. Returns Triton's handle of what it compiled.
 
     `options` are the kernel's constexpr arguments and Triton's num_warps and num_stages. `tile` is what observers are told.
     """
     if 0 in grid:
-        return
+        return None
     if _compile_only:
         compiled = kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **options)
     else:
@@ -66,9 +78,88 @@ def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, ti
         with torch.cuda.device(device) if foreign else nullcontext():
             compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
     if _observers:
-        event = Launch(kernel.__name__, tile, grid, compiled)
-        for callback in tuple(_observers):
-            callback(event)
+        _tell(kernel, tile, grid, compiled)
+    return compiled
+
+
+# The versions of Triton whose CompiledKernel.run takes (grid x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook,
+# exit_hook, *arguments). With any other, and where somebody hooks into launches, Triton launches by its own code.
+RUN_IS_KNOWN = (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 9)
+
+
+def _triton_must_launch() -> bool:
+    now: Any = knobs.runtime
+    enter, leave = now.launch_enter_hook, now.launch_exit_hook
+    return getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or now.debug or now.add_stages_inspection_hook is not None
+
+
+class Plan:
+    """A launch but for its tensors: kernel, grid, and every argument that follows from shapes, strides and dtypes.
+
+    Called with the tensors, the kernel's first parameters (None where absent; the first is present), it launches on their device and
+    its current stream. `scalars` are the parameters that follow them; `tile` and `options` as in `run`.
+
+    Keeps what Triton compiled, by what would make Triton compile again: the device, and each tensor's dtype and whether its address is
+    a multiple of 16 bytes. Keeps no tensor.
+    """
+
+    __slots__ = ("compiled", "grid", "kernel", "options", "scalars", "tile")
+
+    def __init__(self, kernel: Any, grid: tuple[int], *scalars: Any, tile: Any = None, **options: Any) -> None:
+        self.kernel, self.grid, self.scalars, self.tile, self.options = kernel, grid, scalars, tile, options
+        self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+    def __call__(self, *tensors: Any) -> None:
+        if INTERPRETED or _compile_only or not RUN_IS_KNOWN or _triton_must_launch():
+            self.run(tensors)
+            return
+        driver: Any = runtime.driver.active
+        device = driver.get_current_device()
+        if tensors[0].get_device() not in (device, -1):  # -1: not a GPU's
+            with torch.cuda.device(tensors[0].device):
+                self(*tensors)
+            return
+        key, addresses = [device], 0
+        for t in tensors:
+            if t is None:
+                key.append(None)
+            else:
+                key.append(t.dtype)
+                addresses |= t.data_ptr()
+        if addresses % 16:
+            key += [t is not None and t.data_ptr() % 16 == 0 for t in tensors]
+        found = self.compiled.get(tuple(key))
+        if found is None:
+            kernel = self.run(tensors)
+            if isinstance(kernel, CompiledKernel):
+                parameters = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
+                arguments = *self.scalars, *(self.options[name] for name in parameters)
+                self.compiled[tuple(key)] = kernel.run, kernel.function, kernel.packed_metadata, arguments, kernel
+            return
+        launch, function, metadata, arguments, kernel = found
+        launch(self.grid[0], 1, 1, driver.get_current_stream(device), function, metadata, None, None, None, *tensors, *arguments)
+        if _observers:
+            _tell(self.kernel, self.tile, self.grid, kernel)
+
+    def run(self, tensors: Sequence[Any]) -> Any:
+        return run(self.kernel, self.grid, tensors[0].device, *tensors, *self.scalars, tile=self.tile, **self.options)
+
+
+PLANS_KEPT = 4096  # by each function that makes some: a network has dozens of shapes, a data set of images of all sizes thousands
+_plan_caches: list[Any] = []
+
+
+def planned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the results of a function that makes plans, or what takes them, from hashable arguments: of those used last."""
+    cached = functools.lru_cache(PLANS_KEPT)(function)
+    _plan_caches.append(cached)
+    return cached
+
+
+def forget_plans() -> None:
+    """Plans are made anew, where something changed that they were made from: a tile table, a kernel."""
+    for cached in _plan_caches:
+        cached.cache_clear()
 
 
 @functools.cache
@@ -101,7 +192,30 @@ class Strides(NamedTuple):
     align: int
 
 
-def strides_nhwc(t: torch.Tensor) -> Strides:
+class Layout(NamedTuple):
+    """A tensor but for its memory and device: what plans are made from."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def stride(self, d: int | None = None) -> Any:
+        return self.strides if d is None else self.strides[d]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+
+Laid = torch.Tensor | Layout
+
+
+def dense(shape: Sequence[int], dtype: torch.dtype, fmt: torch.memory_format = torch.contiguous_format) -> Layout:
+    """The layout of a tensor that `empty` would allocate."""
+    shape = tuple(shape)
+    return Layout(shape, torch.empty(shape, device="meta", memory_format=fmt).stride(), dtype)
+
+
+def strides_nhwc(t: Laid) -> Strides:
     """Strides of a tensor of logical shape [N, C, H, W] (weights: [K, C, R, S]), in the order n, h, w, c."""
     n, c, h, w = (s if size > 1 else 0 for s, size in zip(t.stride(), t.shape, strict=True))
     if c > 1:  # channels are apart: nothing to vectorise
@@ -113,7 +227,7 @@ def strides_nhwc(t: torch.Tensor) -> Strides:
     return Strides(n // align, h // align, w // align, None if t.shape[1] == 1 or c == 1 else c, align)
 
 
-def is_channels_last(t: torch.Tensor) -> bool:
+def is_channels_last(t: Laid) -> bool:
     """PyTorch's `is_channels_last_strides_2d`, which suggest_memory_format follows and Python cannot call."""
     if t.dim() != 4 or t.stride(1) == 0:
         return False
@@ -126,15 +240,23 @@ def is_channels_last(t: torch.Tensor) -> bool:
     return True
 
 
-def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
+def memory_format(*tensors: Laid) -> torch.memory_format:
     """The format of a result, as PyTorch's convolutions choose it: channels_last if any operand is."""
     return torch.channels_last if any(is_channels_last(t) for t in tensors) else torch.contiguous_format
 
 
 def empty(
-    shape: Sequence[int], like: torch.Tensor, fmt: torch.memory_format = torch.contiguous_format, dtype: torch.dtype | None = None
+    shape: Sequence[int] | Layout,
+    like: torch.Tensor,
+    fmt: torch.memory_format = torch.contiguous_format,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Every output and workspace of this package is allocated here, so that tests can fill them with NaN first."""
+    """Every output and workspace of this package is allocated here, so that tests can fill them with NaN first.
+
+    A layout says it all, and takes half as long.
+    """
+    if isinstance(shape, Layout):
+        return like.new_empty_strided(shape.shape, shape.strides, dtype=shape.dtype)
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=fmt)
 
 

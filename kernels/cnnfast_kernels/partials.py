@@ -69,27 +69,33 @@ class TileRows(NamedTuple):
     ROWS: int
 
 
+@launch.planned
+def plan_combine(tiles: int, quantities: int, C: int, dtype: torch.dtype, rows: TileRows | None) -> list[tuple[launch.Plan, launch.Layout]]:
+    """For each level its launch, which takes (partials, first, second or None), and the layout of what it leaves: at last [C]s."""
+    BLOCK_C = min(32 if dtype == torch.float32 else 16, triton.next_power_of_2(C))
+    tile = PlaneTile(128, BLOCK_C, 8)
+    levels = []
+    T, group, groups = tiles, 1, 0
+    while groups != 1:
+        groups = max(1, cdiv(T, tile.BLOCK_L))
+        level = launch.Plan(
+            combine_kernel, (groups * cdiv(C, BLOCK_C),), T, tiles, group, *(rows or (1, 0, 0)),
+            tile=tile, C=C, QUANTITIES=quantities, MOMENTS=rows is not None, FINAL=groups == 1, ACC=launch.KERNEL_DTYPES[dtype],
+            BLOCK_T=tile.BLOCK_L, BLOCK_C=BLOCK_C, num_warps=tile.num_warps,
+        )  # fmt: skip
+        levels.append((level, launch.dense((C,) if groups == 1 else (groups, quantities, C), dtype)))
+        T, group = groups, group * tile.BLOCK_L
+    return levels
+
+
 def combine(partials: torch.Tensor, rows: TileRows | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Partials [T, quantities, C] into one [C] a quantity: sums, or mean and biased variance where `rows` is given."""
     tiles, quantities, C = partials.shape
-    BLOCK_C = min(32 if partials.dtype == torch.float32 else 16, triton.next_power_of_2(C))
-    tile = PlaneTile(128, BLOCK_C, 8)
-    T, group = tiles, 1
-    while True:
-        groups = max(1, cdiv(T, tile.BLOCK_L))
-        final = groups == 1
-        if final:
-            outs = [launch.empty((C,), partials) for _ in range(quantities)]
-        else:
-            combined = launch.empty((groups, quantities, C), partials)
-            outs = list(combined.unbind(1))
-        first, second = outs if quantities == 2 else (outs[0], None)
-        launch.run(
-            combine_kernel, (groups * cdiv(C, BLOCK_C),), partials.device,
-            partials, first, second, T, tiles, group, *(rows or (1, 0, 0)),
-            tile=tile, C=C, QUANTITIES=quantities, MOMENTS=rows is not None, FINAL=final, ACC=launch.KERNEL_DTYPES[partials.dtype],
-            BLOCK_T=tile.BLOCK_L, BLOCK_C=BLOCK_C, num_warps=tile.num_warps,
-        )  # fmt: skip
-        if final:
-            return first, second
-        partials, T, group = combined, groups, group * tile.BLOCK_L
+    *levels, (final, vector) = plan_combine(tiles, quantities, C, partials.dtype, rows)
+    for level, layout in levels:
+        combined = launch.empty(layout, partials)
+        level(partials, combined[:, 0], combined[:, 1] if quantities == 2 else None)
+        partials = combined
+    first, second = launch.empty(vector, partials), launch.empty(vector, partials) if quantities == 2 else None
+    final(partials, first, second)
+    return first, second

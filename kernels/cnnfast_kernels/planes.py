@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -97,6 +96,7 @@ def choose_plane_tile(N: int, L: int, C: int, rows_adjacent: bool, dtype: torch.
     return tile
 
 
+@launch.planned
 def spatial_stride(shape: Sequence[int], stride: Sequence[int]) -> int | None:
     """The stride of all spatial axes merged into one, or None if they do not merge. Axes of one element have no say."""
     if 0 in shape:
@@ -106,9 +106,9 @@ def spatial_stride(shape: Sequence[int], stride: Sequence[int]) -> int | None:
     return None if not merge else axes[-1][1] if axes else 0
 
 
-@lru_cache(maxsize=4096)
-def plan(shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], dtype: torch.dtype) -> Planes:
-    """How operands of one shape, with these strides (None: absent), are seen as planes. Their spatial axes must merge."""
+@launch.planned
+def common_planes(shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], dtype: torch.dtype) -> Planes:
+    """Operands of one shape, with these strides (None: absent), as planes. Their spatial axes must merge; tiles suit `dtype`."""
     N, C = shape[:2]
     L = 1
     for size in shape[2:]:
@@ -131,32 +131,21 @@ def plan(shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], dt
     return Planes(N, L, C, units, ALIGN, L_ALIGN, tile)
 
 
-def dense_format(t: torch.Tensor) -> torch.memory_format:
+def dense_format(t: launch.Laid) -> torch.memory_format:
     """The memory format of a result like `t` [N, C, *spatial], as PyTorch suggests it."""
     if t.dim() == 5:
-        last = t.numel() > 0 and launch.is_channels_last(t.select(2, 0))
+        image = launch.Layout(*((*of[:2], *of[3:]) for of in (t.shape, t.stride())), t.dtype)
+        last = 0 not in t.shape and launch.is_channels_last(image)
         return torch.channels_last_3d if last else torch.contiguous_format
     return launch.memory_format(t)
 
 
 def mergeable(t: torch.Tensor | None) -> torch.Tensor | None:
     """`t`, or a dense copy of it where its spatial axes do not merge into one (a slice along W, a transposed image)."""
-    if t is None or spatial_stride(t.shape, t.stride()) is not None:
+    if t is None or t.is_contiguous() or spatial_stride(t.shape, t.stride()) is not None:
         return t
     last = {4: torch.channels_last, 5: torch.channels_last_3d} if t.stride(1) == 1 else {}
     return t.contiguous(memory_format=last.get(t.dim(), torch.contiguous_format))
-
-
-def as_planes(*tensors: torch.Tensor | None) -> tuple[Planes, list[torch.Tensor | None]]:
-    """Operands of one launch, the first present, all of one shape: their common planes, and themselves (copies where need be).
-
-    Tiles suit the first one's dtype. Tensors allocated dense, that is results, are never copied.
-    """
-    operands = [mergeable(t) for t in tensors]
-    first = operands[0]
-    assert first is not None
-    strides = tuple(None if t is None else t.stride() for t in operands)
-    return plan(tuple(first.shape), strides, first.dtype), operands
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cnnfast_kernels.planes import as_planes, choose_plane_tile, dense_format
+from cnnfast_kernels.planes import choose_plane_tile, common_planes, dense_format, mergeable
 from cnnfast_kernels.tiling import BUSY_PROGRAMS, cdiv
 from poison import embed
 
@@ -32,6 +32,13 @@ def rows(t, planes, strides):
     """The tensor [N, L, C] that a kernel reads."""
     n, l, c = (1 if s is None else s * planes.ALIGN for s in strides)
     return t.as_strided((planes.N, planes.L, planes.C), (n, l, c), t.storage_offset())
+
+
+def as_planes(*tensors):
+    """The common planes of what the launchers hand to a kernel, and that: the tensors, or copies that are planes."""
+    operands = [mergeable(t) for t in tensors]
+    strides = tuple(None if t is None else t.stride() for t in operands)
+    return common_planes(tuple(operands[0].shape), strides, operands[0].dtype), operands
 
 
 @pytest.mark.parametrize("t", CASES)

@@ -25,7 +25,7 @@ from cnnfast.checking.capture import capture_calls, clone
 from cnnfast.checking.judge import compare
 from cnnfast.checking.report import WIDTH, Comparison, Report, Row
 from cnnfast.commands.check import check as check_command
-from cnnfast_kernels import batchnorm
+from cnnfast_kernels import batchnorm, launch
 from cnnfast_kernels.gather import dgrad, fprop, wgrad
 from cnnfast_kernels.pooling import average, maximum, plane
 from poison import embed
@@ -59,6 +59,14 @@ def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, module: ModuleType, rig
     for name in vars(module).keys() & vars(mutant).keys():  # ops call through the module
         if not name.startswith("__"):
             monkeypatch.setattr(module, name, getattr(mutant, name))
+
+
+@pytest.fixture
+def plans_forgotten():
+    """Plans made of right kernels do not outlive the planting of wrong ones, nor the other way round."""
+    launch.forget_plans()
+    yield
+    launch.forget_plans()
 
 
 def conv(device):
@@ -143,6 +151,7 @@ def test_right_kernels_pass(function, device):
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.name}, {f.module.__name__.rpartition('.')[2]}, {f.tensor}")
+@pytest.mark.usefixtures("plans_forgotten")
 def test_planted_faults_are_caught(fault, device, monkeypatch, tmp_path):
     plant(monkeypatch, tmp_path, fault.module, fault.right, fault.wrong)
     report = cnnfast.check(fault.call, device)

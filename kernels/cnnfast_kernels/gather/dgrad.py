@@ -110,6 +110,25 @@ def conv_dgrad_kernel(
     tl.store(dx_rows[:, None] + dx_cols[None, :], acc.to(dx_ptr.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
 
 
+def plan_dgrad(
+    problem: ConvProblem, tile: TileConfig, precision: Precision, dy: launch.Laid, w: launch.Laid, dx: launch.Laid
+) -> launch.Plan:
+    """Takes (dy, w, dx, bias); see `dgrad`."""
+    g = problem
+    pixels = g.N * cdiv(g.H, g.stride_h) * cdiv(g.W, g.stride_w)  # of the largest class
+    grid = (cdiv(pixels, tile.BLOCK_M) * g.parities * cdiv(g.group_channels, tile.BLOCK_N) * g.groups,)
+    dys, ws, dxs = launch.strides_nhwc(dy), launch.strides_nhwc(w), launch.strides_nhwc(dx)
+    return launch.Plan(
+        conv_dgrad_kernel, grid, g.N, g.H, g.W, g.P, g.Q, g.group_channels, *dys[:4], *ws[:4], *dxs[:4],
+        tile=tile, K=g.group_filters, R=g.R, S=g.S,
+        STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
+        STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
+        DY_ALIGN=dys.align, W_ALIGN=ws.align, DX_ALIGN=dxs.align,
+        PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dx.dtype)],
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
 def dgrad(
     problem: ConvProblem,
     tile: TileConfig,
@@ -123,17 +142,4 @@ def dgrad(
 
     Shapes: dy [N, K, P, Q], w [K, C / groups, R, S], dx [N, C, H, W], in any memory layout; bias [C].
     """
-    g = problem
-    pixels = g.N * cdiv(g.H, g.stride_h) * cdiv(g.W, g.stride_w)  # of the largest class
-    grid = (cdiv(pixels, tile.BLOCK_M) * g.parities * cdiv(g.group_channels, tile.BLOCK_N) * g.groups,)
-    dys, ws, dxs = launch.strides_nhwc(dy), launch.strides_nhwc(w), launch.strides_nhwc(dx)
-    launch.run(
-        conv_dgrad_kernel, grid, dx.device,
-        dy, w, dx, bias, g.N, g.H, g.W, g.P, g.Q, g.group_channels, *dys[:4], *ws[:4], *dxs[:4],
-        tile=tile, K=g.group_filters, R=g.R, S=g.S,
-        STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
-        STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
-        DY_ALIGN=dys.align, W_ALIGN=ws.align, DX_ALIGN=dxs.align,
-        PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dx.dtype)],
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    plan_dgrad(problem, tile, precision, dy, w, dx)(dy, w, dx, bias)

@@ -90,6 +90,33 @@ def conv_fprop_kernel(
         tl.store(row + K * GROUPS, m2, mask=k_ok)
 
 
+def plan_fprop(
+    problem: ConvProblem,
+    tile: TileConfig,
+    precision: Precision,
+    x: launch.Laid,
+    w: launch.Laid,
+    y: launch.Laid,
+    residual: launch.Laid | None = None,
+    eps: float = 0.0,
+    activation: str | None = None,
+    slope: float = 0.0,
+) -> launch.Plan:
+    """Takes (x, w, y, bias, mean, var, gamma, beta, residual, moments), each of the last seven or None; see `fprop`."""
+    g = problem
+    grid = (cdiv(g.N * g.P * g.Q, tile.BLOCK_M) * cdiv(g.group_filters, tile.BLOCK_N) * g.groups,)
+    xs, ws, ys = launch.strides_nhwc(x), launch.strides_nhwc(w), launch.strides_nhwc(y)
+    zs = ys if residual is None else launch.strides_nhwc(residual)
+    return launch.Plan(
+        conv_fprop_kernel, grid, slope, g.N, g.H, g.W, g.P, g.Q, g.group_filters, *xs[:4], *ws[:4], *ys[:4], *zs[:4],
+        tile=tile, C=g.group_channels, GROUPS=g.groups, R=g.R, S=g.S,
+        STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
+        X_ALIGN=xs.align, W_ALIGN=ws.align, Y_ALIGN=ys.align, Z_ALIGN=zs.align,
+        EPS=eps, ACTIVATION=activation, PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
 def fprop(
     problem: ConvProblem,
     tile: TileConfig,
@@ -105,18 +132,6 @@ def fprop(
     Shapes: x [N, C, H, W], w [K, C / groups, R, S], y and the residual [N, K, P, Q], in any memory layout; bias and those of
     the batch norm [K]; moments [ceil(N * P * Q / BLOCK_M), 2, K] in the accumulator's dtype.
     """
-    g = problem
-    grid = (cdiv(g.N * g.P * g.Q, tile.BLOCK_M) * cdiv(g.group_filters, tile.BLOCK_N) * g.groups,)
     e = epilogue
-    xs, ws, ys = launch.strides_nhwc(x), launch.strides_nhwc(w), launch.strides_nhwc(y)
-    zs = ys if e.residual is None else launch.strides_nhwc(e.residual)
-    launch.run(
-        conv_fprop_kernel, grid, x.device,
-        x, w, y, e.bias, *e.norm[:4], e.residual, moments, e.slope, g.N, g.H, g.W, g.P, g.Q, g.group_filters,
-        *xs[:4], *ws[:4], *ys[:4], *zs[:4],
-        tile=tile, C=g.group_channels, GROUPS=g.groups, R=g.R, S=g.S,
-        STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
-        X_ALIGN=xs.align, W_ALIGN=ws.align, Y_ALIGN=ys.align, Z_ALIGN=zs.align,
-        EPS=e.norm.eps, ACTIVATION=e.activation, PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    plan = plan_fprop(problem, tile, precision, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
+    plan(x, w, y, e.bias, *e.norm[:4], e.residual, moments)

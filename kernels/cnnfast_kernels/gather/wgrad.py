@@ -9,6 +9,8 @@ gradient to its own slot, and a second kernel adds the slots in a fixed order: t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -111,22 +113,24 @@ def conv_wgrad_reduce_kernel(
     tl.store(dw_ptr + dw_offset, acc.to(dw_ptr.dtype.element_ty), mask=ok)
 
 
-def wgrad_partials(
-    problem: ConvProblem, tile: TileConfig, precision: Precision, x: torch.Tensor, dy: torch.Tensor, partials: torch.Tensor
-) -> None:
-    """Writes partials [slots, K, C / groups, R, S], any strides: slot i holds the gradient from the i-th part of the output pixels.
-
-    Shapes: x [N, C, H, W], dy [N, K, P, Q], in any memory layout. There may be more slots than work: the last ones are then zeros.
-    The sum is taken in the accumulator's dtype and rounded to that of `partials`. `tile.SPLIT_K` is not read.
-    """
+def plan_partials(
+    problem: ConvProblem,
+    tile: TileConfig,
+    precision: Precision,
+    x: launch.Laid,
+    dy: launch.Laid,
+    slot: launch.Laid,
+    slots: int,
+    slot_stride: int,
+) -> launch.Plan:
+    """Takes (x, dy, partials): `slots` gradients laid as `slot` is, slot_stride elements apart; see `wgrad_partials`."""
     g = problem
-    slots = partials.shape[0]
     grid = (cdiv(g.group_filters, tile.BLOCK_M) * cdiv(g.R * g.S * g.group_channels, tile.BLOCK_N) * g.groups * slots,)
-    xs, dys, dws = launch.strides_nhwc(x), launch.strides_nhwc(dy), launch.strides_nhwc(partials[0])
-    launch.run(
-        conv_wgrad_kernel, grid, x.device,
-        x, dy, partials, g.N, g.H, g.W, g.P, g.Q, g.group_filters, slots, *divisor(max(g.P, 1)), *divisor(max(g.Q, 1)),
-        *xs[:4], *dys[:4], partials.stride(0), *dws[:4],
+    xs, dys, dws = launch.strides_nhwc(x), launch.strides_nhwc(dy), launch.strides_nhwc(slot)
+    return launch.Plan(
+        conv_wgrad_kernel, grid,
+        g.N, g.H, g.W, g.P, g.Q, g.group_filters, slots, *divisor(max(g.P, 1)), *divisor(max(g.Q, 1)),
+        *xs[:4], *dys[:4], slot_stride, *dws[:4],
         tile=tile, C=g.group_channels, GROUPS=g.groups, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
         X_ALIGN=xs.align, DY_ALIGN=dys.align, DW_ALIGN=dws.align,
@@ -135,22 +139,70 @@ def wgrad_partials(
     )  # fmt: skip
 
 
+def wgrad_partials(
+    problem: ConvProblem, tile: TileConfig, precision: Precision, x: torch.Tensor, dy: torch.Tensor, partials: torch.Tensor
+) -> None:
+    """Writes partials [slots, K, C / groups, R, S], any strides: slot i holds the gradient from the i-th part of the output pixels.
+
+    Shapes: x [N, C, H, W], dy [N, K, P, Q], in any memory layout. There may be more slots than work: the last ones are then zeros.
+    The sum is taken in the accumulator's dtype and rounded to that of `partials`. `tile.SPLIT_K` is not read.
+    """
+    plan_partials(problem, tile, precision, x, dy, partials[0], partials.shape[0], partials.stride(0))(x, dy, partials)
+
+
+def partials_layout(problem: ConvProblem, slots: int, dtype: torch.dtype) -> launch.Layout:
+    """Of a workspace [slots, K, R, S, C / groups] for partial gradients, in the dtype that sums of products of `dtype` have."""
+    g = problem
+    return launch.dense((slots, g.K, g.R, g.S, g.group_channels), launch.accumulator_dtype(dtype))
+
+
 def empty_partials(problem: ConvProblem, slots: int, like: torch.Tensor) -> torch.Tensor:
     """Workspace [slots, K, C / groups, R, S] for wgrad_partials, channels innermost, in the dtype that sums of products of `like` have."""
-    g = problem
-    shape = (slots, g.K, g.R, g.S, g.group_channels)
-    return launch.empty(shape, like, dtype=launch.accumulator_dtype(like.dtype)).permute(0, 1, 4, 2, 3)
+    return launch.empty(partials_layout(problem, slots, like.dtype), like).permute(0, 1, 4, 2, 3)
+
+
+def plan_reduction(slots: int, slot_stride: int, dw: launch.Laid) -> launch.Plan:
+    """Takes (partials, dw); see `reduce_partials`."""
+    K, C, R, S = dw.shape
+    dws = launch.strides_nhwc(dw)
+    return launch.Plan(
+        conv_wgrad_reduce_kernel, (cdiv(K * C * R * S, REDUCE_BLOCK),), K, slots, slot_stride, *dws[:4],
+        C=C, R=R, S=S, DW_ALIGN=dws.align, BLOCK=REDUCE_BLOCK, BLOCK_SLOTS=8, num_warps=4,
+    )  # fmt: skip
 
 
 def reduce_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
     """dw = the sum of the slots of `partials`, which is from empty_partials; dw [K, C / groups, R, S] in any layout and dtype."""
-    slots, K, C, R, S = partials.shape
-    dws = launch.strides_nhwc(dw)
-    launch.run(
-        conv_wgrad_reduce_kernel, (cdiv(dw.numel(), REDUCE_BLOCK),), dw.device,
-        partials, dw, K, slots, partials.stride(0), *dws[:4],
-        C=C, R=R, S=S, DW_ALIGN=dws.align, BLOCK=REDUCE_BLOCK, BLOCK_SLOTS=8, num_warps=4,
-    )  # fmt: skip
+    plan_reduction(partials.shape[0], partials.stride(0), dw)(partials, dw)
+
+
+class WgradPlan(NamedTuple):
+    """Partial gradients and their sum, or, without a workspace, the gradient at once."""
+
+    partials: launch.Plan
+    workspace: launch.Layout | None = None
+    reduction: launch.Plan | None = None
+
+    def __call__(self, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
+        if self.workspace is None:
+            self.partials(x, dy, dw)
+        else:
+            partials = launch.empty(self.workspace, x)
+            self.partials(x, dy, partials)
+            self.reduction(partials, dw)
+
+
+def plan_wgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, x: launch.Laid, dy: launch.Laid, dw: launch.Laid) -> WgradPlan:
+    """Takes (x, dy, dw); see `wgrad`. dy must not be empty."""
+    slots = tile.SPLIT_K
+    if slots == 1:
+        return WgradPlan(plan_partials(problem, tile, precision, x, dy, dw, 1, 0))
+    workspace = partials_layout(problem, slots, x.dtype)
+    K, R, S, C = workspace.shape[1:]
+    size, *strides = workspace.strides
+    slot = launch.Layout((K, C, R, S), (strides[0], strides[3], strides[1], strides[2]), workspace.dtype)
+    partials = plan_partials(problem, tile, precision, x, dy, slot, slots, size)
+    return WgradPlan(partials, workspace, plan_reduction(slots, size, dw))
 
 
 def wgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
@@ -160,9 +212,5 @@ def wgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, x: torch
     """
     if dy.numel() == 0:
         dw.zero_()
-    elif tile.SPLIT_K == 1:
-        wgrad_partials(problem, tile, precision, x, dy, dw[None])
     else:
-        partials = empty_partials(problem, tile.SPLIT_K, x)
-        wgrad_partials(problem, tile, precision, x, dy, partials)
-        reduce_partials(partials, dw)
+        plan_wgrad(problem, tile, precision, x, dy, dw)(x, dy, dw)

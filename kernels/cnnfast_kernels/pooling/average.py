@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .. import launch
 from ..problem import PoolProblem
-from .rows import RUNTIME, divide, element_offset, run_rows, unravel_rows
+from .rows import RUNTIME, divide, element_offset, plan_rows, unravel_rows
 
 
 @triton.jit
@@ -134,46 +134,57 @@ def _divisor(problem: PoolProblem, count_include_pad: bool, divisor_override: in
     return g.R * g.S if whole and (count_include_pad or g.pad_h == g.pad_w == 0) else None
 
 
-def _average(
-    problem: PoolProblem, x: torch.Tensor, memory_format: torch.memory_format, backward: bool, adaptive: bool,
-    count_include_pad: bool = True, divisor_override: int | None = None,
-) -> torch.Tensor:  # fmt: skip
+@launch.planned
+def _plan(
+    problem: PoolProblem, strides, dtype, memory_format, adaptive: bool, count_include_pad: bool, divisor_override: int | None
+) -> tuple[launch.Plan, launch.Layout]:
+    """Forward, or, where the result's memory format is given, backward."""
     g = problem
     options = {
         "DIVISOR": None if adaptive else _divisor(g, count_include_pad, divisor_override),
         "COUNT_PAD": count_include_pad,
         "ADAPTIVE": adaptive,
-        "ACC": launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
+        "ACC": launch.KERNEL_DTYPES[launch.accumulator_dtype(dtype)],
     }
-    if backward:
-        dx = launch.empty((g.N, g.C, g.H, g.W), x, memory_format)
-        cover = ((g.R - 1) // g.stride_h + 1) * ((g.S - 1) // g.stride_w + 1)
-        run_rows(avg_pool_backward_kernel, g, {"DY": x, "DX": dx}, cover, **options)
-        return dx
-    y = launch.empty((g.N, g.C, g.P, g.Q), x, memory_format)
-    run_rows(avg_pool_kernel, g, {"X": x, "Y": y}, g.R * g.S, **options)
+    image, pooled = (g.N, g.C, g.H, g.W), (g.N, g.C, g.P, g.Q)
+    if memory_format is None:
+        x = launch.Layout(image, strides, dtype)
+        y = launch.dense(pooled, dtype, launch.memory_format(x))
+        return plan_rows(avg_pool_kernel, g, {"X": x, "Y": y}, g.R * g.S, **options), y
+    dy, dx = launch.Layout(pooled, strides, dtype), launch.dense(image, dtype, memory_format)
+    cover = ((g.R - 1) // g.stride_h + 1) * ((g.S - 1) // g.stride_w + 1)
+    return plan_rows(avg_pool_backward_kernel, g, {"DY": dy, "DX": dx}, cover, **options), dx
+
+
+def _average(
+    problem: PoolProblem, x: torch.Tensor, memory_format: torch.memory_format | None, adaptive: bool,
+    count_include_pad: bool = True, divisor_override: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    run, layout = _plan(problem, x.stride(), x.dtype, memory_format, adaptive, count_include_pad, divisor_override)
+    y = launch.empty(layout, x)
+    run(x, y)
     return y
 
 
 def avg_pool(problem: PoolProblem, x: torch.Tensor, count_include_pad: bool, divisor_override: int | None) -> torch.Tensor:
     """y [N, C, P, Q], channels_last if x [N, C, H, W] is; divided as torch.nn.functional.avg_pool2d does. No dilation."""
-    return _average(problem, x, launch.memory_format(x), False, False, count_include_pad, divisor_override)
+    return _average(problem, x, None, False, count_include_pad, divisor_override)
 
 
 def avg_pool_backward(
     problem: PoolProblem, dy: torch.Tensor, count_include_pad: bool, divisor_override: int | None, memory_format: torch.memory_format
 ) -> torch.Tensor:
     """dx [N, C, H, W] in `memory_format`, from dy [N, C, P, Q] in any layout."""
-    return _average(problem, dy, memory_format, True, False, count_include_pad, divisor_override)
+    return _average(problem, dy, memory_format, False, count_include_pad, divisor_override)
 
 
 def adaptive_avg_pool(x: torch.Tensor, P: int, Q: int) -> torch.Tensor:
     """y [N, C, P, Q], channels_last if x [N, C, H, W] is: window p covers rows floor(p * H / P) to ceil((p + 1) * H / P)."""
-    return _average(PoolProblem(*x.shape, 1, 1, P, Q, 1, 1), x, launch.memory_format(x), False, True)
+    return _average(PoolProblem(*x.shape, 1, 1, P, Q, 1, 1), x, None, True)
 
 
 def adaptive_avg_pool_backward(dy: torch.Tensor, x_shape: tuple[int, int, int, int], memory_format: torch.memory_format) -> torch.Tensor:
     """dx of shape [N, C, H, W] = `x_shape` in `memory_format`, from dy [N, C, P, Q] in any layout."""
     if dy.numel() == 0:  # no windows
         return launch.empty(x_shape, dy, memory_format).zero_()
-    return _average(PoolProblem(*x_shape, 1, 1, *dy.shape[2:], 1, 1), dy, memory_format, True, True)
+    return _average(PoolProblem(*x_shape, 1, 1, *dy.shape[2:], 1, 1), dy, memory_format, True)

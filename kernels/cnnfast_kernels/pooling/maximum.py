@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .. import launch
 from ..problem import PoolProblem
-from .rows import RUNTIME, element_offset, run_rows, unravel_rows
+from .rows import RUNTIME, element_offset, plan_rows, unravel_rows
 
 
 @triton.jit
@@ -25,9 +25,9 @@ def first_tap(start, DIL: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def max_pool_kernel(
-    x_ptr, y_ptr, N, H, W, P, Q,
+    x_ptr, y_ptr, taps_ptr, N, H, W, P, Q,
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
-    y_stride_n, y_stride_h, y_stride_w, y_stride_c, taps_ptr,
+    y_stride_n, y_stride_h, y_stride_w, y_stride_c,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr,
@@ -124,34 +124,60 @@ def taps_dtype(problem: PoolProblem) -> torch.dtype:
     return next(t for t in (torch.uint8, torch.int16, torch.int32) if last <= torch.iinfo(t).max)
 
 
+@launch.planned
+def _plan_max(problem: PoolProblem, strides, dtype) -> tuple[launch.Plan, launch.Layout, launch.Layout]:
+    g = problem
+    x = launch.Layout((g.N, g.C, g.H, g.W), strides, dtype)
+    y, taps = (launch.dense((g.N, g.C, g.P, g.Q), t, launch.memory_format(x)) for t in (dtype, taps_dtype(g)))
+    acc = launch.KERNEL_DTYPES[launch.accumulator_dtype(dtype)]
+    run = plan_rows(max_pool_kernel, g, {"X": x, "Y": y}, g.R * g.S, DIL_H=g.dil_h, DIL_W=g.dil_w, ACC=acc)
+    return run, y, taps
+
+
 def max_pool(problem: PoolProblem, x: torch.Tensor, with_taps: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y [N, C, P, Q] and, if asked, the tap r * S + s of each maximum, which backward and max_pool_indices read.
 
     x [N, C, H, W] in any layout and of any kernel dtype; y is channels_last if x is, taps (of `taps_dtype`) lie as y does.
     Ties, NaN and windows of -inf go as in PyTorch.
     """
-    g = problem
-    shape, fmt = (g.N, g.C, g.P, g.Q), launch.memory_format(x)
-    y = launch.empty(shape, x, fmt)
-    taps = launch.empty(shape, x, fmt, taps_dtype(g)) if with_taps else None
-    acc = launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)]
-    run_rows(max_pool_kernel, g, {"X": x, "Y": y}, g.R * g.S, taps_ptr=taps, DIL_H=g.dil_h, DIL_W=g.dil_w, ACC=acc)
+    run, y_layout, taps_layout = _plan_max(problem, x.stride(), x.dtype)
+    y = launch.empty(y_layout, x)
+    taps = launch.empty(taps_layout, x) if with_taps else None
+    run(x, y, taps)
     return y, taps
+
+
+@launch.planned
+def _plan_indices(problem: PoolProblem, strides, dtype) -> tuple[launch.Plan, launch.Layout]:
+    g = problem
+    taps = launch.Layout((g.N, g.C, g.P, g.Q), strides, dtype)
+    indices = launch.dense(taps.shape, torch.int64, launch.memory_format(taps))
+    return plan_rows(max_pool_indices_kernel, g, {"TAPS": taps, "Y": indices}, 1, DIL_H=g.dil_h, DIL_W=g.dil_w), indices
 
 
 def max_pool_indices(problem: PoolProblem, taps: torch.Tensor) -> torch.Tensor:
     """PyTorch's indices, h * W + w of each maximum, int64 [N, C, P, Q] in the layout of `taps`."""
-    g = problem
-    indices = launch.empty(taps.shape, taps, launch.memory_format(taps), torch.int64)
-    run_rows(max_pool_indices_kernel, g, {"TAPS": taps, "Y": indices}, 1, DIL_H=g.dil_h, DIL_W=g.dil_w)
+    run, layout = _plan_indices(problem, taps.stride(), taps.dtype)
+    indices = launch.empty(layout, taps)
+    run(taps, indices)
     return indices
+
+
+@launch.planned
+def _plan_backward(problem: PoolProblem, dy_strides, taps_strides, dtype, tap_dtype, memory_format) -> tuple[launch.Plan, launch.Layout]:
+    g = problem
+    dy = launch.Layout((g.N, g.C, g.P, g.Q), dy_strides, dtype)
+    taps = launch.Layout(dy.shape, taps_strides, tap_dtype)
+    dx = launch.dense((g.N, g.C, g.H, g.W), dtype, memory_format)
+    cover = ((g.R - 1) * g.dil_h // g.stride_h + 1) * ((g.S - 1) * g.dil_w // g.stride_w + 1)
+    acc = launch.KERNEL_DTYPES[launch.accumulator_dtype(dtype)]
+    operands = {"DY": dy, "TAPS": taps, "DX": dx}
+    return plan_rows(max_pool_backward_kernel, g, operands, cover, DIL_H=g.dil_h, DIL_W=g.dil_w, ACC=acc), dx
 
 
 def max_pool_backward(problem: PoolProblem, dy: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
     """dx [N, C, H, W] in `memory_format`, from dy and taps [N, C, P, Q] in any layout."""
-    g = problem
-    dx = launch.empty((g.N, g.C, g.H, g.W), dy, memory_format)
-    cover = ((g.R - 1) * g.dil_h // g.stride_h + 1) * ((g.S - 1) * g.dil_w // g.stride_w + 1)
-    acc = launch.KERNEL_DTYPES[launch.accumulator_dtype(dy.dtype)]
-    run_rows(max_pool_backward_kernel, g, {"DY": dy, "TAPS": taps, "DX": dx}, cover, DIL_H=g.dil_h, DIL_W=g.dil_w, ACC=acc)
+    run, layout = _plan_backward(problem, dy.stride(), taps.stride(), dy.dtype, taps.dtype, memory_format)
+    dx = launch.empty(layout, dy)
+    run(dy, taps, dx)
     return dx

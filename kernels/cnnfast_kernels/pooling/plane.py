@@ -67,14 +67,13 @@ def plane_mean_kernel(
     tl.store(y_cols, y.to(y_ptr.dtype.element_ty), mask=channels < C)
 
 
-def _plane_mean(x: torch.Tensor, y: torch.Tensor, count: int, span: int, tile: PlaneTile) -> None:
-    """y [N, C, splits, 1] = sums over `span` pixels each, divided by `count`."""
+def _plan_plane(x: launch.Laid, y: launch.Laid, count: int, span: int, tile: PlaneTile) -> launch.Plan:
+    """Takes (x, y): y [N, C, splits, 1] = sums over `span` pixels each, divided by `count`."""
     N, C, H, W = x.shape
     splits = y.shape[2]
     xs, ys = launch.strides_nhwc(x), launch.strides_nhwc(y)
-    launch.run(
-        plane_mean_kernel, (N * splits * cdiv(C, tile.BLOCK_C),), x.device,
-        x, y, count, span, splits, H, W, *xs[:4], ys.n, ys.h, ys.c,
+    return launch.Plan(
+        plane_mean_kernel, (N * splits * cdiv(C, tile.BLOCK_C),), count, span, splits, H, W, *xs[:4], ys.n, ys.h, ys.c,
         tile=tile, C=C, X_ALIGN=xs.align, Y_ALIGN=ys.align, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
         BLOCK_PIXELS=tile.BLOCK_PIXELS, BLOCK_C=tile.BLOCK_C, CHANNELS_FAST=tile.CHANNELS_FAST, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -85,22 +84,33 @@ def _plane_tile(C: int, channels_fast: bool) -> PlaneTile:
     return PlaneTile((2048 if channels_fast else 1024) // block_c, block_c, channels_fast)
 
 
+@launch.planned
+def _plan(shape, strides, dtype) -> tuple[launch.Layout, launch.Plan, launch.Layout | None, launch.Plan | None]:
+    N, C, H, W = shape
+    x = launch.Layout(shape, strides, dtype)
+    fmt = launch.memory_format(x)
+    y = launch.dense((N, C, 1, 1), dtype, fmt)
+    tile = _plane_tile(C, fmt == torch.channels_last)
+    programs = max(1, N * cdiv(C, tile.BLOCK_C))
+    splits = max(1, min(cdiv(2 * BUSY_PROGRAMS, programs), H * W // (8 * tile.BLOCK_PIXELS)))
+    if splits == 1:
+        return y, _plan_plane(x, y, H * W, H * W, tile), None, None
+    span = cdiv(cdiv(H * W, splits), tile.BLOCK_PIXELS) * tile.BLOCK_PIXELS
+    parts = launch.dense((N, C, cdiv(H * W, span), 1), launch.accumulator_dtype(dtype), torch.channels_last)
+    return y, _plan_plane(x, parts, 1, span, tile), parts, _plan_plane(parts, y, H * W, parts.shape[2], _plane_tile(C, True))
+
+
 def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
     """The mean of each plane of x [N, C, H, W]: [N, C, 1, 1], channels_last if x is.
 
     Few large planes are cut into parts, whose sums a second launch adds in order.
     """
-    N, C, H, W = x.shape
-    fmt = launch.memory_format(x)
-    y = launch.empty((N, C, 1, 1), x, fmt)
-    tile = _plane_tile(C, fmt == torch.channels_last)
-    programs = max(1, N * cdiv(C, tile.BLOCK_C))
-    splits = max(1, min(cdiv(2 * BUSY_PROGRAMS, programs), H * W // (8 * tile.BLOCK_PIXELS)))
-    if splits == 1:
-        _plane_mean(x, y, H * W, H * W, tile)
-        return y
-    span = cdiv(cdiv(H * W, splits), tile.BLOCK_PIXELS) * tile.BLOCK_PIXELS
-    parts = launch.empty((N, C, cdiv(H * W, span), 1), x, torch.channels_last, launch.accumulator_dtype(x.dtype))
-    _plane_mean(x, parts, 1, span, tile)
-    _plane_mean(parts, y, H * W, parts.shape[2], _plane_tile(C, True))
+    layout, first, parts_layout, second = _plan(x.shape, x.stride(), x.dtype)
+    y = launch.empty(layout, x)
+    if parts_layout is None:
+        first(x, y)
+    else:
+        parts = launch.empty(parts_layout, x)
+        first(x, parts)
+        second(parts, y)
     return y

@@ -8,10 +8,9 @@ NCHW, where VEC is 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
@@ -82,17 +81,16 @@ def divide(a, b):
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
-def run_rows(kernel: Any, problem: PoolProblem, operands: dict[str, torch.Tensor], loop: int, **options: Any) -> None:
-    """Launches `kernel`, whose first arguments are `operands`, the last of them its result; `loop` is the length of its loop."""
+def plan_rows(kernel: Any, problem: PoolProblem, operands: dict[str, launch.Laid], loop: int, **options: Any) -> launch.Plan:
+    """A launch of `kernel`, whose first arguments are `operands`, the last of them its result; `loop` is the length of its loop."""
     g = problem
     *_, result = operands.values()
     channels_fast = launch.is_channels_last(result)
-    vec = gcd(g.C, VECTOR_BYTES // max(t.element_size() for t in operands.values())) if channels_fast else 1
+    vec = gcd(g.C, VECTOR_BYTES // max(t.dtype.itemsize for t in operands.values())) if channels_fast else 1
     tile = PoolTile(32 * NUM_WARPS * max(1, 4 // vec), vec, channels_fast)
     strides = {name: launch.strides_nhwc(t) for name, t in operands.items()}
-    launch.run(
-        kernel, (cdiv(result.numel() // vec, tile.ROWS),), result.device,
-        *operands.values(), g.N, g.H, g.W, g.P, g.Q, *(s for t in strides.values() for s in t[:4]),
+    return launch.Plan(
+        kernel, (cdiv(prod(result.shape) // vec, tile.ROWS),), g.N, g.H, g.W, g.P, g.Q, *(s for t in strides.values() for s in t[:4]),
         tile=tile, C=g.C, R=g.R, S=g.S, STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w,
         **{f"{name}_ALIGN": s.align for name, s in strides.items()}, **options,
         UNROLL=loop if loop <= MAX_UNROLL else PART_UNROLL, ROWS=tile.ROWS, VEC=vec, CHANNELS_FAST=channels_fast, num_warps=NUM_WARPS,

@@ -1,7 +1,7 @@
 """Hand-written Triton kernels for convolutional networks in PyTorch.
 
-`functional` holds the operations, `nn` the layers, `models` the ResNets, `check` the proof; `trace` and `backend` show and steer
-who serves a call.
+`convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it. `functional` holds the
+operations, `nn` the layers, `models` the ResNets; `trace` and `backend` show and steer who serves a call.
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ if TYPE_CHECKING:
     from . import models as models
     from . import nn as nn
     from .checking import check as check
+    from .conversion import convert as convert
+    from .conversion import report as report
+    from .conversion import revert as revert
     from .dispatch import backend as backend
     from .dispatch import trace as trace
 
 __version__ = "0.1.0"
 
 _MODULES = ("functional", "models", "nn")
-_HOME = {"check": ".checking", "backend": ".dispatch", "trace": ".dispatch"}
-__all__ = ["__version__", "backend", "check", "functional", "models", "nn", "trace"]
+_HOME = {
+    "backend": ".dispatch",
+    "check": ".checking",
+    "convert": ".conversion",
+    "report": ".conversion",
+    "revert": ".conversion",
+    "trace": ".dispatch",
+}
+__all__ = ["__version__", "backend", "check", "convert", "functional", "models", "nn", "report", "revert", "trace"]
 
 
 def __getattr__(name: str) -> Any:

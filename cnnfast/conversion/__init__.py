@@ -37,15 +37,17 @@ def convert(model: nn.Module, *, inplace: bool = False, memory_format: torch.mem
     """
     _check("convert", model)
     if memory_format not in FORMATS:
-        raise ValueError(f"convert(): memory_format must be None, torch.channels_last or torch.contiguous_format, but got {memory_format!r}")
+        raise ValueError(
+            f"convert(): memory_format must be None, torch.channels_last or torch.contiguous_format, but got {memory_format!r}"
+        )
     if not inplace:
-        model = share(model)
+        model = share(model, "convert")
     modules = list(model.modules())
     for module in modules:
         swap(module)
     for module in reversed(modules):  # children first: whether one may write into its arguments is known then
         fuse(module)
-    return model if memory_format is None else model.to(memory_format=memory_format)
+    return model if memory_format is None else model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
 
 
 def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -55,7 +57,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     _check("revert", model)
     if not inplace:
-        model = share(model)
+        model = share(model, "revert")
     for module in model.modules():
         unfuse(module)
         swap_back(module)

@@ -66,12 +66,12 @@ def _fused_class(base: Any, found: Plan) -> type:
                     break
         return base.forward(self, *args, **kwargs)
 
-    def __setattr__(self: Any, name: str, value: Any) -> None:
+    def set_attribute(self: Any, name: str, value: Any) -> None:
         base.__setattr__(self, name, value)
         if name not in ("training", "__class__"):
             changed(self)
 
-    def __delattr__(self: Any, name: str) -> None:
+    def delete_attribute(self: Any, name: str) -> None:
         base.__delattr__(self, name)
         changed(self)
 
@@ -82,7 +82,7 @@ def _fused_class(base: Any, found: Plan) -> type:
         else:  # another library has put its own class on top of ours
             self.__dict__["_cnnfast_changed"] = True
 
-    methods = {"forward": forward, "__setattr__": __setattr__, "__delattr__": __delattr__, "_cnnfast_plan": found}
+    methods = {"forward": forward, "__setattr__": set_attribute, "__delattr__": delete_attribute, "_cnnfast_plan": found}
     cls = graft(base, (base,), methods, fuse)
     return cls
 

@@ -24,14 +24,14 @@ def base_of(cls: type) -> type:
 def graft(base: type, bases: tuple[type, ...], namespace: dict[str, Any], regraft: Regraft) -> type:
     """A subclass of `bases`, the first of which is `base`, under the name of `base`. `regraft` does it again, for a copy or a pickle."""
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+    def reduce(self: Any, protocol: Any) -> Any:
         function, arguments, *state = super(grafted, self).__reduce_ex__(protocol)
         if function is copyreg.__newobj__ and arguments[0] is type(self):  # pyright: ignore[reportAttributeAccessIssue]
             return (_pending, (base, regraft, *arguments[1:]), *state)
         return (function, tuple(base if a is type(self) else a for a in arguments), *state)
 
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "_cnnfast_base": base}
-    grafted: Any = type(base.__name__, bases, {"__reduce_ex__": __reduce_ex__, **named, **namespace})
+    grafted: Any = type(base.__name__, bases, {"__reduce_ex__": reduce, **named, **namespace})
     return grafted
 
 
@@ -42,9 +42,9 @@ def _pending(base: type, regraft: Regraft, *arguments: Any) -> nn.Module:
 
 @functools.cache
 def _pending_class(base: type, regraft: Regraft) -> Any:
-    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+    def set_state(self: Any, state: dict[str, Any]) -> None:
         self.__class__ = base
         self.__setstate__(state)
         regraft(self)
 
-    return type(base.__name__, (base,), {"__setstate__": __setstate__})
+    return type(base.__name__, (base,), {"__setstate__": set_state})

@@ -157,7 +157,7 @@ class _Rewriter:
         self.writers = [node for node in graph.nodes if self.may_write(node)]
 
     def module(self, node: Any) -> nn.Module | None:
-        return self.modules.get(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else None
+        return self.modules.get(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
 
     def rewrite(self) -> list[Group]:
         chains = (self._chain(node) for node in list(self.graph.nodes) if is_convolution(self.module(node)))
@@ -227,7 +227,7 @@ class _Rewriter:
         if user.target in RELU:
             return ("relu", None) if plain else None
         if user.target in FUNCTIONAL:
-            return (FUNCTIONAL[user.target], None) if plain else None
+            return (FUNCTIONAL[user.target], None) if plain else None  # pyright: ignore
         if user.target is F.gelu and len(user.args) == 1:
             return {"none": ("gelu", None), "tanh": ("gelu_tanh", None)}.get(options.get("approximate", "none"))  # pyright: ignore
         if user.target is F.leaky_relu and len(user.args) <= 2:

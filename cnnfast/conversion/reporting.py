@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .. import dispatch
-from ..summary import layers
 from .fusion import groups_in_force, plan_of, why_not_fused
 from .grafts import base_of
 from .leaves import is_ours, replacement, why_left
@@ -135,6 +134,8 @@ def _why_not(block: nn.Module) -> str:
 
 def _flops(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[dict[str, int], int | None, str]:
     """(FLOPs of each module by name, of the model, what input they are of). Without inputs an image as large as ImageNet's is tried."""
+    from ..summary import layers
+
     inputs = example_inputs
     if not inputs:
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -168,6 +169,6 @@ def _notes(model: nn.Module) -> Iterator[str]:
     strided = sum(w.shape[1] > 1 and w[0, 0].numel() > 1 and not w.is_contiguous(memory_format=torch.channels_last) for w in weights)
     if strided:
         yield (
-            f"{strided} convolutions have NCHW weights, and an NCHW input gives NCHW outputs: each kernel then reads single elements, not vectors."
+            f"{strided} convolutions have NCHW weights: with an NCHW input kernels read single elements, not vectors."
             " convert(model, memory_format=torch.channels_last), and channels_last inputs, avoid that."
         )

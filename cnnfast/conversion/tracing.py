@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Refused(Exception):  # noqa: N818 - no error: the container keeps its own forward
+class Refused(Exception):
     """Why a container's forward cannot be traced honestly."""
 
 
@@ -41,10 +41,11 @@ FUNCTIONS: set[Any] = {
     )
     for name in names.split()
 } | {getattr}  # fmt: skip
-METHODS = set(
+_METHOD_NAMES = (
     "add sub mul div add_ sub_ mul_ div_ relu relu_ sigmoid sigmoid_ tanh softmax mean sum amax view reshape flatten unflatten size dim permute"
-    " transpose squeeze unsqueeze chunk split expand expand_as contiguous repeat clamp to float type_as".split()
+    " transpose squeeze unsqueeze chunk split expand expand_as contiguous repeat clamp to float type_as"
 )
+METHODS = set(_METHOD_NAMES.split())
 
 
 # Optional arguments that are tried as tensors too; each costs two traces.
@@ -64,7 +65,7 @@ class _Proxy(fx.Proxy):
 
 class _Tracer(fx.Tracer):
     def __init__(self, arguments: tuple[str, ...], lists: frozenset[str]) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__(autowrap_modules=())  # pyright: ignore[reportArgumentType]
         self.arguments, self.lists = arguments, lists
         self.asked: set[str] = set()
 
@@ -107,9 +108,9 @@ class _NoTensors(TorchDispatchMode):
 
 
 def signatures(cls: type) -> list[tuple[str, ...]]:
-    """Names of the positional arguments of `cls.forward` that a call may give: those required, then with optional ones that default to None.
+    """Names of the positional arguments of `cls.forward` that a call may give: those required; then with optional ones too.
 
-    Raises Refused if it takes *args, **kwargs or a required keyword, or needs no argument.
+    Optional ones count if they default to None. Raises Refused if it takes *args, **kwargs or a required keyword, or needs no argument.
     """
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]  # pyright: ignore[reportAttributeAccessIssue]
     for p in parameters:

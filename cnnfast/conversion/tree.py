@@ -15,11 +15,11 @@ HOOKS = (
 )
 
 
-def share(model: nn.Module) -> nn.Module:
+def share(model: nn.Module, function: str) -> nn.Module:
     """A copy of every module of `model`, with the very same Parameter and buffer objects.
 
     Other tensors and hooks are shared too; a hook that is a method of one of the modules becomes that of its copy.
-    Raises TypeError if some attribute cannot be copied.
+    Raises TypeError, in the name of `function`, if some attribute cannot be copied.
     """
     modules = list(model.modules())
     inside = {id(m) for m in modules}
@@ -34,5 +34,5 @@ def share(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise TypeError(
-            f"convert(): an attribute of this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}): use inplace=True"
+            f"{function}(): an attribute of this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}): use inplace=True"
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import nn as cnn
+from ..nn.fused import served, unwatched
 from .grafts import base_of, graft
 from .planning import Group, Plan, Variant, plan
 from .tracing import Refused
@@ -98,9 +98,10 @@ def _compile(base: type, variant: Variant) -> Any:
 
 def _serves(block: nn.Module, found: Plan, variant: Variant, args: tuple[Any, ...]) -> bool:
     """Whether kernels serve these arguments, and the container and its members are as they were, and unwatched."""
+    if not served(args[0] if isinstance(args[0], Tensor) else args[0][0]):
+        return False
     members = _members(block, found, variant)
-    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-    return bool(members) and cnn.fusable(first, *members)
+    return bool(members) and unwatched(*members)
 
 
 def _members(block: nn.Module, found: Plan, variant: Variant) -> list[nn.Module]:

@@ -42,8 +42,8 @@ FUNCTIONS: set[Any] = {
     for name in names.split()
 } | {getattr}  # fmt: skip
 _METHOD_NAMES = (
-    "add sub mul div add_ sub_ mul_ div_ relu relu_ sigmoid sigmoid_ tanh softmax mean sum amax view reshape flatten unflatten size dim permute"
-    " transpose squeeze unsqueeze chunk split expand expand_as contiguous repeat clamp to float type_as"
+    "add sub mul div add_ sub_ mul_ div_ relu relu_ sigmoid sigmoid_ tanh softmax mean sum amax view reshape flatten unflatten size dim"
+    " permute transpose squeeze unsqueeze chunk split expand expand_as contiguous repeat clamp to float type_as"
 )
 METHODS = set(_METHOD_NAMES.split())
 

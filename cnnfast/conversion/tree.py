@@ -33,6 +33,7 @@ def share(model: nn.Module, function: str) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
         raise TypeError(
-            f"{function}(): an attribute of this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}): use inplace=True"
+            f"{function}(): an attribute of this {type(model).__name__} cannot be copied ({reason}): use inplace=True"
         ) from error

@@ -18,12 +18,19 @@ from .layers import BatchNorm2d, Conv2d, running_statistics
 
 
 def fusable(x: Any, *modules: torch.nn.Module) -> bool:
-    """Whether conv_bn_act on `x` may stand for calls of `modules`: kernels serve it, and nobody watches or replaces a member's call.
+    """Whether conv_bn_act on `x` may stand for calls of `modules`: kernels serve it, and nobody watches or replaces a member's call."""
+    return served(x) and unwatched(*modules)
 
-    False for anything but a 4-D tensor; if a module has hooks of any kind, or a forward of its own in its __dict__; under global
-    module hooks; for a SyncBatchNorm in training. While calls are captured, whoever serves them, the fused ones shall be seen.
-    """
-    if not isinstance(x, Tensor) or x.dim() != 4 or (why_torch(x) and not captured()) or _has_any_global_hook():
+
+def served(x: Any) -> bool:
+    """Whether kernels serve `x`, a 4-D tensor. While calls are captured, whoever serves them, the fused ones shall be seen."""
+    return isinstance(x, Tensor) and x.dim() == 4 and (not why_torch(x) or captured())
+
+
+def unwatched(*modules: torch.nn.Module) -> bool:
+    """False if a module has hooks of any kind, or a forward of its own in its __dict__; under global module hooks; for a SyncBatchNorm
+    in training."""
+    if _has_any_global_hook():
         return False
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in m.__dict__:

@@ -118,8 +118,6 @@ class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
     def forward(self, input: Tensor) -> Tensor:
         if _torch_serves("adaptive_avg_pool2d", input):
             return super().forward(input)
-        if self.output_size in (1, (1, 1), [1, 1]):
-            return functional.global_avg_pool2d(input)
         return functional.adaptive_avg_pool2d(input, self.output_size)
 
 

@@ -37,7 +37,7 @@ ruff format --check .
 pyright
 
 step "Command line"
-for command in "" demo check aot; do
+for command in "" demo check info aot; do
     cnnfast $command --help >"$work/help"
 done
 cnnfast check cnnfast.demo.digits:DigitNet --input 1x1x8x8

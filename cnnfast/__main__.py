@@ -10,6 +10,7 @@ from . import __version__
 from .commands.aot import aot
 from .commands.check import check
 from .commands.demo import demo
+from .commands.info import info
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
 
@@ -27,7 +28,7 @@ def main(
     """Hand-written Triton kernels for convolutional networks in PyTorch, and the proof that they are right."""
 
 
-for command in (demo, check, aot):
+for command in (demo, check, info, aot):
     app.command()(command)
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from .. import dispatch, functional
+from ..aside import leaving_no_trace
 
 OPERATIONS = (
     "conv1d",
@@ -148,11 +148,7 @@ def capture_calls(target: Callable[..., Any], inputs: tuple[Any, ...], dtype: to
         return t.detach().to(dtype) if dtype is not None and t.is_floating_point() and t.dtype != dtype else clone(t)
 
     inputs = tree_map_only(Tensor, prepare, inputs)
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     recorder = _Recorder(owners)
-    # Nothing is compiled before torch._dynamo is imported, and importing it takes seconds.
-    uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    unchanged = torch.random.fork_rng(devices=cuda)
-    with unchanged, torch.no_grad(), uncompiled, dispatch.backend("torch"), dispatch.capture(recorder.ours), recorder:
+    with leaving_no_trace(), torch.no_grad(), dispatch.backend("torch"), dispatch.capture(recorder.ours), recorder:
         target(*inputs)
     return recorder.calls

@@ -1,0 +1,30 @@
+"""Fixtures of the tests of what faces PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cnnfast.functional
+from blocks import Net, build, image
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> torch.device:
+    """The device, where kernels serve every call, and quickly: on the GPU as they are, on the CPU by PyTorch's own operators."""
+    if device.type == "cpu":
+        from plain_operators import plain_operators
+
+        monkeypatch.setattr(cnnfast.functional, "ops", plain_operators())
+    return device
+
+
+@pytest.fixture
+def net(quick: torch.device) -> torch.nn.Module:
+    """A small network, in eval, and for it:"""
+    return build(Net, quick)
+
+
+@pytest.fixture
+def x(quick: torch.device) -> torch.Tensor:
+    return image(3, 9).to(quick)

@@ -1,0 +1,128 @@
+"""convert on networks that nobody here wrote: the original's numbers in eval and in training, and a report that says the truth."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import cnnfast
+from model_zoo import FAMILIES, Family, torchvision
+from steps import assert_same_steps, fusions
+
+
+def make(family: Family, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, torch.Tensor]:
+    try:
+        return family.make(dtype)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{family.package} is not installed: {error}")
+
+
+def is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.BatchNorm2d) or type(module).__name__ == "FrozenBatchNorm2d"
+
+
+def convolutions_before_a_norm(model: nn.Module, x: torch.Tensor) -> set[str]:
+    """Names of the convolutions whose output goes straight into a batch norm, seen while the original runs."""
+    names = {module: name for name, module in model.named_modules()}
+    made_by: dict[int, tuple[str, torch.Tensor]] = {}  # the tensors are kept, so that no other takes their place
+    found: set[str] = set()
+
+    def remember(module, inputs, output):
+        made_by[id(output)] = names[module], output
+
+    def look(module, inputs):
+        if id(inputs[0]) in made_by:
+            found.add(made_by[id(inputs[0])][0])
+
+    hooks = [m.register_forward_hook(remember) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    hooks += [m.register_forward_pre_hook(look) for m in model.modules() if is_norm(m)]
+    with torch.no_grad():
+        model.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_family(family, quick):
+    """Keys in their order, every tensor the same object, eval and training output, gradients and buffers, and back again."""
+    model, x = make(family)
+    model, x = model.to(quick), x.to(quick)
+    original = copy.deepcopy(model)
+    keys, tensors = list(model.state_dict()), [*model.parameters(), *model.buffers()]
+    kinds = {name: type(module) for name, module in model.named_modules()}
+
+    ours = cnnfast.convert(model)
+    assert list(ours.state_dict()) == keys
+    assert all(a is b for a, b in zip([*ours.parameters(), *ours.buffers()], tensors, strict=True))
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert list(dict(ours.named_modules())) == list(kinds)
+    assert all(isinstance(module, kinds[name]) for name, module in ours.named_modules())
+    traces = assert_same_steps(ours, original, x, modes=("no_grad", "train"))
+
+    report = cnnfast.report(ours, x)
+    rows = {row.name: row for row in report.rows}
+    assert len(rows) == len(report.rows)
+    fused = {name for name, row in rows.items() if row.status == "fused" and isinstance(ours.get_submodule(name), nn.Conv2d)}
+    missing = {name for name, kind in kinds.items() if issubclass(kind, nn.Conv2d | nn.BatchNorm2d)} - set(rows)
+    assert not missing, "covered modules without a row"
+    assert all(row.reason for row in report.rows if row.status == "left")
+    assert {call.served_by for trace in traces.values() for call in trace} <= {"kernels"}
+    assert [fusions(trace) for trace in traces.values()] == [len(fused)] * 2, "the report says fused"
+    assert 0 <= report.coverage <= 1
+    assert convolutions_before_a_norm(original, x) - fused == UNFUSED.get(str(family), set())
+
+    back = cnnfast.revert(ours)
+    assert {name: type(module) for name, module in back.named_modules()} == kinds
+    assert_same_steps(back, original, x, modes=("no_grad",))
+
+
+# Convolutions that stand before a norm and are not fused with it, and why.
+UNFUSED: dict[str, set[str]] = {}
+
+
+def test_resnet50_fuses_53_of_53(quick):
+    model = torchvision().models.resnet50()
+    x = torch.randn(1, 3, 224, 224)
+    report = cnnfast.report(cnnfast.convert(model), x)
+    rows = [row for row in report.rows if row.kind == "Conv2d"]
+    assert [row.status for row in rows] == ["fused"] * 53
+    assert sum(row.flops for row in rows) == 2 * 4_087_136_256  # multiply-adds of the convolutions, as everybody counts them
+    assert report.coverage > 0.999
+    assert json.loads(report.to_json())["coverage"] == report.coverage
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# By the kernels themselves: in the interpreter most families take minutes
+
+
+def run_by_kernels(family: Family, size: tuple[int, ...], modes: tuple[Mode, ...], device: torch.device) -> None:
+    model, _ = make(family)
+    x = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model, x = model.to(device), x.to(device)
+    traces = assert_same_steps(cnnfast.convert(model), copy.deepcopy(model), x, modes=modes, tolerance=1e-9)
+    for trace in traces.values():
+        assert {call.served_by for call in trace} == {"kernels"}
+
+
+SMALL: dict[str, tuple[tuple[int, ...], tuple[Mode, ...]]] = {
+    "transformers-ResNet": ((2, 3, 32, 32), ("no_grad", "train")),
+    "transformers-RegNet": ((2, 3, 32, 32), ("no_grad",)),
+    "torchvision-densenet": ((2, 3, 32, 32), ("no_grad",)),
+    "unet": ((1, 3, 16, 16), ("no_grad", "train")),
+}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if str(family) in SMALL], ids=str)
+def test_a_small_family_by_kernels(family, device):
+    run_by_kernels(family, *SMALL[str(family)], device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_family_by_kernels(family, device):
+    run_by_kernels(family, family.size, ("no_grad", "train"), device)

@@ -169,7 +169,9 @@ def _from_sources(name: str, sources: Sequence[str]) -> Target:
             return Target(name, source, model)
     here = [source for source in installed if _import(source)]
     places = f"no model of {', '.join(here)}" if here else "a bare name, and no library of models is here to look it up in"
-    broken = f" ({', '.join(source for source in installed if source not in here)} installed, but not importable)" if here != installed else ""
+    broken = (
+        f" ({', '.join(source for source in installed if source not in here)} installed, but not importable)" if here != installed else ""
+    )
     near = _near(name, here)
     end = f"; near: {', '.join(near)}" if near else f"; write {WAYS}" if len(sources) > 1 else ""
     if len(sources) == 1 and not here:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..nn.fused import served, unwatched
 from .grafts import base_of, graft
 from .planning import Group, Plan, Variant, plan
-from .tracing import Refused
+from .refused import Refused
 
 
 def fuse(block: nn.Module) -> None:

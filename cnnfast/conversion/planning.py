@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from .. import nn as cnn
 from ..activations import activation_of
 from .leaves import is_convolution, is_norm, is_ours, normalizes_and_activates
-from .tracing import Refused, Traced, signatures, trace
+from .refused import Refused
+from .tracing import Traced, signatures, trace
 
 ADDITIONS = (operator.add, torch.add, "add")
 IN_PLACE_ADDITIONS = (operator.iadd, "add_")

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from .. import dispatch
 from .fusion import groups_in_force, plan_of, why_not_fused
 from .grafts import base_of
-from .leaves import is_ours, replacement, why_left
+from .leaves import is_norm, is_ours, replacement, why_left
 
 FUSED, REPLACED, LEFT = "fused", "replaced", "left"
 STYLES = {FUSED: "green", REPLACED: "green", LEFT: "yellow"}
@@ -53,8 +53,20 @@ class Report:
     input: str
     notes: list[str]
 
-    def count(self, status: str) -> int:
-        """Convolutions of that status: "fused", "replaced" or "left"."""
+    @property
+    def fused(self) -> int:
+        return sum(row.status == FUSED for row in self.rows)
+
+    @property
+    def replaced(self) -> int:
+        return sum(row.status == REPLACED for row in self.rows)
+
+    @property
+    def left(self) -> int:
+        return sum(row.status == LEFT for row in self.rows)
+
+    def convolutions(self, status: str) -> int:
+        """How many have that status: "fused", "replaced" or "left"."""
         return sum(row.convolution and row.status == status for row in self.rows)
 
     @property
@@ -66,8 +78,8 @@ class Report:
 
     @property
     def summary(self) -> str:
-        convolutions = sum(row.convolution for row in self.rows)
-        text = f"{self.count(FUSED)} of {convolutions} convolutions fused, {self.count(REPLACED)} replaced, {self.count(LEFT)} left"
+        total = sum(row.convolution for row in self.rows)
+        text = f"{self.convolutions(FUSED)} of {total} convolutions fused, {self.convolutions(REPLACED)} replaced, {self.convolutions(LEFT)} left"
         return text if self.coverage is None else f"{text}; {self.coverage:.1%} of the FLOPs ({self.input})"
 
     def to_json(self) -> str:
@@ -80,7 +92,7 @@ class Report:
         for heading in ("module", "class", "", "GFLOP", "into, or why"):
             table.add_column(heading, overflow="fold", justify="right" if heading == "GFLOP" else "left")
         for row in self.rows:
-            flops = f"{row.flops / 1e9:.3f}" if row.flops else ""
+            flops = f"{row.flops / 1e9:.3g}" if row.flops else ""
             table.add_row(Text(row.name), Text(row.kind), Text(row.status, STYLES[row.status]), flops, Text(row.reason))
         return Group(table, *(Text(note, "yellow") for note in self.notes), Text(self.summary, "bold"))
 
@@ -100,7 +112,7 @@ def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> Report:
     for name, module in modules.items():
         kind = base_of(type(module)).__name__
         convolution = isinstance(module, CONVOLUTIONS)
-        if name in fused:
+        if name in fused and (is_ours(module) or is_norm(module)):
             rows.append(Row(name, kind, FUSED, fused[name], costs.get(name), convolution))
         elif is_ours(module):
             rows.append(Row(name, kind, REPLACED, "", costs.get(name), convolution))
@@ -127,8 +139,7 @@ def _why_not(block: nn.Module) -> str:
     lists = [m for m in block.children() if isinstance(m, nn.ModuleList | nn.ModuleDict)]
     own = [m for container in (block, *lists) for m in container.children()]
     if any(isinstance(m, nn.Conv2d) for m in own) and any(isinstance(m, nn.BatchNorm2d) for m in own):
-        reason = why_not_fused(block)
-        return f"not fused: {reason}" if reason else ""
+        return f"not fused: {why_not_fused(block) or 'no result of a convolution goes to a batch norm and nowhere else'}"
     return ""
 
 
@@ -141,7 +152,7 @@ def _flops(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[dict[str,
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         if first is None:
             return {}, None, ""
-        inputs = (torch.empty(1, first.in_channels, 224, 224, device="meta"),)
+        inputs = (torch.empty(1, first.in_channels, 224, 224, device="meta", dtype=first.weight.dtype),)
     try:
         found = layers(model, *inputs)
     except Exception as error:  # whatever a foreign forward raises

@@ -14,6 +14,7 @@ import itertools
 import operator
 import random
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
-class Refused(Exception):
-    """Why a container's forward cannot be traced honestly."""
-
+from .refused import Refused
+from .watching import watched
 
 # Functions that may stand in a rewritten forward: their results depend on their arguments alone.
 FUNCTIONS: set[Any] = {
@@ -63,17 +62,34 @@ class _Proxy(fx.Proxy):
         return tracer.kind_of(self.node)
 
 
+def _record_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return call
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "ilshift", "irshift"):
+    setattr(_Proxy, f"__{_name}__", _record_in_place(getattr(operator, _name)))  # fx would take them for x = x + y
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, arguments: tuple[str, ...], lists: frozenset[str]) -> None:
         super().__init__(autowrap_modules=())  # pyright: ignore[reportArgumentType]
         self.arguments, self.lists = arguments, lists
         self.asked: set[str] = set()
+        self.proxies: list[weakref.ref[fx.Proxy]] = []
+        self.gradients = torch.is_grad_enabled()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        if torch.is_grad_enabled() != self.gradients:
+            raise Refused("its forward switches gradients on or off")
+        proxy = _Proxy(node, self)
+        self.proxies.append(weakref.ref(proxy))
+        return proxy
 
     def kind_of(self, node: fx.Node) -> type:
         if node.op != "placeholder":
@@ -149,15 +165,18 @@ def trace(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str] = 
 
 
 def _trace_once(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str], training: bool) -> Traced:
-    tracer = _Tracer(arguments, lists)
-    with _unchanged(block), _in_mode(block, training), torch.set_grad_enabled(training), _lists_recorded(tracer), _NoTensors():
+    with _unchanged(block), _in_mode(block, training), torch.set_grad_enabled(training), _NoTensors():
+        tracer = _Tracer(arguments, lists)
         try:
-            graph = tracer.trace(block)
+            with _lists_recorded(tracer), watched(block):
+                graph = tracer.trace(block)
         except Refused:
             raise
         except Exception as error:  # control flow on values, len() of a tensor, ...: fx says which
             line = str(error).strip().splitlines()
             raise Refused(f"its forward cannot be traced ({type(error).__name__}: {line[0] if line else ''})") from None
+    if any(proxy() is not None for proxy in tracer.proxies):
+        raise Refused("its forward keeps a tensor somewhere")
     graph.output_node().type = None  # an annotation may name what its module has imported, and the generated one has not
     kinds = tuple(("list" if name in lists else "tensor") if name in tracer.asked else "any" for name in arguments)
     return Traced(graph, kinds, frozenset(tracer.asked))
@@ -188,7 +207,7 @@ def _lists_recorded(tracer: _Tracer) -> Iterator[None]:
 @contextlib.contextmanager
 def _in_mode(block: nn.Module, training: bool) -> Iterator[None]:
     """Sets the flag of every module below, past whatever their `train` and `__setattr__` do."""
-    before = [(m, m.training) for m in block.modules()]
+    before = [(m, m.training) for m in block.modules() if "training" in m.__dict__]  # scripted modules have theirs elsewhere
     for m, _ in before:
         m.__dict__["training"] = training
     try:

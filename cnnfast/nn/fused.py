@@ -55,6 +55,8 @@ def conv_bn_act(
     the modules called one after the other would give, under autocast too: a residual of another dtype, or one that has to be
     broadcast, is added by PyTorch after the fused convolution and norm. activation, activation_arg: as functional.conv_bn_act.
     """
+    if x.shape[1] != conv.in_channels:  # the convolution's own error, before the norm has counted a batch
+        conv(x)
     (x,) = functional._autocast(x)
     padding: Any = conv.padding
     if conv.padding_mode != "zeros":

@@ -64,7 +64,7 @@ def load_and_run(model_file: str, input_file: str) -> list:
 
     model = torch.load(model_file, weights_only=False)
     x = torch.load(input_file)
-    with cnnfast.trace() as trace:
+    with torch.no_grad(), cnnfast.trace() as trace:
         y = model(x)
     kinds = [type(module).__name__ for module in model.modules()]
     return [y.tolist(), sum(call.operation == "conv_bn_act" for call in trace), kinds]

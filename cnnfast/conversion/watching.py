@@ -1,0 +1,142 @@
+"""Watches the Python that a forward runs while it is traced, for what a trace does not show.
+
+A traced forward is run once and its decisions are kept. They must therefore follow from things that conversion is told of when they
+change: children, and plain values among the container's own attributes. `watched` raises Refused if the forward, or a function
+that it calls, reads anything else that may change, asks what an object is, catches errors, enters a context or writes attributes.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import inspect
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .refused import Refused
+
+# Builtins that tell objects apart, look into them or act beyond the forward. isinstance is the proxies' own affair.
+FORBIDDEN_BUILTINS = {
+    getattr(builtins, name)
+    for name in ("callable", "delattr", "eval", "exec", "globals", "hasattr", "hash", "id", "input", "issubclass", "locals", "open",
+                 "print", "setattr", "type", "vars")
+}  # fmt: skip
+FORBIDDEN_OPERATIONS = {
+    "PUSH_EXC_INFO": "catches errors or enters a context",
+    "STORE_ATTR": "sets an attribute",
+    "DELETE_ATTR": "deletes an attribute",
+    "STORE_GLOBAL": "sets a global variable",
+}
+# Parts of torch that change what is recorded, not what is computed.
+FORBIDDEN_TORCH = ("torch.utils.checkpoint", "torch.autograd", "torch.amp", "torch.cuda", "torch.utils._contextlib", "torch._compile")
+CONSTANT = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    types.EllipsisType,
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    torch.Size,
+)
+UNREAD: Any = object()  # a value that is not followed further
+
+
+@contextmanager
+def watched(block: nn.Module) -> Iterator[None]:
+    """Raises Refused, from within what `block` runs, for the first thing that does not bear tracing."""
+    forward: Any = type(block).forward
+    starts = {getattr(f, "__code__", None) for f in (forward, inspect.unwrap(forward))}
+    own: set[Any] = set()  # code of the forward and of what it calls, down to torch's
+
+    def observe(frame: types.FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            code, caller = frame.f_code, frame.f_back
+            if code in own or not (code in starts or (caller is not None and caller.f_code in own)):
+                return
+            module = frame.f_globals.get("__name__", "")
+            if module == "torch" or module.startswith("torch."):
+                if module.startswith(FORBIDDEN_TORCH):
+                    raise Refused(f"its forward goes through {module}")
+            elif not module.startswith("cnnfast.conversion"):  # the proxies' own methods
+                own.add(code)
+                _examine(code, frame, block)
+        elif event == "c_call" and frame.f_code in own and argument in FORBIDDEN_BUILTINS:
+            raise Refused(f"its forward calls {argument.__name__}()")
+
+    before = sys.getprofile()
+    sys.setprofile(observe)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def _examine(code: types.CodeType, frame: types.FrameType, block: nn.Module) -> None:
+    """Refuses by the instructions of a function that is about to run."""
+    value: Any = UNREAD
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name in FORBIDDEN_OPERATIONS:
+            raise Refused(f"its forward {FORBIDDEN_OPERATIONS[name]}")
+        if name in ("LOAD_ATTR", "LOAD_METHOD"):
+            value = _attribute(value, instruction.argval, block)
+        elif name == "LOAD_GLOBAL":
+            value = _outside(instruction.argval, frame.f_globals.get(instruction.argval, getattr(builtins, str(instruction.argval), None)))
+        elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
+            value = _outside(instruction.argval, frame.f_locals.get(instruction.argval))
+        elif name.startswith("LOAD_FAST"):
+            local = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
+            found = frame.f_locals.get(local)
+            value = found if issubclass(type(found), nn.Module) else UNREAD  # isinstance would ask a proxy
+        elif name not in ("CACHE", "PUSH_NULL", "EXTENDED_ARG", "RESUME", "COPY_FREE_VARS"):
+            value = UNREAD
+
+
+def _outside(name: str, value: Any) -> Any:
+    """A global variable, or one of an enclosing function: it may name a module, class, function or constant, and nothing that changes."""
+    if issubclass(type(value), fx.Proxy):
+        return UNREAD
+    if any(value is forbidden for forbidden in FORBIDDEN_BUILTINS):
+        raise Refused(f"its forward uses {name}()")
+    if callable(value) or isinstance(value, types.ModuleType):
+        return value
+    if isinstance(value, str | tuple | None) or (name.isupper() and isinstance(value, CONSTANT)):
+        return UNREAD
+    raise Refused(f"its forward reads the variable {name} from outside")
+
+
+def _attribute(value: Any, name: str, block: nn.Module) -> Any:
+    """What `value.name` is, as far as it matters; refuses values that may change unnoticed."""
+    if value is UNREAD or value is None:
+        return UNREAD
+    if isinstance(value, types.ModuleType):
+        found = getattr(value, name, None)
+        if isinstance(found, types.ModuleType) or callable(found) or value.__name__.startswith(("torch", "math", "numpy")):
+            return found
+        raise Refused(f"its forward reads {value.__name__}.{name}")
+    if not isinstance(value, nn.Module):
+        return UNREAD
+    child = value._modules.get(name)
+    if child is not None or name in ("training", "_modules"):
+        return child if child is not None else UNREAD
+    found = value.__dict__.get(name, UNREAD)
+    if found is UNREAD or callable(found):
+        return UNREAD  # methods and properties run, and are watched
+    if value is block and _is_plain(found):
+        return UNREAD
+    raise Refused(f"its forward reads {name}, which may change unnoticed")
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, CONSTANT) or (isinstance(value, tuple) and all(map(_is_plain, value)))

@@ -53,20 +53,8 @@ class Report:
     input: str
     notes: list[str]
 
-    @property
-    def fused(self) -> int:
-        return sum(row.status == FUSED for row in self.rows)
-
-    @property
-    def replaced(self) -> int:
-        return sum(row.status == REPLACED for row in self.rows)
-
-    @property
-    def left(self) -> int:
-        return sum(row.status == LEFT for row in self.rows)
-
-    def convolutions(self, status: str) -> int:
-        """How many have that status: "fused", "replaced" or "left"."""
+    def count(self, status: str) -> int:
+        """How many convolutions have that status: "fused", "replaced" or "left"."""
         return sum(row.convolution and row.status == status for row in self.rows)
 
     @property
@@ -79,7 +67,8 @@ class Report:
     @property
     def summary(self) -> str:
         total = sum(row.convolution for row in self.rows)
-        text = f"{self.convolutions(FUSED)} of {total} convolutions fused, {self.convolutions(REPLACED)} replaced, {self.convolutions(LEFT)} left"
+        fused, replaced, left = map(self.count, (FUSED, REPLACED, LEFT))
+        text = f"{fused} of {total} convolutions fused, {replaced} replaced, {left} left"
         return text if self.coverage is None else f"{text}; {self.coverage:.1%} of the FLOPs ({self.input})"
 
     def to_json(self) -> str:

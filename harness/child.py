@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 HARNESS = Path(__file__).resolve().parent
-IMPORTABLE = (HARNESS.parent, HARNESS.parent / "kernels", HARNESS.parent / "tests", HARNESS)
+TESTS = HARNESS.parent / "tests"
+IMPORTABLE = (HARNESS.parent, HARNESS.parent / "kernels", TESTS, HARNESS)
 
 
 def run_compiled(script: str | Path | Callable[..., Any], *arguments: Any, timeout: float = 600) -> Any:

@@ -24,6 +24,7 @@ except ImportError:  # no triton on this platform: every operation takes PyTorch
 Backend = Literal["auto", "kernels", "torch"]
 
 OLDEST_GPU = (8, 0)
+CPU_REASON = "" if launch is None or launch.INTERPRETED else "the tensors are on the CPU, and Triton does not interpret"
 _backend: Backend = "auto"
 
 
@@ -80,25 +81,23 @@ def _why_torch(x: torch.Tensor, others: tuple[torch.Tensor | None, ...], algorit
         return 'backend("torch")'
     if launch is None:
         return "triton is not installed"
-    if x.is_cpu and not launch.INTERPRETED:  # first: what PyTorch serves anyway shall not wait for the other questions
-        return "the tensors are on the CPU, and Triton does not interpret"
+    if CPU_REASON and x.is_cpu:  # first: what PyTorch serves anyway shall not wait for the other questions
+        return CPU_REASON
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a functorch transform or forward-mode AD is active"
+    if x.dtype not in launch.KERNEL_DTYPES:  # those of quantized tensors are not; another dtype of `others` is an error, not a choice
+        return f"dtype {x.dtype} has no kernel"
+    if x.layout is not torch.strided or x.is_nested:  # a lazy negation is done before an operator runs
+        return "the tensor is not plain strided memory"
     device = x.device
-    for t in (x, *others):
-        if t is None:
-            continue
-        if t.dtype not in launch.KERNEL_DTYPES:
-            return f"dtype {t.dtype} has no kernel"
-        if t.layout != torch.strided or t.is_quantized or t.is_nested:  # a lazy negation is done before an operator runs
-            return "the tensor is not plain strided memory"
-        if t.device != device:
+    for t in others:
+        if t is not None and t.device != device:
             return "tensors are on different devices"
-    if device.type == "cuda":
+    if x.is_cuda:
         return _gpu_reason(device.index)
-    if device.type != "cpu":
+    if not x.is_cpu:
         return f"device {device.type} has no kernels"
-    if torch.bfloat16 in (x.dtype, *(t.dtype for t in others if t is not None)) and not _interpreter_rounds_bf16():
+    if launch.INTERPRETED and any(t is not None and t.dtype == torch.bfloat16 for t in (x, *others)) and not _interpreter_rounds_bf16():
         return "Triton's interpreter computes bfloat16 wrongly"
     return ""
 

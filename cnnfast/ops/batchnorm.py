@@ -17,7 +17,7 @@ from cnnfast_kernels.epilogue import FROM_OUTPUT
 from cnnfast_kernels.planes import dense_format
 
 from ..activations import activate
-from .registry import below_autograd, register
+from .registry import register
 
 
 def _statistics_like(y: Tensor) -> Tensor:
@@ -66,8 +66,7 @@ def _replay(y, mean, var, weight, bias, residual, eps, activation, slope, traini
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, mean, var, weight, bias, residual, eps, activation, slope, training):
-        with below_autograd():
-            z = normalize(y, mean, var, weight, bias, residual, eps, activation, slope, training)
+        z = normalize(y, mean, var, weight, bias, residual, eps, activation, slope, training)
         # act' is read off z where it can be: z is kept by whatever comes next, u = bn(y) + residual by nobody
         from_output = _from_output(activation, slope)
         of_u = (None, None, z if activation else None) if from_output else (bias, residual, None)
@@ -149,8 +148,7 @@ class _ChannelSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.shape = x.shape
-        with below_autograd():
-            return channel_sum(x)
+        return channel_sum(x)
 
     @staticmethod
     def backward(ctx, dsum):  # pyright: ignore[reportIncompatibleMethodOverride]

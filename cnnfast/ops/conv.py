@@ -16,7 +16,7 @@ from cnnfast_kernels.epilogue import FROM_OUTPUT, BatchNorm, Epilogue
 from cnnfast_kernels.problem import output_extent
 
 from .batchnorm import channel_sum, frozen_backward, normalize
-from .registry import below_autograd, register
+from .registry import register
 
 GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups, str algorithm"
 
@@ -127,9 +127,10 @@ def _save_operands(ctx: Any, x: Tensor, w: Tensor, *more: Tensor | None) -> None
 
 def _operand_grads(ctx: Any, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, w and bias, each only if asked for."""
-    dx = conv_dgrad(dy, w, None, *ctx.x_layout, *ctx.geometry) if ctx.needs_input_grad[0] else None
-    dw = conv_wgrad(x, dy, *ctx.w_layout, *ctx.geometry) if ctx.needs_input_grad[1] else None
-    return dx, dw, channel_sum(dy) if ctx.needs_input_grad[2] else None
+    needs = ctx.needs_input_grad
+    dx = conv_dgrad(dy, w, None, *ctx.x_layout, *ctx.geometry) if needs[0] else None
+    dw = conv_wgrad(x, dy, *ctx.w_layout, *ctx.geometry) if needs[1] else None
+    return dx, dw, channel_sum(dy) if needs[2] else None
 
 
 class _Fprop(torch.autograd.Function):
@@ -137,8 +138,7 @@ class _Fprop(torch.autograd.Function):
     def forward(ctx, x, w, bias, *geometry):
         ctx.geometry = geometry
         _save_operands(ctx, x, w)
-        with below_autograd():
-            return conv_fprop(x, w, bias, *geometry)
+        return conv_fprop(x, w, bias, *geometry)
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -152,8 +152,7 @@ class _Dgrad(torch.autograd.Function):
     def forward(ctx, dy, w, bias, x_shape, channels_last, *geometry):
         ctx.geometry = geometry
         _save_operands(ctx, dy, w)
-        with below_autograd():
-            return conv_dgrad(dy, w, bias, x_shape, channels_last, *geometry)
+        return conv_dgrad(dy, w, bias, x_shape, channels_last, *geometry)
 
     @staticmethod
     def backward(ctx, ddx):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -168,8 +167,7 @@ class _Wgrad(torch.autograd.Function):
     def forward(ctx, x, dy, w_shape, channels_last, *geometry):
         ctx.geometry = geometry
         ctx.save_for_backward(x, dy)
-        with below_autograd():
-            return conv_wgrad(x, dy, w_shape, channels_last, *geometry)
+        return conv_wgrad(x, dy, w_shape, channels_last, *geometry)
 
     @staticmethod
     def backward(ctx, ddw):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -187,8 +185,7 @@ class _Stats(torch.autograd.Function):
         ctx.geometry = geometry
         ctx.set_materialize_grads(False)
         _save_operands(ctx, x, w)
-        with below_autograd():
-            y, mean, var = conv_stats(x, w, bias, *geometry)
+        y, mean, var = conv_stats(x, w, bias, *geometry)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
@@ -205,8 +202,7 @@ class _BnAct(torch.autograd.Function):
     def forward(ctx, x, w, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, *geometry):
         ctx.geometry = geometry
         ctx.norm = eps, activation, slope
-        with below_autograd():
-            z = _fused_bn_act(x, w, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, *geometry)
+        z = _fused_bn_act(x, w, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, *geometry)
         _save_operands(ctx, x, w, z if activation else None, mean, var, bn_weight)
         return z
 

@@ -11,14 +11,17 @@ from torch import Tensor
 from cnnfast_kernels import launch, pooling
 from cnnfast_kernels.problem import PoolProblem
 
-from .registry import below_autograd, register
+from .registry import register
 
 WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 AVERAGE = "int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, bool count_include_pad, int? divisor_override"
 
 
+_pool_problem = launch.planned(PoolProblem.of)
+
+
 def _problem(x_shape, kernel_size, stride, padding, dilation, ceil_mode) -> PoolProblem:
-    return PoolProblem.of(tuple(x_shape), tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
+    return _pool_problem(tuple(x_shape), tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
 
 
 def _format(channels_last: bool) -> torch.memory_format:
@@ -61,18 +64,22 @@ def _adaptive_backward(dy: Tensor, x_shape, channels_last: bool) -> Tensor:
     return pooling.adaptive_avg_pool_backward(dy, tuple(x_shape), _format(channels_last))
 
 
+def _fake_problem(x_shape, kernel_size, stride, padding, dilation, ceil_mode) -> PoolProblem:
+    return PoolProblem.of(x_shape, kernel_size, stride, padding, dilation, ceil_mode)  # of extents without a value, perhaps
+
+
 def _fake_pooled(x: Tensor, problem: PoolProblem, dtype: torch.dtype | None = None) -> Tensor:
     return launch.empty((problem.N, problem.C, problem.P, problem.Q), x, launch.memory_format(x), dtype)
 
 
 def _fake_max(x: Tensor, with_taps: bool, *window: Any) -> tuple[Tensor, Tensor]:
-    problem = _problem(x.shape, *window)
+    problem = _fake_problem(x.shape, *window)
     taps = _fake_pooled(x, problem, pooling.taps_dtype(problem)) if with_taps else x.new_empty(0, dtype=torch.uint8)
     return _fake_pooled(x, problem), taps
 
 
 def _fake_average(x: Tensor, kernel_size, stride, padding, ceil_mode, *divisor: Any) -> Tensor:
-    return _fake_pooled(x, _problem(x.shape, kernel_size, stride, padding, (1, 1), ceil_mode))
+    return _fake_pooled(x, _fake_problem(x.shape, kernel_size, stride, padding, (1, 1), ceil_mode))
 
 
 def _fake_backward(dy: Tensor, x_shape, channels_last: bool, *options: Any) -> Tensor:
@@ -90,8 +97,7 @@ def _fake_global(x: Tensor) -> Tensor:
 class _Max(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, with_taps, *window):
-        with below_autograd():
-            y, taps = max_pool(x, True, *window)
+        y, taps = max_pool(x, True, *window)
         ctx.save_for_backward(taps)
         ctx.layout, ctx.window = _layout(x), window
         ctx.mark_non_differentiable(taps)
@@ -109,8 +115,7 @@ class _MaxBackward(torch.autograd.Function):
     def forward(ctx, dy, taps, x_shape, channels_last, *window):
         ctx.save_for_backward(taps)
         ctx.window = window
-        with below_autograd():
-            return max_pool_backward(dy, taps, x_shape, channels_last, *window)
+        return max_pool_backward(dy, taps, x_shape, channels_last, *window)
 
     @staticmethod
     def backward(ctx, ddx):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -124,8 +129,7 @@ class _Average(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *options):
         ctx.layout, ctx.options = _layout(x), options
-        with below_autograd():
-            return avg_pool(x, *options)
+        return avg_pool(x, *options)
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -136,8 +140,7 @@ class _AverageBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, x_shape, channels_last, *options):
         ctx.options = options
-        with below_autograd():
-            return avg_pool_backward(dy, x_shape, channels_last, *options)
+        return avg_pool_backward(dy, x_shape, channels_last, *options)
 
     @staticmethod
     def backward(ctx, ddx):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -148,8 +151,7 @@ class _Adaptive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, output_size):
         ctx.layout = _layout(x)
-        with below_autograd():
-            return adaptive_avg_pool(x, output_size)
+        return adaptive_avg_pool(x, output_size)
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -160,8 +162,7 @@ class _Global(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.layout = _layout(x)
-        with below_autograd():
-            return global_avg_pool(x)
+        return global_avg_pool(x)
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -172,8 +173,7 @@ class _AdaptiveBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, x_shape, channels_last):
         ctx.output_size = dy.shape[2:]
-        with below_autograd():
-            return adaptive_avg_pool_backward(dy, x_shape, channels_last)
+        return adaptive_avg_pool_backward(dy, x_shape, channels_last)
 
     @staticmethod
     def backward(ctx, ddx):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -145,7 +145,7 @@ class Plan:
         return run(self.kernel, self.grid, tensors[0].device, *tensors, *self.scalars, tile=self.tile, **self.options)
 
 
-PLANS_KEPT = 4096  # by each function that makes some: a network has dozens of shapes, a data set of images of all sizes thousands
+PLANS_KEPT = 2048  # by each function that makes some: a network has dozens of shapes, images of all sizes make thousands
 _plan_caches: list[Any] = []
 
 

@@ -178,13 +178,18 @@ def avg_pool_backward(
     return _average(problem, dy, memory_format, False, count_include_pad, divisor_override)
 
 
+@launch.planned
+def _adaptive_problem(x_shape, P: int, Q: int) -> PoolProblem:
+    return PoolProblem(*x_shape, 1, 1, P, Q, 1, 1)
+
+
 def adaptive_avg_pool(x: torch.Tensor, P: int, Q: int) -> torch.Tensor:
     """y [N, C, P, Q], channels_last if x [N, C, H, W] is: window p covers rows floor(p * H / P) to ceil((p + 1) * H / P)."""
-    return _average(PoolProblem(*x.shape, 1, 1, P, Q, 1, 1), x, None, True)
+    return _average(_adaptive_problem(x.shape, P, Q), x, None, True)
 
 
 def adaptive_avg_pool_backward(dy: torch.Tensor, x_shape: tuple[int, int, int, int], memory_format: torch.memory_format) -> torch.Tensor:
     """dx of shape [N, C, H, W] = `x_shape` in `memory_format`, from dy [N, C, P, Q] in any layout."""
     if dy.numel() == 0:  # no windows
         return launch.empty(x_shape, dy, memory_format).zero_()
-    return _average(PoolProblem(*x_shape, 1, 1, *dy.shape[2:], 1, 1), dy, memory_format, True)
+    return _average(_adaptive_problem(x_shape, *dy.shape[2:]), dy, memory_format, True)

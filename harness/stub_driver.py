@@ -57,8 +57,9 @@ class Recorder:
 class StubDriver:
     """The part of Triton's driver interface that compiling and launching use."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: Recorder, record: bool) -> None:
+        self.recorder, self.record = recorder, record
+        self.target = GPUTarget("cuda", recorder.arch, 32)
         self.utils = self
         self.handles = itertools.count(1)
 
@@ -72,7 +73,7 @@ class StubDriver:
         return self.recorder.stream
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.recorder.arch, 32)
+        return self.target
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -94,7 +95,7 @@ class StubDriver:
             grid = (grid_x, grid_y, grid_z)
             self.recorder.launches.append(StubLaunch(metadata.name, grid, stream, self.recorder.device, function, metadata, arguments))
 
-        return launch
+        return launch if self.record else lambda *arguments: None
 
 
 # A device number that no other driver used: Triton keeps compiled kernels, and limits, by device number.
@@ -102,8 +103,11 @@ device_numbers = itertools.count(1000)
 
 
 @contextmanager
-def stub_driver(arch: int = 90) -> Iterator[Recorder]:
-    """Makes Triton compile for sm_`arch` and record launches; the driver that was active is active again afterwards."""
+def stub_driver(arch: int = 90, record: bool = True) -> Iterator[Recorder]:
+    """Makes Triton compile for sm_`arch` and record launches, or forget them at once: to record one takes as long as to plan it.
+
+    The driver that was active is active again afterwards.
+    """
     recorder = Recorder(arch, next(device_numbers))
     do_compile, before = JITFunction._do_compile, driver._active
 
@@ -113,7 +117,7 @@ def stub_driver(arch: int = 90) -> Iterator[Recorder]:
         return kernel
 
     JITFunction._do_compile = record_compile
-    driver.set_active(StubDriver(recorder))
+    driver.set_active(StubDriver(recorder, record))
     try:
         yield recorder
     finally:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parent
-IMPORTABLE = (TESTS.parent, TESTS.parent / "kernels", TESTS)
+HARNESS = Path(__file__).resolve().parent
+TESTS = HARNESS.parent / "tests"
+IMPORTABLE = (HARNESS.parent, HARNESS.parent / "kernels", TESTS, HARNESS)
 
 
 def run_compiled(script: str | Path | Callable[..., Any], *arguments: Any, timeout: float = 600) -> Any:

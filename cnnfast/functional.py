@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from math import prod
+from numbers import Real
 from operator import index
 from typing import Any
 
@@ -28,41 +30,80 @@ ALGORITHMS = ("auto", "direct", "im2col", "torch")
 Size = int | tuple[int, ...] | list[int]
 
 
-def _sizes(function: str, name: str, value: Size, n: int = 2) -> tuple[int, ...]:
-    """`value` as n ints, one an axis."""
-    values: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+def _as_int(value: Any) -> Any:
+    """`value` as an int: anything with __index__ but a bool. Raises TypeError, and ValueError beyond 64 bits, as PyTorch does."""
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool):
+        raise TypeError
+    value = index(value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError
+    return value
+
+
+def _refuse(function: str, name: str, value: Any, kind: str, error: Exception) -> Exception:
+    """What to raise for a value that `_as_int` refused."""
+    if isinstance(error, ValueError):
+        return ValueError(f"{function}(): {name} must fit into 64 bits, but got {name}={value!r}")
+    return TypeError(f"{function}(): {name} must be {kind}, but got {name}={value!r}")
+
+
+def _int(function: str, name: str, value: Any) -> int:
     try:
-        if any(isinstance(v, bool) for v in values):
-            raise TypeError
-        values = tuple(v if isinstance(v, int | torch.SymInt) else index(v) for v in values)
-    except TypeError:
-        kind = "a pair of ints" if n == 2 else "a tuple of one int"
-        raise TypeError(f"{function}(): {name} must be an int or {kind}, but got {name}={value!r}") from None
+        return _as_int(value)
+    except (TypeError, ValueError) as error:
+        raise _refuse(function, name, value, "an int", error) from None
+
+
+def _sizes(function: str, name: str, value: Any, n: int = 2) -> tuple[int, ...]:
+    """`value`, an int or a tuple or list of them, as n ints, one an axis."""
+    values: tuple[Any, ...] = tuple(value) if isinstance(value, tuple | list) else (value,)
+    try:
+        values = tuple(map(_as_int, values))
+    except (TypeError, ValueError) as error:
+        kind = "an int or a pair of ints" if n == 2 else "an int or a tuple of one int"
+        raise _refuse(function, name, value, kind, error) from None
     if len(values) not in (1, n):
         raise RuntimeError(f"{function}(): {name} must be a single integer value or a list of {n} values, but got {name}={list(values)}")
     return values if len(values) == n else values * n
+
+
+def _check_flags(function: str, **flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool | torch.SymBool):
+            raise TypeError(f"{function}(): {name} must be a bool, but got {name}={value!r}")
+
+
+def _float(function: str, name: str, value: Any) -> Any:
+    """A number, or a tensor of no dimension, as PyTorch takes a float."""
+    if isinstance(value, float | torch.SymFloat):
+        return value
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0):
+        return float(value)
+    raise TypeError(f"{function}(): {name} must be a float, but got {name}={value!r}")
 
 
 def _at_least(function: str, name: str, values: tuple[int, ...], least: int) -> tuple[int, ...]:
     if min(values) < least:
         rule = "non-negative" if least == 0 else "positive"
         raise RuntimeError(f"{function}(): {name} must be {rule}, but got {name}={values}")
+    if max(values) >= 2**31:
+        raise RuntimeError(f"{function}(): {name} must be less than 2**31, but got {name}={values}")
     return values
 
 
 def _window(function: str, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, dilation: Size, ceil_mode: bool):
     """The checked window of a pooling: (kernel_size, stride, padding, dilation, ceil_mode)."""
+    _check_flags(function, ceil_mode=ceil_mode)
     _check_image(function, input)
     kernel = _at_least(function, "kernel_size", _sizes(function, "kernel_size", kernel_size), 1)
-    step = kernel if stride is None or stride in ((), []) else _at_least(function, "stride", _sizes(function, "stride", stride), 1)
+    own = stride is None or (isinstance(stride, tuple | list) and not stride)
+    step = kernel if own else _at_least(function, "stride", _sizes(function, "stride", stride), 1)
     pad = _at_least(function, "padding", _sizes(function, "padding", padding), 0)
     dil = _at_least(function, "dilation", _sizes(function, "dilation", dilation), 1)
-    for k, p, d in zip(kernel, pad, dil, strict=True):
-        if p > ((k - 1) * d + 1) // 2:
-            raise RuntimeError(
-                f"{function}(): padding must be at most half of the effective kernel size, but got padding={pad},"
-                f" kernel_size={kernel}, dilation={dil}"
-            )
+    if any(p > k // 2 for k, p in zip(kernel, pad, strict=True)):
+        raise RuntimeError(f"{function}(): padding must be at most half of kernel_size, but got padding={pad}, kernel_size={kernel}")
     extents = [pool_extent(input.shape[2 + i], kernel[i], step[i], pad[i], dil[i], ceil_mode) for i in (0, 1)]
     if min(extents) < 1:
         raise RuntimeError(
@@ -74,7 +115,8 @@ def _window(function: str, input: Tensor, kernel_size: Size, stride: Size | None
 
 def _check_image(function: str, input: Tensor) -> None:
     if input.dim() != 4 or 0 in input.shape[1:]:
-        raise RuntimeError(f"{function}(): expected input of size [C, H, W] or [N, C, H, W], only N may be 0, but got {list(input.shape)}")
+        error = IndexError if function == "avg_pool2d" and input.dim() < 3 else RuntimeError
+        raise error(f"{function}(): expected input of size [C, H, W] or [N, C, H, W], only N may be 0, but got {list(input.shape)}")
 
 
 def _batched(input: Tensor, n: int = 2) -> tuple[Tensor, bool]:
@@ -91,10 +133,11 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-def _check_tensors(function: str, required: dict[str, Tensor], **optional: Tensor | None) -> None:
+def _check_tensors(function: str, required: dict[str, Tensor], error: type[Exception] = TypeError, /, **optional: Tensor | None) -> None:
+    """`error` is what PyTorch raises of `required`: some functions ask for a size before they look at the type."""
     for name, t in (required | optional).items():
         if not isinstance(t, Tensor) and not (t is None and name in optional):
-            raise TypeError(f"{function}(): {name} must be a Tensor, not {type(t).__name__}")
+            raise (error if name in required else TypeError)(f"{function}(): {name} must be a Tensor, not {type(t).__name__}")
 
 
 def _check_algorithm(function: str, algorithm: str) -> None:
@@ -119,8 +162,6 @@ def _check_operands(
             f"{function}(): expected {n + 1}D (unbatched) or {n + 2}D (batched) input [N, C, {_image_size(n)}], but got input of size"
             f" {list(input.shape)}"
         )
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise TypeError(f"{function}(): groups must be an int, but got groups={groups!r}")
     if groups < 1:
         raise RuntimeError(f"{function}(): groups must be positive, but got groups={groups}")
     first, second = weight.shape[:2]
@@ -138,10 +179,10 @@ def _check_operands(
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != input.dtype:
             raise RuntimeError(f"{function}(): {name} must have input's dtype {input.dtype}, but got {t.dtype}")
-    if 0 in weight.shape[1:]:
+    if 0 in weight.shape[2:] or filters < 1:
         raise RuntimeError(f"{function}(): weight must have at least one filter and one tap, but got size {list(weight.shape)}")
-    if 0 in input.shape[1:]:
-        raise RuntimeError(f"{function}(): only the batch of input may be empty, but got size {list(input.shape)}")
+    if 0 in input.shape[2:] and input.shape[0] > 0 and channels > 0:
+        raise RuntimeError(f"{function}(): only batch and channels of input may be empty, but got size {list(input.shape)}")
 
 
 def _conv_geometry(
@@ -156,6 +197,7 @@ def _conv_geometry(
     n: int = 2,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
     """The checked geometry over n axes: (stride, (top, bottom, left, right), dilation, groups)."""
+    groups = _int(function, "groups", groups)
     _check_operands(function, n, input, weight, bias, groups)
     step = _at_least(function, "stride", _sizes(function, "stride", stride, n), 1)
     dil = _at_least(function, "dilation", _sizes(function, "dilation", dilation, n), 1)
@@ -175,6 +217,9 @@ def _conv_padding(
     function: str, padding: Size | str, stride: tuple[int, ...], dilation: tuple[int, ...], taps: Sequence[int]
 ) -> tuple[int, ...]:
     """(before, after) of each axis, one after the other."""
+    if not isinstance(padding, str):
+        pads = _at_least(function, "padding", _sizes(function, "padding", padding, len(taps)), 0)
+        return tuple(pad for pad in pads for _ in range(2))
     if padding == "valid":
         return (0, 0) * len(taps)
     if padding == "same":
@@ -182,10 +227,7 @@ def _conv_padding(
             raise RuntimeError(f"{function}(): padding='same' is not supported for strided convolutions, but got stride={stride}")
         spans = [d * (n - 1) for d, n in zip(dilation, taps, strict=True)]
         return tuple(pad for span in spans for pad in (span // 2, span - span // 2))  # even filters: one more at the end
-    if isinstance(padding, str):
-        raise RuntimeError(f"{function}(): padding must be 'same', 'valid', an int or a pair of ints, but got padding={padding!r}")
-    pads = _at_least(function, "padding", _sizes(function, "padding", padding, len(taps)), 0)
-    return tuple(pad for pad in pads for _ in range(2))
+    raise RuntimeError(f"{function}(): padding must be 'same', 'valid', an int or a pair of ints, but got padding={padding!r}")
 
 
 @operation
@@ -215,8 +257,15 @@ def conv2d(
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     x, unbatched = _batched(x)
     geometry = _conv_geometry("conv2d", x, w, b, stride, padding, dilation, groups)
-    y = ops.conv_fprop(x, w, b, *geometry, algorithm)
+    y = _convolve(x, w, b, geometry, algorithm)
     return y.squeeze(0) if unbatched else y
+
+
+def _convolve(x: Tensor, w: Tensor, b: Tensor | None, geometry: Any, algorithm: str) -> Tensor:
+    if x.shape[1] == 0:  # as PyTorch has it: without channels in there are none out; all gradients are zero
+        N, _, P, Q = _output_size(x, w, geometry)
+        return x.new_empty(N, 0, P, Q) * sum(t.sum() for t in (x, w, b) if t is not None)
+    return ops.conv_fprop(x, w, b, *geometry, algorithm)
 
 
 @operation
@@ -246,7 +295,7 @@ def conv1d(
     step, pads, dil, groups = _conv_geometry("conv1d", x, w, b, stride, padding, dilation, groups, 1)
     # PyTorch makes input contiguous: where the channels of ours are adjacent, a row's stride of 1 hides that from the output's format.
     rows = x.unsqueeze(2) if x.is_contiguous() else x.unsqueeze(3).transpose(2, 3)
-    y = ops.conv_fprop(rows, w.unsqueeze(2), b, (1, *step), (0, 0, *pads), (1, *dil), groups, algorithm).squeeze(2)
+    y = _convolve(rows, w.unsqueeze(2), b, ((1, *step), (0, 0, *pads), (1, *dil), groups), algorithm).squeeze(2)
     return y.squeeze(0) if unbatched else y
 
 
@@ -298,6 +347,7 @@ def _transposed_geometry(
     They are those of the convolution that leads from the output to input: it ends where its last window does, hence output_padding
     is taken off the padding at the end.
     """
+    groups = _int(function, "groups", groups)
     _check_operands(function, 2, input, weight, bias, groups, transposed=True)
     step = _at_least(function, "stride", _sizes(function, "stride", stride), 1)
     pads = _at_least(function, "padding", _sizes(function, "padding", padding), 0)
@@ -362,7 +412,9 @@ def conv_bn_act(
     if input.dim() != 4:
         raise RuntimeError(f"conv_bn_act(): input must be of size [N, C, H, W], but got {list(input.shape)}")
     geometry = _conv_geometry("conv_bn_act", x, w, b, stride, padding, dilation, groups)
-    _check_norm("conv_bn_act", w.shape[0], x.dtype, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    bn_weight, bn_bias, momentum, eps = _check_norm(
+        "conv_bn_act", w.shape[0], x.dtype, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps
+    )
     size = _output_size(x, w, geometry)
     if z is not None and (z.shape != size or z.dtype != x.dtype):
         raise ValueError(
@@ -395,27 +447,35 @@ def _check_norm(
     training: bool,
     momentum: float,
     eps: float,
-) -> None:
-    if not isinstance(momentum, float | int):
-        raise TypeError(f"{function}(): momentum must be a float, but got momentum={momentum!r}")
-    if eps < 0:
-        raise ValueError(f"{function}(): eps must be non-negative, but got eps={eps}")
+) -> tuple[Tensor | None, Tensor | None, float, float]:
+    """(weight, bias, momentum, eps) checked, the first two as vectors."""
+    _check_flags(function, training=training)
+    momentum, eps = _float(function, "momentum", momentum), _float(function, "eps", eps)
+    if eps < 0 or (training and eps == 0):
+        rule = "positive in training" if training else "non-negative"
+        raise ValueError(f"{function}(): eps must be {rule}, but got eps={eps}")
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError(f"{function}(): running_mean and running_var must be defined in evaluation mode")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{function}(): running_mean and running_var must either both be None or neither be None")
     own = "bn_" if function == "conv_bn_act" else ""  # there weight and bias are the convolution's
-    for name, t in (("running_mean", running_mean), ("running_var", running_var), (f"{own}weight", weight), (f"{own}bias", bias)):
+    given = {"running_mean": running_mean, "running_var": running_var, f"{own}weight": weight, f"{own}bias": bias}
+    first = next((t.dtype for t in given.values() if t is not None), dtype)
+    for name, t in given.items():
         if t is None:
             continue
-        if t.shape != (channels,):
+        if t.numel() != channels or (t.dim() != 1 and name.startswith("running")):
             raise RuntimeError(f"{function}(): {name} must have size [{channels}], one value a channel, but got {list(t.shape)}")
         if t.dtype not in (dtype, torch.float32) or (dtype == torch.float64 and t.dtype != dtype):
             raise RuntimeError(f"{function}(): {name} must have input's dtype {dtype} or float32, but got {t.dtype}")
+        if t.dtype != first and function == "batch_norm":  # conv_bn_act takes any mixture
+            raise RuntimeError(f"{function}(): {', '.join(given)} must have one dtype, but got {name} of {t.dtype} beside {first}")
+    weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
+    return weight, bias, momentum, eps
 
 
 def _values_per_channel(function: str, size: torch.Size) -> int:
-    count = size.numel() // size[1]
+    count = size[0] * prod(size[2:])
     if count == 1:
         raise ValueError(f"{function}(): expected more than 1 value per channel when training, but got size {list(size)}")
     return count
@@ -438,18 +498,32 @@ def batch_norm(
     biased variance are input's own, and the running ones, if given, are updated in place (with the unbiased variance).
     Raises RuntimeError and ValueError where PyTorch does.
     """
-    _check_tensors("batch_norm", {"input": input}, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_tensors(
+        "batch_norm",
+        {"input": input},
+        AttributeError if training else TypeError,
+        running_mean=running_mean,
+        running_var=running_var,
+        weight=weight,
+        bias=bias,
+    )
     if reason := why_torch(input, running_mean, running_var, weight, bias):
         record_torch("batch_norm", reason, input)
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if input.dim() < 2 or input.shape[1] == 0:
-        raise RuntimeError(f"batch_norm(): input must be of size [N, C, ...] with at least one channel, but got {list(input.shape)}")
-    _check_norm("batch_norm", input.shape[1], input.dtype, running_mean, running_var, weight, bias, training, momentum, eps)
+    if input.dim() < 2:
+        no_index = training and (input.dim() == 0 or running_mean is None)
+        raise (IndexError if no_index else RuntimeError)(f"batch_norm(): input must be of size [N, C, ...], but got {list(input.shape)}")
+    count = _values_per_channel("batch_norm", input.shape) if training else 0
+    if input.numel() == 0:  # as PyTorch has it: nothing is normalised, nothing updated, and of the channels the first one counts
+        y = input.clone() if weight is None else input * weight[0]
+        return y if bias is None else y + bias[0]
+    weight, bias, momentum, eps = _check_norm(
+        "batch_norm", input.shape[1], input.dtype, running_mean, running_var, weight, bias, training, momentum, eps
+    )
     if not training:
         return ops.normalize(input, running_mean, running_var, weight, bias, None, eps, None, 0.0, False)
-    count = _values_per_channel("batch_norm", input.shape)
     mean, var = ops.batch_moments(input.detach())
-    if running_mean is not None and count > 0:  # an empty batch leaves them as they are
+    if running_mean is not None:
         ops.update_running(running_mean, running_var, mean, var, momentum, count)
     return ops.normalize(input, mean, var, weight, bias, None, eps, None, 0.0, True)
 
@@ -474,7 +548,7 @@ def max_pool2d(
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)  # pyright: ignore
     x, unbatched = _batched(input)
     window = _window("max_pool2d", x, kernel_size, stride, padding, dilation, ceil_mode)
-    y, taps = ops.max_pool(x, return_indices, *window)
+    y, taps = ops.max_pool(x, bool(return_indices), *window)
     if not return_indices:
         return y.squeeze(0) if unbatched else y
     indices = ops.max_pool_indices(taps, x.shape, *window)
@@ -499,8 +573,11 @@ def avg_pool2d(
     if reason := why_torch(input):
         record_torch("avg_pool2d", reason, input)
         return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    if divisor_override == 0:
-        raise RuntimeError("avg_pool2d(): divisor_override must not be zero")
+    _check_flags("avg_pool2d", count_include_pad=count_include_pad)
+    if divisor_override is not None:
+        divisor_override = _int("avg_pool2d", "divisor_override", divisor_override)
+        if divisor_override == 0:
+            raise RuntimeError("avg_pool2d(): divisor_override must not be zero, but got divisor_override=0")
     x, unbatched = _batched(input)
     kernel, step, pad, _, _ = _window("avg_pool2d", x, kernel_size, stride, padding, 1, ceil_mode)
     y = ops.avg_pool(x, kernel, step, pad, ceil_mode, count_include_pad, divisor_override)
@@ -514,28 +591,46 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
     output_size: P = Q, or (P, Q), of which each may be None (as input's) and larger than input's. Window p covers rows
     floor(p * H / P) to ceil((p + 1) * H / P). Raises RuntimeError, TypeError and ValueError where PyTorch does.
     """
-    _check_tensors("adaptive_avg_pool2d", {"input": input})
+    _check_tensors("adaptive_avg_pool2d", {"input": input}, AttributeError)
     if reason := why_torch(input):
         record_torch("adaptive_avg_pool2d", reason, input)
         return F.adaptive_avg_pool2d(input, output_size)  # pyright: ignore[reportArgumentType]
-    P, Q = _adaptive_size("adaptive_avg_pool2d", input, output_size)
+    size = _adaptive_size("adaptive_avg_pool2d", input, output_size)
+    if size == (1, 1):
+        return _plane_means("adaptive_avg_pool2d", input)
     x, unbatched = _batched(input)
-    _check_image("adaptive_avg_pool2d", x)
-    y = ops.global_avg_pool(x) if P == Q == 1 else ops.adaptive_avg_pool(x, (P, Q))
+    if x.dim() != 4 or 0 in x.shape[2:]:
+        raise RuntimeError(
+            f"adaptive_avg_pool2d(): expected input of size [C, H, W] or [N, C, H, W] with at least one pixel, but got {list(input.shape)}"
+        )
+    y = ops.adaptive_avg_pool(x, size)
     return y.squeeze(0) if unbatched else y
 
 
+def _plane_means(function: str, input: Tensor) -> Tensor:
+    """[..., H, W] to [..., 1, 1]: PyTorch takes any number of axes here, and the mean of no pixels is NaN."""
+    if input.dim() < 2:
+        raise IndexError(f"{function}(): input must be of size [..., H, W], but got {list(input.shape)}")
+    if input.dim() == 4:
+        return ops.global_avg_pool(input)
+    planes = input.shape[:-2]
+    return ops.global_avg_pool(input.reshape(1, prod(planes), *input.shape[-2:])).view(*planes, 1, 1)
+
+
 def _adaptive_size(function: str, input: Tensor, output_size: Any) -> tuple[int, ...]:
-    size: Any = output_size
-    if isinstance(output_size, Sequence) and not isinstance(output_size, str):
-        if input.dim() <= len(output_size):
+    if not isinstance(output_size, int | torch.SymInt):
+        try:
+            n = len(output_size)
+        except TypeError:
+            raise TypeError(f"{function}(): output_size must be an int or a pair of ints, but got output_size={output_size!r}") from None
+        if input.dim() <= n:
             raise ValueError(
                 f"{function}(): input must have more dimensions than output_size={output_size} has values, but got size {list(input.shape)}"
             )
-        size = [own if v is None else v for v, own in zip(output_size, input.shape[-len(output_size) :], strict=False)]
-        if len(size) != 2:
+        output_size = [own if v is None else v for v, own in zip(output_size, input.shape[-n:], strict=False)]
+        if len(_sizes(function, "output_size", output_size, n)) != 2:
             raise RuntimeError(f"{function}(): output_size must be an int or have 2 values, but got output_size={output_size}")
-    return _at_least(function, "output_size", _sizes(function, "output_size", size), 0)
+    return _at_least(function, "output_size", _sizes(function, "output_size", output_size), 0)
 
 
 @operation

@@ -48,7 +48,7 @@ def combine_kernel(
         origin = tl.load(partials_ptr + (out * BLOCK_T).to(tl.int64) * stride + c, mask=c < C * tl.minimum(T, 1), other=0.0)
         shifted = tl.where(mask, first - origin[None, :], 0.0)
         shift = tl.sum(shifted * count[:, None], 0) / total
-        deviation = shifted - shift[None, :]
+        deviation = tl.where(mask, shifted - shift[None, :], 0.0)  # its square may overflow
         m2 = tl.sum(tl.load(rows + C, mask=mask, other=0.0) + deviation * deviation * count[:, None], 0)
         if FINAL:
             m2 = m2 / total

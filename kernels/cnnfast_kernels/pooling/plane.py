@@ -80,7 +80,7 @@ def _plan_plane(x: launch.Laid, y: launch.Laid, count: int, span: int, tile: Pla
 
 
 def _plane_tile(C: int, channels_fast: bool) -> PlaneTile:
-    block_c = min(128 if channels_fast else 16, triton.next_power_of_2(C))
+    block_c = min(128 if channels_fast else 16, triton.next_power_of_2(max(C, 1)))
     return PlaneTile((2048 if channels_fast else 1024) // block_c, block_c, channels_fast)
 
 

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 # pytest-xdist uses the cores; a BLAS or OpenMP thread pool in each of its workers would only get in the way.
 for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -54,6 +55,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device() -> torch.device:
     """Where this ring's tensors live: the GPU, or the CPU for the interpreter."""
     return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> ModuleType:
+    """The package; the tests of what it defines are skipped where it is not installed."""
+    import model_zoo
+
+    try:
+        return model_zoo.torchvision()
+    except ModuleNotFoundError:
+        pytest.skip("torchvision is not installed")
 
 
 @pytest.fixture(autouse=True)

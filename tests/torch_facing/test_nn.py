@@ -8,13 +8,14 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import cnnfast
 import cnnfast.nn as cnn
 from agreement import assert_close, assert_served_by_kernels, integers, normal, run
 from cnnfast import dispatch
+from modules import assert_same_buffers, outcome, randomise
 
 SUBCLASSES = ("Conv2d", "Conv1d", "ConvTranspose2d", "BatchNorm2d", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d")
 IMAGE, UNBATCHED, SEQUENCE = (2, 4, 6, 5), (4, 6, 5), (2, 4, 7)
@@ -52,28 +53,10 @@ def pair(name, args, options, device, dtype=torch.float64) -> tuple[nn.Module, n
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         theirs = getattr(nn, name)(*args, **options)
-    for i, t in enumerate([*theirs.parameters(), *theirs.buffers()]):
-        if t.is_floating_point():
-            with torch.no_grad():
-                t.copy_(normal(*t.shape, seed=i).abs() + 0.5)
-    theirs = theirs.to(device, dtype)
+    theirs = randomise(theirs).to(device, dtype)
     ours = copy.deepcopy(theirs)
     ours.__class__ = getattr(cnn, name)
     return ours, theirs
-
-
-def call(module: nn.Module):
-    """A function of x and the module's parameters, for `run`."""
-    names = [name for name, _ in module.named_parameters()]
-    return lambda x, *parameters: torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
-
-
-def inputs(module: nn.Module, x: Tensor) -> list[Tensor]:
-    return [x, *(p.detach() for p in module.parameters())]
-
-
-def assert_same_buffers(ours: nn.Module, theirs: nn.Module) -> None:
-    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()), rtol=1e-12, atol=1e-12)
 
 
 MODES = [(*case, training) for case in LAYERS for training in ((True, False) if case[0] == "BatchNorm2d" else (True,))]
@@ -84,8 +67,8 @@ MODES = [(*case, training) for case in LAYERS for training in ((True, False) if 
 def test_layers(name, args, options, shape, training, device):
     ours, theirs = (m.train(training) for m in pair(name, args, options, device))
     x = normal(*shape, seed=9).to(device)
-    mine = run(call(ours), inputs(ours, x))
-    assert_close(mine, run(call(theirs), inputs(theirs, x)))
+    mine = outcome(ours, x)
+    assert_close(mine, outcome(theirs, x))
     assert_served_by_kernels(mine.trace)
     assert_same_buffers(ours, theirs)
 
@@ -180,8 +163,8 @@ def test_batch_norm_without(missing, training, device):
             setattr(m, name, None)
     ours, theirs = modules
     x = normal(*IMAGE).to(device)
-    mine = run(call(ours), inputs(ours, x))
-    assert_close(mine, run(call(theirs), inputs(theirs, x)))
+    mine = outcome(ours, x)
+    assert_close(mine, outcome(theirs, x))
     assert_served_by_kernels(mine.trace)
     assert_same_buffers(ours, theirs)
 
@@ -231,8 +214,8 @@ def test_parametrized(name, shape, device):
     ours, theirs = (parametrizations.weight_norm(m) for m in pair(name, (4, 6, 3), {}, device))
     assert isinstance(ours, getattr(cnn, name))
     x = normal(*shape, seed=9).to(device)
-    mine = run(call(ours), inputs(ours, x))
-    assert_close(mine, run(call(theirs), inputs(theirs, x)))
+    mine = outcome(ours, x)
+    assert_close(mine, outcome(theirs, x))
     assert_served_by_kernels(mine.trace)
     seen = []
     ours.parametrizations.weight[0].register_forward_hook(lambda *call: seen.append(call))
@@ -254,9 +237,9 @@ class Standardized(cnn.Conv2d):
 def test_subclass_with_a_weight_of_its_own(device):
     module = Standardized(4, 6, 3, padding=1, padding_mode="reflect").to(device, torch.float64)
     x = normal(*IMAGE).to(device)
-    mine = run(call(module), inputs(module, x))
+    mine = outcome(module, x)
     with cnnfast.backend("torch"):
-        assert_close(mine, run(call(module), inputs(module, x)))
+        assert_close(mine, outcome(module, x))
     assert_served_by_kernels(mine.trace)
 
 

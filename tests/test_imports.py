@@ -24,12 +24,14 @@ FORBIDDEN = [
     ("benchmarks*", "tests*", []),
     ("cnnfast.reference", "cnnfast*", []),
     ("cnnfast*", "cnnfast.reference*", ["by cnnfast.checking*"]),
-    # Kernel files do not import one another, but index algebra is shared, and im2col is a way to call the other three.
+    # Kernel files do not import one another, but index algebra and the sum of partial gradients are shared, im2col is a way to call
+    # the other three, and the parts of depthwise import one another.
+    ("cnnfast_kernels.gather.*", "cnnfast_kernels.gather.depthwise*", ["by cnnfast_kernels.gather.depthwise*"]),
     *[
         (
             f"cnnfast_kernels.{importer}*",
             f"cnnfast_kernels.{imported}*",
-            ["cnnfast_kernels.gather.tiles*", "by cnnfast_kernels.gather.im2col"],
+            [*(f"cnnfast_kernels.gather.{shared}*" for shared in ("tiles", "slots", "depthwise")), "by cnnfast_kernels.gather.im2col"],
         )
         for importer in ("gather.", "tma.", "batchnorm", "pooling")
         for imported in ("gather.", "tma.", "batchnorm", "pooling")

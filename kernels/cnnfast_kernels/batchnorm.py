@@ -38,7 +38,7 @@ def batch_moments_kernel(
     """Mean and sum of squared deviations of one tile: partials [tiles, 2, C]."""
     tile, n, l, c, l_ok, c_ok = locate_tile(L, C, L_ALIGN, BLOCK_L, BLOCK_C)
     y = load_tile(y_ptr, y_stride_n, y_stride_l, y_stride_c, n, l, c, l_ok[:, None] & c_ok[None, :], ALIGN, ACC)
-    mean, m2 = tile_moments(y, l_ok)
+    mean, m2 = tile_moments((y,), (l_ok,))
     row = partials_ptr + tile.to(tl.int64) * 2 * C + c
     tl.store(row, mean, mask=c_ok)
     tl.store(row + C, m2, mask=c_ok)

@@ -2,7 +2,7 @@
 
 Tensors are of logical shape x [N, C, H, W], w [K, C / groups, R, S], y [N, K, P, Q], in any memory layout; `padding` is
 (top, bottom, left, right). Arguments are taken to be consistent: cnnfast.functional checks what users pass. `tile`
-replaces the choice for the direct kernels; im2col chooses for each piece of its workspace.
+replaces the choice for the direct kernels, and its type tells the family; im2col chooses for each piece of its workspace.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ from typing import Literal, NamedTuple
 import torch
 
 from . import launch
-from .batchnorm import batch_moments, combine_moments
+from .batchnorm import batch_moments
 from .epilogue import PLAIN, Epilogue
+from .gather.depthwise import StripPlan, moments_rows, plan_depthwise_dgrad, plan_depthwise_fprop, plan_depthwise_wgrad, vector_length
 from .gather.dgrad import plan_dgrad
 from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
-from .gather.wgrad import WgradPlan, plan_wgrad
+from .gather.slots import WgradPlan
+from .gather.wgrad import plan_wgrad
+from .partials import TileRows, combine
 from .problem import ConvProblem
-from .tiling import Operation, Precision, TileConfig, cdiv, choose_tile, precision_class
+from .tiling import Operation, Precision, StripTile, TileConfig, cdiv, choose_strip_tile, choose_tile, precision_class
 
 Algorithm = Literal["auto", "direct", "im2col"]
+Tile = TileConfig | StripTile  # of the general kernels, and of those of depthwise convolution
 
 
 class Geometry(NamedTuple):
@@ -41,7 +45,13 @@ def _precision(dtype: torch.dtype, tf32: bool) -> Precision:
     return precision_class(str(dtype).removeprefix("torch."), tf32)
 
 
-def _tile(operation: Operation, problem: ConvProblem, precision: Precision, arch: int, *operands: launch.Layout) -> TileConfig:
+def _tile(
+    operation: Operation, problem: ConvProblem, precision: Precision, arch: int, x: launch.Layout, w: launch.Layout, y: launch.Layout
+) -> Tile:
+    """`x`, `w` and `y` may each be the operand or its gradient."""
+    if problem.is_depthwise:
+        return choose_strip_tile(problem, operation, precision, vector_length(x, y))
+    operands = {"fprop": (x, w), "dgrad": (y, w), "wgrad": (x, y)}[operation]
     adjacent = all(t.stride(1) == 1 or t.shape[1] == 1 for t in operands)
     return choose_tile(problem, operation, precision, adjacent, arch)
 
@@ -52,9 +62,9 @@ def _tile(operation: Operation, problem: ConvProblem, precision: Precision, arch
 
 class FpropPlan(NamedTuple):
     y: launch.Layout
-    run: launch.Plan
-    BLOCK_M: int  # pixels of y whose moments the kernel can leave, and where it leaves them
-    moments: launch.Layout
+    run: launch.Plan | StripPlan
+    moments: launch.Layout  # where the kernel can leave those of its tiles, and which pixels these are
+    rows: TileRows
 
 
 @launch.planned
@@ -66,21 +76,31 @@ def _plan_fprop(
     y = launch.dense((g.N, g.K, g.P, g.Q), dtype, launch.memory_format(x, w))
     residual = None if residual_strides is None else launch.Layout(y.shape, residual_strides, dtype)
     precision = _precision(dtype, tf32)
-    tile = tile or _tile("fprop", g, precision, arch, x, w)
-    run = plan_fprop(g, tile, precision, x, w, y, residual, eps, activation, slope)
-    moments = launch.dense((cdiv(g.N * g.P * g.Q, tile.BLOCK_M), 2, g.K), launch.accumulator_dtype(dtype))
-    return FpropPlan(y, run, tile.BLOCK_M, moments)
+    tile = tile or _tile("fprop", g, precision, arch, x, w, y)
+    if isinstance(tile, StripTile):
+        run = plan_depthwise_fprop(g, tile, x, w, y, residual, eps, activation, slope)
+        rows = moments_rows(g, tile)
+        tiles = cdiv(rows.tiles, tile.BLOCK_M)
+    else:
+        run = plan_fprop(g, tile, precision, x, w, y, residual, eps, activation, slope)
+        pixels = g.N * g.P * g.Q
+        tiles = cdiv(pixels, tile.BLOCK_M)
+        rows = TileRows(max(tiles, 1), pixels, tile.BLOCK_M)
+    return FpropPlan(y, run, launch.dense((tiles, 2, g.K), launch.accumulator_dtype(dtype)), rows)
 
 
 @launch.planned
 def _plan_dgrad(
     dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, arch
-) -> tuple[launch.Layout, launch.Plan]:
+) -> tuple[launch.Layout, launch.Plan | StripPlan]:
     g = geometry.problem(x_shape, w_shape)
     dy, w = launch.Layout(dy_shape, dy_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
     dx = launch.dense(x_shape, dtype, fmt)
     precision = _precision(dtype, tf32)
-    return dx, plan_dgrad(g, tile or _tile("dgrad", g, precision, arch, dy, w), precision, dy, w, dx)
+    tile = tile or _tile("dgrad", g, precision, arch, dx, w, dy)
+    if isinstance(tile, StripTile):
+        return dx, plan_depthwise_dgrad(g, tile, dy, w, dx)
+    return dx, plan_dgrad(g, tile, precision, dy, w, dx)
 
 
 @launch.planned
@@ -91,7 +111,10 @@ def _plan_wgrad(
     x, dy = launch.Layout(x_shape, x_strides, dtype), launch.Layout(dy_shape, dy_strides, dtype)
     dw = launch.dense(w_shape, dtype, fmt)
     precision = _precision(dtype, tf32)
-    return dw, plan_wgrad(g, tile or _tile("wgrad", g, precision, arch, x, dy), precision, x, dy, dw)
+    tile = tile or _tile("wgrad", g, precision, arch, x, dw, dy)
+    if isinstance(tile, StripTile):
+        return dw, plan_depthwise_wgrad(g, tile, x, dy, dw)
+    return dw, plan_wgrad(g, tile, precision, x, dy, dw)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,7 +128,7 @@ def conv_fprop(
     *,
     algorithm: Algorithm = "auto",
     tf32: bool = False,
-    tile: TileConfig | None = None,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """What `epilogue` makes of conv(x, w), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
     bias, norm, residual, activation, slope = epilogue
@@ -129,7 +152,7 @@ def conv_stats(
     bias: torch.Tensor | None = None,
     algorithm: Algorithm = "auto",
     tf32: bool = False,
-    tile: TileConfig | None = None,
+    tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, mean [K], biased variance [K]): the convolution's kernel leaves the moments of its tiles, a small one combines them."""
     if algorithm == "im2col":
@@ -141,8 +164,9 @@ def conv_stats(
     )  # fmt: skip
     y, moments = launch.empty(plan.y, x), launch.empty(plan.moments, x)
     plan.run(x, w, y, bias, None, None, None, None, None, moments)
-    N, _, P, Q = plan.y.shape
-    return y, *combine_moments(moments, plan.BLOCK_M, N * P * Q)
+    mean, var = combine(moments, plan.rows)
+    assert var is not None
+    return y, mean, var
 
 
 def conv_dgrad(
@@ -155,7 +179,7 @@ def conv_dgrad(
     fmt: torch.memory_format = torch.contiguous_format,
     algorithm: Algorithm = "auto",
     tf32: bool = False,
-    tile: TileConfig | None = None,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to x, plus `bias` [C]: the transposed convolution of dy."""
     layout, run = _plan_dgrad(
@@ -178,7 +202,7 @@ def conv_wgrad(
     fmt: torch.memory_format = torch.contiguous_format,
     algorithm: Algorithm = "auto",
     tf32: bool = False,
-    tile: TileConfig | None = None,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to w."""
     layout, run = _plan_wgrad(

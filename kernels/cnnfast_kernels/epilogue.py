@@ -95,27 +95,54 @@ def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def normalize_columns(y, mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS: tl.constexpr, ACC: tl.constexpr):
-    """Batch norm of y [rows, columns]; the mean is subtracted first, for y * scale + shift cancels where |mean| >> std."""
+def load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS: tl.constexpr, ACC: tl.constexpr):
+    """What apply_norm needs of some columns: mean, scale and shift, which is None without a bias."""
     mean = tl.load(mean_ptr + column, mask=column_ok, other=0.0).to(ACC)
     scale = 1.0 / tl.sqrt(tl.load(var_ptr + column, mask=column_ok, other=1.0).to(ACC) + EPS)
     if weight_ptr is not None:
         scale = scale * tl.load(weight_ptr + column, mask=column_ok, other=0.0).to(ACC)
-    y = (y - mean[None, :]) * scale[None, :]
+    shift = None
     if bias_ptr is not None:
-        y = y + tl.load(bias_ptr + column, mask=column_ok, other=0.0).to(ACC)[None, :]
+        shift = tl.load(bias_ptr + column, mask=column_ok, other=0.0).to(ACC)
+    return mean, scale, shift
+
+
+@triton.jit
+def apply_norm(y, norm):
+    """Batch norm of y [rows, columns]; the mean is subtracted first, for y * scale + shift cancels where |mean| >> std."""
+    y = (y - norm[0][None, :]) * norm[1][None, :]
+    if norm[2] is not None:
+        y = y + norm[2][None, :]
     return y
 
 
 @triton.jit
-def tile_moments(y, row_ok):
-    """Mean and sum of squared deviations of each column of y [BLOCK_M, BLOCK_N], over the rows that exist.
+def normalize_columns(y, mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS: tl.constexpr, ACC: tl.constexpr):
+    return apply_norm(y, load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS, ACC))
 
-    Where |mean| >> std the sum's rounding is many deviations wide; the mean deviation from such a mean is what it lacks.
+
+@triton.jit
+def sum_rows(parts, exist):
+    """The sum of each column over the rows of all parts that exist."""
+    total = tl.where(exist[0][:, None], parts[0], 0.0)
+    for i in tl.static_range(1, len(parts)):
+        total += tl.where(exist[i][:, None], parts[i], 0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def tile_moments(parts, exist):
+    """Mean and sum of squared deviations of each column of a tile, over the rows that exist.
+
+    The tile is a tuple of parts [BLOCK_M, BLOCK_N], for each of which `exist` [BLOCK_M] tells the rows. Where |mean| >> std the sum's
+    rounding is many deviations wide; the mean deviation from such a mean is what it lacks.
     """
-    count = tl.sum(row_ok.to(y.dtype), 0)
-    mean = tl.sum(tl.where(row_ok[:, None], y, 0.0), 0) / count
-    deviation = tl.where(row_ok[:, None], y - mean[None, :], 0.0)
-    lack = tl.sum(deviation, 0) / count
-    deviation = tl.where(row_ok[:, None], deviation - lack[None, :], 0.0)
-    return mean + lack, tl.sum(deviation * deviation, 0)
+    count = exist[0].to(parts[0].dtype)
+    for i in tl.static_range(1, len(parts)):
+        count += exist[i].to(parts[0].dtype)
+    count = tl.sum(count, 0)
+    mean = sum_rows(parts, exist) / count
+    parts = [part - mean[None, :] for part in parts]
+    lack = sum_rows(parts, exist) / count
+    parts = [part - lack[None, :] for part in parts]
+    return mean + lack, sum_rows([part * part for part in parts], exist)

@@ -18,15 +18,17 @@ from .tiling import cdiv
 
 
 @triton.jit
-def rows_before(tile, tiles, tiles_l, L, ROWS):
-    """Rows of the first `tile` tiles, at most `tiles`, when every plane of L rows is cut into tiles_l tiles of ROWS rows."""
-    tile = tl.minimum(tile, tiles)
-    return (tile // tiles_l).to(tl.int64) * L + tl.minimum(tile % tiles_l * ROWS, L)
+def rows_before(tile, tiles, tiles_l, L, ROWS, columns):
+    """Elements of the first `tile` tiles, at most `tiles`, that are cut as TileRows says."""
+    tile = tl.minimum(tile, tiles).to(tl.int32)
+    row = tile // columns % tiles_l * ROWS
+    planes = (tile // columns // tiles_l).to(tl.int64) * L * columns
+    return planes + tl.minimum(row, L).to(tl.int64) * columns + tile % columns * tl.minimum(ROWS, L - row)
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "group", "tiles_l", "L", "ROWS"])
+@triton.jit(do_not_specialize=["T", "tiles", "group", "tiles_l", "L", "ROWS", "columns"])
 def combine_kernel(
-    partials_ptr, first_ptr, second_ptr, T, tiles, group, tiles_l, L, ROWS,
+    partials_ptr, first_ptr, second_ptr, T, tiles, group, tiles_l, L, ROWS, columns,
     C: tl.constexpr, QUANTITIES: tl.constexpr, MOMENTS: tl.constexpr, FINAL: tl.constexpr, ACC: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +44,9 @@ def combine_kernel(
     at = out.to(tl.int64) * stride + c
     first = tl.load(rows, mask=mask, other=0.0)  # [BLOCK_T, BLOCK_C]
     if MOMENTS:
-        count = (rows_before((t + 1) * group, tiles, tiles_l, L, ROWS) - rows_before(t * group, tiles, tiles_l, L, ROWS)).to(ACC)
+        begin = t.to(tl.int64) * group
+        count = rows_before(begin + group, tiles, tiles_l, L, ROWS, columns) - rows_before(begin, tiles, tiles_l, L, ROWS, columns)
+        count = count.to(ACC)
         total = tl.sum(count, 0)
         # means relative to the first one: a large common mean costs no digits
         origin = tl.load(partials_ptr + (out * BLOCK_T).to(tl.int64) * stride + c, mask=c < C * tl.minimum(T, 1), other=0.0)
@@ -62,24 +66,30 @@ def combine_kernel(
 
 
 class TileRows(NamedTuple):
-    """How many rows the tiles have: every plane of L rows is cut into tiles_l tiles of ROWS rows, the last one shorter."""
+    """How many elements the partials stand for: planes of L rows and `columns` columns are cut into tiles of ROWS rows and one column,
+    tiles_l in a column, the last one shorter. They are counted along rows; a partial stands for `group` of all `tiles` (0: for one).
+    """
 
     tiles_l: int
     L: int
     ROWS: int
+    columns: int = 1
+    group: int = 1
+    tiles: int = 0
 
 
 @launch.planned
-def plan_combine(tiles: int, quantities: int, C: int, dtype: torch.dtype, rows: TileRows | None) -> list[tuple[launch.Plan, launch.Layout]]:
+def plan_combine(T: int, quantities: int, C: int, dtype: torch.dtype, rows: TileRows | None) -> list[tuple[launch.Plan, launch.Layout]]:
     """For each level its launch, which takes (partials, first, second or None), and the layout of what it leaves: at last [C]s."""
     BLOCK_C = min(32 if dtype == torch.float32 else 16, triton.next_power_of_2(C))
     tile = PlaneTile(128, BLOCK_C, 8)
     levels = []
-    T, group, groups = tiles, 1, 0
+    tiles_l, L, ROWS, columns, group, tiles = rows or TileRows(1, 0, 0)
+    tiles, groups = tiles or T, 0
     while groups != 1:
         groups = max(1, cdiv(T, tile.BLOCK_L))
         level = launch.Plan(
-            combine_kernel, (groups * cdiv(C, BLOCK_C),), T, tiles, group, *(rows or (1, 0, 0)),
+            combine_kernel, (groups * cdiv(C, BLOCK_C),), T, tiles, group, tiles_l, L, ROWS, columns,
             tile=tile, C=C, QUANTITIES=quantities, MOMENTS=rows is not None, FINAL=groups == 1, ACC=launch.KERNEL_DTYPES[dtype],
             BLOCK_T=tile.BLOCK_L, BLOCK_C=BLOCK_C, num_warps=tile.num_warps,
         )  # fmt: skip
@@ -90,8 +100,8 @@ def plan_combine(tiles: int, quantities: int, C: int, dtype: torch.dtype, rows: 
 
 def combine(partials: torch.Tensor, rows: TileRows | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Partials [T, quantities, C] into one [C] a quantity: sums, or mean and biased variance where `rows` is given."""
-    tiles, quantities, C = partials.shape
-    *levels, (final, vector) = plan_combine(tiles, quantities, C, partials.dtype, rows)
+    T, quantities, C = partials.shape
+    *levels, (final, vector) = plan_combine(T, quantities, C, partials.dtype, rows)
     for level, layout in levels:
         combined = launch.empty(layout, partials)
         level(partials, combined[:, 0], combined[:, 1] if quantities == 2 else None)

@@ -6,10 +6,10 @@ A row of `DEFAULT_TILES` is a choice by resources alone: nothing here has been m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from .problem import ConvProblem
+from .problem import ConvProblem, tap_step
 
 Operation = Literal["fprop", "dgrad", "wgrad"]
 Precision = Literal["half", "tf32", "ieee", "fp64"]
@@ -103,3 +103,97 @@ def choose_tile(problem: ConvProblem, operation: Operation, precision: Precision
         split = min(MAX_SPLIT, cdiv(2 * BUSY_PROGRAMS, programs[tile]), max(1, steps // MIN_STEPS_PER_SPLIT))
         return TileConfig(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, tile.num_warps, tile.num_stages, split)
     return next((t for t in fitting if programs[t] >= BUSY_PROGRAMS), fitting[-1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Depthwise convolution
+
+STRIP_THREADS = 128
+VECTOR_BYTES = 16
+ELEMENT_BYTES: dict[Precision, int] = {"half": 2, "tf32": 4, "ieee": 4, "fp64": 8}
+# Taps of one column of a filter that are kept in registers, and taps of a filter that is kept whole.
+MAX_COLUMN_TAPS = 7
+MAX_WHOLE_TAPS = 9
+# Rows of a strip, and the vectors of one column, or of all columns of a whole filter, that may be on their way to registers.
+STRIP_ROWS = (2, 4, 7)
+MAX_LOADS = 20
+# wgrad: the workspace of partial gradients, and the tiles of pixels that stay in the first-level cache while a large filter's columns
+# are summed one after another.
+MAX_STRIP_SPLIT = 1024
+CACHED_TILES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StripTile:
+    """BLOCK_M strips of ROWS pixels below each other, BLOCK_C channels of each. SPLIT cuts wgrad's sum over the strips."""
+
+    BLOCK_M: int
+    BLOCK_C: int
+    ROWS: int
+    num_warps: int = STRIP_THREADS // 32
+    SPLIT: int = 1
+
+    def __str__(self) -> str:
+        split = f" split {self.SPLIT}" if self.SPLIT > 1 else ""
+        return f"{self.BLOCK_M}x{self.BLOCK_C} {self.ROWS} rows w{self.num_warps}{split}"
+
+
+def taps_at_once(R: int, step: int = 1) -> int:
+    """How many of a column's R taps the depthwise kernels keep in registers, a multiple of `step` unless it is all."""
+    return R if R <= MAX_COLUMN_TAPS else max(step, MAX_COLUMN_TAPS // step * step)
+
+
+def columns_at_once(R: int, S: int) -> int:
+    """Columns of a filter that the depthwise kernels unroll: all of them, or one."""
+    return S if R * S <= MAX_WHOLE_TAPS else 1
+
+
+def choose_strip_rows(problem: ConvProblem, operation: Operation) -> int:
+    """2, 4 or 7, whichever is the least work with no more than MAX_LOADS loads at once, else the fewest of them.
+
+    Work: loads, of as many instructions as two multiply-adds, and multiply-adds, which in wgrad cost twice where strips are ragged. In dgrad
+    a multiple of the stride: then every strip meets the same taps.
+    """
+    g = problem
+    backward = operation == "dgrad"
+    extent, unit, step = (g.H, g.stride_h, 1) if backward else (g.P, 1, g.stride_h)
+    taps = taps_at_once(g.R, tap_step(g.stride_h, g.dil_h) if backward else 1)
+    candidates = sorted({cdiv(rows, unit) * unit for rows in STRIP_ROWS})
+
+    def loads(rows: int) -> int:
+        reach = ((rows - 1) * step + (taps - 1) * g.dil_h) // unit + 1
+        return min(cdiv(rows, unit) * taps, reach)
+
+    def work(rows: int) -> int:
+        ragged = operation == "wgrad" and g.P % rows > 0
+        return cdiv(extent, rows) * (2 * loads(rows) + rows * taps // unit * (2 if ragged else 1))
+
+    columns = 1 if backward and g.stride_w > 1 else columns_at_once(g.R, g.S)
+    return min((rows for rows in candidates if loads(rows) * columns <= MAX_LOADS), key=work, default=candidates[0])
+
+
+def candidate_strip_tiles(problem: ConvProblem, operation: Operation, precision: Precision) -> dict[int, StripTile]:
+    """The tiles that a depthwise convolution may get, by how many adjacent channels one load takes; 0: channels are apart.
+
+    128 threads with one vector of channels each, of 16 to 32 channels: 64 or 128 bytes of a pixel side by side. Where channels are apart
+    threads lie side by side in the image.
+    """
+    rows = choose_strip_rows(problem, operation)
+    channels = problem.C if operation == "dgrad" else problem.K
+    BLOCK_C = 16 if channels <= 16 or precision == "fp64" else 32
+    vectors = [v for v in (1, 2, 4, 8) if v * ELEMENT_BYTES[precision] <= VECTOR_BYTES]
+    tiles = {v: StripTile(STRIP_THREADS * v // BLOCK_C, BLOCK_C, rows) for v in vectors}
+    return {0: StripTile(STRIP_THREADS, 1, rows), **tiles}
+
+
+def choose_strip_tile(problem: ConvProblem, operation: Operation, precision: Precision, vector: int) -> StripTile:
+    """The candidate for loads of `vector` channels; for wgrad with enough programs to fill a GPU."""
+    g = problem
+    tile = candidate_strip_tiles(g, operation, precision)[vector]
+    if operation != "wgrad":
+        return tile
+    tiles = max(1, cdiv(g.N * cdiv(g.P, tile.ROWS) * g.Q, tile.BLOCK_M))
+    split = cdiv(4 * BUSY_PROGRAMS, cdiv(g.K, tile.BLOCK_C))
+    if g.R > MAX_COLUMN_TAPS or columns_at_once(g.R, g.S) < g.S:
+        split = max(split, tiles // CACHED_TILES)
+    return replace(tile, SPLIT=min(tiles, split, MAX_STRIP_SPLIT))

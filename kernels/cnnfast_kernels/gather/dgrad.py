@@ -19,27 +19,10 @@ from .. import launch
 from ..indexing import channel_offset, pixel_offset, unravel_npq
 from ..problem import ConvProblem, tap_step
 from ..tiling import Precision, TileConfig, cdiv
-from .tiles import load_taps, multiply_accumulate, tap_bits, unravel_rsc
+from .tiles import class_axis, load_taps, multiply_accumulate, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
 STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx") for d in "nhwc"]
-
-
-@triton.jit
-def class_axis(first, extent, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, STEP: tl.constexpr):
-    """The class of pixels h = first + i * STRIDE, i < pixels, along one axis: (pixels, r0, taps, p0).
-
-    It meets taps r = r0 + j * STEP, j < taps, and tap r of pixel i reads p = p0 + i - j * DIL * STEP / STRIDE.
-    """
-    if STRIDE == 1:
-        return extent, 0, R, PAD
-    else:
-        pixels = (extent - first + STRIDE - 1) // STRIDE
-        r0 = first * 0 + R
-        for r in tl.static_range(R if R < STEP else STEP):
-            r0 = tl.where((first + PAD - r * DIL) % STRIDE == 0, r, r0)
-        taps = (R - r0 + STEP - 1) // STEP
-        return pixels, r0, taps, (first + PAD - r0 * DIL) // STRIDE
 
 
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)

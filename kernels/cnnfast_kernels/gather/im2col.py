@@ -22,7 +22,8 @@ from ..problem import ConvProblem
 from ..tiling import Precision, TileConfig, cdiv, choose_tile
 from .dgrad import dgrad
 from .fprop import fprop
-from .wgrad import empty_partials, reduce_partials, wgrad_partials
+from .slots import reduce_partials
+from .wgrad import empty_partials, wgrad_partials
 
 MAX_WORKSPACE = 256 * 2**20
 COPY_TILE = TileConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_K=1)

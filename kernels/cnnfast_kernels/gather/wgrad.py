@@ -9,8 +9,6 @@ gradient to its own slot, and a second kernel adds the slots in a fixed order: t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +17,8 @@ from .. import launch
 from ..indexing import channel_offset, divide, divisor, pixel_offset
 from ..problem import ConvProblem
 from ..tiling import Precision, TileConfig, cdiv
+from .slots import WgradPlan, plan_reduction
 from .tiles import multiply_accumulate
-
-# Weights summed by one program of the reduction.
-REDUCE_BLOCK = 256
 
 EXTENTS = ["N", "H", "W", "P", "Q", "SLOTS", "p_magic", "p_shift", "q_magic", "q_shift"]
 STRIDES = [f"{t}_stride_{d}" for t in ("x", "dy") for d in "nhwc"]
@@ -93,26 +89,6 @@ def conv_wgrad_kernel(
     tl.store(dw_rows[:, None] + dw_cols[None, :], acc.to(dw_ptr.dtype.element_ty), mask=k_ok[:, None] & column_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["SLOTS", "slot_stride"])
-def conv_wgrad_reduce_kernel(
-    partials_ptr, dw_ptr, K, SLOTS, slot_stride, dw_stride_k, dw_stride_r, dw_stride_s, dw_stride_c,
-    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DW_ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
-):  # fmt: skip
-    """BLOCK weights of dw: the sum over all slots of partials [SLOTS, K, R, S, C]."""
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    k = e // (R * S * C)
-    ok = k < K
-    acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
-    for first in range(0, SLOTS, BLOCK_SLOTS):
-        slots = first + tl.arange(0, BLOCK_SLOTS)
-        offsets = slots.to(tl.int64)[:, None] * slot_stride + e[None, :]
-        acc += tl.sum(tl.load(partials_ptr + offsets, mask=(slots < SLOTS)[:, None] & ok[None, :], other=0.0), 0)
-    c = e % C
-    tap = e // C % (R * S)
-    dw_offset = (k * dw_stride_k + tap // S * dw_stride_r + tap % S * dw_stride_s) * DW_ALIGN + channel_offset(c, dw_stride_c)
-    tl.store(dw_ptr + dw_offset, acc.to(dw_ptr.dtype.element_ty), mask=ok)
-
-
 def plan_partials(
     problem: ConvProblem,
     tile: TileConfig,
@@ -159,37 +135,6 @@ def partials_layout(problem: ConvProblem, slots: int, dtype: torch.dtype) -> lau
 def empty_partials(problem: ConvProblem, slots: int, like: torch.Tensor) -> torch.Tensor:
     """Workspace [slots, K, C / groups, R, S] for wgrad_partials, channels innermost, in the dtype that sums of products of `like` have."""
     return launch.empty(partials_layout(problem, slots, like.dtype), like).permute(0, 1, 4, 2, 3)
-
-
-def plan_reduction(slots: int, slot_stride: int, dw: launch.Laid) -> launch.Plan:
-    """Takes (partials, dw); see `reduce_partials`."""
-    K, C, R, S = dw.shape
-    dws = launch.strides_nhwc(dw)
-    return launch.Plan(
-        conv_wgrad_reduce_kernel, (cdiv(K * C * R * S, REDUCE_BLOCK),), K, slots, slot_stride, *dws[:4],
-        C=C, R=R, S=S, DW_ALIGN=dws.align, BLOCK=REDUCE_BLOCK, BLOCK_SLOTS=8, num_warps=4,
-    )  # fmt: skip
-
-
-def reduce_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
-    """dw = the sum of the slots of `partials`, which is from empty_partials; dw [K, C / groups, R, S] in any layout and dtype."""
-    plan_reduction(partials.shape[0], partials.stride(0), dw)(partials, dw)
-
-
-class WgradPlan(NamedTuple):
-    """Partial gradients and their sum, or, without a workspace, the gradient at once."""
-
-    partials: launch.Plan
-    workspace: launch.Layout | None = None
-    reduction: launch.Plan | None = None
-
-    def __call__(self, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
-        if self.workspace is None:
-            self.partials(x, dy, dw)
-        else:
-            partials = launch.empty(self.workspace, x)
-            self.partials(x, dy, partials)
-            self.reduction(partials, dw)
 
 
 def plan_wgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, x: launch.Laid, dy: launch.Laid, dw: launch.Laid) -> WgradPlan:

@@ -1,0 +1,170 @@
+"""Depthwise convolution forward.
+
+    y[n, p, q, k] = sum over r, s of x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, k // MULTIPLIER] * w[k, r, s]
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import launch
+from ...epilogue import PLAIN, Epilogue, activate, apply_norm, load_norm, tile_moments
+from ...indexing import channel_offset, divisor, pixel_offset
+from ...partials import TileRows
+from ...problem import ConvProblem
+from ...tiling import StripTile, cdiv, columns_at_once, taps_at_once
+from .strips import FAR, MAX_REGISTERS, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
+
+EXTENTS = ["N", "H", "W", "P", "Q", "strips", "strips_magic", "strips_shift", "q_magic", "q_shift"]
+STRIDES = [f"{t}_stride_{d}" for t in ("x", "y", "z") for d in "nhwc"]
+
+
+@triton.jit
+def convolve_rows(
+    acc, x_rows, w_taps, h0, w0, r0, H, W, x_row, x_column, w_row, w_column, k_ok,
+    S: tl.constexpr, STRIDE_H: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, TAPS: tl.constexpr, UNROLL: tl.constexpr,
+    ROWS: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Adds filter rows r0 to r0 + TAPS; x_row, ... are the strides in elements."""
+    for s in tl.range(0, S, loop_unroll_factor=UNROLL):
+        row = tl.where(in_range(w0 + s * DIL_W, W), h0 + r0 * DIL_H, FAR)
+        acc = accumulate_column(
+            acc, x_rows + (r0 * DIL_H * x_row + s * DIL_W * x_column), row, H, x_row, w_taps + (r0 * w_row + s * w_column), w_row, k_ok,
+            ROWS, TAPS, STRIDE_H, DIL_H, 1, EVEN, ACC,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit(do_not_specialize=EXTENTS + STRIDES)
+def depthwise_fprop_kernel(
+    x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, z_ptr, moments_ptr, slope: tl.float64, N, H, W, P, Q,
+    strips, strips_magic, strips_shift, q_magic, q_shift,
+    x_stride_n, x_stride_h, x_stride_w, x_stride_c,
+    w_stride_r, w_stride_s, w_stride_k,
+    y_stride_n, y_stride_h, y_stride_w, y_stride_c,
+    z_stride_n, z_stride_h, z_stride_w, z_stride_c,
+    K: tl.constexpr, MULTIPLIER: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    X_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, Z_ALIGN: tl.constexpr,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M strips of BLOCK_C filters of y; z is the residual; `moments` [tiles, 2, K]."""
+    EVEN: tl.constexpr = K % BLOCK_C == 0
+    TILES_K: tl.constexpr = (K + BLOCK_C - 1) // BLOCK_C  # vary fastest: programs that run together read whole pixels
+    tile = tl.program_id(0) // TILES_K
+    n, i, q, ok = locate_strips(tile, N, strips, Q, strips_magic, strips_shift, q_magic, q_shift, BLOCK_M)
+    k = tl.program_id(0) % TILES_K * BLOCK_C + tl.arange(0, BLOCK_C)
+    k_ok = k < K
+
+    p = i * ROWS
+    h0 = p * STRIDE_H - PAD_H
+    w0 = q * STRIDE_W - PAD_W
+    x_row = x_stride_h.to(tl.int64) * X_ALIGN
+    x_column = x_stride_w.to(tl.int64) * X_ALIGN
+    w_row = w_stride_r * W_ALIGN
+    w_column = w_stride_s * W_ALIGN
+    x_rows = x_ptr + pixel_offset(n, h0, w0, x_stride_n, x_stride_h, x_stride_w, X_ALIGN)[:, None]
+    x_rows = x_rows + channel_offset(k // MULTIPLIER, x_stride_c)[None, :]
+    w_taps = w_ptr + tl.zeros((BLOCK_M,), tl.int32)[:, None] + channel_offset(k, w_stride_k)[None, :]  # every thread loads its own
+    h0 = tl.where(ok, h0, FAR)
+
+    acc = zeros(ROWS, BLOCK_M, BLOCK_C, ACC)
+    for r0 in range(0, R - R % TAPS, TAPS):
+        acc = convolve_rows(
+            acc, x_rows, w_taps, h0, w0, r0, H, W, x_row, x_column, w_row, w_column, k_ok,
+            S, STRIDE_H, DIL_H, DIL_W, TAPS, UNROLL, ROWS, EVEN, ACC,
+        )  # fmt: skip
+    if R % TAPS > 0:
+        acc = convolve_rows(
+            acc, x_rows, w_taps, h0, w0, R - R % TAPS, H, W, x_row, x_column, w_row, w_column, k_ok,
+            S, STRIDE_H, DIL_H, DIL_W, R % TAPS, UNROLL, ROWS, EVEN, ACC,
+        )  # fmt: skip
+
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + k, mask=k_ok, other=0.0).to(ACC)
+    if mean_ptr is not None:
+        norm = load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, k, k_ok, EPS, ACC)
+    y_rows = y_ptr + pixel_offset(n, p, q, y_stride_n, y_stride_h, y_stride_w, Y_ALIGN)[:, None] + channel_offset(k, y_stride_c)[None, :]
+    if z_ptr is not None:
+        z_rows = z_ptr + pixel_offset(n, p, q, z_stride_n, z_stride_h, z_stride_w, Z_ALIGN)[:, None] + channel_offset(k, z_stride_c)[None, :]
+    stored = ()
+    exist = ()
+    for t in tl.static_range(ROWS):
+        row_ok = ok & (p + t < P)
+        mask = row_ok[:, None] & k_ok[None, :]
+        u = acc[t]
+        if bias_ptr is not None:
+            u = u + bias[None, :]
+        if mean_ptr is not None:
+            u = apply_norm(u, norm)
+        if z_ptr is not None:
+            u = u + tl.load(z_rows + t * z_stride_h.to(tl.int64) * Z_ALIGN, mask=mask, other=0.0).to(ACC)
+        y = activate(u, tl.full((), slope, ACC), ACTIVATION).to(y_ptr.dtype.element_ty)
+        tl.store(y_rows + t * y_stride_h.to(tl.int64) * Y_ALIGN, y, mask=mask)
+        stored = stored + (y.to(ACC),)
+        exist = exist + (row_ok,)
+    if moments_ptr is not None:  # of y as stored: batch norm normalises exactly what backward will read
+        mean, m2 = tile_moments(stored, exist)
+        row = moments_ptr + tile.to(tl.int64) * 2 * K + k
+        tl.store(row, mean, mask=k_ok)
+        tl.store(row + K, m2, mask=k_ok)
+
+
+def plan_depthwise_fprop(
+    problem: ConvProblem,
+    tile: StripTile,
+    x: launch.Laid,
+    w: launch.Laid,
+    y: launch.Laid,
+    residual: launch.Laid | None = None,
+    eps: float = 0.0,
+    activation: str | None = None,
+    slope: float = 0.0,
+) -> StripPlan:
+    """Takes (x, w, y, bias, mean, var, gamma, beta, residual, moments), each of the last seven or None; see `depthwise_fprop`."""
+    g = problem
+    strips = cdiv(g.P, tile.ROWS)
+    grid = (cdiv(g.N * strips * g.Q, tile.BLOCK_M) * cdiv(g.K, tile.BLOCK_C),)
+    ws, copies = filters_layout(w, tile)
+    xs, ys = launch.strides_nhwc(x), launch.strides_nhwc(y)
+    zs = ys if residual is None else launch.strides_nhwc(residual)
+    run = launch.Plan(
+        depthwise_fprop_kernel, grid, slope, g.N, g.H, g.W, g.P, g.Q, strips, *divisor(max(strips, 1)), *divisor(max(g.Q, 1)),
+        *xs[:4], *ws[1:4], *ys[:4], *zs[:4],
+        tile=tile, K=g.K, MULTIPLIER=g.group_filters, R=g.R, S=g.S,
+        STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
+        X_ALIGN=xs.align, W_ALIGN=ws.align, Y_ALIGN=ys.align, Z_ALIGN=zs.align,
+        EPS=eps, ACTIVATION=activation, TAPS=taps_at_once(g.R), UNROLL=columns_at_once(g.R, g.S),
+        ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
+        ROWS=tile.ROWS, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,
+    )  # fmt: skip
+    return StripPlan(run, copies)
+
+
+def moments_rows(problem: ConvProblem, tile: StripTile) -> TileRows:
+    """Which pixels of y the moments of each tile are of."""
+    g = problem
+    strips = cdiv(g.P, tile.ROWS)
+    return TileRows(max(strips, 1), g.P, tile.ROWS, max(g.Q, 1), tile.BLOCK_M, g.N * strips * g.Q)
+
+
+def depthwise_fprop(
+    problem: ConvProblem,
+    tile: StripTile,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    y: torch.Tensor,
+    epilogue: Epilogue = PLAIN,
+    moments: torch.Tensor | None = None,
+) -> None:
+    """Writes y, what `epilogue` makes of conv(x, w), and, if asked, the (mean, M2) of each tile of y; moments_rows tells of which pixels.
+
+    Shapes: x [N, C, H, W], w [K, 1, R, S], y and the residual [N, K, P, Q], in any memory layout; bias and those of the batch norm
+    [K]; moments [tiles, 2, K] in the accumulator's dtype.
+    """
+    e = epilogue
+    plan = plan_depthwise_fprop(problem, tile, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
+    plan(x, w, y, e.bias, *e.norm[:4], e.residual, moments)

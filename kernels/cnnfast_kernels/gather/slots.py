@@ -1,0 +1,66 @@
+"""The second stage of weight gradients: partial ones, each in a slot of its own, are added in a fixed order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import launch
+from ..indexing import channel_offset
+from ..tiling import cdiv
+
+
+@triton.jit(do_not_specialize=["SLOTS", "slot_stride"])
+def conv_wgrad_reduce_kernel(
+    partials_ptr, dw_ptr, K, SLOTS, slot_stride, dw_stride_k, dw_stride_r, dw_stride_s, dw_stride_c,
+    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DW_ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK weights of dw: the sum over all slots of partials [SLOTS, K, R, S, C]."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    k = e // (R * S * C)
+    ok = k < K
+    acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
+    for first in range(0, SLOTS, BLOCK_SLOTS):
+        slots = first + tl.arange(0, BLOCK_SLOTS)
+        offsets = slots.to(tl.int64)[:, None] * slot_stride + e[None, :]
+        acc += tl.sum(tl.load(partials_ptr + offsets, mask=(slots < SLOTS)[:, None] & ok[None, :], other=0.0), 0)
+    c = e % C
+    tap = e // C % (R * S)
+    dw_offset = (k * dw_stride_k + tap // S * dw_stride_r + tap % S * dw_stride_s) * DW_ALIGN + channel_offset(c, dw_stride_c)
+    tl.store(dw_ptr + dw_offset, acc.to(dw_ptr.dtype.element_ty), mask=ok)
+
+
+def plan_reduction(slots: int, slot_stride: int, dw: launch.Laid) -> launch.Plan:
+    """Takes (partials, dw); see `reduce_partials`."""
+    K, C, R, S = dw.shape
+    dws = launch.strides_nhwc(dw)
+    many = slots > 64  # then a program takes fewer weights and more of their slots at once
+    BLOCK, BLOCK_SLOTS = (32, 64) if many else (256, 8)
+    return launch.Plan(
+        conv_wgrad_reduce_kernel, (cdiv(K * C * R * S, BLOCK),), K, slots, slot_stride, *dws[:4],
+        C=C, R=R, S=S, DW_ALIGN=dws.align, BLOCK=BLOCK, BLOCK_SLOTS=BLOCK_SLOTS, num_warps=4,
+    )  # fmt: skip
+
+
+def reduce_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
+    """dw = the sum of the slots of `partials`, which is from wgrad.empty_partials; dw [K, C / groups, R, S] in any layout and dtype."""
+    plan_reduction(partials.shape[0], partials.stride(0), dw)(partials, dw)
+
+
+class WgradPlan(NamedTuple):
+    """Partial gradients and their sum, or, without a workspace, the gradient at once."""
+
+    partials: launch.Plan
+    workspace: launch.Layout | None = None
+    reduction: launch.Plan | None = None
+
+    def __call__(self, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
+        if self.workspace is None:
+            self.partials(x, dy, dw)
+        else:
+            partials = launch.empty(self.workspace, x)
+            self.partials(x, dy, partials)
+            self.reduction(partials, dw)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..dispatch import launch
 from .capture import Captured, capture_calls
+from .child import interpreted
 from .judge import judge
 from .report import ROW_MARK, Comparison, Report, Row
 
@@ -65,25 +61,11 @@ def _judge_in_child(calls: list[Captured], backward: bool) -> Iterator[Row]:
     """The rows of `calls`, as a process of its own with TRITON_INTERPRET=1 finds them."""
     if not calls:
         return
-    with tempfile.TemporaryDirectory(prefix="cnnfast-check-") as folder:
-        path = Path(folder, "calls.pt")
-        torch.save({"backward": backward, "calls": [vars(call) for call in calls]}, path)
-        importable = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": importable}
-        with Path(folder, "stderr").open("w+") as stderr:
-            command = [sys.executable, "-P", "-m", f"{__name__}.worker", str(path)]
-            child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
-            assert child.stdout is not None
-            try:
-                missing = len(calls)
-                for line in child.stdout:
-                    if line.startswith(ROW_MARK):
-                        missing -= 1
-                        yield Row.from_dict(json.loads(line.removeprefix(ROW_MARK)))
-                if child.wait() or missing:
-                    stderr.seek(0)
-                    raise RuntimeError(f"the process that interprets kernels ended with {child.returncode}:\n{stderr.read()[-4000:]}")
-            finally:
-                child.kill()
-                child.wait()
-                child.stdout.close()
+    data = {"backward": backward, "calls": [vars(call) for call in calls]}
+    missing = len(calls)
+    for line in interpreted(f"{__name__}.worker", data):
+        if line.startswith(ROW_MARK):
+            missing -= 1
+            yield Row.from_dict(json.loads(line.removeprefix(ROW_MARK)))
+    if missing:
+        raise RuntimeError(f"the process that interprets kernels ended {missing} calls too early")

@@ -40,9 +40,6 @@ class Group:
     activation: str
     members: tuple[str, ...]
 
-    def __str__(self) -> str:
-        return " + ".join(filter(None, [self.conv, self.norm, "residual" * self.residual, self.activation]))
-
 
 @dataclass(frozen=True)
 class Variant:

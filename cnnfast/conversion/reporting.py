@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console, Group
+from rich.console import Console, RenderableType
+from rich.console import Group as Stack
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -19,6 +20,7 @@ from .. import dispatch
 from .fusion import groups_in_force, plan_of, why_not_fused
 from .grafts import base_of
 from .leaves import is_norm, is_ours, replacement, why_left
+from .planning import Group
 
 FUSED, REPLACED, LEFT = "fused", "replaced", "left"
 STYLES = {FUSED: "green", REPLACED: "green", LEFT: "yellow"}
@@ -76,14 +78,14 @@ class Report:
         head = {"summary": self.summary, "coverage": self.coverage, "total_flops": self.total_flops, "input": self.input}
         return json.dumps({**head, "notes": self.notes, "rows": [asdict(row) for row in self.rows]}, indent=1)
 
-    def __rich__(self) -> Group:
+    def __rich__(self) -> RenderableType:
         table = Table()
-        for heading in ("module", "class", "", "GFLOP", "into, or why"):
-            table.add_column(heading, overflow="fold", justify="right" if heading == "GFLOP" else "left")
+        for heading in ("module", "class", "", "FLOPs", "into, or why"):
+            table.add_column(heading, overflow="fold", justify="right" if heading == "FLOPs" else "left")
         for row in self.rows:
-            flops = f"{row.flops / 1e9:.3g}" if row.flops else ""
+            flops = f"{row.flops / self.total_flops:.1%}" if row.flops and self.total_flops else ""
             table.add_row(Text(row.name), Text(row.kind), Text(row.status, STYLES[row.status]), flops, Text(row.reason))
-        return Group(table, *(Text(note, "yellow") for note in self.notes), Text(self.summary, "bold"))
+        return Stack(table, *(Text(note, "yellow") for note in self.notes), Text(self.summary, "bold"))
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -113,7 +115,17 @@ def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> Report:
 def _fused_members(name: str, block: nn.Module) -> dict[str, str]:
     """Full name of each member of a group > what the group computes."""
     prefix = f"{name}." if name else ""
-    return {prefix + member: str(group) for group in groups_in_force(block) for member in group.members}
+    return {prefix + member: _described(block, group) for group in groups_in_force(block) for member in group.members}
+
+
+def _described(block: nn.Module, group: Group) -> str:
+    """Names of what a group computes; classes where children are numbered."""
+
+    def named(path: str) -> str:
+        return base_of(type(block.get_submodule(path))).__name__ if path.rpartition(".")[2].isdecimal() else path
+
+    parts = [named(group.conv), named(group.norm), "residual" * group.residual, named(group.activation)]
+    return " + ".join(filter(None, parts))
 
 
 def _why_plain(module: nn.Module) -> str:

@@ -35,6 +35,14 @@ def markdown(results: Results, picture: str) -> str:
         parts += [part for proof in results.proofs for part in proof_parts(proof)]
     else:
         parts.append("Triton is not installed here: no kernel ran.")
+    if (c := results.conversion) is not None:
+        rows = [(row.name, row.kind, row.status, row.reason) for row in c.report.rows]
+        parts += [
+            "## A model of plain torch.nn, converted",
+            "The same network written with nothing but torch.nn, with the trained weights, and then `cnnfast.convert(model)`:"
+            f" **{c.summary}** ({c.seconds:.0f} s; kernels launched: {len(c.launches)}).",
+            table(("module", "class", "", "into, or why"), rows),
+        ]
     if results.timings:
         parts += ["## Times", results.timed, table(HEADING, (t.cells for t in results.timings))]
     return "\n\n".join(parts) + "\n"

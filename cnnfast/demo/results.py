@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cnnfast.checking import Comparison, Report
+from cnnfast.conversion import Report as ConversionReport
 
 from .digits import ACCURACY_WANTED
 from .timing import Timing
@@ -50,31 +51,54 @@ class Proof:
 
 
 @dataclass
+class Conversion:
+    """The same network in plain torch.nn, converted: how many of `digits` it reads as PyTorch does, by which kernels."""
+
+    digits: int
+    same: int
+    launches: list[str]
+    report: ConversionReport
+    seconds: float
+
+    @property
+    def summary(self) -> str:
+        return f"{self.same} of {self.digits} digits read as by PyTorch; {self.report.summary}"
+
+    @property
+    def ok(self) -> bool:
+        return self.same == self.digits and bool(self.launches) and self.report.count("left") == 0
+
+
+@dataclass
 class Results:
-    """`environment` says where this ran; `timings` is empty without a GPU, `proofs` without triton."""
+    """`environment` says where this ran; `timings` is empty without a GPU, `proofs` and `conversion` without triton."""
 
     environment: dict[str, str]
     training: Training
     proofs: list[Proof] = field(default_factory=list)
+    conversion: Conversion | None = None
     timings: list[Timing] = field(default_factory=list)
     timed: str = ""
     seconds: float = 0.0
 
     @property
     def ok(self) -> bool:
-        return self.training.ok and all(p.report.ok for p in self.proofs) and all(t.right for t in self.timings)
+        parts = [self.training.ok, *(p.report.ok for p in self.proofs), *(t.right for t in self.timings)]
+        return all(parts) and (self.conversion is None or self.conversion.ok)
 
     def to_json(self) -> str:
         proofs = [
             {"title": p.title, "dtype": p.dtype, "seconds": p.seconds, "launches": p.launches, "check": json.loads(p.report.to_json())}
             for p in self.proofs
         ]
+        c = self.conversion
         data: dict[str, Any] = {
             "ok": self.ok,
             "seconds": self.seconds,
             "environment": self.environment,
             "training": {**asdict(self.training), "accuracy": self.training.accuracy, "wanted": ACCURACY_WANTED},
             "proofs": proofs,
+            "conversion": None if c is None else {**vars(c), "ok": c.ok, "report": json.loads(c.report.to_json())},
             "timed": self.timed,
             "timings": [asdict(t) for t in self.timings],
         }

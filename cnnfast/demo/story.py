@@ -14,18 +14,20 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+import cnnfast
 from cnnfast import __version__
 from cnnfast.checking import check
 from cnnfast.dispatch import Trace, backend, launch, trace
 
-from . import digits, photograph, timing
+from . import digits, photograph, plain, timing
 from .picture import Images
-from .results import Proof, Results, Training
+from .results import Conversion, Proof, Results, Training
 
 # What the interpreter can do in the time that a demo may take.
 INTERPRETED_SIZE = 96
 INTERPRETED_BACKWARD_SIZE = 32  # the stem's two gradients, of 49 taps, take longest
 INTERPRETED_DIGITS = 4
+INTERPRETED_CONVERTED = 64  # digits for the converted network: forward alone
 GPU_DIGITS = 64
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -72,6 +74,9 @@ def tell(seed: int, epochs: int, console: Console) -> tuple[Results, Images]:
                     x = centre(x, INTERPRETED_BACKWARD_SIZE)
                 results.proofs.append(prove(f"photograph, {sizes(x)}, {PHOTOGRAPH_PATH}", layers, x, dtype, bars))
                 results.proofs.append(prove(f"{len(some)} held-out digits through the trained network", network, some, dtype, bars))
+            results.conversion = convert_digits(
+                network, held_out.images[: len(held_out) if gpu else INTERPRETED_CONVERTED].to(device), bars
+            )
         if gpu:
             results.timed = timing.CONDITIONS
             results.timings = measure(device, bars)
@@ -140,6 +145,23 @@ def prove(title: str, module: nn.Module, x: Tensor, dtype: torch.dtype, bars: Pr
     proof = Proof(title, name, report, time.perf_counter() - began)
     bars.console.print(Text(f"\n{title}, {name}", "bold"), report, launch_table(proof.launches.items()))
     return proof
+
+
+def convert_digits(network: digits.DigitNet, images: Tensor, bars: Progress) -> Conversion:
+    """Writes the network in plain torch.nn, converts it, and compares what both read in `images`."""
+    bar = bars.add_task("the network in plain torch.nn, converted", total=1, note=f"{len(images)} digits")
+    began = time.perf_counter()
+    original = plain.plain_twin(network)
+    converted = cnnfast.convert(original, memory_format=torch.channels_last)
+    report = cnnfast.report(converted, images[:1])
+    with torch.no_grad():
+        wanted = original(images).argmax(1).tolist()
+    read, launches = plain.read(converted, images)
+    same = sum(a == b for a, b in zip(read, wanted, strict=True))
+    found = Conversion(len(images), same, launches, report, time.perf_counter() - began)
+    bars.update(bar, advance=1)
+    bars.console.print(Text("\nthe same network in plain torch.nn: cnnfast.convert(model)", "bold"), report, Text(found.summary))
+    return found
 
 
 def measure(device: torch.device, bars: Progress) -> list[timing.Timing]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
+from child import run_compiled
 from cnnfast import backend, trace
 from cnnfast.checking import Comparison, Report, Row
-from cnnfast.demo import digits, photograph, story, timing
+from cnnfast.demo import digits, photograph, plain, story, timing
 from cnnfast.demo.markdown import markdown
 from cnnfast.demo.picture import Images, draw
 from cnnfast.demo.results import Proof, Results, Training
@@ -58,6 +60,50 @@ def test_the_network_is_built_on_this_package(device):
     operations = [call.operation for call in calls]
     assert {call.served_by for call in calls} == {"kernels"}
     assert len(operations) == 8  # six convolutions, two of them with a residual; max pool; global mean
+
+
+def test_the_plain_twin_reads_the_same_and_is_not_ours(device):
+    """Statistics and weights are random: one that is not carried over shows."""
+    network = digits.make_network(0).to(device).eval()
+    with torch.no_grad():
+        for t in network.state_dict().values():
+            t.uniform_(0.5, 1.5)
+    twin = plain.plain_twin(network)
+    assert {type(m).__module__.partition(".")[0] for m in twin.modules() if not list(m.children())} == {"torch"}
+    images = torch.rand(2, 1, 8, 8, device=device)
+    with torch.no_grad(), backend("torch"):
+        torch.testing.assert_close(twin(images), network(images), rtol=1e-5, atol=1e-3)
+
+
+def test_converted_digits_are_read_by_kernels(device):
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn
+
+    console = Console(record=True, width=120, quiet=True)
+    with Progress(TextColumn("{task.description}"), console=console) as bars:
+        found = story.convert_digits(digits.make_network(0).to(device).eval(), torch.rand(3, 1, 8, 8, device=device), bars)
+    assert found.ok
+    assert (found.digits, found.same, found.report.count("fused")) == (3, 3, 6)
+    assert found.launches.count("conv_fprop_kernel") == 6
+    assert "6 of 6 convolutions fused" in console.export_text()
+    assert not dataclasses.replace(found, same=2).ok
+
+
+def compiled_reading():
+    import torch
+
+    from cnnfast import convert
+    from cnnfast.demo import digits, plain
+
+    twin = plain.plain_twin(digits.make_network(0).eval())
+    images = torch.rand(2, 1, 8, 8)
+    read, launches = plain.read(convert(twin), images)
+    return [read == twin(images).argmax(1).tolist(), launches.count("conv_fprop_kernel")]
+
+
+@pytest.mark.compiled
+def test_converted_digits_are_read_in_a_process_that_interprets():
+    assert run_compiled(compiled_reading) == [True, 6]
 
 
 def test_photograph_goes_through_the_stem_and_a_block():

@@ -1,0 +1,100 @@
+"""The digits network as anybody writes it, in plain torch.nn, with the trained weights: converted, it must read every digit the same.
+
+python -m cnnfast.demo.plain FILE is the process in which Triton interprets its kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import cnnfast
+from cnnfast.checking.child import interpreted
+from cnnfast.dispatch import launch
+
+from .digits import DigitNet
+from .layers import ConvBN
+
+MARK = "cnnfast-read "
+
+
+class PlainBlock(nn.Module):
+    """ResNet's basic block."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Sequential()
+        if in_channels != out_channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y += self.shortcut(x)
+        return self.relu(y)
+
+
+class PlainDigitNet(nn.Module):
+    """DigitNet's layers, [N, 1, 8, 8] to ten logits [N, 10]: nothing here is cnnfast's."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.block1 = PlainBlock(width, width)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.block2 = PlainBlock(width, 2 * width)
+        self.average = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(2 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block2(self.pool(self.block1(self.stem(x))))
+        return self.head(torch.flatten(self.average(x), 1))
+
+
+def plain_twin(network: DigitNet) -> PlainDigitNet:
+    """A PlainDigitNet with the weights and statistics of `network`, on its device, in eval mode."""
+    twin = PlainDigitNet(network.head.in_features // 2).to(network.head.weight)
+    blocks = ((network.block1, twin.block1), (network.block2, twin.block2))
+    pairs: list[tuple[ConvBN, nn.Module, nn.Module]] = [(network.stem, twin.stem[0], twin.stem[1])]
+    for ours, plain in blocks:
+        pairs += [(ours.first, plain.conv1, plain.bn1), (ours.second, plain.conv2, plain.bn2)]
+        if isinstance(ours.shortcut, ConvBN):
+            pairs.append((ours.shortcut, plain.shortcut[0], plain.shortcut[1]))
+    for trained, conv, norm in pairs:
+        conv.load_state_dict({"weight": trained.weight})
+        statistics = {"running_mean": trained.running_mean, "running_var": trained.running_var}
+        norm.load_state_dict({"weight": trained.bn_weight, "bias": trained.bn_bias, **statistics}, strict=False)
+    twin.head.load_state_dict(network.head.state_dict())
+    return twin.eval()
+
+
+def read(model: nn.Module, images: Tensor) -> tuple[list[int], list[str]]:
+    """(digit read in each image, kernels launched): by our kernels, in Triton's interpreter where there is no GPU."""
+    if launch is not None and not launch.INTERPRETED and not images.is_cuda:
+        lines = interpreted(__name__, {"weights": model.state_dict(), "images": images})
+        answer = next(json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK))
+        return answer["read"], answer["launches"]
+    with torch.no_grad(), cnnfast.trace() as calls:
+        digits = model(images).argmax(1).tolist()
+    return digits, calls.launches
+
+
+def main(path: str) -> None:
+    data: dict[str, Any] = torch.load(path, weights_only=True)
+    model = PlainDigitNet(data["weights"]["stem.0.weight"].shape[0])
+    model.load_state_dict(data["weights"])
+    digits, launches = read(cnnfast.convert(model.eval()), data["images"])
+    print(MARK + json.dumps({"read": digits, "launches": launches}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -76,10 +76,10 @@ class Results:
     environment: dict[str, str]
     training: Training
     proofs: list[Proof] = field(default_factory=list)
-    conversion: Conversion | None = None
     timings: list[Timing] = field(default_factory=list)
     timed: str = ""
     seconds: float = 0.0
+    conversion: Conversion | None = None
 
     @property
     def ok(self) -> bool:

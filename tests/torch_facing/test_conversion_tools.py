@@ -64,7 +64,7 @@ def load_and_run(model_file: str, input_file: str) -> list:
 
     model = torch.load(model_file, weights_only=False)
     x = torch.load(input_file)
-    with cnnfast.trace() as trace:
+    with torch.no_grad(), cnnfast.trace() as trace:
         y = model(x)
     kinds = [type(module).__name__ for module in model.modules()]
     return [y.tolist(), sum(call.operation == "conv_bn_act" for call in trace), kinds]
@@ -225,6 +225,14 @@ def test_compile_without_a_graph_break(small, training):
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
     for mine, theirs in zip(ours.buffers(), original.buffers(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_check_judges_the_fused_calls(small):
+    """cnnfast.check on a converted model: each fused call against float64, forward and backward."""
+    net, x = small
+    report = cnnfast.check(cnnfast.convert(net), x)
+    assert report.ok, str(report)
+    assert str(report).count("conv_bn_act") >= CONVOLUTIONS
 
 
 def test_compile_notices_surgery(small):

@@ -70,7 +70,7 @@ def step(model: nn.Module, inputs: tuple[Any, ...], mode: Mode, keywords: dict[s
 
 
 def difference(mine: Any, right: Any, tolerance: float) -> str:
-    """In words, or the empty string: dtype, size and strides must be the same, numbers within tolerance * the largest one."""
+    """In words, or the empty string: dtype, size and strides must be the same, numbers within tolerance * the largest one, at least 1."""
     if not isinstance(right, Tensor) or not isinstance(mine, Tensor):
         return "" if type(mine) is type(right) and mine == right else f"{mine!r} instead of {right!r}"
     for what in (lambda t: t.dtype, lambda t: t.shape, lambda t: t.stride()):
@@ -82,7 +82,7 @@ def difference(mine: Any, right: Any, tolerance: float) -> str:
         return "NaN or infinity elsewhere"
     mine, right = (t.double().nan_to_num(0, 0, 0) for t in (mine, right))
     error, scale = (mine - right).abs().max().item(), right.abs().max().item()
-    return "" if error <= tolerance * scale else f"off by {error:.2g}, where the largest is {scale:.2g}"
+    return "" if error <= tolerance * max(scale, 1.0) else f"off by {error:.2g}, where the largest is {scale:.2g}"
 
 
 def assert_same_steps(

@@ -7,15 +7,14 @@ import torch
 
 import cnnfast.functional
 from blocks import Net, build, image
+from plain_operators import plain_operators
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> torch.device:
-    """The device, where kernels serve every call, and quickly: on the GPU as they are, on the CPU by PyTorch's own operators."""
-    if device.type == "cpu":
-        from plain_operators import plain_operators
-
-        monkeypatch.setattr(cnnfast.functional, "ops", plain_operators())
+    """The device; every call there is served on the kernels' path, but computed by PyTorch's own operators."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(cnnfast.functional, "ops", plain_operators())
     return device
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -193,6 +194,22 @@ def test_attributes_that_forward_reads_after_conversion(quick):
     assert_same_steps(ours, original, x)
     ours.options["residual"] = original.options["residual"] = True
     assert_same_steps(ours, original, x)
+
+
+def asks_a_member(self, x):
+    y = self.relu(self.bn(self.conv(x)))
+    return self.drop(y) if self.drop.p > 0 else y
+
+
+def test_numbers_of_a_member_that_forward_reads_after_conversion(quick):
+    """As schedules of stochastic depth set them."""
+    model = build(block(asks_a_member, drop=functools.partial(nn.Dropout, 0.0)), quick)
+
+    def change(model):
+        model.drop.p = 0.5
+
+    ours, original = converted_and_original(model, change, "after")
+    assert_same_steps(ours, original, image().to(quick))
 
 
 def test_converting_again_after_surgery_fuses_again(net, x):

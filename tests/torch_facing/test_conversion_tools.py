@@ -227,6 +227,14 @@ def test_compile_without_a_graph_break(small, training):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_check_judges_the_fused_calls(small):
+    """cnnfast.check on a converted model: each fused call against float64, forward and backward."""
+    net, x = small
+    report = cnnfast.check(cnnfast.convert(net), x)
+    assert report.ok, str(report)
+    assert str(report).count("conv_bn_act") >= CONVOLUTIONS
+
+
 def test_compile_notices_surgery(small):
     net, x = small
     original, ours = copy.deepcopy(net), cnnfast.convert(net)

@@ -6,7 +6,9 @@ Every one is compared in eval, in eval with gradients and in training with an un
 from __future__ import annotations
 
 import copy
+import functools
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -154,11 +156,6 @@ def gradients_are_switched_off(self, x):
     return self.relu(y) + x
 
 
-def without_autocast(self, x):
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        return self.relu(self.bn(self.conv(x)))
-
-
 def norm_without_gradients(self, x):
     y = self.conv(x)
     with torch.no_grad():
@@ -172,6 +169,10 @@ def detached(self, x):
 
 def checkpointed(self, x):
     return torch.utils.checkpoint.checkpoint(lambda x: self.relu(self.bn(self.conv(x))), x, use_reentrant=False)
+
+
+def checkpointed_in_the_older_way(self, x):
+    return torch.utils.checkpoint.checkpoint(lambda x: self.relu(self.bn(self.conv(x))), x, use_reentrant=True)
 
 
 def norm_by_function(self, x):
@@ -223,10 +224,10 @@ OPAQUE = [
     without_gradients,
     never_with_gradients,
     gradients_are_switched_off,
-    without_autocast,
     norm_without_gradients,
     detached,
     checkpointed,
+    checkpointed_in_the_older_way,
     norm_by_function,
     convolution_by_function,
     member_by_its_forward,
@@ -238,6 +239,32 @@ OPAQUE = [
 @pytest.mark.parametrize("forward", OPAQUE, ids=lambda forward: forward.__name__)
 def test_what_a_trace_does_not_tell(forward, quick):
     converted(build(block(forward), quick), image().to(quick))
+
+
+def depends_on_autocast(self, x):
+    y = self.bn(self.conv(x))
+    return self.relu(y.float() if torch.is_autocast_enabled(x.device.type) else y)
+
+
+def switches_autocast_off(self, x):
+    with torch.autocast(x.device.type, enabled=False):
+        return self.relu(self.bn(self.conv(x)))
+
+
+def switches_autocast_off_everywhere(self, x):
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        return self.relu(self.bn(self.conv(x)))
+
+
+AUTOCAST = [depends_on_autocast, switches_autocast_off, switches_autocast_off_everywhere]
+
+
+@pytest.mark.parametrize("forward", AUTOCAST, ids=lambda forward: forward.__name__)
+def test_what_a_trace_does_not_tell_of_autocast(forward, device):
+    """Converted without autocast, called with it; by the kernels, whose rounding is their own."""
+    model = build(block(forward), device).float()
+    within = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
+    converted(model, image().float().to(device), modes=("no_grad", "train"), tolerance=0.05, within=within)
 
 
 @pytest.mark.parametrize("forward", [depends_on_python_random, depends_on_numpy_random, depends_on_torch_random, random_constant])
@@ -307,6 +334,30 @@ def prints(self, x):
     return self.relu(self.bn(self.conv(x)))
 
 
+def warns(self, x):
+    warnings.warn("forward", stacklevel=1)
+    return self.relu(self.bn(self.conv(x)))
+
+
+def counts_in_its_class(self, x):
+    type(self).calls += 1
+    return self.relu(self.bn(self.conv(x)))
+
+
+def counted(forward):
+    """A decorator that keeps count in its closure, as libraries do that time or cache a forward."""
+    calls = [0]
+
+    @functools.wraps(forward)
+    def call(self, x):
+        calls[0] += 1
+        self.last = calls[0]
+        return forward(self, x)
+
+    call.calls = calls
+    return call
+
+
 SEEN: list[Any] = []
 
 
@@ -348,6 +399,37 @@ def test_prints(quick, capsys):
     for _ in range(2):
         ours(image().to(quick))
         assert capsys.readouterr().out == "forward\n"
+
+
+def test_warnings(quick):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = cnnfast.convert(build(block(warns), quick))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="forward"):
+            ours(image().to(quick))
+
+
+def test_counts_in_a_class(quick):
+    kind = block(counts_in_its_class)
+    kind.calls = 0
+    ours = cnnfast.convert(build(kind, quick))
+    assert kind.calls == 0, "the trace must leave nothing"
+    ours(image().to(quick))
+    ours(image().to(quick))
+    assert type(ours).calls == 2
+
+
+def test_counts_in_a_closure(quick):
+    @counted
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x)))
+
+    ours = cnnfast.convert(build(block(forward), quick))
+    assert forward.calls == [0], "the trace must leave nothing"
+    ours(image().to(quick))
+    ours(image().to(quick))
+    assert forward.calls == [2]
 
 
 def test_effects_outside_of_the_model(quick):

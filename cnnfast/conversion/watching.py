@@ -12,6 +12,7 @@ import dis
 import inspect
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,7 @@ FORBIDDEN_BUILTINS = {
     getattr(builtins, name)
     for name in ("callable", "delattr", "eval", "exec", "globals", "hasattr", "hash", "id", "input", "issubclass", "locals", "open",
                  "print", "setattr", "type", "vars")
-}  # fmt: skip
+} | {warnings.warn}  # fmt: skip
 FORBIDDEN_OPERATIONS = {
     "PUSH_EXC_INFO": "catches errors or enters a context",
     "STORE_ATTR": "sets an attribute",
@@ -94,7 +95,8 @@ def _examine(code: types.CodeType, frame: types.FrameType, block: nn.Module) -> 
         elif name == "LOAD_GLOBAL":
             value = _outside(instruction.argval, frame.f_globals.get(instruction.argval, getattr(builtins, str(instruction.argval), None)))
         elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
-            value = _outside(instruction.argval, frame.f_locals.get(instruction.argval))
+            found = frame.f_locals.get(instruction.argval)
+            value = UNREAD if _is_plain(found) else _outside(instruction.argval, found)  # only its own function can rebind it
         elif name.startswith("LOAD_FAST"):
             local = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
             found = frame.f_locals.get(local)
@@ -139,4 +141,6 @@ def _attribute(value: Any, name: str, block: nn.Module) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
+    if issubclass(type(value), fx.Proxy):
+        return False
     return isinstance(value, CONSTANT) or (isinstance(value, tuple) and all(map(_is_plain, value)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
 import pytest
@@ -79,13 +80,13 @@ def test_converted_digits_are_read_by_kernels(device):
     from rich.console import Console
     from rich.progress import Progress, TextColumn
 
-    console = Console(record=True, width=120, quiet=True)
+    console = Console(file=io.StringIO(), width=120)
     with Progress(TextColumn("{task.description}"), console=console) as bars:
         found = story.convert_digits(digits.make_network(0).to(device).eval(), torch.rand(3, 1, 8, 8, device=device), bars)
     assert found.ok
     assert (found.digits, found.same, found.report.count("fused")) == (3, 3, 6)
     assert found.launches.count("conv_fprop_kernel") == 6
-    assert "6 of 6 convolutions fused" in console.export_text()
+    assert "6 of 6 convolutions fused" in console.file.getvalue()
     assert not dataclasses.replace(found, same=2).ok
 
 

@@ -80,7 +80,7 @@ def difference(mine: Any, right: Any, tolerance: float) -> str:
         return ""
     if not torch.equal(mine.isfinite(), right.isfinite()):
         return "NaN or infinity elsewhere"
-    mine, right = (t.double().nan_to_num(0, 0, 0) for t in (mine, right))
+    mine, right = (t.to(torch.complex128 if t.is_complex() else torch.float64).nan_to_num(0, 0, 0) for t in (mine, right))
     error, scale = (mine - right).abs().max().item(), right.abs().max().item()
     return "" if error <= tolerance * max(scale, 1.0) else f"off by {error:.2g}, where the largest is {scale:.2g}"
 

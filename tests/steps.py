@@ -57,12 +57,11 @@ def step(model: nn.Module, inputs: tuple[Any, ...], mode: Mode, keywords: dict[s
     try:
         if differentiable:
             torch.autograd.backward(differentiable, [noise(y) for y in differentiable])
-    except RuntimeError as error:  # of what it had saved something was changed in place
+        left |= {f"gradient of input {i}": x.grad for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+        left |= {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+    except RuntimeError as error:  # something that backward needs was changed in place; what it had done until then is nobody's
         left["raised in backward"] = type(error)
-    left |= {f"gradient of input {i}": x.grad for i, x in enumerate(leaves) if isinstance(x, Tensor)}
-    for name, p in model.named_parameters():
-        left[f"gradient of {name}"] = p.grad
-        p.grad = None
+    model.zero_grad()
     left |= {f"buffer {name}": t.detach().clone() for name, t in model.named_buffers()}
     for module, was in training.items():
         module.training = was

@@ -57,12 +57,11 @@ def step(model: nn.Module, inputs: tuple[Any, ...], mode: Mode, keywords: dict[s
     try:
         if differentiable:
             torch.autograd.backward(differentiable, [noise(y) for y in differentiable])
-    except RuntimeError as error:  # of what it had saved something was changed in place
+        left |= {f"gradient of input {i}": x.grad for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+        left |= {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+    except RuntimeError as error:  # something that backward needs was changed in place; what it had done until then is nobody's
         left["raised in backward"] = type(error)
-    left |= {f"gradient of input {i}": x.grad for i, x in enumerate(leaves) if isinstance(x, Tensor)}
-    for name, p in model.named_parameters():
-        left[f"gradient of {name}"] = p.grad
-        p.grad = None
+    model.zero_grad()
     left |= {f"buffer {name}": t.detach().clone() for name, t in model.named_buffers()}
     for module, was in training.items():
         module.training = was
@@ -80,7 +79,7 @@ def difference(mine: Any, right: Any, tolerance: float) -> str:
         return ""
     if not torch.equal(mine.isfinite(), right.isfinite()):
         return "NaN or infinity elsewhere"
-    mine, right = (t.double().nan_to_num(0, 0, 0) for t in (mine, right))
+    mine, right = (t.to(torch.complex128 if t.is_complex() else torch.float64).nan_to_num(0, 0, 0) for t in (mine, right))
     error, scale = (mine - right).abs().max().item(), right.abs().max().item()
     return "" if error <= tolerance * max(scale, 1.0) else f"off by {error:.2g}, where the largest is {scale:.2g}"
 

@@ -46,10 +46,10 @@ def test_activations(name, residual, quick):
 
     def forward(self, x):
         y = self.bn(self.conv(x))
-        return self.act(y + x if residual else y)
+        return self.act(y + x if self.residual else y)
 
     act = copy.deepcopy({**ACTIVATIONS, **OTHER_ACTIVATIONS}[name])
-    model = build(block(forward, act=act), quick)
+    model = build(block(forward, act=act, residual=residual), quick)
     assert_same_steps(cnnfast.convert(model), copy.deepcopy(model), image().to(quick), fused=1)
 
 

@@ -92,8 +92,11 @@ def test_global_hooks(net, x):
 
 def test_hooks_of_tensors(net, x):
     """On a parameter, and what has been accumulated into it."""
+    seen: list[Tensor] = []
     original, ours = copy.deepcopy(net), cnnfast.convert(net)
     for model in (original, ours):
         model.stem[0].weight.register_hook(lambda grad: grad * 2)
-        model.layers[0].bn.bias.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(3))
+        model.layers[0].bn.bias.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
     assert_same_steps(ours, original, x, fused=CONVOLUTIONS)
+    assert len(seen) == 4
+    torch.testing.assert_close(seen[1::2], seen[::2], rtol=1e-10, atol=1e-10)

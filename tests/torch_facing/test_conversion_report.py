@@ -129,10 +129,19 @@ def test_the_table_and_the_json(net, x):
     ]
 
 
-def test_without_an_input_nothing_is_counted(net):
+def test_without_an_input(net):
+    """An image of ImageNet's size is tried; a model that does not take it is reported without numbers."""
     report = cnnfast.report(cnnfast.convert(net))
+    assert rows_of(report)["stem.0"].flops == 2 * (CHANNELS * 222 * 222) * 27
+    assert "1x3x224x224" in str(report)
+
+    def forward(self, x, y):
+        return self.relu(self.bn(self.conv(x)) + y)
+
+    report = cnnfast.report(cnnfast.convert(build(block(forward))))
     assert {row.flops for row in report.rows} == {None}
-    assert str(report)
+    assert report.coverage is None
+    assert "2 of 2" not in str(report)
     assert json.loads(report.to_json())["rows"]
 
 

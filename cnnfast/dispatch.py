@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 try:
     from cnnfast_kernels import launch
@@ -92,6 +94,8 @@ def _why_torch(x: torch.Tensor, others: tuple[torch.Tensor | None, ...], algorit
             return f"dtype {t.dtype} has no kernel"
         if t.layout != torch.strided or t.is_quantized or t.is_nested:  # a lazy negation is done before an operator runs
             return "the tensor is not plain strided memory"
+        if type(t) is not torch.Tensor and is_traceable_wrapper_subclass(t):  # DTensor has rules for PyTorch's operators only
+            return "the tensor wraps others"
         if t.device != device:
             return "tensors are on different devices"
     if device.type == "cuda":
@@ -198,10 +202,12 @@ def captured() -> bool:
 
 
 def operation(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a function of cnnfast.functional: its calls can be captured."""
+    """Marks a function of cnnfast.functional: its calls can be captured, and go to the __torch_function__ of arguments that have one."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
+            return handle_torch_function(call, (*args, *kwargs.values()), *args, **kwargs)
         if not _captures:
             return function(*args, **kwargs)
         with ExitStack() as stack:

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 try:
     from cnnfast_kernels import launch
@@ -74,6 +76,11 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
     return reason
 
 
+def _wraps_others(t: torch.Tensor) -> bool:
+    """DTensor and its kin have rules for PyTorch's operators only."""
+    return type(t) not in (torch.Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(t)
+
+
 def _why_torch(x: torch.Tensor, others: tuple[torch.Tensor | None, ...], algorithm: str) -> str:
     if algorithm == "torch":
         return 'algorithm="torch"'
@@ -90,9 +97,15 @@ def _why_torch(x: torch.Tensor, others: tuple[torch.Tensor | None, ...], algorit
     if x.layout is not torch.strided or x.is_nested:  # a lazy negation is done before an operator runs
         return "the tensor is not plain strided memory"
     device = x.device
+    if _wraps_others(x):
+        return "the tensor wraps others"
     for t in others:
-        if t is not None and t.device != device:
+        if t is None:
+            continue
+        if t.device != device:
             return "tensors are on different devices"
+        if _wraps_others(t):
+            return "the tensor wraps others"
     if x.is_cuda:
         return _gpu_reason(device.index)
     if not x.is_cpu:
@@ -197,10 +210,12 @@ def captured() -> bool:
 
 
 def operation(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a function of cnnfast.functional: its calls can be captured."""
+    """Marks a function of cnnfast.functional: its calls can be captured, and go to the __torch_function__ of arguments that have one."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
+            return handle_torch_function(call, (*args, *kwargs.values()), *args, **kwargs)
         if not _captures:
             return function(*args, **kwargs)
         with ExitStack() as stack:

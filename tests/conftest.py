@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -49,6 +50,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(skip_gpu)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many branches of each argument of each function passed, in all dtypes together (test_arguments.py)."""
+    counts: dict[str, Counter[str]] = {}
+    for report in terminalreporter.getreports("passed"):
+        _, found, name = report.nodeid.partition("test_arguments.py::test_branch[")
+        if found and report.when == "call":
+            function, argument, _ = name.split("-", 2)
+            counts.setdefault(function, Counter())[argument] += 1
+    if counts:
+        terminalreporter.section("branches that passed, of each argument")
+    for function, arguments in sorted(counts.items()):
+        each = ", ".join(f"{argument} {count}" for argument, count in arguments.items())
+        terminalreporter.write_line(f"{function}: {each}; in all {arguments.total()}")
 
 
 @pytest.fixture(scope="session")

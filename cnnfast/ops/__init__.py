@@ -5,6 +5,7 @@ and, where it can be differentiated, a torch.autograd.Function registered under 
 of torch.library.register_autograd.
 """
 
+from . import flops as _flops  # noqa: F401 - registers its formulas
 from .batchnorm import batch_moments, channel_sum, normalize, update_running
 from .conv import conv_bn_act, conv_dgrad, conv_fprop, conv_stats
 from .pooling import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool, max_pool_indices

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as theirs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import cnnfast
 import cnnfast.functional as ours
@@ -151,10 +153,12 @@ def block(f, x, w, running, g, b):
 class PyTorch:
     """What cnnfast.functional adds to torch.nn.functional, in its terms."""
 
-    conv2d, max_pool2d, avg_pool2d, batch_norm = theirs.conv2d, theirs.max_pool2d, theirs.avg_pool2d, theirs.batch_norm
+    conv1d, conv2d, conv_transpose2d = theirs.conv1d, theirs.conv2d, theirs.conv_transpose2d
+    max_pool2d, avg_pool2d, adaptive_avg_pool2d = theirs.max_pool2d, theirs.avg_pool2d, theirs.adaptive_avg_pool2d
+    batch_norm = theirs.batch_norm
 
     @staticmethod
-    def conv_bn_act(x, w, mean, var, g, b, activation="relu", training=False, **geometry):
+    def conv_bn_act(x, w, mean=None, var=None, g=None, b=None, activation="relu", training=False, **geometry):
         y = theirs.batch_norm(theirs.conv2d(x, w, **geometry), mean, var, g, b, training)
         return theirs.relu(y)
 
@@ -241,6 +245,71 @@ def test_export(device):
     assert "cnnfast.conv_fprop" in str(program.graph)
     x = integers(3, 2, 4, 4, seed=4).to(device)
     assert torch.equal(program.module()(x), module(x))
+
+
+def test_symbolic_trace(device):
+    """torch.fx sees one call of each function, as of PyTorch's."""
+    module = Module(integers(3, 2, 3, 3).to(device))
+    traced = torch.fx.symbolic_trace(module)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_function"] == [ours.conv2d, ours.max_pool2d]
+    x = integers(2, 2, 4, 4).to(device)
+    assert torch.equal(traced(x), module(x))
+
+
+class Logged(torch.Tensor):
+    """Writes down what is called with it."""
+
+    calls: list = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.calls.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_tensor_subclass(device):
+    """Its __torch_function__ is asked once, with our function, whichever argument it is; the result is of its class."""
+    x, w = integers(2, 2, 4, 4).to(device), integers(3, 2, 3, 3).to(device)
+    for call in (lambda: ours.conv2d(x.as_subclass(Logged), w), lambda: ours.conv2d(x, weight=w.as_subclass(Logged))):
+        Logged.calls.clear()
+        y = call()
+        assert type(y) is Logged
+        assert Logged.calls == [ours.conv2d]
+        assert torch.equal(y.as_subclass(torch.Tensor), ours.conv2d(x, w))
+
+
+def test_tensor_that_wraps_others(device):
+    """Such a class, DTensor for one, knows PyTorch's operators and not ours."""
+    x, w = integers(2, 2, 4, 4).to(device), integers(3, 2, 3, 3).to(device)
+    with cnnfast.trace() as trace:
+        y = ours.conv2d(TwoTensor(x, 2 * x), TwoTensor(w, w.clone()))
+    assert torch.equal(y.b, theirs.conv2d(2 * x, w))
+    assert [(call.served_by, call.reason) for call in trace] == [("torch", "the tensor wraps others")]
+
+
+V = normal(6, 4, 3, 3)
+FLOPS = {
+    "conv2d": lambda f, x, w: f.conv2d(x, w, None, 2, 1),
+    "conv1d": lambda f, x, w: f.conv1d(x[..., 0], w[..., 0], padding="same"),
+    "conv_transpose2d": lambda f, x, w: f.conv_transpose2d(x, w[:4], None, 2, 1, 1),
+    "conv_bn_act": lambda f, x, w: f.conv_bn_act(x, w, training=True),
+    "conv_bn_act eval": lambda f, x, w: f.conv_bn_act(x, w, MEAN.to(x), VAR.to(x)),
+}
+
+
+@pytest.mark.parametrize("name", FLOPS)
+def test_flops(name, device):
+    """torch.utils.flop_counter counts of our operators, forward and backward, what it counts of PyTorch's.
+
+    Not so with groups: of a weight's gradient it then counts as many times too many operations as there are groups.
+    """
+    counts = []
+    for f in (ours, PyTorch):
+        x, w = leaf(X.to(device)), leaf(V.to(device))
+        with FlopCounterMode(display=False) as counter:
+            FLOPS[name](f, x, w).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def loss(function):

@@ -1,0 +1,40 @@
+"""What torch.utils.flop_counter counts for our convolutions: as for PyTorch's own, taps in the padding included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import conv  # noqa: F401 - defines the operators
+
+OPERATORS = torch.ops.cnnfast
+
+
+def _flops(y_shape: Sequence[int], w_shape: Sequence[int]) -> int:
+    """Of a convolution that gives y [N, K, P, Q], and as many of each of its gradients."""
+    N, _, P, Q = y_shape
+    return 2 * N * P * Q * prod(w_shape)
+
+
+@register_flop_formula([OPERATORS.conv_fprop, OPERATORS.conv_bn_act])
+def _fprop(x_shape, w_shape, *rest: Any, out_shape, **options: Any) -> int:
+    return _flops(out_shape, w_shape)
+
+
+@register_flop_formula(OPERATORS.conv_stats)
+def _stats(x_shape, w_shape, *rest: Any, out_shape, **options: Any) -> int:
+    return _flops(out_shape[0], w_shape)
+
+
+@register_flop_formula(OPERATORS.conv_dgrad)
+def _dgrad(dy_shape, w_shape, *rest: Any, **options: Any) -> int:
+    return _flops(dy_shape, w_shape)
+
+
+@register_flop_formula(OPERATORS.conv_wgrad)
+def _wgrad(x_shape, dy_shape, w_shape, *rest: Any, **options: Any) -> int:
+    return _flops(dy_shape, w_shape)

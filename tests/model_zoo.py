@@ -9,35 +9,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_defined: list[torch.library.Library] = []  # an operator ends with the Library that defined it
-
-
-@functools.cache
-def torchvision() -> ModuleType:
-    """torchvision, importable also where its C library does not load: PyPI's wheel is linked with CUDA, and beside a torch without
-    CUDA the import fails for want of two operators that no model here calls. Raises ModuleNotFoundError where it is not installed."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is not None and spec.origin is not None:
-        try:
-            torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
-        except OSError:
-            library = torch.library.Library("torchvision", "DEF")
-            for name in ("nms", "qnms"):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _defined.append(library)
-    importlib.import_module("torchvision.models.detection")
-    return importlib.import_module("torchvision")
+from torchvision_import import torchvision
 
 
 @torch.no_grad()

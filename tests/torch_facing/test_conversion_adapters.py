@@ -13,8 +13,8 @@ from torch import nn
 
 import cnnfast
 from blocks import CHANNELS, build, image
-from model_zoo import torchvision
 from steps import assert_same_steps
+from torchvision_import import torchvision
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import cnnfast
-from model_zoo import FAMILIES, Family, torchvision
+from model_zoo import FAMILIES, Family
 from steps import Mode, assert_same_steps, fusions
+from torchvision_import import torchvision
 
 
 def make(family: Family, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, torch.Tensor]:

@@ -76,10 +76,10 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def torchvision() -> ModuleType:
     """The package; the tests of what it defines are skipped where it is not installed."""
-    import model_zoo
+    import torchvision_import
 
     try:
-        return model_zoo.torchvision()
+        return torchvision_import.torchvision()
     except ModuleNotFoundError:
         pytest.skip("torchvision is not installed")
 

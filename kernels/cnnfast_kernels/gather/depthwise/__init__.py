@@ -1,5 +1,4 @@
-"""Depthwise convolution: every channel is convolved by itself, with one filter or MULTIPLIER of them.
-"""
+"""Depthwise convolution: every channel is convolved by itself, with one filter or MULTIPLIER of them."""
 
 from .dgrad import depthwise_dgrad, plan_depthwise_dgrad
 from .fprop import depthwise_fprop, moments_rows, plan_depthwise_fprop

@@ -94,7 +94,9 @@ def depthwise_dgrad_kernel(
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c, mask=c_ok, other=0.0).to(ACC)
-    dx_rows = dx_ptr + pixel_offset(n, h, w, dx_stride_n, dx_stride_h, dx_stride_w, DX_ALIGN)[:, None] + channel_offset(c, dx_stride_c)[None, :]
+    dx_rows = (
+        dx_ptr + pixel_offset(n, h, w, dx_stride_n, dx_stride_h, dx_stride_w, DX_ALIGN)[:, None] + channel_offset(c, dx_stride_c)[None, :]
+    )
     for t in tl.static_range(ROWS):
         dx = acc[t]
         if bias_ptr is not None:

@@ -50,7 +50,9 @@ def sum_taps(
             dy = dy + (load_row(dy_rows + t * dy_row, p + t, P, k_ok, EVEN, ACC),)
         for s in tl.static_range(COLUMNS):
             row = tl.where(ok & in_range(w0 + s * DIL_W, W), h0, FAR)
-            for j in tl.static_range((ROWS - 1) * STRIDE_H + (TAPS - 1) * DIL_H + 1):  # rows that no pixel meets are not used, hence not loaded
+            for j in tl.static_range(
+                (ROWS - 1) * STRIDE_H + (TAPS - 1) * DIL_H + 1
+            ):  # rows that no pixel meets are not used, hence not loaded
                 x = load_row(x_rows + (j * x_row + s * DIL_W * x_column), row + j, H, k_ok, EVEN, ACC)
                 for t in tl.static_range(ROWS):
                     for r in tl.static_range(TAPS):

@@ -7,8 +7,9 @@ A call is served by our kernels if its tensors are on an NVIDIA GPU from sm_80 o
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -209,19 +210,43 @@ def captured() -> bool:
     return bool(_captures)
 
 
-def operation(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a function of cnnfast.functional: its calls can be captured, and go to the __torch_function__ of arguments that have one."""
+def _refuse_non_tensors(
+    function: Callable[..., Any], refusal: Callable[[Mapping[str, Any]], type[Exception]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raises if an argument is no tensor where `function` is annotated to take one."""
+    signature = inspect.signature(function)
+    given = signature.bind(*args, **kwargs).arguments
+    for name, value in given.items():
+        kinds = signature.parameters[name].annotation.split(" | ")
+        if "Tensor" in kinds and not isinstance(value, torch.Tensor) and not (value is None and "None" in kinds):
+            error = TypeError if "None" in kinds else refusal(given)
+            raise error(f"{function.__name__}(): {name} must be a Tensor, not {type(value).__name__}") from None
+
+
+def operation(
+    function: Callable[..., Any], refusal: Callable[[Mapping[str, Any]], type[Exception]] = lambda given: TypeError
+) -> Callable[..., Any]:
+    """Marks a function of cnnfast.functional: its calls can be captured, and go to the __torch_function__ of arguments that have one;
+    what is no tensor is refused by its argument's name.
+
+    That is looked into once something failed for want of a tensor's attributes: other calls do not wait for it. `refusal` tells what
+    to raise of a required tensor, given all arguments: what PyTorch raises.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
             return handle_torch_function(call, (*args, *kwargs.values()), *args, **kwargs)
-        if not _captures:
-            return function(*args, **kwargs)
-        with ExitStack() as stack:
-            for observer in tuple(_captures):
-                stack.enter_context(observer(function.__name__, args, kwargs))
-            return function(*args, **kwargs)
+        try:
+            if not _captures:
+                return function(*args, **kwargs)
+            with ExitStack() as stack:
+                for observer in tuple(_captures):
+                    stack.enter_context(observer(function.__name__, args, kwargs))
+                return function(*args, **kwargs)
+        except AttributeError:
+            _refuse_non_tensors(function, refusal, args, kwargs)
+            raise
 
     return call
 

@@ -7,6 +7,7 @@ anything is launched, and bad ones raise what PyTorch raises, naming the argumen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from math import prod
 from numbers import Real
@@ -50,14 +51,31 @@ def _refuse(function: str, name: str, value: Any, kind: str, error: Exception) -
 
 
 def _int(function: str, name: str, value: Any) -> int:
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     try:
         return _as_int(value)
     except (TypeError, ValueError) as error:
         raise _refuse(function, name, value, "an int", error) from None
 
 
-def _sizes(function: str, name: str, value: Any, n: int = 2) -> tuple[int, ...]:
-    """`value`, an int or a tuple or list of them, as n ints, one an axis."""
+def _sizes(function: str, name: str, value: Any, least: int, n: int = 2) -> tuple[int, ...]:
+    """`value`, an int or a tuple or list of them, as n ints, one an axis (n is 1 or 2), each at least `least`."""
+    if type(value) is int:
+        values = (value,) * n
+    elif type(value) is tuple and len(value) == n and type(value[0]) is int and type(value[-1]) is int:
+        values = value
+    else:
+        values = _as_sizes(function, name, value, n)
+    if not least <= values[0] < 2**31 or not least <= values[-1] < 2**31:
+        values = _as_sizes(function, name, value, n)  # what does not even fit into 64 bits is refused as that
+        rule = "less than 2**31" if min(values) >= least else "non-negative" if least == 0 else "positive"
+        raise RuntimeError(f"{function}(): {name} must be {rule}, but got {name}={values}")
+    return values
+
+
+def _as_sizes(function: str, name: str, value: Any, n: int) -> tuple[int, ...]:
+    """`value`, an int or a tuple or list of them, as n ints."""
     values: tuple[Any, ...] = tuple(value) if isinstance(value, tuple | list) else (value,)
     try:
         values = tuple(map(_as_int, values))
@@ -69,46 +87,37 @@ def _sizes(function: str, name: str, value: Any, n: int = 2) -> tuple[int, ...]:
     return values if len(values) == n else values * n
 
 
-def _check_flags(function: str, **flags: bool) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool | torch.SymBool):
-            raise TypeError(f"{function}(): {name} must be a bool, but got {name}={value!r}")
+def _check_flag(function: str, name: str, value: Any) -> None:
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise TypeError(f"{function}(): {name} must be a bool, but got {name}={value!r}")
 
 
 def _float(function: str, name: str, value: Any) -> Any:
     """A number, or a tensor of no dimension, as PyTorch takes a float."""
-    if isinstance(value, float | torch.SymFloat):
+    if isinstance(value, (float, torch.SymFloat)):
         return value
     if isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0):
         return float(value)
     raise TypeError(f"{function}(): {name} must be a float, but got {name}={value!r}")
 
 
-def _at_least(function: str, name: str, values: tuple[int, ...], least: int) -> tuple[int, ...]:
-    if min(values) < least:
-        rule = "non-negative" if least == 0 else "positive"
-        raise RuntimeError(f"{function}(): {name} must be {rule}, but got {name}={values}")
-    if max(values) >= 2**31:
-        raise RuntimeError(f"{function}(): {name} must be less than 2**31, but got {name}={values}")
-    return values
-
-
 def _window(function: str, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, dilation: Size, ceil_mode: bool):
     """The checked window of a pooling: (kernel_size, stride, padding, dilation, ceil_mode)."""
-    _check_flags(function, ceil_mode=ceil_mode)
+    _check_flag(function, "ceil_mode", ceil_mode)
     _check_image(function, input)
-    kernel = _at_least(function, "kernel_size", _sizes(function, "kernel_size", kernel_size), 1)
-    own = stride is None or (isinstance(stride, tuple | list) and not stride)
-    step = kernel if own else _at_least(function, "stride", _sizes(function, "stride", stride), 1)
-    pad = _at_least(function, "padding", _sizes(function, "padding", padding), 0)
-    dil = _at_least(function, "dilation", _sizes(function, "dilation", dilation), 1)
-    if any(p > k // 2 for k, p in zip(kernel, pad, strict=True)):
+    kernel = _sizes(function, "kernel_size", kernel_size, 1)
+    own = stride is None or (isinstance(stride, (tuple, list)) and not stride)
+    step = kernel if own else _sizes(function, "stride", stride, 1)
+    pad = _sizes(function, "padding", padding, 0)
+    dil = _sizes(function, "dilation", dilation, 1)
+    if pad[0] > kernel[0] // 2 or pad[1] > kernel[1] // 2:
         raise RuntimeError(f"{function}(): padding must be at most half of kernel_size, but got padding={pad}, kernel_size={kernel}")
-    extents = [pool_extent(input.shape[2 + i], kernel[i], step[i], pad[i], dil[i], ceil_mode) for i in (0, 1)]
-    if min(extents) < 1:
+    _, _, H, W = input.shape
+    P = pool_extent(H, kernel[0], step[0], pad[0], dil[0], ceil_mode)
+    Q = pool_extent(W, kernel[1], step[1], pad[1], dil[1], ceil_mode)
+    if P < 1 or Q < 1:
         raise RuntimeError(
-            f"{function}(): with kernel_size={kernel} the output of input size {list(input.shape)} would be"
-            f" {extents[0]}x{extents[1]}: too small"
+            f"{function}(): with kernel_size={kernel} the output of input size {list(input.shape)} would be {P}x{Q}: too small"
         )
     return kernel, step, pad, dil, ceil_mode
 
@@ -133,11 +142,13 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-def _check_tensors(function: str, required: dict[str, Tensor], error: type[Exception] = TypeError, /, **optional: Tensor | None) -> None:
-    """`error` is what PyTorch raises of `required`: some functions ask for a size before they look at the type."""
-    for name, t in (required | optional).items():
-        if not isinstance(t, Tensor) and not (t is None and name in optional):
-            raise (error if name in required else TypeError)(f"{function}(): {name} must be a Tensor, not {type(t).__name__}")
+def _operands(algorithm: str, tensors: tuple[Any, ...], others: tuple[Any, ...] = ()) -> tuple[str, tuple[Any, ...]]:
+    """Why PyTorch serves a convolution, and `tensors` as autocast has kernels see them; it leaves `others` alone."""
+    reason = why_torch(*tensors, *others, algorithm=algorithm)
+    if not reason and torch.is_autocast_enabled("cuda" if tensors[0].is_cuda else "cpu"):
+        tensors = _autocast(*tensors)
+        reason = why_torch(*tensors, *others, algorithm=algorithm)
+    return reason, tensors
 
 
 def _check_algorithm(function: str, algorithm: str) -> None:
@@ -151,11 +162,11 @@ def _image_size(n: int) -> str:
 
 def _check_operands(
     function: str, n: int, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, transposed: bool = False
-) -> None:
-    """What a convolution over n axes asks of its (batched) tensors."""
-    taps = ("S", "R, S")[n - 1]
-    sizes = f"[C, K / groups, {taps}]" if transposed else f"[K, C / groups, {taps}]"
+) -> tuple[list[int], list[int]]:
+    """What a convolution over n axes asks of its (batched) tensors: the extents of the image, and the taps."""
     if weight.dim() != n + 2:
+        axes = ("S", "R, S")[n - 1]
+        sizes = f"[C, K / groups, {axes}]" if transposed else f"[K, C / groups, {axes}]"
         raise RuntimeError(f"{function}(): weight must be of size {sizes}, but got {list(weight.shape)}")
     if input.dim() != n + 2:
         raise RuntimeError(
@@ -164,25 +175,29 @@ def _check_operands(
         )
     if groups < 1:
         raise RuntimeError(f"{function}(): groups must be positive, but got groups={groups}")
-    first, second = weight.shape[:2]
+    N, given, *image = input.shape
+    first, second, *taps = weight.shape
     if first < 1 or first % groups:
         rows = "channels" if transposed else "filters"
         raise RuntimeError(f"{function}(): groups={groups} must divide the {rows}, but weight has size {list(weight.shape)}")
     channels, filters = (first, second * groups) if transposed else (second * groups, first)
-    if input.shape[1] != channels:
+    if given != channels:
         raise RuntimeError(
             f"{function}(): with groups={groups} and weight of size {list(weight.shape)}, input must have {channels} channels,"
             f" but input has size {list(input.shape)}"
         )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != filters):
         raise RuntimeError(f"{function}(): bias must have size [{filters}], one value a filter, but got {list(bias.shape)}")
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype != input.dtype:
-            raise RuntimeError(f"{function}(): {name} must have input's dtype {input.dtype}, but got {t.dtype}")
-    if 0 in weight.shape[2:] or filters < 1:
+    dtype = input.dtype
+    if weight.dtype != dtype:
+        raise RuntimeError(f"{function}(): weight must have input's dtype {dtype}, but got {weight.dtype}")
+    if bias is not None and bias.dtype != dtype:
+        raise RuntimeError(f"{function}(): bias must have input's dtype {dtype}, but got {bias.dtype}")
+    if 0 in taps or filters < 1:
         raise RuntimeError(f"{function}(): weight must have at least one filter and one tap, but got size {list(weight.shape)}")
-    if 0 in input.shape[2:] and input.shape[0] > 0 and channels > 0:
+    if 0 in image and N > 0 and channels > 0:
         raise RuntimeError(f"{function}(): only batch and channels of input may be empty, but got size {list(input.shape)}")
+    return image, taps
 
 
 def _conv_geometry(
@@ -198,16 +213,15 @@ def _conv_geometry(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
     """The checked geometry over n axes: (stride, (top, bottom, left, right), dilation, groups)."""
     groups = _int(function, "groups", groups)
-    _check_operands(function, n, input, weight, bias, groups)
-    step = _at_least(function, "stride", _sizes(function, "stride", stride, n), 1)
-    dil = _at_least(function, "dilation", _sizes(function, "dilation", dilation, n), 1)
-    taps = weight.shape[2:]
+    image, taps = _check_operands(function, n, input, weight, bias, groups)
+    step = _sizes(function, "stride", stride, 1, n)
+    dil = _sizes(function, "dilation", dilation, 1, n)
     pads = _conv_padding(function, padding, step, dil, taps)
-    padded = [size + pads[2 * i] + pads[2 * i + 1] for i, size in enumerate(input.shape[2:])]
-    spans = [d * (t - 1) + 1 for d, t in zip(dil, taps, strict=True)]
-    if any(size < span for size, span in zip(padded, spans, strict=True)):
+    first, last = image[0] + pads[0] + pads[1], image[-1] + pads[-2] + pads[-1]  # the same, of one axis
+    if first <= dil[0] * (taps[0] - 1) or last <= dil[-1] * (taps[-1] - 1):
+        spans = [d * (t - 1) + 1 for d, t in zip(dil, taps, strict=True)]
         raise RuntimeError(
-            f"{function}(): the padded input ({' x '.join(map(str, padded))}) is smaller than the kernel"
+            f"{function}(): the padded input ({' x '.join(map(str, (first, last)[:n]))}) is smaller than the kernel"
             f" ({' x '.join(map(str, spans))} with dilation={dil})"
         )
     return step, pads, dil, groups
@@ -218,8 +232,8 @@ def _conv_padding(
 ) -> tuple[int, ...]:
     """(before, after) of each axis, one after the other."""
     if not isinstance(padding, str):
-        pads = _at_least(function, "padding", _sizes(function, "padding", padding, len(taps)), 0)
-        return tuple(pad for pad in pads for _ in range(2))
+        pads = _sizes(function, "padding", padding, 0, len(taps))
+        return (pads[0], pads[0], pads[-1], pads[-1])[: 2 * len(pads)]
     if padding == "valid":
         return (0, 0) * len(taps)
     if padding == "same":
@@ -250,9 +264,8 @@ def conv2d(
     Raises RuntimeError and TypeError where PyTorch does.
     """
     _check_algorithm("conv2d", algorithm)
-    _check_tensors("conv2d", {"input": input, "weight": weight}, bias=bias)
-    x, w, b = _autocast(input, weight, bias)
-    if reason := why_torch(x, w, b, algorithm=algorithm):
+    reason, (x, w, b) = _operands(algorithm, (input, weight, bias))
+    if reason:
         record_torch("conv2d", reason, input, weight)
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     x, unbatched = _batched(x)
@@ -286,9 +299,8 @@ def conv1d(
     memory [N, Q, K] if weight lies as [K, S, C / groups]. Raises RuntimeError and TypeError where PyTorch does.
     """
     _check_algorithm("conv1d", algorithm)
-    _check_tensors("conv1d", {"input": input, "weight": weight}, bias=bias)
-    x, w, b = _autocast(input, weight, bias)
-    if reason := why_torch(x, w, b, algorithm=algorithm):
+    reason, (x, w, b) = _operands(algorithm, (input, weight, bias))
+    if reason:
         record_torch("conv1d", reason, input, weight)
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     x, unbatched = _batched(x, 1)
@@ -319,9 +331,8 @@ def conv_transpose2d(
     Raises RuntimeError and TypeError where PyTorch does.
     """
     _check_algorithm("conv_transpose2d", algorithm)
-    _check_tensors("conv_transpose2d", {"input": input, "weight": weight}, bias=bias)
-    x, w, b = _autocast(input, weight, bias)
-    if reason := why_torch(x, w, b, algorithm=algorithm):
+    reason, (x, w, b) = _operands(algorithm, (input, weight, bias))
+    if reason:
         record_torch("conv_transpose2d", reason, input, weight)
         return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     x, unbatched = _batched(x)
@@ -349,10 +360,10 @@ def _transposed_geometry(
     """
     groups = _int(function, "groups", groups)
     _check_operands(function, 2, input, weight, bias, groups, transposed=True)
-    step = _at_least(function, "stride", _sizes(function, "stride", stride), 1)
-    pads = _at_least(function, "padding", _sizes(function, "padding", padding), 0)
-    more = _at_least(function, "output_padding", _sizes(function, "output_padding", output_padding), 0)
-    dil = _at_least(function, "dilation", _sizes(function, "dilation", dilation), 1)
+    step = _sizes(function, "stride", stride, 1)
+    pads = _sizes(function, "padding", padding, 0)
+    more = _sizes(function, "output_padding", output_padding, 0)
+    dil = _sizes(function, "dilation", dilation, 1)
     if any(m >= max(s, d) for m, s, d in zip(more, step, dil, strict=True)):
         raise RuntimeError(
             f"{function}(): output_padding must be smaller than either stride or dilation, but got output_padding={more},"
@@ -399,12 +410,11 @@ def conv_bn_act(
     "hardswish". Raises as conv2d and batch_norm, ValueError for an unknown activation or a residual of another size or dtype.
     """
     _check_algorithm("conv_bn_act", algorithm)
-    norm = {"running_mean": running_mean, "running_var": running_var, "bn_weight": bn_weight, "bn_bias": bn_bias}
-    _check_tensors("conv_bn_act", {"input": input, "weight": weight}, bias=bias, residual=residual, **norm)
     check_activation("conv_bn_act", activation, activation_arg)
     slope = LEAKY_SLOPE if activation_arg is None else float(activation_arg)
-    x, w, b, z = _autocast(input, weight, bias, residual)
-    if reason := why_torch(x, w, b, z, running_mean, running_var, bn_weight, bn_bias, algorithm=algorithm):
+    norm = running_mean, running_var, bn_weight, bn_bias
+    reason, (x, w, b, z) = _operands(algorithm, (input, weight, bias, residual), norm)
+    if reason:
         record_torch("conv_bn_act", reason, input, weight)
         y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
@@ -415,7 +425,7 @@ def conv_bn_act(
     bn_weight, bn_bias, momentum, eps = _check_norm(
         "conv_bn_act", w.shape[0], x.dtype, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps
     )
-    size = _output_size(x, w, geometry)
+    size = _output_size(x, w, geometry) if training or z is not None else ()
     if z is not None and (z.shape != size or z.dtype != x.dtype):
         raise ValueError(
             f"conv_bn_act(): residual must be the output's size {list(size)} and dtype {x.dtype}, but got {list(z.shape)} {z.dtype}"
@@ -429,11 +439,13 @@ def conv_bn_act(
     return ops.normalize(y, mean, var, bn_weight, bn_bias, z, eps, activation, slope, True)
 
 
-def _output_size(x: Tensor, w: Tensor, geometry) -> torch.Size:
+def _output_size(x: Tensor, w: Tensor, geometry) -> tuple[int, ...]:
     stride, pads, dilation, _ = geometry
-    P = output_extent(x.shape[2], w.shape[2], stride[0], pads[0], pads[1], dilation[0])
-    Q = output_extent(x.shape[3], w.shape[3], stride[1], pads[2], pads[3], dilation[1])
-    return torch.Size((x.shape[0], w.shape[0], P, Q))
+    N, _, H, W = x.shape
+    K, _, R, S = w.shape
+    P = output_extent(H, R, stride[0], pads[0], pads[1], dilation[0])
+    Q = output_extent(W, S, stride[1], pads[2], pads[3], dilation[1])
+    return N, K, P, Q
 
 
 def _check_norm(
@@ -449,7 +461,7 @@ def _check_norm(
     eps: float,
 ) -> tuple[Tensor | None, Tensor | None, float, float]:
     """(weight, bias, momentum, eps) checked, the first two as vectors."""
-    _check_flags(function, training=training)
+    _check_flag(function, "training", training)
     momentum, eps = _float(function, "momentum", momentum), _float(function, "eps", eps)
     if eps < 0 or (training and eps == 0):
         rule = "positive in training" if training else "non-negative"
@@ -458,6 +470,25 @@ def _check_norm(
         raise RuntimeError(f"{function}(): running_mean and running_var must be defined in evaluation mode")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{function}(): running_mean and running_var must either both be None or neither be None")
+    vectors, size = (running_mean, running_var, weight, bias), (channels,)
+    usual = dtype if dtype == torch.float64 or (running_mean is not None and running_mean.dtype == dtype) else torch.float32
+    for t in vectors:
+        if t is not None and (t.dtype != usual or t.shape != size):
+            weight, bias = _check_vectors(function, channels, dtype, *vectors)
+            break
+    return weight, bias, momentum, eps
+
+
+def _check_vectors(
+    function: str,
+    channels: int,
+    dtype: torch.dtype,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(weight, bias) as vectors: what a norm asks of tensors that are not all vectors of one usual dtype."""
     own = "bn_" if function == "conv_bn_act" else ""  # there weight and bias are the convolution's
     given = {"running_mean": running_mean, "running_var": running_var, f"{own}weight": weight, f"{own}bias": bias}
     first = next((t.dtype for t in given.values() if t is not None), dtype)
@@ -467,21 +498,21 @@ def _check_norm(
         if t.numel() != channels or (t.dim() != 1 and name.startswith("running")):
             raise RuntimeError(f"{function}(): {name} must have size [{channels}], one value a channel, but got {list(t.shape)}")
         if t.dtype not in (dtype, torch.float32) or (dtype == torch.float64 and t.dtype != dtype):
-            raise RuntimeError(f"{function}(): {name} must have input's dtype {dtype} or float32, but got {t.dtype}")
+            narrower = "" if dtype in (torch.float32, torch.float64) else " or float32"
+            raise RuntimeError(f"{function}(): {name} must have input's dtype {dtype}{narrower}, but got {t.dtype}")
         if t.dtype != first and function == "batch_norm":  # conv_bn_act takes any mixture
             raise RuntimeError(f"{function}(): {', '.join(given)} must have one dtype, but got {name} of {t.dtype} beside {first}")
-    weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
-    return weight, bias, momentum, eps
+    return None if weight is None else weight.reshape(-1), None if bias is None else bias.reshape(-1)
 
 
-def _values_per_channel(function: str, size: torch.Size) -> int:
+def _values_per_channel(function: str, size: Sequence[int]) -> int:
     count = size[0] * prod(size[2:])
     if count == 1:
         raise ValueError(f"{function}(): expected more than 1 value per channel when training, but got size {list(size)}")
     return count
 
 
-@operation
+@partial(operation, refusal=lambda given: AttributeError if given.get("training") else TypeError)  # asks for a size first
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -498,15 +529,6 @@ def batch_norm(
     biased variance are input's own, and the running ones, if given, are updated in place (with the unbiased variance).
     Raises RuntimeError and ValueError where PyTorch does.
     """
-    _check_tensors(
-        "batch_norm",
-        {"input": input},
-        AttributeError if training else TypeError,
-        running_mean=running_mean,
-        running_var=running_var,
-        weight=weight,
-        bias=bias,
-    )
     if reason := why_torch(input, running_mean, running_var, weight, bias):
         record_torch("batch_norm", reason, input)
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -542,7 +564,6 @@ def max_pool2d(
 
     With return_indices also the int64 positions h * W + w of the maxima. Raises RuntimeError and TypeError where PyTorch does.
     """
-    _check_tensors("max_pool2d", {"input": input})
     if reason := why_torch(input):
         record_torch("max_pool2d", reason, input)
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)  # pyright: ignore
@@ -569,11 +590,10 @@ def avg_pool2d(
 
     count_include_pad: zeros of the padding count in the divisor; divisor_override replaces it. Raises where PyTorch does.
     """
-    _check_tensors("avg_pool2d", {"input": input})
     if reason := why_torch(input):
         record_torch("avg_pool2d", reason, input)
         return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    _check_flags("avg_pool2d", count_include_pad=count_include_pad)
+    _check_flag("avg_pool2d", "count_include_pad", count_include_pad)
     if divisor_override is not None:
         divisor_override = _int("avg_pool2d", "divisor_override", divisor_override)
         if divisor_override == 0:
@@ -584,14 +604,13 @@ def avg_pool2d(
     return y.squeeze(0) if unbatched else y
 
 
-@operation
+@partial(operation, refusal=lambda given: AttributeError)
 def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
     """Mean over windows, as torch.nn.functional.adaptive_avg_pool2d: input [N, C, H, W] or [C, H, W] to [N, C, P, Q].
 
     output_size: P = Q, or (P, Q), of which each may be None (as input's) and larger than input's. Window p covers rows
     floor(p * H / P) to ceil((p + 1) * H / P). Raises RuntimeError, TypeError and ValueError where PyTorch does.
     """
-    _check_tensors("adaptive_avg_pool2d", {"input": input}, AttributeError)
     if reason := why_torch(input):
         record_torch("adaptive_avg_pool2d", reason, input)
         return F.adaptive_avg_pool2d(input, output_size)  # pyright: ignore[reportArgumentType]
@@ -628,15 +647,14 @@ def _adaptive_size(function: str, input: Tensor, output_size: Any) -> tuple[int,
                 f"{function}(): input must have more dimensions than output_size={output_size} has values, but got size {list(input.shape)}"
             )
         output_size = [own if v is None else v for v, own in zip(output_size, input.shape[-n:], strict=False)]
-        if len(_sizes(function, "output_size", output_size, n)) != 2:
+        if len(_as_sizes(function, "output_size", output_size, n)) != 2:
             raise RuntimeError(f"{function}(): output_size must be an int or have 2 values, but got output_size={output_size}")
-    return _at_least(function, "output_size", _sizes(function, "output_size", output_size), 0)
+    return _sizes(function, "output_size", output_size, 0)
 
 
 @operation
 def global_avg_pool2d(input: Tensor, keepdim: bool = True) -> Tensor:
     """Mean of each plane: [N, C, H, W] to [N, C, 1, 1], or [N, C] without keepdim (and likewise unbatched [C, H, W])."""
-    _check_tensors("global_avg_pool2d", {"input": input})
     if reason := why_torch(input):
         record_torch("global_avg_pool2d", reason, input)
         return input.mean((-2, -1), keepdim=keepdim)

@@ -93,7 +93,11 @@ class StubDriver:
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def launch(grid_x, grid_y, grid_z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments):
             grid = (grid_x, grid_y, grid_z)
+            if enter_hook is not None:
+                enter_hook(launch_metadata)
             self.recorder.launches.append(StubLaunch(metadata.name, grid, stream, self.recorder.device, function, metadata, arguments))
+            if exit_hook is not None:
+                exit_hook(launch_metadata)
 
         return launch if self.record else lambda *arguments: None
 

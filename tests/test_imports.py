@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ROOTS = {"cnnfast": REPOSITORY, "cnnfast_kernels": REPOSITORY / "kernels", "tests": REPOSITORY, "benchmarks": REPOSITORY}
+ROOTS = {"cnnfast_kernels": REPOSITORY / "kernels", **dict.fromkeys(("cnnfast", "tests", "benchmarks", "harness"), REPOSITORY)}
+# What lies in these two is imported by its bare name (pythonpath in pyproject.toml).
+BARE = {file.stem: f"{folder}.{file.stem}" for folder in ("tests", "harness") for file in (REPOSITORY / folder).glob("*.py")}
 
 # (importer, imported, exceptions): no module that matches the first may import what matches the second.
 FORBIDDEN = [
@@ -20,8 +22,11 @@ FORBIDDEN = [
     ("cnnfast_kernels.tiling", "triton*", []),
     ("cnnfast*", "tests*", []),
     ("cnnfast*", "benchmarks*", []),
+    ("cnnfast*", "harness*", []),
     ("tests*", "benchmarks*", []),
     ("benchmarks*", "tests*", []),
+    ("harness*", "tests*", []),
+    ("harness*", "benchmarks*", []),
     ("cnnfast.reference", "cnnfast*", []),
     ("cnnfast*", "cnnfast.reference*", ["by cnnfast.checking*"]),
     # Kernel files do not import one another, but index algebra and the sum of partial gradients are shared, im2col is a way to call
@@ -72,7 +77,7 @@ def imports(module: str, path: Path) -> set[str]:
             origin = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*origin, *filter(None, [node.module])])
             found |= {f"{base}.{alias.name}" for alias in node.names}
-    return found
+    return {".".join([BARE.get(first, first), *rest]) for first, *rest in (name.split(".") for name in found)}
 
 
 MODULES = {module: imports(module, path) for package in ROOTS for module, path in sources(package).items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnnfast_kernels import conv, launch
-from cnnfast_kernels.epilogue import FROM_OUTPUT, BatchNorm, Epilogue
+from cnnfast_kernels.epilogue import FROM_OUTPUT, PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.problem import output_extent
 
 from .batchnorm import channel_sum, frozen_backward, normalize
@@ -26,8 +26,8 @@ def allow_tf32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore
 
 
-def _geometry(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> conv.Geometry:
-    return conv.Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)  # pyright: ignore[reportArgumentType]
+def _geometry(stride: Any, padding: Any, dilation: Any, groups: int) -> conv.Geometry:
+    return conv.Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def _format(channels_last: bool) -> torch.memory_format:
@@ -35,7 +35,8 @@ def _format(channels_last: bool) -> torch.memory_format:
 
 
 def _fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> Tensor:
-    return conv.conv_fprop(x, w, _geometry(stride, padding, dilation, groups), Epilogue(bias), algorithm=algorithm, tf32=allow_tf32(x))
+    epilogue = PLAIN if bias is None else Epilogue(bias)
+    return conv.conv_fprop(x, w, _geometry(stride, padding, dilation, groups), epilogue, algorithm=algorithm, tf32=allow_tf32(x))
 
 
 def _dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:

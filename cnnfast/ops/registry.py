@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
+from torch._C._autograd import _profiler_enabled
+from torch.compiler import is_compiling
 
 from ..dispatch import recorded
 
@@ -47,12 +50,12 @@ def _differentiable(operator: Any, function: type[torch.autograd.Function], tens
 def _intercepted() -> bool:
     """Somebody stands between a call of an operator and its kernels: a tracer, a mode, a transform, the profiler."""
     return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-        or torch.autograd._profiler_enabled()
+        is_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state()
+        or _profiler_enabled()
     )
 
 

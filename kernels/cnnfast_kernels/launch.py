@@ -229,15 +229,17 @@ def strides_nhwc(t: Laid) -> Strides:
 
 def is_channels_last(t: Laid) -> bool:
     """PyTorch's `is_channels_last_strides_2d`, which suggest_memory_format follows and Python cannot call."""
-    if t.dim() != 4 or t.stride(1) == 0:
+    if t.dim() != 4:
         return False
-    least = 0
-    for d in (1, 3, 2, 0):
-        size, stride = t.shape[d], t.stride(d)
-        if size == 0 or stride < least or (d == 0 and least == t.stride(1)):
-            return False
-        least = stride * size if size > 1 else stride
-    return True
+    N, C, H, W = t.shape
+    n, c, h, w = t.stride()
+    if c == 0 or C == 0 or H == 0 or W == 0 or N == 0:
+        return False
+    # every axis begins where the one inside it ends, from channels outwards
+    columns = c * C if C > 1 else c
+    rows = w * W if W > 1 else w
+    images = h * H if H > 1 else h
+    return w >= columns and h >= rows and n >= images and images != c
 
 
 def memory_format(*tensors: Laid) -> torch.memory_format:
@@ -256,7 +258,8 @@ def empty(
     A layout says it all, and takes half as long.
     """
     if isinstance(shape, Layout):
-        return like.new_empty_strided(shape.shape, shape.strides, dtype=shape.dtype)
+        extents, strides, dtype = shape
+        return like.new_empty_strided(extents, strides, dtype=dtype)
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=fmt)
 
 

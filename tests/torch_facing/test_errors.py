@@ -219,6 +219,7 @@ NORM = {
     "running_mean a list": ((X, [0.0], VAR), {}, ("running_mean", "list")),
     "weight a number": ((X, MEAN, VAR, 1.0), {}, ("weight", "float")),
     "weight narrower than input": ((X, MEAN, VAR, zeros(4).half()), {}, ("weight", "torch.float16", "torch.float32")),
+    "statistics narrower than float64": ((X.double(), MEAN, VAR), {}, ("running_mean", "torch.float64,", "torch.float32")),
     "statistics wider than input": ((X, MEAN.double(), VAR.double()), {}, ("running_mean", "torch.float64", "torch.float32")),
     "negative eps": ((X, MEAN, VAR), {"eps": -1.0}, ("eps=-1.0",)),
     "no momentum": ((X, MEAN, VAR), {"training": True, "momentum": None}, ("momentum=None",)),

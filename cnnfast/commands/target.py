@@ -80,7 +80,7 @@ def resolve_module(text: str) -> tuple[Target, nn.Module]:
 
 @dataclass(frozen=True)
 class Source:
-    """A library: its module, the names it lists, and how it makes a model, without weights from the network, or None if it has no such name."""
+    """A library: its module, the names it lists, and how it makes a model, without weights from the network; None for a name it has not."""
 
     module: str
     names: Callable[[ModuleType], Iterable[str]]
@@ -131,7 +131,7 @@ def _transformers_names(_: ModuleType) -> list[str]:
 
 
 def _transformers_make(transformers: ModuleType, name: str) -> Any:
-    """By model type (convnext), by the class of a model (ConvNextModel) or of its configuration (ConvNextConfig): as configured by default."""
+    """By model type (convnext), by the class of a model (ConvNextModel) or of its configuration (ConvNextConfig), with its defaults."""
     if name in importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES:
         auto = next((auto for auto, types in _transformers_architectures().items() if name in types), "AutoModel")
         return getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(name))
@@ -292,7 +292,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 def input_shape(model: nn.Module, batch: int, *, small: bool) -> tuple[int, ...]:
     """A shape that the model takes, by its first convolution or linear layer and what it says of itself (timm, transformers).
 
-    small: the smallest of the usual sizes, 32 first, on which it runs; else its own size or 224 first. Raises typer.BadParameter for a model
+    small: the smallest of the usual sizes, 32 first, on which it runs; else its own or 224 first. Raises typer.BadParameter for a model
     in which nothing tells.
     """
     import torch
@@ -314,7 +314,7 @@ def input_shape(model: nn.Module, batch: int, *, small: bool) -> tuple[int, ...]
 
 
 def _first_features(model: nn.Module) -> tuple[int, int] | None:
-    """(channels, spatial axes) that the first convolution takes, or the first layer with a convolution's weight, or else the first linear one."""
+    """(channels, spatial axes) of the first convolution, or the first layer with a convolution's weight, or else the first linear one."""
     from torch import nn
 
     found: list[tuple[int, int]] = []

@@ -38,7 +38,8 @@ SHARED_LIMITS = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One compiled kernel. `loop_instructions`: of the innermost main loop, unrolled as it is in the machine code.
+    """One compiled kernel. `loop_instructions`: of the innermost main loop, unrolled as it is in the machine code. `wide_loads`: those of
+    its `global_loads` that load 16 bytes a thread.
 
     `dot`: what it multiplies in tl.dot, "f16" "bf16" "tf32" "f32" "f64", or None without any. A row with an error has nothing else.
     """
@@ -55,6 +56,8 @@ class Row:
     dot: str | None = None
     tensor_core: str | None = None
     async_copies: int | None = None
+    global_loads: int | None = None
+    wide_loads: int | None = None
     serialised: bool | None = None
     loop_instructions: int | None = None
     error: str | None = None
@@ -142,6 +145,8 @@ def inspect(binaries: Sequence[Binary]) -> list[dict[str, Any]]:
                 "dot": binary.dot,
                 "tensor_core": sass.tensor_core(code),
                 "async_copies": sass.async_copies(code),
+                "global_loads": sass.global_loads(code),
+                "wide_loads": sass.wide_loads(code),
                 "serialised": sass.serialised(code),
                 "loop_instructions": sass.loop_instructions(code),
             }

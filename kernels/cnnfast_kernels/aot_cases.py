@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from .batchnorm import batch_moments, channel_sum, normalize, normalize_backward, update_running
-from .conv import Geometry, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from .conv import Geometry, Tile, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from .epilogue import ACTIVATIONS, BatchNorm, Epilogue
 from .pooling import (
     adaptive_avg_pool,
@@ -27,7 +27,7 @@ from .pooling import (
     max_pool_indices,
 )
 from .problem import ConvProblem, PoolProblem
-from .tiling import DEFAULT_TILES, Precision, TileConfig, candidate_tiles
+from .tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, strip_tiles
 
 BATCH = 32
 LAST = torch.channels_last
@@ -86,27 +86,27 @@ class Layer:
         size = (self.size - 1) // self.stride + 1
         return empty(BATCH, self.K, size, size, dtype=dtype, fmt=self.fmt)
 
-    def infer(self, tile: TileConfig | None, precision: Precision, dtype: torch.dtype, activation: str | None = "relu") -> None:
+    def infer(self, tile: Tile | None, precision: Precision, dtype: torch.dtype, activation: str | None = "relu") -> None:
         """The heaviest epilogue of inference: batch norm, residual, activation."""
         norm = BatchNorm(empty(self.K), empty(self.K), empty(self.K), empty(self.K))
         epilogue = Epilogue(None, norm, self.y(dtype), activation, 0.01)
         conv_fprop(self.x(dtype), self.w(dtype), self.geometry, epilogue, tf32=precision == "tf32", tile=tile)
 
-    def train(self, tile: TileConfig | None, precision: Precision, dtype: torch.dtype) -> None:
+    def train(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
         """The epilogue of training: bias and the statistics of a tile."""
         bias = empty(self.K, dtype=dtype)
         conv_stats(self.x(dtype), self.w(dtype), self.geometry, bias=bias, tf32=precision == "tf32", tile=tile)
 
-    def dgrad(self, tile: TileConfig | None, precision: Precision, dtype: torch.dtype) -> None:
+    def dgrad(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
         x_shape = (BATCH, self.C, self.size, self.size)
         conv_dgrad(self.y(dtype), self.w(dtype), x_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
 
-    def transposed(self, tile: TileConfig | None, precision: Precision, dtype: torch.dtype) -> None:
+    def transposed(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
         """dgrad with the bias of a transposed convolution."""
         bias, x_shape = empty(self.C, dtype=dtype), (BATCH, self.C, self.size, self.size)
         conv_dgrad(self.y(dtype), self.w(dtype), x_shape, self.geometry, bias=bias, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
 
-    def wgrad(self, tile: TileConfig | None, precision: Precision, dtype: torch.dtype, split: int = 8) -> None:
+    def wgrad(self, tile: Tile | None, precision: Precision, dtype: torch.dtype, split: int = 8) -> None:
         tile = tile and replace(tile, SPLIT_K=split)
         conv_wgrad(self.x(dtype), self.y(dtype), self.w_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
 
@@ -122,32 +122,70 @@ BODY = Layer("3x3", 128, 28, 128, 3)
 STRIDED = Layer("3x3/2", 128, 56, 128, 3, stride=2)
 POINTWISE = Layer("1x1", 256, 56, 64, 1)
 SHORTCUT = Layer("1x1/2", 256, 56, 512, 1, stride=2)
-DEPTHWISE = Layer("3x3 depthwise", 128, 56, 128, 3, groups=128)
 FORMS = (
     POINTWISE,
     Layer("7x7", 128, 14, 128, 7),  # too many taps for one bit each
     Layer("3x3 of 48 channels", 48, 56, 48, 3),  # channels that no block divides
     Layer("3x3 NCHW", 128, 28, 128, 3, fmt=NCHW),
     Layer("3x3 in 32 groups", 128, 56, 128, 3, groups=32),
-    DEPTHWISE,
 )
 
 
-def convolutions(arch: int) -> Iterator[Case]:
-    def case(
-        operation: str,
-        layer: Layer,
-        tile: TileConfig | None,
-        precision: Precision,
-        dtype: torch.dtype | None = None,
-        note: str = "",
-        **options,
-    ) -> Case:
-        dtype = dtype or DTYPES[precision]
-        kind = str(dtype).removeprefix("torch.") + (" tf32" if precision == "tf32" else "")
-        return Case(f"{operation} {kind} {layer.name}{note}", partial(getattr(layer, operation), tile, precision, dtype, **options))
+def depthwise_layer(
+    window: int, C: int = 96, size: int = 56, stride: int = 1, multiplier: int = 1, fmt: torch.memory_format = LAST
+) -> Layer:
+    name = f"{window}x{window}/{stride} depthwise of {C} channels"
+    name += f", {multiplier} filters each" * (multiplier > 1) + " NCHW" * (fmt == NCHW)
+    return Layer(name, C, size, C * multiplier, window, stride, C, fmt)
 
-    # Where no tile is named it is the one that is chosen: the stem and groups of few filters never meet the larger ones.
+
+# Strips of each number of rows, which divide 56 / 1 and none of them 58 / 2: a filter is taken whole, by columns, by parts of columns.
+DEPTHWISE_WINDOWS = tuple(depthwise_layer(window, size=size, stride=stride) for window in (3, 5, 7) for size, stride in ((56, 1), (58, 2)))
+# Vectors of 8, 4, 2 channels and 1, of a narrower tile where channels are few, and channels that are apart.
+DEPTHWISE_CHANNELS = (
+    *(depthwise_layer(3, C) for C in (100, 58, 17, 16, 12, 10, 9)),
+    depthwise_layer(3, 64, multiplier=2),
+    depthwise_layer(3, fmt=NCHW),
+    depthwise_layer(7, fmt=NCHW),
+    depthwise_layer(9),
+)
+
+
+def case(
+    operation: str,
+    layer: Layer,
+    tile: Tile | None,
+    precision: Precision,
+    dtype: torch.dtype | None = None,
+    note: str = "",
+    **options,
+) -> Case:
+    """Where no tile is named it is the one that is chosen."""
+    dtype = dtype or DTYPES[precision]
+    kind = str(dtype).removeprefix("torch.") + (" tf32" if precision == "tf32" else "")
+    return Case(f"{operation} {kind} {layer.name}{note}", partial(getattr(layer, operation), tile, precision, dtype, **options))
+
+
+def depthwise_convolutions() -> Iterator[Case]:
+    three, *_, seven, _ = DEPTHWISE_WINDOWS
+    windows: dict[Precision, tuple[Layer, ...]] = {"half": DEPTHWISE_WINDOWS, "ieee": (three, seven), "fp64": (three,)}
+    operations: dict[str, Operation] = {"infer": "fprop", "dgrad": "dgrad", "wgrad": "wgrad"}
+    for precision in windows:
+        vector = VECTOR_BYTES // ELEMENT_BYTES[precision]
+        for layer in windows[precision]:
+            for name, operation in operations.items():
+                for tile in strip_tiles(layer.problem, operation, precision, vector):
+                    yield case(name, layer, tile, precision)
+        for layer in (three, seven):
+            yield case("train", layer, None, precision)
+    for layer in DEPTHWISE_CHANNELS:
+        for name in operations:
+            yield case(name, layer, None, "half")
+    yield case("transposed", three, None, "half")
+
+
+def convolutions(arch: int) -> Iterator[Case]:
+    # No tile is named for the stem and groups of few filters, which never meet the larger ones.
     for precision in DEFAULT_TILES:
         tiles = candidate_tiles(BODY.problem, "fprop", precision, arch=arch)
         for tile in tiles:
@@ -162,10 +200,9 @@ def convolutions(arch: int) -> Iterator[Case]:
     largest, *_, smallest = candidate_tiles(BODY.problem, "fprop", "half", arch=arch)
     for layer in FORMS:
         yield case("infer", layer, None, "half")
-    for layer in (POINTWISE, SHORTCUT, DEPTHWISE):
+    for layer in (POINTWISE, SHORTCUT):
         yield case("dgrad", layer, None, "half")
     yield case("transposed", STRIDED, None, "half")
-    yield case("wgrad", DEPTHWISE, None, "half")
     yield case("wgrad", POINTWISE, largest, "half", split=1)
     yield case("infer", BODY, largest, "half", torch.float16)
     for activation in ACTIVATIONS:
@@ -212,4 +249,4 @@ def passes() -> Iterator[Case]:
 
 def cases(arch: int = 90) -> list[Case]:
     """All of them for sm_90 or another, in an order that every process of one version agrees on."""
-    return [*convolutions(arch), *passes()]
+    return [*convolutions(arch), *depthwise_convolutions(), *passes()]

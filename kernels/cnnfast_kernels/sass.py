@@ -117,6 +117,16 @@ def async_copies(instructions: list[Instruction]) -> int:
     return sum(i.family in ASYNC_COPIES for i in instructions)
 
 
+def global_loads(instructions: list[Instruction]) -> int:
+    """Instructions that load global memory to registers."""
+    return sum(i.family == "LDG" for i in instructions)
+
+
+def wide_loads(instructions: list[Instruction]) -> int:
+    """Those of them that load 16 bytes a thread."""
+    return sum(i.family == "LDG" and "128" in i.opcode.split(".") for i in instructions)
+
+
 def serialised(instructions: list[Instruction]) -> bool:
     """Whether every one of several wgmma instructions is waited for before the next is issued (ptxas warns of it as C7515)."""
     outstanding = False

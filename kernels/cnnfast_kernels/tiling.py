@@ -111,54 +111,54 @@ def choose_tile(problem: ConvProblem, operation: Operation, precision: Precision
 STRIP_THREADS = 128
 VECTOR_BYTES = 16
 ELEMENT_BYTES: dict[Precision, int] = {"half": 2, "tf32": 4, "ieee": 4, "fp64": 8}
-# Taps of one column of a filter that are kept in registers, and taps of a filter that is kept whole.
+STRIP_ROWS = (2, 4, 7)
+# Taps of one column of a filter whose weights, or gradients, are in registers at a time; taps of a filter for whose gradients all are.
 MAX_COLUMN_TAPS = 7
 MAX_WHOLE_TAPS = 9
-# Rows of a strip, and the vectors of one column, or of all columns of a whole filter, that may be on their way to registers.
-STRIP_ROWS = (2, 4, 7)
+# Vectors that may be on their way to a thread's registers.
 MAX_LOADS = 20
-# wgrad: the workspace of partial gradients, and the tiles of pixels that stay in the first-level cache while a large filter's columns
-# are summed one after another.
-MAX_STRIP_SPLIT = 1024
-CACHED_TILES = 4
+# wgrad: the workspace of partial gradients, and what of x and dy stays in the first-level cache while a filter's columns are summed one
+# after another.
+MAX_STRIP_SPLIT = 2048
+CACHED_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
 class StripTile:
-    """BLOCK_M strips of ROWS pixels below each other, BLOCK_C channels of each. SPLIT cuts wgrad's sum over the strips."""
+    """BLOCK_M strips of ROWS pixels below each other, BLOCK_C channels of each. SPLIT_K cuts wgrad's sum over the strips."""
 
     BLOCK_M: int
     BLOCK_C: int
     ROWS: int
     num_warps: int = STRIP_THREADS // 32
-    SPLIT: int = 1
+    SPLIT_K: int = 1
 
     def __str__(self) -> str:
-        split = f" split {self.SPLIT}" if self.SPLIT > 1 else ""
+        split = f" split {self.SPLIT_K}" if self.SPLIT_K > 1 else ""
         return f"{self.BLOCK_M}x{self.BLOCK_C} {self.ROWS} rows w{self.num_warps}{split}"
 
 
 def taps_at_once(R: int, step: int = 1) -> int:
-    """How many of a column's R taps the depthwise kernels keep in registers, a multiple of `step` unless it is all."""
+    """How many of a column's R taps the depthwise kernels take at once: all, or a multiple of `step`."""
     return R if R <= MAX_COLUMN_TAPS else max(step, MAX_COLUMN_TAPS // step * step)
 
 
 def columns_at_once(R: int, S: int) -> int:
-    """Columns of a filter that the depthwise kernels unroll: all of them, or one."""
+    """How many columns of a filter depthwise wgrad sums at once: all, or one."""
     return S if R * S <= MAX_WHOLE_TAPS else 1
 
 
-def choose_strip_rows(problem: ConvProblem, operation: Operation) -> int:
-    """2, 4 or 7, whichever is the least work with no more than MAX_LOADS loads at once, else the fewest of them.
+def strip_rows(problem: ConvProblem, operation: Operation) -> tuple[int, ...]:
+    """The rows that strips may have, the least work first: loads, of as many instructions as two multiply-adds, and multiply-adds, which
+    in wgrad cost twice where strips are ragged. Those with no more than MAX_LOADS loads at once; the fewest, if there are none.
 
-    Work: loads, of as many instructions as two multiply-adds, and multiply-adds, which in wgrad cost twice where strips are ragged. In dgrad
-    a multiple of the stride: then every strip meets the same taps.
+    In dgrad they are multiples of the stride: then every strip meets the same taps.
     """
     g = problem
     backward = operation == "dgrad"
     extent, unit, step = (g.H, g.stride_h, 1) if backward else (g.P, 1, g.stride_h)
     taps = taps_at_once(g.R, tap_step(g.stride_h, g.dil_h) if backward else 1)
-    candidates = sorted({cdiv(rows, unit) * unit for rows in STRIP_ROWS})
+    columns = columns_at_once(g.R, g.S) if operation == "wgrad" else 1
 
     def loads(rows: int) -> int:
         reach = ((rows - 1) * step + (taps - 1) * g.dil_h) // unit + 1
@@ -168,32 +168,41 @@ def choose_strip_rows(problem: ConvProblem, operation: Operation) -> int:
         ragged = operation == "wgrad" and g.P % rows > 0
         return cdiv(extent, rows) * (2 * loads(rows) + rows * taps // unit * (2 if ragged else 1))
 
-    columns = 1 if backward and g.stride_w > 1 else columns_at_once(g.R, g.S)
-    return min((rows for rows in candidates if loads(rows) * columns <= MAX_LOADS), key=work, default=candidates[0])
+    candidates = sorted({cdiv(rows, unit) * unit for rows in STRIP_ROWS})
+    possible = [rows for rows in candidates if loads(rows) * columns <= MAX_LOADS]
+    return tuple(sorted(possible or candidates[:1], key=work))
 
 
-def candidate_strip_tiles(problem: ConvProblem, operation: Operation, precision: Precision) -> dict[int, StripTile]:
-    """The tiles that a depthwise convolution may get, by how many adjacent channels one load takes; 0: channels are apart.
+def strip_tiles(problem: ConvProblem, operation: Operation, precision: Precision, vector: int) -> tuple[StripTile, ...]:
+    """The tiles that a depthwise convolution may get, the least work first. `vector`: adjacent channels that one load takes; 0: channels
+    are apart.
 
-    128 threads with one vector of channels each, of 16 to 32 channels: 64 or 128 bytes of a pixel side by side. Where channels are apart
+    128 threads with one vector each, of 16 to 32 channels: that is 64 or 128 bytes of a pixel side by side. Where channels are apart
     threads lie side by side in the image.
     """
-    rows = choose_strip_rows(problem, operation)
     channels = problem.C if operation == "dgrad" else problem.K
-    BLOCK_C = 16 if channels <= 16 or precision == "fp64" else 32
-    vectors = [v for v in (1, 2, 4, 8) if v * ELEMENT_BYTES[precision] <= VECTOR_BYTES]
-    tiles = {v: StripTile(STRIP_THREADS * v // BLOCK_C, BLOCK_C, rows) for v in vectors}
-    return {0: StripTile(STRIP_THREADS, 1, rows), **tiles}
+    BLOCK_C = 1 if vector == 0 else 16 if channels <= 16 or precision == "fp64" else 32
+    BLOCK_M = STRIP_THREADS * max(vector, 1) // BLOCK_C
+    return tuple(StripTile(BLOCK_M, BLOCK_C, rows) for rows in strip_rows(problem, operation))
 
 
 def choose_strip_tile(problem: ConvProblem, operation: Operation, precision: Precision, vector: int) -> StripTile:
-    """The candidate for loads of `vector` channels; for wgrad with enough programs to fill a GPU."""
+    """The candidate of the least work that leaves enough programs to fill a GPU, which in wgrad the split provides; else the lowest."""
     g = problem
-    tile = candidate_strip_tiles(g, operation, precision)[vector]
-    if operation != "wgrad":
-        return tile
-    tiles = max(1, cdiv(g.N * cdiv(g.P, tile.ROWS) * g.Q, tile.BLOCK_M))
-    split = cdiv(4 * BUSY_PROGRAMS, cdiv(g.K, tile.BLOCK_C))
-    if g.R > MAX_COLUMN_TAPS or columns_at_once(g.R, g.S) < g.S:
-        split = max(split, tiles // CACHED_TILES)
-    return replace(tile, SPLIT=min(tiles, split, MAX_STRIP_SPLIT))
+    if g.group_filters > 1:  # the channels of one operand do not lie as those of the other
+        vector = min(vector, 1)
+    tiles = strip_tiles(g, operation, precision, vector)
+    if operation == "wgrad":
+        tile = tiles[0]
+        parts = max(1, cdiv(g.N * cdiv(g.P, tile.ROWS) * g.Q, tile.BLOCK_M))
+        split = cdiv(4 * BUSY_PROGRAMS, cdiv(g.K, tile.BLOCK_C))
+        if g.R > MAX_COLUMN_TAPS or columns_at_once(g.R, g.S) < g.S:
+            tile_bytes = 2 * tile.BLOCK_M * tile.ROWS * tile.BLOCK_C * ELEMENT_BYTES[precision]
+            split = max(split, cdiv(parts, max(1, CACHED_BYTES // tile_bytes)))
+        return replace(tile, SPLIT_K=min(parts, split, MAX_STRIP_SPLIT))
+    channels, rows, columns = (g.C, g.H, g.W) if operation == "dgrad" else (g.K, g.P, g.Q)
+
+    def programs(tile: StripTile) -> int:
+        return cdiv(g.N * cdiv(rows, tile.ROWS) * columns, tile.BLOCK_M) * cdiv(channels, tile.BLOCK_C)
+
+    return next((tile for tile in tiles if programs(tile) >= 2 * BUSY_PROGRAMS), min(tiles, key=lambda tile: tile.ROWS))

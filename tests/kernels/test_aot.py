@@ -87,6 +87,19 @@ def test_tensor_cores_and_async_copies():
         assert sass.tensor_core(sass.read(f"/*0000*/ {opcode} R4, R8, R10, R4 ;")) == opcode.partition(".")[0]
 
 
+def test_wide_loads():
+    code = sass.read(
+        """
+        /*0000*/ LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/ @!P0 LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ;
+        /*0020*/ LDG.E.U16 R12, desc[UR4][R2.64] ;
+        /*0030*/ STG.E.128 desc[UR4][R2.64], R24 ;
+        """
+    )
+    assert (sass.global_loads(code), sass.wide_loads(code)) == (3, 2)
+    assert sass.global_loads(sass.read(PIPELINED)) == 0  # those go to shared memory
+
+
 def test_serialised_wgmma():
     assert sass.serialised(sass.read(SERIALISED))
     assert not sass.serialised(sass.read(PIPELINED))
@@ -141,7 +154,7 @@ def test_a_failure_is_a_problem_and_covers_no_kernel():
     row = Row("", "infer bfloat16 3x3", "", "sm_90", error="CompilationError: no")
     assert problems([row]) == ["sm_90 infer bfloat16 3x3: does not compile: CompilationError: no"]
     assert uncovered([row]) == kernel_names()
-    assert {"conv_fprop_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "max_pool_kernel", "normalize_kernel"} <= kernel_names()
+    assert {"conv_fprop_kernel", "depthwise_dgrad_kernel", "conv_wgrad_kernel", "max_pool_kernel", "normalize_kernel"} <= kernel_names()
 
 
 def test_architectures():
@@ -216,3 +229,18 @@ def test_real_compiles():
         assert row["async_copies"] > 0
         assert row["serialised"] is False
     assert {row["kernel"] for row in found["rows"]} == {"conv_fprop_kernel", "combine_kernel"}
+
+
+@pytest.mark.compiled
+def test_depthwise_kernels_load_16_bytes_a_thread():
+    """All that they load: images and weights in channels_last, the residual, and what batch norm applies to a channel."""
+    layer = "3x3/1 depthwise of 96 channels"
+    found = run_compiled(
+        compile_some, [f"infer bfloat16 {layer}", f"dgrad float32 {layer}", f"wgrad bfloat16 {layer}", f"infer bfloat16 {layer} NCHW"]
+    )
+    rows = [row for row in found["rows"] if row["kernel"].startswith("depthwise")]
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
+    for row in rows:
+        assert row["spill_bytes"] == 0
+        assert row["wide_loads"] == (0 if "NCHW" in row["variant"] else row["global_loads"]), row
+        assert row["global_loads"] > 0

@@ -208,6 +208,18 @@ def specialisations(channels, filters, dtype_name):
             case ["wgrad", algorithm]:
                 operators.conv_wgrad(x, y, weight.shape, last, *geometry, algorithm)
                 operators.conv_wgrad(x, image(n, filters, h, w, fmt), pointwise.shape, last, *one, algorithm)
+            case ["depthwise", operation]:
+                apart = (*geometry[:3], channels)
+                small, y = torch.zeros(channels, 1, 3, 3, dtype=dtype), image(n, channels, (h - 1) // 2 + 1, w, fmt)
+                match operation:
+                    case "fprop":
+                        operators.conv_fprop(x, small, None, *apart, "auto")
+                    case "stats":
+                        operators.conv_stats(x, small, None, *apart, "auto")
+                    case "dgrad":
+                        operators.conv_dgrad(y, small, None, x.shape, last, *apart, "auto")
+                    case "wgrad":
+                        operators.conv_wgrad(x, y, small.shape, last, *apart, "auto")
             case ["moments"]:
                 operators.conv_stats(x, weight, None, *geometry, "auto")
                 operators.batch_moments(x)
@@ -229,6 +241,7 @@ def specialisations(channels, filters, dtype_name):
 
     counts = {}
     convolutions = [f"{o} {a}" for o in ("fprop", "dgrad", "wgrad") for a in ("auto", "im2col")]
+    convolutions += [f"depthwise {o}" for o in ("fprop", "stats", "dgrad", "wgrad")]
     for fmt in (torch.channels_last, torch.contiguous_format):
         for name in [*convolutions, "moments", "normalize", "max", "average", "global"]:
             with stub_driver() as gpu, launch.observe(lambda event: None, compile_only=True):
@@ -242,6 +255,8 @@ def specialisations(channels, filters, dtype_name):
 
 # A choice that depends on sizes takes one more specialisation of a kernel, once: wgrad by one slot or by several.
 CHOICES = {"conv_wgrad_kernel", "conv_wgrad_reduce_kernel"}
+# Depthwise: the rows of a strip, 2 or 4 here (2, 4 or 8 in dgrad), and for wgrad whether they divide the image and are one slot or more.
+STRIPS = {"depthwise_fprop_kernel": 1, "depthwise_dgrad_kernel": 2, "depthwise_wgrad_kernel": 3, "conv_wgrad_reduce_kernel": 1}
 # Planes of rows, NCHW: up to six tiles, and rows aligned to 1, 2, 4 or 8 elements.
 NORM = {"batch_moments_kernel", "gradient_sums_kernel", "normalize_kernel", "normalize_backward_kernel"}
 
@@ -257,6 +272,8 @@ def test_other_extents_compile_nothing(channels, filters):
         if name.startswith("wgrad"):
             assert set(again) <= CHOICES
             assert len(again) <= 2 * len(CHOICES)
+        elif name.startswith("depthwise"):
+            assert all(again.count(kernel) <= STRIPS[kernel] for kernel in again), name
         elif name.endswith("NCHW") and name.startswith(("moments", "normalize")):
             assert set(again) <= NORM
             assert max(again.count(kernel) for kernel in NORM) < 6

@@ -18,6 +18,7 @@ from convolutions import LAYOUTS, arrange
 
 ALGORITHMS = ("auto", "direct", "im2col")
 DIRECT = {"conv_fprop_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "gradient_sums_kernel", "combine_kernel"}
+DEPTHWISE = {kernel.replace("conv_", "depthwise_") for kernel in DIRECT}
 KERNELS = {"auto": DIRECT, "direct": DIRECT, "im2col": DIRECT | {"im2col_kernel", "col2im_kernel"}}
 
 
@@ -62,7 +63,10 @@ def check(case: Case, algorithm: str, inputs: list) -> None:
     assert_served_by_kernels(mine.trace)
     assert mine.operations == ["conv_fprop", "conv_dgrad", "conv_wgrad"] + ["channel_sum"] * (inputs[2] is not None)
     if case.x[0]:
-        expected = KERNELS[algorithm] - ({"gradient_sums_kernel", "combine_kernel"} if inputs[2] is None else set())
+        depthwise = case.groups == case.x[1] > 1 and algorithm != "im2col"
+        expected = (DEPTHWISE if depthwise else KERNELS[algorithm]) - (
+            {"gradient_sums_kernel", "combine_kernel"} if inputs[2] is None else set()
+        )
         assert set(mine.trace.launches) - {"conv_wgrad_reduce_kernel"} == expected
 
 
@@ -73,6 +77,7 @@ CASES = [
     Case("everything differs along the axes", (1, 4, 9, 7), (6, 2, 3), (3, 1), (0, 2), (2, 1), 2),
     Case("depthwise", (1, 6, 6, 5), (6, 3, 3), 1, 1, 1, 6),
     Case("depthwise, two filters a channel", (1, 4, 6, 5), (8, 3, 3), 2, 1, 1, 4),
+    Case("depthwise, an even kernel that keeps the size", (1, 3, 5, 4), (3, 2, 4), padding="same", groups=3),
     Case("kernel larger than the image", (1, 3, 2, 3), (4, 5, 5), 1, 2),
     Case("padding beyond the kernel: outputs that see only zeros", (1, 2, 2, 2), (3, 1, 2), 1, 3),
     Case("an even kernel keeps the size: one more zero at the end", (1, 3, 5, 4), (4, 2, 4), padding="same"),

@@ -1,9 +1,11 @@
 """Gradient of a depthwise convolution's input.
 
-    dx[n, h, w, c] = sum over m, r, s of dy[n, p, q, k] * w[k, r, s]    where k = c * MULTIPLIER + m, p * stride_h = h + pad_h - r * dil_h, q alike
+    dx[n, h, w, c] = sum over m, r, s of dy[n, p, q, k] * w[k, r, s]
+    where k = c * MULTIPLIER + m, p * stride_h = h + pad_h - r * dil_h, q alike
 
-Every pixel of dx gathers its own sum. Strips begin where h + pad_h is a multiple of the stride, so that which taps meet which of their
-rows is known to the compiler. Columns with the same w mod stride_w meet the same taps (gather.dgrad): a program takes columns of one such class.
+Every pixel of dx gathers its own sum. Strips begin where h + pad_h is a multiple of the stride: which taps meet which of their rows is
+then known to the compiler. Columns with the same w mod stride_w meet the same taps, as in gather.dgrad: a program takes columns of one
+such class. So no work is spent on zeros.
 """
 
 from __future__ import annotations
@@ -15,30 +17,12 @@ import triton.language as tl
 from ... import launch
 from ...indexing import channel_offset, divisor, pixel_offset
 from ...problem import ConvProblem, tap_step
-from ...tiling import StripTile, cdiv, columns_at_once, taps_at_once
+from ...tiling import StripTile, cdiv, taps_at_once
 from ..tiles import class_axis
 from .strips import FAR, MAX_REGISTERS, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
 
 EXTENTS = ["N", "H", "W", "P", "Q", "strips", "strips_magic", "strips_shift", "columns", "columns_magic", "columns_shift"]
 STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx") for d in "nhwc"]
-
-
-@triton.jit
-def gather_rows(
-    acc, dy_rows, w_taps, p0, q0, r0, s0, taps_s, P, Q, dy_row, dy_column, w_row, w_column, c_ok,
-    STRIDE_H: tl.constexpr, DIL_H: tl.constexpr, STEP_W: tl.constexpr, Q_STEP: tl.constexpr, TAPS: tl.constexpr, UNROLL: tl.constexpr,
-    ROWS: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Adds filter rows r0 to r0 + TAPS of columns s0, s0 + STEP_W, ...; dy_row, ... are the strides in elements."""
-    for j in tl.range(0, taps_s, loop_unroll_factor=UNROLL):
-        up = r0 * DIL_H // STRIDE_H  # a whole number
-        left = j * Q_STEP
-        row = tl.where(in_range(q0 - left, Q), p0 - up, FAR)
-        acc = accumulate_column(
-            acc, dy_rows - (up * dy_row + left * dy_column), row, P, dy_row, w_taps + (r0 * w_row + (s0 + j * STEP_W) * w_column), w_row, c_ok,
-            ROWS, TAPS, 1, -DIL_H, STRIDE_H, EVEN, ACC,
-        )  # fmt: skip
-    return acc
 
 
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
@@ -50,12 +34,11 @@ def depthwise_dgrad_kernel(
     C: tl.constexpr, MULTIPLIER: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     STEP_W: tl.constexpr, DY_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
-    TAPS: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    TAPS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M strips of BLOCK_C channels of dx, plus the bias of a transposed convolution if there is one."""
     EVEN: tl.constexpr = C % BLOCK_C == 0
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    Q_STEP: tl.constexpr = DIL_W * STEP_W // STRIDE_W
 
     # Channels vary fastest, then classes: programs that run together read whole pixels, and the same part of dy.
     pid = tl.program_id(0)
@@ -67,36 +50,37 @@ def depthwise_dgrad_kernel(
     _, s0, taps_s, q0 = class_axis(first, W, S, STRIDE_W, PAD_W, DIL_W, STEP_W)
 
     h = i * ROWS - PAD_H % STRIDE_H
-    w = first + j * STRIDE_W
-    ok = ok & (w < W)
+    x_column = first + j * STRIDE_W
+    ok = ok & (x_column < W)
     p0 = i * (ROWS // STRIDE_H) + PAD_H // STRIDE_H
     q = q0 + j
     dy_row = dy_stride_h.to(tl.int64) * DY_ALIGN
     dy_column = dy_stride_w.to(tl.int64) * DY_ALIGN
     dy_pixels = dy_ptr + pixel_offset(n, p0, q, dy_stride_n, dy_stride_h, dy_stride_w, DY_ALIGN)
-    row = tl.where(ok, p0, FAR)
+    w_row = w_stride_r * W_ALIGN
+    w_column = w_stride_s * W_ALIGN
+    first_row = tl.where(ok, p0, FAR)
 
     acc = zeros(ROWS, BLOCK_M, BLOCK_C, ACC)
     for m in range(MULTIPLIER):
         k = c * MULTIPLIER + m
         dy_rows = dy_pixels[:, None] + channel_offset(k, dy_stride_c)[None, :]
         w_taps = w_ptr + tl.zeros((BLOCK_M,), tl.int32)[:, None] + channel_offset(k, w_stride_k)[None, :]  # each thread loads its own
-        for r0 in range(0, R - R % TAPS, TAPS):
-            acc = gather_rows(
-                acc, dy_rows, w_taps, row, q, r0, s0, taps_s, P, Q, dy_row, dy_column, w_stride_r * W_ALIGN, w_stride_s * W_ALIGN, c_ok,
-                STRIDE_H, DIL_H, STEP_W, Q_STEP, TAPS, UNROLL, ROWS, EVEN, ACC,
-            )  # fmt: skip
-        if R % TAPS > 0:
-            acc = gather_rows(
-                acc, dy_rows, w_taps, row, q, R - R % TAPS, s0, taps_s, P, Q, dy_row, dy_column, w_stride_r * W_ALIGN, w_stride_s * W_ALIGN,
-                c_ok, STRIDE_H, DIL_H, STEP_W, Q_STEP, R % TAPS, UNROLL, ROWS, EVEN, ACC,
-            )  # fmt: skip
+        for r0 in tl.static_range(0, R, TAPS):
+            for t in range(taps_s):
+                up = r0 * DIL_H // STRIDE_H  # a whole number
+                left = t * (DIL_W * STEP_W // STRIDE_W)
+                row = tl.where(in_range(q - left, Q), first_row - up, FAR)
+                acc = accumulate_column(
+                    acc, dy_rows - (up * dy_row + left * dy_column), row, P, dy_row,
+                    w_taps + (r0 * w_row + (s0 + t * STEP_W) * w_column), w_row, c_ok,
+                    ROWS, min(TAPS, R - r0), 1, -DIL_H, STRIDE_H, EVEN, ACC,
+                )  # fmt: skip
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c, mask=c_ok, other=0.0).to(ACC)
-    dx_rows = (
-        dx_ptr + pixel_offset(n, h, w, dx_stride_n, dx_stride_h, dx_stride_w, DX_ALIGN)[:, None] + channel_offset(c, dx_stride_c)[None, :]
-    )
+    dx_rows = dx_ptr + pixel_offset(n, h, x_column, dx_stride_n, dx_stride_h, dx_stride_w, DX_ALIGN)[:, None]
+    dx_rows = dx_rows + channel_offset(c, dx_stride_c)[None, :]
     for t in tl.static_range(ROWS):
         dx = acc[t]
         if bias_ptr is not None:
@@ -120,7 +104,7 @@ def plan_depthwise_dgrad(problem: ConvProblem, tile: StripTile, dy: launch.Laid,
         tile=tile, C=g.C, MULTIPLIER=g.group_filters, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
         STEP_W=tap_step(g.stride_w, g.dil_w), DY_ALIGN=dys.align, W_ALIGN=ws.align, DX_ALIGN=dxs.align,
-        TAPS=taps_at_once(g.R, tap_step(g.stride_h, g.dil_h)), UNROLL=columns_at_once(g.R, g.S) if g.stride_w == 1 else 1,
+        TAPS=taps_at_once(g.R, tap_step(g.stride_h, g.dil_h)),
         ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dx.dtype)],
         ROWS=tile.ROWS, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

@@ -14,27 +14,11 @@ from ...epilogue import PLAIN, Epilogue, activate, apply_norm, load_norm, tile_m
 from ...indexing import channel_offset, divisor, pixel_offset
 from ...partials import TileRows
 from ...problem import ConvProblem
-from ...tiling import StripTile, cdiv, columns_at_once, taps_at_once
+from ...tiling import StripTile, cdiv, taps_at_once
 from .strips import FAR, MAX_REGISTERS, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
 
 EXTENTS = ["N", "H", "W", "P", "Q", "strips", "strips_magic", "strips_shift", "q_magic", "q_shift"]
 STRIDES = [f"{t}_stride_{d}" for t in ("x", "y", "z") for d in "nhwc"]
-
-
-@triton.jit
-def convolve_rows(
-    acc, x_rows, w_taps, h0, w0, r0, H, W, x_row, x_column, w_row, w_column, k_ok,
-    S: tl.constexpr, STRIDE_H: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, TAPS: tl.constexpr, UNROLL: tl.constexpr,
-    ROWS: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Adds filter rows r0 to r0 + TAPS; x_row, ... are the strides in elements."""
-    for s in tl.range(0, S, loop_unroll_factor=UNROLL):
-        row = tl.where(in_range(w0 + s * DIL_W, W), h0 + r0 * DIL_H, FAR)
-        acc = accumulate_column(
-            acc, x_rows + (r0 * DIL_H * x_row + s * DIL_W * x_column), row, H, x_row, w_taps + (r0 * w_row + s * w_column), w_row, k_ok,
-            ROWS, TAPS, STRIDE_H, DIL_H, 1, EVEN, ACC,
-        )  # fmt: skip
-    return acc
 
 
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
@@ -48,7 +32,7 @@ def depthwise_fprop_kernel(
     K: tl.constexpr, MULTIPLIER: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     X_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, Z_ALIGN: tl.constexpr,
-    EPS: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M strips of BLOCK_C filters of y; z is the residual; `moments` [tiles, 2, K]."""
@@ -72,16 +56,13 @@ def depthwise_fprop_kernel(
     h0 = tl.where(ok, h0, FAR)
 
     acc = zeros(ROWS, BLOCK_M, BLOCK_C, ACC)
-    for r0 in range(0, R - R % TAPS, TAPS):
-        acc = convolve_rows(
-            acc, x_rows, w_taps, h0, w0, r0, H, W, x_row, x_column, w_row, w_column, k_ok,
-            S, STRIDE_H, DIL_H, DIL_W, TAPS, UNROLL, ROWS, EVEN, ACC,
-        )  # fmt: skip
-    if R % TAPS > 0:
-        acc = convolve_rows(
-            acc, x_rows, w_taps, h0, w0, R - R % TAPS, H, W, x_row, x_column, w_row, w_column, k_ok,
-            S, STRIDE_H, DIL_H, DIL_W, R % TAPS, UNROLL, ROWS, EVEN, ACC,
-        )  # fmt: skip
+    for r0 in tl.static_range(0, R, TAPS):
+        for s in range(S):
+            row = tl.where(in_range(w0 + s * DIL_W, W), h0 + r0 * DIL_H, FAR)
+            acc = accumulate_column(
+                acc, x_rows + (r0 * DIL_H * x_row + s * DIL_W * x_column), row, H, x_row, w_taps + (r0 * w_row + s * w_column), w_row, k_ok,
+                ROWS, min(TAPS, R - r0), STRIDE_H, DIL_H, 1, EVEN, ACC,
+            )  # fmt: skip
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + k, mask=k_ok, other=0.0).to(ACC)
@@ -139,7 +120,7 @@ def plan_depthwise_fprop(
         tile=tile, K=g.K, MULTIPLIER=g.group_filters, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
         X_ALIGN=xs.align, W_ALIGN=ws.align, Y_ALIGN=ys.align, Z_ALIGN=zs.align,
-        EPS=eps, ACTIVATION=activation, TAPS=taps_at_once(g.R), UNROLL=columns_at_once(g.R, g.S),
+        EPS=eps, ACTIVATION=activation, TAPS=taps_at_once(g.R),
         ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
         ROWS=tile.ROWS, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

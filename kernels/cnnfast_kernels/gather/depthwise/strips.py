@@ -12,6 +12,9 @@ from ... import launch
 from ...indexing import divide
 from ...tiling import VECTOR_BYTES, StripTile
 
+# ptxas may take all registers there are. Told no number, it spills a few where that lets one more program run.
+MAX_REGISTERS = 255
+
 # A strip whose first row this is has no row in any image: its loads return zero.
 FAR = tl.constexpr(-(1 << 30))
 
@@ -72,17 +75,13 @@ def accumulate_column(
         w = w + (tl.load(w_taps + t * tap_stride, mask=None if EVEN else c_ok[None, :], other=None if EVEN else 0.0).to(ACC),)
     FIRST: tl.constexpr = 0 if TAP_STEP > 0 else -((TAPS - 1) * -TAP_STEP // UNIT)
     LAST: tl.constexpr = ((ROWS - 1) * PIXEL_STEP + (TAPS - 1) * (TAP_STEP if TAP_STEP > 0 else 0)) // UNIT
-    for j in tl.static_range(FIRST, LAST + 1):  # rows that no pixel meets are not used, hence not loaded
+    for j in tl.static_range(FIRST, LAST + 1):  # a row that no pixel meets is not used, hence not loaded
         x = load_row(x_rows + j * row_stride, row + j, rows, c_ok, EVEN, ACC)
         for i in tl.static_range(ROWS):
             for t in tl.static_range(TAPS):
                 if i * PIXEL_STEP + t * TAP_STEP == j * UNIT:
                     acc = add_product(acc, i, x, w[t])
     return acc
-
-
-# ptxas may use all registers there are. Given no number, it spills some where that lets one more program run.
-MAX_REGISTERS = 255
 
 
 def vector_length(*images: launch.Laid) -> int:

@@ -1,10 +1,11 @@
 """Gradient of a depthwise convolution's weights.
 
-    dw[k, r, s] = sum over n, p, q of dy[n, p, q, k] * x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, k // MULTIPLIER]
+    dw[k, r, s] = sum over n, p, q of dy[n, p, q, k] * x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c]
+    where c = k // MULTIPLIER
 
-Threads sum over their own pixels, for all taps of a small filter at once or for one column of a larger one after another (the pixels stay
-in the first-level cache), and a program adds its threads' sums. The strips of dy are cut into parts that run side by side; each writes
-a partial gradient to its own slot, and a second kernel adds the slots in a fixed order: the same bits every time.
+A thread sums over its own pixels, for all taps of a small filter at once, or for one column of a larger one after another: the pixels
+then stay in the first-level cache. A program adds its threads' sums. The strips of dy are cut into parts that run side by side; each
+writes a partial gradient to its own slot, and a second kernel adds the slots in a fixed order: the same bits every time.
 """
 
 from __future__ import annotations
@@ -50,9 +51,7 @@ def sum_taps(
             dy = dy + (load_row(dy_rows + t * dy_row, p + t, P, k_ok, EVEN, ACC),)
         for s in tl.static_range(COLUMNS):
             row = tl.where(ok & in_range(w0 + s * DIL_W, W), h0, FAR)
-            for j in tl.static_range(
-                (ROWS - 1) * STRIDE_H + (TAPS - 1) * DIL_H + 1
-            ):  # rows that no pixel meets are not used, hence not loaded
+            for j in tl.static_range((ROWS - 1) * STRIDE_H + (TAPS - 1) * DIL_H + 1):  # as in accumulate_column
                 x = load_row(x_rows + (j * x_row + s * DIL_W * x_column), row + j, H, k_ok, EVEN, ACC)
                 for t in tl.static_range(ROWS):
                     for r in tl.static_range(TAPS):
@@ -93,25 +92,19 @@ def depthwise_wgrad_kernel(
     dw_row = dw_stride_r * DW_ALIGN
     dw_column = dw_stride_s * DW_ALIGN
     dw_cols = dw_ptr + slot.to(tl.int64) * dw_stride_slot + channel_offset(k, dw_stride_k)
-    for r0 in range(0, R - R % TAPS, TAPS):
+    for r0 in tl.static_range(0, R, TAPS):
         for s0 in range(0, S, COLUMNS):
             sum_taps(
                 x_cols, dy_cols, dw_cols, first, last, r0, s0, N, H, W, P, Q, strips, strips_magic, strips_shift, q_magic, q_shift,
                 x_stride_n, x_stride_h, x_stride_w, dy_stride_n, dy_stride_h, dy_stride_w, dw_row, dw_column, k_ok,
-                STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, X_ALIGN, DY_ALIGN, TAPS, COLUMNS, RAGGED, EVEN, ACC, ROWS, BLOCK_M, BLOCK_C,
-            )  # fmt: skip
-    if R % TAPS > 0:
-        for s0 in range(0, S, COLUMNS):
-            sum_taps(
-                x_cols, dy_cols, dw_cols, first, last, R - R % TAPS, s0, N, H, W, P, Q, strips, strips_magic, strips_shift, q_magic, q_shift,
-                x_stride_n, x_stride_h, x_stride_w, dy_stride_n, dy_stride_h, dy_stride_w, dw_row, dw_column, k_ok,
-                STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, X_ALIGN, DY_ALIGN, R % TAPS, COLUMNS, RAGGED, EVEN, ACC, ROWS, BLOCK_M, BLOCK_C,
+                STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, X_ALIGN, DY_ALIGN,
+                min(TAPS, R - r0), COLUMNS, RAGGED, EVEN, ACC, ROWS, BLOCK_M, BLOCK_C,
             )  # fmt: skip
 
 
 def plan_depthwise_wgrad(problem: ConvProblem, tile: StripTile, x: launch.Laid, dy: launch.Laid, dw: launch.Laid) -> WgradPlan:
     """Takes (x, dy, dw); see `depthwise_wgrad`. dy must not be empty."""
-    g, slots = problem, tile.SPLIT
+    g, slots = problem, tile.SPLIT_K
     strips = cdiv(g.P, tile.ROWS)
     acc = launch.accumulator_dtype(x.dtype)
     gradient = slot = filters_as_channels(dw)
@@ -134,7 +127,7 @@ def plan_depthwise_wgrad(problem: ConvProblem, tile: StripTile, x: launch.Laid, 
 
 
 def depthwise_wgrad(problem: ConvProblem, tile: StripTile, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
-    """Writes every element of dw, the gradient of a depthwise convolution's weights, from tile.SPLIT partial sums.
+    """Writes every element of dw, the gradient of a depthwise convolution's weights, from tile.SPLIT_K partial sums.
 
     Shapes: x [N, C, H, W], dy [N, K, P, Q], dw [K, 1, R, S], in any memory layout.
     """

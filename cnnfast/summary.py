@@ -39,7 +39,7 @@ class Layer:
     input_shape, output_shape: of the first tensor that goes in and comes out; () without one.
     parameters: its own, counted at the first call; a convolution's are (R*S*C/groups + 1)*K with bias. trainable: whether one of them
     requires a gradient.
-    flops: multiplications and additions of its convolutions and matrix products, as torch.utils.flop_counter counts: 2*N*P*Q*K*R*S*C/groups,
+    flops: multiplications and additions of its convolutions and matrix products, as torch.utils.flop_counter does: 2*N*P*Q*K*R*S*C/groups,
     taps in the padding counted, bias and everything pointwise not.
     receptive_field: input rows that one position of the output depends on (see receptive_field.py); None: the whole input; 0: nothing
     of it. jump: input rows from one position to the next; None where there are no positions.

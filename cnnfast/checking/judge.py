@@ -156,11 +156,14 @@ def _not_ours(trace: dispatch.Trace, empty: bool, launched: list[str]) -> str:
     for served in trace:
         if served.served_by == "torch":
             return served.reason
-        for event in served.launches:
-            name = f"{event.kernel} [{event.tile}]" if event.tile else event.kernel
-            if name not in launched:
-                launched.append(name)
+    launched += [name for name in kernels(trace) if name not in launched]
     return "" if empty or trace.launches else "no kernel was launched"
+
+
+def kernels(trace: dispatch.Trace) -> list[str]:
+    """Those that were launched, with their tiles, each once."""
+    events = [event for call in trace for event in call.launches]
+    return list(dict.fromkeys(f"{event.kernel} [{event.tile}]" if event.tile else event.kernel for event in events))
 
 
 def _cancelled_terms(exact: _Evaluation) -> float:

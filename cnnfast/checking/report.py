@@ -11,8 +11,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-OK, FAIL, NOT_OURS = "ok", "FAIL", "not ours"
-STYLES = {OK: "green", FAIL: "bold red", NOT_OURS: "yellow"}
+OK, FAIL, NOT_OURS, NOT_JUDGED = "ok", "FAIL", "not ours", "not judged"
+STYLES = {OK: "green", FAIL: "bold red", NOT_OURS: "yellow", NOT_JUDGED: "yellow"}
 ROW_MARK = "cnnfast-row "  # a row on its way from the child process, amid whatever kernels and libraries print
 WIDTH = 100  # of str(report)
 

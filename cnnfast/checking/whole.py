@@ -1,0 +1,260 @@
+"""Judges a converted model as a whole, beside the original: state, outputs, gradients, statistics.
+
+What conversion may break, and no single call shows: a forgotten residual, a statistic updated though frozen, a renamed key. So the
+original and the converted model take the same steps from the same state:
+
+    state      keys, order, shapes, dtypes and values of state_dict, each loading the other's; names, order, sharing and requires_grad
+               of the parameters; buffers; training flags
+    eval       the output, without gradients; no buffer changes
+    training   the output, the buffers after it, and the gradients of all parameters and inputs
+    as given   the same, if some modules of the model are in training and others are not
+
+Everything is judged by the rule of judge.py: no worse than twice PyTorch's own error in the same dtype plus a floor, errors being
+distances from the original in float64. The floor has a part that a single call does not need, found by running the original in float64
+again, moved about at random: every parameter and input by u of its value, what each layer returns, and the gradient that returns to it,
+by u of its root mean square.
+- u is one unit of the dtype, or SUM units of the accumulators' (float32, float64): what honest roundings and sums cost, which deep
+  networks amplify, and which PyTorch itself may have escaped by luck.
+- For gradients u is at least KINK. A gradient jumps where an activation passes through the kink of a ReLU, or another pixel becomes the largest of
+  its window, and which of the activations nearest to a kink passes through it in float32 is chance. float64 has no such cases:
+  there, gradients are judged to the last digits.
+Random numbers are the same in all runs; a model that is still random is not judged, and the report says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
+
+from .. import dispatch
+from .capture import clone
+from .judge import compare, kernels
+from .randomness import reproducible
+from .report import FAIL, NOT_JUDGED, NOT_OURS, OK, Comparison, Row
+from .state import compare_states
+
+STATE, EVAL, TRAINING, AS_GIVEN = "state", "eval", "training", "as given"
+SAMPLES = 3  # runs that are moved about
+SUM = 16
+KINK = 2.0**-13
+ALIKE = 1e-9  # two runs in float64 that differ by less, relatively, are the same: a GPU's atomics are not random numbers
+
+Watch = Callable[[str], None]
+
+
+def steps(model: nn.Module, backward: bool) -> list[str]:
+    """What `judge_whole` judges, a row each."""
+    flags = {module.training for module in model.modules()}
+    training = [TRAINING] if backward or True in flags else []
+    return [STATE, EVAL, *training, *([AS_GIVEN] if len(flags) > 1 else [])]
+
+
+def judge_whole(
+    original: nn.Module,
+    converted: nn.Module,
+    inputs: tuple[Any, ...],
+    backward: bool = True,
+    dtype: torch.dtype | None = None,
+    watch: Watch | None = None,
+) -> Iterator[Row]:
+    """One row a step. Both models are copied for every run and stay as they are.
+
+    inputs: what both take, tensors or structures of them. backward: judge gradients too, and training even if `original` is in eval.
+    dtype: of the copies and their floating inputs; None: as they are. watch: called with what is being done, at every launch of a kernel.
+    Nothing is raised for what `converted` does wrong: that is a FAIL with its message.
+    """
+    for step in steps(original, backward):
+        if step == STATE:
+            compared = compare_states(original, converted)
+            yield Row("", STATE, "", "", OK if all(c.ok for c in compared) else FAIL, comparisons=compared)
+            continue
+        with _watched(step, watch):
+            row = _Step(original, converted, inputs, step, backward and step != EVAL, dtype).judged()
+        yield row
+
+
+@contextmanager
+def _watched(step: str, watch: Watch | None) -> Iterator[None]:
+    count = itertools.count(1)
+    if watch is None or dispatch.launch is None:
+        yield
+    else:
+        with dispatch.launch.observe(lambda _: watch(f"{step}: {next(count)} kernels")):
+            yield
+
+
+@dataclass
+class _Outcome:
+    """What one run of a model leaves, by name; a gradient that does not exist is missing."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    forward: dispatch.Trace = field(default_factory=dispatch.Trace)
+    backward: dispatch.Trace = field(default_factory=dispatch.Trace)
+
+
+class _Step:
+    """One step of both models."""
+
+    def __init__(self, original: nn.Module, converted: nn.Module, inputs: Any, mode: str, backward: bool, dtype: torch.dtype | None) -> None:
+        self.original, self.converted = (copy.deepcopy(model).to(dtype) if dtype else model for model in (original, converted))
+        self.inputs = tree_map_only(Tensor, lambda t: t.detach().to(dtype) if dtype and t.is_floating_point() else t.detach(), inputs)
+        self.mode, self.backward = mode, backward
+        tensors = [t for t in (*self.original.parameters(), *tree_leaves(self.inputs)) if isinstance(t, Tensor) and t.is_floating_point()]
+        self.dtype = max((t.dtype for t in tensors), key=lambda d: torch.finfo(d).eps, default=torch.get_default_dtype())
+        accumulators = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.unit = max(torch.finfo(self.dtype).eps, SUM * torch.finfo(accumulators).eps)
+
+    def judged(self) -> Row:
+        row = Row("", self.mode, " ".join("x".join(map(str, t.shape)) for t in _tensors("", self.inputs).values()), _name(self.dtype))
+        try:
+            theirs, exact = self.run(self.original, "torch"), self.run(self.original, "torch", exact=True)
+            row.reason = self.randomness(theirs, exact)
+            samples = {} if row.reason else {unit: self.moved(unit) for unit in {self.unit, self.gradient_unit}}
+        except Exception as error:
+            row.reason = f"the original itself raises {type(error).__name__}: {error}".strip()
+        if row.reason:
+            row.verdict = NOT_JUDGED
+            return row
+        try:
+            ours = self.run(self.converted, "auto")
+        except Exception as error:
+            row.verdict, row.reason = FAIL, f"{type(error).__name__}: {error}".strip()
+            return row
+        row.forward, row.backward = kernels(ours.forward), kernels(ours.backward)
+        row.comparisons = list(self.compare(ours, theirs, exact, samples))
+        if not all(c.ok for c in row.comparisons):
+            row.verdict = FAIL
+        elif any(call.served_by == "kernels" for call in ours.forward):
+            row.verdict = OK
+        else:
+            row.verdict, row.reason = NOT_OURS, "none of its calls was served by our kernels"
+        return row
+
+    @property
+    def gradient_unit(self) -> float:
+        return self.unit if not self.backward or self.dtype == torch.float64 else max(self.unit, KINK)
+
+    def moved(self, unit: float) -> list[_Outcome]:
+        return [self.run(self.original, "torch", exact=True, mover=_Mover(unit, seed)) for seed in range(SAMPLES)]
+
+    def run(
+        self, model: nn.Module, backend: dispatch.Backend, *, exact: bool = False, mover: _Mover | None = None, seed: int = 0
+    ) -> _Outcome:
+        """A copy of `model` in this step's mode: in float64 if `exact`, moved about by `mover`."""
+        model, inputs = copy.deepcopy(model), self.inputs
+        if exact:
+            model, inputs = model.double(), tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+        if mover is not None:
+            mover.move(model)
+            inputs = tree_map_only(Tensor, mover.moved, inputs)
+        if self.mode != AS_GIVEN:
+            model.train(self.mode == TRAINING)
+        leaves = tree_map_only(Tensor, lambda t: clone(t).requires_grad_(self.backward and t.is_floating_point()), inputs)
+        wanted = {name: t for name, t in (*_tensors("input", leaves).items(), *model.named_parameters()) if t.requires_grad}
+        outcome = _Outcome()
+        with reproducible(seed), dispatch.backend(backend), torch.set_grad_enabled(self.backward):
+            given = tree_map_only(Tensor, Tensor.clone, leaves)  # the model may write into them
+            with dispatch.trace() as outcome.forward:
+                outputs = _tensors("output", model(*given))
+            after = {f"{name} afterwards": t for name, t in _tensors("input", given).items()}
+            outcome.tensors = {name: t.detach().clone() for name, t in (*outputs.items(), *after.items(), *model.named_buffers())}
+            outputs = [t for t in outputs.values() if t.requires_grad]
+            if outputs:
+                dy = [self.output_gradient(t, i) for i, t in enumerate(outputs)]
+                with dispatch.trace() as outcome.backward:
+                    gradients = torch.autograd.grad(outputs, list(wanted.values()), dy, allow_unused=True)
+                outcome.tensors |= {f"grad of {name}": g for name, g in zip(wanted, gradients, strict=True) if g is not None}
+        return outcome
+
+    def output_gradient(self, output: Tensor, seed: int) -> Tensor:
+        """The same numbers in every run, rounded to the step's dtype."""
+        dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
+        return torch.empty_like(output).copy_(dy)
+
+    def randomness(self, theirs: _Outcome, exact: _Outcome) -> str:
+        """Why the original is too random to be judged, or the empty string."""
+        if _deviation(exact, self.run(self.original, "torch", exact=True)) > ALIKE:
+            return "random: with the same seed the original gives other numbers the second time"
+        spread = _deviation(exact, self.run(self.original, "torch", exact=True, seed=1))
+        if spread > ALIKE and spread / 2 < _deviation(exact, theirs) < spread * 2:
+            return f"random: with the same seed the original draws other numbers in float64 than in {_name(self.dtype)}"
+        return ""
+
+    def compare(self, ours: _Outcome, theirs: _Outcome, exact: _Outcome, samples: dict[float, list[_Outcome]]) -> Iterator[Comparison]:
+        for name in dict.fromkeys([*theirs.tensors, *ours.tensors]):
+            mine, right, best = (outcome.tensors.get(name) for outcome in (ours, theirs, exact))
+            if mine is None or right is None:
+                yield Comparison(name, message="is missing" if mine is None else "is there, but PyTorch has none")
+            elif best is not None and best.shape == right.shape:  # where values decide how much there is, float64 may have another
+                if right.is_floating_point():
+                    moved = [run.tensors.get(name, best) for run in samples[self.gradient_unit if name.startswith("grad") else self.unit]]
+                    plain = max((t for t in moved if t.shape == best.shape), key=lambda t: float((t - best).square().nansum()), default=best)
+                else:  # what float64 decides otherwise than PyTorch, rounding decides
+                    mine, plain = torch.where(right == best, mine, best) if mine.shape == right.shape else mine, best
+                yield compare(name, mine, right, plain, best, dtype=mine.dtype)
+
+
+class _Mover:
+    """Moves a model in float64 about as rounding to units of `unit` may move it: the same way for the same seed."""
+
+    def __init__(self, unit: float, seed: int) -> None:
+        self.unit, self.seed = unit, seed
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    def signs(self, t: Tensor) -> Tensor:
+        if t.device not in self.generators:
+            self.generators[t.device] = torch.Generator(t.device).manual_seed(self.seed)
+        return torch.randint(0, 2, t.shape, generator=self.generators[t.device], device=t.device) * 2 - 1
+
+    def moved(self, t: Tensor) -> Tensor:
+        return t * (1 + self.unit * self.signs(t)) if t.is_floating_point() else t
+
+    @torch.no_grad()
+    def move(self, model: nn.Module) -> None:
+        """All parameters and buffers, and from now on what comes out of each leaf that has parameters."""
+        for t in (*model.parameters(), *model.buffers()):
+            t.copy_(self.moved(t))
+        for module in model.modules():
+            if module._parameters and not module._modules:
+                module.register_forward_hook(lambda module, args, output: tree_map_only(Tensor, self.rounded, output))
+
+    def rounded(self, t: Tensor) -> Tensor:
+        """With noise, and likewise the gradient that comes back."""
+        if not t.is_floating_point():
+            return t
+        moved = t + self.noise(t)
+        if moved.requires_grad:
+            moved.register_hook(lambda g: g + self.noise(g))
+        return moved
+
+    def noise(self, t: Tensor) -> Tensor:
+        """Of units of its typical value: a sum's error does not shrink where its terms cancel."""
+        return self.unit * t.detach().square().mean().sqrt() * self.signs(t)
+
+
+def _tensors(name: str, tree: Any) -> dict[str, Tensor]:
+    """By name and path in the structure that holds them; a complex one as its real and imaginary parts."""
+    found = [(path, t) for path, t in tree_flatten_with_path(tree)[0] if isinstance(t, Tensor)]
+    found = [(path, torch.view_as_real(t) if t.is_complex() else t) for path, t in found]
+    return {name + (keystr(path) if len(found) > 1 else ""): t for path, t in found}
+
+
+def _deviation(a: _Outcome, b: _Outcome) -> float:
+    """Relative root mean square of the difference, of the tensor that differs most."""
+    pairs = [(t, b.tensors[name]) for name, t in a.tensors.items() if name in b.tensors and t.is_floating_point() and t.numel()]
+    if any(t.shape != u.shape for t, u in pairs):
+        return math.inf
+    return max((float((t - u).double().norm() / t.double().norm().clamp_min(1e-300)) for t, u in pairs), default=0.0)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,8 +1,10 @@
-"""check: every covered call of a model or function, forward and backward, against float64 and beside PyTorch."""
+"""check: every covered call of a model or function, forward and backward, against float64 and beside PyTorch; check_conversion: a
+converted model as a whole."""
 
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +15,9 @@ from .capture import Captured, capture_calls
 from .child import interpreted
 from .judge import judge
 from .report import ROW_MARK, Comparison, Report, Row
+from .whole import judge_conversion
 
-__all__ = ["Comparison", "Report", "Row", "check"]
+__all__ = ["Comparison", "Report", "Row", "check", "check_conversion"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -37,20 +40,43 @@ def check(
     Returns a Report: str() is a table; .ok, .rows, .to_json(). The arguments of all calls are held in memory at once.
     Raises what `target` raises.
     """
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError("check(): dtype must name a dtype of torch, such as float32")
+    dtype = _dtype("check", dtype)
     calls = capture_calls(target, example_inputs, dtype)
-    interpreted = _judge_in_child([call for call in calls if _needs_interpreter(call)], backward)
+    by_child = _judge_in_child([call for call in calls if _needs_interpreter(call)], backward)
     rows: list[Row] = []
     for i, call in enumerate(calls):
         if progress is not None:
             progress(i, len(calls), " ".join(filter(None, [call.layer, call.operation])))
-        rows.append(next(interpreted) if _needs_interpreter(call) else judge(call, backward))
+        rows.append(next(by_child) if _needs_interpreter(call) else judge(call, backward))
     if progress is not None:
         progress(len(calls), len(calls), "")
     return Report(rows)
+
+
+def check_conversion(model: torch.nn.Module, *example_inputs: Any, backward: bool = True, dtype: torch.dtype | str | None = None) -> Report:
+    """Converts a copy of `model` and checks it as a whole beside the original; the rule is in checking/whole.py.
+
+    Rows: state (state_dict, parameters, buffers, loading), eval, training (with gradients and statistics), each as a step of both
+    models. Where nothing but compiled kernels could run and the model is on the CPU, a child process interprets the kernels: the model
+    must be picklable then. Raises TypeError if it is not.
+    """
+    data = {"model": model, "inputs": example_inputs, "backward": backward, "dtype": _dtype("check_conversion", dtype)}
+    on_cpu = not any(t.is_cuda for t in (*model.parameters(), *model.buffers()))
+    if launch is None or launch.INTERPRETED or not on_cpu:
+        return Report(list(judge_conversion(**data)))
+    try:
+        lines = list(interpreted(f"{__name__}.whole", data))
+    except (pickle.PicklingError, AttributeError) as error:
+        raise TypeError(f"check_conversion(): this model cannot be pickled for the process that interprets kernels: {error}") from error
+    return Report([Row.from_dict(json.loads(line.removeprefix(ROW_MARK))) for line in lines if line.startswith(ROW_MARK)])
+
+
+def _dtype(function: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{function}(): dtype must name a dtype of torch, such as float32")
+    return dtype
 
 
 def _needs_interpreter(call: Captured) -> bool:

@@ -15,9 +15,9 @@ again, moved about at random: every parameter and input by u of its value, what 
 by u of its root mean square.
 - u is one unit of the dtype, or SUM units of the accumulators' (float32, float64): what honest roundings and sums cost, which deep
   networks amplify, and which PyTorch itself may have escaped by luck.
-- For gradients u is at least KINK. A gradient jumps where an activation passes through the kink of a ReLU, or another pixel becomes the largest of
-  its window, and which of the activations nearest to a kink passes through it in float32 is chance. float64 has no such cases:
-  there, gradients are judged to the last digits.
+- For gradients u is at least KINK. A gradient jumps where an activation passes through the kink of a ReLU, or another pixel becomes
+  the largest of its window, and which of the activations nearest to a kink passes through it in float32 is chance. float64 has no
+  such cases: there, gradients are judged to the last digits.
 Random numbers are the same in all runs; a model that is still random is not judged, and the report says so.
 """
 
@@ -25,10 +25,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -36,15 +38,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
 from .. import dispatch
+from ..conversion import convert
 from .capture import clone
 from .judge import compare, kernels
 from .randomness import reproducible
-from .report import FAIL, NOT_JUDGED, NOT_OURS, OK, Comparison, Row
+from .report import FAIL, NOT_JUDGED, NOT_OURS, OK, ROW_MARK, Comparison, Row
 from .state import compare_states
 
 STATE, EVAL, TRAINING, AS_GIVEN = "state", "eval", "training", "as given"
 SAMPLES = 3  # runs that are moved about
-SUM = 16
+SUM = 64
 KINK = 2.0**-13
 ALIKE = 1e-9  # two runs in float64 that differ by less, relatively, are the same: a GPU's atomics are not random numbers
 
@@ -82,6 +85,11 @@ def judge_whole(
         yield row
 
 
+def judge_conversion(model: nn.Module, inputs: tuple[Any, ...], backward: bool, dtype: torch.dtype | None) -> Iterator[Row]:
+    """The same of a model and what convert makes of it."""
+    return judge_whole(model, convert(model), inputs, backward, dtype)
+
+
 @contextmanager
 def _watched(step: str, watch: Watch | None) -> Iterator[None]:
     count = itertools.count(1)
@@ -104,7 +112,9 @@ class _Outcome:
 class _Step:
     """One step of both models."""
 
-    def __init__(self, original: nn.Module, converted: nn.Module, inputs: Any, mode: str, backward: bool, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, original: nn.Module, converted: nn.Module, inputs: Any, mode: str, backward: bool, dtype: torch.dtype | None
+    ) -> None:
         self.original, self.converted = (copy.deepcopy(model).to(dtype) if dtype else model for model in (original, converted))
         self.inputs = tree_map_only(Tensor, lambda t: t.detach().to(dtype) if dtype and t.is_floating_point() else t.detach(), inputs)
         self.mode, self.backward = mode, backward
@@ -121,6 +131,8 @@ class _Step:
             samples = {} if row.reason else {unit: self.moved(unit) for unit in {self.unit, self.gradient_unit}}
         except Exception as error:
             row.reason = f"the original itself raises {type(error).__name__}: {error}".strip()
+            theirs = exact = _Outcome()
+            samples = {}
         if row.reason:
             row.verdict = NOT_JUDGED
             return row
@@ -197,7 +209,9 @@ class _Step:
             elif best is not None and best.shape == right.shape:  # where values decide how much there is, float64 may have another
                 if right.is_floating_point():
                     moved = [run.tensors.get(name, best) for run in samples[self.gradient_unit if name.startswith("grad") else self.unit]]
-                    plain = max((t for t in moved if t.shape == best.shape), key=lambda t: float((t - best).square().nansum()), default=best)
+                    plain = max(
+                        (t for t in moved if t.shape == best.shape), key=lambda t: float((t - best).square().nansum()), default=best
+                    )
                 else:  # what float64 decides otherwise than PyTorch, rounding decides
                     mine, plain = torch.where(right == best, mine, best) if mine.shape == right.shape else mine, best
                 yield compare(name, mine, right, plain, best, dtype=mine.dtype)
@@ -258,3 +272,12 @@ def _deviation(a: _Outcome, b: _Outcome) -> float:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def main(path: str) -> None:
+    for row in judge_conversion(**torch.load(path, weights_only=False)):
+        print(ROW_MARK + json.dumps(asdict(row)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -26,6 +26,7 @@ except ImportError:  # no triton on this platform: every operation takes PyTorch
 
 Backend = Literal["auto", "kernels", "torch"]
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 OLDEST_GPU = (8, 0)
 CPU_REASON = "" if launch is None or launch.INTERPRETED else "the tensors are on the CPU, and Triton does not interpret"
 _backend: Backend = "auto"
@@ -77,11 +78,6 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
     return reason
 
 
-def _wraps_others(t: torch.Tensor) -> bool:
-    """DTensor and its kin have rules for PyTorch's operators only."""
-    return type(t) not in (torch.Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(t)
-
-
 def _why_torch(x: torch.Tensor, others: tuple[torch.Tensor | None, ...], algorithm: str) -> str:
     if algorithm == "torch":
         return 'algorithm="torch"'
@@ -98,14 +94,14 @@ def _why_torch(x: torch.Tensor, others: tuple[torch.Tensor | None, ...], algorit
     if x.layout is not torch.strided or x.is_nested:  # a lazy negation is done before an operator runs
         return "the tensor is not plain strided memory"
     device = x.device
-    if _wraps_others(x):
+    if type(x) not in PLAIN and is_traceable_wrapper_subclass(x):  # DTensor and its kin have rules for PyTorch's operators only
         return "the tensor wraps others"
     for t in others:
         if t is None:
             continue
         if t.device != device:
             return "tensors are on different devices"
-        if _wraps_others(t):
+        if type(t) not in PLAIN and is_traceable_wrapper_subclass(t):
             return "the tensor wraps others"
     if x.is_cuda:
         return _gpu_reason(device.index)

@@ -11,11 +11,9 @@ from torch._C import _AutoDispatchBelowAutograd as below_autograd
 from torch._C._autograd import _profiler_enabled
 from torch.compiler import is_compiling
 
-from ..dispatch import recorded
+from ..dispatch import PLAIN, recorded
 
 LIBRARY = torch.library.Library("cnnfast", "DEF")
-
-PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def register(

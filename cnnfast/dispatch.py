@@ -26,6 +26,7 @@ except ImportError:  # no triton on this platform: every operation takes PyTorch
 
 Backend = Literal["auto", "kernels", "torch"]
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 OLDEST_GPU = (8, 0)
 CPU_REASON = "" if launch is None or launch.INTERPRETED else "the tensors are on the CPU, and Triton does not interpret"
 _backend: Backend = "auto"
@@ -66,53 +67,54 @@ def _interpreter_rounds_bf16() -> bool:
     return bool(y.item() == 1 + 2**-7)  # a product on raw bits is far off, truncation gives 1
 
 
-def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "auto") -> str:
-    """Why PyTorch serves an operation on these tensors; the empty string if our kernels do.
+def _in_bf16(*tensors: torch.Tensor | None) -> bool:
+    """Whether CPU tensors are, or would be cast to, bfloat16."""
+    cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return cast or any(t is not None and t.dtype == torch.bfloat16 for t in tensors)
 
-    Raises RuntimeError under backend("kernels") instead of naming a reason.
-    """
-    reason = _why_torch(x, others, algorithm)
+
+def _torch(reason: str) -> str:
+    """The reason for which PyTorch serves a call, if there is one, unless kernels have to."""
     if reason and _backend == "kernels":
         raise RuntimeError(f'backend("kernels"): this call would be served by PyTorch, because {reason}')
     return reason
 
 
-def _wraps_others(t: torch.Tensor) -> bool:
-    """DTensor and its kin have rules for PyTorch's operators only."""
-    return type(t) not in (torch.Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(t)
+def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "auto") -> str:
+    """Why PyTorch serves an operation on these tensors; the empty string if our kernels do.
 
-
-def _why_torch(x: torch.Tensor, others: tuple[torch.Tensor | None, ...], algorithm: str) -> str:
+    Raises RuntimeError under backend("kernels") instead of naming a reason.
+    """
     if algorithm == "torch":
-        return 'algorithm="torch"'
+        return _torch('algorithm="torch"')
     if _backend == "torch":
-        return 'backend("torch")'
+        return _torch('backend("torch")')
     if launch is None:
-        return "triton is not installed"
+        return _torch("triton is not installed")
     if CPU_REASON and x.is_cpu:  # first: what PyTorch serves anyway shall not wait for the other questions
-        return CPU_REASON
+        return _torch(CPU_REASON)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return "a functorch transform or forward-mode AD is active"
+        return _torch("a functorch transform or forward-mode AD is active")
     if x.dtype not in launch.KERNEL_DTYPES:  # those of quantized tensors are not; another dtype of `others` is an error, not a choice
-        return f"dtype {x.dtype} has no kernel"
+        return _torch(f"dtype {x.dtype} has no kernel")
     if x.layout is not torch.strided or x.is_nested:  # a lazy negation is done before an operator runs
-        return "the tensor is not plain strided memory"
+        return _torch("the tensor is not plain strided memory")
     device = x.device
-    if _wraps_others(x):
-        return "the tensor wraps others"
+    if type(x) not in PLAIN and is_traceable_wrapper_subclass(x):  # DTensor and its kin have rules for PyTorch's operators only
+        return _torch("the tensor wraps others")
     for t in others:
         if t is None:
             continue
         if t.device != device:
-            return "tensors are on different devices"
-        if _wraps_others(t):
-            return "the tensor wraps others"
+            return _torch("tensors are on different devices")
+        if type(t) not in PLAIN and is_traceable_wrapper_subclass(t):
+            return _torch("the tensor wraps others")
     if x.is_cuda:
-        return _gpu_reason(device.index)
+        return _torch(_gpu_reason(device.index))
     if not x.is_cpu:
-        return f"device {device.type} has no kernels"
-    if launch.INTERPRETED and any(t is not None and t.dtype == torch.bfloat16 for t in (x, *others)) and not _interpreter_rounds_bf16():
-        return "Triton's interpreter computes bfloat16 wrongly"
+        return _torch(f"device {device.type} has no kernels")
+    if launch.INTERPRETED and _in_bf16(x, *others) and not _interpreter_rounds_bf16():
+        return _torch("Triton's interpreter computes bfloat16 wrongly")
     return ""
 
 

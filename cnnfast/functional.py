@@ -133,22 +133,13 @@ def _batched(input: Tensor, n: int = 2) -> tuple[Tensor, bool]:
     return (input.unsqueeze(0), True) if input.dim() == n + 1 else (input, False)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Casts as PyTorch's convolutions do under torch.autocast: floating tensors but float64, to the dtype in force."""
-    device = next(t for t in tensors if t is not None).device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Casts as PyTorch's convolutions do under torch.autocast: floating tensors but float64, to the dtype in force, where kernels are."""
+    device = "cuda" if x.is_cuda else "cpu"
+    if not torch.is_autocast_enabled(device) or not (x.is_cuda or x.is_cpu):
+        return x, *others
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
-
-
-def _operands(algorithm: str, tensors: tuple[Any, ...], others: tuple[Any, ...] = ()) -> tuple[str, tuple[Any, ...]]:
-    """Why PyTorch serves a convolution, and `tensors` as autocast has kernels see them; it leaves `others` alone."""
-    reason = why_torch(*tensors, *others, algorithm=algorithm)
-    if not reason and torch.is_autocast_enabled("cuda" if tensors[0].is_cuda else "cpu"):
-        tensors = _autocast(*tensors)
-        reason = why_torch(*tensors, *others, algorithm=algorithm)
-    return reason, tensors
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others))
 
 
 def _check_algorithm(function: str, algorithm: str) -> None:
@@ -264,10 +255,10 @@ def conv2d(
     Raises RuntimeError and TypeError where PyTorch does.
     """
     _check_algorithm("conv2d", algorithm)
-    reason, (x, w, b) = _operands(algorithm, (input, weight, bias))
-    if reason:
+    if reason := why_torch(input, weight, bias, algorithm=algorithm):
         record_torch("conv2d", reason, input, weight)
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    x, w, b = _autocast(input, weight, bias)
     x, unbatched = _batched(x)
     geometry = _conv_geometry("conv2d", x, w, b, stride, padding, dilation, groups)
     y = _convolve(x, w, b, geometry, algorithm)
@@ -299,10 +290,10 @@ def conv1d(
     memory [N, Q, K] if weight lies as [K, S, C / groups]. Raises RuntimeError and TypeError where PyTorch does.
     """
     _check_algorithm("conv1d", algorithm)
-    reason, (x, w, b) = _operands(algorithm, (input, weight, bias))
-    if reason:
+    if reason := why_torch(input, weight, bias, algorithm=algorithm):
         record_torch("conv1d", reason, input, weight)
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+    x, w, b = _autocast(input, weight, bias)
     x, unbatched = _batched(x, 1)
     step, pads, dil, groups = _conv_geometry("conv1d", x, w, b, stride, padding, dilation, groups, 1)
     # PyTorch makes input contiguous: where the channels of ours are adjacent, a row's stride of 1 hides that from the output's format.
@@ -331,10 +322,10 @@ def conv_transpose2d(
     Raises RuntimeError and TypeError where PyTorch does.
     """
     _check_algorithm("conv_transpose2d", algorithm)
-    reason, (x, w, b) = _operands(algorithm, (input, weight, bias))
-    if reason:
+    if reason := why_torch(input, weight, bias, algorithm=algorithm):
         record_torch("conv_transpose2d", reason, input, weight)
         return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    x, w, b = _autocast(input, weight, bias)
     x, unbatched = _batched(x)
     size, *geometry = _transposed_geometry("conv_transpose2d", x, w, b, stride, padding, output_padding, groups, dilation)
     channels_last = launch.memory_format(x, w) == torch.channels_last
@@ -412,13 +403,12 @@ def conv_bn_act(
     _check_algorithm("conv_bn_act", algorithm)
     check_activation("conv_bn_act", activation, activation_arg)
     slope = LEAKY_SLOPE if activation_arg is None else float(activation_arg)
-    norm = running_mean, running_var, bn_weight, bn_bias
-    reason, (x, w, b, z) = _operands(algorithm, (input, weight, bias, residual), norm)
-    if reason:
+    if reason := why_torch(input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias, algorithm=algorithm):
         record_torch("conv_bn_act", reason, input, weight)
         y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
         return activate(y if residual is None else y + residual, activation, slope)
+    x, w, b, z = _autocast(input, weight, bias, residual)
     if input.dim() != 4:
         raise RuntimeError(f"conv_bn_act(): input must be of size [N, C, H, W], but got {list(input.shape)}")
     geometry = _conv_geometry("conv_bn_act", x, w, b, stride, padding, dilation, groups)

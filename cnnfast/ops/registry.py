@@ -11,11 +11,9 @@ from torch._C import _AutoDispatchBelowAutograd as below_autograd
 from torch._C._autograd import _profiler_enabled
 from torch.compiler import is_compiling
 
-from ..dispatch import recorded
+from ..dispatch import PLAIN, _traces, recorded
 
 LIBRARY = torch.library.Library("cnnfast", "DEF")
-
-PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def register(
@@ -26,13 +24,13 @@ def register(
     LIBRARY.define(schema)
     operator = getattr(torch.ops.cnnfast, name).default
     tensors = [i for i, argument in enumerate(operator._schema.arguments) if "Tensor" in str(argument.type)]
-    implementation = recorded(name)(implementation)
+    traced = recorded(name)(implementation)
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, implementation, key)
+        LIBRARY.impl(name, traced, key)
     torch.library.register_fake(f"cnnfast::{name}", fake, lib=LIBRARY)
     if function is not None:
         LIBRARY.impl(name, _differentiable(operator, function, tensors), "Autograd")
-    return _entrance(operator, implementation, function, tensors)
+    return _entrance(operator, implementation, traced, function, tensors)
 
 
 def _differentiable(operator: Any, function: type[torch.autograd.Function], tensors: list[int]) -> Callable[..., Any]:
@@ -60,7 +58,11 @@ def _intercepted() -> bool:
 
 
 def _entrance(
-    operator: Any, implementation: Callable[..., Any], function: type[torch.autograd.Function] | None, tensors: list[int]
+    operator: Any,
+    implementation: Callable[..., Any],
+    traced: Callable[..., Any],
+    function: type[torch.autograd.Function] | None,
+    tensors: list[int],
 ) -> Callable[..., Any]:
     """What the dispatcher would do to a call, done here where that is plain: it takes 3 us a pass, and a gradient takes two."""
 
@@ -74,6 +76,8 @@ def _entrance(
                 if type(t) not in PLAIN or t.is_neg():  # a subclass, or a negation still to be done
                     return operator(*arguments)
                 wanted = wanted or (differentiable and t.requires_grad)
-        return function.apply(*arguments) if wanted else implementation(*arguments)  # pyright: ignore[reportOptionalMemberAccess]
+        if wanted:
+            return function.apply(*arguments)  # pyright: ignore[reportOptionalMemberAccess]
+        return (traced if _traces else implementation)(*arguments)
 
     return call

@@ -114,8 +114,8 @@ class Plan:
             self.run(tensors)
             return
         driver: Any = runtime.driver.active
-        device = driver.get_current_device()
-        if tensors[0].get_device() not in (device, -1):  # -1: not a GPU's
+        device, own = driver.get_current_device(), tensors[0].get_device()
+        if own != device and own >= 0:  # -1: not a GPU's
             with torch.cuda.device(tensors[0].device):
                 self(*tensors)
             return

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
@@ -61,6 +64,43 @@ def test_plans_are_kept_until_forgotten():
     plan(1, (2, 3))
     assert made[-1] == (1, (2, 3)), "not more than that many are kept"
     launch._plan_caches.pop()
+
+
+class Kernel:
+    """Notes the device that is current when Triton launches it."""
+
+    __name__ = "kernel"
+
+    def __init__(self, current):
+        self.current, self.ran_on = current, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.ran_on.append(self.current[-1])
+
+
+def test_a_plan_makes_its_tensors_device_current(monkeypatch):
+    """Where the first tensor lives elsewhere, that device is current for the launch: Triton's stream is the current device's."""
+    current, entered = [0], []
+
+    @contextlib.contextmanager
+    def guard(device):
+        entered.append(device)
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch.runtime.driver, "_active", SimpleNamespace(get_current_device=lambda: current[-1]))
+    kernel = Kernel(current)
+    plan = launch.Plan(kernel, (1,))
+    for index in (1, 0, 2):
+        device = torch.device("cuda", index)
+        plan(SimpleNamespace(device=device, dtype=torch.float32, get_device=lambda index=index: index, data_ptr=lambda: 16))
+    assert kernel.ran_on == [1, 0, 2]
+    assert entered == [torch.device("cuda", 1), torch.device("cuda", 2)]
+    assert current == [0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

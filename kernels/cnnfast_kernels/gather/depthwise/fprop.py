@@ -1,6 +1,9 @@
 """Depthwise convolution forward.
 
-y[n, p, q, k] = sum over r, s of x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, k // MULTIPLIER] * w[k, r, s]
+    y[n, p, q, k] = sum over r, s of x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c] * w[k, r, s]
+    where c = k // MULTIPLIER
+
+The filter is taken column by column: the weights of one, up to seven taps of it at a time, are in registers while a strip's rows go by.
 """
 
 from __future__ import annotations
@@ -70,9 +73,8 @@ def depthwise_fprop_kernel(
         norm = load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, k, k_ok, EPS, ACC)
     y_rows = y_ptr + pixel_offset(n, p, q, y_stride_n, y_stride_h, y_stride_w, Y_ALIGN)[:, None] + channel_offset(k, y_stride_c)[None, :]
     if z_ptr is not None:
-        z_rows = (
-            z_ptr + pixel_offset(n, p, q, z_stride_n, z_stride_h, z_stride_w, Z_ALIGN)[:, None] + channel_offset(k, z_stride_c)[None, :]
-        )
+        z_rows = z_ptr + pixel_offset(n, p, q, z_stride_n, z_stride_h, z_stride_w, Z_ALIGN)[:, None]
+        z_rows = z_rows + channel_offset(k, z_stride_c)[None, :]
     stored = ()
     exist = ()
     for t in tl.static_range(ROWS):

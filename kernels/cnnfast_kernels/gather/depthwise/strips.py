@@ -102,7 +102,7 @@ def filters_as_channels(w: launch.Laid) -> launch.Layout:
 
 
 class StripPlan(NamedTuple):
-    """Takes (image, w, ...) as `run` does, for which w is copied if it has to be taps_major."""
+    """Takes (image, w, ...) as `run` does. w, small as it is, is copied taps_major first, unless it lies in memory that way."""
 
     run: launch.Plan
     copies: bool

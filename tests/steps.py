@@ -92,16 +92,18 @@ def assert_same_steps(
     tolerance: float = 1e-10,
     keywords: dict[str, Any] | None = None,
     fused: int | None = None,
+    may_raise: bool = False,
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[Mode, Trace]:
     """In every mode a step of ours leaves what a step of theirs leaves, and `fused` convolutions are computed with their norm.
 
-    `within` makes a context around each step. Returns the traces of ours.
+    `within` makes a context around each step; may_raise: theirs may fail, and ours then fails alike. Returns the traces of ours.
     """
     traces: dict[Mode, Trace] = {}
     for mode in modes:
         with within():
             right = step(theirs, inputs, mode, keywords)
+        assert may_raise or not [name for name in right if name.startswith("raised")], f"{mode}: the original fails"
         with within(), cnnfast.trace() as traces[mode]:
             mine = step(ours, inputs, mode, keywords)
         assert list(mine) == list(right), mode

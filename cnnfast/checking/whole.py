@@ -15,9 +15,9 @@ again, moved about at random: every parameter and input by u of its value, what 
 by u of its root mean square.
 - u is one unit of the dtype, or SUM units of the accumulators' (float32, float64): what honest roundings and sums cost, which deep
   networks amplify, and which PyTorch itself may have escaped by luck.
-- For gradients u is at least KINK. A gradient jumps where an activation passes through the kink of a ReLU, or another pixel becomes the largest of
-  its window, and which of the activations nearest to a kink passes through it in float32 is chance. float64 has no such cases:
-  there, gradients are judged to the last digits.
+- For gradients u is at least KINK. A gradient jumps where an activation passes through the kink of a ReLU, or another pixel becomes the
+  largest of its window, and which of the activations nearest to a kink do so in float32 is chance. float64 has no such cases: there,
+  gradients are judged to the last digits.
 Random numbers are the same in all runs; a model that is still random is not judged, and the report says so.
 """
 
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
 from .. import dispatch
+from ..conversion import convert
 from .capture import clone
 from .judge import compare, kernels
 from .randomness import reproducible
@@ -44,18 +45,32 @@ from .state import compare_states
 
 STATE, EVAL, TRAINING, AS_GIVEN = "state", "eval", "training", "as given"
 SAMPLES = 3  # runs that are moved about
-SUM = 16
+SUM = 64
 KINK = 2.0**-13
 ALIKE = 1e-9  # two runs in float64 that differ by less, relatively, are the same: a GPU's atomics are not random numbers
+CHAOS = 0.5  # a result that being moved about changes by more, relatively, tells nothing
+SMALLEST_SCALE = 2.0**-32  # of the gradient that backward starts from
 
 Watch = Callable[[str], None]
 
 
 def steps(model: nn.Module, backward: bool) -> list[str]:
-    """What `judge_whole` judges, a row each."""
+    """What is judged of `model`, a row each."""
     flags = {module.training for module in model.modules()}
     training = [TRAINING] if backward or True in flags else []
     return [STATE, EVAL, *training, *([AS_GIVEN] if len(flags) > 1 else [])]
+
+
+def judge_conversion(
+    model: nn.Module, inputs: tuple[Any, ...], backward: bool = True, dtype: torch.dtype | None = None, watch: Watch | None = None
+) -> Iterator[Row]:
+    """What `judge_whole` says of a copy of `model` and what cnnfast.convert makes of another."""
+    try:
+        converted = convert(copy.deepcopy(model))
+    except (TypeError, ValueError) as refused:
+        yield Row("", STATE, "", "", NOT_JUDGED, f"convert: {refused}")
+    else:
+        yield from judge_whole(copy.deepcopy(model), converted, inputs, backward, dtype, watch)
 
 
 def judge_whole(
@@ -104,21 +119,27 @@ class _Outcome:
 class _Step:
     """One step of both models."""
 
-    def __init__(self, original: nn.Module, converted: nn.Module, inputs: Any, mode: str, backward: bool, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, original: nn.Module, converted: nn.Module, inputs: Any, mode: str, backward: bool, dtype: torch.dtype | None
+    ) -> None:
         self.original, self.converted = (copy.deepcopy(model).to(dtype) if dtype else model for model in (original, converted))
         self.inputs = tree_map_only(Tensor, lambda t: t.detach().to(dtype) if dtype and t.is_floating_point() else t.detach(), inputs)
         self.mode, self.backward = mode, backward
         tensors = [t for t in (*self.original.parameters(), *tree_leaves(self.inputs)) if isinstance(t, Tensor) and t.is_floating_point()]
         self.dtype = max((t.dtype for t in tensors), key=lambda d: torch.finfo(d).eps, default=torch.get_default_dtype())
         accumulators = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.scale = 1.0
         self.unit = max(torch.finfo(self.dtype).eps, SUM * torch.finfo(accumulators).eps)
 
     def judged(self) -> Row:
         row = Row("", self.mode, " ".join("x".join(map(str, t.shape)) for t in _tensors("", self.inputs).values()), _name(self.dtype))
+        theirs = exact = _Outcome()
+        samples: dict[float, list[_Outcome]] = {}
         try:
-            theirs, exact = self.run(self.original, "torch"), self.run(self.original, "torch", exact=True)
-            row.reason = self.randomness(theirs, exact)
-            samples = {} if row.reason else {unit: self.moved(unit) for unit in {self.unit, self.gradient_unit}}
+            theirs = self.scaled()
+            exact = self.run(self.original, "torch", exact=True)
+            samples = {unit: self.moved(unit) for unit in {self.unit, self.gradient_unit}}
+            row.reason = self.randomness(theirs, exact) or self.chaos(exact, samples[self.unit])
         except Exception as error:
             row.reason = f"the original itself raises {type(error).__name__}: {error}".strip()
         if row.reason:
@@ -138,6 +159,14 @@ class _Step:
         else:
             row.verdict, row.reason = NOT_OURS, "none of its calls was served by our kernels"
         return row
+
+    def scaled(self) -> _Outcome:
+        """PyTorch's outcome, the scale of all gradients being such that none overflows: in float16 training needs that."""
+        outcome = self.run(self.original, "torch")
+        while self.scale > SMALLEST_SCALE and any(not t.isfinite().all() for name, t in outcome.tensors.items() if name.startswith("grad")):
+            self.scale /= 2**8  # more than enough, for ours may be somewhat larger
+            outcome = self.run(self.original, "torch")
+        return outcome
 
     @property
     def gradient_unit(self) -> float:
@@ -178,7 +207,7 @@ class _Step:
     def output_gradient(self, output: Tensor, seed: int) -> Tensor:
         """The same numbers in every run, rounded to the step's dtype."""
         dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
-        return torch.empty_like(output).copy_(dy)
+        return torch.empty_like(output).copy_(dy * self.scale)
 
     def randomness(self, theirs: _Outcome, exact: _Outcome) -> str:
         """Why the original is too random to be judged, or the empty string."""
@@ -189,18 +218,34 @@ class _Step:
             return f"random: with the same seed the original draws other numbers in float64 than in {_name(self.dtype)}"
         return ""
 
+    def chaos(self, exact: _Outcome, samples: list[_Outcome]) -> str:
+        """Why rounding alone decides what comes out, or the empty string."""
+        for what in ("output", "gradients"):
+            names = [name for name, t in exact.tensors.items() if name.startswith(what[:4]) and t.is_floating_point()]
+            size = math.hypot(*(float(exact.tensors[name].norm()) for name in names))
+            for run in samples:
+                change = math.hypot(*(float((run.tensors[name] - exact.tensors[name]).norm()) for name in names))
+                if change > CHAOS * size:
+                    advice = "a batch norm that sees a few values a channel does that; give a larger input"
+                    return f"rounding alone changes the {what} by {change / size:.0%}: {advice}"
+        return ""
+
     def compare(self, ours: _Outcome, theirs: _Outcome, exact: _Outcome, samples: dict[float, list[_Outcome]]) -> Iterator[Comparison]:
         for name in dict.fromkeys([*theirs.tensors, *ours.tensors]):
-            mine, right, best = (outcome.tensors.get(name) for outcome in (ours, theirs, exact))
+            mine, right = ours.tensors.get(name), theirs.tensors.get(name)
             if mine is None or right is None:
                 yield Comparison(name, message="is missing" if mine is None else "is there, but PyTorch has none")
-            elif best is not None and best.shape == right.shape:  # where values decide how much there is, float64 may have another
-                if right.is_floating_point():
-                    moved = [run.tensors.get(name, best) for run in samples[self.gradient_unit if name.startswith("grad") else self.unit]]
-                    plain = max((t for t in moved if t.shape == best.shape), key=lambda t: float((t - best).square().nansum()), default=best)
-                else:  # what float64 decides otherwise than PyTorch, rounding decides
-                    mine, plain = torch.where(right == best, mine, best) if mine.shape == right.shape else mine, best
-                yield compare(name, mine, right, plain, best, dtype=mine.dtype)
+                continue
+            best = exact.tensors.get(name)
+            if best is None or best.shape != right.shape:  # where values decide how much there is
+                continue
+            plain = best
+            if right.is_floating_point():
+                moved = [run.tensors.get(name, best) for run in samples[self.gradient_unit if name.startswith("grad") else self.unit]]
+                plain = max((t for t in moved if t.shape == best.shape), key=lambda t: _distance(t, best), default=best)
+            elif mine.shape == right.shape:  # what float64 decides otherwise than PyTorch, rounding decides
+                mine = torch.where(right == best, mine, best)
+            yield compare(name, mine, right, plain, best, dtype=mine.dtype)
 
 
 class _Mover:
@@ -246,6 +291,10 @@ def _tensors(name: str, tree: Any) -> dict[str, Tensor]:
     found = [(path, t) for path, t in tree_flatten_with_path(tree)[0] if isinstance(t, Tensor)]
     found = [(path, torch.view_as_real(t) if t.is_complex() else t) for path, t in found]
     return {name + (keystr(path) if len(found) > 1 else ""): t for path, t in found}
+
+
+def _distance(t: Tensor, u: Tensor) -> float:
+    return float((t - u).square().nansum())
 
 
 def _deviation(a: _Outcome, b: _Outcome) -> float:

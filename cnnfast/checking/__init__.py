@@ -53,8 +53,9 @@ def check(
             raise ValueError("check(): dtype must name a dtype of torch, such as float32")
     calls = capture_calls(target, example_inputs, dtype)
     # What torch.compile wraps, conversion cannot see through.
-    model = getattr(target, "_orig_mod", target) if isinstance(target, torch.nn.Module) else None
-    total = len(calls) + (len(steps(model, backward)) if model is not None else 0)
+    model = getattr(target, "_orig_mod", target) if isinstance(target, torch.nn.Module) and calls else None
+    to_come = steps(model, backward) if model is not None else []
+    total = len(calls) + len(to_come)
 
     def tell(done: int, next_one: str) -> None:
         if progress is not None:
@@ -71,12 +72,13 @@ def check(
         def watch(text: str) -> None:
             tell(len(calls) + len(whole), f"whole model, {text}")
 
-        watch(STATE)
+        watch(to_come[0])
         devices = {t.device for t in (*model.parameters(), *tree_leaves(example_inputs)) if isinstance(t, torch.Tensor)}
         elsewhere = any(map(_interpreted, devices))
         for row in (_judge_conversion_in_child if elsewhere else judge_conversion)(model, example_inputs, backward, dtype, watch):
             whole.append(row)
-            watch(row.operation)
+            if len(whole) < len(to_come):
+                watch(to_come[len(whole)])
     tell(total, "")
     return Report(rows, whole)
 

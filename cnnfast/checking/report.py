@@ -118,7 +118,7 @@ class Report:
         if not self.rows:
             return "FAIL: no covered call (convolution, batch norm, pooling) was made, so nothing was checked"
         text = f"{'ok' if self.ok else 'FAIL'}: of {len(self.rows)} calls {_counts(self.rows)}"
-        return f"{text}; of the whole model, converted, {_counts(self.whole)}" if self.whole else text
+        return f"{text}; of {len(self.whole)} steps of the whole model {_counts(self.whole)}" if self.whole else text
 
     def to_json(self) -> str:
         """An object with ok, summary, rows and whole; errors are absolute, verdicts as in the table."""
@@ -134,7 +134,7 @@ class Report:
             title = "largest errors against float64; each column's tensor is the one nearest to its limit"
             parts += [_table(self.rows, "call", title), *_problems(self.rows)]
         if self.whole:
-            parts += [_table(self.whole, "whole model", "the same of the model that cnnfast.convert makes"), *_problems(self.whole)]
+            parts += [_table(self.whole, "whole model", "the same of the whole model that cnnfast.convert makes"), *_problems(self.whole)]
         return Group(*parts, Text(self.summary, STYLES[OK if self.ok else FAIL]))
 
     def __str__(self) -> str:

@@ -223,9 +223,9 @@ class _Run(TorchDispatchMode):
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = self.running.pop()
         kind = _kind(module)
-        if not (kind or call.parameters or call.flops):
-            return
         own = {id(p): p for p in call.parameters}
+        if not (kind or call.flops or own.keys() - self.counted or list(module.parameters(recurse=False))):
+            return
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         memory = {t.untyped_storage()._cdata for t in call.inputs}
         seen = receptive_field.of(outputs[0]) if outputs else None

@@ -12,7 +12,7 @@ original and the converted model take the same steps from the same state:
 Everything is judged by the rule of judge.py: no worse than twice PyTorch's own error in the same dtype plus a floor, errors being
 distances from the original in float64. The floor has a part that a single call does not need, found by running the original in float64
 again, moved about at random: every parameter and input by u of its value, what each layer returns, and the gradient that returns to it,
-by u of its root mean square.
+by u of its root mean square and the smallest number of the dtype.
 - u is one unit of the dtype, or SUM units of the accumulators' (float32, float64): what honest roundings and sums cost, which deep
   networks amplify, and which PyTorch itself may have escaped by luck.
 - For gradients u is at least KINK. A gradient jumps where an activation passes through the kink of a ReLU, or another pixel becomes the
@@ -175,7 +175,8 @@ class _Step:
         return self.unit if not self.backward or self.dtype == torch.float64 else max(self.unit, KINK)
 
     def moved(self, unit: float) -> list[_Outcome]:
-        return [self.run(self.original, "torch", exact=True, mover=_Mover(unit, seed)) for seed in range(SAMPLES)]
+        info = torch.finfo(self.dtype)
+        return [self.run(self.original, "torch", exact=True, mover=_Mover(unit, info.tiny * info.eps, seed)) for seed in range(SAMPLES)]
 
     def run(self, model: nn.Module, backend: dispatch.Backend, *, exact: bool = False, mover: _Mover | None = None) -> _Outcome:
         """A copy of `model` in this step's mode: in float64 if `exact`, moved about by `mover`."""
@@ -225,8 +226,8 @@ class _Step:
             for run in samples:
                 change = math.hypot(*(float((run.tensors[name] - exact.tensors[name]).norm()) for name in names))
                 if change > CHAOS * size:
-                    advice = "a batch norm that sees a few values a channel does that; give a larger input"
-                    return f"rounding alone changes the {what} by {change / size:.0%}: {advice}"
+                    advice = "that tells nothing; a larger input may, or another dtype"
+                    return f"rounding alone changes the {what} by {change / max(size, 1e-300):.0%}: {advice}"
         return ""
 
     def compare(self, ours: _Outcome, theirs: _Outcome, exact: _Outcome, samples: dict[float, list[_Outcome]]) -> Iterator[Comparison]:
@@ -248,10 +249,10 @@ class _Step:
 
 
 class _Mover:
-    """Moves a model in float64 about as rounding to units of `unit` may move it: the same way for the same seed."""
+    """Moves a model in float64 about as rounding may, by `unit` of each value and by `least`; the same way for the same seed."""
 
-    def __init__(self, unit: float, seed: int) -> None:
-        self.unit, self.seed = unit, seed
+    def __init__(self, unit: float, least: float, seed: int) -> None:
+        self.unit, self.least, self.seed = unit, least, seed
         self.generators: dict[torch.device, torch.Generator] = {}
 
     def signs(self, t: Tensor) -> Tensor:
@@ -281,8 +282,8 @@ class _Mover:
         return moved
 
     def noise(self, t: Tensor) -> Tensor:
-        """Of units of its typical value: a sum's error does not shrink where its terms cancel."""
-        return self.unit * t.detach().square().mean().sqrt() * self.signs(t)
+        """In units of its typical value: a sum's error does not shrink where its terms cancel."""
+        return (self.unit * t.detach().square().mean().sqrt() + self.least) * self.signs(t)
 
 
 def _tensors(name: str, tree: Any) -> dict[str, Tensor]:

@@ -410,13 +410,13 @@ def test_a_step_that_rounding_decides_is_not_judged(device):
     x = image(device, 1, 4, 1, 1).repeat(2, 1, 1, 1) * torch.tensor([1, 1 + 1e-6], device=device).view(2, 1, 1, 1)
     rows = judged(model, cnnfast.convert(model), x)
     assert rows["training"].verdict == "not judged"
-    assert "give a larger input" in rows["training"].reason
+    assert "rounding alone changes" in rows["training"].reason
 
 
 def test_gradients_that_would_overflow_are_scaled(device):
     model = build().to(device)
     with torch.no_grad():
-        model.head.weight *= 3e4
+        model.head.weight *= 1.4e5
         model.scale *= 1e-4
     rows = judged(model, cnnfast.convert(model), image(device), dtype=torch.float16)
     assert rows["training"].verdict == "ok", rows["training"].problems

@@ -190,7 +190,7 @@ def _near(name: str, sources: Iterable[str]) -> list[str]:
 
 def _installed(module: str) -> bool:
     try:
-        return module in sys.modules or importlib.util.find_spec(module) is not None
+        return sys.modules[module] is not None if module in sys.modules else importlib.util.find_spec(module) is not None
     except ImportError:  # the parent of a submodule
         return False
     except Exception:  # that parent is there, but does not import: `_import` says so
@@ -255,12 +255,13 @@ def _object(module: ModuleType, where: str, name: str) -> Any:
             raise typer.BadParameter(f"{where} has no {name!r}; {says}", param_hint=HINT)
         found = getattr(found, part)
     if inspect.isclass(found) or inspect.isroutine(found):
-        if missing := missing_arguments(found):
-            if missing == ["config"] and getattr(found, "config_class", None):
-                return _with_default_configuration(found)
-            if inspect.isclass(found):
-                message = f"{name} needs arguments ({', '.join(missing)}): name a function that builds it without"
-                raise typer.BadParameter(message, param_hint=HINT)
+        missing = missing_arguments(found)
+        if missing == ["config"] and getattr(found, "config_class", None):
+            return _with_default_configuration(found)
+        if missing and inspect.isclass(found):
+            message = f"{name} needs arguments ({', '.join(missing)}): name a function that builds it without"
+            raise typer.BadParameter(message, param_hint=HINT)
+        if missing or inspect.isbuiltin(found):  # a function of tensors; PyTorch's own do not say what they take
             return found
         found = found()
     if not callable(found):

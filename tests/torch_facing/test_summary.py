@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import cnnfast
+import model_zoo
 from cnnfast.models import resnet18, resnet50
 from cnnfast.summary import Layer, attempt, layers, summarize
 
@@ -440,3 +442,37 @@ def test_hooks_that_are_objects_of_the_model_run():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(8, 2, 1))
     model[0].register_forward_hook(Doubling())
     assert last(layers(model, image(1, 3, 4, 4))).output_shape == (1, 2, 4, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real models
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "options", "size", "field"),
+    [
+        ("torchvision", "alexnet", {}, 224, 195),
+        ("torchvision", "inception_v3", {"init_weights": False}, 299, 1311),
+        ("timm", "inception_v4", {}, 299, 2071),
+        ("timm", "inception_resnet_v2", {}, 299, 3039),
+    ],
+)
+def test_published_receptive_fields(package, name, options, size, field):
+    """Those of the article that receptive_field.py cites."""
+    torchvision = model_zoo.torchvision()  # timm imports it
+    create = torchvision.models.get_model if package == "torchvision" else importlib.import_module("timm").create_model
+    found = summarize(meta(lambda: create(name, **options)), image(1, 3, size, size))
+    assert max(layer.receptive_field or 0 for layer in found.layers) == field
+    assert sum(layer.parameters for layer in found.layers) + found.unused == found.parameters
+
+
+@pytest.mark.parametrize("name", ["ResNet", "ConvNext", "Swin"])
+def test_models_of_transformers(name):
+    model_zoo.torchvision()
+    transformers = importlib.import_module("transformers")
+    model = meta(lambda: getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")()))
+    found = summarize(model, image(1, 3, 224, 224))
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(image(1, 3, 224, 224))
+    assert found.flops == counter.get_total_flops() == sum(layer.flops for layer in found.layers)
+    assert found.parameters == sum(p.numel() for p in model.parameters())

@@ -17,8 +17,8 @@ It starts as jump 1, first 0, last 0, and an operator changes it so (window k, d
 The first two rows are the recurrence of A. Araujo, W. Norris, J. Sim, "Computing Receptive Fields of Convolutional Neural Networks"
 (Distill, 2019), its size r = r + (k - 1) * d * jump and its jump = jump * s. Sizes are not cut off at the borders of the image, as there:
 ResNet-50's may exceed 224. Reshaping is followed exactly: every axis of a tensor is kept as a product of digits (extent, step), step
-being the distance in input rows between neighbours: flattening concatenates digits, splitting an axis splits one, and a sum over an axis
-widens the field by (extent - 1) * step.
+being the distance in input rows between neighbours. Flattening concatenates digits, splitting an axis splits a digit, and a sum over
+an axis widens the field by (extent - 1) * step.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def of(t: Tensor) -> Field | None:
 
 
 def see(t: Tensor) -> None:
-    """Makes `t` an input. Rows run along the last axis but one of images, the last of sequences [N, C, L]; features [N, C] have none."""
+    """Makes `t` an input. Rows run along the last axis but one of an image, along the last of a sequence [N, C, L]; [N, C] has none."""
     field = Field(plain(t.shape))
     if t.dim() < 3:
         field = field.whole()
@@ -221,7 +221,7 @@ def _interpolation(pixels: int) -> Rule:
 
 def _padding(a: dict[str, Any], sources: Sequence[Tensor], y: Tensor) -> Field:
     field = _field(sources[0])
-    amounts: Any = a.get("pad", a.get("padding"))
+    amounts = a["pad"] if "pad" in a else a["padding"]
     for i in range(len(amounts) // 2):
         axis = y.dim() - 1 - i
         field = _windows(field, axis, 1, 1, amounts[2 * i], 1, y.shape[axis]) if any(amounts[2 * i : 2 * i + 2]) else field

@@ -39,8 +39,8 @@ class Layer:
     input_shape, output_shape: of the first tensor that goes in and comes out; () without one.
     parameters: its own, counted at the first call; a convolution's are (R*S*C/groups + 1)*K with bias. trainable: whether one of them
     requires a gradient.
-    flops: multiplications and additions of its convolutions and matrix products, as torch.utils.flop_counter does: 2*N*P*Q*K*R*S*C/groups,
-    taps in the padding counted, bias and everything pointwise not.
+    flops: multiplications and additions of its convolutions and matrix products, as torch.utils.flop_counter counts them:
+    2*N*P*Q*K*R*S*C/groups, taps in the padding counted, bias and everything pointwise not.
     receptive_field: input rows that one position of the output depends on (see receptive_field.py); None: the whole input; 0: nothing
     of it. jump: input rows from one position to the next; None where there are no positions.
     output_bytes: of all tensors that come out, 0 for one that lies in the memory of one that went in.
@@ -105,13 +105,12 @@ def summarize(model: nn.Module, *example_inputs: Any) -> Summary:
         raise RuntimeError(f"{_does_not_run(model, example_inputs)}: {type(error).__name__}: {error}") from error
 
 
-def runs(model: nn.Module, *example_inputs: Any) -> bool:
-    """Whether the model runs, in eval mode, on meta tensors of these shapes."""
+def attempt(model: nn.Module, *example_inputs: Any) -> Summary | None:
+    """The same, or None if the model does not run on meta tensors of these shapes."""
     try:
-        _Run(_meta_copy(model)).of(_meta(example_inputs))
+        return _Run(_meta_copy(model)).of(_meta(example_inputs))
     except Exception:
-        return False
-    return True
+        return None
 
 
 def _does_not_run(model: nn.Module, inputs: Any) -> str:
@@ -224,9 +223,9 @@ class _Run(TorchDispatchMode):
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = self.running.pop()
         kind = _kind(module)
-        if not (kind or call.parameters or call.flops):
-            return
         own = {id(p): p for p in call.parameters}
+        if not (kind or call.flops or own.keys() - self.counted or list(module.parameters(recurse=False))):
+            return
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         memory = {t.untyped_storage()._cdata for t in call.inputs}
         seen = receptive_field.of(outputs[0]) if outputs else None

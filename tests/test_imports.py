@@ -55,7 +55,14 @@ LAYERS = {
         "aot_cases",
         "aot",
     ],
-    "cnnfast": ["ops dispatch", "functional", "nn", "models conversion", "checking tune bench", "commands"],
+    "cnnfast": [
+        "ops dispatch aside receptive_field",
+        "functional summary",
+        "nn",
+        "models conversion",
+        "checking tune bench",
+        "commands",
+    ],
 }
 
 

@@ -14,6 +14,8 @@ from rich.text import Text
 OK, FAIL, NOT_OURS, NOT_JUDGED = "ok", "FAIL", "not ours", "not judged"
 STYLES = {OK: "green", FAIL: "bold red", NOT_OURS: "yellow", NOT_JUDGED: "yellow"}
 ROW_MARK = "cnnfast-row "  # a row on its way from the child process, amid whatever kernels and libraries print
+NOTE_MARK = "cnnfast-note "  # what it is doing
+PROBLEMS = 10  # that are shown of one row
 WIDTH = 100  # of str(report)
 
 
@@ -62,7 +64,10 @@ class Comparison:
 
 @dataclass
 class Row:
-    """One call: `verdict` is "ok", "FAIL" or "not ours"; `forward` and `backward` name the kernels that were launched."""
+    """One call, or one step of a whole model: `forward` and `backward` name the kernels that were launched.
+
+    `verdict` is "ok", "FAIL", "not ours", or, of steps alone, "not judged"; `reason` says why not.
+    """
 
     layer: str
     operation: str
@@ -93,43 +98,73 @@ class Row:
 
 @dataclass
 class Report:
-    """The rows of a check, in the order of the calls. str() is a table; rich prints it at the width of its console."""
+    """The rows of a check: `rows` are the calls in their order, `whole` the steps of the model that conversion made of a module.
+
+    str() is a table; rich prints it at the width of its console.
+    """
 
     rows: list[Row]
+    whole: list[Row] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether there was a covered call, each launched our kernels, and all hold."""
-        return bool(self.rows) and all(row.verdict == OK for row in self.rows)
+        """Whether there was a covered call, each launched our kernels, and all hold; and every step of the whole that could be judged."""
+        return (
+            bool(self.rows) and all(row.verdict == OK for row in self.rows) and all(row.verdict in (OK, NOT_JUDGED) for row in self.whole)
+        )
 
     @property
     def summary(self) -> str:
         if not self.rows:
             return "FAIL: no covered call (convolution, batch norm, pooling) was made, so nothing was checked"
-        counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in (OK, FAIL, NOT_OURS)}
-        return f"{'ok' if self.ok else 'FAIL'}: of {len(self.rows)} calls " + ", ".join(
-            f"{n} {verdict}" for verdict, n in counts.items() if n
-        )
+        text = f"{'ok' if self.ok else 'FAIL'}: of {len(self.rows)} calls {_counts(self.rows)}"
+        return f"{text}; of {len(self.whole)} steps of the whole model {_counts(self.whole)}" if self.whole else text
 
     def to_json(self) -> str:
-        """An object with ok, summary and rows; errors are absolute, verdicts as in the table."""
-        rows = [{**asdict(row), "comparisons": [{**asdict(c), "ok": c.ok} for c in row.comparisons]} for row in self.rows]
-        return json.dumps({"ok": self.ok, "summary": self.summary, "rows": rows}, indent=1, allow_nan=False)
+        """An object with ok, summary, rows and whole; errors are absolute, verdicts as in the table."""
+        rows, whole = (
+            [{**asdict(row), "comparisons": [{**asdict(c), "ok": c.ok} for c in row.comparisons]} for row in rows]
+            for rows in (self.rows, self.whole)
+        )
+        return json.dumps({"ok": self.ok, "summary": self.summary, "rows": rows, "whole": whole}, indent=1, allow_nan=False)
 
     def __rich__(self) -> Group:
-        table = Table(title="largest errors against float64; each column's tensor is the one nearest to its limit", title_justify="left")
-        for name in ("call", "forward", "PyTorch", "backward", "PyTorch", ""):
-            table.add_column(name, overflow="fold", ratio=1 if name == "call" else None)
-        for row in self.rows:
-            cells = []
-            for worst in (row.worst(False), row.worst(True)):
-                cells += [f"{worst.error:.1e}", f"{worst.torch_error:.1e}"] if worst else ["", ""]
-            table.add_row(Text(str(row)), *cells, Text(row.verdict, STYLES[row.verdict]))
-        problems = [Text(f"{row.verdict}: {row}\n    " + "\n    ".join(row.problems)) for row in self.rows if row.verdict != OK]
-        summary = Text(self.summary, STYLES[OK if self.ok else FAIL])
-        return Group(table, *problems, summary) if self.rows else Group(summary)
+        parts: list[Table | Text] = []
+        if self.rows:
+            title = "largest errors against float64; each column's tensor is the one nearest to its limit"
+            parts += [_table(self.rows, "call", title), *_problems(self.rows)]
+        if self.whole:
+            parts += [_table(self.whole, "whole model", "the same of the whole model that cnnfast.convert makes"), *_problems(self.whole)]
+        return Group(*parts, Text(self.summary, STYLES[OK if self.ok else FAIL]))
 
     def __str__(self) -> str:
         text = io.StringIO()
         Console(file=text, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False).print(self)
         return text.getvalue().rstrip()
+
+
+def _counts(rows: list[Row]) -> str:
+    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in STYLES}
+    return ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
+
+
+def _table(rows: list[Row], heading: str, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in (heading, "forward", "PyTorch", "backward", "PyTorch", ""):
+        table.add_column(name, overflow="fold", ratio=1 if name == heading else None)
+    for row in rows:
+        cells = []
+        for worst in (row.worst(False), row.worst(True)):
+            cells += [f"{worst.error:.1e}", f"{worst.torch_error:.1e}"] if worst and worst.limit else ["", ""]
+        table.add_row(Text(str(row)), *cells, Text(row.verdict, STYLES[row.verdict]))
+    return table
+
+
+def _problems(rows: list[Row]) -> list[Text]:
+    lines = []
+    for row in rows:
+        if row.verdict != OK:
+            shown = row.problems[:PROBLEMS]
+            more = [f"and {len(row.problems) - PROBLEMS} more"] if row.problems[PROBLEMS:] else []
+            lines.append(Text(f"{row.verdict}: {row}\n    " + "\n    ".join([*shown, *more])))
+    return lines

@@ -12,7 +12,7 @@ original and the converted model take the same steps from the same state:
 Everything is judged by the rule of judge.py: no worse than twice PyTorch's own error in the same dtype plus a floor, errors being
 distances from the original in float64. The floor has a part that a single call does not need, found by running the original in float64
 again, moved about at random: every parameter and input by u of its value, what each layer returns, and the gradient that returns to it,
-by u of its root mean square.
+by u of its root mean square and the smallest number of the dtype.
 - u is one unit of the dtype, or SUM units of the accumulators' (float32, float64): what honest roundings and sums cost, which deep
   networks amplify, and which PyTorch itself may have escaped by luck.
 - For gradients u is at least KINK. A gradient jumps where an activation passes through the kink of a ReLU, or another pixel becomes
@@ -24,6 +24,7 @@ Random numbers are the same in all runs; a model that is still random is not jud
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -50,15 +51,30 @@ SAMPLES = 3  # runs that are moved about
 SUM = 64
 KINK = 2.0**-13
 ALIKE = 1e-9  # two runs in float64 that differ by less, relatively, are the same: a GPU's atomics are not random numbers
+BEYOND = 100  # times what being moved about changes: more than rounding can
+CHAOS = 0.5  # a result that being moved about changes by more, relatively, tells nothing
+SMALLEST_SCALE = 2.0**-32  # of the gradient that backward starts from
 
 Watch = Callable[[str], None]
 
 
 def steps(model: nn.Module, backward: bool) -> list[str]:
-    """What `judge_whole` judges, a row each."""
+    """What is judged of `model`, a row each."""
     flags = {module.training for module in model.modules()}
     training = [TRAINING] if backward or True in flags else []
     return [STATE, EVAL, *training, *([AS_GIVEN] if len(flags) > 1 else [])]
+
+
+def judge_conversion(
+    model: nn.Module, inputs: tuple[Any, ...], backward: bool = True, dtype: torch.dtype | None = None, watch: Watch | None = None
+) -> Iterator[Row]:
+    """What `judge_whole` says of a copy of `model` and what cnnfast.convert makes of another."""
+    try:
+        converted = convert(copy.deepcopy(model))
+    except (TypeError, ValueError) as refused:
+        yield Row("", STATE, "", "", NOT_JUDGED, f"convert: {refused}")
+    else:
+        yield from judge_whole(copy.deepcopy(model), converted, inputs, backward, dtype, watch)
 
 
 def judge_whole(
@@ -121,14 +137,18 @@ class _Step:
         tensors = [t for t in (*self.original.parameters(), *tree_leaves(self.inputs)) if isinstance(t, Tensor) and t.is_floating_point()]
         self.dtype = max((t.dtype for t in tensors), key=lambda d: torch.finfo(d).eps, default=torch.get_default_dtype())
         accumulators = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.scale = 1.0
         self.unit = max(torch.finfo(self.dtype).eps, SUM * torch.finfo(accumulators).eps)
 
     def judged(self) -> Row:
         row = Row("", self.mode, " ".join("x".join(map(str, t.shape)) for t in _tensors("", self.inputs).values()), _name(self.dtype))
+        theirs = exact = _Outcome()
+        samples: dict[float, list[_Outcome]] = {}
         try:
-            theirs, exact = self.run(self.original, "torch"), self.run(self.original, "torch", exact=True)
-            row.reason = self.randomness(theirs, exact)
-            samples = {} if row.reason else {unit: self.moved(unit) for unit in {self.unit, self.gradient_unit}}
+            theirs = self.scaled()
+            exact = self.run(self.original, "torch", exact=True)
+            samples = {unit: self.moved(unit) for unit in {self.unit, self.gradient_unit}}
+            row.reason = self.randomness(theirs, exact, samples[self.unit]) or self.chaos(exact, samples[self.unit])
         except Exception as error:
             row.reason = f"the original itself raises {type(error).__name__}: {error}".strip()
             theirs = exact = _Outcome()
@@ -151,16 +171,23 @@ class _Step:
             row.verdict, row.reason = NOT_OURS, "none of its calls was served by our kernels"
         return row
 
+    def scaled(self) -> _Outcome:
+        """PyTorch's outcome, the scale of all gradients being such that none overflows: in float16 training needs that."""
+        outcome = self.run(self.original, "torch")
+        while self.scale > SMALLEST_SCALE and any(not t.isfinite().all() for name, t in outcome.tensors.items() if name.startswith("grad")):
+            self.scale /= 2**8  # more than enough, for ours may be somewhat larger
+            outcome = self.run(self.original, "torch")
+        return outcome
+
     @property
     def gradient_unit(self) -> float:
         return self.unit if not self.backward or self.dtype == torch.float64 else max(self.unit, KINK)
 
     def moved(self, unit: float) -> list[_Outcome]:
-        return [self.run(self.original, "torch", exact=True, mover=_Mover(unit, seed)) for seed in range(SAMPLES)]
+        info = torch.finfo(self.dtype)
+        return [self.run(self.original, "torch", exact=True, mover=_Mover(unit, info.tiny * info.eps, seed)) for seed in range(SAMPLES)]
 
-    def run(
-        self, model: nn.Module, backend: dispatch.Backend, *, exact: bool = False, mover: _Mover | None = None, seed: int = 0
-    ) -> _Outcome:
+    def run(self, model: nn.Module, backend: dispatch.Backend, *, exact: bool = False, mover: _Mover | None = None) -> _Outcome:
         """A copy of `model` in this step's mode: in float64 if `exact`, moved about by `mover`."""
         model, inputs = copy.deepcopy(model), self.inputs
         if exact:
@@ -173,7 +200,7 @@ class _Step:
         leaves = tree_map_only(Tensor, lambda t: clone(t).requires_grad_(self.backward and t.is_floating_point()), inputs)
         wanted = {name: t for name, t in (*_tensors("input", leaves).items(), *model.named_parameters()) if t.requires_grad}
         outcome = _Outcome()
-        with reproducible(seed), dispatch.backend(backend), torch.set_grad_enabled(self.backward):
+        with reproducible(0), dispatch.backend(backend), torch.set_grad_enabled(self.backward):
             given = tree_map_only(Tensor, Tensor.clone, leaves)  # the model may write into them
             with dispatch.trace() as outcome.forward:
                 outputs = _tensors("output", model(*given))
@@ -190,20 +217,31 @@ class _Step:
     def output_gradient(self, output: Tensor, seed: int) -> Tensor:
         """The same numbers in every run, rounded to the step's dtype."""
         dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
-        return torch.empty_like(output).copy_(dy)
+        return torch.empty_like(output).copy_(dy * self.scale)
 
-    def randomness(self, theirs: _Outcome, exact: _Outcome) -> str:
+    def randomness(self, theirs: _Outcome, exact: _Outcome, samples: list[_Outcome]) -> str:
         """Why the original is too random to be judged, or the empty string."""
         if _deviation(exact, self.run(self.original, "torch", exact=True)) > ALIKE:
             return "random: with the same seed the original gives other numbers the second time"
-        spread = _deviation(exact, self.run(self.original, "torch", exact=True, seed=1))
-        if spread > ALIKE and spread / 2 < _deviation(exact, theirs) < spread * 2:
-            return f"random: with the same seed the original draws other numbers in float64 than in {_name(self.dtype)}"
+        if _deviation(exact, theirs) > BEYOND * max(_deviation(exact, run) for run in samples):
+            return f"the original gives other numbers in {_name(self.dtype)} than in float64, and not by rounding: random ones, perhaps"
+        return ""
+
+    def chaos(self, exact: _Outcome, samples: list[_Outcome]) -> str:
+        """Why rounding alone decides what comes out, or the empty string."""
+        for what in ("output", "gradients"):
+            names = [name for name, t in exact.tensors.items() if name.startswith(what[:4]) and t.is_floating_point()]
+            size = math.hypot(*(float(exact.tensors[name].norm()) for name in names))
+            for run in samples:
+                change = math.hypot(*(float((run.tensors[name] - exact.tensors[name]).norm()) for name in names))
+                if change > CHAOS * size:
+                    advice = "that tells nothing; a larger input may, or another dtype"
+                    return f"rounding alone changes the {what} by {change / max(size, 1e-300):.0%}: {advice}"
         return ""
 
     def compare(self, ours: _Outcome, theirs: _Outcome, exact: _Outcome, samples: dict[float, list[_Outcome]]) -> Iterator[Comparison]:
         for name in dict.fromkeys([*theirs.tensors, *ours.tensors]):
-            mine, right, best = (outcome.tensors.get(name) for outcome in (ours, theirs, exact))
+            mine, right = ours.tensors.get(name), theirs.tensors.get(name)
             if mine is None or right is None:
                 yield Comparison(name, message="is missing" if mine is None else "is there, but PyTorch has none")
             elif best is not None and best.shape == right.shape:  # where values decide how much there is, float64 may have another
@@ -218,10 +256,10 @@ class _Step:
 
 
 class _Mover:
-    """Moves a model in float64 about as rounding to units of `unit` may move it: the same way for the same seed."""
+    """Moves a model in float64 about as rounding may, by `unit` of each value and by `least`; the same way for the same seed."""
 
-    def __init__(self, unit: float, seed: int) -> None:
-        self.unit, self.seed = unit, seed
+    def __init__(self, unit: float, least: float, seed: int) -> None:
+        self.unit, self.least, self.seed = unit, least, seed
         self.generators: dict[torch.device, torch.Generator] = {}
 
     def signs(self, t: Tensor) -> Tensor:
@@ -251,8 +289,8 @@ class _Mover:
         return moved
 
     def noise(self, t: Tensor) -> Tensor:
-        """Of units of its typical value: a sum's error does not shrink where its terms cancel."""
-        return self.unit * t.detach().square().mean().sqrt() * self.signs(t)
+        """In units of its typical value: a sum's error does not shrink where its terms cancel."""
+        return (self.unit * t.detach().square().mean().sqrt() + self.least) * self.signs(t)
 
 
 def _tensors(name: str, tree: Any) -> dict[str, Tensor]:
@@ -262,12 +300,22 @@ def _tensors(name: str, tree: Any) -> dict[str, Tensor]:
     return {name + (keystr(path) if len(found) > 1 else ""): t for path, t in found}
 
 
+def _distance(t: Tensor, u: Tensor) -> float:
+    return float((t - u).square().nansum())
+
+
 def _deviation(a: _Outcome, b: _Outcome) -> float:
-    """Relative root mean square of the difference, of the tensor that differs most."""
-    pairs = [(t, b.tensors[name]) for name, t in a.tensors.items() if name in b.tensors and t.is_floating_point() and t.numel()]
-    if any(t.shape != u.shape for t, u in pairs):
+    """Relative root mean square of the difference, of the output or buffer that differs most."""
+    names = [name for name, t in a.tensors.items() if name in b.tensors and t.is_floating_point() and not name.startswith("grad")]
+    return max((_relative(a.tensors[name], b.tensors[name]) for name in names), default=0.0)
+
+
+def _relative(t: Tensor, u: Tensor) -> float:
+    """Of the finite; infinite if the shapes differ."""
+    if t.shape != u.shape:
         return math.inf
-    return max((float((t - u).double().norm() / t.double().norm().clamp_min(1e-300)) for t, u in pairs), default=0.0)
+    t, u = (x.double().where(t.isfinite() & u.isfinite(), 0.0) for x in (t, u))
+    return float((t - u).norm() / t.norm().clamp_min(1e-300))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,25 +1,39 @@
-"""The child process of check, in which Triton interprets: judges the calls of a file, one line of JSON a row.
+"""The child process of check, in which Triton interprets: judges what a file holds, one line of JSON a row.
 
-python -m cnnfast.checking.worker calls.pt
+python -m cnnfast.checking.worker FILE
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from .capture import Captured
 from .judge import judge
-from .report import ROW_MARK
+from .report import NOT_JUDGED, NOTE_MARK, ROW_MARK, Row
+from .whole import STATE, judge_conversion
+
+
+def rows(path: str) -> Iterator[Row]:
+    try:
+        data: dict[str, Any] = torch.load(path, weights_only=False)  # the parent process has just written it
+    except Exception as error:
+        yield Row("", STATE, "", "", NOT_JUDGED, f"the process that interprets kernels cannot load it: {type(error).__name__}: {error}")
+        return
+    if "model" in data:
+        yield from judge_conversion(**data, watch=lambda text: print(NOTE_MARK + text, flush=True))
+    else:
+        for call in data["calls"]:
+            yield judge(Captured(**call), data["backward"])
 
 
 def main(path: str) -> None:
-    data = torch.load(path, weights_only=True)
-    for call in data["calls"]:
-        row = judge(Captured(**call), data["backward"])
+    for row in rows(path):
         print(ROW_MARK + json.dumps(asdict(row)), flush=True)
 
 

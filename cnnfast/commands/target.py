@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +31,7 @@ INPUT_HELP = "Shape of an input, as 1x3x224x224; repeat for several."
 WAYS = "a bare name such as resnet50, file.py:NAME or package.module:NAME"
 SIZES = (32, 28, 64, 96, 128, 224, 256, 299, 384, 512)  # that models are made for; the usual ones first
 FRAMES = 16  # of a video
+FEWEST = 8  # values a channel: of two, a batch norm in training makes +1 and -1, whatever they are, and gradients of rounding errors
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def resolve_module(text: str) -> tuple[Target, nn.Module]:
     target = resolve(text)
     if isinstance(target.value, nn.Module):
         return target, target.value
-    needs = _missing_arguments(target.value)
+    needs = missing_arguments(target.value)
     because = f" needs arguments ({', '.join(needs)})" if needs else f" gives {type(target.value).__name__}, not a torch.nn.Module"
     raise typer.BadParameter(f"{text}{because}: name a module, or a function that builds one without arguments", param_hint=HINT)
 
@@ -80,7 +82,7 @@ def resolve_module(text: str) -> tuple[Target, nn.Module]:
 
 @dataclass(frozen=True)
 class Source:
-    """A library: its module, the names it lists, and how it makes a model, without weights from the network; None for a name it has not."""
+    """A library: its module, the names it lists, and how it makes a model, whose weights are random; None if it has no such name."""
 
     module: str
     names: Callable[[ModuleType], Iterable[str]]
@@ -131,7 +133,7 @@ def _transformers_names(_: ModuleType) -> list[str]:
 
 
 def _transformers_make(transformers: ModuleType, name: str) -> Any:
-    """By model type (convnext), by the class of a model (ConvNextModel) or of its configuration (ConvNextConfig), with its defaults."""
+    """By model type (convnext), or by the class of a model (ConvNextModel) or of its configuration: as configured by default."""
     if name in importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES:
         auto = next((auto for auto, types in _transformers_architectures().items() if name in types), "AutoModel")
         return getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(name))
@@ -188,7 +190,7 @@ def _near(name: str, sources: Iterable[str]) -> list[str]:
 
 def _installed(module: str) -> bool:
     try:
-        return module in sys.modules or importlib.util.find_spec(module) is not None
+        return sys.modules[module] is not None if module in sys.modules else importlib.util.find_spec(module) is not None
     except ImportError:  # the parent of a submodule
         return False
     except Exception:  # that parent is there, but does not import: `_import` says so
@@ -253,12 +255,13 @@ def _object(module: ModuleType, where: str, name: str) -> Any:
             raise typer.BadParameter(f"{where} has no {name!r}; {says}", param_hint=HINT)
         found = getattr(found, part)
     if inspect.isclass(found) or inspect.isroutine(found):
-        if missing := _missing_arguments(found):
-            if missing == ["config"] and getattr(found, "config_class", None):
-                return _with_default_configuration(found)
-            if inspect.isclass(found):
-                message = f"{name} needs arguments ({', '.join(missing)}): name a function that builds it without"
-                raise typer.BadParameter(message, param_hint=HINT)
+        missing = missing_arguments(found)
+        if missing == ["config"] and getattr(found, "config_class", None):
+            return _with_default_configuration(found)
+        if missing and inspect.isclass(found):
+            message = f"{name} needs arguments ({', '.join(missing)}): name a function that builds it without"
+            raise typer.BadParameter(message, param_hint=HINT)
+        if missing or inspect.isbuiltin(found):  # a function of tensors; PyTorch's own do not say what they take
             return found
         found = found()
     if not callable(found):
@@ -267,7 +270,7 @@ def _object(module: ModuleType, where: str, name: str) -> Any:
     return found
 
 
-def _missing_arguments(function: Any) -> list[str]:
+def missing_arguments(function: Any) -> list[str]:
     """The parameters without a default."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -292,12 +295,12 @@ def parse_shape(text: str) -> tuple[int, ...]:
 def input_shape(model: nn.Module, batch: int, *, small: bool) -> tuple[int, ...]:
     """A shape that the model takes, by its first convolution or linear layer and what it says of itself (timm, transformers).
 
-    small: the smallest of the usual sizes, 32 first, on which it runs; else its own or 224 first. Raises typer.BadParameter for a model
-    in which nothing tells.
+    small: the first of SIZES on which it runs and every batch norm sees FEWEST values a channel, or at least it runs; else its own
+    size, or 224, comes first. Raises typer.BadParameter for a model in which nothing tells.
     """
     import torch
 
-    from ..summary import runs
+    from ..summary import attempt
 
     features = _first_features(model)
     if features is None:
@@ -310,11 +313,20 @@ def input_shape(model: nn.Module, batch: int, *, small: bool) -> tuple[int, ...]
     sizes = [(n, n) for n in SIZES]
     sizes = [*sizes, *own] if small else [*(own or [(224, 224)]), *sizes]
     shapes = [(batch, channels or in_channels, *(FRAMES,) * (dims - 2), *size[:dims]) for size in sizes]
-    return next((shape for shape in shapes if runs(model, torch.empty(shape, dtype=dtype, device="meta"))), shapes[0])
+    running: list[tuple[int, ...]] = []
+    for shape in shapes:
+        summary = attempt(model, torch.empty(shape, dtype=dtype, device="meta"))
+        if summary is None:
+            continue
+        running.append(shape)
+        norms = [layer.output_shape for layer in summary.layers if "BatchNorm" in layer.class_name and len(layer.output_shape) > 2]
+        if not small or all(math.prod(norm) >= FEWEST * norm[1] for norm in norms):
+            return shape
+    return (running or shapes)[0]
 
 
 def _first_features(model: nn.Module) -> tuple[int, int] | None:
-    """(channels, spatial axes) of the first convolution, or the first layer with a convolution's weight, or else the first linear one."""
+    """(channels, spatial axes) that the first convolution takes; else the first layer with a convolution's weight, or a linear one."""
     from torch import nn
 
     found: list[tuple[int, int]] = []

@@ -378,7 +378,8 @@ def test_a_child_process_interprets_where_this_one_does_not():
     assert ok, table
     assert forward[0].startswith("max_pool_kernel")
     assert backward[0].startswith("max_pool_backward_kernel")
-    assert seen == [[0, 1, "max_pool2d"], [1, 1, ""]]
+    assert seen[0] == [0, 4, "max_pool2d"]
+    assert seen[-1] == [4, 4, ""]
 
 
 @pytest.fixture

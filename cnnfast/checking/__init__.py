@@ -1,12 +1,10 @@
-"""check: every covered call of a model or function, forward and backward, against float64 and beside PyTorch; check_conversion: a
-converted model as a whole."""
+"""check: every covered call of a model or function, and the whole model converted, against float64 and beside PyTorch."""
 
 from __future__ import annotations
 
 import json
 import pickle
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from ..dispatch import launch
 from .capture import Captured, capture_calls
+from .child import interpreted
 from .judge import judge
-from .report import ROW_MARK, Comparison, Report, Row
-from .whole import judge_conversion
+from .report import NOT_JUDGED, NOTE_MARK, ROW_MARK, Comparison, Report, Row
+from .whole import STATE, judge_conversion, steps
 
-__all__ = ["Comparison", "Report", "Row", "check", "check_conversion"]
+__all__ = ["Comparison", "Report", "Row", "check"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -44,47 +43,45 @@ def check(
     Returns a Report: str() is a table; .ok, .rows, .to_json(). The arguments of all calls are held in memory at once.
     Raises what `target` raises.
     """
-    dtype = _dtype("check", dtype)
-    calls = capture_calls(target, example_inputs, dtype)
-    by_child = _judge_in_child([call for call in calls if _needs_interpreter(call)], backward)
-    rows: list[Row] = []
-    for i, call in enumerate(calls):
-        if progress is not None:
-            progress(i, len(calls), " ".join(filter(None, [call.layer, call.operation])))
-        rows.append(next(by_child) if _needs_interpreter(call) else judge(call, backward))
-    if progress is not None:
-        progress(len(calls), len(calls), "")
-    return Report(rows)
-
-
-def check_conversion(model: torch.nn.Module, *example_inputs: Any, backward: bool = True, dtype: torch.dtype | str | None = None) -> Report:
-    """Converts a copy of `model` and checks it as a whole beside the original; the rule is in checking/whole.py.
-
-    Rows: state (state_dict, parameters, buffers, loading), eval, training (with gradients and statistics), each as a step of both
-    models. Where nothing but compiled kernels could run and the model is on the CPU, a child process interprets the kernels: the model
-    must be picklable then. Raises TypeError if it is not.
-    """
-    data = {"model": model, "inputs": example_inputs, "backward": backward, "dtype": _dtype("check_conversion", dtype)}
-    on_cpu = not any(t.is_cuda for t in (*model.parameters(), *model.buffers()))
-    if launch is None or launch.INTERPRETED or not on_cpu:
-        return Report(list(judge_conversion(**data)))
-    try:
-        lines = list(interpreted(f"{__name__}.whole", data))
-    except (pickle.PicklingError, AttributeError) as error:
-        raise TypeError(f"check_conversion(): this model cannot be pickled for the process that interprets kernels: {error}") from error
-    return Report([Row.from_dict(json.loads(line.removeprefix(ROW_MARK))) for line in lines if line.startswith(ROW_MARK)])
-
-
-def _dtype(function: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{function}(): dtype must name a dtype of torch, such as float32")
-    return dtype
+            raise ValueError("check(): dtype must name a dtype of torch, such as float32")
+    calls = capture_calls(target, example_inputs, dtype)
+    # What torch.compile wraps, conversion cannot see through.
+    model = getattr(target, "_orig_mod", target) if isinstance(target, torch.nn.Module) and calls else None
+    to_come = steps(model, backward) if model is not None else []
+    total = len(calls) + len(to_come)
+
+    def tell(done: int, next_one: str) -> None:
+        if progress is not None:
+            progress(done, total, next_one)
+
+    by_child = _judge_calls_in_child([call for call in calls if _needs_interpreter(call.device)], backward)
+    rows: list[Row] = []
+    for call in calls:
+        tell(len(rows), " ".join(filter(None, [call.layer, call.operation])))
+        rows.append(next(by_child) if _needs_interpreter(call.device) else judge(call, backward))
+    whole: list[Row] = []
+    if model is not None:
+
+        def watch(text: str) -> None:
+            tell(len(calls) + len(whole), f"whole model, {text}")
+
+        watch(to_come[0])
+        devices = {t.device for t in (*model.parameters(), *tree_leaves(example_inputs)) if isinstance(t, torch.Tensor)}
+        elsewhere = any(map(_needs_interpreter, devices))
+        for row in (_judge_conversion_in_child if elsewhere else judge_conversion)(model, example_inputs, backward, dtype, watch):
+            whole.append(row)
+            if len(whole) < len(to_come):
+                watch(to_come[len(whole)])
+    tell(total, "")
+    return Report(rows, whole)
 
 
-def _needs_interpreter(call: Captured) -> bool:
-    return launch is not None and not launch.INTERPRETED and call.device.type == "cpu"
+def _needs_interpreter(device: torch.device) -> bool:
+    """Whether kernels on this device run in a process that interprets them."""
+    return launch is not None and not launch.INTERPRETED and device.type == "cpu"
 
 
 def _judge_calls_in_child(calls: list[Captured], backward: bool) -> Iterator[Row]:
@@ -108,27 +105,12 @@ def _judge_conversion_in_child(
 
 def _judge_in_child(data: dict[str, Any], missing: int | None = None, watch: Callable[[str], None] = lambda text: None) -> Iterator[Row]:
     """The rows, `missing` in all if that is known, that a process of its own with TRITON_INTERPRET=1 finds (worker.py)."""
-    with tempfile.TemporaryDirectory(prefix="cnnfast-check-") as folder:
-        path = Path(folder, "data.pt")
-        torch.save(data, path)
-        importable = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": importable}
-        with Path(folder, "stderr").open("w+") as stderr:
-            command = [sys.executable, "-P", "-m", f"{__name__}.worker", str(path)]
-            child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
-            assert child.stdout is not None
-            try:
-                found = 0
-                for line in child.stdout:
-                    if line.startswith(NOTE_MARK):
-                        watch(line.removeprefix(NOTE_MARK).strip())
-                    elif line.startswith(ROW_MARK):
-                        found += 1
-                        yield Row.from_dict(json.loads(line.removeprefix(ROW_MARK)))
-                if child.wait() or missing not in (None, found):
-                    stderr.seek(0)
-                    raise RuntimeError(f"the process that interprets kernels ended with {child.returncode}:\n{stderr.read()[-4000:]}")
-            finally:
-                child.kill()
-                child.wait()
-                child.stdout.close()
+    found = 0
+    for line in interpreted(f"{__name__}.worker", data):
+        if line.startswith(NOTE_MARK):
+            watch(line.removeprefix(NOTE_MARK).strip())
+        elif line.startswith(ROW_MARK):
+            found += 1
+            yield Row.from_dict(json.loads(line.removeprefix(ROW_MARK)))
+    if missing not in (None, found):
+        raise RuntimeError(f"the process that interprets kernels judged {found} of {missing} calls")

@@ -15,9 +15,9 @@ again, moved about at random: every parameter and input by u of its value, what 
 by u of its root mean square and the smallest number of the dtype.
 - u is one unit of the dtype, or SUM units of the accumulators' (float32, float64): what honest roundings and sums cost, which deep
   networks amplify, and which PyTorch itself may have escaped by luck.
-- For gradients u is at least KINK. A gradient jumps where an activation passes through the kink of a ReLU, or another pixel becomes
-  the largest of its window, and which of the activations nearest to a kink passes through it in float32 is chance. float64 has no
-  such cases: there, gradients are judged to the last digits.
+- For gradients u is at least KINK. A gradient jumps where an activation passes through the kink of a ReLU, or another pixel becomes the
+  largest of its window, and which of the activations nearest to a kink do so in float32 is chance. float64 has no such cases: there,
+  gradients are judged to the last digits.
 Random numbers are the same in all runs; a model that is still random is not judged, and the report says so.
 """
 
@@ -26,12 +26,10 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,7 +41,7 @@ from ..conversion import convert
 from .capture import clone
 from .judge import compare, kernels
 from .randomness import reproducible
-from .report import FAIL, NOT_JUDGED, NOT_OURS, OK, ROW_MARK, Comparison, Row
+from .report import FAIL, NOT_JUDGED, NOT_OURS, OK, Comparison, Row
 from .state import compare_states
 
 STATE, EVAL, TRAINING, AS_GIVEN = "state", "eval", "training", "as given"
@@ -101,11 +99,6 @@ def judge_whole(
         yield row
 
 
-def judge_conversion(model: nn.Module, inputs: tuple[Any, ...], backward: bool, dtype: torch.dtype | None) -> Iterator[Row]:
-    """The same of a model and what convert makes of it."""
-    return judge_whole(model, convert(model), inputs, backward, dtype)
-
-
 @contextmanager
 def _watched(step: str, watch: Watch | None) -> Iterator[None]:
     count = itertools.count(1)
@@ -151,8 +144,6 @@ class _Step:
             row.reason = self.randomness(theirs, exact, samples[self.unit]) or self.chaos(exact, samples[self.unit])
         except Exception as error:
             row.reason = f"the original itself raises {type(error).__name__}: {error}".strip()
-            theirs = exact = _Outcome()
-            samples = {}
         if row.reason:
             row.verdict = NOT_JUDGED
             return row
@@ -244,15 +235,17 @@ class _Step:
             mine, right = ours.tensors.get(name), theirs.tensors.get(name)
             if mine is None or right is None:
                 yield Comparison(name, message="is missing" if mine is None else "is there, but PyTorch has none")
-            elif best is not None and best.shape == right.shape:  # where values decide how much there is, float64 may have another
-                if right.is_floating_point():
-                    moved = [run.tensors.get(name, best) for run in samples[self.gradient_unit if name.startswith("grad") else self.unit]]
-                    plain = max(
-                        (t for t in moved if t.shape == best.shape), key=lambda t: float((t - best).square().nansum()), default=best
-                    )
-                else:  # what float64 decides otherwise than PyTorch, rounding decides
-                    mine, plain = torch.where(right == best, mine, best) if mine.shape == right.shape else mine, best
-                yield compare(name, mine, right, plain, best, dtype=mine.dtype)
+                continue
+            best = exact.tensors.get(name)
+            if best is None or best.shape != right.shape:  # where values decide how much there is
+                continue
+            plain = best
+            if right.is_floating_point():
+                moved = [run.tensors.get(name, best) for run in samples[self.gradient_unit if name.startswith("grad") else self.unit]]
+                plain = max((t for t in moved if t.shape == best.shape), key=functools.partial(_distance, best), default=best)
+            elif mine.shape == right.shape:  # what float64 decides otherwise than PyTorch, rounding decides
+                mine = torch.where(right == best, mine, best)
+            yield compare(name, mine, right, plain, best, dtype=mine.dtype)
 
 
 class _Mover:
@@ -320,12 +313,3 @@ def _relative(t: Tensor, u: Tensor) -> float:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def main(path: str) -> None:
-    for row in judge_conversion(**torch.load(path, weights_only=False)):
-        print(ROW_MARK + json.dumps(asdict(row)), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

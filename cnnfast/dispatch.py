@@ -107,6 +107,8 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
             continue
         if t.device != device:
             return _torch("tensors are on different devices")
+        if t.layout is not torch.strided or t.is_nested:
+            return _torch("a tensor is not plain strided memory")
         if type(t) not in PLAIN and is_traceable_wrapper_subclass(t):
             return _torch("the tensor wraps others")
     if x.is_cuda:

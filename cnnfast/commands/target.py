@@ -304,7 +304,9 @@ def input_shape(model: nn.Module, batch: int, *, small: bool) -> tuple[int, ...]
 
     features = _first_features(model)
     if features is None:
-        raise typer.BadParameter(f"{type(model).__name__} has no layer with a weight that would tell its input", param_hint="--input")
+        raise typer.BadParameter(
+            f"{type(model).__name__} has no layer with a weight that would tell its input: give it", param_hint="--input"
+        )
     in_channels, dims = features
     if dims == 0:
         return (batch, in_channels)

@@ -14,6 +14,7 @@ from cnnfast_kernels.problem import output_extent
 from .. import functional
 from ..activations import LEAKY_SLOPE, activate
 from ..dispatch import captured, why_torch
+from ..functional.arguments import autocast
 from .layers import BatchNorm2d, Conv2d, running_statistics
 
 
@@ -57,7 +58,7 @@ def conv_bn_act(
     """
     if x.shape[1] != conv.in_channels:  # the convolution's own error, before the norm has counted a batch
         conv(x)
-    (x,) = functional._autocast(x)
+    (x,) = autocast(x)
     padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0

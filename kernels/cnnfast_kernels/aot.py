@@ -211,6 +211,9 @@ def compile_all(
     if launch.INTERPRETED:
         raise RuntimeError("kernels are interpreted in this process and those it starts: unset TRITON_INTERPRET and start again")
     work = [(arch, i) for arch in archs for i, case in enumerate(cases(capability_of(arch))) if only in case.name]
+    if not work:
+        names = sorted({case.name.split()[0] for case in cases(capability_of(archs[0]))}) if archs else ()
+        raise ValueError(f"no case's name contains {only!r}: names begin with {', '.join(names)}")
     done: dict[tuple[str, int], list[tuple[Row, Binary | None]]] = {}
     progress(0, len(work))
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -12,6 +12,11 @@ from typing import Literal
 from .problem import ConvProblem, tap_step
 
 Operation = Literal["fprop", "dgrad", "wgrad"]
+# The most that one instruction of a thread loads.
+VECTOR_BYTES = 16
+# ptxas may take all registers there are. Told no number, it spills a few where that lets one more program run.
+MAX_REGISTERS = 255
+
 Precision = Literal["half", "tf32", "ieee", "fp64"]
 
 
@@ -109,7 +114,6 @@ def choose_tile(problem: ConvProblem, operation: Operation, precision: Precision
 # Depthwise convolution
 
 STRIP_THREADS = 128
-VECTOR_BYTES = 16
 ELEMENT_BYTES: dict[Precision, int] = {"half": 2, "tf32": 4, "ieee": 4, "fp64": 8}
 STRIP_ROWS = (2, 4, 7)
 # Taps of one column of a filter whose weights, or gradients, are in registers at a time; taps of a filter for whose gradients all are.

@@ -413,7 +413,7 @@ def test_command_checks_a_model(command, tmp_path):
 def test_command_checks_a_function_and_an_object(command):
     assert command("models.py:function", "--input", "1x2x4x4", "--input", "2x2").exit_code == 0
     assert command("models:pool", "--input", "1x2x4x4", "--eval", "--dtype", "float16").exit_code == 0
-    assert command("torch.nn:ReLU").exit_code == 1  # nothing covered
+    assert command("torch.nn:ReLU", "--input", "1x2x4x4").exit_code == 1  # nothing covered
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def test_backend_kernels_raises_where_pytorch_would_serve(operands):
             lambda: F.max_pool2d(x.int(), 2),
             lambda: F.conv2d(x.cfloat(), w.cfloat()),
             lambda: F.batch_norm(x.to_sparse(), None, None, training=True),
+            lambda: F.conv2d(x, w.to_sparse()),
             lambda: torch.func.vmap(lambda x: F.global_avg_pool2d(x))(x),
         ):
             with pytest.raises(RuntimeError, match=r'backend\("kernels"\).*because'):
@@ -162,6 +163,7 @@ def test_reasons(operands):
     assert dispatch.why_torch(x, w.to("meta")) == "tensors are on different devices"
     assert dispatch.why_torch(x.to("meta")) == "device meta has no kernels"
     assert dispatch.why_torch(x.to_sparse()) == "the tensor is not plain strided memory"
+    assert dispatch.why_torch(x, None, w.to_sparse()) == "a tensor is not plain strided memory"
     with torch.autograd.forward_ad.dual_level():
         assert "forward-mode" in dispatch.why_torch(x)
 

@@ -17,12 +17,11 @@ import triton.language as tl
 from .. import launch
 from ..indexing import channel_offset, pixel_offset
 from ..problem import PoolProblem
-from ..tiling import cdiv
+from ..tiling import MAX_REGISTERS, VECTOR_BYTES, cdiv
 
 RUNTIME = ["N", "H", "W", "P", "Q", *(f"{t}_stride_{d}" for t in ("x", "y", "dx", "dy", "taps") for d in "nhwc")]
 
 NUM_WARPS = 4
-VECTOR_BYTES = 16
 # All loads of a usual window are in flight at once; a loop over a larger one is unrolled in part, to compile as fast.
 MAX_UNROLL = 16
 PART_UNROLL = 4
@@ -94,4 +93,5 @@ def plan_rows(kernel: Any, problem: PoolProblem, operands: dict[str, launch.Laid
         tile=tile, C=g.C, R=g.R, S=g.S, STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w,
         **{f"{name}_ALIGN": s.align for name, s in strides.items()}, **options,
         UNROLL=loop if loop <= MAX_UNROLL else PART_UNROLL, ROWS=tile.ROWS, VEC=vec, CHANNELS_FAST=channels_fast, num_warps=NUM_WARPS,
+        maxnreg=MAX_REGISTERS,
     )  # fmt: skip

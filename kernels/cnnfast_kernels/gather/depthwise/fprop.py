@@ -17,8 +17,8 @@ from ...epilogue import PLAIN, Epilogue, activate, apply_norm, load_norm, tile_m
 from ...indexing import channel_offset, divisor, pixel_offset
 from ...partials import TileRows
 from ...problem import ConvProblem
-from ...tiling import StripTile, cdiv, taps_at_once
-from .strips import FAR, MAX_REGISTERS, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
+from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
+from .strips import FAR, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
 
 EXTENTS = ["N", "H", "W", "P", "Q", "strips", "strips_magic", "strips_shift", "q_magic", "q_shift"]
 STRIDES = [f"{t}_stride_{d}" for t in ("x", "y", "z") for d in "nhwc"]

@@ -12,9 +12,6 @@ from ... import launch
 from ...indexing import divide
 from ...tiling import VECTOR_BYTES, StripTile
 
-# ptxas may take all registers there are. Told no number, it spills a few where that lets one more program run.
-MAX_REGISTERS = 255
-
 # A strip whose first row this is has no row in any image: its loads return zero.
 FAR = tl.constexpr(-(1 << 30))
 

@@ -1,0 +1,73 @@
+"""conv_bn_act: convolution, batch norm, residual and activation as one call."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activations import LEAKY_SLOPE, activate, check_activation
+from ..dispatch import operation, record_torch, why_torch
+from .arguments import Size, autocast, check_algorithm
+from .convolution import conv_geometry, conv_output_size
+from .normalization import check_norm, values_per_channel
+from .operators import ops
+
+
+@operation
+def conv_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    activation_arg: float | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    algorithm: str = "auto",
+) -> Tensor:
+    """act(batch_norm(conv2d(input, weight, bias)) + residual).
+
+    In eval one kernel. In training the convolution leaves the statistics of its output, running_mean and running_var are
+    updated in place if given, and a second kernel normalises, adds and activates.
+
+    Shapes and dtypes as conv2d; running_mean, running_var, bn_weight, bn_bias [K], of input's dtype or float32; residual of the
+    output's size. activation: None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu",
+    "hardswish". Raises as conv2d and batch_norm, ValueError for an unknown activation or a residual of another size or dtype.
+    """
+    check_algorithm("conv_bn_act", algorithm)
+    check_activation("conv_bn_act", activation, activation_arg)
+    slope = LEAKY_SLOPE if activation_arg is None else float(activation_arg)
+    if reason := why_torch(input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias, algorithm=algorithm):
+        record_torch("conv_bn_act", reason, input, weight)
+        y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        return activate(y if residual is None else y + residual, activation, slope)
+    x, w, b, z = autocast(input, weight, bias, residual)
+    if input.dim() != 4:
+        raise RuntimeError(f"conv_bn_act(): input must be of size [N, C, H, W], but got {list(input.shape)}")
+    geometry = conv_geometry("conv_bn_act", x, w, b, stride, padding, dilation, groups)
+    bn_weight, bn_bias, momentum, eps = check_norm(
+        "conv_bn_act", w.shape[0], x.dtype, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps
+    )
+    size = conv_output_size(x, w, geometry) if training or z is not None else ()
+    if z is not None and (z.shape != size or z.dtype != x.dtype):
+        raise ValueError(
+            f"conv_bn_act(): residual must be the output's size {list(size)} and dtype {x.dtype}, but got {list(z.shape)} {z.dtype}"
+        )
+    if not training:
+        return ops.conv_bn_act(x, w, b, running_mean, running_var, bn_weight, bn_bias, z, eps, activation, slope, *geometry, algorithm)
+    count = values_per_channel("conv_bn_act", size)
+    y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
+    if running_mean is not None and count > 0:  # an empty batch leaves them as they are
+        ops.update_running(running_mean, running_var, mean, var, momentum, count)
+    return ops.normalize(y, mean, var, bn_weight, bn_bias, z, eps, activation, slope, True)

@@ -1,0 +1,117 @@
+"""batch_norm, and what a batch norm takes, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import operation, record_torch, why_torch
+from .arguments import as_float, check_flag
+from .operators import ops
+
+
+@partial(operation, refusal=lambda given: AttributeError if given.get("training") else TypeError)  # asks for a size first
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation, as torch.nn.functional.batch_norm: (input - mean) * weight / sqrt(var + eps) + bias.
+
+    input [N, C] to [N, C, D, H, W]; running_mean, running_var, weight, bias [C], of input's dtype or float32. In training mean and
+    biased variance are input's own, and the running ones, if given, are updated in place (with the unbiased variance).
+    Raises RuntimeError and ValueError where PyTorch does.
+    """
+    if reason := why_torch(input, running_mean, running_var, weight, bias):
+        record_torch("batch_norm", reason, input)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if input.dim() < 2:
+        no_index = training and (input.dim() == 0 or running_mean is None)
+        raise (IndexError if no_index else RuntimeError)(f"batch_norm(): input must be of size [N, C, ...], but got {list(input.shape)}")
+    count = values_per_channel("batch_norm", input.shape) if training else 0
+    if input.numel() == 0:  # as PyTorch has it: nothing is normalised, nothing updated, and of the channels the first one counts
+        y = input.clone() if weight is None else input * weight[0]
+        return y if bias is None else y + bias[0]
+    weight, bias, momentum, eps = check_norm(
+        "batch_norm", input.shape[1], input.dtype, running_mean, running_var, weight, bias, training, momentum, eps
+    )
+    if not training:
+        return ops.normalize(input, running_mean, running_var, weight, bias, None, eps, None, 0.0, False)
+    mean, var = ops.batch_moments(input.detach())
+    if running_mean is not None:
+        ops.update_running(running_mean, running_var, mean, var, momentum, count)
+    return ops.normalize(input, mean, var, weight, bias, None, eps, None, 0.0, True)
+
+
+def check_norm(
+    function: str,
+    channels: int,
+    dtype: torch.dtype,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor | None, Tensor | None, float, float]:
+    """(weight, bias, momentum, eps) checked, the first two as vectors."""
+    check_flag(function, "training", training)
+    momentum, eps = as_float(function, "momentum", momentum), as_float(function, "eps", eps)
+    if eps < 0 or (training and eps == 0):
+        rule = "positive in training" if training else "non-negative"
+        raise ValueError(f"{function}(): eps must be {rule}, but got eps={eps}")
+    if not training and (running_mean is None or running_var is None):
+        raise RuntimeError(f"{function}(): running_mean and running_var must be defined in evaluation mode")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{function}(): running_mean and running_var must either both be None or neither be None")
+    vectors, size = (running_mean, running_var, weight, bias), (channels,)
+    usual = dtype if dtype == torch.float64 or (running_mean is not None and running_mean.dtype == dtype) else torch.float32
+    for t in vectors:
+        if t is not None and (t.dtype != usual or t.shape != size):
+            weight, bias = _check_vectors(function, channels, dtype, *vectors)
+            break
+    return weight, bias, momentum, eps
+
+
+def _check_vectors(
+    function: str,
+    channels: int,
+    dtype: torch.dtype,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(weight, bias) as vectors: what a norm asks of tensors that are not all vectors of one usual dtype."""
+    own = "bn_" if function == "conv_bn_act" else ""  # there weight and bias are the convolution's
+    given = {"running_mean": running_mean, "running_var": running_var, f"{own}weight": weight, f"{own}bias": bias}
+    first = next((t.dtype for t in given.values() if t is not None), dtype)
+    for name, t in given.items():
+        if t is None:
+            continue
+        if t.numel() != channels or (t.dim() != 1 and name.startswith("running")):
+            raise RuntimeError(f"{function}(): {name} must have size [{channels}], one value a channel, but got {list(t.shape)}")
+        if t.dtype not in (dtype, torch.float32) or (dtype == torch.float64 and t.dtype != dtype):
+            narrower = "" if dtype in (torch.float32, torch.float64) else " or float32"
+            raise RuntimeError(f"{function}(): {name} must have input's dtype {dtype}{narrower}, but got {t.dtype}")
+        if t.dtype != first and function == "batch_norm":  # conv_bn_act takes any mixture
+            raise RuntimeError(f"{function}(): {', '.join(given)} must have one dtype, but got {name} of {t.dtype} beside {first}")
+    return None if weight is None else weight.reshape(-1), None if bias is None else bias.reshape(-1)
+
+
+def values_per_channel(function: str, size: Sequence[int]) -> int:
+    count = size[0] * prod(size[2:])
+    if count == 1:
+        raise ValueError(f"{function}(): expected more than 1 value per channel when training, but got size {list(size)}")
+    return count

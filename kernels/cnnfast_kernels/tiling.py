@@ -12,12 +12,12 @@ from typing import Literal
 from .problem import ConvProblem, tap_step
 
 Operation = Literal["fprop", "dgrad", "wgrad"]
+Precision = Literal["half", "tf32", "ieee", "fp64"]
+
 # The most that one instruction of a thread loads.
 VECTOR_BYTES = 16
 # ptxas may take all registers there are. Told no number, it spills a few where that lets one more program run.
 MAX_REGISTERS = 255
-
-Precision = Literal["half", "tf32", "ieee", "fp64"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ be frozen into the trace.
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import io
 import itertools
@@ -15,7 +16,7 @@ import operator
 import random
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +165,15 @@ def trace(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str] = 
     return traced
 
 
+def _alive(references: Sequence[weakref.ref[Any]]) -> bool:
+    """Whether any refers to an object that is reachable: torch.fx leaves some in cycles (a frame that refers to itself)."""
+    for generation in (0, 2):  # most are young; to search all objects takes its time
+        if all(reference() is None for reference in references):
+            return False
+        gc.collect(generation)
+    return any(reference() is not None for reference in references)
+
+
 def _trace_once(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str], training: bool) -> Traced:
     with _unchanged(block), _in_mode(block, training), torch.set_grad_enabled(training), _NoTensors():
         tracer = _Tracer(arguments, lists)
@@ -175,7 +185,7 @@ def _trace_once(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[s
         except Exception as error:  # control flow on values, len() of a tensor, ...: fx says which
             line = str(error).strip().splitlines()
             raise Refused(f"its forward cannot be traced ({type(error).__name__}: {line[0] if line else ''})") from None
-    if any(proxy() is not None for proxy in tracer.proxies):
+    if _alive(tracer.proxies):
         raise Refused("its forward keeps a tensor somewhere")
     graph.output_node().type = None  # an annotation may name what its module has imported, and the generated one has not
     kinds = tuple(("list" if name in lists else "tensor") if name in tracer.asked else "any" for name in arguments)

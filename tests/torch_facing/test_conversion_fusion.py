@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 
 import pytest
 import torch
@@ -51,6 +52,22 @@ def test_activations(name, residual, quick):
     act = copy.deepcopy({**ACTIVATIONS, **OTHER_ACTIVATIONS}[name])
     model = build(block(forward, act=act, residual=residual), quick)
     assert_same_steps(cnnfast.convert(model), copy.deepcopy(model), image().to(quick), fused=1)
+
+
+def test_sizes_unpacked(quick):
+    """torch.fx leaves what it unpacks in a cycle that only garbage collection ends: that is not a tensor kept."""
+
+    def forward(self, x):
+        y = self.relu(self.bn(self.conv(x)))
+        N, C, _, _ = y.shape
+        return y.reshape(N, C, -1)
+
+    gc.disable()
+    try:
+        ours = cnnfast.convert(model := build(block(forward), quick))
+    finally:
+        gc.enable()
+    assert_same_steps(ours, copy.deepcopy(model), image().to(quick), fused=1)
 
 
 def functional_relu(self, x):

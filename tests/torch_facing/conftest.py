@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import cnnfast.functional
 from blocks import Net, build, image
+from cnnfast.functional import convolution, fused, normalization, pooling
 from plain_operators import plain_operators
 
 
@@ -14,7 +14,9 @@ from plain_operators import plain_operators
 def quick(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> torch.device:
     """The device; every call there is served on the kernels' path, but computed by PyTorch's own operators."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(cnnfast.functional, "ops", plain_operators())
+    plain = plain_operators()
+    for functions in (convolution, fused, normalization, pooling):
+        monkeypatch.setattr(functions, "ops", plain)
     return device
 
 

@@ -251,8 +251,8 @@ def test_subclass_with_a_weight_of_its_own(device):
 def test_pytorchs_path(name, args, options, shape, device, monkeypatch):
     """One decision a call, on record, and PyTorch's bits."""
     decisions = []
-    decide = dispatch._why_torch
-    monkeypatch.setattr(dispatch, "_why_torch", lambda *call: decisions.append(call) or decide(*call))
+    decide = dispatch._torch
+    monkeypatch.setattr(dispatch, "_torch", lambda reason: decisions.append(reason) or decide(reason))
     ours, theirs = pair(name, args, options, device, torch.float32)
     x = normal(*shape, dtype=torch.float32).to(device)
     with cnnfast.backend("torch"), cnnfast.trace() as trace:

@@ -36,7 +36,7 @@ CALLS = {
     "conv1d": lambda f, x: f.conv1d(x[..., 0], W[..., 0], None, 2, 1, 1, 2),
     "conv_transpose2d": lambda f, x: f.conv_transpose2d(x, V, SHIFT, 2, 1, (1, 0), 2),
     "conv_transpose2d's bias": lambda f, x: f.conv_transpose2d(X, V, x.flatten()[:4], 2, 1, (1, 0), 2),
-    "conv_bn_act training": lambda f, x: f.conv_bn_act(x, W, None, None, activation="silu", training=True, **FUSED),
+    "conv_bn_act training": lambda f, x: f.conv_bn_act(x, W, None, None, activation="gelu", training=True, **FUSED),
     "conv_bn_act training relu": lambda f, x: f.conv_bn_act(x, V, None, None, GAIN, SHIFT, training=True, padding=(1, 0), groups=2),
     "conv_bn_act eval": lambda f, x: f.conv_bn_act(x, V, SHIFT, GAIN, GAIN, SHIFT, activation="relu6", groups=2),
     "conv_bn_act residual": lambda f, x: f.conv_bn_act(x[..., :1], V[..., :1, :1], SHIFT, GAIN, residual=x[..., :1], groups=2),

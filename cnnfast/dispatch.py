@@ -49,6 +49,16 @@ def backend(name: Backend) -> Iterator[None]:
         _backend = before
 
 
+def transformed() -> bool:
+    """Whether a functorch transform or forward-mode AD is active: PyTorch has rules for its own operators, and they serve then."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def why_transformed() -> str:
+    """The reason for that, for the record. Raises RuntimeError under backend("kernels")."""
+    return _torch("a functorch transform or forward-mode AD is active")
+
+
 @functools.cache
 def _gpu_reason(index: int) -> str:
     if torch.version.hip:
@@ -93,8 +103,8 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
         return _torch("triton is not installed")
     if CPU_REASON and x.is_cpu:  # first: what PyTorch serves anyway shall not wait for the other questions
         return _torch(CPU_REASON)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _torch("a functorch transform or forward-mode AD is active")
+    if transformed():
+        return why_transformed()
     if x.dtype not in launch.KERNEL_DTYPES:  # those of quantized tensors are not; another dtype of `others` is an error, not a choice
         return _torch(f"dtype {x.dtype} has no kernel")
     if x.layout is not torch.strided or x.is_nested:  # a lazy negation is done before an operator runs

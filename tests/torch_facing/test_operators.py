@@ -312,28 +312,6 @@ def test_flops(name, device):
     assert counts[0] == counts[1] > 0
 
 
-def loss(function):
-    return lambda w, x: function(x, w, None, 1, 1).square().sum()
-
-
-def test_transforms_take_pytorchs_operators(device):
-    """grad, vmap, jvp and their compositions give PyTorch's numbers; the trace says who served them."""
-    x, w, v = normal(3, 1, 2, 4, 4).to(device), normal(3, 2, 3, 3, seed=1).to(device), normal(3, 2, 3, 3, seed=2).to(device)
-
-    def each(f):
-        yield torch.func.grad(loss(f))(w, x[0])
-        yield torch.func.vmap(torch.func.grad(loss(f)), (None, 0))(w, x)
-        yield from torch.func.jvp(lambda w: loss(f)(w, x[0]), (w,), (v,))
-        with torch.autograd.forward_ad.dual_level():
-            y = f(x[0], torch.autograd.forward_ad.make_dual(w, v), None, 1, 1)
-            yield torch.autograd.forward_ad.unpack_dual(y).tangent
-
-    with cnnfast.trace() as trace:
-        mine = list(each(ours.conv2d))
-    torch.testing.assert_close(mine, list(each(theirs.conv2d)), rtol=0, atol=0)
-    assert {(call.served_by, call.reason) for call in trace} == {("torch", "a functorch transform or forward-mode AD is active")}
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(dtype, device):
     """Convolutions compute in the lower precision, other functions in that of their input, gradients have the dtypes of their tensors."""

@@ -120,6 +120,7 @@ def normalize_kernel(
 
 
 def contiguous(*vectors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Vectors over channels as kernels read them: what is a slice or an expanded number becomes a copy."""
     return tuple(None if v is None else v.contiguous() for v in vectors)
 
 

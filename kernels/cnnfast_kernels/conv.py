@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from . import launch
-from .batchnorm import batch_moments
-from .epilogue import PLAIN, Epilogue
+from .batchnorm import batch_moments, contiguous
+from .epilogue import PLAIN, BatchNorm, Epilogue
 from .gather.depthwise import StripPlan, moments_rows, plan_depthwise_dgrad, plan_depthwise_fprop, plan_depthwise_wgrad, vector_length
 from .gather.dgrad import plan_dgrad
 from .gather.fprop import plan_fprop
@@ -132,15 +132,17 @@ def conv_fprop(
 ) -> torch.Tensor:
     """What `epilogue` makes of conv(x, w), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
     bias, norm, residual, activation, slope = epilogue
+    bias, *vectors = contiguous(bias, *norm[:4])
     plan: FpropPlan = _plan_fprop(
         x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype,
         geometry, norm.eps, activation, slope, tf32, tile, launch.architecture(x.device),
     )  # fmt: skip
     y = launch.empty(plan.y, x)
     if algorithm == "im2col":
+        epilogue = Epilogue(bias, BatchNorm(*vectors, norm.eps), residual, activation, slope)
         im2col_fprop(geometry.problem(x.shape, w.shape), _precision(x.dtype, tf32), x, w, y, epilogue)
     else:
-        plan.run(x, w, y, bias, norm.mean, norm.var, norm.weight, norm.bias, residual, None)
+        plan.run(x, w, y, bias, *vectors, residual, None)
     return y
 
 
@@ -163,6 +165,7 @@ def conv_stats(
         geometry, 0.0, None, 0.0, tf32, tile, launch.architecture(x.device),
     )  # fmt: skip
     y, moments = launch.empty(plan.y, x), launch.empty(plan.moments, x)
+    (bias,) = contiguous(bias)
     plan.run(x, w, y, bias, None, None, None, None, None, moments)
     mean, var = combine(moments, plan.rows)
     assert var is not None
@@ -186,6 +189,7 @@ def conv_dgrad(
         dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt, geometry, tf32, tile, launch.architecture(dy.device)
     )
     dx = launch.empty(layout, dy)
+    (bias,) = contiguous(bias)
     if algorithm == "im2col":
         im2col_dgrad(geometry.problem(x_shape, w.shape), _precision(dy.dtype, tf32), dy, w, dx, bias)
     else:

@@ -108,6 +108,14 @@ def test_without_a_batch(name, device):
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_bias_of_any_stride(name, device):
+    call, (x, w, b) = CALLS[name]
+    for bias in (torch.stack([b, torch.full_like(b, float("nan"))], 1)[:, 0], b[:1].expand_as(b)):
+        inputs = [t.to(device) for t in (x, w, bias)]
+        assert_bits(run(call(ours), inputs), exact(call(theirs), inputs))
+
+
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,)], ids=str)
 def test_saved_bytes(name, frozen, device):
     call, inputs = CALLS[name]

@@ -121,7 +121,10 @@ def normalize_kernel(
 
 def contiguous(*vectors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Vectors over channels as kernels read them: what is a slice or an expanded number becomes a copy."""
-    return tuple(None if v is None else v.contiguous() for v in vectors)
+    for v in vectors:
+        if v is not None and not v.is_contiguous():
+            return tuple(None if v is None else v.contiguous() for v in vectors)
+    return vectors
 
 
 @launch.planned

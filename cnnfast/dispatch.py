@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.compiler import assume_constant_result
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -49,6 +50,18 @@ def backend(name: Backend) -> Iterator[None]:
         _backend = before
 
 
+def asked_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the answers; torch.compile takes them too, and does not trace the question."""
+    answer = functools.cache(function)
+
+    @assume_constant_result
+    @functools.wraps(function)
+    def ask(*arguments: Any) -> Any:
+        return answer(*arguments)
+
+    return ask
+
+
 def transformed() -> bool:
     """Whether a functorch transform or forward-mode AD is active: PyTorch has rules for its own operators, and they serve then."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -59,7 +72,7 @@ def why_transformed() -> str:
     return _torch("a functorch transform or forward-mode AD is active")
 
 
-@functools.cache
+@asked_once
 def _gpu_reason(index: int) -> str:
     if torch.version.hip:
         return "the GPU is not NVIDIA's"
@@ -67,7 +80,7 @@ def _gpu_reason(index: int) -> str:
     return "" if capability >= OLDEST_GPU else f"GPU sm_{capability[0]}{capability[1]} is older than sm_80"
 
 
-@functools.cache
+@asked_once
 def _interpreter_rounds_bf16() -> bool:
     """Triton's interpreter computes bfloat16 on raw bits, silently wrong; a test suite may have mended it. Asked once, by trying."""
     from cnnfast_kernels.conv import Geometry, conv_fprop

@@ -136,7 +136,7 @@ class _Recorder(TorchDispatchMode):
     def parts(self, packet: Any, args: Any, inputs: list[Tensor], reads: Any, writes: Any, flops: int) -> list[Node]:
         name = packet.__name__
         if packet is ATEN.convolution_backward:
-            return list(self.gradients(args, flops))
+            return list(self.gradients(args))
         if packet in NORMS:
             if not _trains(packet, args):
                 return [Node("batch_norm", "map", reads, writes[:1])]
@@ -157,12 +157,13 @@ class _Recorder(TorchDispatchMode):
             return [Node(name, "matrix", reads, writes, flops, pointwise)]
         return [Node(name, "reduce" if any(word in name for word in WHOLE) else "map", reads, writes)]
 
-    def gradients(self, args: Any, flops: int) -> Iterator[Node]:
+    def gradients(self, args: Any) -> Iterator[Node]:
         """Of a convolution: that of its input, of its weight, and of its bias."""
         dy, x, w = (self.value(t) for t in args[:3])
         wanted = args[-1]
         made = iter(range(len(self.graph.sizes) - sum(wanted), len(self.graph.sizes)))
-        each = flops // max(1, sum(wanted[:2]))
+        pixels = args[1] if args[7] else args[0]  # each of them, of the input if transposed, meets every tap of every filter
+        each = 2 * pixels[:, 0].numel() * args[2].numel()
         if wanted[0]:
             yield Node("conv_dgrad", "matrix", (dy, w), (next(made),), each)
         if wanted[1]:

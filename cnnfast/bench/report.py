@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .providers import PROVIDERS
-from .rows import LAYER, MODEL, OK, UNAVAILABLE, Row, jobs, our_best, speedup, strongest
+from .rows import EVEN, LAYER, LOSES, MODEL, OK, UNAVAILABLE, WINS, Row, jobs, our_best, speedup, strongest, verdict
 
-LOST, WON = "bold red", "green"
+LOST, MEAN = "bold red", "mean"
+STYLES = {LOSES: LOST, EVEN: "", WINS: "green", MEAN: ""}
 
 
 def report(rows: Sequence[Row]) -> Group:
@@ -23,16 +24,16 @@ def report(rows: Sequence[Row]) -> Group:
         parts += [Text(), model_table(group), *_not_run(group)]
     layers = [row for row in rows if row.kind == LAYER]
     if layers:
-        parts += [Text(), layer_table(layers)]
+        wrong = [row for row in layers if row.status not in (OK, UNAVAILABLE)]
+        parts += [Text(), layer_table(layers), *(Text(f"{title(row)}, {row.provider}: {row.reason}", LOST) for row in wrong)]
     return Group(*parts, Text(), *_legend(rows))
 
 
 def _conditions(rows: Sequence[Row]) -> Iterator[Text]:
     row = rows[0]
     m = row.machine
-    software = [
-        f"{name} {value}" for name, value in (("driver", m.driver), ("cuDNN", m.cudnn), ("torch", m.torch), ("triton", m.triton)) if value
-    ]
+    versions = (("driver", m.driver), ("cuDNN", m.cudnn), ("torch", m.torch), ("triton", m.triton))
+    software = [f"{name} {value}" for name, value in versions if value]
     yield Text(", ".join([m.device, *software, *([f"cnnfast at {m.commit}"] if m.commit else [])]))
     if m.clocks:
         yield Text(f"clocks of SMs and memory, each with its limit: {m.clocks}")
@@ -41,29 +42,25 @@ def _conditions(rows: Sequence[Row]) -> Iterator[Text]:
 
 def verdicts(rows: Iterable[Row]) -> Iterator[Text]:
     """One line a job of a model, and one a mode of all layers; the worst first."""
-    found: list[tuple[float, str]] = []
+    found: list[tuple[float, str, str]] = []
     silent: list[str] = []
     for group in jobs(row for row in rows if row.kind == MODEL):
-        ratio, theirs, ours = speedup(group), strongest(group), our_best(group)
-        name = title(group[0])
-        if ratio is None or theirs is None or ours is None:
-            silent.append(f"nothing to compare: {name}: no right result of {'a baseline' if theirs is None else 'cnnfast'}")
+        theirs, ours = strongest(group), our_best(group)
+        if theirs is None or ours is None:
+            silent.append(f"nothing to compare: {title(group[0])}: no right result of {'a baseline' if theirs is None else 'cnnfast'}")
         else:
-            found.append(
-                (ratio, f"{name}: {milliseconds(ours)} ms ({ours.provider}) against {milliseconds(theirs)} ms ({theirs.provider})")
-            )
-    by_mode: dict[tuple[str, str, int], list[float]] = {}
+            times = " against ".join(f"{milliseconds(row)} ms ({row.provider})" for row in (ours, theirs))
+            found.append((speedup(group) or 0, verdict(group), f"{title(group[0])}: {times}"))
+    by_mode: dict[tuple[str, str, int], list[list[Row]]] = {}
     for group in jobs(row for row in rows if row.kind == LAYER):
-        if ratio := speedup(group):
-            by_mode.setdefault((group[0].mode, group[0].dtype, group[0].batch), []).append(ratio)
-    for (mode, dtype, batch), ratios in by_mode.items():
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        lost = sum(ratio < 1 for ratio in ratios)
-        found.append(
-            (mean, f"{len(ratios)} layers, {mode}, batch {batch}, {dtype}: geometric mean; {lost} slower than the strongest baseline")
-        )
-    for ratio, text in sorted(found):
-        yield Text(f"{'loses' if ratio < 1 else 'wins':5}  {ratio:.2f}x  {text}", LOST if ratio < 1 else WON)
+        if speedup(group):
+            by_mode.setdefault((group[0].mode, group[0].dtype, group[0].batch), []).append(group)
+    for (mode, dtype, batch), groups in by_mode.items():
+        mean = math.exp(sum(math.log(speedup(group) or 1) for group in groups) / len(groups))
+        counts = [f"{count} {word}" for word in (LOSES, EVEN, WINS) if (count := sum(verdict(group) == word for group in groups))]
+        found.append((mean, MEAN, f"geometric mean of {len(groups)} layers, {mode}, batch {batch}, {dtype}: {', '.join(counts)}"))
+    for ratio, word, text in sorted(found):
+        yield Text(f"{word:5}  {ratio:.2f}x  {text}", LOST if ratio < 1 and word == MEAN else STYLES[word])
     yield from (Text(text, LOST) for text in silent)
 
 
@@ -111,22 +108,20 @@ def _not_run(rows: Sequence[Row]) -> Iterator[Text]:
 
 def layer_table(rows: Sequence[Row]) -> Table:
     """A line for each layer and direction: the strongest baseline and our best; the worst first."""
-    groups = sorted(jobs(rows), key=lambda group: speedup(group) or 0)
-    table = Table(title="layers, what is slowest beside its strongest baseline first", title_justify="left", title_style="bold")
-    table.box, table.pad_edge, table.show_edge = box.SIMPLE_HEAD, False, False
-    for name in ("layer", "mode", "times", "baseline us", "cnnfast us", "speed", "TFLOP/s", "GB/s", "of ceiling", ""):
-        text = name in ("layer", "mode", "")
-        table.add_column(name, no_wrap=bool(name), justify="left" if text else "right", overflow="fold")
-    for group in groups:
+    conditions = ", ".join(sorted({f"batch {row.batch}, {row.dtype}" for row in rows}))
+    table = Table(title=f"layers, {conditions}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.pad_edge = table.show_edge = False
+    for name in ("layer", "mode", "of net", "theirs us", "ours us", "speed", "TFLOP/s", "GB/s", "ceiling"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("layer", "mode") else "right")
+    for group in sorted(jobs(rows), key=lambda group: speedup(group) or 0):
         ratio, theirs, ours = speedup(group), strongest(group), our_best(group)
         figures = [""] * 3
         if ours:
             figures = [_short(ours.tflops) if ours.tflops else "", _short(ours.gbps or 0), f"{ours.fraction:.0%}" if ours.fraction else ""]
-        wrong = [f"{row.provider}: {row.reason}" for row in group if row.status not in (OK, UNAVAILABLE)]
         table.add_row(
-            group[0].subject, group[0].mode, str(group[0].count),
+            group[0].subject, group[0].mode, f"{group[0].count}x",
             *(_short(row.median * 1e6) if row and row.median else "" for row in (theirs, ours)),
-            f"{ratio:.2f}x" if ratio else "", *figures, Text("; ".join(wrong), LOST), style="red" if ratio and ratio < 1 else "",
+            f"{ratio:.2f}x" if ratio else "", *figures, style=STYLES[verdict(group)],
         )  # fmt: skip
     return table
 
@@ -150,9 +145,8 @@ def _legend(rows: Sequence[Row]) -> Iterator[Text]:
 
 def _short(value: float) -> str:
     """Three digits."""
-    return (
-        f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"
-    )
+    digits = next((digits for digits, least in enumerate((99.95, 9.995, 0.9995)) if value >= least), 3)
+    return f"{value:,.{digits}f}"
 
 
 def _mib(size: int | None) -> str:

@@ -12,6 +12,7 @@ from .roofline import Peaks
 
 OK, UNAVAILABLE, WRONG, FAILED = "ok", "unavailable", "wrong", "failed"
 MODEL, LAYER = "model", "layer"
+LOSES, EVEN, WINS = "loses", "even", "wins"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ def speedup(rows: Sequence[Row]) -> float | None:
     """How many times as fast as the strongest baseline our best is; below 1 it loses."""
     theirs, ours = strongest(rows), our_best(rows)
     return theirs.median / ours.median if theirs and ours and theirs.median and ours.median else None
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Whether our best loses, wins, or is even: the spreads from 20 to 80 % meet, or there is nothing to compare."""
+    theirs, ours = strongest(rows), our_best(rows)
+    if theirs and ours and (ours.low or 0) > (theirs.high or 0):
+        return LOSES
+    return WINS if theirs and ours and (ours.high or 0) < (theirs.low or 0) else EVEN
 
 
 def write(rows: Sequence[Row], file: Path) -> None:

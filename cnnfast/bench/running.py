@@ -113,7 +113,8 @@ def _timed(found: Times | Exception, calls: int) -> dict[str, Any]:
 def _row(
     job: Job, provider: Provider, found: dict[str, Any], work: dict[str, Work], machine: Machine, peaks: Peaks, kind: str, count: int
 ) -> Row:
-    level = provider.level if provider.level in work and kind == MODEL else OPERATORS
+    kernels_ran = not provider.ours or job.device.type == "cuda"
+    level = provider.level if provider.level in work and kind == MODEL and kernels_ran else OPERATORS
     done = work.get(level)
     return Row(
         kind=kind,

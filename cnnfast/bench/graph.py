@@ -25,6 +25,7 @@ ATEN = torch.ops.aten
 # Of normalisations, "map" is what they do to each element once they know their statistics.
 NORMS = (ATEN.native_batch_norm, ATEN.cudnn_batch_norm, ATEN._native_batch_norm_legit, ATEN._native_batch_norm_legit_no_training)
 NORM_GRADIENTS = (ATEN.native_batch_norm_backward, ATEN.cudnn_batch_norm_backward)
+SHAPE_ALONE = (ATEN.max_pool2d_with_indices_backward, ATEN.avg_pool2d_backward, ATEN._adaptive_avg_pool2d_backward)  # of the second one
 WHOLE = ("mean", "sum", "adaptive", "softmax", "layer_norm", "group_norm", "amax", "var", "norm")  # in names: values meet across positions
 
 
@@ -125,8 +126,11 @@ class _Recorder(TorchDispatchMode):
         memory = {t.untyped_storage()._cdata for t in inputs}
         written = func._schema.is_mutable
         made = [t for t in outputs if written or t.untyped_storage()._cdata not in memory]
-        if not made or (not reads and "fill" not in str(func)):  # views; empty memory
+        name = func._overloadpacket.__name__
+        if not made or not reads or "empty" in name:  # views; constants and memory, which nobody reads
             return result
+        if func._overloadpacket in SHAPE_ALONE:
+            reads = tuple(v for v in reads if v != self.value(inputs[1]))
         writes = tuple(dict.fromkeys(self.value(t, fresh=True) for t in made))
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0

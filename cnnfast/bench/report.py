@@ -111,6 +111,7 @@ def layer_table(rows: Sequence[Row]) -> Table:
     conditions = ", ".join(sorted({f"batch {row.batch}, {row.dtype}" for row in rows}))
     table = Table(title=f"layers, {conditions}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.pad_edge = table.show_edge = False
+    table.padding = (0, 1, 0, 0)
     for name in ("layer", "mode", "of net", "theirs us", "ours us", "speed", "TFLOP/s", "GB/s", "ceiling"):
         table.add_column(name, no_wrap=True, justify="left" if name in ("layer", "mode") else "right")
     for group in sorted(jobs(rows), key=lambda group: speedup(group) or 0):
@@ -138,7 +139,7 @@ def _legend(rows: Sequence[Row]) -> Iterator[Text]:
     )  # fmt: skip
     if not rows[0].machine.driver:
         yield Text(
-            "No GPU here: times are processor time of one thread, and PyTorch serves cnnfast's calls too, so that its rows show what"
+            "No GPU here: times are those of one thread, and PyTorch serves cnnfast's calls too, so that its rows show what"
             " conversion costs. What a launch costs the host: pytest benchmarks/test_host_cost.py", "dim",
         )  # fmt: skip
 

@@ -173,6 +173,18 @@ class _Fused:
                 self.merge(added[0], i)
             elif set(node.pointwise) == {1} and (before := self.makers(node.reads[:1])) and self.is_matrix(self.group[before[0]]):
                 self.merge(before[0], i)
+            else:
+                for other in self.added_to(i):
+                    self.merge(other, i)
+
+    def added_to(self, i: int) -> list[int]:
+        """The nodes of other convolutions' kernels whose values the maps after a node, in its kernel, read besides its own."""
+        found: list[int] = []
+        readers = self.readers_of(i)
+        while len(readers) == 1 and self.nodes[readers[0]].kind == "map" and self.group[readers[0]] == self.group[i]:
+            found += [k for k in self.makers(self.nodes[readers[0]].reads) if self.is_matrix(self.group[k])]
+            readers = self.readers_of(readers[0])
+        return found
 
     def share_reductions(self) -> None:
         """Those of the same value."""
@@ -195,7 +207,7 @@ class _Fused:
         readers = self.readers.get(v, [])
         passed_on = len(readers) == 1 and self.loose(readers[0])  # stored after that one, if at all
         a_sum = len(large) > 1 and not node.name.endswith("backward")
-        too_much = sum(self.sizes[u] for u in made_from) > TWICE * self.sizes[v]
+        too_much = sum(self.sizes[u] for u in large) > TWICE * self.sizes[v]
         alone = v in self.results or ((a_sum or too_much) and not passed_on)
         by_matrix = not self.prologues and any(self.nodes[r].kind == "matrix" for r in readers)
         if alone or by_matrix:

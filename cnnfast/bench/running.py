@@ -147,7 +147,7 @@ def in_a_line(error: BaseException) -> str:
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU processor time is measured, of one thread; cuDNN may try all its algorithms."""
+    """On a CPU one thread computes, so that times do not hang on who else uses the cores; cuDNN may try all its algorithms."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Times of steps that take turns: on a GPU by its own events, on a CPU by processor time.
+"""Times of steps that take turns: on a GPU by its own events, on a CPU by the clock.
 
 A step is warmed up until it is no longer getting faster. Then come rounds, in each of which every step gives one sample, in an order that
 moves on from round to round: what heats or slows the machine does so to all. A sample is the mean of so many calls in a row that the
@@ -11,11 +11,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 Step = Callable[[], Any]
+
+SCHEDULER = Path("/proc/thread-self/schedstat")  # nanoseconds that the thread ran, that it waited for a core, and slices
 
 ROUNDS = 9  # at least, as long as the budget is not overdrawn tenfold
 STABLE = 0.03  # of two consecutive warm-up samples
@@ -46,15 +49,23 @@ class DeviceClock:
 
 
 class HostClock:
-    """Processor time of this process: whatever else the machine does is not counted. Of steps that run on one thread."""
+    """The time that passes, less what this thread spent waiting for a core (where Linux tells): others' load is not counted."""
 
     least = 0.005
 
     def sample(self, step: Step, calls: int) -> float:
-        start = time.process_time()
+        start, before = time.perf_counter(), _waited()
         for _ in range(calls):
             step()
-        return (time.process_time() - start) / calls
+        return (time.perf_counter() - start - (_waited() - before)) / calls
+
+
+def _waited() -> float:
+    """Seconds that this thread could have run in and did not."""
+    try:
+        return int(SCHEDULER.read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0
 
 
 def clock_of(device: torch.device) -> Clock:

@@ -88,7 +88,7 @@ def bench(
     with one_thread(device):
         rows = _run(jobs, device, precision, seconds)
     console = Console()
-    console.print(report(rows))
+    console.print(report(rows, console.width))
     if json_file is not None:
         write(rows, json_file)
     if pictures is not None:

@@ -75,7 +75,7 @@ def row(provider: str = "eager", median: float | None = 1.0, **other) -> Row:
 
 def text(rows, width: int = 120) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report(rows))
+    console.print(report(rows, width))
     return console.export_text()
 
 
@@ -125,7 +125,6 @@ def test_a_wrong_provider_ends_with_1(model, monkeypatch):
     monkeypatch.setitem(PROVIDERS, "eager", Zero("eager", "of nothing"))
     result = bench(model, "--seconds", "0")
     assert result.exit_code == 1
-    assert "wrong: wrong" not in result.output
     assert "eager            wrong: tensor 0 is off by" in result.output
 
 
@@ -201,6 +200,7 @@ def test_the_report_fits(width):
     rows += [row(kind="layer", subject="conv 3x3/1 > 64, 64x56x56", mode=m, level="operators") for m in ("forward", "dgrad")]
     lines = text(rows, width).splitlines()
     assert max(map(len, lines)) <= width
+    assert not [line for line in lines if "…" in line]
     assert any("jax is not installed" in line for line in lines)
 
 

@@ -389,6 +389,19 @@ def test_cudnns_graphs_are_built_once_and_get_their_tensors(small, monkeypatch):
     assert len(built) == 2
 
 
+def test_kernels_of_a_step_are_counted(small, monkeypatch):
+    """The profiler replaced: copies of memory, and what runs on the host, are none."""
+    from torch._C._autograd import DeviceType
+
+    events = [("conv", DeviceType.CUDA), ("Memcpy DtoD", DeviceType.CUDA), ("relu", DeviceType.CUDA), ("aten::conv2d", DeviceType.CPU)]
+    seen = types.SimpleNamespace(events=lambda: [types.SimpleNamespace(name=n, device_type=d) for n, d in events * 3])
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: nullcontext(seen))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    on_gpu = replace(job(small), device=torch.device("cuda"))
+    assert running.kernels(on_gpu, Prepared(list, calls=3)) == 2
+    assert running.kernels(job(small), Prepared(list)) is None
+
+
 def test_a_captured_step_replays_all_buffers(small, monkeypatch):
     """CUDA's streams and graphs replaced: what is captured, in which order, and that replaying returns the first result."""
     log = []

@@ -126,7 +126,9 @@ def _table(title: str, cells: dict[str, list[str]], width: int, styles: list[str
     for name in DISPENSABLE:
         if sum(max(map(len, [name, *values])) + 2 for name, values in shown.items()) > width:
             shown.pop(name, None)
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+    )
     for name in shown:
         table.add_column(name, no_wrap=True, justify="left" if name in ("provider", "layer", "mode") else "right")
     for line, style in zip(zip(*shown.values(), strict=True), styles, strict=True):

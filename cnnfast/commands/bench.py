@@ -140,7 +140,7 @@ def _providers(names: list[str], device: torch.device, layers: bool) -> list[Pro
         return [PROVIDERS[name] for name in names]
     if layers:
         return [PROVIDERS[name] for name in LAYER_PROVIDERS[device.type]]
-    slow = "compiles for minutes on a CPU: ask for it by --provider"
+    slow = "takes minutes on a CPU, ask by --provider"
     return [replace(p, skipped=slow) if device.type == "cpu" and p.how != EAGER else p for p in PROVIDERS.values()]
 
 

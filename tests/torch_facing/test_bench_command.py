@@ -96,7 +96,7 @@ def test_an_own_model_in_both_modes(model, tmp_path):
         assert data["dtype"] == "float32"
         assert (data["status"] == "ok") == (data["median"] is not None) == (data["tflops"] is not None) == (not data["reason"])
     assert "unavailable: CUDA graphs need a GPU" in result.output
-    assert "compiles for minutes on a CPU" in result.output
+    assert "takes minutes on a CPU" in result.output
     assert "No GPU here" in result.output
 
 

@@ -7,6 +7,7 @@ import time
 import types
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -453,6 +454,28 @@ def test_compilation_is_asked_for_as_named(small, monkeypatch, name, mode, freez
     monkeypatch.setattr(torch, "compile", compile)
     assert run(job(small), PROVIDERS[name])[name].status == OK
     assert asked == [(mode, False, freezing)]
+
+
+def test_the_first_result_finds_no_compiled_kernels_on_disk(small, monkeypatch):
+    knobs = pytest.importorskip("triton").knobs
+    before, seen = knobs.cache.dir, []
+
+    class Looking(Provider):
+        def prepare(self, job):
+            seen.append(knobs.cache.dir)
+            assert not list(Path(seen[-1]).iterdir())
+            return super().prepare(job)
+
+    run(job(small), Looking("looking", ""))
+    assert seen[0] != before
+    assert knobs.cache.dir == before
+
+
+def test_volumes_are_laid_out_too():
+    model = nn.Sequential(nn.Conv3d(2, 4, 3), nn.BatchNorm3d(4), nn.ReLU())
+    work = Job("volumes", model, ((2, 2, 5, 6, 7),), "train", torch.float32, CPU)
+    assert run(work, PROVIDERS["eager"])["eager"].status == OK
+    assert PROVIDERS["eager"].network(work)[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_ours_is_the_converted_original(small):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything worth doing when a GPU is at hand, in one call under 10 minutes: correctness, the demo at full size in every dtype,
-# the layers' times. Results are files in $OUT, by default benchmarks/results/<gpu>. Needs no installation: PYTHONPATH is set here.
+# Everything worth doing when a GPU is at hand, in one call: correctness, the demo at full size in every dtype,
+# the network and its layers against the strongest baselines. Results are files in $OUT, by default benchmarks/results/<gpu>. Needs no installation: PYTHONPATH is set here.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".:kernels" PYTHONUNBUFFERED=1
@@ -20,5 +20,6 @@ run() { # seconds, log, command
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | tee "$OUT/gpu.csv"
 run 240 tests.log python3 -m pytest -q -n 8 -m "not compiled" tests
 run 120 demo.log python3 -m cnnfast demo --out "$OUT/demo"
-run 200 layers.log python3 -m pytest -q benchmarks --benchmark-json="$OUT/layers.json"
+run 240 bench.log python3 -m cnnfast bench resnet50 --mode infer,train --batch 32 --seconds 0.5 --json "$OUT/bench.json" --pictures "$OUT"
+run 200 layers.log python3 -m cnnfast bench --layers --seconds 0.05 --json "$OUT/layers.json" --pictures "$OUT/layers"
 exit $failed

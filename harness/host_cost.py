@@ -99,7 +99,7 @@ def layers() -> dict[str, Callable[[], Any]]:
     geometry = conv.Geometry(*GEOMETRY)
     conv.conv_fprop(x, w, geometry)
     planned: Any = conv._plan_fprop(
-        x.shape, x.stride(), w.shape, w.stride(), None, x.dtype, geometry, 0.0, None, 0.0, False, None, launch.architecture(x.device)
+        x.shape, x.stride(), w.shape, w.stride(), None, x.dtype, geometry, 0.0, None, 0.0, False, None, launch.architecture(x.device), True
     )
     arguments = x, w, launch.empty(planned.y, x), *[None] * 7
     calls: list[Callable[[], Any]] = [

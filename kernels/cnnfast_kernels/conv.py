@@ -2,7 +2,8 @@
 
 Tensors are of logical shape x [N, C, H, W], w [K, C / groups, R, S], y [N, K, P, Q], in any memory layout; `padding` is
 (top, bottom, left, right). Arguments are taken to be consistent: cnnfast.functional checks what users pass. `tile`
-replaces the choice for the direct kernels, and its type tells the family; im2col chooses for each piece of its workspace.
+replaces the choice for the direct kernels, and its type tells the family: StripTile depthwise, BoxTile tensor maps (ValueError where
+these cannot serve), TileConfig pointers; im2col chooses for each piece of its workspace.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ from .gather.depthwise import StripPlan, moments_rows, plan_depthwise_dgrad, pla
 from .gather.dgrad import plan_dgrad
 from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
-from .gather.slots import WgradPlan
 from .gather.wgrad import plan_wgrad
 from .partials import TileRows, combine
 from .problem import ConvProblem
+from .slots import WgradPlan
 from .tiling import Operation, Precision, StripTile, TileConfig, cdiv, choose_strip_tile, choose_tile, precision_class
+from .tma.dgrad import plan_tma_dgrad
+from .tma.fprop import box_rows, plan_tma_fprop
+from .tma.tiles import BoxTile, choose_box_tile
+from .tma.views import flattened, why_not
+from .tma.wgrad import plan_tma_wgrad
 
 Algorithm = Literal["auto", "direct", "im2col"]
-Tile = TileConfig | StripTile  # of the general kernels, and of those of depthwise convolution
+Tile = TileConfig | StripTile | BoxTile  # of the general kernels, of those of depthwise convolution, of those that load by tensor maps
 
 
 class Geometry(NamedTuple):
@@ -46,14 +52,38 @@ def _precision(dtype: torch.dtype, tf32: bool) -> Precision:
 
 
 def _tile(
-    operation: Operation, problem: ConvProblem, precision: Precision, arch: int, x: launch.Layout, w: launch.Layout, y: launch.Layout
+    operation: Operation,
+    problem: ConvProblem,
+    precision: Precision,
+    arch: int,
+    aligned: bool,
+    x: launch.Layout,
+    w: launch.Layout,
+    y: launch.Layout,
+    residual: launch.Layout | None = None,
+    activation: str | None = None,
 ) -> Tile:
-    """`x`, `w` and `y` may each be the operand or its gradient."""
+    """The family and its tile. `x`, `w` and `y` may each be the operand or its gradient; `aligned`: whether operands start at multiples of
+    16 bytes.
+
+    Tensor maps, wherever they can serve and boxes are not mostly empty: by their instructions they should win, but on no GPU has either
+    family been timed.
+    """
     if problem.is_depthwise:
         return choose_strip_tile(problem, operation, precision, vector_length(x, y))
+    images = [x, y] if residual is None else [x, y, residual]
+    if not why_not(problem, precision, arch, aligned, *images, *([] if operation == "wgrad" else [w])):
+        tile = choose_box_tile(flattened(problem, *images)[0], operation, activation, arch)
+        if tile is not None:
+            return tile
     operands = {"fprop": (x, w), "dgrad": (y, w), "wgrad": (x, y)}[operation]
     adjacent = all(t.stride(1) == 1 or t.shape[1] == 1 for t in operands)
     return choose_tile(problem, operation, precision, adjacent, arch)
+
+
+def _check(tile: BoxTile, reason: str) -> None:
+    if reason:
+        raise ValueError(f"tile={tile} is of the kernels that load by tensor maps, which cannot serve this call: {reason}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,18 +99,23 @@ class FpropPlan(NamedTuple):
 
 @launch.planned
 def _plan_fprop(
-    x_shape, x_strides, w_shape, w_strides, residual_strides, dtype, geometry: Geometry, eps, activation, slope, tf32, tile, arch
+    x_shape, x_strides, w_shape, w_strides, residual_strides, dtype, geometry: Geometry, eps, activation, slope, tf32, tile, arch, aligned
 ) -> FpropPlan:
     g = geometry.problem(x_shape, w_shape)
     x, w = launch.Layout(x_shape, x_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
     y = launch.dense((g.N, g.K, g.P, g.Q), dtype, launch.memory_format(x, w))
     residual = None if residual_strides is None else launch.Layout(y.shape, residual_strides, dtype)
     precision = _precision(dtype, tf32)
-    tile = tile or _tile("fprop", g, precision, arch, x, w, y)
+    tile = tile or _tile("fprop", g, precision, arch, aligned, x, w, y, residual, activation)
     if isinstance(tile, StripTile):
         run = plan_depthwise_fprop(g, tile, x, w, y, residual, eps, activation, slope)
         rows = moments_rows(g, tile)
         tiles = cdiv(rows.tiles, tile.BLOCK_M)
+    elif isinstance(tile, BoxTile):
+        _check(tile, why_not(g, precision, arch, aligned, x, w, y, *([] if residual is None else [residual])))
+        run = plan_tma_fprop(g, tile, x, w, y, residual, eps, activation, slope)
+        rows = box_rows(g, tile, x, y)
+        tiles = rows.tiles
     else:
         run = plan_fprop(g, tile, precision, x, w, y, residual, eps, activation, slope)
         pixels = g.N * g.P * g.Q
@@ -91,29 +126,35 @@ def _plan_fprop(
 
 @launch.planned
 def _plan_dgrad(
-    dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, arch
+    dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, arch, aligned
 ) -> tuple[launch.Layout, launch.Plan | StripPlan]:
     g = geometry.problem(x_shape, w_shape)
     dy, w = launch.Layout(dy_shape, dy_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
     dx = launch.dense(x_shape, dtype, fmt)
     precision = _precision(dtype, tf32)
-    tile = tile or _tile("dgrad", g, precision, arch, dx, w, dy)
+    tile = tile or _tile("dgrad", g, precision, arch, aligned, dx, w, dy)
     if isinstance(tile, StripTile):
         return dx, plan_depthwise_dgrad(g, tile, dy, w, dx)
+    if isinstance(tile, BoxTile):
+        _check(tile, why_not(g, precision, arch, aligned, dy, w, dx))
+        return dx, plan_tma_dgrad(g, tile, dy, w, dx)
     return dx, plan_dgrad(g, tile, precision, dy, w, dx)
 
 
 @launch.planned
 def _plan_wgrad(
-    x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, arch
+    x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, arch, aligned
 ) -> tuple[launch.Layout, WgradPlan]:
     g = geometry.problem(x_shape, w_shape)
     x, dy = launch.Layout(x_shape, x_strides, dtype), launch.Layout(dy_shape, dy_strides, dtype)
     dw = launch.dense(w_shape, dtype, fmt)
     precision = _precision(dtype, tf32)
-    tile = tile or _tile("wgrad", g, precision, arch, x, dw, dy)
+    tile = tile or _tile("wgrad", g, precision, arch, aligned, x, dw, dy)
     if isinstance(tile, StripTile):
         return dw, plan_depthwise_wgrad(g, tile, x, dy, dw)
+    if isinstance(tile, BoxTile):
+        _check(tile, why_not(g, precision, arch, aligned, x, dy))
+        return dw, plan_tma_wgrad(g, tile, x, dy, dw)
     return dw, plan_wgrad(g, tile, precision, x, dy, dw)
 
 
@@ -133,9 +174,10 @@ def conv_fprop(
     """What `epilogue` makes of conv(x, w), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
     bias, norm, residual, activation, slope = epilogue
     bias, mean, var, weight, shift = contiguous(bias, *norm[:4])
+    addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
     plan: FpropPlan = _plan_fprop(
         x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype,
-        geometry, norm.eps, activation, slope, tf32, tile, launch.architecture(x.device),
+        geometry, norm.eps, activation, slope, tf32, tile, launch.architecture(x.device), addresses % 16 == 0,
     )  # fmt: skip
     y = launch.empty(plan.y, x)
     if algorithm == "im2col":
@@ -162,7 +204,7 @@ def conv_stats(
         return y, *batch_moments(y)
     plan: FpropPlan = _plan_fprop(
         x.shape, x.stride(), w.shape, w.stride(), None, x.dtype,
-        geometry, 0.0, None, 0.0, tf32, tile, launch.architecture(x.device),
+        geometry, 0.0, None, 0.0, tf32, tile, launch.architecture(x.device), (x.data_ptr() | w.data_ptr()) % 16 == 0,
     )  # fmt: skip
     y, moments = launch.empty(plan.y, x), launch.empty(plan.moments, x)
     (bias,) = contiguous(bias)
@@ -186,8 +228,9 @@ def conv_dgrad(
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to x, plus `bias` [C]: the transposed convolution of dy."""
     layout, run = _plan_dgrad(
-        dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt, geometry, tf32, tile, launch.architecture(dy.device)
-    )
+        dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt,
+        geometry, tf32, tile, launch.architecture(dy.device), (dy.data_ptr() | w.data_ptr()) % 16 == 0,
+    )  # fmt: skip
     dx = launch.empty(layout, dy)
     (bias,) = contiguous(bias)
     if algorithm == "im2col":
@@ -210,8 +253,9 @@ def conv_wgrad(
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to w."""
     layout, run = _plan_wgrad(
-        x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt, geometry, tf32, tile, launch.architecture(x.device)
-    )
+        x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt,
+        geometry, tf32, tile, launch.architecture(x.device), (x.data_ptr() | dy.data_ptr()) % 16 == 0,
+    )  # fmt: skip
     dw = launch.empty(layout, x)
     if dy.numel() == 0 or x.numel() == 0:
         return dw.zero_()

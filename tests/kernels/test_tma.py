@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
 from cnnfast_kernels import conv, launch
 from cnnfast_kernels.epilogue import ACTIVATIONS, BatchNorm, Epilogue
@@ -233,6 +234,20 @@ def test_same_bits_twice(device):
     for dw in (first, second):
         tma_wgrad(RAGGED.problem, BoxTile(4, 4, 4, 64, 64, SPLIT_K=3), x, dy, dw)
     assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="GPU ring: products are counted in the interpreter")
+@pytest.mark.parametrize("check", [check_fprop, check_dgrad, check_wgrad])
+@pytest.mark.parametrize("tile", [BoxTile(64, 1, 1, 64, 64), BoxTile(4, 1, 16, 64, 64), BoxTile(1, 8, 8, 64, 64)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_steps_are_those_that_the_choice_reckons_with(stride, tile, check, device, monkeypatch):
+    """No more than that: single pixels, rows and columns skip the taps that see padding."""
+    case = Case("", (3, 128, 4, 6), (40, 3, 3), (stride, stride), PADDED)
+    products, create_dot = [], InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *args: (products.append(1), create_dot(*args))[1])
+    check(case, tile, device)
+    operation = {check_fprop: "fprop", check_dgrad: "dgrad", check_wgrad: "wgrad"}[check]
+    assert len(products) == box_steps(case.problem, operation, tile)
 
 
 def test_a_tile_that_cannot_step_with_the_stride(device):

@@ -48,9 +48,9 @@ def bench(
     """Measure MODEL in eval or training against the strongest baselines: what is lost comes first.
 
     Baselines are PyTorch in channels_last with cudnn.benchmark, the same as a CUDA graph, torch.compile, cuDNN's fused convolutions and
-    JAX, as far as this machine has them; the table says why one did not run. Before it is timed, every one is checked against float64:
-    wrong numbers get no time. All take turns in every round. Beside each time stands what the machine allows, by its bandwidth and
-    matrix rate, measured in the same run.
+    JAX, as far as this machine has them; what did not run is listed with the reason. Before it is timed, every one is checked against
+    float64 (dropout is off for that): wrong numbers get no time. All take turns in every round. Beside each time stands what the machine
+    allows, by its bandwidth and matrix rate, measured in the same run.
 
     Without MODEL the standard set runs: ResNet-50 in eval and in training, and --layers. Without a GPU PyTorch serves every call, so
     that ratios show what conversion costs. `--compare A B` ends with exit code 1 if something became slower or wrong.

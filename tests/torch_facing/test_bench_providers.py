@@ -456,6 +456,13 @@ def test_compilation_is_asked_for_as_named(small, monkeypatch, name, mode, freez
     assert asked == [(mode, False, freezing)]
 
 
+def test_jax_passes_the_gate(small):
+    pytest.importorskip("jax", reason="jax is not installed")
+    assert run(job(small.eval()), PROVIDERS["jax"])["jax"].status == OK
+    odd = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.PixelShuffle(2))
+    assert PROVIDERS["jax"].unavailable(job(odd)) == "its model has no PixelShuffle"
+
+
 def test_what_is_compiled_stays_compiled(small, monkeypatch):
     """Providers that have been prepared are timed as they are: what dynamo keeps is dropped before a job, not within it."""
     import torch._dynamo

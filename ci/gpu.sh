@@ -20,6 +20,10 @@ run() { # seconds, log, command
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | tee "$OUT/gpu.csv"
 run 240 tests.log python3 -m pytest -q -n 8 -m "not compiled" tests
 run 120 demo.log python3 -m cnnfast demo --out "$OUT/demo"
-run 240 bench.log python3 -m cnnfast bench resnet50 --mode infer,train --batch 32 --seconds 0.5 --json "$OUT/bench.json" --pictures "$OUT"
+# Without max-autotune, which alone compiles for minutes: `cnnfast bench` has it, at every batch.
+providers=(--provider eager --provider eager-graph --provider compile --provider cudnn-fused --provider cudnn-graph --provider nchw)
+providers+=(--provider cnnfast --provider cnnfast-graph --provider cnnfast-compile)
+run 300 bench.log python3 -m cnnfast bench resnet50 --mode infer,train --batch 32 --seconds 0.5 "${providers[@]}" \
+    --json "$OUT/bench.json" --pictures "$OUT/bench"
 run 200 layers.log python3 -m cnnfast bench --layers --seconds 0.05 --json "$OUT/layers.json" --pictures "$OUT/layers"
 exit $failed

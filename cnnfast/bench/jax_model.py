@@ -85,7 +85,7 @@ def _run(model: fx.GraphModule, parameters: dict[str, Any], images: list[Any]) -
         elif node.op == "output":
             return [values[n] for n in node.all_input_nodes]
         else:
-            operands = [values[n] for n in node.all_input_nodes]
+            operands = [values[n] for n in node.args if isinstance(n, fx.Node)]  # one may be there twice
             values[node] = _call(model, node, parameters, *operands)
     raise AssertionError("a graph ends with its output")
 

@@ -87,10 +87,11 @@ def _images(rows: list[Row]) -> Figure:
         for label, color, pick in (("cnnfast", OURS, our_best), ("strongest baseline", THEIRS, strongest)):
             best = sorted((row for group in groups if (row := pick(group))), key=lambda row: row.batch)
             speeds = [row.images_per_second for row in best]
-            axes.loglog([r.batch for r in best], speeds, STYLES[i % 4], marker="o", color=color, label=f"{', '.join(subject)}: {label}")
+            axes.semilogx([r.batch for r in best], speeds, STYLES[i % 4], marker="o", color=color, label=f"{', '.join(subject)}: {label}")
     batches = sorted({row.batch for row in rows})
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.minorticks_off()
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("batch")
     axes.set_ylabel("images a second")
     axes.set_title(rows[0].machine.device, fontsize=10)

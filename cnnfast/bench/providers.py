@@ -148,7 +148,6 @@ def compiler(how: str, inference: bool) -> Iterator[Callable[[nn.Module], Callab
         return
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()
     with inductor.patch(freezing=inference and how == MAX_AUTOTUNE):
         yield lambda model: torch.compile(model, mode=None if how == COMPILE else how, dynamic=False)
 

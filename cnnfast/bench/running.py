@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -58,6 +59,8 @@ def run(
     budget: seconds of timing for each. tell: called with what comes next. Raises what the model itself raises in PyTorch, and
     ValueError if nothing can be judged by it (gate.py), or if it is no baseline because it calls cnnfast itself.
     """
+    if "torch._dynamo" in sys.modules:  # of the last job; between providers it would make the earlier ones compile again
+        torch._dynamo.reset()
     tell("expected results")
     with dispatch.trace() as calls:
         expected = expect(job)

@@ -48,9 +48,9 @@ def bench(
     """Measure MODEL in eval or training against the strongest baselines: what is lost comes first.
 
     Baselines are PyTorch in channels_last with cudnn.benchmark, the same as a CUDA graph, torch.compile, cuDNN's fused convolutions and
-    JAX, as far as this machine has them; the table says why one did not run. Before it is timed, every one is checked against float64:
-    wrong numbers get no time. All take turns in every round. Beside each time stands what the machine allows, by its bandwidth and
-    matrix rate, measured in the same run.
+    JAX, as far as this machine has them; what did not run is listed with the reason. Before it is timed, every one is checked against
+    float64 (dropout is off for that): wrong numbers get no time. All take turns in every round. Beside each time stands what the machine
+    allows, by its bandwidth and matrix rate, measured in the same run.
 
     Without MODEL the standard set runs: ResNet-50 in eval and in training, and --layers. Without a GPU PyTorch serves every call, so
     that ratios show what conversion costs. `--compare A B` ends with exit code 1 if something became slower or wrong.
@@ -71,7 +71,6 @@ def bench(
     from rich.console import Console
 
     from ..bench.report import report
-    from ..bench.rows import write
     from ..bench.running import one_thread
 
     torch.manual_seed(0)  # the same parameters every time
@@ -86,11 +85,9 @@ def bench(
     if layers or (model is None and not modes and not sizes):
         jobs += _layer_jobs(batches, precision, device, _providers(provider or [], device, True), seconds)
     with one_thread(device):
-        rows = _run(jobs, device, precision, seconds)
+        rows = _run(jobs, device, precision, seconds, json_file)
     console = Console()
     console.print(report(rows, console.width))
-    if json_file is not None:
-        write(rows, json_file)
     if pictures is not None:
         from ..bench.pictures import draw
 
@@ -192,11 +189,14 @@ def _layer_jobs(
                 yield f"{layer}, {mode}", partial(run_layer, layer, batch, mode, dtype, device, providers)
 
 
-def _run(jobs: list[tuple[str, Callable[..., list[Row]]]], device: torch.device, dtype: torch.dtype, seconds: float) -> list[Row]:
+def _run(
+    jobs: list[tuple[str, Callable[..., list[Row]]]], device: torch.device, dtype: torch.dtype, seconds: float, json_file: Path | None
+) -> list[Row]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from ..bench.machine import measure_peaks, this_machine
+    from ..bench.rows import write
 
     rows: list[Row] = []
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -206,4 +206,6 @@ def _run(jobs: list[tuple[str, Callable[..., list[Row]]]], device: torch.device,
         for name, job in jobs:
             rows += job(machine, peaks, budget=seconds, tell=lambda text, name=name: bars.update(bar, description=f"{name}: {text}"))
             bars.advance(bar)
+            if json_file is not None:  # after every job: a run of hours may be cut short
+                write(rows, json_file)
     return rows

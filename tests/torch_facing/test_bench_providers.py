@@ -456,6 +456,24 @@ def test_compilation_is_asked_for_as_named(small, monkeypatch, name, mode, freez
     assert asked == [(mode, False, freezing)]
 
 
+def test_jax_passes_the_gate(small):
+    pytest.importorskip("jax", reason="jax is not installed")
+    assert run(job(small.eval()), PROVIDERS["jax"])["jax"].status == OK
+    odd = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.PixelShuffle(2))
+    assert PROVIDERS["jax"].unavailable(job(odd)) == "its model has no PixelShuffle"
+
+
+def test_what_is_compiled_stays_compiled(small, monkeypatch):
+    """Providers that have been prepared are timed as they are: what dynamo keeps is dropped before a job, not within it."""
+    import torch._dynamo
+
+    log = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: log.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: log.append("compile") or model)
+    run(job(small), PROVIDERS["compile"], PROVIDERS["max-autotune"], PROVIDERS["cnnfast-compile"])
+    assert log == ["reset", "compile", "compile", "compile"]
+
+
 def test_the_first_result_finds_no_compiled_kernels_on_disk(small, monkeypatch):
     knobs = pytest.importorskip("triton").knobs
     before, seen = knobs.cache.dir, []

@@ -8,6 +8,7 @@ import typer
 
 from . import __version__
 from .commands.aot import aot
+from .commands.bench import bench
 from .commands.check import check
 from .commands.demo import demo
 from .commands.info import info
@@ -28,7 +29,7 @@ def main(
     """Hand-written Triton kernels for convolutional networks in PyTorch, and the proof that they are right."""
 
 
-for command in (demo, check, info, aot):
+for command in (demo, check, bench, info, aot):
     app.command()(command)
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""The gate before any timing: a provider whose numbers are wrong gets no time.
+
+Outputs and gradients are compared with the model in float64. The rule, for every tensor, in relative errors |ours - exact| / |exact| (norms
+of all elements):
+
+    error <= 2 x error of plain PyTorch in the same dtype + 2 x the same of all tensors together + floor
+
+Plain PyTorch is the model as it is, NCHW, eager. The floor is a few units of the dtype, and SUM units of float32,
+for sums in another order; and in a training step KINK besides: which of the activations nearest to a ReLU's kink pass it is chance, and
+one of a hundred positions is a tenth of a channel's gradient. A tensor that is small beside the others counts as if it were not: the
+gradient of a bias before a batch norm is exactly zero, and all that anybody computes of it is rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .job import Job, placed, step_of
+
+UNITS = 4
+SUM = 64
+KINK = 2.0**-5
+IMAGES = 8  # in eval every image is by itself: so many are compared
+SMALL = 0.01
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The largest relative error, and what is wrong: "" if nothing."""
+
+    error: float
+    message: str
+
+
+@dataclass(frozen=True)
+class Expected:
+    """exact: in float64, outputs before gradients. plain: PyTorch's own relative errors. precision: of `exact`, as a text."""
+
+    exact: list[Tensor]
+    plain: list[float]
+    floor: float
+    precision: str
+    images: int | None  # compared of each tensor; None: all
+
+    def judge(self, results: Sequence[Tensor]) -> Verdict:
+        if len(results) != len(self.exact):
+            return Verdict(math.inf, f"{len(results)} tensors come out, not {len(self.exact)}")
+        results = [t.detach()[: self.images] for t in results]
+        for i, (ours, exact) in enumerate(zip(results, self.exact, strict=True)):
+            if ours.shape != exact.shape:
+                return Verdict(math.inf, f"tensor {i} is {list(ours.shape)}, not {list(exact.shape)}")
+        errors = relative_errors(results, self.exact)
+        together = _mean(self.plain)
+        excess = [error / (2 * plain + 2 * together + self.floor) for error, plain in zip(errors, self.plain, strict=True)]
+        worst = max(range(len(errors)), key=lambda i: excess[i] if excess[i] == excess[i] else math.inf)
+        if excess[worst] <= 1:
+            return Verdict(max(errors), "")
+        return Verdict(errors[worst], f"wrong: tensor {worst} is off by {errors[worst]:.1e}, PyTorch's own by {self.plain[worst]:.1e}")
+
+
+def expect(job: Job) -> Expected:
+    """Runs the job's model twice, in float64 (in float32 if memory does not suffice) and in the job's dtype.
+
+    Raises what the model raises, and ValueError if PyTorch's own results are not finite or no better than noise.
+    """
+    images = IMAGES if job.mode == "infer" else None
+    try:
+        exact, precision = _exact(job, torch.float64, images), "float64"
+    except torch.cuda.OutOfMemoryError:
+        exact, precision = _exact(job, torch.float32, images), "float32"
+    model = placed(job.model, job)
+    plain = [t.detach()[:images] for t in step_of(job, model, model, job.inputs(channels_last=False))()]
+    errors = relative_errors(plain, exact)
+    if not max(errors, default=math.inf) < 1:
+        raise ValueError(f"PyTorch's own results in {job.dtype} are off by {max(errors, default=math.inf):.1g}: nothing to judge by")
+    return Expected(
+        exact,
+        errors,
+        UNITS * torch.finfo(job.dtype).eps + SUM * torch.finfo(torch.float32).eps + KINK * (job.mode == "train"),
+        precision,
+        images,
+    )
+
+
+def _exact(job: Job, precision: torch.dtype, images: int | None) -> list[Tensor]:
+    model = copy.deepcopy(job.model).to(job.device, precision).train(job.mode != "infer")
+    inputs = [t[:images].to(precision) for t in job.inputs(channels_last=False)]
+    exact = Job(job.name, job.model, job.shapes, job.mode, precision, job.device)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        return [t.detach() for t in step_of(exact, model, model, inputs)()]
+
+
+def relative_errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """Infinite where a result is not finite."""
+    sizes = [float(t.norm()) / max(1, t.numel()) ** 0.5 for t in exact]
+    least = SMALL * _mean(sizes)
+    errors = []
+    for ours, right, size in zip(results, exact, sizes, strict=True):
+        distance = float((ours.to(right.dtype) - right).norm()) / max(1, right.numel()) ** 0.5
+        errors.append(distance / max(size, least, 1e-300) if math.isfinite(distance) else math.inf)
+    return errors
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value**2 for value in values) / len(values)) if values else 0.0

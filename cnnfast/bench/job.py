@@ -1,0 +1,167 @@
+"""What is measured: a model, its inputs, and what a step does with them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .. import conversion
+
+# infer: eval, under inference_mode. train: forward, all gradients, SGD with momentum; in 16 bits under autocast, as users train.
+# Of single layers, in training mode: forward, and the gradients of the input, of the parameters, or of both.
+MODELS = ("infer", "train")
+BACKWARD = ("dgrad", "wgrad", "backward")
+FORWARD = "forward"
+
+PROCESSOR_CACHE = 2**24  # as much of a processor's last-level cache as one thread is given credit for
+MOST_COPIES = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step to measure.
+
+    model: in PyTorch's own classes (see `plain`), float32, on the CPU. original: what cnnfast converts, over the same parameters; None:
+    the same. shapes: of its inputs, the first size being the batch.
+    dtype: of the inputs; parameters have it too, except in mode "train". copies: sets of buffers that take turns, so that a single
+    layer finds them no warmer than in a network.
+    """
+
+    name: str
+    model: nn.Module
+    shapes: tuple[tuple[int, ...], ...]
+    mode: str
+    dtype: torch.dtype
+    device: torch.device
+    copies: int = 1
+    original: nn.Module | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.shapes[0][0]
+
+    def inputs(self, copy: int = 0, channels_last: bool = True) -> list[Tensor]:
+        """Normally distributed: the same numbers every time."""
+        generator = torch.Generator().manual_seed(copy)
+        made = [torch.randn(shape, generator=generator).to(self.device, self.dtype) for shape in self.shapes]
+        return [channels_last_of(t) for t in made] if channels_last else made
+
+
+def copies_for(bytes_of_one: int, device: torch.device) -> int:
+    """So many that they fill the last-level cache twice."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else PROCESSOR_CACHE
+    return max(1, min(MOST_COPIES, -(-2 * cache // max(1, bytes_of_one))))
+
+
+def channels_last_of(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model as PyTorch alone would run it: without any class of this package.
+
+    One that is built from cnnfast.nn is written out as the calls of torch.nn that it makes in the mode that it is in.
+    """
+    reverted = conversion.revert(model)
+    if any(type(module).__module__.startswith("cnnfast.") for module in reverted.modules()):
+        return torch.fx.symbolic_trace(reverted)
+    return reverted
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model itself, which now drops nothing in training: what is random cannot be compared."""
+    for module in model.modules():
+        if "drop" in type(module).__name__.lower():
+            for name in ("p", "drop_prob"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+    return model
+
+
+def float_tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """By name: torch.fx registers modules in the order of their calls."""
+    return [p for _, p in sorted(model.named_parameters(), key=lambda named: named[0])]
+
+
+def wanted_by(mode: str, model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors whose gradients a step takes; inputs then require one."""
+    wanted = [t.requires_grad_() for t in inputs] if mode in ("dgrad", "backward") else []
+    return wanted + (parameters_of(model) if mode in ("wgrad", "backward") else [])
+
+
+def placed(model: nn.Module, job: Job) -> nn.Module:
+    """A copy on the job's device, in its mode and, except in mode "train", its dtype."""
+    model = copy.deepcopy(model).to(job.device).train(job.mode != "infer")
+    return model if job.mode == "train" else model.to(job.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps: each returns what the gate judges, outputs and gradients
+
+Step = Callable[[], list[Tensor]]
+
+
+def steps_of(job: Job, network: Callable[..., Any], model: nn.Module, channels_last: bool = True) -> list[Step]:
+    """One step for each set of buffers. network: `model`, or what was compiled from it."""
+    return [step_of(job, network, model, job.inputs(copy, channels_last)) for copy in range(job.copies)]
+
+
+def step_of(job: Job, network: Callable[..., Any], model: nn.Module, inputs: list[Tensor]) -> Step:
+    if job.mode == "train":
+        return _training_step(job, network, model, inputs)
+    if job.mode in BACKWARD:
+        model = copy.deepcopy(model)
+        wanted = wanted_by(job.mode, model, inputs)
+        outputs = float_tensors(model(*inputs))
+        gradients = output_gradients(outputs)
+        return lambda: list(torch.autograd.grad(outputs, wanted, gradients, retain_graph=True))
+    no_gradients = torch.inference_mode if job.mode == "infer" else torch.no_grad
+
+    def step() -> list[Tensor]:
+        with no_gradients():
+            return float_tensors(network(*inputs))
+
+    return step
+
+
+def _training_step(job: Job, network: Callable[..., Any], model: nn.Module, inputs: list[Tensor]) -> Step:
+    """The learning rate is zero: the optimizer does all its work, and every step is the same."""
+    parameters = [p for p in parameters_of(model) if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, fused=job.device.type == "cuda")
+    autocast = torch.autocast(job.device.type, job.dtype, enabled=job.dtype in (torch.float16, torch.bfloat16))
+    gradients: list[Tensor] = []
+
+    def step() -> list[Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast:
+            outputs = float_tensors(network(*inputs))
+        if not gradients:
+            gradients.extend(output_gradients(outputs))
+        torch.autograd.backward(outputs, gradients)
+        optimizer.step()
+        return [*outputs, *(p.grad for p in parameters if p.grad is not None)]
+
+    return step
+
+
+def output_gradients(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """What backward starts from: the same numbers every time, laid out as the outputs."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator)) for t in outputs]
+
+
+def rotating(steps: Sequence[Step]) -> Step:
+    """The steps in turn; the first one first."""
+    turn = itertools.cycle(steps)
+    return steps[0] if len(steps) == 1 else lambda: next(turn)()

@@ -1,0 +1,154 @@
+"""A run as text: what is lost, what is won, and everything that was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .providers import PROVIDERS
+from .rows import EVEN, LAYER, LOSES, MODEL, OK, UNAVAILABLE, WINS, Row, jobs, our_best, speedup, strongest, verdict
+
+LOST, MEAN = "bold red", "mean"
+STYLES = {LOSES: LOST, EVEN: "", WINS: "green", MEAN: ""}
+
+
+def report(rows: Sequence[Row]) -> Group:
+    """Losses first, then tables of the models, then the layers."""
+    parts: list[RenderableType] = [*_conditions(rows), Text(), *verdicts(rows)]
+    for group in jobs(row for row in rows if row.kind == MODEL):
+        parts += [Text(), model_table(group), *_not_run(group)]
+    layers = [row for row in rows if row.kind == LAYER]
+    if layers:
+        wrong = [row for row in layers if row.status not in (OK, UNAVAILABLE)]
+        parts += [Text(), layer_table(layers), *(Text(f"{title(row)}, {row.provider}: {row.reason}", LOST) for row in wrong)]
+    return Group(*parts, Text(), *_legend(rows))
+
+
+def _conditions(rows: Sequence[Row]) -> Iterator[Text]:
+    row = rows[0]
+    m = row.machine
+    versions = (("driver", m.driver), ("cuDNN", m.cudnn), ("torch", m.torch), ("triton", m.triton))
+    software = [f"{name} {value}" for name, value in versions if value]
+    yield Text(", ".join([m.device, *software, *([f"cnnfast at {m.commit}"] if m.commit else [])]))
+    if m.clocks:
+        yield Text(f"clocks of SMs and memory, each with its limit: {m.clocks}")
+    yield Text(f"measured on it: {row.peaks.flops / 1e12:.3g} TFLOP/s (product of matrices), {row.peaks.bytes / 1e9:.4g} GB/s (copy)")
+
+
+def verdicts(rows: Iterable[Row]) -> Iterator[Text]:
+    """One line a job of a model, and one a mode of all layers; the worst first."""
+    found: list[tuple[float, str, str]] = []
+    silent: list[str] = []
+    for group in jobs(row for row in rows if row.kind == MODEL):
+        theirs, ours = strongest(group), our_best(group)
+        if theirs is None or ours is None:
+            silent.append(f"nothing to compare: {title(group[0])}: no right result of {'a baseline' if theirs is None else 'cnnfast'}")
+        else:
+            times = " against ".join(f"{milliseconds(row)} ms ({row.provider})" for row in (ours, theirs))
+            found.append((speedup(group) or 0, verdict(group), f"{title(group[0])}: {times}"))
+    by_mode: dict[tuple[str, str, int], list[list[Row]]] = {}
+    for group in jobs(row for row in rows if row.kind == LAYER):
+        if speedup(group):
+            by_mode.setdefault((group[0].mode, group[0].dtype, group[0].batch), []).append(group)
+    for (mode, dtype, batch), groups in by_mode.items():
+        mean = math.exp(sum(math.log(speedup(group) or 1) for group in groups) / len(groups))
+        counts = [f"{count} {word}" for word in (LOSES, EVEN, WINS) if (count := sum(verdict(group) == word for group in groups))]
+        found.append((mean, MEAN, f"geometric mean of {len(groups)} layers, {mode}, batch {batch}, {dtype}: {', '.join(counts)}"))
+    for ratio, word, text in sorted(found):
+        yield Text(f"{word:5}  {ratio:.2f}x  {text}", LOST if ratio < 1 and word == MEAN else STYLES[word])
+    yield from (Text(text, LOST) for text in silent)
+
+
+def title(row: Row) -> str:
+    return f"{row.subject}, {row.mode}, batch {row.batch}, {row.input}, {row.dtype}"
+
+
+def milliseconds(row: Row) -> str:
+    return _short(row.median * 1000) if row.median else ""
+
+
+def model_table(rows: Sequence[Row]) -> Table:
+    """The providers of one job, the fastest first."""
+    best = strongest(rows)
+    columns = {
+        "provider": lambda r: r.provider + " *" * (r is best),
+        "ms": lambda r: f"{milliseconds(r)} ({_short(r.low * 1000)}-{_short(r.high * 1000)})",
+        "speed": lambda r: f"{best.median / r.median:.2f}x" if best else "",
+        "images/s": lambda r: f"{r.images_per_second:,.0f}",
+        "TFLOP/s": lambda r: _short(r.tflops) if r.tflops else "",
+        "GB/s": lambda r: _short(r.gbps) if r.gbps else "",
+        "of ceiling": lambda r: f"{r.fraction:.0%} {r.level}" if r.fraction else "",
+        "first s": lambda r: f"{r.first:.1f}",
+        "kernels": lambda r: "" if r.kernels is None else str(r.kernels),
+        "peak MiB": lambda r: _mib(r.peak_bytes),
+        "saved MiB": lambda r: _mib(r.saved_bytes),
+    }
+    order = sorted((r for r in rows if r.median), key=lambda r: r.median or 0)
+    cells = {name: [write(r) for r in order] for name, write in columns.items()}
+    shown = {name: values for name, values in cells.items() if any(values)}
+    table = Table(title=title(rows[0]), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in shown:
+        table.add_column(name, no_wrap=True, justify="left" if name == "provider" else "right")
+    for i, row in enumerate(order):
+        table.add_row(*(values[i] for values in shown.values()), style="bold" if row.ours else "")
+    return table
+
+
+def _not_run(rows: Sequence[Row]) -> Iterator[Text]:
+    """Whoever has no time, and why: wrong numbers first."""
+    width = max(len(row.provider) for row in rows)
+    for row in sorted((row for row in rows if not row.median), key=lambda row: row.status == UNAVAILABLE):
+        yield Text(f"{row.provider:{width}}  {row.status}: {row.reason}", "yellow" if row.status == UNAVAILABLE else LOST)
+
+
+def layer_table(rows: Sequence[Row]) -> Table:
+    """A line for each layer and direction: the strongest baseline and our best; the worst first."""
+    conditions = ", ".join(sorted({f"batch {row.batch}, {row.dtype}" for row in rows}))
+    table = Table(title=f"layers, {conditions}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.pad_edge = table.show_edge = False
+    table.padding = (0, 1, 0, 0)
+    for name in ("layer", "mode", "of net", "theirs us", "ours us", "speed", "TFLOP/s", "GB/s", "ceiling"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("layer", "mode") else "right")
+    for group in sorted(jobs(rows), key=lambda group: speedup(group) or 0):
+        ratio, theirs, ours = speedup(group), strongest(group), our_best(group)
+        figures = [""] * 3
+        if ours:
+            figures = [_short(ours.tflops) if ours.tflops else "", _short(ours.gbps or 0), f"{ours.fraction:.0%}" if ours.fraction else ""]
+        table.add_row(
+            group[0].subject, group[0].mode, f"{group[0].count}x",
+            *(_short(row.median * 1e6) if row and row.median else "" for row in (theirs, ours)),
+            f"{ratio:.2f}x" if ratio else "", *figures, style=STYLES[verdict(group)],
+        )  # fmt: skip
+    return table
+
+
+def _legend(rows: Sequence[Row]) -> Iterator[Text]:
+    used = {row.provider: PROVIDERS[row.provider].text for row in rows if row.median and row.provider in PROVIDERS}
+    if any(row.kind == MODEL for row in rows):
+        yield from (Text(f"{name}: {text}", "dim") for name, text in used.items())
+    yield Text(
+        "ms, us: median of one step (what 20 and 80 % of the samples stay below). speed: against"
+        " the strongest baseline (*). GB/s: of the"
+        " bytes that must move. of ceiling: of what the machine allows a step whose operators are fused so far:"
+        " each its own kernel, pointwise operators fused, one kernel a conv(olution). first: setup and compilation.", "dim",
+    )  # fmt: skip
+    if not rows[0].machine.driver:
+        yield Text(
+            "No GPU here: times are those of one thread, and PyTorch serves cnnfast's calls too, so that its rows show what"
+            " conversion costs. What a launch costs the host: pytest benchmarks/test_host_cost.py", "dim",
+        )  # fmt: skip
+
+
+def _short(value: float) -> str:
+    """Three digits."""
+    digits = next((digits for digits, least in enumerate((99.95, 9.995, 0.9995)) if value >= least), 3)
+    return f"{value:,.{digits}f}"
+
+
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.0f}"

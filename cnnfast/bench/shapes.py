@@ -1,0 +1,76 @@
+"""Single layers to measure, as ResNet-50 and MobileNetV2 have them: each distinct one once, and how often the network has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .job import FORWARD
+
+CONVOLUTION = (FORWARD, "dgrad", "wgrad")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer for an input [batch, C, size, size]; `modes` is what to measure of it (job.py)."""
+
+    name: str
+    module: nn.Module
+    C: int
+    size: int
+    modes: tuple[str, ...]
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.C}x{self.size}x{self.size}"
+
+
+def resnet50_convolutions() -> list[tuple[int, int, int, int, int, int]]:
+    """The 23 of 53 that differ (strides in the 3x3 ones): C, size, K, R, stride, count."""
+    found = [(3, 224, 64, 7, 2, 1)]
+    C, size = 64, 56
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        after = size // stride
+        found += [
+            (C, size, width, 1, 1, 1),
+            (C, size, 4 * width, 1, stride, 1),
+            (width, size, width, 3, stride, 1),
+            (width, after, 4 * width, 1, 1, blocks),
+            (4 * width, after, width, 1, 1, blocks - 1),
+            (width, after, width, 3, 1, blocks - 1),
+        ]
+        C, size = 4 * width, after
+    counts: dict[tuple[int, ...], int] = {}
+    for *shape, count in found:
+        counts[tuple(shape)] = counts.get(tuple(shape), 0) + count
+    return [(*shape, count) for shape, count in counts.items()]  # pyright: ignore[reportReturnType]
+
+
+# C, size, stride, count of MobileNetV2's depthwise 3x3 convolutions at 224 x 224.
+DEPTHWISE = (
+    (32, 112, 1, 1), (96, 112, 2, 1), (144, 56, 1, 1), (144, 56, 2, 1), (192, 28, 1, 2), (192, 28, 2, 1),
+    (384, 14, 1, 4), (576, 14, 1, 2), (576, 14, 2, 1), (960, 7, 1, 3),
+)  # fmt: skip
+# C, size, count of ResNet-50's batch norms.
+NORMS = (
+    (64, 112, 1), (64, 56, 6), (256, 56, 4), (128, 56, 1), (128, 28, 7), (512, 28, 5), (256, 28, 1), (256, 14, 11), (1024, 14, 7),
+    (512, 14, 1), (512, 7, 5), (2048, 7, 4),
+)  # fmt: skip
+
+
+def layers() -> Iterator[Layer]:
+    """All of them; the gradient of the image is left out, for no network needs it."""
+    for C, size, K, R, stride, count in resnet50_convolutions():
+        module = nn.Conv2d(C, K, R, stride, R // 2, bias=False)
+        modes = tuple(mode for mode in CONVOLUTION if C > 3 or mode != "dgrad")
+        yield Layer(f"conv {R}x{R}/{stride} > {K},", module, C, size, modes, count)
+    for C, size, stride, count in DEPTHWISE:
+        yield Layer(f"depthwise 3x3/{stride}", nn.Conv2d(C, C, 3, stride, 1, groups=C, bias=False), C, size, CONVOLUTION, count)
+    both = (FORWARD, "backward")
+    for C, size, count in NORMS:
+        yield Layer("batch norm", nn.BatchNorm2d(C), C, size, both, count)
+    yield Layer("max pool 3x3/2", nn.MaxPool2d(3, 2, 1), 64, 112, both)
+    yield Layer("average pool 2x2/2", nn.AvgPool2d(2), 256, 56, both)
+    yield Layer("global average pool", nn.AdaptiveAvgPool2d(1), 2048, 7, both)

@@ -1,0 +1,136 @@
+"""Times of steps that take turns: on a GPU by its own events, on a CPU by the clock.
+
+A step is warmed up until it is no longer getting faster. Then come rounds, in each of which every step gives one sample, in an order that
+moves on from round to round: what heats or slows the machine does so to all. A sample is the mean of so many calls in a row that the
+clock can be trusted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+Step = Callable[[], Any]
+
+SCHEDULER = Path("/proc/thread-self/schedstat")  # nanoseconds that the thread ran, that it waited for a core, and slices
+
+ROUNDS = 9  # at least, as long as the budget is not overdrawn tenfold
+STABLE = 0.03  # of two consecutive warm-up samples
+WARM_UPS = 20  # samples, at most
+
+
+class Clock(Protocol):
+    """sample: seconds of one call, the mean of `calls` in a row. least: seconds that a sample should take."""
+
+    least: float
+
+    def sample(self, step: Step, calls: int) -> float: ...
+
+
+class DeviceClock:
+    """CUDA events on the current stream: what the GPU is busy with, and its waiting for the host."""
+
+    least = 0.005
+
+    def sample(self, step: Step, calls: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / calls
+
+
+class HostClock:
+    """The time that passes, less what this thread spent waiting for a core (where Linux tells): others' load is not counted."""
+
+    least = 0.005
+
+    def sample(self, step: Step, calls: int) -> float:
+        start, before = time.perf_counter(), _waited()
+        for _ in range(calls):
+            step()
+        return (time.perf_counter() - start - (_waited() - before)) / calls
+
+
+def _waited() -> float:
+    """Seconds that this thread could have run in and did not."""
+    try:
+        return int(SCHEDULER.read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0
+
+
+def clock_of(device: torch.device) -> Clock:
+    return DeviceClock() if device.type == "cuda" else HostClock()
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one step: the median of all samples, and what 20 and 80 % of them stay below."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Times:
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], 1)
+        fifths = statistics.quantiles(samples, n=5, method="inclusive")
+        return cls(statistics.median(samples), fifths[0], fifths[-1], len(samples))
+
+
+def warm_up(step: Step, clock: Clock) -> int:
+    """Calls `step` until two samples in a row agree; returns how many calls make a sample."""
+    taken = clock.sample(step, 1)
+    calls = 1
+    for _ in range(WARM_UPS):
+        calls = max(1, round(clock.least / max(taken, 1e-7)))
+        before, taken = taken, clock.sample(step, calls)
+        if before * (1 - STABLE) <= taken <= before * (1 + STABLE):
+            break
+    return calls
+
+
+def measure(
+    steps: Mapping[str, Step], clock: Clock, budget: float = 1.0, rounds: int = ROUNDS, tell: Callable[[str], None] = lambda name: None
+) -> dict[str, Times | Exception]:
+    """Times of each step, or what it raised.
+
+    budget: seconds for each step, its warm-up not counted. At least `rounds` samples are taken, within ten times the budget.
+    tell: called with the name of what is measured next.
+    """
+    results: dict[str, Times | Exception] = {}
+    calls: dict[str, int] = {}
+    samples: dict[str, list[float]] = {}
+
+    def attempt(name: str, take: Callable[[], None]) -> None:
+        try:
+            take()
+        except Exception as error:  # it is out of the race; the others run on
+            results[name] = error
+            calls.pop(name, None)
+
+    for name, step in steps.items():
+        tell(name)
+        attempt(name, lambda name=name, step=step: calls.__setitem__(name, warm_up(step, clock)))
+        samples[name] = []
+    spent, done = 0.0, 0
+    while calls and (spent < budget * len(steps) or done < rounds) and (spent < 10 * budget * len(steps) or not done):
+        names = list(calls)
+        for name in names[done % len(names) :] + names[: done % len(names)]:
+            tell(name)
+            attempt(name, lambda name=name: samples[name].append(clock.sample(steps[name], calls[name])))
+            if name in calls:
+                spent += samples[name][-1] * calls[name]
+        done += 1
+    return {name: results[name] if name in results else Times.of(samples[name]) for name in steps}

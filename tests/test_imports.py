@@ -20,6 +20,8 @@ FORBIDDEN = [
     ("cnnfast_kernels.problem", "triton*", []),
     ("cnnfast_kernels.tiling", "torch*", []),
     ("cnnfast_kernels.tiling", "triton*", []),
+    ("cnnfast_kernels.tables", "torch*", []),
+    ("cnnfast_kernels.tables", "triton*", []),
     ("cnnfast*", "tests*", []),
     ("cnnfast*", "benchmarks*", []),
     ("cnnfast*", "harness*", []),
@@ -48,6 +50,7 @@ FORBIDDEN = [
 LAYERS = {
     "cnnfast_kernels": [
         "problem tiling",
+        "tables",
         "epilogue launch indexing",
         "planes partials",
         "gather tma batchnorm pooling",
@@ -60,7 +63,7 @@ LAYERS = {
         "functional summary",
         "nn",
         "models conversion",
-        "checking tune bench",
+        "checking tuning bench",
         "commands",
     ],
 }

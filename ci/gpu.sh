@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything worth doing when a GPU is at hand, in one call under 10 minutes: correctness, the demo at full size in every dtype,
-# the layers' times. Results are files in $OUT, by default benchmarks/results/<gpu>. Needs no installation: PYTHONPATH is set here.
+# the layers' times, a small network tuned. Results are files in $OUT, by default benchmarks/results/<gpu>. Needs no installation:
+# PYTHONPATH is set here.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".:kernels" PYTHONUNBUFFERED=1
@@ -21,4 +22,6 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | t
 run 240 tests.log python3 -m pytest -q -n 8 -m "not compiled" tests
 run 120 demo.log python3 -m cnnfast demo --out "$OUT/demo"
 run 200 layers.log python3 -m pytest -q benchmarks --benchmark-json="$OUT/layers.json"
+# Last: what is above shall not run by the table that this writes.
+run 120 tune.log python3 -m cnnfast tune cnnfast.demo.digits:DigitNet --input 256x1x8x8 --mode train --json "$OUT/tune.json"
 exit $failed

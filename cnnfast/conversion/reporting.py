@@ -178,6 +178,12 @@ def _notes(model: nn.Module) -> Iterator[str]:
         reason = dispatch.why_torch(weights[0])
     if reason:
         yield f"PyTorch serves this model as it is now, because {reason}."
+    elif weights[0].is_cuda:
+        from cnnfast_kernels import launch, tables
+
+        gpu = launch.gpu(weights[0].device)
+        if not tables.measured(*gpu):
+            yield f"unmeasured: run cnnfast tune. No convolution has been measured on this GPU ({gpu.name}): defaults serve them."
     strided = sum(w.shape[1] > 1 and w[0, 0].numel() > 1 and not w.is_contiguous(memory_format=torch.channels_last) for w in weights)
     if strided:
         yield (

@@ -133,7 +133,7 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
         return _torch(_gpu_reason(device.index))
     if not x.is_cpu and not (x.is_meta and _meta_counts):
         return _torch(f"device {device.type} has no kernels")
-    if launch.INTERPRETED and _in_bf16(x, *others) and not _interpreter_rounds_bf16():
+    if launch.INTERPRETED and x.is_cpu and _in_bf16(x, *others) and not _interpreter_rounds_bf16():
         return _torch("Triton's interpreter computes bfloat16 wrongly")
     return ""
 

@@ -219,10 +219,11 @@ def write(gpu: str, arch: int, rows: Iterable[Row], about: Mapping[str, str]) ->
     """
     writable()
     file = user_file(gpu, arch)
-    all_rows = {row.key: row for row in (*(read(file) if file.exists() else ()), *rows)}
-    data = {"format": FORMAT, "cnnfast": __version__, "gpu": gpu, "arch": arch, **about, "rows": [r.to_dict() for r in all_rows.values()]}
+    merged = {row.key: row.to_dict() for row in (*(read(file) if file.exists() else ()), *rows)}
+    head = json.dumps({"format": FORMAT, "cnnfast": __version__, "gpu": gpu, "arch": arch, **about}, indent=1)
+    lines = ",\n  ".join(json.dumps(row) for row in merged.values())
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as fresh:
-        fresh.write(json.dumps(data, indent=1) + "\n")
+        fresh.write(f'{head[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
     Path(fresh.name).replace(file)
     forget()
     return file

@@ -31,14 +31,20 @@ FORBIDDEN = [
     ("harness*", "benchmarks*", []),
     ("cnnfast.reference", "cnnfast*", []),
     ("cnnfast*", "cnnfast.reference*", ["by cnnfast.checking*"]),
-    # Kernel files do not import one another, but index algebra and the sum of partial gradients are shared, im2col is a way to call
-    # the other three, and the parts of depthwise import one another.
+    # Kernel files do not import one another, but a family's index algebra and tiles are shared in it, im2col is a way to call the other
+    # three, and the parts of depthwise import one another. The families do not know each other.
+    ("cnnfast_kernels.tma*", "cnnfast_kernels.gather*", []),
+    ("cnnfast_kernels.gather*", "cnnfast_kernels.tma*", []),
     ("cnnfast_kernels.gather.*", "cnnfast_kernels.gather.depthwise*", ["by cnnfast_kernels.gather.depthwise*"]),
     *[
         (
             f"cnnfast_kernels.{importer}*",
             f"cnnfast_kernels.{imported}*",
-            [*(f"cnnfast_kernels.gather.{shared}*" for shared in ("tiles", "slots", "depthwise")), "by cnnfast_kernels.gather.im2col"],
+            [
+                *(f"cnnfast_kernels.gather.{shared}*" for shared in ("tiles", "depthwise")),
+                *(f"cnnfast_kernels.tma.{shared}*" for shared in ("boxes", "tiles", "views")),
+                "by cnnfast_kernels.gather.im2col",
+            ],
         )
         for importer in ("gather.", "tma.", "batchnorm", "pooling")
         for imported in ("gather.", "tma.", "batchnorm", "pooling")
@@ -50,10 +56,11 @@ FORBIDDEN = [
 LAYERS = {
     "cnnfast_kernels": [
         "problem tiling",
-        "tables",
         "epilogue launch indexing",
-        "planes partials",
+        "planes partials slots",
         "gather tma batchnorm pooling",
+        "tables",
+        "choosing",
         "conv",
         "aot_cases",
         "aot",

@@ -19,12 +19,14 @@ def aot(
     arch: Annotated[list[str] | None, typer.Option(help="GPU architecture to compile for; may be repeated.", show_default="sm_90")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
     only: Annotated[str, typer.Option(help="Only cases whose name contains this: fprop, wgrad, float64, pooling, ...")] = "",
+    record: Annotated[bool, typer.Option("--record", help="Note the instructions of main loops, to be compared with from now on.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Processes that compile.", show_default="one a core")] = None,
 ) -> None:
     """Compile every kernel for a GPU, without needing one: registers, spills, shared memory, tensor cores.
 
     Ends with exit code 1 if a kernel does not compile, spills registers, needs more shared memory than there is, multiplies
-    half precision without tensor cores, or waits after every wgmma; or if a kernel is not among the cases.
+    half precision without tensor cores, waits after every wgmma, or has a main loop 15 % longer than on record; or if a kernel is not
+    among the cases.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -32,9 +34,12 @@ def aot(
 
     try:
         from cnnfast_kernels import aot as compiler
+        from cnnfast_kernels import aot_record
     except ImportError as error:
         raise typer.BadParameter(f"ahead-of-time compilation needs triton: {error}") from None
 
+    if record and only:
+        raise typer.BadParameter("--record takes the rows of all cases: leave --only out")
     archs = arch or ["sm_90"]
     text = TextColumn("compiling for " + ", ".join(archs))
     progress = Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True))
@@ -47,7 +52,9 @@ def aot(
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
-    found = compiler.problems(rows)
+    if record:
+        aot_record.write(rows)
+    found = compiler.problems(rows) + aot_record.risen(rows)
     if not only:
         found += [f"{name}: no case compiles it (aot_cases.py)" for name in sorted(compiler.uncovered(rows))]
     console = Console()

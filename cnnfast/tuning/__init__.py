@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnfast_kernels import conv, launch, tables
+from cnnfast_kernels import choosing, launch, tables
 
 from ..bench.machine import this_machine
 from ..bench.timing import Step, Times, clock_of
@@ -102,8 +102,8 @@ def plan(
         measured = found.setdefault(question.key, Measured(question.key, convolution))
         measured.count += count
         if not measured.candidates:
-            default = conv.default_tile(question)
-            measured.candidates = {DEFAULT if t == default else str(t): Candidate(t) for t in conv.candidates(question)}
+            default = choosing.default_tile(question)
+            measured.candidates = {DEFAULT if t == default else str(t): Candidate(t) for t in choosing.candidates(question)}
             if library.serves(convolution.geometry):
                 measured.candidates[LIBRARY] = Candidate(None)
     return list(found.values())

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cnnfast_kernels import launch
-from cnnfast_kernels.conv import Geometry, Question, ask_dgrad, ask_fprop, ask_wgrad
+from cnnfast_kernels.choosing import Geometry, Question, ask_dgrad, ask_fprop, ask_wgrad
 
 from .. import dispatch
 from ..aside import leaving_no_trace
@@ -49,14 +49,16 @@ class Convolution:
         return torch.channels_last if self["channels_last"] else torch.contiguous_format
 
     def question(self, tf32: bool, gpu: launch.Gpu) -> Question:
-        """What a tile is chosen by."""
+        """What a tile is chosen by, of tensors that start at multiples of 16 bytes, as allocated ones do."""
+        how = self.geometry, tf32, gpu, True
         if self.operator == "conv_dgrad":
-            return ask_dgrad(self["dy"], self["w"], self["x_shape"], self.format, self.geometry, tf32, gpu)
+            return ask_dgrad(self["dy"], self["w"], self["x_shape"], self.format, *how)
         if self.operator == "conv_wgrad":
-            return ask_wgrad(self["x"], self["dy"], self["w_shape"], self.format, self.geometry, tf32, gpu)
-        fused = dict(self.arguments) if self.operator == "conv_bn_act" else {"residual": None, "activation": None}
-        residual, kind = fused["residual"] is not None, FORWARD[self.operator]
-        return ask_fprop(self["x"], self["w"], self.geometry, kind, residual, fused["activation"], tf32, gpu)
+            return ask_wgrad(self["x"], self["dy"], self["w_shape"], self.format, *how)
+        fused = self.operator == "conv_bn_act"
+        residual = self["residual"].strides if fused and self["residual"] else None
+        activation = self["activation"] if fused else None
+        return ask_fprop(self["x"], self["w"], residual, self.geometry, FORWARD[self.operator], activation, tf32, gpu, True)
 
 
 class _Recorder(TorchDispatchMode):

@@ -31,6 +31,7 @@ from triton.runtime.driver import driver
 
 from . import launch, sass
 from .aot_cases import cases
+from .tma.views import why_not_on
 
 # Bytes of shared memory that one program may have.
 SHARED_LIMITS = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
@@ -56,6 +57,7 @@ class Row:
     dot: str | None = None
     tensor_core: str | None = None
     async_copies: int | None = None
+    tensor_loads: int | None = None
     global_loads: int | None = None
     wide_loads: int | None = None
     serialised: bool | None = None
@@ -145,6 +147,7 @@ def inspect(binaries: Sequence[Binary]) -> list[dict[str, Any]]:
                 "dot": binary.dot,
                 "tensor_core": sass.tensor_core(code),
                 "async_copies": sass.async_copies(code),
+                "tensor_loads": sass.tensor_loads(code),
                 "global_loads": sass.global_loads(code),
                 "wide_loads": sass.wide_loads(code),
                 "serialised": sass.serialised(code),
@@ -249,6 +252,8 @@ def problems(rows: Iterable[Row]) -> list[str]:
             found.append(f"{name}: needs {row.shared_bytes} bytes of shared memory, {row.shared_limit} are allowed")
         if row.dot in ("f16", "bf16", "tf32") and row.tensor_core is None:
             found.append(f"{name}: multiplies {row.dot} without tensor cores")
+        if row.kernel.startswith("tma_") and not (row.tensor_loads and row.tensor_core in ("HGMMA", "UTCHMMA")):
+            found.append(f"{name}: {row.tensor_loads} loads by tensor maps, and {row.tensor_core} in place of wgmma or tcgen05")
         if row.serialised:
             found.append(f"{name}: waits after every wgmma")
     return found
@@ -266,5 +271,7 @@ def kernel_names() -> set[str]:
 
 
 def uncovered(rows: Iterable[Row]) -> set[str]:
-    """Kernels of the package that no row compiles."""
-    return kernel_names() - {row.kernel for row in rows}
+    """Kernels of the package that no row compiles, though they run on one of the rows' architectures."""
+    rows = list(rows)
+    mapped = any(not why_not_on(capability_of(row.arch)) for row in rows)
+    return {name for name in kernel_names() if mapped or not name.startswith("tma_")} - {row.kernel for row in rows}

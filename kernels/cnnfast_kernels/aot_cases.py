@@ -14,7 +14,8 @@ from functools import partial
 import torch
 
 from .batchnorm import batch_moments, channel_sum, normalize, normalize_backward, update_running
-from .conv import Geometry, Tile, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from .choosing import Geometry, Tile
+from .conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from .epilogue import ACTIVATIONS, BatchNorm, Epilogue
 from .pooling import (
     adaptive_avg_pool,
@@ -27,7 +28,9 @@ from .pooling import (
     max_pool_indices,
 )
 from .problem import ConvProblem, PoolProblem
-from .tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, strip_tiles
+from .tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile, strip_tiles
+from .tma.tiles import candidate_boxes
+from .tma.views import why_not_on
 
 BATCH = 32
 LAST = torch.channels_last
@@ -199,16 +202,44 @@ def convolutions(arch: int) -> Iterator[Case]:
 
     largest, *_, smallest = candidate_tiles(BODY.problem, "fprop", "half", arch=arch)
     for layer in FORMS:
-        yield case("infer", layer, None, "half")
+        yield case("infer", layer, choose_tile(layer.problem, "fprop", "half", layer.fmt == LAST, arch), "half")
     for layer in (POINTWISE, SHORTCUT):
-        yield case("dgrad", layer, None, "half")
-    yield case("transposed", STRIDED, None, "half")
+        yield case("dgrad", layer, choose_tile(layer.problem, "dgrad", "half", arch=arch), "half")
+    yield case("transposed", STRIDED, largest, "half")
     yield case("wgrad", POINTWISE, largest, "half", split=1)
     yield case("infer", BODY, largest, "half", torch.float16)
     for activation in ACTIVATIONS:
         if activation not in (None, "relu"):
             yield case("infer", POINTWISE, smallest, "half", note=f" {activation}", activation=activation)
     yield Case("im2col bfloat16", partial(BODY.im2col, torch.bfloat16))
+
+
+OPERATIONS: dict[str, Operation] = {"infer": "fprop", "train": "fprop", "dgrad": "dgrad", "wgrad": "wgrad"}
+NARROW = Layer("3x3 of 32 channels", 32, 56, 32, 3)  # half a block of channels
+MANY = Layer("3x3 of 200 channels", 200, 28, 200, 3)  # blocks that reach beyond the channels
+
+
+def box_convolutions(arch: int) -> Iterator[Case]:
+    """By tensor maps: every size with a box of several rows, one of single pixels, and a row of a plain GEMM."""
+    for name, operation in OPERATIONS.items():
+        for layer, shapes in ((BODY, ((8, 8), (1, 1))), (STRIDED, ((8, 8),))):
+            for tile in candidate_boxes(layer.problem, operation, arch=arch):
+                if (tile.TILE_H, tile.TILE_W) in shapes:
+                    yield case(name, layer, tile, "half", note=" in boxes")
+        for tile in candidate_boxes(POINTWISE.problem, operation, arch=arch):
+            if tile.TILE_W == tile.pixels:
+                yield case(name, POINTWISE, tile, "half", note=" in boxes")
+    for layer in (SHORTCUT, NARROW, MANY):
+        for name in ("infer", "dgrad", "wgrad"):
+            yield case(name, layer, next(candidate_boxes(layer.problem, OPERATIONS[name], arch=arch)), "half", note=" in boxes")
+    yield case("transposed", STRIDED, next(candidate_boxes(STRIDED.problem, "dgrad")), "half", note=" in boxes")
+    yield case("wgrad", BODY, next(candidate_boxes(BODY.problem, "wgrad", arch=arch)), "half", note=" in boxes, one slot", split=1)
+    for activation in ACTIVATIONS:
+        tile = next(candidate_boxes(BODY.problem, "fprop", activation))
+        if activation in (None, "relu"):
+            yield case("infer", BODY, tile, "half", torch.float16, note=f" in boxes {activation}", activation=activation)
+        else:
+            yield case("infer", BODY, tile, "half", note=f" in boxes {activation}", activation=activation)
 
 
 def batch_norm(dtype: torch.dtype, fmt: torch.memory_format, training: bool) -> None:
@@ -249,4 +280,5 @@ def passes() -> Iterator[Case]:
 
 def cases(arch: int = 90) -> list[Case]:
     """All of them for sm_90 or another, in an order that every process of one version agrees on."""
-    return [*convolutions(arch), *depthwise_convolutions(), *passes()]
+    boxes = () if why_not_on(arch) else box_convolutions(arch)
+    return [*convolutions(arch), *depthwise_convolutions(), *passes(), *boxes]

@@ -1,4 +1,4 @@
-"""Convolution: the one place that picks a family of kernels and a tile, by a measured row (tables.py) or by default.
+"""Convolution: forward and gradients, by the family of kernels and the tile that choosing.py picks.
 
 Tensors are of logical shape x [N, C, H, W], w [K, C / groups, R, S], y [N, K, P, Q], in any memory layout; `padding` is
 (top, bottom, left, right). Arguments are taken to be consistent: cnnfast.functional checks what users pass. `tile`
@@ -12,132 +12,42 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from . import launch, tables
+from . import launch
 from .batchnorm import batch_moments
+from .choosing import Geometry, Question, Tile, ask_dgrad, ask_fprop, ask_wgrad, choose, precision_of
 from .epilogue import PLAIN, Epilogue
-from .gather.depthwise import StripPlan, moments_rows, plan_depthwise_dgrad, plan_depthwise_fprop, plan_depthwise_wgrad, vector_length
+from .gather.depthwise import StripPlan, moments_rows, plan_depthwise_dgrad, plan_depthwise_fprop, plan_depthwise_wgrad
 from .gather.dgrad import plan_dgrad
 from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
-from .gather.slots import WgradPlan
 from .gather.wgrad import plan_wgrad
 from .partials import TileRows, combine
-from .problem import ConvProblem
-from .tiling import (
-    Operation,
-    Precision,
-    StripTile,
-    TileConfig,
-    cdiv,
-    choose_strip_tile,
-    choose_tile,
-    precision_class,
-    search_strip_tiles,
-    search_tiles,
-)
+from .slots import WgradPlan
+from .tables import Row
+from .tiling import StripTile, cdiv
+from .tma.dgrad import plan_tma_dgrad
+from .tma.fprop import box_rows, plan_tma_fprop
+from .tma.tiles import BoxTile
+from .tma.wgrad import plan_tma_wgrad
 
 Algorithm = Literal["auto", "direct", "im2col"]
-Tile = TileConfig | StripTile  # of the general kernels, and of those of depthwise convolution
 
 
-class Geometry(NamedTuple):
-    """How the filters move over the image."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def problem(self, x_shape: Sequence[int], w_shape: Sequence[int]) -> ConvProblem:
-        return ConvProblem.of(tuple(x_shape), tuple(w_shape), *self)
-
-
-def _precision(dtype: torch.dtype, tf32: bool) -> Precision:
-    return precision_class(str(dtype).removeprefix("torch."), tf32)
-
-
-class Question(NamedTuple):
-    """What the choice of a family and a tile follows from. `x`, `w` and `y` may each be the operand or its gradient."""
-
-    operation: Operation
-    problem: ConvProblem
-    tf32: bool
-    gpu: launch.Gpu
-    x: launch.Layout
-    w: launch.Layout
-    y: launch.Layout
-    epilogue: str = ""  # as tables.Key names it
-
-    @property
-    def precision(self) -> Precision:
-        return _precision(self.x.dtype, self.tf32)
-
-    @property
-    def key(self) -> tables.Key:
-        dtype = "tf32" if self.tf32 else str(self.x.dtype).removeprefix("torch.")
-        layout = " ".join("NHWC" if _adjacent(t) else "NCHW" for t in (self.x, self.w, self.y))
-        return tables.Key(*self.gpu, self.operation, self.epilogue, dtype, layout, self.problem)
-
-    @property
-    def adjacent(self) -> bool:
-        """Whether channels are, in all that is read."""
-        return all(map(_adjacent, {"fprop": (self.x, self.w), "dgrad": (self.y, self.w), "wgrad": (self.x, self.y)}[self.operation]))
-
-
-def _adjacent(t: launch.Layout) -> bool:
-    return t.stride(1) == 1 or t.shape[1] == 1
-
-
-def default_tile(q: Question) -> Tile:
-    """What runs where nothing was measured."""
-    if q.problem.is_depthwise:
-        return choose_strip_tile(q.problem, q.operation, q.precision, vector_length(q.x, q.y))
-    return choose_tile(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)
-
-
-def candidates(q: Question) -> list[Tile]:
-    """What measuring tries, of every family that can serve; the default first."""
-    if q.problem.is_depthwise:
-        found: list[Tile] = [*search_strip_tiles(q.problem, q.operation, q.precision, vector_length(q.x, q.y))]
-    else:
-        found = [*search_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)]
-    return list(dict.fromkeys([default_tile(q), *found]))
-
-
-def _choose(q: Question, tile: Tile | None) -> tuple[Tile, tables.Row | None]:
-    """The tile to run, and the row that was found, if no tile was given."""
-    row = None if tile else tables.find(q.key)
-    if row is not None and isinstance(row.tile, StripTile) == q.problem.is_depthwise:
-        return row.tile, row
-    return tile or default_tile(q), row
+def _check(tile: Tile, reason: str) -> None:
+    if reason and isinstance(tile, BoxTile):
+        raise ValueError(f"tile={tile} is of the kernels that load by tensor maps, which cannot serve this call: {reason}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plans: all that a call needs and its tensors' contents do not change
 
 
-def ask_fprop(
-    x: launch.Laid, w: launch.Laid, geometry: Geometry, kind: str, residual: bool, activation: str | None, tf32: bool, gpu: launch.Gpu
-) -> Question:
-    """kind: "stats" if the kernel leaves those, "norm" if it normalises, else ""."""
-    g = geometry.problem(x.shape, w.shape)
-    y = launch.dense((g.N, g.K, g.P, g.Q), x.dtype, launch.memory_format(x, w))
-    epilogue = " ".join(filter(None, (kind, "residual" * residual, activation)))
-    return Question("fprop", g, tf32, gpu, launch.layout(x), launch.layout(w), y, epilogue)
-
-
-def ask_dgrad(
-    dy: launch.Laid, w: launch.Laid, x_shape: Sequence[int], fmt: torch.memory_format, geometry: Geometry, tf32: bool, gpu: launch.Gpu
-) -> Question:
-    dx = launch.dense(x_shape, dy.dtype, fmt)
-    return Question("dgrad", geometry.problem(x_shape, w.shape), tf32, gpu, dx, launch.layout(w), launch.layout(dy))
-
-
-def ask_wgrad(
-    x: launch.Laid, dy: launch.Laid, w_shape: Sequence[int], fmt: torch.memory_format, geometry: Geometry, tf32: bool, gpu: launch.Gpu
-) -> Question:
-    dw = launch.dense(w_shape, x.dtype, fmt)
-    return Question("wgrad", geometry.problem(x.shape, w_shape), tf32, gpu, launch.layout(x), dw, launch.layout(dy))
+def _tile(q: Question, tile: Tile | None) -> tuple[Tile, Row | None]:
+    """The tile that was given, or the choice, and the measured row if one was asked for."""
+    if tile is None:
+        return choose(q)
+    _check(tile, q.why_no_boxes)
+    return tile, None
 
 
 class FpropPlan(NamedTuple):
@@ -145,24 +55,41 @@ class FpropPlan(NamedTuple):
     run: launch.Plan | StripPlan
     moments: launch.Layout  # where the kernel can leave those of its tiles, and which pixels these are
     rows: TileRows
-    row: tables.Row | None
+    row: Row | None
 
 
 @launch.planned
 def _plan_fprop(
-    x_shape, x_strides, w_shape, w_strides, residual_strides, dtype, geometry: Geometry, kind, eps, activation, slope, tf32, tile, gpu
+    x_shape,
+    x_strides,
+    w_shape,
+    w_strides,
+    residual_strides,
+    dtype,
+    geometry: Geometry,
+    kind,
+    eps,
+    activation,
+    slope,
+    tf32,
+    tile,
+    gpu,
+    aligned,
 ) -> FpropPlan:
     x, w = launch.Layout(x_shape, x_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
-    q = ask_fprop(x, w, geometry, kind, residual_strides is not None, activation, tf32, gpu)
-    g, y, precision = q.problem, q.y, q.precision
-    residual = None if residual_strides is None else launch.Layout(y.shape, residual_strides, dtype)
-    tile, row = _choose(q, tile)
+    q = ask_fprop(x, w, residual_strides, geometry, kind, activation, tf32, gpu, aligned)
+    g, y, residual = q.problem, q.y, q.residual
+    tile, row = _tile(q, tile)
     if isinstance(tile, StripTile):
         run = plan_depthwise_fprop(g, tile, x, w, y, residual, eps, activation, slope)
         rows = moments_rows(g, tile)
         tiles = cdiv(rows.tiles, tile.BLOCK_M)
+    elif isinstance(tile, BoxTile):
+        run = plan_tma_fprop(g, tile, x, w, y, residual, eps, activation, slope)
+        rows = box_rows(g, tile, x, y)
+        tiles = rows.tiles
     else:
-        run = plan_fprop(g, tile, precision, x, w, y, residual, eps, activation, slope)
+        run = plan_fprop(g, tile, q.precision, x, w, y, residual, eps, activation, slope)
         pixels = g.N * g.P * g.Q
         tiles = cdiv(pixels, tile.BLOCK_M)
         rows = TileRows(max(tiles, 1), pixels, tile.BLOCK_M)
@@ -180,25 +107,29 @@ def fprop_plan(
     tile: Tile | None = None,
 ) -> FpropPlan:
     _, norm, residual, activation, slope = epilogue
+    addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
     return _plan_fprop(
         x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype, geometry,
         "stats" if stats else "" if norm.mean is None else "norm", norm.eps, activation, slope, tf32, tile, launch.gpu(x.device),
+        addresses % 16 == 0,
     )  # fmt: skip
 
 
 class DgradPlan(NamedTuple):
     dx: launch.Layout
     run: launch.Plan | StripPlan
-    row: tables.Row | None
+    row: Row | None
 
 
 @launch.planned
-def _plan_dgrad(dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, gpu) -> DgradPlan:
+def _plan_dgrad(dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned) -> DgradPlan:
     dy, w = launch.Layout(dy_shape, dy_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
-    q = ask_dgrad(dy, w, x_shape, fmt, geometry, tf32, gpu)
-    tile, row = _choose(q, tile)
+    q = ask_dgrad(dy, w, x_shape, fmt, geometry, tf32, gpu, aligned)
+    tile, row = _tile(q, tile)
     if isinstance(tile, StripTile):
         return DgradPlan(q.x, plan_depthwise_dgrad(q.problem, tile, dy, w, q.x), row)
+    if isinstance(tile, BoxTile):
+        return DgradPlan(q.x, plan_tma_dgrad(q.problem, tile, dy, w, q.x), row)
     return DgradPlan(q.x, plan_dgrad(q.problem, tile, q.precision, dy, w, q.x), row)
 
 
@@ -212,23 +143,27 @@ def dgrad_plan(
     tf32: bool = False,
     tile: Tile | None = None,
 ) -> DgradPlan:
-    gpu = launch.gpu(dy.device)
-    return _plan_dgrad(dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt, geometry, tf32, tile, gpu)
+    return _plan_dgrad(
+        dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt,
+        geometry, tf32, tile, launch.gpu(dy.device), (dy.data_ptr() | w.data_ptr()) % 16 == 0,
+    )  # fmt: skip
 
 
 class WeightsPlan(NamedTuple):
     dw: launch.Layout
     run: WgradPlan
-    row: tables.Row | None
+    row: Row | None
 
 
 @launch.planned
-def _plan_wgrad(x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, gpu) -> WeightsPlan:
+def _plan_wgrad(x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned) -> WeightsPlan:
     x, dy = launch.Layout(x_shape, x_strides, dtype), launch.Layout(dy_shape, dy_strides, dtype)
-    q = ask_wgrad(x, dy, w_shape, fmt, geometry, tf32, gpu)
-    tile, row = _choose(q, tile)
+    q = ask_wgrad(x, dy, w_shape, fmt, geometry, tf32, gpu, aligned)
+    tile, row = _tile(q, tile)
     if isinstance(tile, StripTile):
         return WeightsPlan(q.w, plan_depthwise_wgrad(q.problem, tile, x, dy, q.w), row)
+    if isinstance(tile, BoxTile):
+        return WeightsPlan(q.w, plan_tma_wgrad(q.problem, tile, x, dy, q.w), row)
     return WeightsPlan(q.w, plan_wgrad(q.problem, tile, q.precision, x, dy, q.w), row)
 
 
@@ -242,8 +177,10 @@ def wgrad_plan(
     tf32: bool = False,
     tile: Tile | None = None,
 ) -> WeightsPlan:
-    gpu = launch.gpu(x.device)
-    return _plan_wgrad(x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt, geometry, tf32, tile, gpu)
+    return _plan_wgrad(
+        x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt,
+        geometry, tf32, tile, launch.gpu(x.device), (x.data_ptr() | dy.data_ptr()) % 16 == 0,
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,7 +200,7 @@ def conv_fprop(
     plan = fprop_plan(x, w, geometry, epilogue, tf32=tf32, tile=tile)
     y = launch.empty(plan.y, x)
     if algorithm == "im2col":
-        im2col_fprop(geometry.problem(x.shape, w.shape), _precision(x.dtype, tf32), x, w, y, epilogue)
+        im2col_fprop(geometry.problem(x.shape, w.shape), precision_of(x.dtype, tf32), x, w, y, epilogue)
     else:
         bias, norm, residual, _, _ = epilogue
         plan.run(x, w, y, bias, norm.mean, norm.var, norm.weight, norm.bias, residual, None)
@@ -308,7 +245,7 @@ def conv_dgrad(
     layout, run, _ = dgrad_plan(dy, w, x_shape, geometry, fmt, tf32=tf32, tile=tile)
     dx = launch.empty(layout, dy)
     if algorithm == "im2col":
-        im2col_dgrad(geometry.problem(x_shape, w.shape), _precision(dy.dtype, tf32), dy, w, dx, bias)
+        im2col_dgrad(geometry.problem(x_shape, w.shape), precision_of(dy.dtype, tf32), dy, w, dx, bias)
     else:
         run(dy, w, dx, bias)
     return dx
@@ -331,7 +268,7 @@ def conv_wgrad(
     if dy.numel() == 0 or x.numel() == 0:
         return dw.zero_()
     if algorithm == "im2col":
-        im2col_wgrad(geometry.problem(x.shape, w_shape), _precision(x.dtype, tf32), x, dy, dw)
+        im2col_wgrad(geometry.problem(x.shape, w_shape), precision_of(x.dtype, tf32), x, dy, dw)
     else:
         run(x, dy, dw)
     return dw

@@ -7,9 +7,10 @@ takes. All of that follows from shapes, strides and dtypes: a launcher does it o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from triton import knobs, runtime
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton decides at decoration, that is at import, whether kernels are interpreted; so does this.
 INTERPRETED: bool = bool(knobs.runtime.interpret)
@@ -93,20 +95,39 @@ def _triton_must_launch() -> bool:
     return getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or now.debug or now.add_stages_inspection_hook is not None
 
 
+def tensor_map(shape: Sequence[int], strides: Sequence[int], block: Sequence[int], dtype: torch.dtype) -> TensorDescriptor:
+    """How a kernel sees a tensor through boxes of `block` elements, without the tensor: what `Plan` takes as one of its `maps`.
+
+    Raises AssertionError where a map cannot be: strides but the last, which is 1, are multiples of 16 bytes, extents are positive.
+    """
+    return TensorDescriptor(torch.empty(0, dtype=dtype, device="meta"), list(shape), list(strides), list(block))
+
+
 class Plan:
     """A launch but for its tensors: kernel, grid, and every argument that follows from shapes, strides and dtypes.
 
     Called with the tensors, the kernel's first parameters (None where absent; the first is present), it launches on their device and
-    its current stream. `scalars` are the parameters that follow them; `tile` and `options` as in `run`.
+    its current stream. `scalars` are the parameters that follow them; `tile` and `options` as in `run`. `maps` names, by position, the
+    tensors that the kernel gets as tensor maps, and the maps; those tensors start at a multiple of 16 bytes.
 
     Keeps what Triton compiled, by what would make Triton compile again: the device, and each tensor's dtype and whether its address is
-    a multiple of 16 bytes. Keeps no tensor.
+    a multiple of 16 bytes. Keeps no tensor: a map is given its tensor at each launch, in which
+    Triton encodes it.
     """
 
-    __slots__ = ("compiled", "grid", "kernel", "options", "scalars", "tile")
+    __slots__ = ("compiled", "grid", "kernel", "maps", "options", "scalars", "tile")
 
-    def __init__(self, kernel: Any, grid: tuple[int], *scalars: Any, tile: Any = None, **options: Any) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int],
+        *scalars: Any,
+        tile: Any = None,
+        maps: Mapping[int, TensorDescriptor] = MappingProxyType({}),
+        **options: Any,
+    ) -> None:
         self.kernel, self.grid, self.scalars, self.tile, self.options = kernel, grid, scalars, tile, options
+        self.maps = tuple(maps.items())
         self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def __call__(self, *tensors: Any) -> None:
@@ -137,12 +158,24 @@ class Plan:
                 self.compiled[tuple(key)] = kernel.run, kernel.function, kernel.packed_metadata, arguments, kernel
             return
         launch, function, metadata, arguments, kernel = found
+        if self.maps:
+            tensors = self.mapped(tensors)
         launch(self.grid[0], 1, 1, driver.get_current_stream(device), function, metadata, None, None, None, *tensors, *arguments)
         if _observers:
             _tell(self.kernel, self.tile, self.grid, kernel)
 
-    def run(self, tensors: Sequence[Any]) -> Any:
-        return run(self.kernel, self.grid, tensors[0].device, *tensors, *self.scalars, tile=self.tile, **self.options)
+    def mapped(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The tensors as the kernel gets them. What a map's constructor checks was checked when the plan was made, but for the address."""
+        arguments = list(tensors)
+        for i, map_ in self.maps:
+            seen = object.__new__(TensorDescriptor)
+            seen.__dict__.update(map_.__dict__, base=tensors[i])
+            arguments[i] = seen
+        return tuple(arguments)
+
+    def run(self, tensors: tuple[Any, ...]) -> Any:
+        arguments = self.mapped(tensors)
+        return run(self.kernel, self.grid, tensors[0].device, *arguments, *self.scalars, tile=self.tile, **self.options)
 
 
 PLANS_KEPT = 2048  # by each function that makes some: a network has dozens of shapes, images of all sizes make thousands
@@ -169,7 +202,7 @@ def _gpu_architecture(index: int) -> int:
 
 
 def architecture(device: torch.device) -> int:
-    """90 for sm_90: what kernels for tensors on `device` are compiled for. The interpreter, where it makes no difference, counts as 90."""
+    """90 for sm_90: what kernels for tensors on `device` are compiled for. The interpreter runs what sm_90 would."""
     if INTERPRETED:
         return 90
     if device.type == "cuda":

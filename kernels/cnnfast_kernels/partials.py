@@ -18,17 +18,21 @@ from .tiling import cdiv
 
 
 @triton.jit
-def rows_before(tile, tiles, tiles_l, L, ROWS, columns):
+def rows_before(tile, tiles, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH):
     """Elements of the first `tile` tiles, at most `tiles`, that are cut as TileRows says."""
     tile = tl.minimum(tile, tiles).to(tl.int32)
-    row = tile // columns % tiles_l * ROWS
-    planes = (tile // columns // tiles_l).to(tl.int64) * L * columns
-    return planes + tl.minimum(row, L).to(tl.int64) * columns + tile % columns * tl.minimum(ROWS, L - row)
+    tiles_c = tl.cdiv(columns, WIDTH)
+    plane = tile // tiles_c // tiles_l * DEPTH
+    row = tile // tiles_c % tiles_l * ROWS
+    depth = tl.minimum(DEPTH, planes - plane)
+    rows = tl.minimum(ROWS, L - row)
+    in_plane = tl.minimum(row, L).to(tl.int64) * columns + rows.to(tl.int64) * (tile % tiles_c * WIDTH)
+    return tl.minimum(plane, planes).to(tl.int64) * L * columns + depth * in_plane
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "group", "tiles_l", "L", "ROWS", "columns"])
+@triton.jit(do_not_specialize=["T", "tiles", "group", "tiles_l", "L", "ROWS", "columns", "WIDTH", "planes", "DEPTH"])
 def combine_kernel(
-    partials_ptr, first_ptr, second_ptr, T, tiles, group, tiles_l, L, ROWS, columns,
+    partials_ptr, first_ptr, second_ptr, T, tiles, group, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH,
     C: tl.constexpr, QUANTITIES: tl.constexpr, MOMENTS: tl.constexpr, FINAL: tl.constexpr, ACC: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -45,8 +49,8 @@ def combine_kernel(
     first = tl.load(rows, mask=mask, other=0.0)  # [BLOCK_T, BLOCK_C]
     if MOMENTS:
         begin = t.to(tl.int64) * group
-        count = rows_before(begin + group, tiles, tiles_l, L, ROWS, columns) - rows_before(begin, tiles, tiles_l, L, ROWS, columns)
-        count = count.to(ACC)
+        count = rows_before(begin + group, tiles, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH)
+        count = (count - rows_before(begin, tiles, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH)).to(ACC)
         total = tl.sum(count, 0)
         # means relative to the first one: a large common mean costs no digits
         origin = tl.load(partials_ptr + (out * BLOCK_T).to(tl.int64) * stride + c, mask=c < C * tl.minimum(T, 1), other=0.0)
@@ -66,8 +70,9 @@ def combine_kernel(
 
 
 class TileRows(NamedTuple):
-    """How many elements the partials stand for: planes of L rows and `columns` columns are cut into tiles of ROWS rows and one column,
-    tiles_l in a column, the last one shorter. They are counted along rows; a partial stands for `group` of all `tiles` (0: for one).
+    """How many elements the partials stand for: `planes` planes of L rows and `columns` columns are cut into tiles of DEPTH planes, ROWS
+    rows and WIDTH columns, tiles_l of them along the rows; the last along each axis are smaller. They are counted along columns, then rows,
+    then planes, whose number matters only where DEPTH is not 1; a partial stands for `group` of all `tiles` (0: for one).
     """
 
     tiles_l: int
@@ -76,6 +81,9 @@ class TileRows(NamedTuple):
     columns: int = 1
     group: int = 1
     tiles: int = 0
+    WIDTH: int = 1
+    planes: int = 2**31 - 1
+    DEPTH: int = 1
 
 
 @launch.planned
@@ -84,12 +92,12 @@ def plan_combine(T: int, quantities: int, C: int, dtype: torch.dtype, rows: Tile
     BLOCK_C = min(32 if dtype == torch.float32 else 16, triton.next_power_of_2(C))
     tile = PlaneTile(128, BLOCK_C, 8)
     levels = []
-    tiles_l, L, ROWS, columns, group, tiles = rows or TileRows(1, 0, 0)
+    tiles_l, L, ROWS, columns, group, tiles, WIDTH, planes, DEPTH = rows or TileRows(1, 0, 0)
     tiles, groups = tiles or T, 0
     while groups != 1:
         groups = max(1, cdiv(T, tile.BLOCK_L))
         level = launch.Plan(
-            combine_kernel, (groups * cdiv(C, BLOCK_C),), T, tiles, group, tiles_l, L, ROWS, columns,
+            combine_kernel, (groups * cdiv(C, BLOCK_C),), T, tiles, group, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH,
             tile=tile, C=C, QUANTITIES=quantities, MOMENTS=rows is not None, FINAL=groups == 1, ACC=launch.KERNEL_DTYPES[dtype],
             BLOCK_T=tile.BLOCK_L, BLOCK_C=BLOCK_C, num_warps=tile.num_warps,
         )  # fmt: skip

@@ -117,6 +117,11 @@ def async_copies(instructions: list[Instruction]) -> int:
     return sum(i.family in ASYNC_COPIES for i in instructions)
 
 
+def tensor_loads(instructions: list[Instruction]) -> int:
+    """Those of them that fetch a box by a tensor map."""
+    return sum(i.family == "UTMALDG" for i in instructions)
+
+
 def global_loads(instructions: list[Instruction]) -> int:
     """Instructions that load global memory to registers."""
     return sum(i.family == "LDG" for i in instructions)

@@ -29,11 +29,12 @@ import platformdirs
 from . import __version__
 from .problem import ConvProblem
 from .tiling import Operation, StripTile, TileConfig
+from .tma.tiles import BoxTile
 
 Winner = Literal["kernels", "library"]
 
 FORMAT = 1  # of the file
-FAMILIES: dict[str, type] = {"gather": TileConfig, "depthwise": StripTile}
+FAMILIES: dict[str, type] = {"gather": TileConfig, "depthwise": StripTile, "tma": BoxTile}
 FARTHEST_BATCH = 2
 SHIPPED = Path(__file__).parent / "tables"
 

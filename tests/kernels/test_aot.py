@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from child import run_compiled
-from cnnfast_kernels import sass
+from cnnfast_kernels import aot_record, sass
 from cnnfast_kernels.aot import Row, capability_of, compile_all, dot_operands, kernel_names, problems, target, uncovered
 from cnnfast_kernels.aot_cases import cases
 
@@ -87,6 +88,14 @@ def test_tensor_cores_and_async_copies():
         assert sass.tensor_core(sass.read(f"/*0000*/ {opcode} R4, R8, R10, R4 ;")) == opcode.partition(".")[0]
 
 
+def test_loads_by_tensor_maps():
+    code = sass.read(
+        "/*0000*/ @P1 UTMALDG.4D [UR8], [UR4], desc[UR16] ;\n/*0010*/ UTMASTG.4D [UR8], [UR4] ;\n/*0020*/ LDGSTS.E.128 [R2], [R4] ;"
+    )
+    assert (sass.tensor_loads(code), sass.async_copies(code)) == (1, 2)
+    assert sass.tensor_loads(sass.read(PIPELINED)) == 0
+
+
 def test_wide_loads():
     code = sass.read(
         """
@@ -142,6 +151,7 @@ GOOD = Row(
         ({"tensor_core": None}, "multiplies bf16 without tensor cores"),
         ({"dot": "tf32", "tensor_core": None}, "multiplies tf32 without tensor cores"),
         ({"serialised": True}, "waits after every wgmma"),
+        ({"tensor_loads": 0}, None),  # this kernel loads by pointers
     ],
 )
 def test_problems(change, expected):
@@ -150,10 +160,50 @@ def test_problems(change, expected):
     assert all("sm_90 conv_fprop_kernel (infer bfloat16 3x3; 128x64x32 w4 s4)" in line for line in found)
 
 
+BOXES = replace(GOOD, kernel="tma_fprop_kernel", tile="2x8x8 pixels k128 c64 w4 s3", tensor_loads=6)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, None),
+        ({"tensor_core": "UTCHMMA", "arch": "sm_100"}, None),
+        ({"tensor_loads": 0}, "0 loads by tensor maps, and HGMMA"),
+        ({"tensor_core": "HMMA"}, "6 loads by tensor maps, and HMMA in place of wgmma or tcgen05"),
+    ],
+)
+def test_problems_of_kernels_that_load_by_tensor_maps(change, expected):
+    found = problems([replace(BOXES, **change)])
+    assert found == [] if expected is None else len(found) == 1 and expected in found[0]
+
+
+def test_a_main_loop_may_rise_by_15_percent_over_its_record(tmp_path):
+    file = tmp_path / "record.json"
+    aot_record.write([GOOD, BOXES, replace(BOXES, arch="sm_100", loop_instructions=200)], file)
+    record = json.loads(file.read_text())
+    assert [list(rows.values()) for rows in record.values()] == [[200], [120]], "of tensor-map kernels alone"
+    assert aot_record.risen([replace(BOXES, loop_instructions=138), replace(GOOD, loop_instructions=500)], record) == []
+    (line,) = aot_record.risen([replace(BOXES, loop_instructions=139)], record)
+    assert "139 instructions in the main loop, 120 on record" in line
+    (line,) = aot_record.risen([replace(BOXES, variant="another")], record)
+    assert "no instructions are on record" in line
+    assert aot_record.risen([BOXES], {}) == [], "nothing is on record for this compiler"
+    aot_record.write([replace(BOXES, variant="another")], file)
+    record = json.loads(file.read_text())
+    assert [len(rows) for rows in record.values()] == [1, 1], "what no case makes any more is forgotten"
+
+
+def test_the_record_is_of_the_oldest_and_the_newest_triton():
+    record = json.loads(aot_record.FILE.read_text())
+    assert set(record) == {f"triton {version} {arch}" for version in ("3.6", "3.9") for arch in ("sm_90", "sm_100")}
+    assert all(len(rows) > 60 and min(rows.values()) > 0 for rows in record.values())
+
+
 def test_a_failure_is_a_problem_and_covers_no_kernel():
     row = Row("", "infer bfloat16 3x3", "", "sm_90", error="CompilationError: no")
     assert problems([row]) == ["sm_90 infer bfloat16 3x3: does not compile: CompilationError: no"]
     assert uncovered([row]) == kernel_names()
+    assert kernel_names() - uncovered([replace(row, arch="sm_89")]) == {"tma_fprop_kernel", "tma_dgrad_kernel", "tma_wgrad_kernel"}
     assert {"conv_fprop_kernel", "depthwise_dgrad_kernel", "conv_wgrad_kernel", "max_pool_kernel", "normalize_kernel"} <= kernel_names()
 
 
@@ -244,3 +294,30 @@ def test_depthwise_kernels_load_16_bytes_a_thread():
         assert row["spill_bytes"] == 0
         assert row["wide_loads"] == (0 if "NCHW" in row["variant"] else row["global_loads"]), row
         assert row["global_loads"] > 0
+
+
+@pytest.mark.compiled
+def test_tensor_maps_feed_the_matrix_unit():
+    found = run_compiled(compile_boxes)
+    assert {row["kernel"] for row in found} >= {"tma_fprop_kernel", "tma_dgrad_kernel", "tma_wgrad_kernel"}
+    for row in found:
+        if row["kernel"].startswith("tma_"):
+            assert row["tensor_core"] == {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}[row["arch"]]
+            assert row["tensor_loads"] > 0
+            assert row["spill_bytes"] == 0
+            assert row["serialised"] is False
+
+
+def compile_boxes():
+    """Rows of one case of each tensor-map kernel, on both architectures."""
+    from dataclasses import asdict
+
+    from cnnfast_kernels import aot
+    from cnnfast_kernels.aot_cases import cases
+
+    rows = []
+    for arch in ("sm_90", "sm_100"):
+        index = {case.name: i for i, case in enumerate(cases(aot.capability_of(arch)))}
+        names = [f"{operation} bfloat16 3x3/2 in boxes" for operation in ("infer", "dgrad", "wgrad")]
+        rows += aot.finished([row for name in names for row in aot.compile_case(arch, index[name])])
+    return [asdict(row) for row in rows]

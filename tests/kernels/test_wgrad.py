@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cnnfast_kernels import launch
-from cnnfast_kernels.gather.slots import reduce_partials
-from cnnfast_kernels.gather.wgrad import empty_partials, wgrad, wgrad_partials
+from cnnfast_kernels.gather.wgrad import wgrad, wgrad_partials
 from cnnfast_kernels.indexing import divisor
+from cnnfast_kernels.slots import empty_partials, reduce_partials
 from convolutions import (
     CASES,
     DTYPES,

@@ -40,7 +40,15 @@ def test_version():
 
 @pytest.mark.parametrize(
     "arguments",
-    [("nonsense",), ("demo", "--epochs", "none"), ("demo", "--epochs", "0"), ("demo", "--nonsense"), ("check",), ("aot", "--jobs", "x")],
+    [
+        ("nonsense",),
+        ("demo", "--epochs", "none"),
+        ("demo", "--epochs", "0"),
+        ("demo", "--nonsense"),
+        ("check",),
+        ("aot", "--jobs", "x"),
+        ("aot", "--record", "--only", "boxes"),
+    ],
     ids=" ".join,
 )
 def test_wrong_arguments_end_with_2(arguments):

@@ -18,7 +18,8 @@ from cnnfast.__main__ import app
 from cnnfast.bench.timing import Times
 from cnnfast.ops import library
 from cnnfast.tuning import running
-from cnnfast_kernels import conv, launch, tables
+from cnnfast_kernels import choosing, launch, tables
+from cnnfast_kernels.tiling import StripTile, TileConfig
 
 LAST = torch.channels_last
 
@@ -168,7 +169,7 @@ def broken(monkeypatch, spoil):
 
     def ours(convolution, a, tile):
         results = compute(convolution, a, tile)
-        default = conv.default_tile(convolution.question(False, launch.gpu(results[0].device)))
+        default = choosing.default_tile(convolution.question(False, launch.gpu(results[0].device)))
         return results if tile == default else spoil(results)
 
     monkeypatch.setattr(tuning, "ours", ours)
@@ -198,7 +199,7 @@ def test_what_is_not_written_is_seen_though_memory_holds_the_right_numbers(gpu, 
     held, allocate = [], launch.empty
 
     def lazily(convolution, a, tile):
-        default = conv.default_tile(convolution.question(False, launch.gpu(a["x"].device)))
+        default = choosing.default_tile(convolution.question(False, launch.gpu(a["x"].device)))
         if tile != default:
             return (launch.empty("the same memory", a["x"]),)
         held[:] = running.ours(convolution, a, tile)
@@ -309,7 +310,7 @@ def library_wins(gpu, monkeypatch):
     monkeypatch.setattr(tables, "library", True)
 
     def default(key):
-        return conv.StripTile(64, 2, 4) if key.problem.is_depthwise else conv.TileConfig(32, 32, 16, 4, 2)
+        return StripTile(64, 2, 4) if key.problem.is_depthwise else TileConfig(32, 32, 16, 4, 2)
 
 
 CONVOLUTIONS = {
@@ -393,7 +394,7 @@ def test_a_row_of_ours_and_no_row(gpu, device):
 
 
 def test_on_a_gpu_a_trace_tells_what_was_not_measured():
-    geometry, on_gpu = conv.Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1), SimpleNamespace(is_cuda=True)
+    geometry, on_gpu = choosing.Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1), SimpleNamespace(is_cuda=True)
     with cnnfast.trace() as calls:
         calls.enter(cnnfast.dispatch.Call("conv_fprop", ((1, 1, 1, 1),), "float16", "kernels"))
         assert not library.wins(None, geometry, on_gpu)
@@ -407,11 +408,11 @@ def test_a_report_tells_that_nothing_was_measured(gpu, monkeypatch):
     weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
     monkeypatch.setattr(launch, "gpu", lambda device: gpu)
     assert reporting._unmeasured(weight) == f"unmeasured: run cnnfast tune. No convolution was measured on this GPU ({gpu.name})."
-    tables.write(*gpu, [tables.Row(tables.Key(*gpu, "fprop", "", "float16", "", PROBLEM), conv.TileConfig(32, 32, 16), "kernels", {})], {})
+    tables.write(*gpu, [tables.Row(tables.Key(*gpu, "fprop", "", "float16", "", PROBLEM), TileConfig(32, 32, 16), "kernels", {})], {})
     assert reporting._unmeasured(weight) == ""
 
 
-PROBLEM = conv.Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1).problem((1, 4, 4, 4), (4, 4, 1, 1))
+PROBLEM = choosing.Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1).problem((1, 4, 4, 4), (4, 4, 1, 1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

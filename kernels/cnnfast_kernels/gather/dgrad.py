@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..indexing import channel_offset, pixel_offset, unravel_npq
+from ..indexing import channel_offset, class_axis, pixel_offset, unravel_npq
 from ..problem import ConvProblem, tap_step
 from ..tiling import Precision, TileConfig, cdiv
-from .tiles import class_axis, load_taps, multiply_accumulate, tap_bits, unravel_rsc
+from .tiles import load_taps, multiply_accumulate, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
 STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx") for d in "nhwc"]

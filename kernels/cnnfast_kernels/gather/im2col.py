@@ -19,11 +19,11 @@ from .. import launch
 from ..epilogue import PLAIN, Epilogue
 from ..indexing import channel_offset, pixel_offset, unravel_npq
 from ..problem import ConvProblem
+from ..slots import empty_partials, reduce_partials
 from ..tiling import Precision, TileConfig, cdiv, choose_tile
 from .dgrad import dgrad
 from .fprop import fprop
-from .slots import reduce_partials
-from .wgrad import empty_partials, wgrad_partials
+from .wgrad import wgrad_partials
 
 MAX_WORKSPACE = 256 * 2**20
 COPY_TILE = TileConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_K=1)

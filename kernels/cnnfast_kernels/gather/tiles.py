@@ -23,23 +23,6 @@ def tap_bits(h0, w0, row_ok, H, W, R: tl.constexpr, S: tl.constexpr, STEP_H: tl.
 
 
 @triton.jit
-def class_axis(first, extent, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, STEP: tl.constexpr):
-    """The class of pixels h = first + i * STRIDE, i < pixels, along one axis: (pixels, r0, taps, p0).
-
-    It meets taps r = r0 + j * STEP, j < taps, and tap r of pixel i reads p = p0 + i - j * DIL * STEP / STRIDE.
-    """
-    if STRIDE == 1:
-        return extent, 0, R, PAD
-    else:
-        pixels = (extent - first + STRIDE - 1) // STRIDE
-        r0 = first * 0 + R
-        for r in tl.static_range(R if R < STEP else STEP):
-            r0 = tl.where((first + PAD - r * DIL) % STRIDE == 0, r, r0)
-        taps = (R - r0 + STEP - 1) // STEP
-        return pixels, r0, taps, (first + PAD - r0 * DIL) // STRIDE
-
-
-@triton.jit
 def unravel_rsc(step, C: tl.constexpr, R, S, BLOCK_K: tl.constexpr, FLAT: tl.constexpr):
     """Tap and channels of k-step `step` over R x S taps: (r, s, c, c_ok) with c [BLOCK_K].
 

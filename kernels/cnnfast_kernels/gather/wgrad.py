@@ -9,6 +9,8 @@ gradient to its own slot, and a second kernel adds the slots in a fixed order: t
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -16,8 +18,8 @@ import triton.language as tl
 from .. import launch
 from ..indexing import channel_offset, divide, divisor, pixel_offset
 from ..problem import ConvProblem
+from ..slots import WgradPlan, plan_slots
 from ..tiling import Precision, TileConfig, cdiv
-from .slots import WgradPlan, plan_reduction
 from .tiles import multiply_accumulate
 
 EXTENTS = ["N", "H", "W", "P", "Q", "SLOTS", "p_magic", "p_shift", "q_magic", "q_shift"]
@@ -126,28 +128,9 @@ def wgrad_partials(
     plan_partials(problem, tile, precision, x, dy, partials[0], partials.shape[0], partials.stride(0))(x, dy, partials)
 
 
-def partials_layout(problem: ConvProblem, slots: int, dtype: torch.dtype) -> launch.Layout:
-    """Of a workspace [slots, K, R, S, C / groups] for partial gradients, in the dtype that sums of products of `dtype` have."""
-    g = problem
-    return launch.dense((slots, g.K, g.R, g.S, g.group_channels), launch.accumulator_dtype(dtype))
-
-
-def empty_partials(problem: ConvProblem, slots: int, like: torch.Tensor) -> torch.Tensor:
-    """Workspace [slots, K, C / groups, R, S] for wgrad_partials, channels innermost, in the dtype that sums of products of `like` have."""
-    return launch.empty(partials_layout(problem, slots, like.dtype), like).permute(0, 1, 4, 2, 3)
-
-
 def plan_wgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, x: launch.Laid, dy: launch.Laid, dw: launch.Laid) -> WgradPlan:
     """Takes (x, dy, dw); see `wgrad`. dy must not be empty."""
-    slots = tile.SPLIT_K
-    if slots == 1:
-        return WgradPlan(plan_partials(problem, tile, precision, x, dy, dw, 1, 0))
-    workspace = partials_layout(problem, slots, x.dtype)
-    K, R, S, C = workspace.shape[1:]
-    size, *strides = workspace.strides
-    slot = launch.Layout((K, C, R, S), (strides[0], strides[3], strides[1], strides[2]), workspace.dtype)
-    partials = plan_partials(problem, tile, precision, x, dy, slot, slots, size)
-    return WgradPlan(partials, workspace, plan_reduction(slots, size, dw))
+    return plan_slots(problem, tile.SPLIT_K, dw, x.dtype, partial(plan_partials, problem, tile, precision, x, dy))
 
 
 def wgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:

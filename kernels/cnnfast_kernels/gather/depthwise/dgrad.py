@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 
 from ... import launch
-from ...indexing import channel_offset, divisor, pixel_offset
+from ...indexing import channel_offset, class_axis, divisor, pixel_offset
 from ...problem import ConvProblem, tap_step
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
-from ..tiles import class_axis
 from .strips import FAR, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
 
 EXTENTS = ["N", "H", "W", "P", "Q", "strips", "strips_magic", "strips_shift", "columns", "columns_magic", "columns_shift"]

@@ -17,8 +17,8 @@ import triton.language as tl
 from ... import launch
 from ...indexing import channel_offset, divisor, pixel_offset
 from ...problem import ConvProblem
+from ...slots import WgradPlan, plan_reduction
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, columns_at_once, taps_at_once
-from ..slots import WgradPlan, plan_reduction
 from .strips import FAR, add_product, filters_as_channels, in_range, load_row, locate_strips, zeros
 
 EXTENTS = ["N", "H", "W", "P", "Q", "SLOTS", "dw_stride_slot", "strips", "strips_magic", "strips_shift", "q_magic", "q_shift"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .. import launch
-from ..indexing import channel_offset
-from ..tiling import cdiv
+from . import launch
+from .indexing import channel_offset
+from .problem import ConvProblem
+from .tiling import cdiv
 
 
 @triton.jit(do_not_specialize=["SLOTS", "slot_stride"])
@@ -46,8 +48,19 @@ def plan_reduction(slots: int, slot_stride: int, dw: launch.Laid) -> launch.Plan
 
 
 def reduce_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
-    """dw = the sum of the slots of `partials`, which is from wgrad.empty_partials; dw [K, C / groups, R, S] in any layout and dtype."""
+    """dw = the sum of the slots of `partials`, which is from empty_partials; dw [K, C / groups, R, S] in any layout and dtype."""
     plan_reduction(partials.shape[0], partials.stride(0), dw)(partials, dw)
+
+
+def partials_layout(problem: ConvProblem, slots: int, dtype: torch.dtype) -> launch.Layout:
+    """Of a workspace [slots, K, R, S, C / groups] for partial gradients, in the dtype that sums of products of `dtype` have."""
+    g = problem
+    return launch.dense((slots, g.K, g.R, g.S, g.group_channels), launch.accumulator_dtype(dtype))
+
+
+def empty_partials(problem: ConvProblem, slots: int, like: torch.Tensor) -> torch.Tensor:
+    """Workspace [slots, K, C / groups, R, S], channels innermost, in the dtype that sums of products of `like` have."""
+    return launch.empty(partials_layout(problem, slots, like.dtype), like).permute(0, 1, 4, 2, 3)
 
 
 class WgradPlan(NamedTuple):
@@ -64,3 +77,18 @@ class WgradPlan(NamedTuple):
             partials = launch.empty(self.workspace, x)
             self.partials(x, dy, partials)
             self.reduction(partials, dw)
+
+
+def plan_slots(
+    problem: ConvProblem, slots: int, dw: launch.Laid, dtype: torch.dtype, plan: Callable[[launch.Laid, int, int], launch.Plan]
+) -> WgradPlan:
+    """The gradient dw in that many slots. plan(slot, slots, stride) plans a launch that takes (x, dy, partials) and leaves `slots` partial
+    gradients laid as `slot` is, `stride` elements apart. `dtype` is that of the operands.
+    """
+    if slots == 1:
+        return WgradPlan(plan(dw, 1, 0))
+    workspace = partials_layout(problem, slots, dtype)
+    K, R, S, C = workspace.shape[1:]
+    size, k, r, s, c = workspace.strides
+    slot = launch.Layout((K, C, R, S), (k, c, r, s), workspace.dtype)
+    return WgradPlan(plan(slot, slots, size), workspace, plan_reduction(slots, size, dw))

@@ -1,0 +1,132 @@
+"""Convolution forward as an implicit GEMM whose operands all come by tensor maps.
+
+    y[n, p, q, k] = sum over r, s, c of x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c] * w[k, r, s, c]
+
+One tap of the filter sees a box of output pixels as a box of input pixels, shifted: the patches need neither addresses nor masks, and
+padding is what lies outside the tensor. The GEMM is swapped, accumulator [filters, pixels] = w [filters, C] times the transposed box
+[pixels, C]: as the second operand the matrix unit reads the box in shared memory as the copy engine left it. Taps that reach only into
+the padding are skipped. 1x1 convolutions are plain GEMMs, see `views.flattened`.
+
+Written for sm_90 and later. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import launch
+from ..epilogue import PLAIN, Epilogue, activate, normalize_columns, tile_moments
+from ..partials import TileRows
+from ..problem import ConvProblem
+from ..tiling import cdiv
+from .boxes import load_box, load_phases, locate_box, rows_of_box, store_box, taps_inside
+from .tiles import BoxTile, box_count, phases_of
+from .views import flattened, map_filters, map_image, strides_of
+
+EXTENTS = ["N", "H", "W", "P", "Q"]
+
+
+@triton.jit(do_not_specialize=EXTENTS)
+def tma_fprop_kernel(
+    x_map, w_map, y_map, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, z_map, moments_ptr, slope: tl.float64, N, H, W, P, Q, K,
+    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PIXEL: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    PHASE_H: tl.constexpr, PHASE_W: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILE_K: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """One box of y, TILE_K filters of it; z is the residual; `moments` [boxes, 2, K]. PIXEL: elements from a pixel of x to the next."""
+    STEPS_C: tl.constexpr = (C + TILE_C - 1) // TILE_C
+
+    # Filters vary fastest: programs that run together share their pixels.
+    tiles_k = tl.cdiv(K, TILE_K)
+    k0 = tl.program_id(0) % tiles_k * TILE_K
+    tile = tl.program_id(0) // tiles_k
+    n0, p0, q0 = locate_box(tile, P, Q, TILE_N, TILE_H, TILE_W)
+    h0 = p0 * STRIDE_H - PAD_H
+    w0 = q0 * STRIDE_W - PAD_W
+    r0, taps_r = taps_inside(h0, H, R, DIL_H, TILE_H)
+    s0, taps_s = taps_inside(w0, W, S, DIL_W, TILE_W)
+
+    acc = tl.zeros((TILE_K, TILE_N * TILE_H * TILE_W), tl.float32)
+    for step in range(taps_r * taps_s * STEPS_C):
+        r = r0 + step // STEPS_C // taps_s
+        s = s0 + step // STEPS_C % taps_s
+        c = step % STEPS_C * TILE_C
+        x = load_phases(x_map, n0, h0 + r * DIL_H, w0 + s * DIL_W, c, PIXEL, PHASE_H, PHASE_W)  # [pixels, TILE_C]
+        w = w_map.load([r, s, k0, c]).reshape(TILE_K, TILE_C)
+        acc = tl.dot(w, x.T, acc)
+
+    acc = acc.T  # [pixels, TILE_K]
+    k = k0 + tl.arange(0, TILE_K)
+    k_ok = k < K
+    if bias_ptr is not None:
+        acc = acc + tl.load(bias_ptr + k, mask=k_ok, other=0.0).to(tl.float32)[None, :]
+    if mean_ptr is not None:
+        acc = normalize_columns(acc, mean_ptr, var_ptr, gamma_ptr, beta_ptr, k, k_ok, EPS, tl.float32)
+    if z_map is not None:
+        acc = acc + load_box(z_map, n0, p0, q0, k0).to(tl.float32)
+    y = activate(acc, tl.full((), slope, tl.float32), ACTIVATION).to(y_map.dtype)
+    store_box(y_map, n0, p0, q0, k0, y)
+    if moments_ptr is not None:  # of y as stored: batch norm normalises exactly what backward will read
+        exist = rows_of_box(n0, p0, q0, N, P, Q, TILE_N, TILE_H, TILE_W)
+        mean, m2 = tile_moments((y.to(tl.float32),), (exist,))
+        row = moments_ptr + tile.to(tl.int64) * 2 * K + k
+        tl.store(row, mean, mask=k_ok)
+        tl.store(row + K, m2, mask=k_ok)
+
+
+def plan_tma_fprop(
+    problem: ConvProblem,
+    tile: BoxTile,
+    x: launch.Laid,
+    w: launch.Laid,
+    y: launch.Laid,
+    residual: launch.Laid | None = None,
+    eps: float = 0.0,
+    activation: str | None = None,
+    slope: float = 0.0,
+) -> launch.Plan:
+    """Takes (x, w, y, bias, mean, var, gamma, beta, residual, moments), each of the last seven or None; see `tma_fprop`."""
+    residuals = [] if residual is None else [residual]
+    g, (x, y, *residuals) = flattened(problem, x, y, *residuals)
+    phases = phases_of(g, "fprop", tile)
+    box = tile.TILE_N, tile.TILE_H, tile.TILE_W
+    maps = {0: map_image(x, box, tile.TILE_C, phases), 1: map_filters(w, tile.TILE_K, tile.TILE_C), 2: map_image(y, box, tile.TILE_K)}
+    if residuals:
+        maps[8] = map_image(residuals[0], box, tile.TILE_K)
+    return launch.Plan(
+        tma_fprop_kernel, (box_count(g, "fprop", tile) * cdiv(g.K, tile.TILE_K),), slope, g.N, g.H, g.W, g.P, g.Q, g.K,
+        tile=tile, maps=maps, C=g.C, R=g.R, S=g.S, PIXEL=strides_of(x)[2],
+        STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
+        PHASE_H=phases[0], PHASE_W=phases[1], EPS=eps, ACTIVATION=activation,
+        TILE_N=tile.TILE_N, TILE_H=tile.TILE_H, TILE_W=tile.TILE_W, TILE_K=tile.TILE_K, TILE_C=tile.TILE_C,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def tma_fprop(
+    problem: ConvProblem,
+    tile: BoxTile,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    y: torch.Tensor,
+    epilogue: Epilogue = PLAIN,
+    moments: torch.Tensor | None = None,
+) -> None:
+    """Writes y, what `epilogue` makes of conv(x, w), and, if asked, the (mean, M2) of each box of y; `box_rows` tells of which pixels.
+
+    Shapes: x [N, C, H, W], w [K, C, R, S], y and the residual [N, K, P, Q], all of one dtype, float16 or bfloat16, and as `views.why_not`
+    demands; bias and those of the batch norm [K]; moments [boxes, 2, K] in float32. Raises ValueError where the tile's boxes cannot step
+    with the problem's stride.
+    """
+    e = epilogue
+    plan = plan_tma_fprop(problem, tile, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
+    plan(x, w, y, e.bias, *e.norm[:4], e.residual, moments)
+
+
+def box_rows(problem: ConvProblem, tile: BoxTile, *images: launch.Laid) -> TileRows:
+    """The pixels that the moments of each box stand for. `images`: x and y."""
+    g, _ = flattened(problem, *images)
+    return TileRows(cdiv(g.P, tile.TILE_H), g.P, tile.TILE_H, g.Q, 1, box_count(g, "fprop", tile), tile.TILE_W, g.N, tile.TILE_N)

@@ -1,0 +1,99 @@
+"""How tensors are seen through tensor maps, and which can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .. import launch
+from ..problem import ConvProblem
+from ..tiling import Precision
+
+ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that a tensor map can start at, and step by
+
+
+def strides_of(t: launch.Laid) -> tuple[int, int, int]:
+    """(n, h, w): strides of a tensor [N, C, H, W] with adjacent channels; along an axis of one pixel, what a dense tensor would have."""
+    N, C, H, W = t.shape
+    n, _, h, w = t.stride()
+    w = w if W > 1 else C
+    h = h if H > 1 else W * w
+    return n if N > 1 else H * h, h, w
+
+
+def is_mappable(t: launch.Laid) -> bool:
+    """Whether channels are adjacent, and pixels, rows and images follow one another at multiples of 16 bytes, not overlapping."""
+    _, C, H, W = t.shape
+    n, h, w = strides_of(t)
+    aligned = C % ALIGNMENT == n % ALIGNMENT == h % ALIGNMENT == w % ALIGNMENT == 0
+    return aligned and (C == 1 or t.stride(1) == 1) and w >= C and h >= W * w and n >= H * h
+
+
+def why_not_on(arch: int) -> str:
+    """Why no such kernel runs on GPUs of an architecture, 90 for sm_90; "" if they do."""
+    if arch < 90:
+        return f"sm_{arch} has no tensor maps"
+    if arch >= 120:
+        return f"sm_{arch} has too little shared memory, and neither wgmma nor tcgen05"
+    return ""
+
+
+def why_not(problem: ConvProblem, precision: Precision, arch: int, aligned: bool, *tensors: launch.Laid) -> str:
+    """Why the tensor-map kernels cannot serve a convolution on these tensors, its result among them; "" if they can.
+
+    `aligned`: whether all of them start at a multiple of 16 bytes.
+    """
+    g = problem
+    if reason := why_not_on(arch):
+        return reason
+    if precision != "half":
+        return "operands are not in half precision"
+    if g.groups > 1:
+        return "there are groups"
+    if 0 in (g.N, g.C, g.H, g.W, g.K, g.R, g.S) or min(g.P, g.Q) < 1:
+        return "a tensor is empty"
+    if not aligned:
+        return "a tensor does not start at a multiple of 16 bytes"
+    if not all(map(is_mappable, tensors)):
+        return "a tensor is not channels_last, with its channels and strides multiples of 8"
+    return ""
+
+
+def flattened(problem: ConvProblem, *images: launch.Laid) -> tuple[ConvProblem, Sequence[launch.Laid]]:
+    """A 1x1 convolution of dense images as one of a single row, whose boxes waste no pixel: a plain GEMM. Any other as it is."""
+    g = problem
+    plain = (g.R, g.S, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.P, g.Q) == (1, 1, 1, 1, 0, 0, g.H, g.W)
+    if not plain or any((n, h) != (t.shape[2] * h, t.shape[3] * w) for t in images for n, h, w in [strides_of(t)]):
+        return problem, images
+    row = g.N * g.H * g.W
+    pixels = [strides_of(t)[2] for t in images]
+    rows = [launch.Layout((1, t.shape[1], 1, row), (row * w, 1, row * w, w), t.dtype) for t, w in zip(images, pixels, strict=True)]
+    return replace(g, N=1, H=1, W=row, P=1, Q=row), rows
+
+
+def map_image(t: launch.Laid, box: tuple[int, int, int], channels: int, phases: tuple[int, int] = (1, 1)) -> TensorDescriptor:
+    """[N, H, W, C], or in phases, as boxes.py explains them, [N, H / PHASE_H, PHASE_H, W / PHASE_W, PHASE_W * C]."""
+    N, C, H, W = t.shape
+    n, h, w = strides_of(t)
+    if phases == (1, 1):
+        return launch.tensor_map((N, H, W, C), (n, h, w, 1), (*box, channels), t.dtype)
+    PHASE_H, PHASE_W = phases
+    shape = N, H // PHASE_H, PHASE_H, W // PHASE_W, (PHASE_W - 1) * w + C
+    strides = n, PHASE_H * h, h, PHASE_W * w, 1
+    return launch.tensor_map(shape, strides, (box[0], box[1], 1, box[2], channels), t.dtype)
+
+
+def map_column(t: launch.Laid, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
+    """[H, W, N, C], for boxes of one pixel of several images."""
+    N, C, H, W = t.shape
+    n, h, w = strides_of(t)
+    return launch.tensor_map((H, W, N, C), (h, w, n, 1), (1, 1, box[0], channels), t.dtype)
+
+
+def map_filters(w: launch.Laid, filters: int, channels: int) -> TensorDescriptor:
+    """Weights [K, C, R, S] as [R, S, K, C]: the block of one tap."""
+    K, C, R, S = w.shape
+    k, r, s = strides_of(w)
+    return launch.tensor_map((R, S, K, C), (r, s, k, 1), (1, 1, filters, channels), w.dtype)

@@ -1,8 +1,9 @@
-"""ResNet-50's convolutions, each distinct one once: ours and PyTorch's (cuDNN, benchmark on), bfloat16, channels_last.
+"""Single layers, forward and backward, by the providers of `cnnfast bench --layers`, gated by its gate.
 
-    pytest benchmarks --benchmark-json=FILE
+    pytest benchmarks/test_convolution_layers.py --benchmark-json=FILE
 
-Host time around work that ends with a synchronisation: the layers are large enough at this batch for that not to show.
+On a GPU each round replays a CUDA graph and waits for it; `calls` in the extra information is how many steps that are. Without one a
+few layers run, which PyTorch serves: the numbers are those of a conversion, not of kernels.
 """
 
 from __future__ import annotations
@@ -10,40 +11,33 @@ from __future__ import annotations
 import pytest
 import torch
 
-import cnnfast.functional as F
-from cnnfast.demo.timing import cudnn_benchmark, resnet50
+from cnnfast.bench.gate import expect
+from cnnfast.bench.providers import PROVIDERS
+from cnnfast.bench.running import layer_job, one_thread
+from cnnfast.bench.shapes import layers
 
-BATCH = 64
-PROVIDERS = {"cnnfast": F.conv2d, "pytorch": torch.nn.functional.conv2d}
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU ring: the times of interpreted kernels say nothing")
-
-
-@pytest.fixture(autouse=True)
-def fastest_cudnn():
-    with cudnn_benchmark():
-        yield
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE, BATCH = (torch.device("cuda"), torch.bfloat16, 64) if GPU else (torch.device("cpu"), torch.float32, 1)
+CHOSEN = ("eager-graph", "cudnn-graph", "cnnfast-graph") if GPU else ("eager", "cnnfast")
+LAYERS = list(layers()) if GPU else list(layers())[-4:]
+CASES = [pytest.param(layer, mode, id=f"{layer}, {mode}") for layer in LAYERS for mode in layer.modes]
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("layer", resnet50(), ids=str)
-def test_layer(benchmark, layer, provider, direction):
-    def random(*size: int) -> torch.Tensor:
-        t = torch.randn(size, device="cuda", dtype=torch.bfloat16)
-        return t.contiguous(memory_format=torch.channels_last).requires_grad_()
+@pytest.mark.parametrize("provider", CHOSEN)
+@pytest.mark.parametrize(("layer", "mode"), CASES)
+def test_layer(benchmark, layer, mode, provider):
+    with one_thread(DEVICE):
+        job = layer_job(layer, BATCH, mode, DTYPE, DEVICE)
+        if reason := PROVIDERS[provider].unavailable(job):
+            pytest.skip(reason)
+        prepared = PROVIDERS[provider].prepare(job)
+        verdict = expect(job).judge(prepared.read(prepared.step()))
+        assert not verdict.message, verdict.message
 
-    x, w = random(BATCH, layer.C, layer.size, layer.size), random(layer.K, layer.C, layer.R, layer.R)
-    y = PROVIDERS[provider](x, w, stride=layer.stride, padding=layer.R // 2)
-    dy = torch.randn_like(y)
+        def step() -> None:
+            prepared.step()
+            if GPU:
+                torch.cuda.synchronize()
 
-    def step() -> None:
-        if direction == "forward":
-            with torch.no_grad():
-                PROVIDERS[provider](x, w, stride=layer.stride, padding=layer.R // 2)
-        else:
-            torch.autograd.grad(y, (x, w), dy, retain_graph=True)
-        torch.cuda.synchronize()
-
-    benchmark.extra_info["tflop"] = layer.flops(BATCH) * (1 if direction == "forward" else 2) / 1e12
-    benchmark.pedantic(step, rounds=20, warmup_rounds=3)
+        benchmark.extra_info["calls"] = prepared.calls
+        benchmark.pedantic(step, rounds=9, warmup_rounds=3)

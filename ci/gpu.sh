@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything worth doing when a GPU is at hand, in one call under 10 minutes: correctness, the demo at full size in every dtype,
-# the layers' times, a small network tuned. Results are files in $OUT, by default benchmarks/results/<gpu>. Needs no installation:
-# PYTHONPATH is set here.
+# Everything worth doing when a GPU is at hand, in one call: correctness, the demo at full size in every dtype,
+# the network and its layers against the strongest baselines, a small network tuned. Results are files in $OUT, by default
+# benchmarks/results/<gpu>. Needs no installation: PYTHONPATH is set here.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".:kernels" PYTHONUNBUFFERED=1
@@ -21,7 +21,8 @@ run() { # seconds, log, command
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv | tee "$OUT/gpu.csv"
 run 240 tests.log python3 -m pytest -q -n 8 -m "not compiled" tests
 run 120 demo.log python3 -m cnnfast demo --out "$OUT/demo"
-run 200 layers.log python3 -m pytest -q benchmarks --benchmark-json="$OUT/layers.json"
+run 240 bench.log python3 -m cnnfast bench resnet50 --mode infer,train --batch 32 --seconds 0.5 --json "$OUT/bench.json" --pictures "$OUT"
+run 200 layers.log python3 -m cnnfast bench --layers --seconds 0.05 --json "$OUT/layers.json" --pictures "$OUT/layers"
 # Last: what is above shall not run by the table that this writes.
 run 120 tune.log python3 -m cnnfast tune cnnfast.demo.digits:DigitNet --input 256x1x8x8 --mode train --json "$OUT/tune.json"
 exit $failed

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.compiler import assume_constant_result
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -67,7 +68,29 @@ def library_allowed() -> bool:
     return _backend != "kernels"
 
 
-@functools.cache
+def asked_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the answers; torch.compile takes them too, and does not trace the question."""
+    answer = functools.cache(function)
+
+    @assume_constant_result
+    @functools.wraps(function)
+    def ask(*arguments: Any) -> Any:
+        return answer(*arguments)
+
+    return ask
+
+
+def transformed() -> bool:
+    """Whether a functorch transform or forward-mode AD is active: PyTorch has rules for its own operators, and they serve then."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def why_transformed() -> str:
+    """The reason for that, for the record. Raises RuntimeError under backend("kernels")."""
+    return _torch("a functorch transform or forward-mode AD is active")
+
+
+@asked_once
 def _gpu_reason(index: int) -> str:
     if torch.version.hip:
         return "the GPU is not NVIDIA's"
@@ -75,7 +98,7 @@ def _gpu_reason(index: int) -> str:
     return "" if capability >= OLDEST_GPU else f"GPU sm_{capability[0]}{capability[1]} is older than sm_80"
 
 
-@functools.cache
+@asked_once
 def _interpreter_rounds_bf16() -> bool:
     """Triton's interpreter computes bfloat16 on raw bits, silently wrong; a test suite may have mended it. Asked once, by trying."""
     from cnnfast_kernels.conv import Geometry, conv_fprop
@@ -111,8 +134,8 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
         return _torch("triton is not installed")
     if CPU_REASON and x.is_cpu:  # first: what PyTorch serves anyway shall not wait for the other questions
         return _torch(CPU_REASON)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _torch("a functorch transform or forward-mode AD is active")
+    if transformed():
+        return why_transformed()
     if x.dtype not in launch.KERNEL_DTYPES:  # those of quantized tensors are not; another dtype of `others` is an error, not a choice
         return _torch(f"dtype {x.dtype} has no kernel")
     if x.layout is not torch.strided or x.is_nested:  # a lazy negation is done before an operator runs

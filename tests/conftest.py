@@ -14,6 +14,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,8 @@ for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from poison import poisoned_workspaces  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HAS_GPU = torch.cuda.is_available()
@@ -91,15 +94,10 @@ def torchvision() -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What launch.empty hands out is full of NaN, or of a conspicuous integer: an element never written shows."""
-    if not HAS_TRITON:
-        return
-    from cnnfast_kernels import launch
-    from poison import poison
-
-    allocate = launch.empty
-    monkeypatch.setattr(launch, "empty", lambda *args, **kwargs: poison(allocate(*args, **kwargs)))
+def poisoned() -> Iterator[None]:
+    """Workspaces and outputs are full of NaN before a kernel writes to them."""
+    with poisoned_workspaces() if HAS_TRITON else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
@@ -32,3 +34,13 @@ def embed(t: torch.Tensor, before: Sequence[int] | int = 1, after: Sequence[int]
     with torch.no_grad():
         view.copy_(t)
     return view
+
+
+@contextmanager
+def poisoned_workspaces() -> Iterator[None]:
+    """What launch.empty hands out meanwhile is full of NaN, or of a conspicuous integer: an element never written shows."""
+    from cnnfast_kernels import launch
+
+    allocate = launch.empty
+    with mock.patch.object(launch, "empty", lambda *args, **kwargs: poison(allocate(*args, **kwargs))):
+        yield

@@ -40,9 +40,10 @@ class Change:
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
-    """Every provider and job that both runs have; the worst first."""
+    """Every provider and job that both runs have, and at least one has timed; the worst first."""
     known = {(row.job, row.provider): row for row in before}
     changes = [Change(known[row.job, row.provider], row) for row in after if (row.job, row.provider) in known]
+    changes = [change for change in changes if change.before.median or change.after.median]
     return sorted(changes, key=lambda change: (ORDER.index(change.verdict), -(change.ratio or 0)))
 
 

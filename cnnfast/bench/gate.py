@@ -61,7 +61,7 @@ class Expected:
         worst = max(range(len(errors)), key=lambda i: excess[i] if excess[i] == excess[i] else math.inf)
         if excess[worst] <= 1:
             return Verdict(max(errors), "")
-        return Verdict(errors[worst], f"wrong: tensor {worst} is off by {errors[worst]:.1e}, PyTorch's own by {self.plain[worst]:.1e}")
+        return Verdict(errors[worst], f"tensor {worst} is off by {errors[worst]:.1e}, PyTorch's own by {self.plain[worst]:.1e}")
 
 
 def expect(job: Job) -> Expected:

@@ -61,7 +61,9 @@ def copies_for(bytes_of_one: int, device: torch.device) -> int:
 
 
 def channels_last_of(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+    """Images and volumes, and filters for them; anything else as it is."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return t.contiguous(memory_format=formats[t.dim()]) if t.dim() in formats else t
 
 
 def plain(model: nn.Module) -> nn.Module:

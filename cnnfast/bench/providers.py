@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import conversion
 from . import folding, jax_model
-from .job import BACKWARD, FORWARD, MODELS, Job, Step, placed, rotating, steps_of
+from .job import BACKWARD, FORWARD, MODELS, Job, Step, channels_last_of, placed, rotating, steps_of
 from .roofline import CONV, OPERATORS, POINTWISE
 
 SINGLE = (FORWARD, *BACKWARD)
@@ -69,7 +69,10 @@ class Provider:
         return self.laid_out(placed(job.model, job))
 
     def laid_out(self, model: nn.Module) -> nn.Module:
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # pyright: ignore[reportCallIssue]
+        if self.channels_last:
+            for t in (*model.parameters(), *model.buffers()):
+                t.data = channels_last_of(t.data)
+        return model
 
     def prepare(self, job: Job) -> Prepared:
         """A step that has run once: what had to be compiled or captured is. Raises whatever that raises."""

@@ -14,18 +14,19 @@ from .providers import PROVIDERS
 from .rows import EVEN, LAYER, LOSES, MODEL, OK, UNAVAILABLE, WINS, Row, jobs, our_best, speedup, strongest, verdict
 
 LOST, MEAN = "bold red", "mean"
+DISPENSABLE = ("peak MiB", "saved MiB", "kernels", "of net", "GB/s", "images/s", "TFLOP/s", "first s")  # the first to go first
 STYLES = {LOSES: LOST, EVEN: "", WINS: "green", MEAN: ""}
 
 
-def report(rows: Sequence[Row]) -> Group:
-    """Losses first, then tables of the models, then the layers."""
+def report(rows: Sequence[Row], width: int) -> Group:
+    """Losses first, then tables of the models, then the layers; what does not fit into `width` is left out (the JSON has it)."""
     parts: list[RenderableType] = [*_conditions(rows), Text(), *verdicts(rows)]
     for group in jobs(row for row in rows if row.kind == MODEL):
-        parts += [Text(), model_table(group), *_not_run(group)]
+        parts += [Text(), model_table(group, width), *_not_run(group)]
     layers = [row for row in rows if row.kind == LAYER]
     if layers:
         wrong = [row for row in layers if row.status not in (OK, UNAVAILABLE)]
-        parts += [Text(), layer_table(layers), *(Text(f"{title(row)}, {row.provider}: {row.reason}", LOST) for row in wrong)]
+        parts += [Text(), layer_table(layers, width), *(Text(f"{title(row)}, {row.provider}: {row.reason}", LOST) for row in wrong)]
     return Group(*parts, Text(), *_legend(rows))
 
 
@@ -72,7 +73,7 @@ def milliseconds(row: Row) -> str:
     return _short(row.median * 1000) if row.median else ""
 
 
-def model_table(rows: Sequence[Row]) -> Table:
+def model_table(rows: Sequence[Row], width: int) -> Table:
     """The providers of one job, the fastest first."""
     best = strongest(rows)
     columns = {
@@ -90,13 +91,7 @@ def model_table(rows: Sequence[Row]) -> Table:
     }
     order = sorted((r for r in rows if r.median), key=lambda r: r.median or 0)
     cells = {name: [write(r) for r in order] for name, write in columns.items()}
-    shown = {name: values for name, values in cells.items() if any(values)}
-    table = Table(title=title(rows[0]), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in shown:
-        table.add_column(name, no_wrap=True, justify="left" if name == "provider" else "right")
-    for i, row in enumerate(order):
-        table.add_row(*(values[i] for values in shown.values()), style="bold" if row.ours else "")
-    return table
+    return _table(title(rows[0]), cells, width, ["bold" if row.ours else "" for row in order])
 
 
 def _not_run(rows: Sequence[Row]) -> Iterator[Text]:
@@ -106,24 +101,38 @@ def _not_run(rows: Sequence[Row]) -> Iterator[Text]:
         yield Text(f"{row.provider:{width}}  {row.status}: {row.reason}", "yellow" if row.status == UNAVAILABLE else LOST)
 
 
-def layer_table(rows: Sequence[Row]) -> Table:
+def layer_table(rows: Sequence[Row], width: int) -> Table:
     """A line for each layer and direction: the strongest baseline and our best; the worst first."""
+    groups = sorted(jobs(rows), key=lambda group: speedup(group) or 0)
+    bests = [(strongest(group), our_best(group)) for group in groups]
+    cells = {
+        "layer": [group[0].subject for group in groups],
+        "mode": [group[0].mode for group in groups],
+        "of net": [f"{group[0].count}x" for group in groups],
+        "theirs us": [_short(theirs.median * 1e6) if theirs and theirs.median else "" for theirs, _ in bests],
+        "ours us": [_short(ours.median * 1e6) if ours and ours.median else "" for _, ours in bests],
+        "speed": [f"{ratio:.2f}x" if (ratio := speedup(group)) else "" for group in groups],
+        "TFLOP/s": [_short(ours.tflops) if ours and ours.tflops else "" for _, ours in bests],
+        "GB/s": [_short(ours.gbps) if ours and ours.gbps else "" for _, ours in bests],
+        "ceiling": [f"{ours.fraction:.0%}" if ours and ours.fraction else "" for _, ours in bests],
+    }
     conditions = ", ".join(sorted({f"batch {row.batch}, {row.dtype}" for row in rows}))
-    table = Table(title=f"layers, {conditions}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.pad_edge = table.show_edge = False
-    table.padding = (0, 1, 0, 0)
-    for name in ("layer", "mode", "of net", "theirs us", "ours us", "speed", "TFLOP/s", "GB/s", "ceiling"):
-        table.add_column(name, no_wrap=True, justify="left" if name in ("layer", "mode") else "right")
-    for group in sorted(jobs(rows), key=lambda group: speedup(group) or 0):
-        ratio, theirs, ours = speedup(group), strongest(group), our_best(group)
-        figures = [""] * 3
-        if ours:
-            figures = [_short(ours.tflops) if ours.tflops else "", _short(ours.gbps or 0), f"{ours.fraction:.0%}" if ours.fraction else ""]
-        table.add_row(
-            group[0].subject, group[0].mode, f"{group[0].count}x",
-            *(_short(row.median * 1e6) if row and row.median else "" for row in (theirs, ours)),
-            f"{ratio:.2f}x" if ratio else "", *figures, style=STYLES[verdict(group)],
-        )  # fmt: skip
+    return _table(f"layers, {conditions}", cells, width, [STYLES[verdict(group)] for group in groups])
+
+
+def _table(title: str, cells: dict[str, list[str]], width: int, styles: list[str]) -> Table:
+    """One line an entry of `styles`; empty columns are left out, and in a narrow window some of the others."""
+    shown = {name: values for name, values in cells.items() if any(values)}
+    for name in DISPENSABLE:
+        if sum(max(map(len, [name, *values])) + 2 for name, values in shown.items()) > width:
+            shown.pop(name, None)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+    )
+    for name in shown:
+        table.add_column(name, no_wrap=True, justify="left" if name in ("provider", "layer", "mode") else "right")
+    for line, style in zip(zip(*shown.values(), strict=True), styles, strict=True):
+        table.add_row(*line, style=style)
     return table
 
 

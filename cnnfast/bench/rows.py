@@ -21,7 +21,8 @@ class Row:
 
     kind: of the subject, "model" or "layer"; count: how often its network has a layer. mode: as job.py has it. status: "ok",
     "unavailable", "wrong" (the gate), "failed" (it raised); `reason` says why. Times are seconds of one step: median, and what 20 and
-    80 % of the samples stay below. first: seconds from the provider's setup to its first result, compilation included. flops: of the
+    80 % of the samples stay below. first: seconds from the provider's setup to its first result,
+    with nothing compiled on disk; a provider may find what another before it compiled in the process. flops: of the
     model, whoever saves some. bytes: the least at the level that the provider fuses to. ceilings: least seconds at every level.
     kernels, peak_bytes (from setup to the first result, weights included) and saved_bytes (kept for backward) are None where unknown.
     error: the largest relative one against float64.

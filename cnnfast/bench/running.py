@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from math import isfinite
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .gate import expect
 from .graph import graph_of
 from .job import Job, copies_for
 from .machine import Machine
-from .providers import Prepared, Provider
+from .providers import EAGER, Prepared, Provider
 from .roofline import OPERATORS, Peaks, Work, levels
 from .rows import FAILED, LAYER, MODEL, OK, UNAVAILABLE, WRONG, Row
 from .shapes import Layer
@@ -74,8 +75,9 @@ def run(
         try:
             _collect(job.device)
             began, before = time.perf_counter(), _allocated(job.device)
-            ready = provider.prepare(job)
-            results = ready.read(ready.step())
+            with empty_caches(provider.how != EAGER):
+                ready = provider.prepare(job)
+                results = ready.read(ready.step())
             _wait(job.device)
             row["first"] = time.perf_counter() - began
             row["peak_bytes"] = _peak(job.device, before)
@@ -158,6 +160,22 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def empty_caches(compiling: bool) -> Iterator[None]:
+    """Compilers find nothing on disk, so that the first result is a cold one; what this process has compiled before is there."""
+    with ExitStack() as stack:
+        if dispatch.launch is not None:
+            from triton import knobs
+
+            stack.enter_context(knobs.cache.scope())
+            knobs.cache.dir = stack.enter_context(TemporaryDirectory(prefix="cnnfast-"))
+        if compiling:
+            from torch._inductor.utils import fresh_cache
+
+            stack.enter_context(fresh_cache())
+        yield
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory and kernels
 
@@ -184,7 +202,7 @@ def _peak(device: torch.device, before: int) -> int | None:
 
 def saved_bytes(job: Job, provider: Provider, prepared: Prepared) -> int | None:
     """What a training step keeps for backward, parameters not counted; None of a captured or compiled one, which does not say."""
-    if job.mode != "train" or provider.graph or provider.how != "eager":
+    if job.mode != "train" or provider.graph or provider.how != EAGER:
         return None
     kept: dict[int, Any] = {}
 

@@ -20,9 +20,10 @@ Step = Callable[[], Any]
 
 SCHEDULER = Path("/proc/thread-self/schedstat")  # nanoseconds that the thread ran, that it waited for a core, and slices
 
-ROUNDS = 9  # at least, as long as the budget is not overdrawn tenfold
+ROUNDS = 9  # at least
 STABLE = 0.03  # of two consecutive warm-up samples
 WARM_UPS = 20  # samples, at most
+GROWTH = 10  # of the calls in a sample, from one to the next
 
 
 class Clock(Protocol):
@@ -54,10 +55,11 @@ class HostClock:
     least = 0.005
 
     def sample(self, step: Step, calls: int) -> float:
-        start, before = time.perf_counter(), _waited()
+        start, waited, worked = time.perf_counter(), _waited(), time.thread_time()
         for _ in range(calls):
             step()
-        return (time.perf_counter() - start - (_waited() - before)) / calls
+        passed, waited, worked = time.perf_counter() - start, _waited() - waited, time.thread_time() - worked
+        return max(passed - waited, worked) / calls  # of a wait that began before, Linux tells when it ends
 
 
 def _waited() -> float:
@@ -94,7 +96,7 @@ def warm_up(step: Step, clock: Clock) -> int:
     taken = clock.sample(step, 1)
     calls = 1
     for _ in range(WARM_UPS):
-        calls = max(1, round(clock.least / max(taken, 1e-7)))
+        calls = max(1, min(GROWTH * calls, round(clock.least / max(taken, 1e-7))))
         before, taken = taken, clock.sample(step, calls)
         if before * (1 - STABLE) <= taken <= before * (1 + STABLE):
             break
@@ -106,7 +108,7 @@ def measure(
 ) -> dict[str, Times | Exception]:
     """Times of each step, or what it raised.
 
-    budget: seconds for each step, its warm-up not counted. At least `rounds` samples are taken, within ten times the budget.
+    budget: seconds for each step, its warm-up not counted. At least `rounds` samples are taken.
     tell: called with the name of what is measured next.
     """
     results: dict[str, Times | Exception] = {}
@@ -125,7 +127,7 @@ def measure(
         attempt(name, lambda name=name, step=step: calls.__setitem__(name, warm_up(step, clock)))
         samples[name] = []
     spent, done = 0.0, 0
-    while calls and (spent < budget * len(steps) or done < rounds) and (spent < 10 * budget * len(steps) or not done):
+    while calls and (spent < budget * len(steps) or done < rounds):
         names = list(calls)
         for name in names[done % len(names) :] + names[: done % len(names)]:
             tell(name)

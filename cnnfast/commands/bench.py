@@ -88,7 +88,7 @@ def bench(
     with one_thread(device):
         rows = _run(jobs, device, precision, seconds)
     console = Console()
-    console.print(report(rows))
+    console.print(report(rows, console.width))
     if json_file is not None:
         write(rows, json_file)
     if pictures is not None:
@@ -140,7 +140,7 @@ def _providers(names: list[str], device: torch.device, layers: bool) -> list[Pro
         return [PROVIDERS[name] for name in names]
     if layers:
         return [PROVIDERS[name] for name in LAYER_PROVIDERS[device.type]]
-    slow = "compiles for minutes on a CPU: ask for it by --provider"
+    slow = "takes minutes on a CPU, ask by --provider"
     return [replace(p, skipped=slow) if device.type == "cpu" and p.how != EAGER else p for p in PROVIDERS.values()]
 
 

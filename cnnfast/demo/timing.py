@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import cnnfast.functional as F
+from cnnfast.bench.shapes import resnet50_convolutions
 from cnnfast.checking import check
 
 BATCH = 64
@@ -52,24 +53,7 @@ class Layer:
 
 def resnet50() -> list[Layer]:
     """The 53 convolutions of ResNet-50 (strides in the 3x3 ones), each distinct one once."""
-    layers = [Layer(3, 224, 64, 7, 2, 1)]
-    C, size = 64, 56
-    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-        after = size // stride
-        layers += [
-            Layer(C, size, width, 1, 1, 1),
-            Layer(C, size, 4 * width, 1, stride, 1),
-            Layer(width, size, width, 3, stride, 1),
-            Layer(width, after, 4 * width, 1, 1, blocks),
-            Layer(4 * width, after, width, 1, 1, blocks - 1),
-            Layer(width, after, width, 3, 1, blocks - 1),
-        ]
-        C, size = 4 * width, after
-    counts: dict[Layer, int] = {}
-    for layer in layers:
-        key = Layer(layer.C, layer.size, layer.K, layer.R, layer.stride, 0)
-        counts[key] = counts.get(key, 0) + layer.count
-    return [Layer(k.C, k.size, k.K, k.R, k.stride, n) for k, n in counts.items()]
+    return [Layer(*shape) for shape in resnet50_convolutions()]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ def _index(value: Any) -> Any:
         return value
     if isinstance(value, bool):
         raise TypeError
-    value = index(value)
+    if type(value) is not int:  # what torch.compile keeps symbolic says that it is one, and index would fix its value
+        value = index(value)
     if not -(2**63) <= value < 2**63:
         raise ValueError
     return value

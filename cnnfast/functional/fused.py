@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,29 +44,34 @@ def conv_bn_act(
     updated in place if given, and a second kernel normalises, adds and activates.
 
     Shapes and dtypes as conv2d; running_mean, running_var, bn_weight, bn_bias [K], of input's dtype or float32; residual of the
-    output's size. activation: None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu",
+    output's size and dtype. activation: None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu",
     "hardswish". Raises as conv2d and batch_norm, ValueError for an unknown activation or a residual of another size or dtype.
+
+    In place of the argument of gelu, gelu_tanh, silu and hardswish, backward keeps residual and bn_bias, from which it is computed again:
+    changing them in place before backward is an error.
     """
     check_algorithm("conv_bn_act", algorithm)
     check_activation("conv_bn_act", activation, activation_arg)
     slope = LEAKY_SLOPE if activation_arg is None else float(activation_arg)
-    if reason := why_torch(input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias, algorithm=algorithm):
-        record_torch("conv_bn_act", reason, input, weight)
-        y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
-        return activate(y if residual is None else y + residual, activation, slope)
-    x, w, b, z = autocast(input, weight, bias, residual)
     if input.dim() != 4:
         raise RuntimeError(f"conv_bn_act(): input must be of size [N, C, H, W], but got {list(input.shape)}")
+    reason = why_torch(input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias, algorithm=algorithm)
+    x, w, b, z = autocast(input, weight, bias, residual)
+    if reason:
+        record_torch("conv_bn_act", reason, input, weight)
+        y = F.conv2d(x, w, b, stride, padding, dilation, groups)
+        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        if z is not None:
+            _check_residual(z, y.shape, y.dtype)
+            y = y + z
+        return activate(y, activation, slope)
     geometry = conv_geometry("conv_bn_act", x, w, b, stride, padding, dilation, groups)
     bn_weight, bn_bias, momentum, eps = check_norm(
         "conv_bn_act", w.shape[0], x.dtype, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps
     )
     size = conv_output_size(x, w, geometry) if training or z is not None else ()
-    if z is not None and (z.shape != size or z.dtype != x.dtype):
-        raise ValueError(
-            f"conv_bn_act(): residual must be the output's size {list(size)} and dtype {x.dtype}, but got {list(z.shape)} {z.dtype}"
-        )
+    if z is not None:
+        _check_residual(z, size, x.dtype)
     if not training:
         return ops.conv_bn_act(x, w, b, running_mean, running_var, bn_weight, bn_bias, z, eps, activation, slope, *geometry, algorithm)
     count = values_per_channel("conv_bn_act", size)
@@ -71,3 +79,11 @@ def conv_bn_act(
     if running_mean is not None and count > 0:  # an empty batch leaves them as they are
         ops.update_running(running_mean, running_var, mean, var, momentum, count)
     return ops.normalize(y, mean, var, bn_weight, bn_bias, z, eps, activation, slope, True)
+
+
+def _check_residual(residual: Tensor, size: Sequence[int], dtype: torch.dtype) -> None:
+    if residual.shape != size or residual.dtype != dtype:
+        raise ValueError(
+            f"conv_bn_act(): residual must be the output's size {list(size)} and dtype {dtype},"
+            f" but got {list(residual.shape)} {residual.dtype}"
+        )

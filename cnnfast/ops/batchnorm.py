@@ -17,6 +17,8 @@ from cnnfast_kernels.epilogue import FROM_OUTPUT
 from cnnfast_kernels.planes import dense_format
 
 from ..activations import activate
+from ..dispatch import transformed
+from . import plain
 from .registry import register
 
 
@@ -78,7 +80,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
         y, mean, var, weight, bias, residual, z = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed():
             grads = _differentiable_backward(dz, y, mean, var, weight, bias, residual, z, ctx.options, needs)
         else:
             grads = _backward(dz, y, z, mean, var, weight, bias, residual, *ctx.options, needs=needs)
@@ -106,13 +108,23 @@ def _differentiable_backward(dz, y, mean, var, weight, bias, residual, z, option
         grads[2] = dz.sum((0, *range(2, dz.dim())), dtype=mean.dtype) if needs[2] else None
         grads[3] = dz if needs[3] else None
         needs = [*needs[:2], False, False]
-    with torch.enable_grad():
-        inputs = [t for t, need in zip((y, weight, bias, residual), needs, strict=True) if need and t is not None]
-        out = _replay(y, mean, var, weight, bias, residual, eps, activation, slope, training)
-        found = iter(torch.autograd.grad(out, inputs, dz, create_graph=True) if inputs else ())
-    for i, t in enumerate((y, weight, bias, residual)):
-        if needs[i] and t is not None:
-            grads[i] = next(found)
+    operands = [y, weight, bias, residual]
+    wanted = [i for i, t in enumerate(operands) if needs[i] and t is not None]
+    if not wanted:
+        return grads
+
+    def replay(*inputs):
+        y, weight, bias, residual = (inputs[wanted.index(i)] if i in wanted else t for i, t in enumerate(operands))
+        return _replay(y, mean, var, weight, bias, residual, eps, activation, slope, training)
+
+    inputs = [operands[i] for i in wanted]
+    if torch._C._are_functorch_transforms_active():  # autograd.grad knows no tensor of an outer level
+        found = torch.func.vjp(replay, *inputs)[1](dz)
+    else:
+        with torch.enable_grad():
+            found = torch.autograd.grad(replay(*inputs), inputs, dz, create_graph=True)
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
     return grads
 
 
@@ -133,7 +145,7 @@ def frozen_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dy, dbias, dresidual) of z = act(batch_norm(y) + residual) with frozen statistics and weight: y itself is not needed."""
     need_y, need_bias, need_residual = needs
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not transformed():
         dy, _, dbias, dresidual = _backward(
             dz, None, z, mean, var, weight, None, None, eps, activation, slope, False, [need_y, False, need_bias, need_residual]
         )
@@ -176,4 +188,6 @@ normalize_backward = register(
     _normalize_backward,
     _fake_normalize_backward,
 )
-channel_sum = register("channel_sum(Tensor x) -> Tensor", batchnorm.channel_sum, lambda x: x.new_empty(x.shape[1]), _ChannelSum)
+channel_sum = register(
+    "channel_sum(Tensor x) -> Tensor", batchnorm.channel_sum, lambda x: x.new_empty(x.shape[1]), _ChannelSum, plain.channel_sum
+)

@@ -19,11 +19,11 @@ from cnnfast_kernels.epilogue import FROM_OUTPUT, PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.problem import output_extent
 
 from ..dispatch import _traces
-from . import library
+from . import library, plain
 from .batchnorm import channel_sum, frozen_backward, normalize
 from .registry import register
 
-GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups, str algorithm"
+GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, int groups, str algorithm"
 
 
 def allow_tf32(x: Tensor) -> bool:
@@ -238,15 +238,20 @@ class _BnAct(torch.autograd.Function):
         return *grads, None, None, None, dbn_bias, dresidual, None, None, None, *[None] * len(ctx.geometry)
 
 
-conv_fprop = register(f"conv_fprop(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> Tensor", _fprop, _fake_fprop, _Fprop)
+conv_fprop = register(f"conv_fprop(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> Tensor", _fprop, _fake_fprop, _Fprop, plain.conv_fprop)
 conv_dgrad = register(
     f"conv_dgrad(Tensor dy, Tensor w, Tensor? bias, SymInt[4] x_shape, bool channels_last, {GEOMETRY}) -> Tensor",
     _dgrad,
     _fake_dgrad,
     _Dgrad,
+    plain.conv_dgrad,
 )
 conv_wgrad = register(
-    f"conv_wgrad(Tensor x, Tensor dy, SymInt[4] w_shape, bool channels_last, {GEOMETRY}) -> Tensor", _wgrad, _fake_wgrad, _Wgrad
+    f"conv_wgrad(Tensor x, Tensor dy, SymInt[4] w_shape, bool channels_last, {GEOMETRY}) -> Tensor",
+    _wgrad,
+    _fake_wgrad,
+    _Wgrad,
+    plain.conv_wgrad,
 )
 conv_stats = register(f"conv_stats(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> (Tensor, Tensor, Tensor)", _stats, _fake_stats, _Stats)
 _fused_bn_act = register(

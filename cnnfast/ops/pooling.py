@@ -11,6 +11,7 @@ from torch import Tensor
 from cnnfast_kernels import launch, pooling
 from cnnfast_kernels.problem import PoolProblem
 
+from . import plain
 from .registry import register
 
 WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
@@ -121,7 +122,8 @@ class _MaxBackward(torch.autograd.Function):
     def backward(ctx, ddx):  # pyright: ignore[reportIncompatibleMethodOverride]
         (taps,) = ctx.saved_tensors
         winners = max_pool_indices(taps, ddx.shape, *ctx.window)
-        ddy = ddx.flatten(2).gather(2, winners.flatten(2)).view(winners.shape)
+        N, C, H, W = ddx.shape
+        ddy = ddx.reshape(N, C, H * W).gather(2, winners.flatten(2)).view(winners.shape)
         return ddy, None, None, None, *[None] * len(ctx.window)
 
 
@@ -192,19 +194,24 @@ max_pool_backward = register(
     _max_backward,
     lambda dy, taps, *rest: _fake_backward(dy, *rest),
     _MaxBackward,
+    lambda dy, taps, x_shape, channels_last, *window: plain.max_pool_backward(dy, max_pool_indices(taps, x_shape, *window), x_shape),
 )
-avg_pool = register(f"avg_pool(Tensor x, {AVERAGE}) -> Tensor", _average, _fake_average, _Average)
+avg_pool = register(f"avg_pool(Tensor x, {AVERAGE}) -> Tensor", _average, _fake_average, _Average, plain.avg_pool)
 avg_pool_backward = register(
     f"avg_pool_backward(Tensor dy, SymInt[4] x_shape, bool channels_last, {AVERAGE}) -> Tensor",
     _average_backward,
     _fake_backward,
     _AverageBackward,
+    plain.avg_pool_backward,
 )
-global_avg_pool = register("global_avg_pool(Tensor x) -> Tensor", pooling.global_avg_pool, _fake_global, _Global)
-adaptive_avg_pool = register("adaptive_avg_pool(Tensor x, SymInt[2] output_size) -> Tensor", _adaptive, _fake_adaptive, _Adaptive)
+global_avg_pool = register("global_avg_pool(Tensor x) -> Tensor", pooling.global_avg_pool, _fake_global, _Global, plain.global_avg_pool)
+adaptive_avg_pool = register(
+    "adaptive_avg_pool(Tensor x, SymInt[2] output_size) -> Tensor", _adaptive, _fake_adaptive, _Adaptive, plain.adaptive_avg_pool
+)
 adaptive_avg_pool_backward = register(
     "adaptive_avg_pool_backward(Tensor dy, SymInt[4] x_shape, bool channels_last) -> Tensor",
     _adaptive_backward,
     _fake_backward,
     _AdaptiveBackward,
+    plain.adaptive_avg_pool_backward,
 )

@@ -6,20 +6,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
+from torch._C import _get_tracing_state, _has_storage, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _profiler_enabled
 from torch.compiler import is_compiling
 
-from ..dispatch import PLAIN, _traces, recorded
+from ..dispatch import PLAIN, _traces, record_torch, recorded, transformed, why_transformed
 
 LIBRARY = torch.library.Library("cnnfast", "DEF")
 
 
 def register(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], function: type[torch.autograd.Function] | None = None
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    function: type[torch.autograd.Function] | None = None,
+    plain: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Defines cnnfast::<schema> and returns what calls it. `function` differentiates it; its forward calls that again."""
+    """Defines cnnfast::<schema> and returns what calls it. `function` differentiates it; its forward calls that again.
+
+    `plain` is the same in PyTorch's operators, for transforms that reach into a backward; what no backward calls needs none.
+    """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
     operator = getattr(torch.ops.cnnfast, name).default
@@ -30,7 +37,7 @@ def register(
     torch.library.register_fake(f"cnnfast::{name}", fake, lib=LIBRARY)
     if function is not None:
         LIBRARY.impl(name, _differentiable(operator, function, tensors), "Autograd")
-    return _entrance(operator, implementation, traced, function, tensors)
+    return _entrance(operator, implementation, traced, function, tensors, plain)
 
 
 def _differentiable(operator: Any, function: type[torch.autograd.Function], tensors: list[int]) -> Callable[..., Any]:
@@ -46,12 +53,12 @@ def _differentiable(operator: Any, function: type[torch.autograd.Function], tens
 
 
 def _intercepted() -> bool:
-    """Somebody stands between a call of an operator and its kernels: a tracer, a mode, a transform, the profiler."""
+    """Somebody stands between a call of an operator and its kernels: a transform, a tracer, a mode, the profiler."""
     return bool(
-        is_compiling()
+        transformed()
+        or is_compiling()
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
-        or _are_functorch_transforms_active()
         or _get_tracing_state()
         or _profiler_enabled()
     )
@@ -63,17 +70,21 @@ def _entrance(
     traced: Callable[..., Any],
     function: type[torch.autograd.Function] | None,
     tensors: list[int],
+    plain: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     """What the dispatcher would do to a call, done here where that is plain: it takes 3 us a pass, and a gradient takes two."""
 
     def call(*arguments: Any) -> Any:
         if _intercepted() or arguments[0].is_meta:
+            if plain is not None and transformed():
+                record_torch(operator._opname, why_transformed(), *arguments)
+                return plain(*arguments)
             return operator(*arguments)
         differentiable, wanted = function is not None and torch.is_grad_enabled(), False
         for i in tensors:
             t = arguments[i]
             if t is not None:
-                if type(t) not in PLAIN or t.is_neg():  # a subclass, or a negation still to be done
+                if type(t) not in PLAIN or t.is_neg() or not _has_storage(t):  # or a batch of gradients (is_grads_batched)
                     return operator(*arguments)
                 wanted = wanted or (differentiable and t.requires_grad)
         if wanted:

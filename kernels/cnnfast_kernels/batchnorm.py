@@ -120,7 +120,11 @@ def normalize_kernel(
 
 
 def contiguous(*vectors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    return tuple(None if v is None else v.contiguous() for v in vectors)
+    """Vectors over channels as kernels read them: what is a slice or an expanded number becomes a copy."""
+    for v in vectors:
+        if v is not None and not v.is_contiguous():
+            return tuple(None if v is None else v.contiguous() for v in vectors)
+    return vectors
 
 
 @launch.planned

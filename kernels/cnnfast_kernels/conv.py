@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from . import launch
-from .batchnorm import batch_moments
+from .batchnorm import batch_moments, contiguous
 from .choosing import Geometry, Question, Tile, ask_dgrad, ask_fprop, ask_wgrad, choose, precision_of
-from .epilogue import PLAIN, Epilogue
+from .epilogue import PLAIN, BatchNorm, Epilogue
 from .gather.depthwise import StripPlan, moments_rows, plan_depthwise_dgrad, plan_depthwise_fprop, plan_depthwise_wgrad
 from .gather.dgrad import plan_dgrad
 from .gather.fprop import plan_fprop
@@ -197,13 +197,15 @@ def conv_fprop(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """What `epilogue` makes of conv(x, w), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
+    bias, norm, residual, activation, slope = epilogue
+    bias, mean, var, weight, shift = contiguous(bias, *norm[:4])
     plan = fprop_plan(x, w, geometry, epilogue, tf32=tf32, tile=tile)
     y = launch.empty(plan.y, x)
     if algorithm == "im2col":
+        epilogue = Epilogue(bias, BatchNorm(mean, var, weight, shift, norm.eps), residual, activation, slope)
         im2col_fprop(geometry.problem(x.shape, w.shape), precision_of(x.dtype, tf32), x, w, y, epilogue)
     else:
-        bias, norm, residual, _, _ = epilogue
-        plan.run(x, w, y, bias, norm.mean, norm.var, norm.weight, norm.bias, residual, None)
+        plan.run(x, w, y, bias, mean, var, weight, shift, residual, None)
     return y
 
 
@@ -223,6 +225,7 @@ def conv_stats(
         return y, *batch_moments(y)
     plan = fprop_plan(x, w, geometry, stats=True, tf32=tf32, tile=tile)
     y, moments = launch.empty(plan.y, x), launch.empty(plan.moments, x)
+    (bias,) = contiguous(bias)
     plan.run(x, w, y, bias, None, None, None, None, None, moments)
     mean, var = combine(moments, plan.rows)
     assert var is not None
@@ -244,6 +247,7 @@ def conv_dgrad(
     """Gradient of sum(dy * conv(x, w)) with respect to x, plus `bias` [C]: the transposed convolution of dy."""
     layout, run, _ = dgrad_plan(dy, w, x_shape, geometry, fmt, tf32=tf32, tile=tile)
     dx = launch.empty(layout, dy)
+    (bias,) = contiguous(bias)
     if algorithm == "im2col":
         im2col_dgrad(geometry.problem(x_shape, w.shape), precision_of(dy.dtype, tf32), dy, w, dx, bias)
     else:

@@ -43,7 +43,7 @@ class ConvProblem:
         if self.groups < 1 or self.C % self.groups or self.K % self.groups:
             raise ValueError(f"groups={self.groups} must divide both the input channels C={self.C} and the filters K={self.K}")
         if max(self.N * self.H * self.W, self.N * self.P * self.Q) > MAX_PIXELS:
-            raise ValueError(f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} must not exceed {MAX_PIXELS} pixels")
+            raise RuntimeError(f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} must not exceed {MAX_PIXELS} pixels")
 
     @classmethod
     def of(
@@ -112,7 +112,9 @@ class PoolProblem:
 
     def __post_init__(self) -> None:
         if max(self.N * self.H * self.W, self.N * self.P * self.Q) > MAX_PIXELS:
-            raise ValueError(f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} must not exceed {MAX_PIXELS} pixels")
+            raise RuntimeError(f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} must not exceed {MAX_PIXELS} pixels")
+        if self.R * self.S > MAX_PIXELS:
+            raise RuntimeError(f"kernel_size={(self.R, self.S)} must not have more than {MAX_PIXELS} taps")
 
     @classmethod
     def of(

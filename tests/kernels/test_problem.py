@@ -83,9 +83,11 @@ def test_groups_must_divide_channels_and_filters(channels, filters, groups):
 
 def test_pixels_are_counted_in_32_bits():
     ConvProblem.of((2**15, 1, 2**8, 2**8 - 1), (1, 1, 1, 1), (1, 1), (0,) * 4, (1, 1), 1)
-    with pytest.raises(ValueError, match=r"N\*H\*W=2147483648"):
+    with pytest.raises(RuntimeError, match=r"N\*H\*W=2147483648"):
         ConvProblem.of((2**15, 1, 2**8, 2**8), (1, 1, 1, 1), (1, 1), (0,) * 4, (1, 1), 1)
-    with pytest.raises(ValueError, match=r"N\*P\*Q=21.* pixels"):
+    with pytest.raises(RuntimeError, match=r"N\*P\*Q=21.* pixels"):
         ConvProblem.of((2**15, 1, 2**8, 2**8 - 1), (1, 1, 1, 1), (1, 1), (0, 0, 1, 0), (1, 1), 1)
-    with pytest.raises(ValueError, match=r"N\*H\*W=2147483648"):
+    with pytest.raises(RuntimeError, match=r"N\*H\*W=2147483648"):
         PoolProblem.of((2**15, 1, 2**8, 2**8), (2, 2), (2, 2), (0, 0))
+    with pytest.raises(RuntimeError, match=r"kernel_size=\(65536, 65536\) must not have more than"):
+        PoolProblem.of((1, 1, 8, 8), (2**16, 2**16), (1, 1), (2**15, 2**15))

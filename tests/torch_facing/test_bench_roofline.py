@@ -122,7 +122,7 @@ CEILINGS = {
 def test_resnet50(mode, batch):
     found = works(resnet50(), (batch, 3, 224, 224), mode, torch.bfloat16)
     ceilings = {level: batch / work.seconds(Peaks(790e12, 4.3e12)) for level, work in found.items()}
-    assert ceilings == pytest.approx(CEILINGS[mode, batch], rel=0.015 if mode == "infer" else 0.04)
+    assert ceilings == pytest.approx(CEILINGS[mode, batch], rel=0.015 if mode == "infer" else 0.025)
 
 
 def test_a_kernel_is_bound_by_arithmetic_or_by_memory():

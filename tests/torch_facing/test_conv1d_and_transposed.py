@@ -9,7 +9,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cnnfast
 import cnnfast.functional as ours
 from agreement import assert_bits, assert_served_by_kernels, exact, integers, leaf, run, saved_bytes
 from convolutions import LAYOUTS, arrange
@@ -109,6 +108,14 @@ def test_without_a_batch(name, device):
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_bias_of_any_stride(name, device):
+    call, (x, w, b) = CALLS[name]
+    for bias in (torch.stack([b, torch.full_like(b, float("nan"))], 1)[:, 0], b[:1].expand_as(b)):
+        inputs = [t.to(device) for t in (x, w, bias)]
+        assert_bits(run(call(ours), inputs), exact(call(theirs), inputs))
+
+
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,)], ids=str)
 def test_saved_bytes(name, frozen, device):
     call, inputs = CALLS[name]
@@ -190,12 +197,3 @@ def test_compiled_for_any_size(name, device):
     for n in (2, 3):
         inputs = [x.repeat(n, 1, n, *[1] * (x.dim() - 3)).to(device), w.to(device), b.to(device)]
         assert_bits(run(compiled, inputs), exact(call(theirs), inputs))
-
-
-def test_transforms_take_pytorchs_operators(device):
-    for call, inputs in CALLS.values():
-        x, w, b = (t.to(device) for t in inputs)
-        with cnnfast.trace() as trace:
-            mine = torch.func.vmap(lambda x: call(ours)(x, w, b))(x[None])  # noqa: B023
-        torch.testing.assert_close(mine[0], call(theirs)(x, w, b))
-        assert [c.served_by for c in trace] == ["torch"]

@@ -106,6 +106,15 @@ def test_layout(layout, device):
     check(CASES[3], "auto", CASES[3].inputs(torch.float32, device, layout, "channels_last" if layout == "expanded" else layout))
 
 
+@pytest.mark.parametrize("algorithm", ["auto", "im2col"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
+def test_bias_of_any_stride(case, algorithm, device):
+    """Every second element of a larger one, or one number for all filters."""
+    x, w, b = case.inputs(torch.float32, device)
+    for bias in (torch.stack([b, torch.full_like(b, float("nan"))], 1)[:, 0], b[:1].expand_as(b)):
+        check(case, algorithm, [x, w, bias])
+
+
 AXIS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 

@@ -142,6 +142,21 @@ def test_eval_to_the_bit(activation, dtype, device):
     assert mine.operations[0] == "conv_bn_act"
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("algorithm", ["auto", "im2col"])
+def test_vectors_of_any_stride(algorithm, training, device):
+    """Of bias, batch norm's parameters and statistics every second element of a larger one, or one number for all filters."""
+    inputs, stats = parameters(device=device), running(device=device)
+    right = run(composed(tuple(t.clone() for t in stats), training=training), inputs, (2,))
+    apart = [torch.stack([t, torch.full_like(t, float("nan"))], 1)[:, 0] for t in (*inputs[2:5], *stats)]
+    mine = run(fused(tuple(apart[3:]), training=training, algorithm=algorithm), [*inputs[:2], *apart[:3], inputs[5]], (2,))
+    assert_close(mine, right)
+    one = [t[:1].expand(K) for t in inputs[2:5]]
+    given = [*inputs[:2], *one, inputs[5]]
+    mine = run(fused(running(device=device), training=training, algorithm=algorithm), given, (2,))
+    assert_close(mine, run(composed(running(device=device), training=training), given, (2,)))
+
+
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardswish"])
 def test_bends(activation, device):
     """Where two lines meet the derivative is PyTorch's choice: 1x1 identity filters hand integers to the activation."""

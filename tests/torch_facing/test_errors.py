@@ -223,6 +223,8 @@ NORM = {
     "statistics wider than input": ((X, MEAN.double(), VAR.double()), {}, ("running_mean", "torch.float64", "torch.float32")),
     "negative eps": ((X, MEAN, VAR), {"eps": -1.0}, ("eps=-1.0",)),
     "no momentum": ((X, MEAN, VAR), {"training": True, "momentum": None}, ("momentum=None",)),
+    "running_mean wants a gradient": ((X, MEAN.clone().requires_grad_(), VAR), {}, ("running_mean", "gradient")),
+    "running_var wants a gradient": ((X, MEAN, VAR.clone().requires_grad_()), {"training": True}, ("running_var", "gradient")),
 }
 FUNCTIONS = {
     "conv2d": CONV,
@@ -292,10 +294,18 @@ def test_conv_bn_act_refuses_what_its_parts_refuse(case, launches):
     ids=str,
 )
 def test_arguments_that_pytorch_does_not_have(options, words, launches):
-    with pytest.raises(ValueError) as mine:  # noqa: PT011 - the words are checked
-        ours.conv_bn_act(X, W, *SIX, **options)
-    assert not [word for word in words if word not in str(mine.value)], str(mine.value)
+    """Whoever would serve the call."""
+    for backend in ("kernels", "torch"):
+        with cnnfast.backend(backend), pytest.raises(ValueError) as mine:  # noqa: PT011 - the words are checked
+            ours.conv_bn_act(X, W, *SIX, **options)
+        assert not [word for word in words if word not in str(mine.value)], str(mine.value)
     assert launches == []
+
+
+@pytest.mark.parametrize("backend", ["kernels", "torch"])
+def test_conv_bn_act_takes_a_batch(backend):
+    with cnnfast.backend(backend), pytest.raises(RuntimeError, match=r"conv_bn_act\(\): input must be of size \[N, C, H, W\]"):
+        ours.conv_bn_act(X[0], W, *SIX)
 
 
 def test_unknown_algorithm():

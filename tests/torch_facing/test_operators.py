@@ -8,7 +8,6 @@ import torch.nn.functional as theirs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import cnnfast
@@ -312,28 +311,6 @@ def test_flops(name, device):
     assert counts[0] == counts[1] > 0
 
 
-def loss(function):
-    return lambda w, x: function(x, w, None, 1, 1).square().sum()
-
-
-def test_transforms_take_pytorchs_operators(device):
-    """grad, vmap, jvp and their compositions give PyTorch's numbers; the trace says who served them."""
-    x, w, v = normal(3, 1, 2, 4, 4).to(device), normal(3, 2, 3, 3, seed=1).to(device), normal(3, 2, 3, 3, seed=2).to(device)
-
-    def each(f):
-        yield torch.func.grad(loss(f))(w, x[0])
-        yield torch.func.vmap(torch.func.grad(loss(f)), (None, 0))(w, x)
-        yield from torch.func.jvp(lambda w: loss(f)(w, x[0]), (w,), (v,))
-        with torch.autograd.forward_ad.dual_level():
-            y = f(x[0], torch.autograd.forward_ad.make_dual(w, v), None, 1, 1)
-            yield torch.autograd.forward_ad.unpack_dual(y).tangent
-
-    with cnnfast.trace() as trace:
-        mine = list(each(ours.conv2d))
-    torch.testing.assert_close(mine, list(each(theirs.conv2d)), rtol=0, atol=0)
-    assert {(call.served_by, call.reason) for call in trace} == {("torch", "a functorch transform or forward-mode AD is active")}
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(dtype, device):
     """Convolutions compute in the lower precision, other functions in that of their input, gradients have the dtypes of their tensors."""
@@ -351,64 +328,3 @@ def test_autocast(dtype, device):
         seen.append(numbers)
     assert seen[0] == seen[2]
     torch.testing.assert_close(seen[1], seen[3], rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint(reentrant, device):
-    """The forward that runs again within backward gives the same gradients."""
-
-    def block(x, w, v):
-        return ours.conv_bn_act(ours.conv2d(x, w, groups=2), v, training=True)
-
-    grads = []
-    for call in (block, lambda *inputs: checkpoint(block, *inputs, use_reentrant=reentrant)):
-        inputs = [leaf(t.to(device)) for t in (X, W, normal(3, 6, 1, 1, seed=7))]
-        call(*inputs).sum().backward()
-        grads.append([t.grad for t in inputs])
-    torch.testing.assert_close(*grads, rtol=0, atol=0)
-
-
-IN_PLACE = {
-    "conv2d's input": lambda x, w: (ours.conv2d(x, w), x),
-    "conv2d's weight": lambda x, w: (ours.conv2d(x, w), w),
-    "conv_bn_act's input": lambda x, w: (ours.conv_bn_act(x, w, training=True), x),
-    "batch_norm's input": lambda x, w: (ours.batch_norm(x, None, None, training=True), x),
-}
-
-
-@pytest.mark.parametrize("what", IN_PLACE)
-def test_modified_in_place(what, device):
-    """A tensor saved for backward and changed since is an error, not a wrong gradient."""
-    x, w = leaf(integers(2, 2, 4, 4).to(device)) * 1.0, leaf(integers(3, 2, 3, 3).to(device)) * 1.0
-    y, changed = IN_PLACE[what](x, w)
-    changed.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-def test_activated_output_modified_in_place(device):
-    """relu's derivative is read off the output."""
-    x, w = leaf(integers(2, 2, 4, 4).to(device)), leaf(integers(3, 2, 3, 3).to(device))
-    y = ours.conv_bn_act(x, w, training=True)
-    with torch.no_grad():
-        y.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-def test_second_backward_needs_retain_graph(device):
-    y = ours.conv2d(leaf(X.to(device)), W.to(device), groups=2).sum()
-    y.backward()
-    with pytest.raises(RuntimeError, match="second time"):
-        y.backward()
-
-
-def test_autograd_accumulates(device):
-    """One weight used twice gets the sum."""
-    x, w = integers(2, 2, 6, 6).to(device), integers(2, 2, 3, 3).to(device)
-    grads = []
-    for f in (ours.conv2d, theirs.conv2d):
-        weight = leaf(w.clone())
-        f(f(x, weight, padding=1), weight).sum().backward()
-        grads.append(weight.grad)
-    assert torch.equal(*grads)

@@ -1,0 +1,94 @@
+"""The long fuzz: thousands of random calls of every operation, forward and backward, bit for bit, and of bad arguments.
+
+    python ci/fuzz.py                                  # all properties of tests/fuzz_properties.py, about half an hour
+    python ci/fuzz.py --only conv2d --cases 100 --seed 7
+
+Prints, and writes to ci/results/fuzz.txt, how many cases of each property passed and what they were instances of. The first case that
+fails is printed, as small as it can be made, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "ci" / "results" / "fuzz.txt"
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "harness")]
+
+
+def commit() -> str:
+    """That of the working tree, and whether anything differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + (", with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def describe(name: str, tally: Any) -> str:
+    """A paragraph: the counts, aspect by aspect, the most frequent instance first."""
+    aspects: dict[str, Counter[str]] = {}
+    for (aspect, instance), count in tally.spread.items():
+        aspects.setdefault(aspect, Counter())[instance] = count
+    lines = [f"{name}: {tally.cases} cases passed, {tally.seconds:.0f} s"]
+    for aspect, instances in sorted(aspects.items()):
+        lines.append(f"  {aspect}: " + ", ".join(f"{instance} {count}" for instance, count in instances.most_common()))
+    return "\n".join(lines)
+
+
+def choose_ring() -> bool:
+    """Whether kernels will run on a GPU; if not, Triton interprets them, and its interpreter is mended: before anything imports triton."""
+    import conftest
+
+    return conftest.HAS_GPU
+
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="A property; may be given several times.")] = None,
+    cases: Annotated[int | None, typer.Option(help="Of each property, instead of its usual share.")] = None,
+    seed: Annotated[int, typer.Option(help="Another one draws other cases.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the result goes, if all properties ran.")] = RESULT,
+) -> None:
+    """Fuzz every operation against PyTorch in float64."""
+    on_gpu = choose_ring()
+    import torch
+    import triton
+
+    from fuzz_properties import PROPERTIES, assert_addresses_are_checked, campaign
+
+    device = torch.device("cuda" if on_gpu else "cpu")
+    ring = torch.cuda.get_device_name() if on_gpu else "Triton's interpreter, every address checked"
+    if not on_gpu:
+        assert_addresses_are_checked()
+    for name in only or []:
+        if name not in PROPERTIES:
+            raise typer.BadParameter(f"{name}: the properties are {', '.join(PROPERTIES)}", param_hint="--only")
+    versions = f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}"
+    text = [f"ci/fuzz.py --seed {seed}: {versions}, commit {commit()}", f"on {ring}"]
+    print("\n".join(text), flush=True)
+    total, seconds = 0, 0.0
+    for name in only or PROPERTIES:
+        tally = campaign(name, cases or PROPERTIES[name].share, device, seed)
+        total, seconds = total + tally.cases, seconds + tally.seconds
+        text.append("\n" + describe(name, tally))
+        print(text[-1], flush=True)
+    text.append(f"\n{total} cases in all, {seconds:.0f} s; none failed")
+    print(text[-1])
+    if not only:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    app()

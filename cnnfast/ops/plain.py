@@ -1,0 +1,63 @@
+"""What backward calls of operators, in PyTorch's own: for a transform that was not yet active when the forward ran, as in
+torch.func.vmap(lambda v: torch.autograd.grad(y, x, v)). PyTorch has rules for these operators, and none for ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+
+def _pad(x: Tensor, padding: Any, sign: int = 1) -> Tensor:
+    top, bottom, left, right = padding
+    return F.pad(x, (sign * left, sign * right, sign * top, sign * bottom))
+
+
+def conv_fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> Tensor:
+    return F.conv2d(_pad(x, padding), w, bias, stride, 0, dilation, groups)
+
+
+def conv_dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
+    N, C, H, W = x_shape
+    top, bottom, left, right = padding
+    padded = conv2d_input((N, C, H + top + bottom, W + left + right), w, dy, stride, 0, dilation, groups)
+    dx = _pad(padded, padding, -1)
+    return dx if bias is None else dx + bias.view(-1, 1, 1)
+
+
+def conv_wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
+    return conv2d_weight(_pad(x, padding), w_shape, dy, stride, 0, dilation, groups)
+
+
+def channel_sum(x: Tensor) -> Tensor:
+    return x.sum((0, *range(2, x.dim())))
+
+
+def max_pool_backward(dy: Tensor, winners: Tensor, x_shape) -> Tensor:
+    """winners: int64 positions h * W + w, as max_pool2d returns them."""
+    N, C, H, W = x_shape
+    return dy.new_zeros(N, C, H * W).scatter_add(2, winners.flatten(2), dy.flatten(2)).view(N, C, H, W)
+
+
+def avg_pool(x: Tensor, *window: Any) -> Tensor:
+    return F.avg_pool2d(x, *window)
+
+
+def avg_pool_backward(dy: Tensor, x_shape, channels_last, *window: Any) -> Tensor:
+    return torch.ops.aten.avg_pool2d_backward(dy, dy.new_zeros(x_shape), *window)
+
+
+def adaptive_avg_pool(x: Tensor, output_size) -> Tensor:
+    return F.adaptive_avg_pool2d(x, output_size)
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    return x.mean((2, 3), keepdim=True)
+
+
+def adaptive_avg_pool_backward(dy: Tensor, x_shape, channels_last) -> Tensor:
+    return torch.ops.aten._adaptive_avg_pool2d_backward(dy, dy.new_zeros(x_shape))

@@ -37,11 +37,12 @@ ruff format --check .
 pyright
 
 step "Command line"
-for command in "" demo check bench info aot; do
+for command in "" demo check bench tune info aot; do
     cnnfast $command --help >"$work/help"
 done
 cnnfast check cnnfast.demo.digits:DigitNet --input 1x1x8x8
 cnnfast bench resnet18 --mode infer,train --input 2x3x64x64 --seconds 0.1 --json "$work/bench.json"
+cnnfast tune cnnfast.demo.digits:DigitNet --input 64x1x8x8 --mode train --dry-run
 
 step "Ahead of time, newest triton: sm_80 sm_89 sm_90 sm_100"
 cnnfast aot --arch sm_80 --arch sm_89 --arch sm_90 --arch sm_100 --json "$work/aot.json"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything worth doing when a GPU is at hand, in one call: correctness, the demo at full size in every dtype,
-# the network and its layers against the strongest baselines. Results are files in $OUT, by default benchmarks/results/<gpu>. Needs no installation: PYTHONPATH is set here.
+# the network and its layers against the strongest baselines, a small network tuned. Results are files in $OUT, by default
+# benchmarks/results/<gpu>. Needs no installation: PYTHONPATH is set here.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".:kernels" PYTHONUNBUFFERED=1
@@ -26,4 +27,6 @@ providers+=(--provider cnnfast --provider cnnfast-graph --provider cnnfast-compi
 run 300 bench.log python3 -m cnnfast bench resnet50 --mode infer,train --batch 32 --seconds 0.5 "${providers[@]}" \
     --json "$OUT/bench.json" --pictures "$OUT/bench"
 run 200 layers.log python3 -m cnnfast bench --layers --seconds 0.05 --json "$OUT/layers.json" --pictures "$OUT/layers"
+# Last: what is above shall not run by the table that this writes.
+run 120 tune.log python3 -m cnnfast tune cnnfast.demo.digits:DigitNet --input 256x1x8x8 --mode train --json "$OUT/tune.json"
 exit $failed

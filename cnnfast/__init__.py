@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from cnnfast_kernels import __version__ as __version__
+
 if TYPE_CHECKING:
     from . import functional as functional
     from . import models as models
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from .conversion import revert as revert
     from .dispatch import backend as backend
     from .dispatch import trace as trace
-
-__version__ = "0.1.0"
 
 _MODULES = ("functional", "models", "nn")
 _HOME = {

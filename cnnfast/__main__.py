@@ -12,6 +12,7 @@ from .commands.bench import bench
 from .commands.check import check
 from .commands.demo import demo
 from .commands.info import info
+from .commands.tune import tune
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
 
@@ -29,7 +30,7 @@ def main(
     """Hand-written Triton kernels for convolutional networks in PyTorch, and the proof that they are right."""
 
 
-for command in (demo, check, bench, info, aot):
+for command in (demo, check, bench, tune, info, aot):
     app.command()(command)
 
 if __name__ == "__main__":

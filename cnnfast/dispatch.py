@@ -26,11 +26,13 @@ except ImportError:  # no triton on this platform: every operation takes PyTorch
     launch = None
 
 Backend = Literal["auto", "kernels", "torch"]
+Server = Literal["kernels", "library", "torch"]
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 OLDEST_GPU = (8, 0)
 CPU_REASON = "" if launch is None or launch.INTERPRETED else "the tensors are on the CPU, and Triton does not interpret"
 _backend: Backend = "auto"
+_meta_counts = False
 
 
 @contextmanager
@@ -48,6 +50,22 @@ def backend(name: Backend) -> Iterator[None]:
         yield
     finally:
         _backend = before
+
+
+@contextmanager
+def meta_as_gpu() -> Iterator[None]:
+    """Meta tensors, which hold nothing, take the path that a GPU's would, for the whole process: operators are called, nothing runs."""
+    global _meta_counts
+    before, _meta_counts = _meta_counts, True
+    try:
+        yield
+    finally:
+        _meta_counts = before
+
+
+def library_allowed() -> bool:
+    """Whether the library's convolution may stand in for ours: not where kernels were asked for."""
+    return _backend != "kernels"
 
 
 def asked_once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,28 +154,34 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
             return _torch("the tensor wraps others")
     if x.is_cuda:
         return _torch(_gpu_reason(device.index))
-    if not x.is_cpu:
+    if not x.is_cpu and not (x.is_meta and _meta_counts):
         return _torch(f"device {device.type} has no kernels")
-    if launch.INTERPRETED and _in_bf16(x, *others) and not _interpreter_rounds_bf16():
+    if launch.INTERPRETED and x.is_cpu and _in_bf16(x, *others) and not _interpreter_rounds_bf16():
         return _torch("Triton's interpreter computes bfloat16 wrongly")
     return ""
 
 
 @dataclass(slots=True)
 class Call:
-    """One operation as it was served: by "kernels" (`launches` names them) or by "torch" (`reason` says why)."""
+    """One operation as it was served: by "kernels" (`launches` names them), by "torch", or by "library", PyTorch's convolution within our
+    operator, because it was measured to be faster. `reason` says why; of kernels, what else there is to say of their choice."""
 
     operation: str
     shapes: tuple[tuple[int, ...], ...]
     dtype: str
-    served_by: Literal["kernels", "torch"]
+    served_by: Server
     reason: str = ""
     launches: list[Any] = field(default_factory=list)
 
     def __str__(self) -> str:
         shapes = " ".join("x".join(map(str, s)) for s in self.shapes)
-        served = " + ".join(f"{e.kernel} [{e.tile}]" if e.tile else e.kernel for e in self.launches) or "no launch: nothing to compute"
-        return f"{self.operation} {shapes} {self.dtype}: {served if self.served_by == 'kernels' else f'torch, because {self.reason}'}"
+        launched = [f"{e.kernel} [{e.tile}]" if e.tile else e.kernel for e in self.launches]
+        if self.served_by != "kernels":
+            served = f"{' + '.join([self.served_by, *launched])}, because {self.reason}"
+        else:
+            served = " + ".join(launched) or "no launch: nothing to compute"
+            served += f" ({self.reason})" if self.reason else ""
+        return f"{self.operation} {shapes} {self.dtype}: {served}"
 
 
 class Trace:
@@ -188,10 +212,15 @@ class Trace:
     def leave(self) -> None:
         self._inside.stack.pop()
 
-    def launched(self, event: Any) -> None:
+    def innermost(self) -> Call | None:
+        """The call that this thread is inside of."""
         stack = self._inside.__dict__.get("stack")
-        if stack:
-            stack[-1].launches.append(event)
+        return stack[-1] if stack else None
+
+    def launched(self, event: Any) -> None:
+        call = self.innermost()
+        if call is not None:
+            call.launches.append(event)
 
 
 _traces: list[Trace] = []
@@ -212,7 +241,7 @@ def trace() -> Iterator[Trace]:
         _traces.remove(calls)
 
 
-def _call(operation: str, arguments: tuple[Any, ...], served_by: Literal["kernels", "torch"], reason: str = "") -> Call:
+def _call(operation: str, arguments: tuple[Any, ...], served_by: Server, reason: str = "") -> Call:
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
     dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
     return Call(operation, tuple(tuple(t.shape) for t in tensors), dtype, served_by, reason)
@@ -282,6 +311,14 @@ def record_torch(operation: str, reason: str, *arguments: Any) -> None:
     """Tells every trace that PyTorch serves this call."""
     for calls in _traces:
         calls.calls.append(_call(operation, arguments, "torch", reason))
+
+
+def note(served_by: Server, reason: str) -> None:
+    """Tells every trace more of the call of an operator that is running."""
+    for calls in _traces:
+        call = calls.innermost()
+        if call is not None:
+            call.served_by, call.reason = served_by, reason
 
 
 def recorded(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -94,7 +94,7 @@ def summarize(model: nn.Module, *example_inputs: Any) -> Summary:
     example_inputs: tensors, of any device, meta too, or structures of them. Raises RuntimeError if the model does not run on them.
     """
     try:
-        return _Run(_meta_copy(model)).of(_meta(example_inputs))
+        return _Run(meta_copy(model)).of(meta(example_inputs))
     except Exception as error:
         reason = error
     if any(t.is_meta for t in tree_leaves(example_inputs) if isinstance(t, Tensor)):
@@ -108,7 +108,7 @@ def summarize(model: nn.Module, *example_inputs: Any) -> Summary:
 def attempt(model: nn.Module, *example_inputs: Any) -> Summary | None:
     """The same, or None if the model does not run on meta tensors of these shapes."""
     try:
-        return _Run(_meta_copy(model)).of(_meta(example_inputs))
+        return _Run(meta_copy(model)).of(meta(example_inputs))
     except Exception:
         return None
 
@@ -122,20 +122,20 @@ def _does_not_run(model: nn.Module, inputs: Any) -> str:
 # Copies
 
 
-def _meta(tree: Any) -> Any:
+def meta(tree: Any) -> Any:
     """The same on meta tensors, strides included."""
     return tree_map_only(Tensor, lambda t: torch.empty_like(t.detach(), device="meta"), tree)
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """A copy with meta tensors in the place of all that the modules hold, shared ones still shared."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for t in tree_leaves(dict(vars(module))):
             if isinstance(t, nn.Parameter):
-                memo[id(t)] = nn.Parameter(_meta(t), t.requires_grad)
+                memo[id(t)] = nn.Parameter(meta(t), t.requires_grad)
             elif isinstance(t, Tensor):
-                memo[id(t)] = _meta(t)
+                memo[id(t)] = meta(t)
     return copy.deepcopy(model, memo)
 
 

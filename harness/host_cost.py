@@ -98,9 +98,7 @@ def layers() -> dict[str, Callable[[], Any]]:
     x, w = tensors()["x"], tensors()["w"]
     geometry = conv.Geometry(*GEOMETRY)
     conv.conv_fprop(x, w, geometry)
-    planned: Any = conv._plan_fprop(
-        x.shape, x.stride(), w.shape, w.stride(), None, x.dtype, geometry, 0.0, None, 0.0, False, None, launch.architecture(x.device), True
-    )
+    planned: Any = conv.fprop_plan(x, w, geometry)
     arguments = x, w, launch.empty(planned.y, x), *[None] * 7
     calls: list[Callable[[], Any]] = [
         lambda: F.conv2d(x, w, None, 1, 1),

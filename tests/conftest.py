@@ -100,6 +100,35 @@ def poisoned() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_tables_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests run by defaults, whatever was tuned on this machine."""
+    from cnnfast_kernels import tables
+
+    folder = tmp_path_factory.mktemp("tables")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "user_folder", lambda: folder)
+        yield
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device) -> Iterator:
+    """The launch.Gpu whose tables hold for tensors on `device`: the one there is, or a name for the interpreter. It has no rows yet."""
+    from cnnfast_kernels import launch, tables
+
+    monkeypatch.setattr(tables, "user_folder", lambda: tmp_path / "user")
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(launch, "NO_GPU", launch.Gpu("A GPU, 80 GB", 90))
+
+    def forget() -> None:
+        tables.forget()
+        launch.forget_plans()
+
+    forget()
+    yield launch.gpu(device)
+    forget()
+
+
 @pytest.fixture
 def launches() -> Iterator[list]:
     """The launch.Launch of every kernel started during the test, in order."""

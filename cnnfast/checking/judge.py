@@ -152,9 +152,9 @@ def _judge_run(call: Captured, wanted: tuple[str, ...], label: str, row: Row) ->
 
 
 def _not_ours(trace: dispatch.Trace, empty: bool, launched: list[str]) -> str:
-    """Why PyTorch served a call or no kernel ran, or the empty string; the kernels go to `launched`."""
+    """Why PyTorch, or its library, served a call or no kernel ran, or the empty string; the kernels go to `launched`."""
     for served in trace:
-        if served.served_by == "torch":
+        if served.served_by != "kernels":
             return served.reason
     launched += [name for name in kernels(trace) if name not in launched]
     return "" if empty or trace.launches else "no kernel was launched"

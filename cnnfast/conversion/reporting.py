@@ -178,9 +178,21 @@ def _notes(model: nn.Module) -> Iterator[str]:
         reason = dispatch.why_torch(weights[0])
     if reason:
         yield f"PyTorch serves this model as it is now, because {reason}."
+    elif note := _unmeasured(weights[0]):
+        yield note
     strided = sum(w.shape[1] > 1 and w[0, 0].numel() > 1 and not w.is_contiguous(memory_format=torch.channels_last) for w in weights)
     if strided:
         yield (
             f"{strided} convolutions have NCHW weights: with an NCHW input kernels read single elements, not vectors."
             " convert(model, memory_format=torch.channels_last), and channels_last inputs, avoid that."
         )
+
+
+def _unmeasured(weight: torch.Tensor) -> str:
+    """Whether tiles are chosen by default, for want of measurements on the GPU that the weight is on."""
+    if not weight.is_cuda:
+        return ""
+    from cnnfast_kernels import launch, tables
+
+    gpu = launch.gpu(weight.device)
+    return "" if tables.measured(*gpu) else f"unmeasured: run cnnfast tune. No convolution was measured on this GPU ({gpu.name})."

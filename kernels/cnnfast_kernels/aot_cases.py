@@ -14,7 +14,8 @@ from functools import partial
 import torch
 
 from .batchnorm import batch_moments, channel_sum, normalize, normalize_backward, update_running
-from .conv import Geometry, Tile, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from .choosing import Geometry, Tile
+from .conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from .epilogue import ACTIVATIONS, BatchNorm, Epilogue
 from .pooling import (
     adaptive_avg_pool,

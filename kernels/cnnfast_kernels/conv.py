@@ -1,9 +1,8 @@
-"""Convolution: the one place that picks a family of kernels and a tile.
+"""Convolution: forward and gradients, by the family of kernels and the tile that choosing.py picks.
 
 Tensors are of logical shape x [N, C, H, W], w [K, C / groups, R, S], y [N, K, P, Q], in any memory layout; `padding` is
 (top, bottom, left, right). Arguments are taken to be consistent: cnnfast.functional checks what users pass. `tile`
-replaces the choice for the direct kernels, and its type tells the family: StripTile depthwise, BoxTile tensor maps (ValueError where
-these cannot serve), TileConfig pointers; im2col chooses for each piece of its workspace.
+replaces the choice for the direct kernels, and its type tells the family; im2col chooses for each piece of its workspace.
 """
 
 from __future__ import annotations
@@ -15,74 +14,27 @@ import torch
 
 from . import launch
 from .batchnorm import batch_moments, contiguous
+from .choosing import Geometry, Question, Tile, ask_dgrad, ask_fprop, ask_wgrad, choose, precision_of
 from .epilogue import PLAIN, BatchNorm, Epilogue
-from .gather.depthwise import StripPlan, moments_rows, plan_depthwise_dgrad, plan_depthwise_fprop, plan_depthwise_wgrad, vector_length
+from .gather.depthwise import StripPlan, moments_rows, plan_depthwise_dgrad, plan_depthwise_fprop, plan_depthwise_wgrad
 from .gather.dgrad import plan_dgrad
 from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
 from .gather.wgrad import plan_wgrad
 from .partials import TileRows, combine
-from .problem import ConvProblem
 from .slots import WgradPlan
-from .tiling import Operation, Precision, StripTile, TileConfig, cdiv, choose_strip_tile, choose_tile, precision_class
+from .tables import Row
+from .tiling import StripTile, cdiv
 from .tma.dgrad import plan_tma_dgrad
 from .tma.fprop import box_rows, plan_tma_fprop
-from .tma.tiles import BoxTile, choose_box_tile
-from .tma.views import flattened, why_not
+from .tma.tiles import BoxTile
 from .tma.wgrad import plan_tma_wgrad
 
 Algorithm = Literal["auto", "direct", "im2col"]
-Tile = TileConfig | StripTile | BoxTile  # of the general kernels, of those of depthwise convolution, of those that load by tensor maps
 
 
-class Geometry(NamedTuple):
-    """How the filters move over the image."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def problem(self, x_shape: Sequence[int], w_shape: Sequence[int]) -> ConvProblem:
-        return ConvProblem.of(tuple(x_shape), tuple(w_shape), *self)
-
-
-def _precision(dtype: torch.dtype, tf32: bool) -> Precision:
-    return precision_class(str(dtype).removeprefix("torch."), tf32)
-
-
-def _tile(
-    operation: Operation,
-    problem: ConvProblem,
-    precision: Precision,
-    arch: int,
-    aligned: bool,
-    x: launch.Layout,
-    w: launch.Layout,
-    y: launch.Layout,
-    residual: launch.Layout | None = None,
-    activation: str | None = None,
-) -> Tile:
-    """The family and its tile. `x`, `w` and `y` may each be the operand or its gradient; `aligned`: whether operands start at multiples of
-    16 bytes.
-
-    Tensor maps, wherever they can serve and boxes are not mostly empty: by their instructions they should win, but on no GPU has either
-    family been timed.
-    """
-    if problem.is_depthwise:
-        return choose_strip_tile(problem, operation, precision, vector_length(x, y))
-    images = [x, y] if residual is None else [x, y, residual]
-    if not why_not(problem, precision, arch, aligned, *images, *([] if operation == "wgrad" else [w])):
-        tile = choose_box_tile(flattened(problem, *images)[0], operation, activation, arch)
-        if tile is not None:
-            return tile
-    operands = {"fprop": (x, w), "dgrad": (y, w), "wgrad": (x, y)}[operation]
-    adjacent = all(t.stride(1) == 1 or t.shape[1] == 1 for t in operands)
-    return choose_tile(problem, operation, precision, adjacent, arch)
-
-
-def _check(tile: BoxTile, reason: str) -> None:
-    if reason:
+def _check(tile: Tile, reason: str) -> None:
+    if reason and isinstance(tile, BoxTile):
         raise ValueError(f"tile={tile} is of the kernels that load by tensor maps, which cannot serve this call: {reason}")
 
 
@@ -90,72 +42,145 @@ def _check(tile: BoxTile, reason: str) -> None:
 # Plans: all that a call needs and its tensors' contents do not change
 
 
+def _tile(q: Question, tile: Tile | None) -> tuple[Tile, Row | None]:
+    """The tile that was given, or the choice, and the measured row if one was asked for."""
+    if tile is None:
+        return choose(q)
+    _check(tile, q.why_no_boxes)
+    return tile, None
+
+
 class FpropPlan(NamedTuple):
     y: launch.Layout
     run: launch.Plan | StripPlan
     moments: launch.Layout  # where the kernel can leave those of its tiles, and which pixels these are
     rows: TileRows
+    row: Row | None
 
 
 @launch.planned
 def _plan_fprop(
-    x_shape, x_strides, w_shape, w_strides, residual_strides, dtype, geometry: Geometry, eps, activation, slope, tf32, tile, arch, aligned
+    x_shape,
+    x_strides,
+    w_shape,
+    w_strides,
+    residual_strides,
+    dtype,
+    geometry: Geometry,
+    kind,
+    eps,
+    activation,
+    slope,
+    tf32,
+    tile,
+    gpu,
+    aligned,
 ) -> FpropPlan:
-    g = geometry.problem(x_shape, w_shape)
     x, w = launch.Layout(x_shape, x_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
-    y = launch.dense((g.N, g.K, g.P, g.Q), dtype, launch.memory_format(x, w))
-    residual = None if residual_strides is None else launch.Layout(y.shape, residual_strides, dtype)
-    precision = _precision(dtype, tf32)
-    tile = tile or _tile("fprop", g, precision, arch, aligned, x, w, y, residual, activation)
+    q = ask_fprop(x, w, residual_strides, geometry, kind, activation, tf32, gpu, aligned)
+    g, y, residual = q.problem, q.y, q.residual
+    tile, row = _tile(q, tile)
     if isinstance(tile, StripTile):
         run = plan_depthwise_fprop(g, tile, x, w, y, residual, eps, activation, slope)
         rows = moments_rows(g, tile)
         tiles = cdiv(rows.tiles, tile.BLOCK_M)
     elif isinstance(tile, BoxTile):
-        _check(tile, why_not(g, precision, arch, aligned, x, w, y, *([] if residual is None else [residual])))
         run = plan_tma_fprop(g, tile, x, w, y, residual, eps, activation, slope)
         rows = box_rows(g, tile, x, y)
         tiles = rows.tiles
     else:
-        run = plan_fprop(g, tile, precision, x, w, y, residual, eps, activation, slope)
+        run = plan_fprop(g, tile, q.precision, x, w, y, residual, eps, activation, slope)
         pixels = g.N * g.P * g.Q
         tiles = cdiv(pixels, tile.BLOCK_M)
         rows = TileRows(max(tiles, 1), pixels, tile.BLOCK_M)
-    return FpropPlan(y, run, launch.dense((tiles, 2, g.K), launch.accumulator_dtype(dtype)), rows)
+    return FpropPlan(y, run, launch.dense((tiles, 2, g.K), launch.accumulator_dtype(dtype)), rows, row)
+
+
+def fprop_plan(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    geometry: Geometry,
+    epilogue: Epilogue = PLAIN,
+    *,
+    stats: bool = False,
+    tf32: bool = False,
+    tile: Tile | None = None,
+) -> FpropPlan:
+    _, norm, residual, activation, slope = epilogue
+    addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
+    return _plan_fprop(
+        x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype, geometry,
+        "stats" if stats else "" if norm.mean is None else "norm", norm.eps, activation, slope, tf32, tile, launch.gpu(x.device),
+        addresses % 16 == 0,
+    )  # fmt: skip
+
+
+class DgradPlan(NamedTuple):
+    dx: launch.Layout
+    run: launch.Plan | StripPlan
+    row: Row | None
 
 
 @launch.planned
-def _plan_dgrad(
-    dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, arch, aligned
-) -> tuple[launch.Layout, launch.Plan | StripPlan]:
-    g = geometry.problem(x_shape, w_shape)
+def _plan_dgrad(dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned) -> DgradPlan:
     dy, w = launch.Layout(dy_shape, dy_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
-    dx = launch.dense(x_shape, dtype, fmt)
-    precision = _precision(dtype, tf32)
-    tile = tile or _tile("dgrad", g, precision, arch, aligned, dx, w, dy)
+    q = ask_dgrad(dy, w, x_shape, fmt, geometry, tf32, gpu, aligned)
+    tile, row = _tile(q, tile)
     if isinstance(tile, StripTile):
-        return dx, plan_depthwise_dgrad(g, tile, dy, w, dx)
+        return DgradPlan(q.x, plan_depthwise_dgrad(q.problem, tile, dy, w, q.x), row)
     if isinstance(tile, BoxTile):
-        _check(tile, why_not(g, precision, arch, aligned, dy, w, dx))
-        return dx, plan_tma_dgrad(g, tile, dy, w, dx)
-    return dx, plan_dgrad(g, tile, precision, dy, w, dx)
+        return DgradPlan(q.x, plan_tma_dgrad(q.problem, tile, dy, w, q.x), row)
+    return DgradPlan(q.x, plan_dgrad(q.problem, tile, q.precision, dy, w, q.x), row)
+
+
+def dgrad_plan(
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    x_shape: Sequence[int],
+    geometry: Geometry,
+    fmt: torch.memory_format,
+    *,
+    tf32: bool = False,
+    tile: Tile | None = None,
+) -> DgradPlan:
+    return _plan_dgrad(
+        dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt,
+        geometry, tf32, tile, launch.gpu(dy.device), (dy.data_ptr() | w.data_ptr()) % 16 == 0,
+    )  # fmt: skip
+
+
+class WeightsPlan(NamedTuple):
+    dw: launch.Layout
+    run: WgradPlan
+    row: Row | None
 
 
 @launch.planned
-def _plan_wgrad(
-    x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, arch, aligned
-) -> tuple[launch.Layout, WgradPlan]:
-    g = geometry.problem(x_shape, w_shape)
+def _plan_wgrad(x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned) -> WeightsPlan:
     x, dy = launch.Layout(x_shape, x_strides, dtype), launch.Layout(dy_shape, dy_strides, dtype)
-    dw = launch.dense(w_shape, dtype, fmt)
-    precision = _precision(dtype, tf32)
-    tile = tile or _tile("wgrad", g, precision, arch, aligned, x, dw, dy)
+    q = ask_wgrad(x, dy, w_shape, fmt, geometry, tf32, gpu, aligned)
+    tile, row = _tile(q, tile)
     if isinstance(tile, StripTile):
-        return dw, plan_depthwise_wgrad(g, tile, x, dy, dw)
+        return WeightsPlan(q.w, plan_depthwise_wgrad(q.problem, tile, x, dy, q.w), row)
     if isinstance(tile, BoxTile):
-        _check(tile, why_not(g, precision, arch, aligned, x, dy))
-        return dw, plan_tma_wgrad(g, tile, x, dy, dw)
-    return dw, plan_wgrad(g, tile, precision, x, dy, dw)
+        return WeightsPlan(q.w, plan_tma_wgrad(q.problem, tile, x, dy, q.w), row)
+    return WeightsPlan(q.w, plan_wgrad(q.problem, tile, q.precision, x, dy, q.w), row)
+
+
+def wgrad_plan(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    w_shape: Sequence[int],
+    geometry: Geometry,
+    fmt: torch.memory_format,
+    *,
+    tf32: bool = False,
+    tile: Tile | None = None,
+) -> WeightsPlan:
+    return _plan_wgrad(
+        x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt,
+        geometry, tf32, tile, launch.gpu(x.device), (x.data_ptr() | dy.data_ptr()) % 16 == 0,
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -174,15 +199,11 @@ def conv_fprop(
     """What `epilogue` makes of conv(x, w), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
     bias, norm, residual, activation, slope = epilogue
     bias, mean, var, weight, shift = contiguous(bias, *norm[:4])
-    addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
-    plan: FpropPlan = _plan_fprop(
-        x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype,
-        geometry, norm.eps, activation, slope, tf32, tile, launch.architecture(x.device), addresses % 16 == 0,
-    )  # fmt: skip
+    plan = fprop_plan(x, w, geometry, epilogue, tf32=tf32, tile=tile)
     y = launch.empty(plan.y, x)
     if algorithm == "im2col":
         epilogue = Epilogue(bias, BatchNorm(mean, var, weight, shift, norm.eps), residual, activation, slope)
-        im2col_fprop(geometry.problem(x.shape, w.shape), _precision(x.dtype, tf32), x, w, y, epilogue)
+        im2col_fprop(geometry.problem(x.shape, w.shape), precision_of(x.dtype, tf32), x, w, y, epilogue)
     else:
         plan.run(x, w, y, bias, mean, var, weight, shift, residual, None)
     return y
@@ -202,10 +223,7 @@ def conv_stats(
     if algorithm == "im2col":
         y = conv_fprop(x, w, geometry, Epilogue(bias), algorithm=algorithm, tf32=tf32, tile=tile)
         return y, *batch_moments(y)
-    plan: FpropPlan = _plan_fprop(
-        x.shape, x.stride(), w.shape, w.stride(), None, x.dtype,
-        geometry, 0.0, None, 0.0, tf32, tile, launch.architecture(x.device), (x.data_ptr() | w.data_ptr()) % 16 == 0,
-    )  # fmt: skip
+    plan = fprop_plan(x, w, geometry, stats=True, tf32=tf32, tile=tile)
     y, moments = launch.empty(plan.y, x), launch.empty(plan.moments, x)
     (bias,) = contiguous(bias)
     plan.run(x, w, y, bias, None, None, None, None, None, moments)
@@ -227,14 +245,11 @@ def conv_dgrad(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to x, plus `bias` [C]: the transposed convolution of dy."""
-    layout, run = _plan_dgrad(
-        dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt,
-        geometry, tf32, tile, launch.architecture(dy.device), (dy.data_ptr() | w.data_ptr()) % 16 == 0,
-    )  # fmt: skip
+    layout, run, _ = dgrad_plan(dy, w, x_shape, geometry, fmt, tf32=tf32, tile=tile)
     dx = launch.empty(layout, dy)
     (bias,) = contiguous(bias)
     if algorithm == "im2col":
-        im2col_dgrad(geometry.problem(x_shape, w.shape), _precision(dy.dtype, tf32), dy, w, dx, bias)
+        im2col_dgrad(geometry.problem(x_shape, w.shape), precision_of(dy.dtype, tf32), dy, w, dx, bias)
     else:
         run(dy, w, dx, bias)
     return dx
@@ -252,15 +267,12 @@ def conv_wgrad(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to w."""
-    layout, run = _plan_wgrad(
-        x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt,
-        geometry, tf32, tile, launch.architecture(x.device), (x.data_ptr() | dy.data_ptr()) % 16 == 0,
-    )  # fmt: skip
+    layout, run, _ = wgrad_plan(x, dy, w_shape, geometry, fmt, tf32=tf32, tile=tile)
     dw = launch.empty(layout, x)
     if dy.numel() == 0 or x.numel() == 0:
         return dw.zero_()
     if algorithm == "im2col":
-        im2col_wgrad(geometry.problem(x.shape, w_shape), _precision(x.dtype, tf32), x, dy, dw)
+        im2col_wgrad(geometry.problem(x.shape, w_shape), precision_of(x.dtype, tf32), x, dy, dw)
     else:
         run(x, dy, dw)
     return dw

@@ -211,6 +211,28 @@ def architecture(device: torch.device) -> int:
     return ahead_of_time.arch
 
 
+class Gpu(NamedTuple):
+    """name: as CUDA tells it, "" where there is none. arch: 90 for sm_90."""
+
+    name: str
+    arch: int
+
+
+NO_GPU = Gpu("", 90)
+
+
+@functools.cache
+def _gpu(index: int) -> Gpu:
+    return Gpu(torch.cuda.get_device_name(index), _gpu_architecture(index))
+
+
+def gpu(device: torch.device) -> Gpu:
+    """What plans for tensors on `device` are made for: `architecture`, and whose measurements hold."""
+    if device.type == "cuda":
+        return _gpu(device.index)
+    return NO_GPU if INTERPRETED else Gpu("", architecture(device))
+
+
 class Strides(NamedTuple):
     """Strides in units of `align` elements, channels last; `c` is None where channels are adjacent.
 
@@ -240,6 +262,10 @@ class Layout(NamedTuple):
 
 
 Laid = torch.Tensor | Layout
+
+
+def layout(t: Laid) -> Layout:
+    return t if isinstance(t, Layout) else Layout(tuple(t.shape), t.stride(), t.dtype)
 
 
 def dense(shape: Sequence[int], dtype: torch.dtype, fmt: torch.memory_format = torch.contiguous_format) -> Layout:
@@ -294,6 +320,24 @@ def empty(
         extents, strides, dtype = shape
         return like.new_empty_strided(extents, strides, dtype=dtype)
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=fmt)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """What `empty` returns is full of NaN while the context lasts, for the whole process: an element that no kernel writes shows, where
+    memory of a former call might have held the right number."""
+    global empty
+    allocate = empty
+
+    def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        t = allocate(*args, **kwargs)
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    empty = filled
+    try:
+        yield
+    finally:
+        empty = allocate
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

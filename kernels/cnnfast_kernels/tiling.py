@@ -1,11 +1,14 @@
 """Which tile a convolution kernel runs with. Pure Python: imports neither torch nor triton.
 
-A row of `DEFAULT_TILES` is a choice by resources alone: nothing here has been measured on a GPU yet. All of them use
-4 warps, because loops over flattened taps x channels were once miscompiled at 8 (pytorch/pytorch#173068).
+What was measured is in tables.py; this is what runs where nothing was, and what measuring tries (`search_tiles`). A row of
+`DEFAULT_TILES` is a choice by resources alone: nothing here has been measured on a GPU yet. All of them use 4 warps, because loops over
+flattened taps x channels were once miscompiled at 8 (pytorch/pytorch#173068): a tile of 8 has to be checked on the GPU and the layer that
+it is to serve, as measuring does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,6 +46,9 @@ DEFAULT_TILES: dict[Precision, tuple[TileConfig, ...]] = {
     "ieee": (TileConfig(64, 64, 16, 4, 3), TileConfig(64, 32, 16, 4, 3)),
     "fp64": (TileConfig(64, 32, 16, 4, 2), TileConfig(32, 32, 16, 4, 2)),
 }
+
+# Of 8 warps: measuring tries them, nothing else does.
+WIDE_TILES = (TileConfig(128, 128, 32, 8, 4), TileConfig(256, 64, 32, 8, 4))
 
 # Programs that keep a GPU busy: one a multiprocessor of the smallest data-centre part. Measured tables replace this guess.
 BUSY_PROGRAMS = 108
@@ -95,19 +101,45 @@ def candidate_tiles(
     return tiles[1:] if few or arch >= 100 else tiles
 
 
+def programs(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:
+    """Those of a launch; in wgrad, those of one part of the sum."""
+    GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
+    return cdiv(GEMM_M, tile.BLOCK_M) * cdiv(GEMM_N, tile.BLOCK_N) * problem.groups
+
+
+def default_split(problem: ConvProblem, tile: TileConfig) -> int:
+    """Parts of wgrad's sum: enough to fill a GPU, each of some steps."""
+    steps = cdiv(gemm_extents(problem, "wgrad")[2], tile.BLOCK_K)
+    return max(1, min(MAX_SPLIT, cdiv(2 * BUSY_PROGRAMS, programs(problem, "wgrad", tile)), steps // MIN_STEPS_PER_SPLIT))
+
+
 def choose_tile(problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90) -> TileConfig:
     """The largest candidate that is not mostly padding and leaves enough programs to fill a GPU; else the smallest."""
-    GEMM_M, GEMM_N, GEMM_K = gemm_extents(problem, operation)
+    GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
     tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
     least = tiles[-1]
     fitting = [t for t in tiles if t.BLOCK_M <= max(GEMM_M, least.BLOCK_M) and t.BLOCK_N <= max(GEMM_N, least.BLOCK_N)]
-    programs = {t: cdiv(GEMM_M, t.BLOCK_M) * cdiv(GEMM_N, t.BLOCK_N) * problem.groups for t in fitting}
     if operation == "wgrad":  # the split, not the tile, makes the programs
-        tile = fitting[0]
-        steps = cdiv(GEMM_K, tile.BLOCK_K)
-        split = min(MAX_SPLIT, cdiv(2 * BUSY_PROGRAMS, programs[tile]), max(1, steps // MIN_STEPS_PER_SPLIT))
-        return TileConfig(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, tile.num_warps, tile.num_stages, split)
-    return next((t for t in fitting if programs[t] >= BUSY_PROGRAMS), fitting[-1])
+        return replace(fitting[0], SPLIT_K=default_split(problem, fitting[0]))
+    return next((t for t in fitting if programs(problem, operation, t) >= BUSY_PROGRAMS), fitting[-1])
+
+
+def search_tiles(
+    problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
+) -> Iterator[TileConfig]:
+    """What measuring tries: the default tiles that may be chosen and wider ones, with k-steps of once and twice their length and with
+    fewer stages; in wgrad, in their place, with half, once and twice the default split. Some may need more memory than there is."""
+    depth = problem.group_filters if operation == "dgrad" else problem.group_channels
+    tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
+    wide = WIDE_TILES if precision == "half" and tiles[0] == DEFAULT_TILES["half"][0] else ()
+    for tile in (*tiles, *wide):
+        steps = [tile.BLOCK_K] + [2 * tile.BLOCK_K] * (depth >= 2 * tile.BLOCK_K)
+        for longer in (replace(tile, BLOCK_K=step) for step in steps):
+            if operation == "wgrad":
+                split = default_split(problem, longer)
+                yield from (replace(longer, SPLIT_K=s) for s in sorted({cdiv(split, 2), split, min(2 * split, MAX_SPLIT)}))
+            else:
+                yield from (replace(longer, num_stages=stages) for stages in (tile.num_stages, tile.num_stages - 1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,6 +220,14 @@ def strip_tiles(problem: ConvProblem, operation: Operation, precision: Precision
     BLOCK_C = 1 if vector == 0 else 16 if channels <= 16 or precision == "fp64" else 32
     BLOCK_M = STRIP_THREADS * max(vector, 1) // BLOCK_C
     return tuple(StripTile(BLOCK_M, BLOCK_C, rows) for rows in strip_rows(problem, operation))
+
+
+def search_strip_tiles(problem: ConvProblem, operation: Operation, precision: Precision, vector: int) -> Iterator[StripTile]:
+    """What measuring tries: all that may be chosen; in wgrad with half, once and twice the default split."""
+    chosen = choose_strip_tile(problem, operation, precision, vector)
+    splits = sorted({cdiv(chosen.SPLIT_K, 2), chosen.SPLIT_K, min(2 * chosen.SPLIT_K, MAX_STRIP_SPLIT)}) if operation == "wgrad" else [1]
+    for tile in strip_tiles(problem, operation, precision, min(vector, 1) if problem.group_filters > 1 else vector):
+        yield from (replace(tile, SPLIT_K=split) for split in splits)
 
 
 def choose_strip_tile(problem: ConvProblem, operation: Operation, precision: Precision, vector: int) -> StripTile:

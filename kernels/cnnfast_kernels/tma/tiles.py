@@ -1,7 +1,7 @@
 """Which tile a tensor-map kernel runs with. Pure Python: imports neither torch nor triton.
 
 Nothing here has been measured on a GPU. The sizes compile without spills on every supported compiler, and a small model of what a
-convolution moves and multiplies chooses among them. Measured tiles will be looked up in `choose_box_tile`, before the model is asked.
+convolution moves and multiplies chooses among them where tables.py has no measured row.
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ def splits(problem: ConvProblem, operation: Operation, tile: BoxTile) -> Iterato
         split *= 2
 
 
-def choose_box_tile(problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90) -> BoxTile | None:
-    """The candidate of the least estimated clocks; None if the boxes of all would be mostly empty."""
+def search_boxes(problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90) -> Iterator[BoxTile]:
+    """What measuring tries, those of the least estimated clocks first: all candidates whose boxes would not be mostly empty, and splits."""
     rows, columns = box_grid(problem, operation)
     pixels = problem.N * rows * columns
     useful = [
@@ -194,4 +194,9 @@ def choose_box_tile(problem: ConvProblem, operation: Operation, activation: str 
         if pixels >= MIN_USEFUL * tile.pixels * box_count(problem, operation, tile)
     ]
     candidates = [split for tile in useful for split in splits(problem, operation, tile)]
-    return min(candidates, key=lambda tile: estimated_clocks(problem, operation, tile), default=None)
+    yield from sorted(candidates, key=lambda tile: estimated_clocks(problem, operation, tile))
+
+
+def choose_box_tile(problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90) -> BoxTile | None:
+    """The candidate of the least estimated clocks; None if the boxes of all would be mostly empty."""
+    return next(search_boxes(problem, operation, activation, arch), None)

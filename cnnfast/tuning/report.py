@@ -1,0 +1,153 @@
+"""What tuning measured, as data, as a table and as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from cnnfast_kernels.tables import Key, Row
+
+from .capture import Convolution
+
+DEFAULT, LIBRARY = "default", "library"  # candidates beside the tiles, which are named as they print
+WIDTH = 120  # of str(tuning)
+
+
+@dataclass
+class Candidate:
+    """One way to compute a convolution: by a tile of ours, or, where that is None, by the library.
+
+    microseconds: the median; None if it was not timed, because of a `fault` (wrong numbers) or a `failure` (it does not run here).
+    """
+
+    tile: Any
+    microseconds: float | None = None
+    fault: str = ""
+    failure: str = ""
+
+    @property
+    def right(self) -> bool:
+        return not self.fault and not self.failure
+
+
+@dataclass
+class Measured:
+    """One convolution, which the model makes `count` times. reason: why nothing was measured; "" if something was, or is to be."""
+
+    key: Key
+    convolution: Convolution
+    count: int = 0
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+    reason: str = ""
+
+    def __str__(self) -> str:
+        g = self.key.problem
+        stride = f"/{g.stride_h}" if g.stride_h == g.stride_w else f"/{g.stride_h}x{g.stride_w}"
+        dilated = f" dilated {g.dil_h}x{g.dil_w}" if (g.dil_h, g.dil_w) != (1, 1) else ""
+        groups = f" groups {g.groups}" if g.groups > 1 else ""
+        doing = f" + {self.key.epilogue}" if self.key.epilogue else ""
+        return f"{self.key.operation}{doing} {g.N}x{g.C}x{g.H}x{g.W} > {g.K}, {g.R}x{g.S}{stride}{dilated}{groups}"
+
+    def microseconds(self, name: str) -> float | None:
+        candidate = self.candidates.get(name)
+        return candidate.microseconds if candidate else None
+
+    @property
+    def best(self) -> Candidate | None:
+        """The fastest of ours."""
+        timed = [c for c in self.candidates.values() if c.tile is not None and c.microseconds is not None]
+        return min(timed, key=lambda c: c.microseconds or 0.0, default=None)
+
+    @property
+    def row(self) -> Row | None:
+        """What the table is told; nothing, if no kernel of ours was right."""
+        if self.best is None or self.best.microseconds is None:
+            return None
+        named = {"kernels": self.best.microseconds, "default": self.microseconds(DEFAULT), "library": self.microseconds(LIBRARY)}
+        times = {name: round(time, 2) for name, time in named.items() if time is not None}
+        winner = "library" if times.get("library", times["kernels"]) < times["kernels"] else "kernels"
+        return Row(self.key, self.best.tile, winner, times)
+
+    @property
+    def problems(self) -> list[str]:
+        """Wrong numbers, and what was not measured at all."""
+        lines = [f"{name}: {c.fault}" for name, c in self.candidates.items() if c.fault]
+        if self.row is None:
+            reasons = [self.reason, *(f"{name}: {c.failure}" for name, c in self.candidates.items() if c.failure)]
+            lines.append("not measured: " + next(filter(None, reasons), "no candidate was right"))
+        return lines
+
+
+@dataclass
+class Tuning:
+    """What was measured on a GPU, and the table that it was written to. str() is a table; rich prints it at the width of its console."""
+
+    gpu: str
+    arch: int
+    measured: list[Measured] = field(default_factory=list)
+    path: Path | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for m in self.measured if (row := m.row) is not None]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every convolution was measured, and no candidate computed wrong numbers."""
+        return not any(m.problems for m in self.measured)
+
+    @property
+    def summary(self) -> str:
+        won = sum(row.winner == "library" for row in self.rows)
+        both = [(m.count, row.microseconds) for m in self.measured if (row := m.row) is not None and "default" in row.microseconds]
+        default = sum(count * times["default"] for count, times in both) / 1000
+        best = sum(count * min(times["kernels"], times.get("library", times["kernels"])) for count, times in both) / 1000
+        return (
+            f"{len(self.rows)} of {len(self.measured)} convolutions measured: our kernels win {len(self.rows) - won}, the library {won};"
+            f" one after the other they take {default:.3f} ms by default, {best:.3f} ms by this table"
+        )
+
+    def to_json(self) -> str:
+        """An object with gpu, arch, ok, summary, table (its path) and measured, each with its candidates."""
+        measured = [
+            {
+                "convolution": str(m),
+                "operator": m.convolution.operator,
+                "count": m.count,
+                "row": row.to_dict() if (row := m.row) else None,
+                "problems": m.problems,
+                "candidates": [
+                    {"name": name, "tile": None if c.tile is None else str(c.tile), "microseconds": c.microseconds, "fault": c.fault,
+                     "failure": c.failure}
+                    for name, c in m.candidates.items()
+                ],
+            }
+            for m in self.measured
+        ]  # fmt: skip
+        head = {"gpu": self.gpu, "arch": self.arch, "ok": self.ok, "summary": self.summary, "table": str(self.path) if self.path else None}
+        return json.dumps({**head, "measured": measured}, indent=1, allow_nan=False)
+
+    def __rich__(self) -> Group:
+        table = Table(title=f"microseconds on {self.gpu}, medians")
+        for heading in ("calls", "convolution", "default", "our best", "library", "serves"):
+            table.add_column(heading, justify="left" if heading in ("convolution", "serves") else "right", overflow="fold")
+        for m in self.measured:
+            if (row := m.row) is not None:
+                times = [f"{row.microseconds[name]:.1f}" if name in row.microseconds else "" for name in ("default", "kernels", "library")]
+                serves = Text("library", "yellow") if row.winner == "library" else Text(str(row.tile), "green")
+                table.add_row(str(m.count), str(m), *times, serves)
+        wrong = [Text(f"{m}: {line}", "bold red") for m in self.measured for line in m.problems]
+        end = Text(f"{self.summary}\ntable: {self.path or 'not written, for there is nothing to say'}")
+        return Group(*wrong, table, end)
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False).print(self)
+        return text.getvalue().rstrip()

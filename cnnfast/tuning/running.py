@@ -1,0 +1,140 @@
+"""A convolution on random operands: by our kernels with a given tile, by the library, and by PyTorch in any dtype, which judges both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cnnfast_kernels import conv, launch
+from cnnfast_kernels.epilogue import BatchNorm, Epilogue
+
+from ..activations import activate
+from ..checking.judge import compare
+from ..ops import library
+from ..ops.conv import allow_tf32
+from .capture import FORWARD, Convolution
+
+Arguments = dict[str, Any]
+Results = tuple[Tensor, ...]
+
+RESULTS = ("result", "mean", "variance")  # of the operators, in this order
+POSITIVE = ("var", "bn_weight")
+VECTORS = ("mean", "var", "bn_weight", "bn_bias")
+
+
+def operands(convolution: Convolution, device: torch.device, seed: int = 0) -> Arguments:
+    """The call's arguments, with random numbers in tensors laid out as its own were."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def filled(name: str, layout: launch.Layout) -> Tensor:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(layout.shape, layout.strides, strict=True))
+        numbers = torch.randn(max(span, 0), device=device, generator=generator)
+        numbers = numbers.abs() + 0.5 if name in POSITIVE else numbers
+        return numbers.to(layout.dtype).as_strided(layout.shape, layout.strides)
+
+    return {name: filled(name, value) if isinstance(value, launch.Layout) else value for name, value in convolution.arguments}
+
+
+def _epilogue(a: Arguments) -> Epilogue:
+    if "mean" not in a:
+        return Epilogue(a["bias"])
+    norm = BatchNorm(a["mean"], a["var"], a["bn_weight"], a["bn_bias"], a["eps"])
+    return Epilogue(a["bias"], norm, a["residual"], a["activation"], a["slope"])
+
+
+def ours(convolution: Convolution, a: Arguments, tile: conv.Tile) -> Results:
+    how: Any = {"tf32": allow_tf32(a["dy"] if "dy" in a else a["x"]), "tile": tile}
+    match convolution.operator:
+        case "conv_dgrad":
+            bias, fmt = a["bias"], convolution.format
+            return (conv.conv_dgrad(a["dy"], a["w"], a["x_shape"], convolution.geometry, bias=bias, fmt=fmt, **how),)
+        case "conv_wgrad":
+            return (conv.conv_wgrad(a["x"], a["dy"], a["w_shape"], convolution.geometry, fmt=convolution.format, **how),)
+        case "conv_stats":
+            return conv.conv_stats(a["x"], a["w"], convolution.geometry, bias=a["bias"], **how)
+        case _:
+            return (conv.conv_fprop(a["x"], a["w"], convolution.geometry, _epilogue(a), **how),)
+
+
+def by_library(convolution: Convolution, a: Arguments) -> Results:
+    """As the operator would give it to the library."""
+    geometry = convolution.geometry
+    match convolution.operator:
+        case "conv_dgrad":
+            return (library.dgrad(a["dy"], a["w"], a["x_shape"], geometry, convolution.format, a["bias"]),)
+        case "conv_wgrad":
+            return (library.wgrad(a["x"], a["dy"], a["w_shape"], geometry, convolution.format),)
+        case "conv_stats":
+            return library.stats(a["x"], a["w"], geometry, a["bias"])
+        case "conv_bn_act":
+            return (library.bn_act(a["x"], a["w"], geometry, _epilogue(a)),)
+        case _:
+            return (library.fprop(a["x"], a["w"], geometry, a["bias"]),)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Judgement
+
+
+def by_pytorch(convolution: Convolution, a: Arguments, dtype: torch.dtype | None = None) -> Results:
+    """PyTorch's own functions and gradients, in `dtype` or that of the call."""
+    a = {name: t.to(dtype) if dtype and isinstance(t, Tensor) else t for name, t in a.items()}
+    stride, (top, bottom, left, right), dilation, groups = convolution.geometry
+
+    def convolve(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        if (top, left) == (bottom, right):
+            return F.conv2d(x, w, bias, stride, (top, left), dilation, groups)
+        return F.conv2d(F.pad(x, (left, right, top, bottom)), w, bias, stride, 0, dilation, groups)
+
+    if convolution.operator not in FORWARD:
+        name = "x" if convolution.operator == "conv_dgrad" else "w"
+        with torch.enable_grad():
+            wanted = torch.zeros(a[f"{name}_shape"], dtype=a["dy"].dtype, device=a["dy"].device, requires_grad=True)
+            y = convolve(*(wanted if operand == name else a[operand] for operand in ("x", "w")))
+            gradient = torch.autograd.grad(y, wanted, a["dy"])[0]
+        bias = a.get("bias")
+        return (gradient if bias is None else gradient + bias.view(-1, 1, 1),)
+    y = convolve(a["x"], a["w"], a["bias"])
+    vectors = launch.accumulator_dtype(y.dtype)
+    if convolution.operator == "conv_fprop":
+        return (y,)
+    if convolution.operator == "conv_stats":
+        var, mean = torch.var_mean(y.to(vectors), (0, 2, 3), unbiased=False)
+        return y, mean, var
+    mean, var, weight, shift = (None if a[name] is None else a[name].to(vectors) for name in VECTORS)
+    u = F.batch_norm(y, mean, var, weight, shift, False, 0.0, a["eps"])
+    return (activate(u if a["residual"] is None else u + a["residual"], a["activation"], a["slope"]),)
+
+
+class Judge:
+    """What is right for one set of operands, by the rule of checking/judge.py: in float64, beside PyTorch's own error."""
+
+    def __init__(self, convolution: Convolution, a: Arguments) -> None:
+        self.dtype = convolution.dtype
+        self.theirs = by_pytorch(convolution, a)
+        with _without_tf32():
+            self.plain = by_pytorch(convolution, a, launch.accumulator_dtype(self.dtype))
+        self.exact = by_pytorch(convolution, a, torch.float64)
+
+    def fault(self, results: Results) -> str:
+        """What is wrong with results of the same operands; "" if nothing is."""
+        for name, result, *others in zip(RESULTS, results, self.theirs, self.plain, self.exact, strict=False):
+            comparison = compare(name, result, *others, dtype=self.dtype)
+            if not comparison.ok:
+                return str(comparison)
+        return ""
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    settings: Any = torch.backends.cudnn.conv  # pyright: ignore
+    before, settings.fp32_precision = settings.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

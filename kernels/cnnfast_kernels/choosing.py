@@ -1,0 +1,178 @@
+"""Which family of kernels, and which tile, serves a convolution: by a measured row (tables.py), or else by default.
+
+It follows from layouts, and no tensor is touched here. `candidates` is what measuring tries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+
+from . import launch, tables
+from .gather.depthwise import vector_length
+from .problem import ConvProblem
+from .tiling import (
+    Operation,
+    Precision,
+    StripTile,
+    TileConfig,
+    choose_strip_tile,
+    choose_tile,
+    precision_class,
+    search_strip_tiles,
+    search_tiles,
+)
+from .tma.tiles import BoxTile, choose_box_tile, search_boxes
+from .tma.views import flattened, why_not
+
+Tile = TileConfig | StripTile | BoxTile  # of the general kernels, of those of depthwise convolution, of those that load by tensor maps
+MOST_BOXES = 12  # that measuring tries
+
+
+class Geometry(NamedTuple):
+    """How the filters move over the image."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def problem(self, x_shape: Sequence[int], w_shape: Sequence[int]) -> ConvProblem:
+        return ConvProblem.of(tuple(x_shape), tuple(w_shape), *self)
+
+
+def precision_of(dtype: torch.dtype, tf32: bool) -> Precision:
+    return precision_class(str(dtype).removeprefix("torch."), tf32)
+
+
+class Question(NamedTuple):
+    """What the choice follows from. `x`, `w` and `y` may each be the operand or its gradient.
+
+    aligned: whether operands start at multiples of 16 bytes. kind: "stats" if the kernel leaves those, "norm" if it normalises, else "".
+    """
+
+    operation: Operation
+    problem: ConvProblem
+    tf32: bool
+    gpu: launch.Gpu
+    aligned: bool
+    x: launch.Layout
+    w: launch.Layout
+    y: launch.Layout
+    kind: str = ""
+    residual: launch.Layout | None = None
+    activation: str | None = None
+
+    @property
+    def precision(self) -> Precision:
+        return precision_of(self.x.dtype, self.tf32)
+
+    @property
+    def key(self) -> tables.Key:
+        epilogue = " ".join(filter(None, (self.kind, "" if self.residual is None else "residual", self.activation)))
+        dtype = "tf32" if self.tf32 else str(self.x.dtype).removeprefix("torch.")
+        layout = " ".join("NHWC" if _adjacent(t) else "NCHW" for t in (self.x, self.w, self.y))
+        return tables.Key(*self.gpu, self.operation, epilogue, dtype, layout, self.problem)
+
+    @property
+    def adjacent(self) -> bool:
+        """Whether channels are, in all that is read."""
+        return all(map(_adjacent, {"fprop": (self.x, self.w), "dgrad": (self.y, self.w), "wgrad": (self.x, self.y)}[self.operation]))
+
+    @property
+    def images(self) -> list[launch.Layout]:
+        return [self.x, self.y] if self.residual is None else [self.x, self.y, self.residual]
+
+    @property
+    def why_no_boxes(self) -> str:
+        """Why the tensor-map kernels cannot serve; "" if they can."""
+        weights = [] if self.operation == "wgrad" else [self.w]
+        return why_not(self.problem, self.precision, self.gpu.arch, self.aligned, *self.images, *weights)
+
+
+def _adjacent(t: launch.Layout) -> bool:
+    return t.stride(1) == 1 or t.shape[1] == 1
+
+
+def ask_fprop(
+    x: launch.Layout,
+    w: launch.Layout,
+    residual_strides: tuple[int, ...] | None,
+    geometry: Geometry,
+    kind: str,
+    activation: str | None,
+    tf32: bool,
+    gpu: launch.Gpu,
+    aligned: bool,
+) -> Question:
+    g = geometry.problem(x.shape, w.shape)
+    y = launch.dense((g.N, g.K, g.P, g.Q), x.dtype, launch.memory_format(x, w))
+    residual = None if residual_strides is None else launch.Layout(y.shape, residual_strides, x.dtype)
+    return Question("fprop", g, tf32, gpu, aligned, x, w, y, kind, residual, activation)
+
+
+def ask_dgrad(
+    dy: launch.Layout,
+    w: launch.Layout,
+    x_shape: Sequence[int],
+    fmt: torch.memory_format,
+    geometry: Geometry,
+    tf32: bool,
+    gpu: launch.Gpu,
+    aligned: bool,
+) -> Question:
+    dx = launch.dense(x_shape, dy.dtype, fmt)
+    return Question("dgrad", geometry.problem(x_shape, w.shape), tf32, gpu, aligned, dx, w, dy)
+
+
+def ask_wgrad(
+    x: launch.Layout,
+    dy: launch.Layout,
+    w_shape: Sequence[int],
+    fmt: torch.memory_format,
+    geometry: Geometry,
+    tf32: bool,
+    gpu: launch.Gpu,
+    aligned: bool,
+) -> Question:
+    dw = launch.dense(w_shape, x.dtype, fmt)
+    return Question("wgrad", geometry.problem(x.shape, w_shape), tf32, gpu, aligned, x, dw, dy)
+
+
+def default_tile(q: Question) -> Tile:
+    """What runs where nothing was measured.
+
+    Tensor maps, wherever they can serve and boxes are not mostly empty: by their instructions they should win, but on no GPU has either
+    family been timed.
+    """
+    if q.problem.is_depthwise:
+        return choose_strip_tile(q.problem, q.operation, q.precision, vector_length(q.x, q.y))
+    if not q.why_no_boxes:
+        tile = choose_box_tile(flattened(q.problem, *q.images)[0], q.operation, q.activation, q.gpu.arch)
+        if tile is not None:
+            return tile
+    return choose_tile(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)
+
+
+def candidates(q: Question) -> list[Tile]:
+    """What measuring tries, of every family that can serve; the default first."""
+    if q.problem.is_depthwise:
+        found: list[Tile] = [*search_strip_tiles(q.problem, q.operation, q.precision, vector_length(q.x, q.y))]
+    else:
+        found = [*search_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)]
+        if not q.why_no_boxes:
+            found += islice(search_boxes(flattened(q.problem, *q.images)[0], q.operation, q.activation, q.gpu.arch), MOST_BOXES)
+    return list(dict.fromkeys([default_tile(q), *found]))
+
+
+def choose(q: Question) -> tuple[Tile, tables.Row | None]:
+    """The tile to run, and the row that was found. Its tile is not taken if its family cannot serve these tensors."""
+    row = tables.find(q.key)
+    if row is not None:
+        family = StripTile if q.problem.is_depthwise else TileConfig if q.why_no_boxes else (TileConfig, BoxTile)
+        if isinstance(row.tile, family):
+            return row.tile, row
+    return default_tile(q), row

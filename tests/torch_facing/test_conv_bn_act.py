@@ -21,6 +21,7 @@ from agreement import (
     run,
     saved_bytes,
 )
+from cnnfast_kernels.gather import im2col
 from convolutions import arrange
 
 ACTIVATIONS = {
@@ -140,6 +141,15 @@ def test_eval_to_the_bit(activation, dtype, device):
     assert_bits(mine, right)
     assert mine.trace.launches[:2] != ["conv_fprop_kernel", "normalize_kernel"]
     assert mine.operations[0] == "conv_bn_act"
+
+
+def test_im2col_in_pieces(device, monkeypatch):
+    """A workspace too small for one image: every piece takes its own rows of the residual."""
+    monkeypatch.setattr(im2col, "MAX_WORKSPACE", 1000)
+    inputs = parameters(device=device)
+    mine = run(fused(running(device=device), algorithm="im2col"), inputs, range(6))
+    assert mine.trace.launches.count("im2col_kernel") > 2
+    assert_close(mine, run(composed(running(device=device)), inputs, range(6)))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])

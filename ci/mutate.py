@@ -134,16 +134,19 @@ def main(
     if not chosen:
         raise typer.BadParameter(f"no fault has {only!r} in its name or file", param_hint="--only")
     with tempfile.TemporaryDirectory() as directory:
+        copies = [Path(directory) / str(i) for i in range(jobs)]
         trees: SimpleQueue[Path] = SimpleQueue()
-        for i in range(jobs):
-            copy_tree(tree := Path(directory) / str(i))
+        for tree in copies:
+            copy_tree(tree)
             trees.put(tree)
 
         tests = sorted({test for fault in chosen for test in fault.tests})
         print(f"without a fault: {len(tests)} tests or files of tests ...", flush=True)
-        before = judge(Path(directory) / "0", tests)
-        if before.outcome != "passed":
-            raise SystemExit(f"the named tests must pass without a fault, but {before.test} {before.outcome}")
+        with ThreadPoolExecutor(jobs) as pool:
+            shares = [share for i in range(jobs) if (share := tests[i::jobs])]
+            for before in pool.map(judge, copies, shares):
+                if before.outcome != "passed":
+                    raise SystemExit(f"the named tests must pass without a fault, but {before.test} {before.outcome}")
 
         def attempt(fault: Fault) -> tuple[Fault, Verdict]:
             tree = trees.get()

@@ -107,8 +107,9 @@ def test_layouts(algorithm, training, device):
     """Operands in any order of axes, cut out of NaN; results and gradients laid out as PyTorch's."""
     x, w, *vectors, residual = parameters(device=device)
     inputs = [arrange(x, "transposed"), arrange(w, "nchw"), *vectors, arrange(residual, "batch_last")]
-    mine = run(fused(running(device=device), training=training, algorithm=algorithm), inputs)
-    assert_close(mine, run(composed(running(device=device), training=training), inputs))
+    for frozen in ((), (2,)):  # in eval two kernels, and one
+        mine = run(fused(running(device=device), training=training, algorithm=algorithm), inputs, frozen)
+        assert_close(mine, run(composed(running(device=device), training=training), inputs, frozen))
     for fmt in (torch.contiguous_format, torch.channels_last):
         inputs = [t.contiguous(memory_format=fmt) if t.dim() == 4 else t for t in (x, w, *vectors, residual)]
         mine = run(fused(running(device=device), training=training, algorithm=algorithm), inputs)

@@ -132,17 +132,17 @@ def conv_fprop(
 ) -> torch.Tensor:
     """What `epilogue` makes of conv(x, w), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
     bias, norm, residual, activation, slope = epilogue
-    bias, *vectors = contiguous(bias, *norm[:4])
+    bias, mean, var, weight, shift = contiguous(bias, *norm[:4])
     plan: FpropPlan = _plan_fprop(
         x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype,
         geometry, norm.eps, activation, slope, tf32, tile, launch.architecture(x.device),
     )  # fmt: skip
     y = launch.empty(plan.y, x)
     if algorithm == "im2col":
-        epilogue = Epilogue(bias, BatchNorm(*vectors, norm.eps), residual, activation, slope)
+        epilogue = Epilogue(bias, BatchNorm(mean, var, weight, shift, norm.eps), residual, activation, slope)
         im2col_fprop(geometry.problem(x.shape, w.shape), _precision(x.dtype, tf32), x, w, y, epilogue)
     else:
-        plan.run(x, w, y, bias, *vectors, residual, None)
+        plan.run(x, w, y, bias, mean, var, weight, shift, residual, None)
     return y
 
 

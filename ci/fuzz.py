@@ -3,8 +3,8 @@
     python ci/fuzz.py                                  # all properties of tests/fuzz_properties.py, about half an hour
     python ci/fuzz.py --only conv2d --cases 100 --seed 7
 
-Prints, and writes to ci/results/fuzz.txt, how many cases of each property passed and what they were instances of. The first case that
-fails is printed, as small as it can be made, and nothing is written.
+Prints, and writes to ci/results/fuzz/<property>.txt, how many cases of each property passed and what they were instances of. The first
+case that fails is printed, as small as it can be made, and ends the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "ci" / "results" / "fuzz.txt"
+RESULTS = ROOT / "ci" / "results" / "fuzz"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "harness")]
 
 
@@ -58,7 +58,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="A property; may be given several times.")] = None,
     cases: Annotated[int | None, typer.Option(help="Of each property, instead of its usual share.")] = None,
     seed: Annotated[int, typer.Option(help="Another one draws other cases.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the result goes, if all properties ran.")] = RESULT,
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
 ) -> None:
     """Fuzz every operation against PyTorch in float64."""
     on_gpu = choose_ring()
@@ -75,19 +75,14 @@ def main(
         if name not in PROPERTIES:
             raise typer.BadParameter(f"{name}: the properties are {', '.join(PROPERTIES)}", param_hint="--only")
     versions = f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}"
-    text = [f"ci/fuzz.py --seed {seed}: {versions}, commit {commit()}", f"on {ring}"]
-    print("\n".join(text), flush=True)
-    total, seconds = 0, 0.0
+    head = f"ci/fuzz.py --seed {seed}: {versions}, commit {commit()}\non {ring}\n"
+    print(head, flush=True)
+    out.mkdir(parents=True, exist_ok=True)
     for name in only or PROPERTIES:
-        tally = campaign(name, cases or PROPERTIES[name].share, device, seed)
-        total, seconds = total + tally.cases, seconds + tally.seconds
-        text.append("\n" + describe(name, tally))
-        print(text[-1], flush=True)
-    text.append(f"\n{total} cases in all, {seconds:.0f} s; none failed")
-    print(text[-1])
-    if not only:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join(text) + "\n")
+        text = describe(name, campaign(name, cases or PROPERTIES[name].share, device, seed))
+        print(f"{text}\n", flush=True)
+        (out / f"{name}.txt").write_text(f"{head}\n{text}\n")
+    print("none failed")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ ALGORITHMS = ("auto", "direct", "im2col")
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `inputs` hold what it is called with, None where absent, all in float64; `views` how each of them lies in memory, and last
-    how the gradient of the result does, of `dy_step` times small integers. `frozen` inputs ask for no gradient."""
+    """One call: the shapes of its inputs, None where absent; how each of them lies in memory, and last how the gradient of the result does,
+    which is `dy_step` times small integers; which inputs are `frozen`, that is ask for no gradient."""
 
     shapes: tuple[tuple[int, ...] | None, ...]
     views: tuple[View, ...]
@@ -93,8 +93,10 @@ def compare(
         return seen[-1]
 
     found = differentiate(mine, inputs, case.frozen, dy)
+    assert found.y.dtype == case.dtype
     assert not [str(call) for call in found.trace if call.served_by != "kernels"]
     assert found.trace.launches or not inputs[0].numel()
+    # contiguous: PyTorch's batch norm on the CPU differentiates wrongly where the axes of a dense gradient are permuted
     expected = differentiate(right, exact, case.frozen, lambda y: seen[0].cpu().double().contiguous())
     names = "the result", *(f"the gradient of input {i}" for i in range(len(inputs)))
     for name, a, b in zip(names, found.tensors, expected.tensors, strict=True):

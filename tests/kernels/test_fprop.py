@@ -26,6 +26,7 @@ from convolutions import (
     TILED,
     TILES,
     WHOLE_TILE,
+    Case,
     arrange,
     assert_exact,
     assert_rounded_not_truncated,
@@ -80,7 +81,7 @@ def test_any_geometry(case, device):
     check(case, device)
 
 
-@pytest.mark.parametrize("case", [TILED, GROUPED], ids=str)
+@pytest.mark.parametrize("case", [TILED, GROUPED, Case("groups of several tiles", (2, 12, 7, 6), (8, 3, 3), groups=4)], ids=str)
 def test_epilogue(case, device):
     """act(batch_norm(conv + bias) + residual), and the mean and M2 of each tile of what was stored."""
     x, w, dy = operands(case, torch.float32, device)

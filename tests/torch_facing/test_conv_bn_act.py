@@ -21,6 +21,7 @@ from agreement import (
     run,
     saved_bytes,
 )
+from cnnfast_kernels.gather import im2col
 from convolutions import arrange
 
 ACTIVATIONS = {
@@ -87,8 +88,9 @@ def test_negative_slope(slope, training, device):
     """From 0 down the sign of the output no longer tells that of its argument."""
     inputs = parameters(device=device)
     act = functools.partial(F.leaky_relu, negative_slope=slope)
-    mine = run(fused(running(device=device), activation="leaky_relu", activation_arg=slope, training=training), inputs)
-    assert_close(mine, run(composed(running(device=device), act=act, training=training), inputs))
+    for frozen in ((), (2,)):  # in eval with bn_weight frozen one kernel would do, if the sign could be told
+        mine = run(fused(running(device=device), activation="leaky_relu", activation_arg=slope, training=training), inputs, frozen)
+        assert_close(mine, run(composed(running(device=device), act=act, training=training), inputs, frozen))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
@@ -106,8 +108,9 @@ def test_layouts(algorithm, training, device):
     """Operands in any order of axes, cut out of NaN; results and gradients laid out as PyTorch's."""
     x, w, *vectors, residual = parameters(device=device)
     inputs = [arrange(x, "transposed"), arrange(w, "nchw"), *vectors, arrange(residual, "batch_last")]
-    mine = run(fused(running(device=device), training=training, algorithm=algorithm), inputs)
-    assert_close(mine, run(composed(running(device=device), training=training), inputs))
+    for frozen in ((), (2,)):  # in eval two kernels, and one
+        mine = run(fused(running(device=device), training=training, algorithm=algorithm), inputs, frozen)
+        assert_close(mine, run(composed(running(device=device), training=training), inputs, frozen))
     for fmt in (torch.contiguous_format, torch.channels_last):
         inputs = [t.contiguous(memory_format=fmt) if t.dim() == 4 else t for t in (x, w, *vectors, residual)]
         mine = run(fused(running(device=device), training=training, algorithm=algorithm), inputs)
@@ -140,6 +143,15 @@ def test_eval_to_the_bit(activation, dtype, device):
     assert_bits(mine, right)
     assert mine.trace.launches[:2] != ["conv_fprop_kernel", "normalize_kernel"]
     assert mine.operations[0] == "conv_bn_act"
+
+
+def test_im2col_in_pieces(device, monkeypatch):
+    """A workspace too small for one image: every piece takes its own rows of the residual."""
+    monkeypatch.setattr(im2col, "MAX_WORKSPACE", 1000)
+    inputs = parameters(device=device)
+    mine = run(fused(running(device=device), algorithm="im2col"), inputs, range(6))
+    assert mine.trace.launches.count("im2col_kernel") > 2
+    assert_close(mine, run(composed(running(device=device)), inputs, range(6)))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])

@@ -116,7 +116,8 @@ DIFFERENTIABLE = {
         [SMALL, image(2, 2, 1, 1, seed=1), WEIGHT[:2]],
     ),
     "conv_bn_act frozen": (
-        lambda x, w, b, r: ours.conv_bn_act(x, w, *(t.to(x) for t in STATS), WEIGHT[:2].to(x), b, residual=r, activation="relu6"),
+        # 15: below zero, between and above six
+        lambda x, w, b, r: ours.conv_bn_act(x, w, *(t.to(x) for t in STATS), WEIGHT[:2].to(x), b, residual=15 * r, activation="relu6"),
         [SMALL, image(2, 2, 1, 1, seed=1), BIAS[:2], image(2, 2, 4, 3, seed=2)],
     ),
     "batch_norm training": (lambda x, w, b: ours.batch_norm(x, None, None, w, b, True), [SMALL, WEIGHT[:2], BIAS[:2]]),

@@ -199,7 +199,11 @@ def conv_fprop(
     """What `epilogue` makes of conv(x, w), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
     bias, norm, residual, activation, slope = epilogue
     bias, mean, var, weight, shift = contiguous(bias, *norm[:4])
-    plan = fprop_plan(x, w, geometry, epilogue, tf32=tf32, tile=tile)
+    addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
+    plan: FpropPlan = _plan_fprop(  # as fprop_plan has it, without calling one function more
+        x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype, geometry,
+        "" if mean is None else "norm", norm.eps, activation, slope, tf32, tile, launch.gpu(x.device), addresses % 16 == 0,
+    )  # fmt: skip
     y = launch.empty(plan.y, x)
     if algorithm == "im2col":
         epilogue = Epilogue(bias, BatchNorm(mean, var, weight, shift, norm.eps), residual, activation, slope)

@@ -195,22 +195,6 @@ def forget_plans() -> None:
         cached.cache_clear()
 
 
-@functools.cache
-def _gpu_architecture(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-def architecture(device: torch.device) -> int:
-    """90 for sm_90: what kernels for tensors on `device` are compiled for. The interpreter runs what sm_90 would."""
-    if INTERPRETED:
-        return 90
-    if device.type == "cuda":
-        return _gpu_architecture(device.index)
-    ahead_of_time: Any = runtime.driver.active.get_current_target()
-    return ahead_of_time.arch
-
-
 class Gpu(NamedTuple):
     """name: as CUDA tells it, "" where there is none. arch: 90 for sm_90."""
 
@@ -223,14 +207,23 @@ NO_GPU = Gpu("", 90)
 
 @functools.cache
 def _gpu(index: int) -> Gpu:
-    return Gpu(torch.cuda.get_device_name(index), _gpu_architecture(index))
+    major, minor = torch.cuda.get_device_capability(index)
+    return Gpu(torch.cuda.get_device_name(index), 10 * major + minor)
 
 
 def gpu(device: torch.device) -> Gpu:
-    """What plans for tensors on `device` are made for: `architecture`, and whose measurements hold."""
+    """What plans for tensors on `device` are made for. The interpreter runs what sm_90 would."""
+    if INTERPRETED:
+        return NO_GPU
     if device.type == "cuda":
         return _gpu(device.index)
-    return NO_GPU if INTERPRETED else Gpu("", architecture(device))
+    ahead_of_time: Any = runtime.driver.active.get_current_target()
+    return Gpu("", ahead_of_time.arch)
+
+
+def architecture(device: torch.device) -> int:
+    """90 for sm_90: what kernels for tensors on `device` are compiled for."""
+    return gpu(device).arch
 
 
 class Strides(NamedTuple):

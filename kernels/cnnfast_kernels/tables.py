@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import platformdirs
-
 from . import __version__
 from .problem import ConvProblem
 from .tiling import Operation, StripTile, TileConfig
@@ -167,6 +165,10 @@ def _folder(folder: Path) -> Table:
 
 def user_folder() -> Path:
     """Where the user's tables lie; it need not exist."""
+    try:
+        import platformdirs
+    except ModuleNotFoundError:  # cnnfast runs from a checkout, without what an installation brings
+        return Path.home() / ".cache" / "cnnfast" / "tables"
     return platformdirs.user_cache_path("cnnfast") / "tables"
 
 

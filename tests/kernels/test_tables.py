@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from agreement import integers
+from child import run_compiled
 from cnnfast_kernels import choosing, launch, tables
 from cnnfast_kernels.conv import Geometry, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
@@ -377,3 +378,22 @@ def test_the_layout_tells_where_channels_are_adjacent(gpu):
     question = choosing.ask_fprop(x, w, None, ONE._replace(padding=(0, 0, 0, 0)), "", None, False, gpu, True)
     assert question.key.layout == "NCHW NHWC NHWC"
     assert asdict(question.key.problem)["C"] == 3
+
+
+@pytest.mark.compiled
+def test_where_the_users_tables_lie():
+    """In the platform's cache folder; a checkout that was not installed may lack the package that knows it."""
+
+    def folders():
+        import sys
+
+        from cnnfast_kernels import tables
+
+        found = [str(tables.user_folder())]
+        sys.modules["platformdirs"] = None  # pyright: ignore
+        return [*found, str(tables.user_folder())]
+
+    with_package, without = run_compiled(folders)
+    assert "cnnfast" in with_package
+    assert with_package.endswith("tables")
+    assert without.endswith(".cache/cnnfast/tables")

@@ -11,6 +11,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from cnnfast_kernels import conv, launch
 from cnnfast_kernels.epilogue import ACTIVATIONS, BatchNorm, Epilogue
 from cnnfast_kernels.partials import combine
+from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.dgrad import tma_dgrad
 from cnnfast_kernels.tma.fprop import box_rows, tma_fprop
 from cnnfast_kernels.tma.tiles import BoxTile, box_steps, candidate_boxes
@@ -184,7 +185,7 @@ def test_activations(activation, device):
     x, w, _ = operands(Case("", (1, 16, 8, 8), (64, 1, 1)), device)
     ours, theirs = (
         conv.conv_fprop(x, w / 4, conv.Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1), Epilogue(activation=activation, slope=0.1), tile=tile)
-        for tile in (BoxTile(1, 8, 8, 64, 64), conv.TileConfig(64, 32, 32))
+        for tile in (BoxTile(1, 8, 8, 64, 64), TileConfig(64, 32, 32))
     )
     assert torch.equal(ours, theirs)
 
@@ -328,7 +329,7 @@ def test_what_pointers_serve(name, launches, device):
 
 @pytest.mark.parametrize(("arch", "served"), [(80, False), (89, False), (90, True), (100, True), (103, True), (120, False)])
 def test_architectures(arch, served, launches, device, monkeypatch):
-    monkeypatch.setattr(launch, "architecture", lambda device: arch)
+    monkeypatch.setattr(launch, "gpu", lambda device: launch.Gpu("", arch))
     x, w, _ = operands(SERVED, device)
     geometry = conv.Geometry((1, 1), PADDED, (1, 1), 1)
     conv.conv_fprop(x, w, geometry)

@@ -31,6 +31,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fuzz import commit
+
 ROOT = Path(__file__).resolve().parent.parent
 FAULTS = ROOT / "ci" / "faults.toml"
 RESULT = ROOT / "ci" / "results" / "mutations.txt"
@@ -90,7 +92,9 @@ def judge(tree: Path, tests: Sequence[str]) -> Verdict:
             if case.find(kind) is not None:
                 return Verdict(outcome, f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}", seconds)
     passed = [case for case in cases if case.find("skipped") is None]
-    return Verdict("passed", "", seconds) if run.returncode == 0 and passed else Verdict("broken", run.stdout.strip()[-300:], seconds)
+    if run.returncode == 0 and passed:
+        return Verdict("passed", "", seconds)
+    return Verdict("broken", run.stdout.replace(f"{tree}{os.sep}", "").strip()[-300:], seconds)
 
 
 def judge_with(tree: Path, fault: Fault) -> Verdict:
@@ -133,6 +137,7 @@ def main(
     chosen = [fault for fault in load(faults) if only in fault.name or only in fault.file]
     if not chosen:
         raise typer.BadParameter(f"no fault has {only!r} in its name or file", param_hint="--only")
+    origin = commit()  # now: the tree may be changed while copies of it are tried
     with tempfile.TemporaryDirectory() as directory:
         copies = [Path(directory) / str(i) for i in range(jobs)]
         trees: SimpleQueue[Path] = SimpleQueue()
@@ -161,7 +166,7 @@ def main(
             found = list(pool.map(attempt, chosen))
 
     caught = sum(verdict.outcome == "failed" for _, verdict in found)
-    versions = f"torch {version('torch')}, triton {version('triton')}, Python {platform.python_version()}"
+    versions = f"torch {version('torch')}, triton {version('triton')}, Python {platform.python_version()}, commit {origin}"
     text = f"ci/mutate.py: {caught} of {len(found)} faults caught; {versions}\n\n{table(found)}"
     print(f"\n{text}")
     if not only and faults == FAULTS:

@@ -139,6 +139,17 @@ def test_gradients_of_both_orders(name, device):
         assert gradgradcheck(function, inputs, fast_mode=True, gen_non_contig_grad_outputs=True)
 
 
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_gradient_to_be_differentiated_again_is_the_same(name, device):
+    """It may be computed by other code, of which gradgradcheck only asks that its derivative be its own."""
+    function, inputs = DIFFERENTIABLE[name]
+    inputs = [leaf(t.to(device)) for t in inputs]
+    y = function(*inputs)
+    dy = normal(*y.shape, seed=9).to(y)
+    once, again = (torch.autograd.grad(y, inputs, dy, retain_graph=True, create_graph=more) for more in (False, True))
+    torch.testing.assert_close(again, once, rtol=1e-12, atol=1e-12)
+
+
 THIRD = {
     "conv2d": lambda f, x, w: f.conv2d(x, w, None, (2, 1), 1, (1, 2)),
     "conv2d depthwise": lambda f, x, w: f.conv2d(x, w[:2, :1], None, 1, 1, 1, 2),

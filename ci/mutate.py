@@ -92,9 +92,7 @@ def judge(tree: Path, tests: Sequence[str]) -> Verdict:
             if case.find(kind) is not None:
                 return Verdict(outcome, f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}", seconds)
     passed = [case for case in cases if case.find("skipped") is None]
-    if run.returncode == 0 and passed:
-        return Verdict("passed", "", seconds)
-    return Verdict("broken", run.stdout.replace(f"{tree}{os.sep}", "").strip()[-300:], seconds)
+    return Verdict("passed", "", seconds) if run.returncode == 0 and passed else Verdict("broken", run.stdout.strip()[-300:], seconds)
 
 
 def judge_with(tree: Path, fault: Fault) -> Verdict:

@@ -73,6 +73,8 @@ def _entrance(
     plain: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     """What the dispatcher would do to a call, done here where that is plain: it takes 3 us a pass, and a gradient takes two."""
+    # Function.apply itself first looks for what functorch left of tensors, argument by argument: the loop below has done so.
+    differentiate: Any = function and super(torch.autograd.Function, function).apply  # pyright: ignore
 
     def call(*arguments: Any) -> Any:
         if _intercepted() or arguments[0].is_meta:
@@ -88,7 +90,7 @@ def _entrance(
                     return operator(*arguments)
                 wanted = wanted or (differentiable and t.requires_grad)
         if wanted:
-            return function.apply(*arguments)  # pyright: ignore[reportOptionalMemberAccess]
+            return differentiate(*arguments)
         return (traced if _traces else implementation)(*arguments)
 
     return call

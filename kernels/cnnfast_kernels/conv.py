@@ -198,7 +198,7 @@ def conv_fprop(
 ) -> torch.Tensor:
     """What `epilogue` makes of conv(x, w), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
     bias, norm, residual, activation, slope = epilogue
-    bias, mean, var, weight, shift = contiguous(bias, *norm[:4])
+    bias, mean, var, weight, shift = contiguous(bias, norm.mean, norm.var, norm.weight, norm.bias)
     addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
     plan: FpropPlan = _plan_fprop(  # as fprop_plan has it, without calling one function more
         x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype, geometry,

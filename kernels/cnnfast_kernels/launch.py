@@ -111,8 +111,7 @@ class Plan:
     tensors that the kernel gets as tensor maps, and the maps; those tensors start at a multiple of 16 bytes.
 
     Keeps what Triton compiled, by what would make Triton compile again: the device, and each tensor's dtype and whether its address is
-    a multiple of 16 bytes. Keeps no tensor: a map is given its tensor at each launch, in which
-    Triton encodes it.
+    a multiple of 16 bytes. Keeps no tensor: a map is given its tensor at each launch, in which Triton encodes it.
     """
 
     __slots__ = ("compiled", "grid", "kernel", "maps", "options", "scalars", "tile")
@@ -127,7 +126,7 @@ class Plan:
         **options: Any,
     ) -> None:
         self.kernel, self.grid, self.scalars, self.tile, self.options = kernel, grid, scalars, tile, options
-        self.maps = tuple(maps.items())
+        self.maps = tuple((i, vars(map_)) for i, map_ in maps.items())
         self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def __call__(self, *tensors: Any) -> None:
@@ -167,10 +166,9 @@ class Plan:
     def mapped(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         """The tensors as the kernel gets them. What a map's constructor checks was checked when the plan was made, but for the address."""
         arguments = list(tensors)
-        for i, map_ in self.maps:
-            seen = object.__new__(TensorDescriptor)
-            seen.__dict__.update(map_.__dict__, base=tensors[i])
-            arguments[i] = seen
+        for i, fields in self.maps:
+            arguments[i] = seen = object.__new__(TensorDescriptor)
+            seen.__dict__ = {**fields, "base": tensors[i]}
         return tuple(arguments)
 
     def run(self, tensors: tuple[Any, ...]) -> Any:
@@ -211,6 +209,11 @@ def _gpu(index: int) -> Gpu:
     return Gpu(torch.cuda.get_device_name(index), 10 * major + minor)
 
 
+@functools.cache
+def _unnamed(arch: int) -> Gpu:
+    return Gpu("", arch)
+
+
 def gpu(device: torch.device) -> Gpu:
     """What plans for tensors on `device` are made for. The interpreter runs what sm_90 would."""
     if INTERPRETED:
@@ -218,7 +221,7 @@ def gpu(device: torch.device) -> Gpu:
     if device.type == "cuda":
         return _gpu(device.index)
     ahead_of_time: Any = runtime.driver.active.get_current_target()
-    return Gpu("", ahead_of_time.arch)
+    return _unnamed(ahead_of_time.arch)
 
 
 def architecture(device: torch.device) -> int:

@@ -70,6 +70,7 @@ class Kernel:
     """Notes the device that is current when Triton launches it."""
 
     __name__ = "kernel"
+    arg_names = ("x",)
 
     def __init__(self, current):
         self.current, self.ran_on = current, []

@@ -31,8 +31,8 @@ FORBIDDEN = [
     ("harness*", "benchmarks*", []),
     ("cnnfast.reference", "cnnfast*", []),
     ("cnnfast*", "cnnfast.reference*", ["by cnnfast.checking*"]),
-    # Kernel files do not import one another, but a family's index algebra and tiles are shared in it, im2col is a way to call the other
-    # three, and the parts of depthwise import one another. The families do not know each other.
+    # Kernel files do not import one another, but a family's index algebra and tiles are shared in it, im2col and stem are ways
+    # to call the others, and the parts of depthwise import one another. The families do not know each other.
     ("cnnfast_kernels.tma*", "cnnfast_kernels.gather*", []),
     ("cnnfast_kernels.gather*", "cnnfast_kernels.tma*", []),
     ("cnnfast_kernels.gather.*", "cnnfast_kernels.gather.depthwise*", ["by cnnfast_kernels.gather.depthwise*"]),
@@ -44,6 +44,7 @@ FORBIDDEN = [
                 *(f"cnnfast_kernels.gather.{shared}*" for shared in ("tiles", "depthwise")),
                 *(f"cnnfast_kernels.tma.{shared}*" for shared in ("boxes", "tiles", "views")),
                 "by cnnfast_kernels.gather.im2col",
+                "by cnnfast_kernels.tma.stem",
             ],
         )
         for importer in ("gather.", "tma.", "batchnorm", "pooling")

@@ -29,6 +29,7 @@ from .pooling import (
 )
 from .problem import ConvProblem, PoolProblem
 from .tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile, strip_tiles
+from .tma.stem import packed_problem
 from .tma.tiles import candidate_boxes
 from .tma.views import why_not_on
 
@@ -220,15 +221,22 @@ MANY = Layer("3x3 of 200 channels", 200, 28, 200, 3)  # blocks that reach beyond
 
 
 def box_convolutions(arch: int) -> Iterator[Case]:
-    """By tensor maps: every size with a box of several rows, one of single pixels, and a row of a plain GEMM."""
+    """By tensor maps: every size with every shape of box; for statistics, and where the image is seen in phases, with one or two shapes."""
+    some = ((8, 8), (1, 1))
     for name, operation in OPERATIONS.items():
-        for layer, shapes in ((BODY, ((8, 8), (1, 1))), (STRIDED, ((8, 8),))):
-            for tile in candidate_boxes(layer.problem, operation, arch=arch):
-                if (tile.TILE_H, tile.TILE_W) in shapes:
-                    yield case(name, layer, tile, "half", note=" in boxes")
+        for tile in candidate_boxes(BODY.problem, operation, arch=arch):
+            if name != "train" or (tile.TILE_H, tile.TILE_W) in some:
+                yield case(name, BODY, tile, "half", note=" in boxes")
+        for tile in candidate_boxes(STRIDED.problem, operation, arch=arch):
+            if (tile.TILE_H, tile.TILE_W) == some[0]:
+                yield case(name, STRIDED, tile, "half", note=" in boxes")
         for tile in candidate_boxes(POINTWISE.problem, operation, arch=arch):
             if tile.TILE_W == tile.pixels:
                 yield case(name, POINTWISE, tile, "half", note=" in boxes")
+    for name in ("infer", "train", "wgrad"):
+        for tile in candidate_boxes(packed_problem(STEM.problem), OPERATIONS[name], arch=arch):
+            if (tile.TILE_H, tile.TILE_W) == (8, 8):
+                yield case(name, STEM, tile, "half", note=" in boxes")
     for layer in (SHORTCUT, NARROW, MANY):
         for name in ("infer", "dgrad", "wgrad"):
             yield case(name, layer, next(candidate_boxes(layer.problem, OPERATIONS[name], arch=arch)), "half", note=" in boxes")

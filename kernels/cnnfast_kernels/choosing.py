@@ -25,6 +25,7 @@ from .tiling import (
     search_strip_tiles,
     search_tiles,
 )
+from .tma.stem import is_packed, packed_problem
 from .tma.tiles import BoxTile, choose_box_tile, search_boxes
 from .tma.views import flattened, why_not
 
@@ -87,10 +88,21 @@ class Question(NamedTuple):
         return [self.x, self.y] if self.residual is None else [self.x, self.y, self.residual]
 
     @property
+    def packed(self) -> bool:
+        """Whether the tensor-map kernels would pack the image and the filters first (tma/stem.py)."""
+        return self.operation != "dgrad" and is_packed(self.problem)
+
+    @property
+    def boxed(self) -> ConvProblem:
+        """The convolution as the tensor-map kernels see it."""
+        return packed_problem(self.problem) if self.packed else flattened(self.problem, *self.images)[0]
+
+    @property
     def why_no_boxes(self) -> str:
         """Why the tensor-map kernels cannot serve; "" if they can."""
         weights = [] if self.operation == "wgrad" else [self.w]
-        return why_not(self.problem, self.precision, self.gpu.arch, self.aligned, *self.images, *weights)
+        seen = self.images[1:] if self.packed else [*self.images, *weights]
+        return why_not(self.problem, self.precision, self.gpu.arch, self.aligned, *seen)
 
 
 def _adjacent(t: launch.Layout) -> bool:
@@ -145,13 +157,13 @@ def ask_wgrad(
 def default_tile(q: Question) -> Tile:
     """What runs where nothing was measured.
 
-    Tensor maps, wherever they can serve and boxes are not mostly empty: by their instructions they should win, but on no GPU has either
-    family been timed.
+    Tensor maps, wherever they can serve without packing and boxes are not mostly empty: by their instructions they should win, but on no
+    GPU has either family been timed.
     """
     if q.problem.is_depthwise:
         return choose_strip_tile(q.problem, q.operation, q.precision, vector_length(q.x, q.y))
-    if not q.why_no_boxes:
-        tile = choose_box_tile(flattened(q.problem, *q.images)[0], q.operation, q.activation, q.gpu.arch)
+    if not q.why_no_boxes and not q.packed:
+        tile = choose_box_tile(q.boxed, q.operation, q.activation, q.gpu.arch)
         if tile is not None:
             return tile
     return choose_tile(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)
@@ -164,7 +176,7 @@ def candidates(q: Question) -> list[Tile]:
     else:
         found = [*search_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)]
         if not q.why_no_boxes:
-            found += islice(search_boxes(flattened(q.problem, *q.images)[0], q.operation, q.activation, q.gpu.arch), MOST_BOXES)
+            found += islice(search_boxes(q.boxed, q.operation, q.activation, q.gpu.arch), MOST_BOXES)
     return list(dict.fromkeys([default_tile(q), *found]))
 
 

@@ -27,6 +27,7 @@ from .tables import Row
 from .tiling import StripTile, cdiv
 from .tma.dgrad import plan_tma_dgrad
 from .tma.fprop import box_rows, plan_tma_fprop
+from .tma.stem import StemPlan, StemWgradPlan, plan_stem_fprop, plan_stem_wgrad
 from .tma.tiles import BoxTile
 from .tma.wgrad import plan_tma_wgrad
 
@@ -52,7 +53,7 @@ def _tile(q: Question, tile: Tile | None) -> tuple[Tile, Row | None]:
 
 class FpropPlan(NamedTuple):
     y: launch.Layout
-    run: launch.Plan | StripPlan
+    run: launch.Plan | StripPlan | StemPlan
     moments: launch.Layout  # where the kernel can leave those of its tiles, and which pixels these are
     rows: TileRows
     row: Row | None
@@ -85,8 +86,9 @@ def _plan_fprop(
         rows = moments_rows(g, tile)
         tiles = cdiv(rows.tiles, tile.BLOCK_M)
     elif isinstance(tile, BoxTile):
-        run = plan_tma_fprop(g, tile, x, w, y, residual, eps, activation, slope)
-        rows = box_rows(g, tile, x, y)
+        plan = plan_stem_fprop if q.packed else plan_tma_fprop
+        run = plan(g, tile, x, w, y, residual, eps, activation, slope)
+        rows = box_rows(q.boxed, tile, *([y] if q.packed else [x, y]))
         tiles = rows.tiles
     else:
         run = plan_fprop(g, tile, q.precision, x, w, y, residual, eps, activation, slope)
@@ -151,7 +153,7 @@ def dgrad_plan(
 
 class WeightsPlan(NamedTuple):
     dw: launch.Layout
-    run: WgradPlan
+    run: WgradPlan | StemWgradPlan
     row: Row | None
 
 
@@ -163,7 +165,8 @@ def _plan_wgrad(x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, g
     if isinstance(tile, StripTile):
         return WeightsPlan(q.w, plan_depthwise_wgrad(q.problem, tile, x, dy, q.w), row)
     if isinstance(tile, BoxTile):
-        return WeightsPlan(q.w, plan_tma_wgrad(q.problem, tile, x, dy, q.w), row)
+        plan = plan_stem_wgrad if q.packed else plan_tma_wgrad
+        return WeightsPlan(q.w, plan(q.problem, tile, x, dy, q.w), row)
     return WeightsPlan(q.w, plan_wgrad(q.problem, tile, q.precision, x, dy, q.w), row)
 
 

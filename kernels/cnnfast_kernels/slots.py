@@ -18,16 +18,18 @@ from .tiling import cdiv
 @triton.jit(do_not_specialize=["SLOTS", "slot_stride"])
 def conv_wgrad_reduce_kernel(
     partials_ptr, dw_ptr, K, SLOTS, slot_stride, dw_stride_k, dw_stride_r, dw_stride_s, dw_stride_c,
-    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DW_ALIGN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PITCH: tl.constexpr, DW_ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK weights of dw: the sum over all slots of partials [SLOTS, K, R, S, C]."""
+    """BLOCK weights of dw: the sum over all slots of the first C channels of partials [SLOTS, K, R, S, PITCH]."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     k = e // (R * S * C)
     ok = k < K
+    e_partial = e if PITCH == C else e // C * PITCH + e % C
     acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
     for first in range(0, SLOTS, BLOCK_SLOTS):
         slots = first + tl.arange(0, BLOCK_SLOTS)
-        offsets = slots.to(tl.int64)[:, None] * slot_stride + e[None, :]
+        offsets = slots.to(tl.int64)[:, None] * slot_stride + e_partial[None, :]
         acc += tl.sum(tl.load(partials_ptr + offsets, mask=(slots < SLOTS)[:, None] & ok[None, :], other=0.0), 0)
     c = e % C
     tap = e // C % (R * S)
@@ -35,15 +37,15 @@ def conv_wgrad_reduce_kernel(
     tl.store(dw_ptr + dw_offset, acc.to(dw_ptr.dtype.element_ty), mask=ok)
 
 
-def plan_reduction(slots: int, slot_stride: int, dw: launch.Laid) -> launch.Plan:
-    """Takes (partials, dw); see `reduce_partials`."""
+def plan_reduction(slots: int, slot_stride: int, dw: launch.Laid, pitch: int | None = None) -> launch.Plan:
+    """Takes (partials, dw); see `reduce_partials`. `pitch`: channels of partials, of which the first are dw's."""
     K, C, R, S = dw.shape
     dws = launch.strides_nhwc(dw)
     many = slots > 64  # then a program takes fewer weights and more of their slots at once
     BLOCK, BLOCK_SLOTS = (32, 64) if many else (256, 8)
     return launch.Plan(
         conv_wgrad_reduce_kernel, (cdiv(K * C * R * S, BLOCK),), K, slots, slot_stride, *dws[:4],
-        C=C, R=R, S=S, DW_ALIGN=dws.align, BLOCK=BLOCK, BLOCK_SLOTS=BLOCK_SLOTS, num_warps=4,
+        C=C, R=R, S=S, PITCH=pitch or C, DW_ALIGN=dws.align, BLOCK=BLOCK, BLOCK_SLOTS=BLOCK_SLOTS, num_warps=4,
     )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 A pixel of three channels is no multiple of 16 bytes, which a tensor map demands. So the image is packed first: pixels of 4 or 8 channels,
 the last of them zeros, and zeros to the left and right for the padding. Then S pixels side by side are one run of memory, and the image
 is seen as [N, H, Q, S * channels], in which neighbours overlap: what a row of the filter meets for each column of outputs. In these
-letters a 7x7 filter is one of 7x1 taps over 28 channels, and stride and padding remain along H only. The packed image costs a pass over
-memory; the products need an eighth more than the taps have, where 7 taps of 3 channels would fill neither a load nor a matrix unit.
+letters a 7x7 filter is one of 7x1 taps over 28 channels, and stride and padding remain along H only. That costs a pass over memory, and a
+third of the products are of zeros; but every load is one instruction, where the pointers of gather/ fetch channels one at a time.
 
 No GPU has been asked yet whether it takes overlapping maps: nothing here runs by default, only where measuring found it right and fastest.
 """

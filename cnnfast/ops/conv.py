@@ -31,10 +31,6 @@ def allow_tf32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore
 
 
-def _geometry(stride: Any, padding: Any, dilation: Any, groups: int) -> conv.Geometry:
-    return conv.Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-
-
 def _format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -45,28 +41,28 @@ def _asked(algorithm: str) -> bool:
 
 
 def _fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> Tensor:
-    geometry, tf32 = _geometry(stride, padding, dilation, groups), allow_tf32(x)
+    geometry, tf32 = conv.Geometry(stride, padding, dilation, groups), allow_tf32(x)
     if _asked(algorithm) and library.wins(conv.fprop_plan(x, w, geometry, tf32=tf32).row, geometry, x):
         return library.fprop(x, w, geometry, bias)
     return conv.conv_fprop(x, w, geometry, PLAIN if bias is None else Epilogue(bias), algorithm=algorithm, tf32=tf32)
 
 
 def _dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
-    geometry, tf32, fmt = _geometry(stride, padding, dilation, groups), allow_tf32(dy), _format(channels_last)
+    geometry, tf32, fmt = conv.Geometry(stride, padding, dilation, groups), allow_tf32(dy), _format(channels_last)
     if _asked(algorithm) and library.wins(conv.dgrad_plan(dy, w, x_shape, geometry, fmt, tf32=tf32).row, geometry, dy):
         return library.dgrad(dy, w, x_shape, geometry, fmt, bias)
     return conv.conv_dgrad(dy, w, x_shape, geometry, bias=bias, fmt=fmt, algorithm=algorithm, tf32=tf32)
 
 
 def _wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
-    geometry, tf32, fmt = _geometry(stride, padding, dilation, groups), allow_tf32(x), _format(channels_last)
+    geometry, tf32, fmt = conv.Geometry(stride, padding, dilation, groups), allow_tf32(x), _format(channels_last)
     if _asked(algorithm) and library.wins(conv.wgrad_plan(x, dy, w_shape, geometry, fmt, tf32=tf32).row, geometry, x):
         return library.wgrad(x, dy, w_shape, geometry, fmt)
     return conv.conv_wgrad(x, dy, w_shape, geometry, fmt=fmt, algorithm=algorithm, tf32=tf32)
 
 
 def _stats(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> tuple[Tensor, Tensor, Tensor]:
-    geometry, tf32 = _geometry(stride, padding, dilation, groups), allow_tf32(x)
+    geometry, tf32 = conv.Geometry(stride, padding, dilation, groups), allow_tf32(x)
     if _asked(algorithm) and library.wins(conv.fprop_plan(x, w, geometry, stats=True, tf32=tf32).row, geometry, x):
         return library.stats(x, w, geometry, bias)
     return conv.conv_stats(x, w, geometry, bias=bias, algorithm=algorithm, tf32=tf32)
@@ -90,7 +86,7 @@ def _bn_act(
     groups,
     algorithm,
 ) -> Tensor:
-    geometry, tf32 = _geometry(stride, padding, dilation, groups), allow_tf32(x)
+    geometry, tf32 = conv.Geometry(stride, padding, dilation, groups), allow_tf32(x)
     epilogue = Epilogue(bias, BatchNorm(mean, var, bn_weight, bn_bias, eps), residual, activation, slope)
     if _asked(algorithm) and library.wins(conv.fprop_plan(x, w, geometry, epilogue, tf32=tf32).row, geometry, x):
         return library.bn_act(x, w, geometry, epilogue)

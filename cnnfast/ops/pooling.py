@@ -18,11 +18,7 @@ WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bo
 AVERAGE = "int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, bool count_include_pad, int? divisor_override"
 
 
-_pool_problem = launch.planned(PoolProblem.of)
-
-
-def _problem(x_shape, kernel_size, stride, padding, dilation, ceil_mode) -> PoolProblem:
-    return _pool_problem(tuple(x_shape), tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
+_problem = launch.planned(PoolProblem.of)
 
 
 def _format(channels_last: bool) -> torch.memory_format:
@@ -62,7 +58,7 @@ def _adaptive(x: Tensor, output_size) -> Tensor:
 
 
 def _adaptive_backward(dy: Tensor, x_shape, channels_last: bool) -> Tensor:
-    return pooling.adaptive_avg_pool_backward(dy, tuple(x_shape), _format(channels_last))
+    return pooling.adaptive_avg_pool_backward(dy, x_shape, _format(channels_last))
 
 
 def _fake_problem(x_shape, kernel_size, stride, padding, dilation, ceil_mode) -> PoolProblem:

@@ -33,11 +33,16 @@ def register(
     tensors = [i for i, argument in enumerate(operator._schema.arguments) if "Tensor" in str(argument.type)]
     traced = recorded(name)(implementation)
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, traced, key)
+        LIBRARY.impl(name, _with_tuples(traced), key)
     torch.library.register_fake(f"cnnfast::{name}", fake, lib=LIBRARY)
     if function is not None:
-        LIBRARY.impl(name, _differentiable(operator, function, tensors), "Autograd")
+        LIBRARY.impl(name, _with_tuples(_differentiable(operator, function, tensors)), "Autograd")
     return _entrance(operator, implementation, traced, function, tensors, plain)
+
+
+def _with_tuples(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """What the dispatcher hands over as lists is hashable, as it is where functions call."""
+    return lambda *arguments: implementation(*(tuple(a) if type(a) is list else a for a in arguments))
 
 
 def _differentiable(operator: Any, function: type[torch.autograd.Function], tensors: list[int]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """The long fuzz: thousands of random calls of every operation, forward and backward, bit for bit, and of bad arguments.
 
-    python ci/fuzz.py                                  # all properties of tests/fuzz_properties.py, about half an hour
+    python ci/fuzz.py                                  # all properties of tests/fuzz_properties.py, some ten minutes
     python ci/fuzz.py --only conv2d --cases 100 --seed 7
 
 Prints, and writes to ci/results/fuzz/<property>.txt, how many cases of each property passed and what they were instances of. The first

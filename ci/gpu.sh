@@ -2,7 +2,7 @@
 # Everything worth doing when a GPU is at hand, in one call: correctness, the demo at full size in every dtype,
 # the network and its layers against the strongest baselines, a small network tuned. Results are files in $OUT, by default
 # benchmarks/results/<gpu>. Needs no installation: PYTHONPATH is set here.
-#     ci/gpu.sh                  # all of it: a quarter of an hour at most
+#     ci/gpu.sh                  # all of it: 17 minutes at most
 #     ci/gpu.sh tests layers     # these parts of it
 set -uo pipefail
 cd "$(dirname "$0")/.."

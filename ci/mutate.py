@@ -1,6 +1,6 @@
 """The mutation campaign: every deliberate fault of ci/faults.toml must make a test fail that its entry names.
 
-    python ci/mutate.py                  # all of them, half an hour on two cores
+    python ci/mutate.py                  # all of them, ten minutes on two cores
     python ci/mutate.py --only depthwise # those with that word in their name or file
 
 Works on copies of the tree, never in place. A fault is caught if a named test fails, which means that an assertion or the kernel does: a

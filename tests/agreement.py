@@ -45,16 +45,22 @@ class Outcome:
         return [call.operation for call in self.trace]
 
 
-def run(function: Function, inputs: Sequence[Tensor | None], frozen: Sequence[int] = ()) -> Outcome:
-    """function(*inputs) and, for a gradient of small integers laid out as the result, the gradients of the inputs that are not `frozen`."""
+def like_the_result(y: Tensor) -> Tensor:
+    """A gradient of small integers, laid out as the result."""
+    return torch.empty_like(y, requires_grad=False).copy_(integers(*y.shape, seed=1))
+
+
+def run(
+    function: Function, inputs: Sequence[Tensor | None], frozen: Sequence[int] = (), dy: Callable[[Tensor], Tensor] = like_the_result
+) -> Outcome:
+    """function(*inputs) and, for the gradient that `dy` makes of the result, the gradients of the inputs that are not `frozen`."""
     arguments = [t if t is None or i in frozen else leaf(t) for i, t in enumerate(inputs)]
     wanted = [i for i, t in enumerate(arguments) if t is not None and t.requires_grad]
     grads: list[Tensor | None] = [None] * len(arguments)
     with cnnfast.trace() as trace:
         y = function(*arguments)
         if wanted:
-            dy = torch.empty_like(y, requires_grad=False).copy_(integers(*y.shape, seed=1))
-            for i, grad in zip(wanted, torch.autograd.grad(y, [arguments[i] for i in wanted], dy), strict=True):
+            for i, grad in zip(wanted, torch.autograd.grad(y, [arguments[i] for i in wanted], dy(y)), strict=True):
                 grads[i] = grad
     return Outcome(y.detach(), tuple(grads), trace)
 

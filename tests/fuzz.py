@@ -19,9 +19,8 @@ import torch.nn.functional as theirs
 from hypothesis import strategies as st
 from torch import Tensor
 
-import cnnfast
 import cnnfast.functional as ours
-from agreement import Outcome, integers, leaf
+from agreement import integers, run
 from cnnfast.dispatch import Trace
 from cnnfast_kernels import launch
 from views import View, lay, views
@@ -59,19 +58,6 @@ class Case:
         return Counter(found)
 
 
-def differentiate(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], frozen: Sequence[int], dy: Callable[[Tensor], Tensor]):
-    """function(*inputs) and its gradients, for the gradient of its result that `dy` makes of that."""
-    arguments = [t if t is None or i in frozen else leaf(t) for i, t in enumerate(inputs)]
-    wanted = [i for i, t in enumerate(arguments) if t is not None and t.requires_grad]
-    grads: list[Tensor | None] = [None] * len(arguments)
-    with cnnfast.trace() as trace:
-        y = function(*arguments)
-        if wanted:
-            for i, grad in zip(wanted, torch.autograd.grad(y, [arguments[i] for i in wanted], dy(y)), strict=True):
-                grads[i] = grad
-    return Outcome(y.detach(), tuple(grads), trace)
-
-
 class Compared(NamedTuple):
     """What our function launched; what it was called with, and what PyTorch's was, on the CPU and in float64."""
 
@@ -92,12 +78,12 @@ def compare(
         seen.append(lay(integers(*y.shape, seed=9, dtype=y.dtype).to(y.device) * case.dy_step, case.views[-1]))
         return seen[-1]
 
-    found = differentiate(mine, inputs, case.frozen, dy)
+    found = run(mine, inputs, case.frozen, dy)
     assert found.y.dtype == case.dtype
     assert not [str(call) for call in found.trace if call.served_by != "kernels"]
     assert found.trace.launches or not inputs[0].numel()
     # contiguous: PyTorch's batch norm on the CPU differentiates wrongly where the axes of a dense gradient are permuted
-    expected = differentiate(right, exact, case.frozen, lambda y: seen[0].cpu().double().contiguous())
+    expected = run(right, exact, case.frozen, lambda y: seen[0].cpu().double().contiguous())
     names = "the result", *(f"the gradient of input {i}" for i in range(len(inputs)))
     for name, a, b in zip(names, found.tensors, expected.tensors, strict=True):
         assert (a is None) == (b is None), name

@@ -25,7 +25,7 @@ from .tiling import (
     search_strip_tiles,
     search_tiles,
 )
-from .tma.stem import is_packed, packed_problem
+from .tma.stem import is_packed, packing_of
 from .tma.tiles import BoxTile, choose_box_tile, search_boxes
 from .tma.views import flattened, why_not
 
@@ -95,7 +95,10 @@ class Question(NamedTuple):
     @property
     def boxed(self) -> ConvProblem:
         """The convolution as the tensor-map kernels see it."""
-        return packed_problem(self.problem) if self.packed else flattened(self.problem, *self.images)[0]
+        if not self.packed:
+            return flattened(self.problem, *self.images)[0]
+        packing = packing_of(self.problem, self.x.dtype)
+        return flattened(packing.problem, packing.x, *self.images[1:])[0]
 
     @property
     def why_no_boxes(self) -> str:

@@ -88,7 +88,7 @@ def _plan_fprop(
     elif isinstance(tile, BoxTile):
         plan = plan_stem_fprop if q.packed else plan_tma_fprop
         run = plan(g, tile, x, w, y, residual, eps, activation, slope)
-        rows = box_rows(q.boxed, tile, *([y] if q.packed else [x, y]))
+        rows = box_rows(q.boxed, tile)
         tiles = rows.tiles
     else:
         run = plan_fprop(g, tile, q.precision, x, w, y, residual, eps, activation, slope)

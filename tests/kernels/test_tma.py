@@ -15,14 +15,12 @@ from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.dgrad import tma_dgrad
 from cnnfast_kernels.tma.fprop import box_rows, tma_fprop
 from cnnfast_kernels.tma.tiles import BoxTile, box_steps, candidate_boxes
+from cnnfast_kernels.tma.views import flattened
 from cnnfast_kernels.tma.wgrad import tma_wgrad
-from convolutions import Case, assert_exact, reference
+from convolutions import Case, assert_exact, draw, needs_tensor_maps, reference
 from poison import embed, poison
 
-pytestmark = pytest.mark.skipif(
-    not launch.INTERPRETED and not 90 <= launch.architecture(torch.device("cuda", 0)) < 120,
-    reason="GPU ring: this GPU has no wgmma or tcgen05 to feed by tensor maps",
-)
+pytestmark = needs_tensor_maps
 
 PADDED = (1, 1, 1, 1)
 RAGGED = Case("no extent a multiple of a box's", (3, 40, 9, 10), (72, 3, 3), padding=PADDED)
@@ -72,9 +70,7 @@ def arrange(t, dense=True):
 
 def operands(case, device, dtype=torch.float16, dense=True):
     """x, w and dy of small integers, the same in every run."""
-    generator = torch.Generator().manual_seed(0)
-    draws = [torch.randint(-most, most + 1, shape, generator=generator) for shape, most in ((case.x, 2), (case.w, 1), (case.y, 1))]
-    return [arrange(t.to(device, dtype), dense) for t in draws]
+    return [arrange(t, dense) for t in draw(case, dtype, device)]
 
 
 def output(shape, like, dense=True):
@@ -166,7 +162,7 @@ def test_epilogue(case, tile, device):
     bias, mean, weight, beta = (torch.arange(i, i + g.K, dtype=torch.float32, device=device) % (i + 2) - 1 for i in range(4))
     norm = BatchNorm(mean, 4.0 ** (bias % 2), weight, beta, eps=0.0)  # standard deviations are powers of two: exact
     y = output(case.y, x)
-    rows = box_rows(g, tile, x, y)
+    rows = box_rows(flattened(g, x, y)[0], tile)
     moments = launch.empty((rows.tiles, 2, g.K), x, dtype=torch.float32)
     tma_fprop(g, tile, x, w, y, Epilogue(bias, norm, dy, "relu"), moments)
 

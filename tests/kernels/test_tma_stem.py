@@ -13,13 +13,10 @@ from cnnfast_kernels.tables import Row
 from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.stem import is_packed, packed_problem, packing_of
 from cnnfast_kernels.tma.tiles import BoxTile, box_steps, candidate_boxes
-from convolutions import LAYOUTS, Case, reference
+from convolutions import LAYOUTS, Case, draw, needs_tensor_maps, reference
 from poison import embed
 
-pytestmark = pytest.mark.skipif(
-    not launch.INTERPRETED and not 90 <= launch.architecture(torch.device("cuda", 0)) < 120,
-    reason="GPU ring: this GPU has no wgmma or tcgen05 to feed by tensor maps",
-)
+pytestmark = needs_tensor_maps
 
 PADDED = (3, 3, 3, 3)
 STEM = Case("a ResNet's: 7x7 stride 2 of three channels", (2, 3, 24, 20), (64, 7, 7), (2, 2), PADDED)
@@ -59,9 +56,7 @@ def laid(t, layout):
 
 def operands(case, device, dtype=torch.float16, x_layout="nchw", w_layout="channels_last"):
     """x, w and dy of small integers, the same in every run."""
-    generator = torch.Generator().manual_seed(0)
-    draws = [torch.randint(-most, most + 1, shape, generator=generator) for shape, most in ((case.x, 2), (case.w, 1), (case.y, 1))]
-    x, w, dy = (t.to(device, dtype) for t in draws)
+    x, w, dy = draw(case, dtype, device)
     return laid(x, x_layout), laid(w, w_layout), dy.contiguous(memory_format=torch.channels_last)
 
 
@@ -70,13 +65,11 @@ def geometry(case):
 
 
 def fprop(case, tile, x, w, epilogue=PLAIN):
-    with launch.poisoned():
-        return conv.conv_fprop(x, w, geometry(case), epilogue, tile=tile)
+    return conv.conv_fprop(x, w, geometry(case), epilogue, tile=tile)
 
 
 def wgrad(case, tile, x, dy, fmt=torch.channels_last):
-    with launch.poisoned():
-        return conv.conv_wgrad(x, dy, case.w, geometry(case), fmt=fmt, tile=tile)
+    return conv.conv_wgrad(x, dy, case.w, geometry(case), fmt=fmt, tile=tile)
 
 
 def assert_equal(ours, exact):
@@ -144,8 +137,7 @@ def test_epilogue(case, device):
 @pytest.mark.parametrize("case", [STEM, SMALL, CASES[6]], ids=str)
 def test_statistics(case, device):
     x, w, dy = operands(case, device)
-    with launch.poisoned():
-        y, mean, var = conv.conv_stats(x, w, geometry(case), tile=TILE)
+    y, mean, var = conv.conv_stats(x, w, geometry(case), tile=TILE)
     exact = reference(case, x, w, dy)[0]
     assert_equal(y, exact)
     torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
@@ -207,9 +199,16 @@ def test_pointers_serve_by_default(launches, device):
     assert not any(event.kernel.startswith("tma_") for event in launches)
 
 
-def test_a_measured_row_names_it(launches, device, monkeypatch):
+@pytest.fixture
+def measured_row(monkeypatch):
+    """Every convolution has one, and it names TILE."""
     monkeypatch.setattr(tables, "find", lambda key: Row(key, TILE, "kernels", {}))
     launch.forget_plans()
+    yield
+    launch.forget_plans()
+
+
+def test_a_measured_row_names_it(measured_row, launches, device):
     x, w, dy = operands(STEM, device)
     exact = reference(STEM, x, w, dy)
     assert_equal(conv.conv_fprop(x, w, geometry(STEM)), exact[0])
@@ -217,7 +216,6 @@ def test_a_measured_row_names_it(launches, device, monkeypatch):
     assert_equal(conv.conv_dgrad(dy, w, x.shape, geometry(STEM), fmt=torch.channels_last), exact[1])
     packed = ["pack_pixels_kernel", "pack_pixels_kernel", "tma_fprop_kernel", "pack_pixels_kernel", "tma_wgrad_kernel"]
     assert [event.kernel for event in launches] == [*packed, "conv_wgrad_reduce_kernel", "conv_dgrad_kernel"]
-    launch.forget_plans()
 
 
 def test_measuring_tries_it():

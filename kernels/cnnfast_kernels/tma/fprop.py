@@ -126,7 +126,7 @@ def tma_fprop(
     plan(x, w, y, e.bias, *e.norm[:4], e.residual, moments)
 
 
-def box_rows(problem: ConvProblem, tile: BoxTile, *images: launch.Laid) -> TileRows:
-    """The pixels that the moments of each box stand for. `images`: x and y."""
-    g, _ = flattened(problem, *images)
+def box_rows(problem: ConvProblem, tile: BoxTile) -> TileRows:
+    """The pixels that the moments of each box stand for. `problem`: flattened, where the kernel sees it so."""
+    g = problem
     return TileRows(cdiv(g.P, tile.TILE_H), g.P, tile.TILE_H, g.Q, 1, box_count(g, "fprop", tile), tile.TILE_W, g.N, tile.TILE_N)

@@ -63,7 +63,6 @@ LAYERS = {
         "tables",
         "choosing",
         "conv",
-        "aot_cases",
         "aot",
     ],
     "cnnfast": [

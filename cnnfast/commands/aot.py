@@ -34,7 +34,7 @@ def aot(
 
     try:
         from cnnfast_kernels import aot as compiler
-        from cnnfast_kernels import aot_record
+        from cnnfast_kernels.aot import record as loops
     except ImportError as error:
         raise typer.BadParameter(f"ahead-of-time compilation needs triton: {error}") from None
 
@@ -53,10 +53,10 @@ def aot(
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
     if record:
-        aot_record.write(rows)
-    found = compiler.problems(rows) + aot_record.risen(rows)
+        loops.write(rows)
+    found = compiler.problems(rows) + loops.risen(rows)
     if not only:
-        found += [f"{name}: no case compiles it (aot_cases.py)" for name in sorted(compiler.uncovered(rows))]
+        found += [f"{name}: no case compiles it (aot/cases.py)" for name in sorted(compiler.uncovered(rows))]
     console = Console()
     for line in found:
         console.print(f"[bold red]problem[/] {escape(line)}", highlight=False, soft_wrap=True)

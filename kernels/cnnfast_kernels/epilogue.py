@@ -96,22 +96,25 @@ def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS: tl.constexpr, ACC: tl.constexpr):
-    """What apply_norm needs of some columns: mean, scale and shift, which is None without a bias."""
+    """What apply_norm needs of some columns: (mean, scale, shift), or (mean, scale) without a bias.
+
+    Not (mean, scale, None): the interpreter lets a helper return that, the compiler refuses it.
+    """
     mean = tl.load(mean_ptr + column, mask=column_ok, other=0.0).to(ACC)
     scale = 1.0 / tl.sqrt(tl.load(var_ptr + column, mask=column_ok, other=1.0).to(ACC) + EPS)
     if weight_ptr is not None:
         scale = scale * tl.load(weight_ptr + column, mask=column_ok, other=0.0).to(ACC)
-    shift = None
-    if bias_ptr is not None:
-        shift = tl.load(bias_ptr + column, mask=column_ok, other=0.0).to(ACC)
-    return mean, scale, shift
+    if bias_ptr is None:
+        return mean, scale
+    else:
+        return mean, scale, tl.load(bias_ptr + column, mask=column_ok, other=0.0).to(ACC)
 
 
 @triton.jit
 def apply_norm(y, norm):
     """Batch norm of y [rows, columns]; the mean is subtracted first, for y * scale + shift cancels where |mean| >> std."""
     y = (y - norm[0][None, :]) * norm[1][None, :]
-    if norm[2] is not None:
+    if len(norm) == 3:
         y = y + norm[2][None, :]
     return y
 

@@ -47,7 +47,7 @@ _compile_only = False
 
 @contextmanager
 def observe(callback: Callable[[Launch], None], compile_only: bool = False) -> Iterator[None]:
-    """Calls `callback` for every launch, from any thread. With compile_only kernels are compiled, not run (aot.py)."""
+    """Calls `callback` for every launch, from any thread. With compile_only kernels are compiled, not run (aot/compiling.py)."""
     global _compile_only
     before = _compile_only
     _observers.append(callback)

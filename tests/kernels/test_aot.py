@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from child import run_compiled
-from cnnfast_kernels import aot_record, sass
-from cnnfast_kernels.aot import Row, capability_of, compile_all, dot_operands, kernel_names, problems, target, uncovered
-from cnnfast_kernels.aot_cases import cases
+from cnnfast_kernels.aot import Row, capability_of, compile_all, kernel_names, problems, sass, target, uncovered
+from cnnfast_kernels.aot import record as loops
+from cnnfast_kernels.aot.cases import cases
+from cnnfast_kernels.aot.compiling import dot_operands
 
 # From nvdisasm, much shortened and numbered anew: a pipelined main loop within an outer one, a store, and the padding behind the end.
 PIPELINED = """
@@ -179,22 +180,22 @@ def test_problems_of_kernels_that_load_by_tensor_maps(change, expected):
 
 def test_a_main_loop_may_rise_by_15_percent_over_its_record(tmp_path):
     file = tmp_path / "record.json"
-    aot_record.write([GOOD, BOXES, replace(BOXES, arch="sm_100", loop_instructions=200)], file)
+    loops.write([GOOD, BOXES, replace(BOXES, arch="sm_100", loop_instructions=200)], file)
     record = json.loads(file.read_text())
     assert [list(rows.values()) for rows in record.values()] == [[200], [120]], "of tensor-map kernels alone"
-    assert aot_record.risen([replace(BOXES, loop_instructions=138), replace(GOOD, loop_instructions=500)], record) == []
-    (line,) = aot_record.risen([replace(BOXES, loop_instructions=139)], record)
+    assert loops.risen([replace(BOXES, loop_instructions=138), replace(GOOD, loop_instructions=500)], record) == []
+    (line,) = loops.risen([replace(BOXES, loop_instructions=139)], record)
     assert "139 instructions in the main loop, 120 on record" in line
-    (line,) = aot_record.risen([replace(BOXES, variant="another")], record)
+    (line,) = loops.risen([replace(BOXES, variant="another")], record)
     assert "no instructions are on record" in line
-    assert aot_record.risen([BOXES], {}) == [], "nothing is on record for this compiler"
-    aot_record.write([replace(BOXES, variant="another")], file)
+    assert loops.risen([BOXES], {}) == [], "nothing is on record for this compiler"
+    loops.write([replace(BOXES, variant="another")], file)
     record = json.loads(file.read_text())
     assert [len(rows) for rows in record.values()] == [1, 1], "what no case makes any more is forgotten"
 
 
 def test_the_record_is_of_the_oldest_and_the_newest_triton():
-    record = json.loads(aot_record.FILE.read_text())
+    record = json.loads(loops.FILE.read_text())
     assert set(record) == {f"triton {version} {arch}" for version in ("3.6", "3.9") for arch in ("sm_90", "sm_100")}
     assert all(len(rows) > 60 and min(rows.values()) > 0 for rows in record.values())
 
@@ -235,21 +236,21 @@ def compile_some(names):
 
     from triton.runtime.driver import driver
 
-    from cnnfast_kernels import aot
-    from cnnfast_kernels.aot_cases import cases
+    from cnnfast_kernels.aot import compiling
+    from cnnfast_kernels.aot.cases import cases
 
     before = driver._active
     index = {case.name: i for i, case in reversed(list(enumerate(cases())))}
     rows = []
     for arch in ("sm_80", "sm_90"):
-        rows += aot.finished([row for name in names for row in aot.compile_case(arch, index[name])])
+        rows += compiling.finished([row for name in names for row in compiling.compile_case(arch, index[name])])
     return {"rows": [asdict(row) for row in rows], "restored": driver._active is before}
 
 
 def kernels_of_all_cases():
     """What the cases launch, and which kernels there are. Nothing is compiled."""
     from cnnfast_kernels import aot, launch
-    from cnnfast_kernels.aot_cases import cases
+    from cnnfast_kernels.aot.cases import cases
 
     seen = set()
     launch.run = lambda kernel, grid, device, *args, **options: seen.add(kernel.__name__)
@@ -312,12 +313,12 @@ def compile_boxes():
     """Rows of one case of each tensor-map kernel, on both architectures."""
     from dataclasses import asdict
 
-    from cnnfast_kernels import aot
-    from cnnfast_kernels.aot_cases import cases
+    from cnnfast_kernels.aot import compiling
+    from cnnfast_kernels.aot.cases import cases
 
     rows = []
     for arch in ("sm_90", "sm_100"):
-        index = {case.name: i for i, case in enumerate(cases(aot.capability_of(arch)))}
+        index = {case.name: i for i, case in enumerate(cases(compiling.capability_of(arch)))}
         names = [f"{operation} bfloat16 3x3/2 in boxes" for operation in ("infer", "dgrad", "wgrad")]
-        rows += aot.finished([row for name in names for row in aot.compile_case(arch, index[name])])
+        rows += compiling.finished([row for name in names for row in compiling.compile_case(arch, index[name])])
     return [asdict(row) for row in rows]

@@ -29,9 +29,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from . import launch, sass
-from .aot_cases import cases
-from .tma.views import why_not_on
+from .. import launch
+from ..tma.views import why_not_on
+from . import sass
+from .cases import cases
 
 # Bytes of shared memory that one program may have.
 SHARED_LIMITS = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
@@ -261,7 +262,7 @@ def problems(rows: Iterable[Row]) -> list[str]:
 
 def kernel_names() -> set[str]:
     """Every kernel of this package: its jit functions whose name ends in _kernel."""
-    package = __package__ or ""
+    package = __package__.rpartition(".")[0]
     names = set()
     for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}."):
         for name, value in vars(import_module(module.name)).items():

@@ -1,4 +1,4 @@
-"""What aot.py compiles: the launchers themselves, on tensors without data.
+"""What compiling.py compiles: the launchers themselves, on tensors without data.
 
 Nothing here repeats a kernel's signature. A case runs the launcher that production runs, on meta tensors of a real layer's
 shape, so what is compiled is what production would compile. Every tile that can be chosen appears with its heaviest epilogue;
@@ -13,11 +13,11 @@ from functools import partial
 
 import torch
 
-from .batchnorm import batch_moments, channel_sum, normalize, normalize_backward, update_running
-from .choosing import Geometry, Tile
-from .conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
-from .epilogue import ACTIVATIONS, BatchNorm, Epilogue
-from .pooling import (
+from ..batchnorm import batch_moments, channel_sum, normalize, normalize_backward, update_running
+from ..choosing import Geometry, Tile
+from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from ..epilogue import ACTIVATIONS, BatchNorm, Epilogue
+from ..pooling import (
     adaptive_avg_pool,
     adaptive_avg_pool_backward,
     avg_pool,
@@ -27,11 +27,11 @@ from .pooling import (
     max_pool_backward,
     max_pool_indices,
 )
-from .problem import ConvProblem, PoolProblem
-from .tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile, strip_tiles
-from .tma.stem import packed_problem
-from .tma.tiles import candidate_boxes
-from .tma.views import why_not_on
+from ..problem import ConvProblem, PoolProblem
+from ..tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile, strip_tiles
+from ..tma.stem import packed_problem
+from ..tma.tiles import candidate_boxes
+from ..tma.views import why_not_on
 
 BATCH = 32
 LAST = torch.channels_last

@@ -1,4 +1,4 @@
-"""How many instructions the main loops of the tensor-map kernels have had so far: aot_record.json, by compiler and architecture.
+"""How many instructions the main loops of the tensor-map kernels have had so far: record.json, by compiler and architecture.
 
 A loop that grows is how a lost pipeline or a load that fell back to pointers shows without a GPU: `cnnfast aot` fails where one has risen
 by more than RISE over the record. Where a rise is meant, `cnnfast aot --record` writes what it found.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import triton
 
 if TYPE_CHECKING:
-    from .aot import Row
+    from .compiling import Row
 
 FILE = Path(__file__).with_suffix(".json")
 RISE = 0.15

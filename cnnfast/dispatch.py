@@ -1,7 +1,8 @@
 """Which path a call takes, and how one sees it.
 
-A call is served by our kernels if its tensors are on an NVIDIA GPU from sm_80 on, or on the CPU while Triton interprets
-(TRITON_INTERPRET=1); otherwise torch.nn.functional is called directly. `why_torch` is the whole decision.
+A call is one of our operators' if its tensors are on an NVIDIA GPU from sm_80 on where Triton can launch, or on the CPU while Triton
+interprets (TRITON_INTERPRET=1); otherwise torch.nn.functional is called directly. `why_torch` is the whole of that decision. Which
+convolutions the library serves inside our operators is decided there (ops/serving.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,9 +23,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 try:
-    from cnnfast_kernels import launch
+    from cnnfast_kernels import launch, launchable
 except ImportError:  # no triton on this platform: every operation takes PyTorch's path
-    launch = None
+    launch = launchable = None
 
 Backend = Literal["auto", "kernels", "torch"]
 Server = Literal["kernels", "library", "torch"]
@@ -98,6 +100,21 @@ def _gpu_reason(index: int) -> str:
     return "" if capability >= OLDEST_GPU else f"GPU sm_{capability[0]}{capability[1]} is older than sm_80"
 
 
+@assume_constant_result
+def _launch_reason(device: torch.device) -> str:
+    """Why Triton cannot launch on a GPU, told in a warning the first time; "" if it can."""
+    assert launchable is not None
+    reason = launchable.why_no_launch(device)
+    if reason:
+        _warn_of(reason)
+    return reason
+
+
+@functools.cache
+def _warn_of(reason: str) -> None:
+    warnings.warn(f"PyTorch serves every call of cnnfast's in this process: {reason}", RuntimeWarning, stacklevel=2)
+
+
 @asked_once
 def _interpreter_rounds_bf16() -> bool:
     """Triton's interpreter computes bfloat16 on raw bits, silently wrong; a test suite may have mended it. Asked once, by trying."""
@@ -153,7 +170,7 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
         if type(t) not in PLAIN and is_traceable_wrapper_subclass(t):
             return _torch("the tensor wraps others")
     if x.is_cuda:
-        return _torch(_gpu_reason(device.index))
+        return _torch(_gpu_reason(device.index) or _launch_reason(device))
     if not x.is_cpu and not (x.is_meta and _meta_counts):
         return _torch(f"device {device.type} has no kernels")
     if launch.INTERPRETED and x.is_cpu and _in_bf16(x, *others) and not _interpreter_rounds_bf16():

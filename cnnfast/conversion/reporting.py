@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console, RenderableType
@@ -16,11 +17,18 @@ from rich.text import Text
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from cnnfast_kernels.problem import ConvProblem
+
 from .. import dispatch
 from .fusion import groups_in_force, plan_of, why_not_fused
 from .grafts import base_of
 from .leaves import is_norm, is_ours, replacement, why_left
 from .planning import Group
+
+if TYPE_CHECKING:
+    from cnnfast_kernels.launch import Gpu
+
+    from ..summary import Layer
 
 FUSED, REPLACED, LEFT = "fused", "replaced", "left"
 STYLES = {FUSED: "green", REPLACED: "green", LEFT: "yellow"}
@@ -98,7 +106,8 @@ def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> Report:
     fused: dict[str, str] = {}
     for name, module in modules.items():
         fused |= _fused_members(name, module)
-    costs, total, sizes = _flops(model, example_inputs)
+    found, sizes = _layers(model, example_inputs)
+    costs = _flops(found)
     rows = []
     for name, module in modules.items():
         kind = base_of(type(module)).__name__
@@ -109,7 +118,8 @@ def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> Report:
             rows.append(Row(name, kind, REPLACED, "", costs.get(name), convolution))
         elif reason := why_left(module) or _why_plain(module) or _why_not(module):
             rows.append(Row(name, kind, LEFT, reason, costs.get(name), convolution))
-    return Report(rows, total, sizes, list(_notes(model)))
+    total = sum(costs.values()) if found else None
+    return Report(rows, total, sizes, list(_notes(model, found, sizes)))
 
 
 def _fused_members(name: str, block: nn.Module) -> dict[str, str]:
@@ -144,33 +154,37 @@ def _why_not(block: nn.Module) -> str:
     return ""
 
 
-def _flops(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[dict[str, int], int | None, str]:
-    """(FLOPs of each module by name, of the model, what input they are of). Without inputs an image as large as ImageNet's is tried."""
+def _layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[list[Layer], str]:
+    """(the model's layers, what input they are of). Without inputs an image as large as ImageNet's is tried; none if it does not run."""
     from ..summary import layers
 
     inputs = example_inputs
     if not inputs:
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         if first is None:
-            return {}, None, ""
+            return [], ""
         inputs = (torch.empty(1, first.in_channels, 224, 224, device="meta", dtype=first.weight.dtype),)
     try:
-        found = layers(model, *inputs)
+        return layers(model, *inputs), f"for an input of {_sizes(inputs)}"
     except Exception as error:  # whatever a foreign forward raises
         if example_inputs:
             raise
-        return {}, None, f"the model does not take {_sizes(inputs)}: {type(error).__name__}"
-    costs: dict[str, int] = {}
+        return [], f"the model does not take {_sizes(inputs)}: {type(error).__name__}"
+
+
+def _flops(found: list[Layer]) -> Counter[str]:
+    """Of each module by name."""
+    costs: Counter[str] = Counter()
     for layer in found:
-        costs[layer.name] = costs.get(layer.name, 0) + layer.flops
-    return costs, sum(costs.values()), f"for an input of {_sizes(inputs)}"
+        costs[layer.name] += layer.flops
+    return costs
 
 
 def _sizes(inputs: tuple[Any, ...]) -> str:
     return ", ".join("x".join(map(str, t.shape)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))
 
 
-def _notes(model: nn.Module) -> Iterator[str]:
+def _notes(model: nn.Module, found: list[Layer], sizes: str) -> Iterator[str]:
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and is_ours(m)]
     if not weights:
         return
@@ -178,21 +192,35 @@ def _notes(model: nn.Module) -> Iterator[str]:
         reason = dispatch.why_torch(weights[0])
     if reason:
         yield f"PyTorch serves this model as it is now, because {reason}."
-    elif note := _unmeasured(weights[0]):
-        yield note
+    elif weights[0].is_cuda:
+        yield from _unmeasured(model, dispatch.launch.gpu(weights[0].device), found, sizes)
     strided = sum(w.shape[1] > 1 and w[0, 0].numel() > 1 and not w.is_contiguous(memory_format=torch.channels_last) for w in weights)
     if strided:
         yield (
-            f"{strided} convolutions have NCHW weights: with an NCHW input kernels read single elements, not vectors."
-            " convert(model, memory_format=torch.channels_last), and channels_last inputs, avoid that."
+            f"{strided} convolutions have NCHW weights. With an NCHW input our kernels read single elements, not vectors, and on a GPU"
+            " they serve only where they were measured to be faster all the same. convert(model, memory_format=torch.channels_last), and"
+            " channels_last inputs, avoid that."
         )
 
 
-def _unmeasured(weight: torch.Tensor) -> str:
-    """Whether tiles are chosen by default, for want of measurements on the GPU that the weight is on."""
-    if not weight.is_cuda:
-        return ""
-    from cnnfast_kernels import launch, tables
+def _unmeasured(model: nn.Module, gpu: Gpu, found: list[Layer], sizes: str) -> Iterator[str]:
+    """One line, if some convolutions were not measured on the GPU."""
+    from cnnfast_kernels import tables
 
-    gpu = launch.gpu(weight.device)
-    return "" if tables.measured(*gpu) else f"unmeasured: run cnnfast tune. No convolution was measured on this GPU ({gpu.name})."
+    call = "cnnfast tune MODEL, or cnnfast.tuning.tune(model, *inputs), measures them."
+    if not found:
+        yield f"Which convolutions are unmeasured on this GPU ({gpu.name}) is not known, for {sizes}. {call}"
+        return
+    problems = [problem for layer in found if (problem := _problem(model.get_submodule(layer.name), layer.input_shape))]
+    missing = sum(not tables.measured(*gpu, problem) for problem in problems)
+    if missing:
+        yield f"{missing} of {len(problems)} convolutions are unmeasured on this GPU ({gpu.name}) {sizes}. {call}"
+
+
+def _problem(module: nn.Module, input_shape: tuple[int, ...]) -> ConvProblem | None:
+    """What a module that is ours convolves; None for any other."""
+    if not isinstance(module, nn.Conv2d) or not is_ours(module) or len(input_shape) != 4:
+        return None
+    left, right, top, bottom = module._reversed_padding_repeated_twice
+    where = tuple(module.weight.shape), module.stride, (top, bottom, left, right), module.dilation, module.groups
+    return ConvProblem.of(input_shape, *where)  # pyright: ignore[reportArgumentType]

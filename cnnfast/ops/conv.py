@@ -3,8 +3,7 @@ of every order come from the three kernels.
 
 `padding` is (top, bottom, left, right). A gradient is laid out as the tensor it belongs to, so that nobody copies it again.
 
-With algorithm="auto" the library serves where a measured row says so (library.py): decided here, on sizes that are numbers, so that
-dynamic shapes do not compile again.
+With algorithm="auto" serving.py decides whether the library's convolution serves (library.py) or our kernels do.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnnfast_kernels import conv, launch, tables
+from cnnfast_kernels import conv, launch
 from cnnfast_kernels.epilogue import FROM_OUTPUT, PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.problem import output_extent
 
-from ..dispatch import _traces
-from . import library, plain
+from . import library, plain, serving
 from .batchnorm import channel_sum, frozen_backward, normalize
 from .registry import register
 
@@ -35,36 +33,31 @@ def _format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _asked(algorithm: str) -> bool:
-    """Whether the row that a call was measured in may give it to the library, or somebody wants to know what it says."""
-    return algorithm == "auto" and bool(tables.library or _traces)
-
-
 def _fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> Tensor:
     geometry, tf32 = conv.Geometry(stride, padding, dilation, groups), allow_tf32(x)
-    if _asked(algorithm) and library.wins(conv.fprop_plan(x, w, geometry, tf32=tf32).row, geometry, x):
-        return library.fprop(x, w, geometry, bias)
+    if serving.asked(algorithm, x) and (decision := serving.fprop(x, w, geometry, tf32)):
+        return library.fprop(x, w, geometry, bias, decision)
     return conv.conv_fprop(x, w, geometry, PLAIN if bias is None else Epilogue(bias), algorithm=algorithm, tf32=tf32)
 
 
 def _dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
     geometry, tf32, fmt = conv.Geometry(stride, padding, dilation, groups), allow_tf32(dy), _format(channels_last)
-    if _asked(algorithm) and library.wins(conv.dgrad_plan(dy, w, x_shape, geometry, fmt, tf32=tf32).row, geometry, dy):
-        return library.dgrad(dy, w, x_shape, geometry, fmt, bias)
+    if serving.asked(algorithm, dy) and (decision := serving.dgrad(dy, w, x_shape, fmt, geometry, tf32)):
+        return library.dgrad(dy, w, x_shape, geometry, bias, decision)
     return conv.conv_dgrad(dy, w, x_shape, geometry, bias=bias, fmt=fmt, algorithm=algorithm, tf32=tf32)
 
 
 def _wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
     geometry, tf32, fmt = conv.Geometry(stride, padding, dilation, groups), allow_tf32(x), _format(channels_last)
-    if _asked(algorithm) and library.wins(conv.wgrad_plan(x, dy, w_shape, geometry, fmt, tf32=tf32).row, geometry, x):
-        return library.wgrad(x, dy, w_shape, geometry, fmt)
+    if serving.asked(algorithm, x) and (decision := serving.wgrad(x, dy, w_shape, fmt, geometry, tf32)):
+        return library.wgrad(x, dy, w_shape, geometry, decision)
     return conv.conv_wgrad(x, dy, w_shape, geometry, fmt=fmt, algorithm=algorithm, tf32=tf32)
 
 
 def _stats(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> tuple[Tensor, Tensor, Tensor]:
     geometry, tf32 = conv.Geometry(stride, padding, dilation, groups), allow_tf32(x)
-    if _asked(algorithm) and library.wins(conv.fprop_plan(x, w, geometry, stats=True, tf32=tf32).row, geometry, x):
-        return library.stats(x, w, geometry, bias)
+    if serving.asked(algorithm, x) and (decision := serving.fprop(x, w, geometry, tf32, "stats")):
+        return library.stats(x, w, geometry, bias, decision)
     return conv.conv_stats(x, w, geometry, bias=bias, algorithm=algorithm, tf32=tf32)
 
 
@@ -88,8 +81,8 @@ def _bn_act(
 ) -> Tensor:
     geometry, tf32 = conv.Geometry(stride, padding, dilation, groups), allow_tf32(x)
     epilogue = Epilogue(bias, BatchNorm(mean, var, bn_weight, bn_bias, eps), residual, activation, slope)
-    if _asked(algorithm) and library.wins(conv.fprop_plan(x, w, geometry, epilogue, tf32=tf32).row, geometry, x):
-        return library.bn_act(x, w, geometry, epilogue)
+    if serving.asked(algorithm, x) and (decision := serving.fprop(x, w, geometry, tf32, "norm", residual, activation)):
+        return library.bn_act(x, w, geometry, epilogue, decision)
     return conv.conv_fprop(x, w, geometry, epilogue, algorithm=algorithm, tf32=tf32)
 
 

@@ -1,7 +1,8 @@
-"""The library's convolution, cuDNN's on a GPU, inside our operators: where a row that was measured on this GPU says that it is faster.
+"""The library's convolution, cuDNN's on a GPU, inside our operators: where serving.py says that it serves.
 
-Batch norm, residual and activation are then a kernel of ours, as in training. Results are laid out as our own. PyTorch's settings
-hold here: torch.backends.cudnn.deterministic, for one, where the same inputs shall give the same bits.
+Statistics, norm, addition and activation are then one pass of our kernels over its output. Results are laid out as our own would be.
+PyTorch's settings hold here: torch.backends.cudnn.benchmark, and torch.backends.cudnn.deterministic where the same inputs shall give the
+same bits.
 """
 
 from __future__ import annotations
@@ -14,71 +15,79 @@ from torch import Tensor
 from cnnfast_kernels import batchnorm, launch
 from cnnfast_kernels.conv import Geometry
 from cnnfast_kernels.epilogue import Epilogue
-from cnnfast_kernels.tables import Row
 
-from .. import dispatch
+from .plain import pad
+from .serving import Decision
 
-UNMEASURED = "unmeasured: run cnnfast tune"
-
-
-def serves(geometry: Geometry) -> bool:
-    """Whether it can: it pads both ends alike."""
-    top, bottom, left, right = geometry.padding
-    return (top, left) == (bottom, right)
+UNPADDED = (0, 0, 0, 0)
 
 
-def wins(row: Row | None, geometry: Geometry, x: Tensor) -> bool:
-    """Whether the library serves a call for which `row` was found. Tells traces, and what was not measured on a GPU."""
-    if row is None:
-        if x.is_cuda:
-            dispatch.note("kernels", UNMEASURED)
-        return False
-    if row.winner != "library" or not serves(geometry) or not dispatch.library_allowed():
-        return False
-    times = {name: f"{time:.1f} us" for name, time in row.microseconds.items()}
-    measured = f"it took {times.get('library')}, our best kernel {times.get('kernels')} at batch {row.key.problem.N}"
-    dispatch.note("library", f"{measured} when measured on this GPU")
-    return True
-
-
-def _laid(t: Tensor, shape: Sequence[int], like: Tensor, fmt: torch.memory_format) -> Tensor:
+def _laid(t: Tensor, layout: launch.Layout) -> Tensor:
     """`t` in the strides that our kernels would have given it: fakes, and what torch.compile made of them, rely on those."""
-    out = launch.empty(shape, like, fmt)
-    return t if t.stride() == out.stride() else out.copy_(t)
+    return t if t.stride() == layout.strides else launch.empty(layout, t).copy_(t)
 
 
-def _arguments(geometry: Geometry) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+def _arguments(geometry: Geometry) -> tuple[list[int], list[int], list[int]]:
+    """(stride, padding, dilation) as torch.convolution takes them."""
     top, _, left, _ = geometry.padding
-    return list(geometry.stride), [top, left], list(geometry.dilation), False, [0, 0], geometry.groups
+    return list(geometry.stride), [top, left], list(geometry.dilation)
 
 
-def fprop(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
-    y = torch.convolution(x, w, bias, *_arguments(geometry))
-    return _laid(y, y.shape, x, launch.memory_format(x, w))
+def _convolve(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, pads: bool) -> Tensor:
+    if pads:
+        x, geometry = pad(x, geometry.padding), geometry._replace(padding=UNPADDED)
+    return torch.convolution(x, w, bias, *_arguments(geometry), False, [0, 0], geometry.groups)
 
 
-def stats(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    y = fprop(x, w, geometry, bias)
+def fprop(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, decision: Decision) -> Tensor:
+    return _laid(_convolve(x, w, geometry, bias, decision.pads), decision.result)
+
+
+def stats(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
+    y = fprop(x, w, geometry, bias, decision)
     return y, *batchnorm.batch_moments(y)
 
 
-def bn_act(x: Tensor, w: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
+def bn_act(x: Tensor, w: Tensor, geometry: Geometry, epilogue: Epilogue, decision: Decision) -> Tensor:
     bias, norm, residual, activation, slope = epilogue
-    y = fprop(x, w, geometry, bias)
+    y = _convolve(x, w, geometry, bias, decision.pads)
     assert norm.mean is not None
     assert norm.var is not None
-    z = batchnorm.normalize(y, norm.mean, norm.var, norm.weight, norm.bias, residual, norm.eps, activation, slope)
-    return _laid(z, z.shape, x, launch.memory_format(x, w))
+    z = batchnorm.normalize(y, norm.mean, norm.var, norm.weight, norm.bias, residual, norm.eps, activation, slope, decision.result)
+    return _laid(z, decision.result)
 
 
-def dgrad(dy: Tensor, w: Tensor, x_shape: Sequence[int], geometry: Geometry, fmt: torch.memory_format, bias: Tensor | None) -> Tensor:
-    x = launch.empty(x_shape, dy, fmt)  # only its size and strides are read
-    dx = torch.ops.aten.convolution_backward(dy, x, w, None, *_arguments(geometry), [True, False, False])[0]
-    dx = dx if bias is None else dx + bias.view(-1, 1, 1)
-    return _laid(dx, x_shape, dy, fmt)
+def dgrad(dy: Tensor, w: Tensor, x_shape: Sequence[int], geometry: Geometry, bias: Tensor | None, decision: Decision) -> Tensor:
+    """With `bias` [C], the transposed convolution to which it belongs."""
+    if not decision.pads:
+        return _laid(_convolve_back(dy, w, x_shape, geometry, bias), decision.result)
+    N, C, H, W = x_shape
+    top, bottom, left, right = geometry.padding
+    padded = _convolve_back(dy, w, (N, C, H + top + bottom, W + left + right), geometry._replace(padding=UNPADDED), bias)
+    return _laid(pad(padded, geometry.padding, -1), decision.result)
 
 
-def wgrad(x: Tensor, dy: Tensor, w_shape: Sequence[int], geometry: Geometry, fmt: torch.memory_format) -> Tensor:
-    w = launch.empty(w_shape, x, fmt)
-    dw = torch.ops.aten.convolution_backward(dy, x, w, None, *_arguments(geometry), [False, True, False])[1]
-    return _laid(dw, w_shape, x, fmt)
+def _convolve_back(dy: Tensor, w: Tensor, x_shape: Sequence[int], geometry: Geometry, bias: Tensor | None) -> Tensor:
+    stride, padding, dilation = _arguments(geometry)
+    if geometry.groups > 1 and geometry.groups == x_shape[1]:
+        # PyTorch has kernels for the gradient of a depthwise convolution, and none for a transposed one. Of x its layout is read.
+        x = launch.empty(x_shape, dy, launch.memory_format(dy, w))
+        arguments = stride, padding, dilation, False, [0, 0], geometry.groups
+        dx = torch.ops.aten.convolution_backward(dy, x, w, None, *arguments, [True, False, False])[0]
+        return dx if bias is None else dx.add_(bias.view(-1, 1, 1))
+    # The same call of the library as the gradient, but it needs no x, which nobody may have kept.
+    reached = [
+        (n - 1) * s - 2 * p + d * (taps - 1) + 1
+        for n, s, p, d, taps in zip(dy.shape[2:], stride, padding, dilation, w.shape[2:], strict=True)
+    ]
+    more = [size - least for size, least in zip(x_shape[2:], reached, strict=True)]
+    return torch.convolution(dy, w, bias, stride, padding, dilation, True, more, geometry.groups)
+
+
+def wgrad(x: Tensor, dy: Tensor, w_shape: Sequence[int], geometry: Geometry, decision: Decision) -> Tensor:
+    if decision.pads:
+        x, geometry = pad(x, geometry.padding), geometry._replace(padding=UNPADDED)
+    w = launch.empty(decision.result, x)  # its layout is read
+    arguments = *_arguments(geometry), False, [0, 0], geometry.groups
+    dw = torch.ops.aten.convolution_backward(dy, x, w, None, *arguments, [False, True, False])[1]
+    return _laid(dw, decision.result)

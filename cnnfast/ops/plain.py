@@ -12,25 +12,26 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 
-def _pad(x: Tensor, padding: Any, sign: int = 1) -> Tensor:
+def pad(x: Tensor, padding: Any, sign: int = 1) -> Tensor:
+    """x with (top, bottom, left, right) zeros around it, or with `sign` -1 without so many rows and columns."""
     top, bottom, left, right = padding
     return F.pad(x, (sign * left, sign * right, sign * top, sign * bottom))
 
 
 def conv_fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> Tensor:
-    return F.conv2d(_pad(x, padding), w, bias, stride, 0, dilation, groups)
+    return F.conv2d(pad(x, padding), w, bias, stride, 0, dilation, groups)
 
 
 def conv_dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
     N, C, H, W = x_shape
     top, bottom, left, right = padding
     padded = conv2d_input((N, C, H + top + bottom, W + left + right), w, dy, stride, 0, dilation, groups)
-    dx = _pad(padded, padding, -1)
+    dx = pad(padded, padding, -1)
     return dx if bias is None else dx + bias.view(-1, 1, 1)
 
 
 def conv_wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
-    return conv2d_weight(_pad(x, padding), w_shape, dy, stride, 0, dilation, groups)
+    return conv2d_weight(pad(x, padding), w_shape, dy, stride, 0, dilation, groups)
 
 
 def channel_sum(x: Tensor) -> Tensor:

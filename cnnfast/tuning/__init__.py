@@ -16,7 +16,6 @@ from cnnfast_kernels import choosing, launch, tables
 from ..bench.machine import this_machine
 from ..bench.timing import Step, Times, clock_of
 from ..bench.timing import measure as take_turns
-from ..ops import library
 from ..ops.conv import allow_tf32
 from .capture import Convolution, capture
 from .report import DEFAULT, LIBRARY, Candidate, Measured, Tuning
@@ -104,8 +103,7 @@ def plan(
         if not measured.candidates:
             default = choosing.default_tile(question)
             measured.candidates = {DEFAULT if t == default else str(t): Candidate(t) for t in choosing.candidates(question)}
-            if library.serves(convolution.geometry):
-                measured.candidates[LIBRARY] = Candidate(None)
+            measured.candidates[LIBRARY] = Candidate(None)
     return list(found.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 
 from ..activations import activate
 from ..checking.judge import compare
-from ..ops import library
+from ..ops import library, serving
 from ..ops.conv import allow_tf32
 from .capture import FORWARD, Convolution
 
@@ -61,20 +62,25 @@ def ours(convolution: Convolution, a: Arguments, tile: conv.Tile) -> Results:
             return (conv.conv_fprop(a["x"], a["w"], convolution.geometry, _epilogue(a), **how),)
 
 
+@functools.lru_cache
+def _decision(convolution: Convolution) -> serving.Decision:
+    return serving.by_library(convolution.question(tf32=False, gpu=launch.NO_GPU))
+
+
 def by_library(convolution: Convolution, a: Arguments) -> Results:
     """As the operator would give it to the library."""
-    geometry = convolution.geometry
+    geometry, decision = convolution.geometry, _decision(convolution)
     match convolution.operator:
         case "conv_dgrad":
-            return (library.dgrad(a["dy"], a["w"], a["x_shape"], geometry, convolution.format, a["bias"]),)
+            return (library.dgrad(a["dy"], a["w"], a["x_shape"], geometry, a["bias"], decision),)
         case "conv_wgrad":
-            return (library.wgrad(a["x"], a["dy"], a["w_shape"], geometry, convolution.format),)
+            return (library.wgrad(a["x"], a["dy"], a["w_shape"], geometry, decision),)
         case "conv_stats":
-            return library.stats(a["x"], a["w"], geometry, a["bias"])
+            return library.stats(a["x"], a["w"], geometry, a["bias"], decision)
         case "conv_bn_act":
-            return (library.bn_act(a["x"], a["w"], geometry, _epilogue(a)),)
+            return (library.bn_act(a["x"], a["w"], geometry, _epilogue(a), decision),)
         case _:
-            return (library.fprop(a["x"], a["w"], geometry, a["bias"]),)
+            return (library.fprop(a["x"], a["w"], geometry, a["bias"], decision),)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

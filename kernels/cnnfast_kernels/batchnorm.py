@@ -148,7 +148,7 @@ def normalize(
     eps: float,
     activation: str | None,
     slope: float,
-    out_like: torch.Tensor | None = None,
+    out_like: launch.Laid | None = None,
 ) -> torch.Tensor:
     """z = act((y - mean) * weight / sqrt(var + eps) + bias + residual), of y's dtype, in the memory format of `out_like`, by default y.
 

@@ -84,6 +84,11 @@ class Question(NamedTuple):
         return all(map(_adjacent, {"fprop": (self.x, self.w), "dgrad": (self.y, self.w), "wgrad": (self.x, self.y)}[self.operation]))
 
     @property
+    def channels_last(self) -> bool:
+        """Whether channels are adjacent in all that is read and written."""
+        return all(map(_adjacent, (*self.images, self.w)))
+
+    @property
     def images(self) -> list[launch.Layout]:
         return [self.x, self.y] if self.residual is None else [self.x, self.y, self.residual]
 
@@ -183,11 +188,18 @@ def candidates(q: Question) -> list[Tile]:
     return list(dict.fromkeys([default_tile(q), *found]))
 
 
-def choose(q: Question) -> tuple[Tile, tables.Row | None]:
-    """The tile to run, and the row that was found. Its tile is not taken if its family cannot serve these tensors."""
+def measured(q: Question) -> tables.Row | None:
+    """The row that serves these tensors. One whose winner is a tile that they cannot take, since they are not aligned, say, does not."""
     row = tables.find(q.key)
-    if row is not None:
-        family = StripTile if q.problem.is_depthwise else TileConfig if q.why_no_boxes else (TileConfig, BoxTile)
-        if isinstance(row.tile, family):
-            return row.tile, row
-    return default_tile(q), row
+    return row if row is not None and (row.winner == "library" or _can_run(row.tile, q)) else None
+
+
+def choose(q: Question) -> Tile:
+    """The tile to run: of the row that was measured, or the default."""
+    row = measured(q)
+    return row.tile if row is not None and _can_run(row.tile, q) else default_tile(q)
+
+
+def _can_run(tile: Tile, q: Question) -> bool:
+    family = StripTile if q.problem.is_depthwise else TileConfig if q.why_no_boxes else (TileConfig, BoxTile)
+    return isinstance(tile, family)

@@ -23,7 +23,6 @@ from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
 from .gather.wgrad import plan_wgrad
 from .partials import TileRows, combine
 from .slots import WgradPlan
-from .tables import Row
 from .tiling import StripTile, cdiv
 from .tma.dgrad import plan_tma_dgrad
 from .tma.fprop import box_rows, plan_tma_fprop
@@ -43,12 +42,12 @@ def _check(tile: Tile, reason: str) -> None:
 # Plans: all that a call needs and its tensors' contents do not change
 
 
-def _tile(q: Question, tile: Tile | None) -> tuple[Tile, Row | None]:
-    """The tile that was given, or the choice, and the measured row if one was asked for."""
+def _tile(q: Question, tile: Tile | None) -> Tile:
+    """The tile that was given, or the choice."""
     if tile is None:
         return choose(q)
     _check(tile, q.why_no_boxes)
-    return tile, None
+    return tile
 
 
 class FpropPlan(NamedTuple):
@@ -56,7 +55,6 @@ class FpropPlan(NamedTuple):
     run: launch.Plan | StripPlan | StemPlan
     moments: launch.Layout  # where the kernel can leave those of its tiles, and which pixels these are
     rows: TileRows
-    row: Row | None
 
 
 @launch.planned
@@ -80,7 +78,7 @@ def _plan_fprop(
     x, w = launch.Layout(x_shape, x_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
     q = ask_fprop(x, w, residual_strides, geometry, kind, activation, tf32, gpu, aligned)
     g, y, residual = q.problem, q.y, q.residual
-    tile, row = _tile(q, tile)
+    tile = _tile(q, tile)
     if isinstance(tile, StripTile):
         run = plan_depthwise_fprop(g, tile, x, w, y, residual, eps, activation, slope)
         rows = moments_rows(g, tile)
@@ -95,7 +93,7 @@ def _plan_fprop(
         pixels = g.N * g.P * g.Q
         tiles = cdiv(pixels, tile.BLOCK_M)
         rows = TileRows(max(tiles, 1), pixels, tile.BLOCK_M)
-    return FpropPlan(y, run, launch.dense((tiles, 2, g.K), launch.accumulator_dtype(dtype)), rows, row)
+    return FpropPlan(y, run, launch.dense((tiles, 2, g.K), launch.accumulator_dtype(dtype)), rows)
 
 
 def fprop_plan(
@@ -120,19 +118,18 @@ def fprop_plan(
 class DgradPlan(NamedTuple):
     dx: launch.Layout
     run: launch.Plan | StripPlan
-    row: Row | None
 
 
 @launch.planned
 def _plan_dgrad(dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned) -> DgradPlan:
     dy, w = launch.Layout(dy_shape, dy_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
     q = ask_dgrad(dy, w, x_shape, fmt, geometry, tf32, gpu, aligned)
-    tile, row = _tile(q, tile)
+    tile = _tile(q, tile)
     if isinstance(tile, StripTile):
-        return DgradPlan(q.x, plan_depthwise_dgrad(q.problem, tile, dy, w, q.x), row)
+        return DgradPlan(q.x, plan_depthwise_dgrad(q.problem, tile, dy, w, q.x))
     if isinstance(tile, BoxTile):
-        return DgradPlan(q.x, plan_tma_dgrad(q.problem, tile, dy, w, q.x), row)
-    return DgradPlan(q.x, plan_dgrad(q.problem, tile, q.precision, dy, w, q.x), row)
+        return DgradPlan(q.x, plan_tma_dgrad(q.problem, tile, dy, w, q.x))
+    return DgradPlan(q.x, plan_dgrad(q.problem, tile, q.precision, dy, w, q.x))
 
 
 def dgrad_plan(
@@ -154,20 +151,19 @@ def dgrad_plan(
 class WeightsPlan(NamedTuple):
     dw: launch.Layout
     run: WgradPlan | StemWgradPlan
-    row: Row | None
 
 
 @launch.planned
 def _plan_wgrad(x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned) -> WeightsPlan:
     x, dy = launch.Layout(x_shape, x_strides, dtype), launch.Layout(dy_shape, dy_strides, dtype)
     q = ask_wgrad(x, dy, w_shape, fmt, geometry, tf32, gpu, aligned)
-    tile, row = _tile(q, tile)
+    tile = _tile(q, tile)
     if isinstance(tile, StripTile):
-        return WeightsPlan(q.w, plan_depthwise_wgrad(q.problem, tile, x, dy, q.w), row)
+        return WeightsPlan(q.w, plan_depthwise_wgrad(q.problem, tile, x, dy, q.w))
     if isinstance(tile, BoxTile):
         plan = plan_stem_wgrad if q.packed else plan_tma_wgrad
-        return WeightsPlan(q.w, plan(q.problem, tile, x, dy, q.w), row)
-    return WeightsPlan(q.w, plan_wgrad(q.problem, tile, q.precision, x, dy, q.w), row)
+        return WeightsPlan(q.w, plan(q.problem, tile, x, dy, q.w))
+    return WeightsPlan(q.w, plan_wgrad(q.problem, tile, q.precision, x, dy, q.w))
 
 
 def wgrad_plan(
@@ -252,7 +248,7 @@ def conv_dgrad(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to x, plus `bias` [C]: the transposed convolution of dy."""
-    layout, run, _ = dgrad_plan(dy, w, x_shape, geometry, fmt, tf32=tf32, tile=tile)
+    layout, run = dgrad_plan(dy, w, x_shape, geometry, fmt, tf32=tf32, tile=tile)
     dx = launch.empty(layout, dy)
     (bias,) = contiguous(bias)
     if algorithm == "im2col":
@@ -274,7 +270,7 @@ def conv_wgrad(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to w."""
-    layout, run, _ = wgrad_plan(x, dy, w_shape, geometry, fmt, tf32=tf32, tile=tile)
+    layout, run = wgrad_plan(x, dy, w_shape, geometry, fmt, tf32=tf32, tile=tile)
     dw = launch.empty(layout, x)
     if dy.numel() == 0 or x.numel() == 0:
         return dw.zero_()

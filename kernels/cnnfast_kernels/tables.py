@@ -21,6 +21,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -112,21 +113,22 @@ _reading = threading.Lock()
 
 def find(key: Key) -> Row | None:
     """The row that serves a convolution, if it was measured: of the nearest batch, the smaller of two as near."""
-    N = key.problem.N
-
-    def apart(row: Row) -> float:
-        return max(row.key.problem.N, N) / min(row.key.problem.N, N)
-
     for table in _read():
-        near = [row for row in table.get(key.but_for_batch, ()) if N and apart(row) <= FARTHEST_BATCH]
+        near = [row for row in table.get(key.but_for_batch, ()) if _apart(row, key.problem.N) <= FARTHEST_BATCH]
         if near:
-            return min(near, key=lambda row: (apart(row), row.key.problem.N))
+            return min(near, key=lambda row: (_apart(row, key.problem.N), row.key.problem.N))
     return None
 
 
-def measured(gpu: str, arch: int) -> int:
-    """How many rows there are for a GPU."""
-    return sum(len(rows) for table in _read() for key, rows in table.items() if (key.gpu, key.arch) == (gpu, arch))
+def _apart(row: Row, N: int) -> float:
+    """How many times as large or as small as a batch of N images the one is that was measured."""
+    return max(row.key.problem.N, N) / min(row.key.problem.N, N) if N else inf
+
+
+def measured(gpu: str, arch: int, problem: ConvProblem) -> bool:
+    """Whether a row for a GPU is of a convolution's forward pass, in any dtype and layout, at a batch from which it may serve `problem`."""
+    near = (row.key for table in _read() for rows in table.values() for row in rows if _apart(row, problem.N) <= FARTHEST_BATCH)
+    return any((k.gpu, k.arch, k.operation) == (gpu, arch, "fprop") and replace(k.problem, N=problem.N) == problem for k in near)
 
 
 def forget() -> None:

@@ -262,7 +262,7 @@ def problems(rows: Iterable[Row]) -> list[str]:
 
 def kernel_names() -> set[str]:
     """Every kernel of this package: its jit functions whose name ends in _kernel."""
-    package = __package__.rpartition(".")[0]
+    package = (__package__ or "").rpartition(".")[0]
     names = set()
     for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}."):
         for name, value in vars(import_module(module.name)).items():

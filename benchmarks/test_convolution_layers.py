@@ -18,7 +18,7 @@ from cnnfast.bench.shapes import layers
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE, BATCH = (torch.device("cuda"), torch.bfloat16, 64) if GPU else (torch.device("cpu"), torch.float32, 1)
-CHOSEN = ("eager-graph", "cudnn-graph", "cnnfast-graph") if GPU else ("eager", "cnnfast")
+CHOSEN = ("eager-graph", "cudnn-graph", "cnnfast-graph", "cnnfast-kernels") if GPU else ("eager", "cnnfast")
 LAYERS = list(layers()) if GPU else list(layers())[-4:]
 CASES = [pytest.param(layer, mode, id=f"{layer}, {mode}") for layer in LAYERS for mode in layer.modes]
 

@@ -33,7 +33,7 @@ run tests 240 python3 -m pytest -q -n 8 -m "not compiled" tests
 run demo 120 python3 -m cnnfast demo --out "$OUT/demo"
 # Without max-autotune, which alone compiles for minutes: `cnnfast bench` has it, at every batch.
 providers=(--provider eager --provider eager-graph --provider compile --provider cudnn-fused --provider cudnn-graph --provider nchw)
-providers+=(--provider cnnfast --provider cnnfast-graph --provider cnnfast-compile)
+providers+=(--provider cnnfast --provider cnnfast-graph --provider cnnfast-kernels --provider cnnfast-compile)
 run bench 300 python3 -m cnnfast bench resnet50 --mode infer,train --batch 32 --seconds 0.5 "${providers[@]}" \
     --json "$OUT/bench.json" --pictures "$OUT/bench"
 run layers 200 python3 -m cnnfast bench --layers --seconds 0.05 --json "$OUT/layers.json" --pictures "$OUT/layers"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import conversion
+from .. import conversion, dispatch
 from . import folding, jax_model
 from .job import BACKWARD, FORWARD, MODELS, Job, Step, channels_last_of, placed, rotating, steps_of
 from .roofline import CONV, OPERATORS, POINTWISE
@@ -94,6 +94,14 @@ class Ours(Provider):
         return conversion.convert(self.laid_out(placed(job.original or job.model, job)), inplace=True)
 
 
+class Kernels(Ours):
+    """The same with every call served by our kernels, whether or not they were measured to be faster. What a CUDA graph captured stays."""
+
+    def prepare(self, job: Job) -> Prepared:
+        with dispatch.backend("kernels"):
+            return super().prepare(job)
+
+
 class Fused(Provider):
     """Batch norm folded into the weights, and one library kernel for a convolution with its bias, activation and addition."""
 
@@ -135,6 +143,7 @@ PROVIDERS = {
         Provider("nchw", "PyTorch eager, NCHW: for reference only", channels_last=False, baseline=False),
         Ours("cnnfast", "cnnfast.convert, eager", baseline=False, ours=True, level=CONV),
         Ours("cnnfast-graph", "the same, replayed as a CUDA graph", graph=True, baseline=False, ours=True, level=CONV),
+        Kernels("cnnfast-kernels", "the same graph by our kernels alone", graph=True, baseline=False, ours=True, level=CONV),
         Ours("cnnfast-compile", "torch.compile of the converted model", MODELS, COMPILE, baseline=False, ours=True, level=CONV),
     )
 }

@@ -24,7 +24,7 @@ MODES = ("infer", "train")
 STANDARD = "resnet50"
 # By device: images a step of the standard set.
 BATCHES = {"cuda": {"infer": [1, 8, 32, 256], "train": [32, 256], "layers": [64]}, "cpu": {"infer": [1], "train": [2], "layers": [1]}}
-LAYER_PROVIDERS = {"cuda": ("eager-graph", "cudnn-graph", "nchw", "cnnfast-graph"), "cpu": ("eager", "nchw", "cnnfast")}
+LAYER_PROVIDERS = {"cuda": ("eager-graph", "cudnn-graph", "nchw", "cnnfast-graph", "cnnfast-kernels"), "cpu": ("eager", "nchw", "cnnfast")}
 
 
 def bench(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import cnnfast
+from cnnfast import dispatch
 from cnnfast.bench import folding, providers, running
 from cnnfast.bench.gate import expect
 from cnnfast.bench.job import BACKWARD, Job, copies_for, plain, without_dropout
@@ -514,3 +515,13 @@ def _traced(provider, work):
 def test_modes_of_layers_are_not_those_of_models(small):
     for name in ("compile", "cudnn-fused", "jax"):
         assert all("only in mode" in PROVIDERS[name].unavailable(job(small, mode)) for mode in BACKWARD)
+
+
+def test_our_kernels_alone_are_captured(small, monkeypatch):
+    """The library, which would serve by default on a GPU, is not asked while the graph is made, and is again afterwards."""
+    asked = []
+    monkeypatch.setattr(providers, "captured", lambda make, device: asked.append(dispatch.library_allowed()) or list)
+    for name in ("cnnfast-kernels", "cnnfast-graph"):
+        PROVIDERS[name].prepare(job(small))
+    assert asked == [False, True]
+    assert dispatch.library_allowed()

@@ -36,6 +36,7 @@ CONVOLUTIONS = {
     "rows that no window reaches": lambda x, w, b: ours.conv2d(x, w, b, 3, 1),
     "dilated": lambda x, w, b: ours.conv2d(x, w, b, 1, 2, 2),
     "same, even": lambda x, w, b: ours.conv2d(x, w[..., :2, :], b, padding="same"),
+    "same, even, padded at both ends": lambda x, w, b: ours.conv2d(x, w[..., :2, :], b, padding="same", dilation=(3, 1)),
     "same, even, depthwise": lambda x, w, b: ours.conv2d(x, w[:4, :1, :2, :2], b[:4], padding="same", groups=4),
     "transposed, output padding": lambda x, w, b: ours.conv_transpose2d(x, w[:4], b[:4], 2, 1, 1),
     "transposed, output padding beyond the stride": lambda x, w, b: ours.conv_transpose2d(x, w[:4], b[:4], 2, 0, (2, 0), 1, (3, 1)),
@@ -57,6 +58,25 @@ def test_the_library_gives_the_same_bits_strides_and_gradients(library_wins, dev
     assert {call.served_by for call in by_kernels.trace} == {"kernels"}
     assert_bits(served, exact(CONVOLUTIONS[name], (x, w, b)))
     assert_same_strides(served, by_kernels)
+
+
+def test_results_in_other_strides_are_laid_out_as_ours(library_first, device, monkeypatch):
+    """cuDNN takes float64 in NCHW only, so its results are in NCHW whatever it was given."""
+    x, w = (normal(4, 4, 5, 5, seed=seed).to(device, memory_format=LAST) for seed in (0, 1))
+    mean, var = normal(4).to(device), torch.ones(4, dtype=torch.float64, device=device)
+    calls = [
+        lambda x, w: ours.conv2d(x, w, None, 1, 2),
+        lambda x, w: ours.conv_transpose2d(x, w, None, 2),
+        lambda x, w: ours.conv_bn_act(x, w, mean, var, padding=2),
+    ]
+    right = [run(call, (x, w)) for call in calls]
+    convolution = torch.convolution
+    monkeypatch.setattr(torch, "convolution", lambda *arguments: convolution(*arguments).contiguous())
+    for call, wanted in zip(calls, right, strict=True):
+        found = run(call, (x, w))
+        assert "library" in {call.served_by for call in found.trace}
+        assert_close(found, wanted)
+        assert_same_strides(found, wanted)
 
 
 @pytest.mark.parametrize("fmt", [LAST, NCHW], ids=["NHWC", "NCHW"])

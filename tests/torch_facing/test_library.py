@@ -56,7 +56,8 @@ def test_the_library_gives_the_same_bits_strides_and_gradients(library_wins, dev
     convolutions = [call for call in served.trace if call.operation.startswith("conv")]
     assert {call.served_by for call in convolutions} == {"library"}
     assert {call.served_by for call in by_kernels.trace} == {"kernels"}
-    assert_bits(served, exact(CONVOLUTIONS[name], (x, w, b)))
+    with cnnfast.backend("torch"):
+        assert_bits(served, exact(CONVOLUTIONS[name], (x, w, b)))
     assert_same_strides(served, by_kernels)
 
 

@@ -63,11 +63,12 @@ def dgrad(dy: Tensor, w: Tensor, x_shape: Sequence[int], geometry: Geometry, bia
         return _laid(_convolve_back(dy, w, x_shape, geometry, bias), decision.result)
     N, C, H, W = x_shape
     top, bottom, left, right = geometry.padding
-    padded = _convolve_back(dy, w, (N, C, H + top + bottom, W + left + right), geometry._replace(padding=UNPADDED), bias)
-    return _laid(pad(padded, geometry.padding, -1), decision.result)
+    padded = _convolve_back(dy, w, (N, C, H + top + bottom, W + left + right), geometry._replace(padding=UNPADDED))
+    dx = pad(padded, geometry.padding, -1)  # also adds rows that no tap reaches, which get the bias too
+    return _laid(dx if bias is None else dx + bias.view(-1, 1, 1), decision.result)
 
 
-def _convolve_back(dy: Tensor, w: Tensor, x_shape: Sequence[int], geometry: Geometry, bias: Tensor | None) -> Tensor:
+def _convolve_back(dy: Tensor, w: Tensor, x_shape: Sequence[int], geometry: Geometry, bias: Tensor | None = None) -> Tensor:
     stride, padding, dilation = _arguments(geometry)
     if geometry.groups > 1 and geometry.groups == x_shape[1]:
         # PyTorch has kernels for the gradient of a depthwise convolution, and none for a transposed one. Of x its layout is read.

@@ -62,7 +62,7 @@ def test_demo_without_its_extra_says_what_to_install(monkeypatch, module, name):
     result = invoke("demo")
     assert result.exit_code == 2
     assert name in result.output
-    assert 'pip install "cnnfast[demo]"' in result.output
+    assert 'pip install ".[demo]"' in result.output
 
 
 def test_help_imports_no_torch():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,13 +22,13 @@ def aot(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
     only: Annotated[str, typer.Option(help="Only cases whose name contains this: fprop, wgrad, float64, pooling, ...")] = "",
     record: Annotated[bool, typer.Option("--record", help="Note the instructions of main loops, to be compared with from now on.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Processes that compile.", show_default="one a core")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile.", show_default="one a core")] = None,
 ) -> None:
     """Compile every kernel for a GPU, without needing one: registers, spills, shared memory, tensor cores.
 
     Ends with exit code 1 if a kernel does not compile, spills registers, needs more shared memory than there is, multiplies
-    half precision without tensor cores, waits after every wgmma, or has a main loop 15 % longer than on record; or if a kernel is not
-    among the cases.
+    half precision without tensor cores, waits after every wgmma, or has a main loop 15 % longer than on record; or if a kernel that
+    can be chosen on an architecture is not among its cases.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -39,16 +41,19 @@ def aot(
         raise typer.BadParameter(f"ahead-of-time compilation needs triton: {error}") from None
 
     if record and only:
-        raise typer.BadParameter("--record takes the rows of all cases: leave --only out")
-    archs = arch or ["sm_90"]
-    text = TextColumn("compiling for " + ", ".join(archs))
-    progress = Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True))
-    try:
-        with progress:
-            bar = progress.add_task("")
-            rows = compiler.compile_all(archs, only, jobs, lambda done, total: progress.update(bar, completed=done, total=total))
-    except (RuntimeError, ValueError) as error:  # interpreted kernels, unknown architectures
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter("the record is of all cases: leave --only out", param_hint="--record")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
+    with refused_by("--arch"):
+        archs = [f"sm_{compiler.capability_of(name)}" for name in arch or ["sm_90"]]
+    with refused_by("--only"):
+        compiler.selected(archs, only)
+    with refused_by(None):
+        compiler.require_compiled_kernels()
+    text = TextColumn(f"compiling for {', '.join(archs)}")
+    with Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task("")
+        rows = compiler.compile_all(archs, only, jobs, lambda done, total: progress.update(bar, completed=done, total=total))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
@@ -56,13 +61,22 @@ def aot(
         loops.write(rows)
     found = compiler.problems(rows) + loops.risen(rows)
     if not only:
-        found += [f"{name}: no case compiles it (aot/cases.py)" for name in sorted(compiler.uncovered(rows))]
+        found += compiler.uncovered(rows)
     console = Console()
     for line in found:
         console.print(f"[bold red]problem[/] {escape(line)}", highlight=False, soft_wrap=True)
     console.print(summary(rows))
     console.print(f"{len(rows)} kernels compiled, {len(found)} problems")
     raise typer.Exit(1 if found else 0)
+
+
+@contextmanager
+def refused_by(option: str | None) -> Iterator[None]:
+    """What the compiler refuses inside ends the command with exit code 2 and the reason, as a wrong value of `option`."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def summary(rows: list[Row]) -> Table:

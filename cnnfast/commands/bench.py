@@ -65,7 +65,7 @@ def bench(
     if dtype not in ("", *DTYPES, *DTYPES.values()):
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
     if pictures is not None and importlib.util.find_spec("matplotlib") is None:
-        raise typer.BadParameter('pictures need matplotlib: pip install "cnnfast[demo]"', param_hint="--pictures")
+        raise typer.BadParameter('pictures need matplotlib: pip install ".[demo]"', param_hint="--pictures")
 
     import torch
     from rich.console import Console

@@ -30,7 +30,7 @@ def demo(
         extra for extra, module in (("scikit-learn", "sklearn"), ("matplotlib", "matplotlib")) if importlib.util.find_spec(module) is None
     ]
     if missing:
-        message = f'The demo needs {" and ".join(missing)}: pip install "cnnfast[demo]"'
+        message = f'The demo needs {" and ".join(missing)}: pip install ".[demo]"'
         Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2)
 

@@ -8,7 +8,19 @@ from dataclasses import replace
 import pytest
 
 from child import run_compiled
-from cnnfast_kernels.aot import Row, capability_of, compile_all, kernel_names, problems, sass, target, uncovered
+from cnnfast_kernels.aot import (
+    Row,
+    capability_of,
+    compile_all,
+    compiling,
+    due_on,
+    kernel_modules,
+    problems,
+    sass,
+    selected,
+    target,
+    uncovered,
+)
 from cnnfast_kernels.aot import record as loops
 from cnnfast_kernels.aot.cases import cases
 from cnnfast_kernels.aot.compiling import dot_operands
@@ -194,24 +206,80 @@ def test_a_main_loop_may_rise_by_15_percent_over_its_record(tmp_path):
     assert [len(rows) for rows in record.values()] == [1, 1], "what no case makes any more is forgotten"
 
 
-def test_the_record_is_of_the_oldest_and_the_newest_triton():
+def test_the_record_is_of_every_triton_of_the_gate():
+    """The oldest, the one that CUDA builds of the pinned torch bring, and the newest (ci/check.sh)."""
     record = json.loads(loops.FILE.read_text())
-    assert set(record) == {f"triton {version} {arch}" for version in ("3.6", "3.9") for arch in ("sm_90", "sm_100")}
+    assert set(record) == {f"triton {version} {arch}" for version in ("3.6", "3.7", "3.9") for arch in ("sm_90", "sm_100")}
     assert all(len(rows) > 60 and min(rows.values()) > 0 for rows in record.values())
 
 
 def test_a_failure_is_a_problem_and_covers_no_kernel():
     row = Row("", "infer bfloat16 3x3", "", "sm_90", error="CompilationError: no")
     assert problems([row]) == ["sm_90 infer bfloat16 3x3: does not compile: CompilationError: no"]
-    assert uncovered([row]) == kernel_names()
-    assert kernel_names() - uncovered([replace(row, arch="sm_89")]) == {"tma_fprop_kernel", "tma_dgrad_kernel", "tma_wgrad_kernel"}
-    assert {"conv_fprop_kernel", "depthwise_dgrad_kernel", "conv_wgrad_kernel", "max_pool_kernel", "normalize_kernel"} <= kernel_names()
+    assert [line.split()[:2] for line in uncovered([row])] == [["sm_90", f"{kernel}:"] for kernel in sorted(kernel_modules())]
+
+
+BY_TENSOR_MAPS = {"tma_fprop_kernel", "tma_dgrad_kernel", "tma_wgrad_kernel", "pack_pixels_kernel"}
+BY_POINTERS = {"conv_fprop_kernel", "depthwise_dgrad_kernel", "conv_wgrad_kernel", "max_pool_kernel", "normalize_kernel"}
+
+
+@pytest.mark.parametrize("capability", compiling.SHARED_LIMITS)
+def test_a_kernel_is_due_where_it_can_be_chosen(capability):
+    """Package tma is for tensor maps and the matrix units of sm_90, sm_100 and sm_103: sm_120 has the maps, but not the units."""
+    mapped = capability in (90, 100, 103)
+    due = due_on(f"sm_{capability}")
+    assert due >= BY_POINTERS
+    assert due & BY_TENSOR_MAPS == (BY_TENSOR_MAPS if mapped else set())
+    assert due == set(kernel_modules()) if mapped else due == {k for k, module in kernel_modules().items() if ".tma." not in module}
+
+
+def rows_of(arch, *without):
+    return [replace(GOOD, arch=arch, kernel=kernel) for kernel in due_on(arch) - set(without)]
+
+
+@pytest.mark.parametrize(
+    "archs", [*((f"sm_{c}",) for c in compiling.SHARED_LIMITS), ("sm_89", "sm_90"), ("sm_100", "sm_80", "sm_120")], ids=" ".join
+)
+def test_what_is_due_is_asked_for_on_each_architecture(archs):
+    first, *others = archs
+    rest = [row for arch in others for row in rows_of(arch)]
+    assert uncovered(rows_of(first) + rest) == []
+    expected = [f"{first} {kernel}: no case compiles it (aot/cases.py)" for kernel in ("conv_fprop_kernel", "max_pool_kernel")]
+    assert uncovered(rows_of(first, "conv_fprop_kernel", "max_pool_kernel") + rest) == expected, "though others may compile them"
+
+
+def test_a_kernel_by_tensor_maps_is_missed_on_the_architecture_that_runs_it():
+    """Beside an architecture where it cannot be chosen, and beside one that compiles it."""
+    (line,) = uncovered(rows_of("sm_89") + rows_of("sm_90", "pack_pixels_kernel"))
+    assert line.startswith("sm_90 pack_pixels_kernel")
+    (line,) = uncovered(rows_of("sm_90") + rows_of("sm_100", "tma_wgrad_kernel"))
+    assert line.startswith("sm_100 tma_wgrad_kernel")
 
 
 def test_architectures():
     assert [capability_of(a) for a in ("sm_80", "90", "sm_90a", "sm_120")] == [80, 90, 90, 120]
     with pytest.raises(ValueError, match=r"sm_75.*use one of sm_80"):
         capability_of("sm_75")
+
+
+def test_cases_are_selected_by_architecture_and_name():
+    """Each architecture once, however it is written, and its own cases: those by tensor maps are sm_90's here, and not sm_80's."""
+    assert selected(["90", "sm_90a", "sm_90"]) == [("sm_90", i) for i in range(len(cases(90)))]
+    boxes = selected(["sm_80", "sm_90"], "in boxes")
+    assert {arch for arch, _ in boxes} == {"sm_90"}
+    assert all("in boxes" in cases(90)[i].name for _, i in boxes)
+    with pytest.raises(ValueError, match=r"only='nonsense' is in no case's name: names begin with .*dgrad.*infer.*wgrad"):
+        selected(["sm_90"], "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("archs", "only", "reason"), [(["sm_75"], "", "sm_75"), (["sm_90", "sm_75"], "", "sm_75"), (["sm_80"], "in boxes", "in boxes")]
+)
+def test_nothing_starts_for_what_is_refused(monkeypatch, archs, only, reason):
+    monkeypatch.setattr(compiling.launch, "INTERPRETED", False)
+    monkeypatch.setattr(compiling, "ProcessPoolExecutor", None)
+    with pytest.raises(ValueError, match=reason):
+        compile_all(archs, only, progress=lambda done, total: pytest.fail("work began"))
 
 
 def test_interpreted_processes_are_refused():
@@ -248,22 +316,29 @@ def compile_some(names):
 
 
 def kernels_of_all_cases():
-    """What the cases launch, and which kernels there are. Nothing is compiled."""
+    """By architecture: what its cases launch, and what is due. Nothing is compiled."""
     from cnnfast_kernels import aot, launch
     from cnnfast_kernels.aot.cases import cases
+    from cnnfast_kernels.aot.compiling import SHARED_LIMITS
 
-    seen = set()
-    launch.run = lambda kernel, grid, device, *args, **options: seen.add(kernel.__name__)
-    with aot.target("sm_90"):
-        for case in cases():
-            case.run()
-    return {"launched": sorted(seen), "defined": sorted(aot.kernel_names())}
+    found = {}
+    for capability in SHARED_LIMITS:
+        seen = set()
+        launch.run = lambda kernel, grid, device, *args, seen=seen, **options: seen.add(kernel.__name__)
+        with aot.target(f"sm_{capability}"):
+            for case in cases(capability):
+                case.run()
+        found[capability] = [sorted(seen), sorted(aot.due_on(f"sm_{capability}"))]
+    return found
 
 
 @pytest.mark.compiled
 def test_every_kernel_is_among_the_cases():
+    """Of every architecture where it can be chosen, and of no other."""
     found = run_compiled(kernels_of_all_cases)
-    assert found["launched"] == found["defined"]
+    assert set(found) == set(map(str, compiling.SHARED_LIMITS))
+    for capability, (launched, due) in found.items():
+        assert launched == due, capability
 
 
 @pytest.mark.compiled

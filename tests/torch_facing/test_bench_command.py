@@ -166,7 +166,7 @@ def test_pictures_without_matplotlib_say_what_to_install(monkeypatch, model):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else found(name, *rest))
     result = bench(model, "--pictures", "folder")
     assert result.exit_code == 2
-    assert 'pip install "cnnfast[demo]"' in " ".join(result.output.split())
+    assert 'pip install ".[demo]"' in " ".join(result.output.split())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -55,6 +55,45 @@ def test_wrong_arguments_end_with_2(arguments):
     assert invoke(*arguments).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "option", "sentence"),
+    [
+        (
+            ("--arch", "sm_75"),
+            "--arch",
+            "arch='sm_75' is not known here: use one of sm_80, sm_86, sm_87, sm_89, sm_90, sm_100, sm_103, sm_120",
+        ),
+        (("--arch", "sm_90", "--arch", "sm_75"), "--arch", "arch='sm_75' is not known here: use one of sm_80"),
+        (("--arch", "hopper"), "--arch", "arch='hopper' is not known here: use one of sm_80"),
+        (("--jobs", "0"), "--jobs", ""),  # in typer's words
+        (("--jobs", "-1"), "--jobs", ""),
+        (("--only", "nonsense"), "--only", "only='nonsense' is in no case's name: names begin with "),
+        (("--arch", "sm_80", "--only", "in boxes"), "--only", "only='in boxes' is in no case's name"),
+        (("--json", "nowhere/rows.json"), "--json", "there is no folder nowhere"),
+        (("--record", "--only", "boxes"), "--record", "the record is of all cases: leave --only out"),
+    ],
+)
+def test_aot_refuses_before_it_compiles(monkeypatch, arguments, option, sentence):
+    """With exit code 2 and a sentence that says what there is to choose from."""
+    compiling = pytest.importorskip("cnnfast_kernels.aot.compiling", reason="triton is not installed")
+    monkeypatch.setattr(compiling.launch, "INTERPRETED", False)
+    monkeypatch.setattr(compiling, "compile_case", None)
+    monkeypatch.setattr(compiling, "ProcessPoolExecutor", None)
+    result = invoke("aot", *arguments)
+    said = " ".join(result.output.replace("│", " ").replace(f"'{option}'", option).split())
+    assert result.exit_code == 2
+    assert f"Invalid value for {option}: " in said
+    assert sentence in said
+
+
+def test_aot_says_that_interpreted_kernels_do_not_compile(monkeypatch):
+    compiling = pytest.importorskip("cnnfast_kernels.aot.compiling", reason="triton is not installed")
+    monkeypatch.setattr(compiling.launch, "INTERPRETED", True)
+    result = invoke("aot")
+    assert result.exit_code == 2
+    assert "unset TRITON_INTERPRET" in result.output
+
+
 @pytest.mark.parametrize(("module", "name"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")])
 def test_demo_without_its_extra_says_what_to_install(monkeypatch, module, name):
     found = importlib.util.find_spec
@@ -62,7 +101,7 @@ def test_demo_without_its_extra_says_what_to_install(monkeypatch, module, name):
     result = invoke("demo")
     assert result.exit_code == 2
     assert name in result.output
-    assert 'pip install "cnnfast[demo]"' in result.output
+    assert 'pip install ".[demo]"' in result.output
 
 
 def test_help_imports_no_torch():

@@ -1,7 +1,7 @@
 """Compiles every kernel for a GPU that need not be there, and reads what the machine code says about it.
 
     rows = compile_all(["sm_90"])
-    for line in problems(rows):
+    for line in problems(rows):  # judging.py
         print(line)
 
 Kernels must not be interpreted in this process (TRITON_INTERPRET unset). `seconds` are those of a first compilation, the
@@ -12,25 +12,23 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pkgutil
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from .. import launch
-from ..tma.views import why_not_on
 from . import sass
 from .cases import cases
 
@@ -89,18 +87,23 @@ class StubDriver:
 
 
 def capability_of(arch: str) -> int:
-    """90 of "sm_90"."""
+    """90 of "sm_90", "sm_90a" and "90". Raises ValueError, which names the choices, for an architecture that is not known here."""
     match = re.fullmatch(r"(?:sm_)?(\d+)a?", arch)
     if not match or int(match[1]) not in SHARED_LIMITS:
         raise ValueError(f"arch={arch!r} is not known here: use one of {', '.join(f'sm_{c}' for c in SHARED_LIMITS)}")
     return int(match[1])
 
 
+def require_compiled_kernels() -> None:
+    """Raises RuntimeError where kernels are interpreted: then nothing compiles, here or in the processes that this one starts."""
+    if launch.INTERPRETED:
+        raise RuntimeError("kernels are interpreted in this process, not compiled: unset TRITON_INTERPRET and start again")
+
+
 @contextmanager
 def target(arch: str) -> Iterator[None]:
     """Triton compiles for `arch` inside, whatever GPU this machine has. Not for launching: use launch.observe(compile_only=True)."""
-    if launch.INTERPRETED:
-        raise RuntimeError("kernels are interpreted in this process, not compiled: unset TRITON_INTERPRET and start again")
+    require_compiled_kernels()
     stub = StubDriver(capability_of(arch))
     before = driver._active
     driver.set_active(stub)  # type: ignore[arg-type]
@@ -205,19 +208,31 @@ def compile_case(arch: str, index: int) -> list[tuple[Row, Binary | None]]:
     return rows
 
 
+def selected(archs: Sequence[str], only: str = "") -> list[tuple[str, int]]:
+    """(architecture, index of a case) of every case whose name contains `only`, for each of `archs`. Nothing is compiled.
+
+    Architectures are named as in "sm_90", each once, however the caller wrote them. Raises ValueError, which says what there is to choose
+    from, for an architecture that is not known here and for an `only` that no case's name contains.
+    """
+    capabilities = list(dict.fromkeys(map(capability_of, archs)))
+    named = [(f"sm_{capability}", i, case.name) for capability in capabilities for i, case in enumerate(cases(capability))]
+    work = [(arch, i) for arch, i, name in named if only in name]
+    if not work:
+        beginnings = sorted({name.split()[0] for _, _, name in named})
+        raise ValueError(f"only={only!r} is in no case's name: names begin with {', '.join(beginnings)}")
+    return work
+
+
 def compile_all(
     archs: Sequence[str], only: str = "", jobs: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Row]:
     """Rows of every case whose name contains `only`, for each of `archs`, compiled by `jobs` processes (default: one a core).
 
-    The same machine code is one row, however many cases need it. `progress` is called with (cases done, all cases).
+    The same machine code is one row, however many cases need it. `progress` is called with (cases done, all cases). Raises ValueError as
+    `selected` does, and RuntimeError where kernels are interpreted; both before anything is compiled.
     """
-    if launch.INTERPRETED:
-        raise RuntimeError("kernels are interpreted in this process and those it starts: unset TRITON_INTERPRET and start again")
-    work = [(arch, i) for arch in archs for i, case in enumerate(cases(capability_of(arch))) if only in case.name]
-    if not work:
-        names = sorted({case.name.split()[0] for case in cases(capability_of(archs[0]))}) if archs else ()
-        raise ValueError(f"no case's name contains {only!r}: names begin with {', '.join(names)}")
+    work = selected(archs, only)
+    require_compiled_kernels()
     done: dict[tuple[str, int], list[tuple[Row, Binary | None]]] = {}
     progress(0, len(work))
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -225,7 +240,7 @@ def compile_all(
         for future in as_completed(futures):
             done[futures[future]] = future.result()
             progress(len(done), len(work))
-    return [row for arch in archs for row in finished([row for item in work if item[0] == arch for row in done[item]])]
+    return [row for arch, of_arch in groupby(work, key=itemgetter(0)) for row in finished([row for item in of_arch for row in done[item]])]
 
 
 def finished(compiled: Sequence[tuple[Row, Binary | None]]) -> list[Row]:
@@ -237,42 +252,3 @@ def finished(compiled: Sequence[tuple[Row, Binary | None]]) -> list[Row]:
     told = inspect([binary for _, binary in unique.values()]) if unique else []
     failures = [row for row, binary in compiled if binary is None]
     return failures + [replace(row, **fields) for (row, _), fields in zip(unique.values(), told, strict=True)]
-
-
-def problems(rows: Iterable[Row]) -> list[str]:
-    """What must not be shipped, one line each: failures, spills, too much shared memory, idle tensor cores, waits after every wgmma."""
-    found = []
-    for row in rows:
-        if row.error is not None:
-            found.append(f"{row.arch} {row.variant}: does not compile: {row.error}")
-            continue
-        name = f"{row.arch} {row.kernel} ({row.variant}; {row.tile})"
-        if row.spill_bytes:
-            found.append(f"{name}: spills {row.spill_bytes} bytes a thread, {row.registers} registers")
-        if (row.shared_bytes or 0) > (row.shared_limit or 0):
-            found.append(f"{name}: needs {row.shared_bytes} bytes of shared memory, {row.shared_limit} are allowed")
-        if row.dot in ("f16", "bf16", "tf32") and row.tensor_core is None:
-            found.append(f"{name}: multiplies {row.dot} without tensor cores")
-        if row.kernel.startswith("tma_") and not (row.tensor_loads and row.tensor_core in ("HGMMA", "UTCHMMA")):
-            found.append(f"{name}: {row.tensor_loads} loads by tensor maps, and {row.tensor_core} in place of wgmma or tcgen05")
-        if row.serialised:
-            found.append(f"{name}: waits after every wgmma")
-    return found
-
-
-def kernel_names() -> set[str]:
-    """Every kernel of this package: its jit functions whose name ends in _kernel."""
-    package = (__package__ or "").rpartition(".")[0]
-    names = set()
-    for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}."):
-        for name, value in vars(import_module(module.name)).items():
-            if name.endswith("_kernel") and isinstance(value, triton.runtime.KernelInterface):
-                names.add(name)
-    return names
-
-
-def uncovered(rows: Iterable[Row]) -> set[str]:
-    """Kernels of the package that no row compiles, though they run on one of the rows' architectures."""
-    rows = list(rows)
-    mapped = any(not why_not_on(capability_of(row.arch)) for row in rows)
-    return {name for name in kernel_names() if mapped or not name.startswith("tma_")} - {row.kernel for row in rows}

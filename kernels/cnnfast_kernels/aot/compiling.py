@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -33,6 +33,8 @@ from .. import launch
 from ..tma.views import why_not_on
 from . import sass
 from .cases import cases
+
+Result = TypeVar("Result")
 
 # Bytes of shared memory that one program may have.
 SHARED_LIMITS = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
@@ -177,6 +179,15 @@ def stderr_captured() -> Iterator[Callable[[], str]]:
             os.close(saved)
 
 
+def reason(error: Exception, said: str) -> str:
+    """Why a compilation ended: the error, those that it came from, and what the compiler `said` about errors."""
+    told, cause = [], error
+    while cause is not None:
+        told.append(f"{type(cause).__name__}: {cause}")
+        cause = cause.__cause__
+    return "\n".join([*told, *(line for line in said.splitlines() if "error:" in line)])[:2000]
+
+
 _reported: set[tuple[int, str]] = set()  # architecture and hash of the kernels that this process has reported
 
 
@@ -200,8 +211,7 @@ def compile_case(arch: str, index: int) -> list[tuple[Row, Binary | None]]:
         try:
             case.run()
         except Exception as error:  # whatever a compiler raises: a row must say so, and the others be compiled
-            reason = "\n".join(line for line in said().splitlines() if "error:" in line)[:2000]
-            rows.append((Row("", case.name, "", arch, error=f"{type(error).__name__}: {error}\n{reason}".strip()), None))
+            rows.append((Row("", case.name, "", arch, error=reason(error, said())), None))
     return rows
 
 
@@ -218,14 +228,30 @@ def compile_all(
     if not work:
         names = sorted({case.name.split()[0] for case in cases(capability_of(archs[0]))}) if archs else ()
         raise ValueError(f"no case's name contains {only!r}: names begin with {', '.join(names)}")
-    done: dict[tuple[str, int], list[tuple[Row, Binary | None]]] = {}
+    compiled = in_processes(compile_case, work, jobs, progress)
+    return [
+        row
+        for arch in archs
+        for row in finished([row for item, rows in zip(work, compiled, strict=True) if item[0] == arch for row in rows])
+    ]
+
+
+def in_processes(
+    function: Callable[..., Result],
+    work: Sequence[tuple[Any, ...]],
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Result]:
+    """function(*item) for each item of `work`, in that order, by `jobs` processes of their own (default: one a core).
+
+    Triton compiles in one thread of a process at a time. `progress` is called with (items done, all items).
+    """
     progress(0, len(work))
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(compile_case, *item): item for item in work}
-        for future in as_completed(futures):
-            done[futures[future]] = future.result()
-            progress(len(done), len(work))
-    return [row for arch in archs for row in finished([row for item in work if item[0] == arch for row in done[item]])]
+        futures = [pool.submit(function, *item) for item in work]
+        for done, _ in enumerate(as_completed(futures), 1):
+            progress(done, len(work))
+    return [future.result() for future in futures]
 
 
 def finished(compiled: Sequence[tuple[Row, Binary | None]]) -> list[Row]:

@@ -1,10 +1,10 @@
 """What the interpreter accepts must compile: whatever the tests launched in it goes through Triton's compiler.
 
     PYTEST_ADDOPTS="--specialisations FOLDER" pytest -n 2     # each process of the tests leaves a file in FOLDER
-    python ci/specialisations.py front-end FOLDER             # Triton's front end, a minute or two: part of ci/check.sh
-    python ci/specialisations.py whole FOLDER                 # all of the compiler, an hour: writes ci/results/specialisations/
+    python ci/specialisations.py front-end FOLDER             # Triton's front end: quick enough for ci/check.sh
+    python ci/specialisations.py whole FOLDER                 # all of the compiler: long, writes ci/results/specialisations/
 
-The front end sees one of the launches that differ only in numbers (cnnfast_kernels/aot/specialisations.py says which that are); `whole`
+A recording serves every version of Triton. The front end sees one of the launches that differ only in numbers (cnnfast_kernels/aot/specialisations.py says which that are); `whole`
 compiles every one. Launches with tensor maps are compiled for architectures that have them. Exit code 1 if one is refused, if nothing
 was recorded, or if a kernel was never launched.
 """
@@ -74,20 +74,21 @@ def front_end(
 ) -> None:
     """Put the launches through Triton's front end, one of those that differ only in numbers."""
     begun = time.perf_counter()
-    lines = load(folder)
+    recorded = load(folder)
+    lines = [line for line in recorded if runs_on(line, arch)]
     chosen = representatives(lines)
-    failures = compiled([line for line in chosen if runs_on(line, arch)], arch, False, jobs) + never_launched(lines)
+    failures = compiled(chosen, arch, False, jobs) + never_launched(recorded)
     counts = [Counter(Described.of(line).kernel.__name__ for line in each) for each in (lines, chosen)]
     table = Table("kernel", "launches recorded", "compiled", box=None, pad_edge=False)
-    for name, recorded in sorted(counts[0].items()):
-        table.add_row(name, str(recorded), str(counts[1][name]))
+    for name, count in sorted(counts[0].items()):
+        table.add_row(name, str(count), str(counts[1][name]))
     table.add_row("all", str(len(lines)), str(len(chosen)))
     console = Console()
     console.print(table, markup=False)
     for failure in failures:
         print(f"\n{failure}")
     share = f"{len(chosen)} of {len(lines)} launches, {time.perf_counter() - begun:.0f} s"
-    print(f"\ntriton {triton.__version__}'s front end: {len(failures)} failures among {share}")
+    print(f"\ntriton {triton.__version__}'s front end for {arch}: {len(failures)} failures among {share}")
     raise SystemExit(bool(failures))
 
 

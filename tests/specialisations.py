@@ -19,7 +19,12 @@ PACKAGE = "cnnfast_kernels."
 
 @contextmanager
 def described_launches() -> Iterator[dict[str, None]]:
-    """The descriptions of all that this process launches meanwhile, in order, each once. Kernels of tests themselves are left out."""
+    """The descriptions of all that this process launches meanwhile, in order, each once. Kernels of tests themselves are left out.
+
+    Raises RuntimeError where kernels are compiled: there a plan launches by itself what it has launched before.
+    """
+    if not launch.INTERPRETED:
+        raise RuntimeError("launches are written down where kernels are interpreted: set TRITON_INTERPRET=1, hide the GPU, and start again")
     found: dict[str, None] = {}
     run = launch.run
 

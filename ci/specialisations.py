@@ -4,9 +4,9 @@
     python ci/specialisations.py front-end FOLDER             # Triton's front end: quick enough for ci/check.sh
     python ci/specialisations.py whole FOLDER                 # all of the compiler: long, writes ci/results/specialisations/
 
-A recording serves every version of Triton. The front end sees one of the launches that differ only in numbers (cnnfast_kernels/aot/specialisations.py says which that are); `whole`
-compiles every one. Launches with tensor maps are compiled for architectures that have them. Exit code 1 if one is refused, if nothing
-was recorded, or if a kernel was never launched.
+A recording serves every version of Triton. The front end sees one of the launches that differ only in numbers, and
+cnnfast_kernels/aot/specialisations.py says which those are; `whole` compiles every one. Launches with tensor maps are compiled for
+architectures that have them. Exit code 1 if one is refused or a kernel was never launched, 2 if nothing was recorded.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def test_what_cannot_be_written_down_is_named(name):
 
 
 def triton_sees():
-    """The kernels whose launches were compared, those that there are, and the launches whose description Triton would compile otherwise than the launch itself."""
+    """The kernels whose launches were compared, those that there are, and the launches that Triton would not compile as described."""
     import torch
     from triton import knobs
 

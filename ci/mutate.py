@@ -78,7 +78,8 @@ def judge(tree: Path, tests: Sequence[str]) -> Verdict:
     report = tree / "report.xml"
     report.unlink(missing_ok=True)
     # without byte code: a changed file may have the size and the second of the one before it
-    environment = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    environment = {**inherited, "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
     begun = time.perf_counter()
     try:

@@ -48,6 +48,14 @@ if HAS_TRITON and not HAS_GPU:
     interpreter.install()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--specialisations",
+        metavar="FOLDER",
+        help="write there what the tests launch, as Triton would compile it: for ci/specialisations.py",
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skip_gpu = pytest.mark.skip(reason="GPU ring: no CUDA GPU here")
     for item in items:
@@ -97,6 +105,19 @@ def torchvision() -> ModuleType:
 def poisoned() -> Iterator[None]:
     """Workspaces and outputs are full of NaN before a kernel writes to them."""
     with poisoned_workspaces() if HAS_TRITON else nullcontext():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def specialisations(pytestconfig: pytest.Config) -> Iterator[None]:
+    """With --specialisations FOLDER, what this process launches is written there at its end."""
+    folder = pytestconfig.getoption("specialisations")
+    if folder is None:
+        yield
+        return
+    from specialisations import recorded
+
+    with recorded(Path(folder)):
         yield
 
 

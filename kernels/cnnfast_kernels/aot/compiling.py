@@ -21,8 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
-from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -31,6 +30,8 @@ from triton.runtime.driver import driver
 from .. import launch
 from . import sass
 from .cases import cases
+
+Result = TypeVar("Result")
 
 # Bytes of shared memory that one program may have.
 SHARED_LIMITS = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
@@ -180,6 +181,15 @@ def stderr_captured() -> Iterator[Callable[[], str]]:
             os.close(saved)
 
 
+def reason(error: Exception, said: str) -> str:
+    """Why a compilation ended: the error, those that it came from, and what the compiler `said` about errors."""
+    told, cause = [], error
+    while cause is not None:
+        told.append(f"{type(cause).__name__}: {cause}")
+        cause = cause.__cause__
+    return "\n".join([*told, *(line for line in said.splitlines() if "error:" in line)])[:2000]
+
+
 _reported: set[tuple[int, str]] = set()  # architecture and hash of the kernels that this process has reported
 
 
@@ -203,8 +213,7 @@ def compile_case(arch: str, index: int) -> list[tuple[Row, Binary | None]]:
         try:
             case.run()
         except Exception as error:  # whatever a compiler raises: a row must say so, and the others be compiled
-            reason = "\n".join(line for line in said().splitlines() if "error:" in line)[:2000]
-            rows.append((Row("", case.name, "", arch, error=f"{type(error).__name__}: {error}\n{reason}".strip()), None))
+            rows.append((Row("", case.name, "", arch, error=reason(error, said())), None))
     return rows
 
 
@@ -233,14 +242,27 @@ def compile_all(
     """
     work = selected(archs, only)
     require_compiled_kernels()
-    done: dict[tuple[str, int], list[tuple[Row, Binary | None]]] = {}
+    compiled = zip(work, in_processes(compile_case, work, jobs, progress), strict=True)
+    by_arch = groupby(compiled, key=lambda done: done[0][0])
+    return [row for _, of_arch in by_arch for row in finished([row for _, rows in of_arch for row in rows])]
+
+
+def in_processes(
+    function: Callable[..., Result],
+    work: Sequence[tuple[Any, ...]],
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Result]:
+    """function(*item) for each item of `work`, in that order, by `jobs` processes of their own (default: one a core).
+
+    Triton compiles in one thread of a process at a time. `progress` is called with (items done, all items).
+    """
     progress(0, len(work))
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(compile_case, *item): item for item in work}
-        for future in as_completed(futures):
-            done[futures[future]] = future.result()
-            progress(len(done), len(work))
-    return [row for arch, of_arch in groupby(work, key=itemgetter(0)) for row in finished([row for item in of_arch for row in done[item]])]
+        futures = [pool.submit(function, *item) for item in work]
+        for done, _ in enumerate(as_completed(futures), 1):
+            progress(done, len(work))
+    return [future.result() for future in futures]
 
 
 def finished(compiled: Sequence[tuple[Row, Binary | None]]) -> list[Row]:

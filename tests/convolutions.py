@@ -165,12 +165,44 @@ def reference(case: Case, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) ->
     return y.detach(), dx, dw
 
 
+def with_special_values(w: torch.Tensor, dy: torch.Tensor | None = None) -> None:
+    """Puts infinities of both signs and NaN into weights [K, C, R, S], at the corners of the window; and into dy [N, K, P, Q], if given."""
+    K, C, R, S = w.shape
+    w[0, 0, 0, 0] = float("inf")
+    w[K // 2, 0, R - 1, S - 1] = -float("inf")
+    w[K - 1, C // 2, R - 1, 0] = float("nan")
+    w[K // 2, C - 1, 0, S - 1] = -float("inf")
+    if dy is not None:
+        dy[0, 0, 0, 0] = float("nan")
+        dy[-1, -1, -1, -1] = float("inf")
+
+
+def input_gradient(case: Case, w: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """dx in float64 by its definition: dy[n, k, p, q] * w[k, c, r, s] is added where that tap lies, and multiplied nowhere else."""
+    N, C, H, W = case.x
+    top, bottom, left, right = case.padding
+    dx = torch.zeros(N, C, H + top + bottom, W + left + right, dtype=torch.float64)
+    dy, w = (t.double().cpu().unflatten(axis, (case.groups, -1)) for t, axis in ((dy, 1), (w, 0)))
+    P, Q = dy.shape[-2:]
+    for r in range(w.shape[-2]):
+        for s in range(w.shape[-1]):
+            products = (dy[:, :, :, None] * w[None, ..., r, s, None, None]).sum(2).flatten(1, 2)  # of [N, groups, K, C, P, Q]
+            h, q = r * case.dilation[0], s * case.dilation[1]
+            dx[:, :, h : h + (P - 1) * case.stride[0] + 1 : case.stride[0], q : q + (Q - 1) * case.stride[1] + 1 : case.stride[1]] += (
+                products
+            )
+    return dx[:, :, top : top + H, left : left + W]
+
+
 def assert_exact(ours: torch.Tensor, exact: torch.Tensor) -> None:
     """Bit equality with `exact` (float64), and not a byte written around `ours`, which is from output()."""
-    assert torch.equal(exact.to(ours.dtype).double(), exact), "the test asks for numbers that the dtype cannot hold"
-    torch.testing.assert_close(ours, exact.to(ours.dtype), rtol=0, atol=0)
+    rounded = exact.to(ours.dtype)
+    assert torch.equal(rounded.double().nan_to_num(nan=0.0), exact.nan_to_num(nan=0.0)), (
+        "the test asks for numbers that the dtype cannot hold"
+    )
+    torch.testing.assert_close(ours, rounded, rtol=0, atol=0, equal_nan=True)
     assert ours._base is not None
-    assert int(ours._base.isnan().sum()) == ours._base.numel() - ours.numel()
+    assert int(ours._base.isnan().sum()) == ours._base.numel() - ours.numel() + int(exact.isnan().sum())
 
 
 def assert_rounded_not_truncated(ours: torch.Tensor, exact: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ from . import launch
 from .epilogue import FROM_OUTPUT, activate, activate_backward, tile_moments
 from .partials import TileRows, combine
 from .planes import common_planes, dense_format, load_channels, load_tile, locate_tile, mergeable, tile_pointers
+from .rounding import round_quotient, round_root
 from .tiling import cdiv
 
 STRIDES = [f"{t}_stride_{d}" for t in ("y", "z", "residual", "dz", "dy", "dresidual") for d in "nlc"]
@@ -85,7 +86,7 @@ def batch_moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @triton.jit
 def load_scale(var_ptr, weight_ptr, c, c_ok, EPS: tl.constexpr, ACC: tl.constexpr):
     """(invstd, weight * invstd) of channels c."""
-    invstd = 1.0 / tl.sqrt(load_channels(var_ptr, c, c_ok, ACC) + EPS)
+    invstd = round_quotient(1.0, round_root(load_channels(var_ptr, c, c_ok, ACC) + EPS))
     scale = invstd
     if weight_ptr is not None:
         scale = load_channels(weight_ptr, c, c_ok, ACC) * invstd
@@ -246,8 +247,8 @@ def normalize_backward_kernel(
         tl.store(pointers, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
     if dy_ptr is not None:
         if sum_g_ptr is not None:
-            mean_g = load_channels(sum_g_ptr, c, c_ok, ACC) / rows.to(ACC)
-            mean_gx = load_channels(sum_gx_ptr, c, c_ok, ACC) / rows.to(ACC)
+            mean_g = round_quotient(load_channels(sum_g_ptr, c, c_ok, ACC), rows.to(ACC))
+            mean_gx = round_quotient(load_channels(sum_gx_ptr, c, c_ok, ACC), rows.to(ACC))
             g = g - mean_g[None, :] - xhat * mean_gx[None, :]
         dy = (g * scale[None, :]).to(dy_ptr.dtype.element_ty)
         tl.store(tile_pointers(dy_ptr, dy_stride_n, dy_stride_l, dy_stride_c, n, l, c, ALIGN), dy, mask=mask)
@@ -362,7 +363,7 @@ def update_running_kernel(
     c_ok = c < C
     keep = tl.full((), 1.0 - momentum, ACC)
     take = tl.full((), momentum, ACC)
-    unbiased = load_channels(var_ptr, c, c_ok, ACC) * (count.to(ACC) / (count - 1).to(ACC))
+    unbiased = load_channels(var_ptr, c, c_ok, ACC) * round_quotient(count.to(ACC), (count - 1).to(ACC))
     running_mean = load_channels(running_mean_ptr, c * mean_stride, c_ok, ACC)
     running_var = load_channels(running_var_ptr, c * var_stride, c_ok, ACC)
     running_mean = keep * running_mean + take * load_channels(mean_ptr, c, c_ok, ACC)

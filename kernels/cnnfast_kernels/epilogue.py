@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .rounding import round_quotient, round_root
+
 ACTIVATIONS = (None, "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
 # act'(u) can be told from act(u) alone (leaky_relu: for slopes above 0), so that u need not be kept for backward
 FROM_OUTPUT = (None, "relu", "leaky_relu", "relu6")
@@ -49,6 +51,10 @@ TANH_CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def sigmoid(u):
+    """1 / (1 + exp(-u)). The exponential is approximate on a GPU already, to 2 ulp and more, and `/` adds 2 ulp at most where 1 + exp(-u)
+    stays below 2**126: an exact division would cost every element of a tile some ten instructions and make nothing exact. Above 2**126 the
+    result is below 2**-126, and may be 0.
+    """
     return 1.0 / (1.0 + tl.exp(-u))
 
 
@@ -101,7 +107,7 @@ def load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS: t
     Not (mean, scale, None): the interpreter lets a helper return that, the compiler refuses it.
     """
     mean = tl.load(mean_ptr + column, mask=column_ok, other=0.0).to(ACC)
-    scale = 1.0 / tl.sqrt(tl.load(var_ptr + column, mask=column_ok, other=1.0).to(ACC) + EPS)
+    scale = round_quotient(1.0, round_root(tl.load(var_ptr + column, mask=column_ok, other=1.0).to(ACC) + EPS))
     if weight_ptr is not None:
         scale = scale * tl.load(weight_ptr + column, mask=column_ok, other=0.0).to(ACC)
     if bias_ptr is None:
@@ -144,8 +150,8 @@ def tile_moments(parts, exist):
     for i in tl.static_range(1, len(parts)):
         count += exist[i].to(parts[0].dtype)
     count = tl.sum(count, 0)
-    mean = sum_rows(parts, exist) / count
+    mean = round_quotient(sum_rows(parts, exist), count)
     parts = [part - mean[None, :] for part in parts]
-    lack = sum_rows(parts, exist) / count
+    lack = round_quotient(sum_rows(parts, exist), count)
     parts = [part - lack[None, :] for part in parts]
     return mean + lack, sum_rows([part * part for part in parts], exist)

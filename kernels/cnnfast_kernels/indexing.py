@@ -48,6 +48,12 @@ def class_axis(first, extent, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.con
 
 
 @triton.jit
+def has_nan(t):
+    """Whether any element of a tensor of two axes is NaN."""
+    return tl.max(tl.max((t != t).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
 def channel_offset(c, stride_c):
     """`stride_c` is None where channels are adjacent: then the compiler sees that, and loads vectors."""
     return c.to(tl.int64) if stride_c is None else c.to(tl.int64) * stride_c

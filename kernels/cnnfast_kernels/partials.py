@@ -14,6 +14,7 @@ import triton.language as tl
 
 from . import launch
 from .planes import PlaneTile
+from .rounding import round_quotient
 from .tiling import cdiv
 
 
@@ -55,11 +56,11 @@ def combine_kernel(
         # means relative to the first one: a large common mean costs no digits
         origin = tl.load(partials_ptr + (out * BLOCK_T).to(tl.int64) * stride + c, mask=c < C * tl.minimum(T, 1), other=0.0)
         shifted = tl.where(mask, first - origin[None, :], 0.0)
-        shift = tl.sum(shifted * count[:, None], 0) / total
+        shift = round_quotient(tl.sum(shifted * count[:, None], 0), total)
         deviation = tl.where(mask, shifted - shift[None, :], 0.0)  # its square may overflow
         m2 = tl.sum(tl.load(rows + C, mask=mask, other=0.0) + deviation * deviation * count[:, None], 0)
         if FINAL:
-            m2 = m2 / total
+            m2 = round_quotient(m2, total)
         tl.store(first_ptr + at, origin + shift, mask=c_ok)
         tl.store(second_ptr + at, m2, mask=c_ok)
     else:

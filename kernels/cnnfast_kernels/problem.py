@@ -81,6 +81,16 @@ class ConvProblem:
         return self.stride_h * self.stride_w
 
     @property
+    def taps_miss_h(self) -> bool:
+        """Whether dgrad meets taps above or below dy; see taps_miss."""
+        return taps_miss(self.H, self.P, self.R, self.stride_h, self.pad_h, self.dil_h)
+
+    @property
+    def taps_miss_w(self) -> bool:
+        """Whether dgrad meets taps to the left or the right of dy."""
+        return taps_miss(self.W, self.Q, self.S, self.stride_w, self.pad_w, self.dil_w)
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions of one pass, taps in the padding counted as PyTorch's own counter does."""
         return 2 * self.N * self.P * self.Q * self.K * self.group_channels * self.R * self.S
@@ -89,6 +99,19 @@ class ConvProblem:
 def tap_step(stride: int, dilation: int) -> int:
     """Distance between taps that reach the same input residue modulo `stride`: r * dilation = const (mod stride)."""
     return stride // gcd(stride, dilation)
+
+
+def taps_miss(inputs: int, outputs: int, taps: int, stride: int, pad: int, dilation: int) -> bool:
+    """Whether, along one axis, dgrad's sum for some input has a tap whose output lies outside dy: input h and tap r with
+    h + pad - r * dilation = p * stride, but not 0 <= p < outputs. Without such taps no product is of a zero that stands for nothing.
+    """
+    for first in range(min(stride, inputs)):
+        last = first + (inputs - 1 - first) // stride * stride
+        for r in range(taps):
+            start = first + pad - r * dilation
+            if start % stride == 0 and (start < 0 or start + last - first >= outputs * stride):
+                return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)

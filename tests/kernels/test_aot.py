@@ -139,6 +139,30 @@ def test_main_loop():
     assert sass.loop_instructions(sass.read(unrolled)) is None
 
 
+# A loop that takes the sums again, one wait for each product, and one that would if it were not pipelined.
+CAREFUL = """
+        /*0200*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0210*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0220*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0230*/                   FSEL R24, R24, R32, P0 ;
+        /*0240*/               @P1 BRA 0x200 ;
+        /*0250*/               @P2 BRA 0x1f0 ;
+"""
+
+
+def test_main_loop_before_a_careful_one():
+    """It is the first, though the other be shorter; waits are judged in it alone."""
+    pipelined = sass.read(PIPELINED.replace("BRA 0xf0", "NOP") + CAREFUL)
+    assert [len(body) for body in sass.loops(pipelined)] == [5, 6, 6, 8]
+    assert sass.loop_instructions(pipelined) == 6
+    assert not sass.serialised(pipelined)
+    later = CAREFUL.replace("/*02", "/*17").replace("BRA 0x200", "BRA 0x1700").replace("BRA 0x1f0", "BRA 0x16f0")
+    serial = sass.read(SERIALISED.replace("EXIT", "NOP") + later)
+    assert len(sass.loops(serial)) == 3
+    assert sass.loop_instructions(serial) == 8
+    assert sass.serialised(serial), "what waits less often behind it is no excuse"
+
+
 def test_dot_operands():
     line = "%acc = tt.dot %x, %w, %acc_0{} : tensor<64x32x{} * tensor<32x64x{} -> tensor<64x64xf32>"
     assert dot_operands(line.format(", inputPrecision = tf32", "f32>", "f32>")) == "tf32"

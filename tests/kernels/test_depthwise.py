@@ -36,7 +36,21 @@ from cnnfast_kernels.tiling import (
     strip_tiles,
     taps_at_once,
 )
-from convolutions import DTYPES, LAYOUTS, OTHER_DTYPES, SEEDED, Case, arrange, assert_exact, operands, output, positive_operands, reference
+from convolutions import (
+    DTYPES,
+    LAYOUTS,
+    OTHER_DTYPES,
+    SEEDED,
+    Case,
+    arrange,
+    assert_exact,
+    input_gradient,
+    operands,
+    output,
+    positive_operands,
+    reference,
+    with_special_values,
+)
 
 OPERATIONS = ("fprop", "dgrad", "wgrad")
 
@@ -127,6 +141,15 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_geometry(case, operation, device):
     check(operation, case, device)
+
+
+@pytest.mark.parametrize("dy_too", [False, True])
+@pytest.mark.parametrize("case", [case for case in CASES if min(case.y) > 0], ids=str)
+def test_special_weights_reach_what_their_taps_reach(case, dy_too, device):
+    x, w, dy = operands(case, torch.float32, device)
+    with_special_values(w, dy if dy_too else None)
+    tile = choose_strip_tile(case.problem, "dgrad", "ieee", widest("ieee"))
+    assert_exact(run("dgrad", case, tile, (x, w, dy)), input_gradient(case, w, dy).to(device))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 
 from cnnfast_kernels.gather.dgrad import dgrad
+from cnnfast_kernels.gather.im2col import im2col_dgrad
 from convolutions import (
     CASES,
     DTYPES,
@@ -27,10 +28,12 @@ from convolutions import (
     assert_exact,
     assert_rounded_not_truncated,
     cases,
+    input_gradient,
     operands,
     output,
     positive_operands,
     reference,
+    with_special_values,
 )
 
 
@@ -109,3 +112,51 @@ def test_tf32_rounds(device):
     dx = output(POSITIVE.x, torch.float32, device)
     dgrad(POSITIVE.problem, SMALL, "tf32", dy, w, dx)
     assert_rounded_not_truncated(dx, reference(POSITIVE, x, w, dy)[1])
+
+
+# --- infinities and NaN reach what their tap reaches ----------------------------------------------------------------------------------
+
+WITH_OUTPUTS = [case for case in CASES if min(case.y) > 0]
+
+
+@pytest.mark.parametrize("dy_too", [False, True])
+@pytest.mark.parametrize("case", WITH_OUTPUTS, ids=str)
+def test_special_weights(case, dy_too, device):
+    """Taps of whole k-steps, in a bit each and not, and several a k-step; classes of strides; groups."""
+    _, w, dy = operands(case, torch.float32, device)
+    with_special_values(w, dy if dy_too else None)
+    dx = output(case.x, torch.float32, device)
+    dgrad(case.problem, SMALL, "ieee", dy, w, dx)
+    assert_exact(dx, input_gradient(case, w, dy).to(device))
+
+
+@pytest.mark.parametrize(("precision", "tile"), TILES, ids=str)
+def test_special_weights_with_a_default_tile(precision, tile, device):
+    _, w, dy = operands(WHOLE_TILE, DTYPES[precision], device)
+    with_special_values(w)
+    bias = torch.arange(WHOLE_TILE.x[1], device=device).to(w.dtype)
+    dx = output(WHOLE_TILE.x, w.dtype, device)
+    dgrad(WHOLE_TILE.problem, tile, precision, dy, w, dx, bias)
+    exact = input_gradient(WHOLE_TILE, w, dy).to(device) + bias.double().view(-1, 1, 1)
+    assert exact[:, 0].isfinite().any(), "pixels that no special weight reaches"
+    assert exact.isinf().any()
+    assert_exact(dx, exact)
+
+
+@pytest.mark.parametrize("case", [RAGGED, STRIDED, GROUPED], ids=str)
+def test_special_weights_by_im2col(case, device):
+    _, w, dy = operands(case, torch.float32, device)
+    with_special_values(w)
+    dx = output(case.x, torch.float32, device)
+    im2col_dgrad(case.problem, "ieee", dy, w, dx)
+    assert_exact(dx, input_gradient(case, w, dy).to(device))
+
+
+def test_padding_before_and_behind_one_class(device):
+    """An image so small that taps miss dy at both of its ends, in a tile that holds several images."""
+    case = Case("", (9, 8, 2, 1), (8, 3, 3), padding=(1, 1, 1, 1))
+    _, w, dy = operands(case, torch.float32, device)
+    with_special_values(w)
+    dx = output(case.x, torch.float32, device)
+    dgrad(case.problem, SMALL, "ieee", dy, w, dx)
+    assert_exact(dx, input_gradient(case, w, dy).to(device))

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from cnnfast_kernels.problem import ConvProblem, PoolProblem, tap_step
+from cnnfast_kernels.problem import ConvProblem, PoolProblem, tap_step, taps_miss
 
 extent = st.integers(1, 40)
 window = st.integers(1, 7)
@@ -91,3 +91,26 @@ def test_pixels_are_counted_in_32_bits():
         PoolProblem.of((2**15, 1, 2**8, 2**8), (2, 2), (2, 2), (0, 0))
     with pytest.raises(RuntimeError, match=r"kernel_size=\(65536, 65536\) must not have more than"):
         PoolProblem.of((1, 1, 8, 8), (2**16, 2**16), (1, 1), (2**15, 2**15))
+
+
+@given(st.integers(0, 12), st.integers(1, 12), st.integers(1, 5), step, st.integers(0, 9), step)
+def test_taps_that_miss(inputs, outputs, taps, stride, pad, dilation):
+    """Tried one by one. dy is of any extent: a transposed convolution's result may be larger than its inputs reach."""
+    places = [h + pad - r * dilation for h in range(inputs) for r in range(taps)]
+    missing = [place for place in places if place % stride == 0 and not 0 <= place // stride < outputs]
+    assert taps_miss(inputs, outputs, taps, stride, pad, dilation) == bool(missing)
+
+
+def test_layers_without_taps_that_miss():
+    """Nothing is compiled for them: pointwise convolutions, patches, and full padding."""
+    for window, stride, pad, misses in (
+        (1, 1, 0, False),
+        (1, 2, 0, False),
+        (2, 2, 0, False),
+        (3, 1, 2, False),
+        (3, 1, 1, True),
+        (3, 1, 0, True),
+    ):
+        problem = ConvProblem.of((1, 8, 8, 8), (8, 8, window, window), (stride, stride), (pad,) * 4, (1, 1), 1)
+        assert (problem.taps_miss_h, problem.taps_miss_w) == (misses, misses), (window, stride, pad)
+    assert ConvProblem.of((1, 8, 9, 8), (8, 8, 2, 2), (2, 2), (0, 0, 0, 0), (1, 1), 1).taps_miss_h, "a row that no window covers"

@@ -17,7 +17,7 @@ from cnnfast_kernels.tma.fprop import box_rows, tma_fprop
 from cnnfast_kernels.tma.tiles import BoxTile, box_steps, candidate_boxes
 from cnnfast_kernels.tma.views import flattened
 from cnnfast_kernels.tma.wgrad import tma_wgrad
-from convolutions import Case, assert_exact, draw, needs_tensor_maps, reference
+from convolutions import Case, assert_exact, draw, input_gradient, needs_tensor_maps, reference, with_special_values
 from poison import embed, poison
 
 pytestmark = needs_tensor_maps
@@ -106,6 +106,35 @@ def test_fprop(case, tile, device):
 @pytest.mark.parametrize(("case", "tile"), shapes("dgrad"), ids=str)
 def test_dgrad(case, tile, device):
     check_dgrad(case, tile, device)
+
+
+SPECIAL = [
+    (case, tile)
+    for case, tile in shapes("dgrad")
+    if box_steps(case.problem, "dgrad", tile) * tile.pixels <= 3000 or (tile.TILE_H, tile.TILE_W) == (8, 8)
+]
+
+
+@pytest.mark.parametrize(("case", "tile"), SPECIAL, ids=str)
+def test_special_weights_reach_what_their_taps_reach(case, tile, device):
+    """Boxes of one pixel, whose taps are skipped, of rows, of rows and columns, with phases and without; some have NaN in dy too."""
+    _, w, dy = operands(case, device)
+    with_special_values(w, dy if tile.TILE_W > 1 else None)
+    dx = output(case.x, dy)
+    tma_dgrad(case.problem, tile, dy, w, dx)
+    assert_exact(dx, input_gradient(case, w, dy).to(device))
+
+
+@pytest.mark.parametrize("tile", [BoxTile(4, 8, 8, 64, 64), BoxTile(2, 8, 8, 64, 128)], ids=str)
+def test_special_weights_of_a_transposed_convolution(tile, device):
+    """Boxes that are taken in parts; the bias is added to each."""
+    case = PHASES if tile.TILE_C == 64 else RAGGED
+    _, w, dy = operands(case, device)
+    with_special_values(w)
+    bias = torch.arange(case.x[1], device=device).half()
+    dx = output(case.x, dy)
+    tma_dgrad(case.problem, tile, dy, w, dx, bias)
+    assert_exact(dx, input_gradient(case, w, dy).to(device) + bias.double().view(-1, 1, 1))
 
 
 @pytest.mark.parametrize(("case", "tile"), shapes("wgrad"), ids=str)

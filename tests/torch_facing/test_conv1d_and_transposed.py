@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cnnfast.functional as ours
 from agreement import assert_bits, assert_served_by_kernels, exact, integers, leaf, run, saved_bytes
+from cnnfast import reference
 from convolutions import LAYOUTS, arrange
 from poison import embed
 
@@ -197,3 +198,35 @@ def test_compiled_for_any_size(name, device):
     for n in (2, 3):
         inputs = [x.repeat(n, 1, n, *[1] * (x.dim() - 3)).to(device), w.to(device), b.to(device)]
         assert_bits(run(compiled, inputs), exact(call(theirs), inputs))
+
+
+SPECIAL = {"inf": float("inf"), "-inf": -float("inf"), "nan": float("nan")}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("algorithm", ["direct", "im2col"])
+@pytest.mark.parametrize(
+    ("groups", "geometry"),
+    [(1, (1, 1, 0)), (2, (2, 1, 1)), (4, (1, 1, 0)), (4, (2, 0, 1))],
+    ids=["usual", "groups, stride", "depthwise", "depthwise, stride"],
+)
+def test_a_special_weight_reaches_what_its_tap_reaches(groups, geometry, algorithm, name, device):
+    """Of a transposed convolution's result, and of the gradient of a convolution's input; the judge multiplies where a tap lies alone."""
+    x, w = integers(2, 4, 5, 4, largest=2).to(device), integers(4, 4 // groups, 3, 3, seed=2).to(device)
+    for k, r, s in ((0, 0, 0), (3, 2, 1)):
+        w[k, 0, r, s] = SPECIAL[name]
+    y = ours.conv_transpose2d(x, w, None, *geometry, groups, algorithm=algorithm)
+    exact_y = reference.conv_transpose2d(x.double(), w.double(), None, *geometry, groups)
+    assert exact_y.isfinite().any()
+    assert not exact_y.isfinite().all()
+    torch.testing.assert_close(y.double(), exact_y, rtol=0, atol=0, equal_nan=True)
+
+    leaves = [x.clone().requires_grad_(), x.double().requires_grad_()]
+    ys = [
+        ours.conv2d(leaves[0], w, None, *geometry[:2], groups=groups, algorithm=algorithm),
+        reference.conv2d(leaves[1], w.double(), None, *geometry[:2], groups=groups),
+    ]
+    dy = integers(*ys[0].shape, seed=3).to(device)
+    mine, judge = (torch.autograd.grad(y, leaf, dy.to(y.dtype))[0] for y, leaf in zip(ys, leaves, strict=True))
+    assert not judge.isfinite().all()
+    torch.testing.assert_close(mine.double(), judge, rtol=0, atol=0, equal_nan=True)

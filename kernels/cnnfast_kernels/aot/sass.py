@@ -132,11 +132,50 @@ def wide_loads(instructions: list[Instruction]) -> int:
     return sum(i.family == "LDG" and "128" in i.opcode.split(".") for i in instructions)
 
 
+def loops(instructions: list[Instruction]) -> list[list[Instruction]]:
+    """The bodies of all loops, shortest first. The endless branch to itself that pads a kernel is none."""
+    edges = [(i.target, i.address) for i in instructions if i.target is not None and i.target < i.address]
+    bodies = [[i for i in instructions if start <= i.address <= end] for start, end in edges]
+    return sorted(bodies, key=len)
+
+
+def main_loop(instructions: list[Instruction]) -> list[Instruction] | None:
+    """The body of the loop that does the work; None if there is none, for example because it is unrolled.
+
+    The work is tensor-core instructions, or where the kernel has none multiply-adds, or else loads. Of the loops that do it and have no
+    other such loop within, it is the first in the code: a gradient's kernel takes its sums again, behind it, where NaN came out.
+    """
+    bodies = loops(instructions)
+    if tensor_core(instructions):
+        works = [lambda i: TENSOR_CORE.fullmatch(i.family)]
+    else:
+        works = [lambda i: i.family in MULTIPLY_ADD, lambda i: i.family in LOADS]
+    for work in works:
+        working = [body for body in bodies if any(work(i) for i in body)]  # shortest first
+        innermost = [body for n, body in enumerate(working) if not any(within(other, body) for other in working[:n])]
+        if innermost:
+            return min(innermost, key=lambda body: body[0].address)
+    return None
+
+
+def within(inner: list[Instruction], outer: list[Instruction]) -> bool:
+    return outer[0].address <= inner[0].address and inner[-1].address <= outer[-1].address
+
+
+def loop_instructions(instructions: list[Instruction]) -> int | None:
+    """Length of the main loop, if there is one."""
+    body = main_loop(instructions)
+    return None if body is None else len(body)
+
+
 def serialised(instructions: list[Instruction]) -> bool:
-    """Whether every one of several wgmma instructions is waited for before the next is issued (ptxas warns of it as C7515)."""
+    """Whether every one of several wgmma instructions is waited for before the next is issued (ptxas warns of it as C7515).
+
+    Those of the main loop, if there is one: a loop behind it may wait, and the main loop is not excused by one behind it that does not.
+    """
     outstanding = False
     count = 0
-    for i in instructions:
+    for i in main_loop(instructions) or instructions:
         if i.family.endswith("GMMA"):
             if outstanding:
                 return False
@@ -145,27 +184,3 @@ def serialised(instructions: list[Instruction]) -> bool:
         elif i.opcode.startswith("WARPGROUP.DEPBAR") and i.operands.endswith("0x0"):
             outstanding = False
     return count > 1 and not outstanding
-
-
-def loops(instructions: list[Instruction]) -> list[list[Instruction]]:
-    """The bodies of all loops, shortest first. The endless branch to itself that pads a kernel is none."""
-    edges = [(i.target, i.address) for i in instructions if i.target is not None and i.target < i.address]
-    bodies = [[i for i in instructions if start <= i.address <= end] for start, end in edges]
-    return sorted(bodies, key=len)
-
-
-def loop_instructions(instructions: list[Instruction]) -> int | None:
-    """Length of the innermost loop that does the work; None if there is none, for example because it is unrolled.
-
-    The work is tensor-core instructions, or where the kernel has none multiply-adds, or else loads.
-    """
-    bodies = loops(instructions)
-    if tensor_core(instructions):
-        works = [lambda i: TENSOR_CORE.fullmatch(i.family)]
-    else:
-        works = [lambda i: i.family in MULTIPLY_ADD, lambda i: i.family in LOADS]
-    for work in works:
-        for body in bodies:
-            if any(work(i) for i in body):
-                return len(body)
-    return None

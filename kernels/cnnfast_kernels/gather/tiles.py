@@ -46,6 +46,17 @@ def unravel_rsc(step, C: tl.constexpr, R, S, BLOCK_K: tl.constexpr, FLAT: tl.con
 
 
 @triton.jit
+def reaches(bits, h0, w0, row_ok, r, s, H, W, S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr):
+    """Whether tap (r, s) of each row lies in the image: [BLOCK_M]. `bits` is from tap_bits, or None: then it is computed here."""
+    if bits is None:
+        h = h0 + r * STEP_H
+        w = w0 + s * STEP_W
+        return row_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    else:
+        return ((bits >> (r * S + s)) & 1) != 0
+
+
+@triton.jit
 def load_taps(
     rows, bits, h0, w0, row_ok, r, s, c, c_ok, H, W, stride_h, stride_w, stride_c,
     S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
@@ -60,13 +71,7 @@ def load_taps(
         w = w0[:, None] + (s * STEP_W)[None, :]
         mask = row_ok[:, None] & c_ok[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     else:
-        if bits is None:
-            h = h0 + r * STEP_H
-            w = w0 + s * STEP_W
-            ok = row_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        else:
-            ok = ((bits >> (r * S + s)) & 1) != 0
-        mask = ok[:, None]
+        mask = reaches(bits, h0, w0, row_ok, r, s, H, W, S, STEP_H, STEP_W)[:, None]
         if not EVEN:
             mask = mask & c_ok[None, :]
     tap = ((r * STEP_H).to(tl.int64) * stride_h + (s * STEP_W).to(tl.int64) * stride_w) * ALIGN

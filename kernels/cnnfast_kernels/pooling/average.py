@@ -13,7 +13,8 @@ import triton.language as tl
 
 from .. import launch
 from ..problem import PoolProblem
-from .rows import RUNTIME, divide, element_offset, plan_rows, unravel_rows
+from ..rounding import round_quotient
+from .rows import RUNTIME, element_offset, plan_rows, unravel_rows
 
 
 @triton.jit
@@ -71,9 +72,9 @@ def avg_pool_kernel(
         acc += tl.load(x_rows + offset, mask=inside[:, None], other=0.0).to(ACC)
 
     if DIVISOR is None:
-        y = divide(acc, window_pixels(h0, h1, w0, w1, H, W, COUNT_PAD).to(ACC)[:, None])
+        y = round_quotient(acc, window_pixels(h0, h1, w0, w1, H, W, COUNT_PAD).to(ACC)[:, None])
     else:
-        y = divide(acc, tl.full((ROWS, VEC), DIVISOR, ACC))
+        y = round_quotient(acc, tl.full((ROWS, VEC), DIVISOR, ACC))
     y_offset = element_offset(n, p, q, c, y_stride_n, y_stride_h, y_stride_w, y_stride_c, Y_ALIGN)
     tl.store(y_ptr + y_offset, y.to(y_ptr.dtype.element_ty), mask=ok[:, None])
 
@@ -116,11 +117,11 @@ def avg_pool_backward_kernel(
         dy = tl.load(dy_rows + offset, mask=covers[:, None], other=0.0).to(ACC)
         if DIVISOR is None:
             pixels = tl.where(covers, window_pixels(h0, h1, w0, w1, H, W, COUNT_PAD), 1)
-            dy = divide(dy, pixels.to(ACC)[:, None])
+            dy = round_quotient(dy, pixels.to(ACC)[:, None])
         acc += dy
 
     if DIVISOR is not None:
-        acc = divide(acc, tl.full((ROWS, VEC), DIVISOR, ACC))
+        acc = round_quotient(acc, tl.full((ROWS, VEC), DIVISOR, ACC))
     dx_offset = element_offset(n, h, w, c, dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, DX_ALIGN)
     tl.store(dx_ptr + dx_offset, acc.to(dx_ptr.dtype.element_ty), mask=ok[:, None])
 

@@ -13,8 +13,9 @@ import triton.language as tl
 
 from .. import launch
 from ..indexing import channel_offset
+from ..rounding import round_quotient
 from ..tiling import BUSY_PROGRAMS, cdiv
-from .rows import NUM_WARPS, RUNTIME, divide
+from .rows import NUM_WARPS, RUNTIME
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def plane_mean_kernel(
         offset = ((pixel // W).to(tl.int64) * x_stride_h + (pixel % W).to(tl.int64) * x_stride_w) * X_ALIGN
         acc += tl.load(x_cols + offset, mask=(lane < pixels - step * BLOCK_PIXELS) & (c < C), other=0.0).to(ACC)
 
-    y = divide(tl.sum(acc, PIXEL_AXIS), count.to(ACC))
+    y = round_quotient(tl.sum(acc, PIXEL_AXIS), count.to(ACC))
     y_cols = y_ptr + (n.to(tl.int64) * y_stride_n + split.to(tl.int64) * y_stride_h) * Y_ALIGN + channel_offset(channels, y_stride_c)
     tl.store(y_cols, y.to(y_ptr.dtype.element_ty), mask=channels < C)
 

@@ -74,12 +74,6 @@ def element_offset(n, h, w, c, stride_n, stride_h, stride_w, stride_c, ALIGN: tl
     return pixel_offset(n, h, w, stride_n, stride_h, stride_w, ALIGN)[:, None] + channel_offset(c, stride_c)
 
 
-@triton.jit
-def divide(a, b):
-    """Rounded to nearest, as PyTorch divides: `/` is approximate in float32."""
-    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
-
-
 def plan_rows(kernel: Any, problem: PoolProblem, operands: dict[str, launch.Laid], loop: int, **options: Any) -> launch.Plan:
     """A launch of `kernel`, whose first arguments are `operands`, the last of them its result; `loop` is the length of its loop."""
     g = problem

@@ -37,6 +37,14 @@ def rows_of_box(n0, h0, w0, N, extent_h, extent_w, TILE_N: tl.constexpr, TILE_H:
 
 
 @triton.jit
+def pixels_inside(m, h0, w0, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """Whether pixels m of the box at row h0 and column w0 lie in an image of H x W."""
+    h = h0 + m // TILE_W % TILE_H
+    w = w0 + m % TILE_W
+    return (h >= 0) & (h < H) & (w >= 0) & (w < W)
+
+
+@triton.jit
 def taps_inside(first, extent, taps, STEP: tl.constexpr, TILE: tl.constexpr):
     """The first of `taps` taps that see an axis of `extent` pixels, and the number of them: tap t of a box sees pixel first + t * STEP.
 

@@ -32,10 +32,13 @@ def depthwise_dgrad_kernel(
     dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c,
     C: tl.constexpr, MULTIPLIER: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    STEP_W: tl.constexpr, DY_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
+    STEP_W: tl.constexpr, MISSES: tl.constexpr, DY_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
     TAPS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M strips of BLOCK_C channels of dx, plus the bias of a transposed convolution if there is one."""
+    """BLOCK_M strips of BLOCK_C channels of dx, plus the bias of a transposed convolution if there is one.
+
+    MISSES: some pixel has taps that lie outside dy. Each addition is then selected, which costs a predicate.
+    """
     EVEN: tl.constexpr = C % BLOCK_C == 0
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
 
@@ -73,7 +76,7 @@ def depthwise_dgrad_kernel(
                 acc = accumulate_column(
                     acc, dy_rows - (up * dy_row + left * dy_column), row, P, dy_row,
                     w_taps + (r0 * w_row + (s0 + t * STEP_W) * w_column), w_row, c_ok,
-                    ROWS, min(TAPS, R - r0), 1, -DIL_H, STRIDE_H, EVEN, ACC,
+                    ROWS, min(TAPS, R - r0), 1, -DIL_H, STRIDE_H, EVEN, ACC, MISSES,
                 )  # fmt: skip
 
     if bias_ptr is not None:
@@ -102,7 +105,8 @@ def plan_depthwise_dgrad(problem: ConvProblem, tile: StripTile, dy: launch.Laid,
         strips, *divisor(max(strips, 1)), columns, *divisor(max(columns, 1)), *dys[:4], *ws[1:4], *dxs[:4],
         tile=tile, C=g.C, MULTIPLIER=g.group_filters, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
-        STEP_W=tap_step(g.stride_w, g.dil_w), DY_ALIGN=dys.align, W_ALIGN=ws.align, DX_ALIGN=dxs.align,
+        STEP_W=tap_step(g.stride_w, g.dil_w), MISSES=g.taps_miss_h or g.taps_miss_w,
+        DY_ALIGN=dys.align, W_ALIGN=ws.align, DX_ALIGN=dxs.align,
         TAPS=taps_at_once(g.R, tap_step(g.stride_h, g.dil_h)),
         ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dx.dtype)],
         ROWS=tile.ROWS, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,

@@ -50,22 +50,24 @@ def zeros(COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ACC
 
 
 @triton.jit
-def add_product(acc, INDEX: tl.constexpr, a, b):
-    """The tuple with a * b added to one of its members."""
-    return acc[:INDEX] + (acc[INDEX] + a * b,) + acc[INDEX + 1 :]
+def add_product(acc, INDEX: tl.constexpr, a, b, reached):
+    """The tuple with a * b added to one of its members: where `reached`, or everywhere if that is None."""
+    total = acc[INDEX] + a * b
+    return acc[:INDEX] + (total if reached is None else tl.where(reached, total, acc[INDEX]),) + acc[INDEX + 1 :]
 
 
 @triton.jit
 def accumulate_column(
     acc, x_rows, row, rows, row_stride, w_taps, tap_stride, c_ok,
     ROWS: tl.constexpr, TAPS: tl.constexpr, PIXEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr, UNIT: tl.constexpr,
-    EVEN: tl.constexpr, ACC: tl.constexpr,
+    EVEN: tl.constexpr, ACC: tl.constexpr, MISSES: tl.constexpr = False,
 ):  # fmt: skip
     """Adds x * w for one column of the filter to acc, one accumulator for each of ROWS pixels of a strip.
 
     Pixel i meets tap t of TAPS in row `row` + (i * PIXEL_STEP + t * TAP_STEP) / UNIT of x where that is a whole number. fprop: the steps
     are stride and dilation, UNIT is 1; dgrad: 1, minus the dilation, the stride. `x_rows`, at `row`, and `w_taps`, at the first tap,
-    point at [BLOCK_M, BLOCK_C] elements.
+    point at [BLOCK_M, BLOCK_C] elements. MISSES: x outside the image is no zero, but nothing: it is not multiplied by a weight that may be
+    infinite.
     """
     w = ()
     for t in tl.static_range(TAPS):
@@ -74,10 +76,11 @@ def accumulate_column(
     LAST: tl.constexpr = ((ROWS - 1) * PIXEL_STEP + (TAPS - 1) * (TAP_STEP if TAP_STEP > 0 else 0)) // UNIT
     for j in tl.static_range(FIRST, LAST + 1):  # a row that no pixel meets is not used, hence not loaded
         x = load_row(x_rows + j * row_stride, row + j, rows, c_ok, EVEN, ACC)
+        reached = in_range(row + j, rows)[:, None] if MISSES else None
         for i in tl.static_range(ROWS):
             for t in tl.static_range(TAPS):
                 if i * PIXEL_STEP + t * TAP_STEP == j * UNIT:
-                    acc = add_product(acc, i, x, w[t])
+                    acc = add_product(acc, i, x, w[t], reached)
     return acc
 
 

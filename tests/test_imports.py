@@ -57,7 +57,7 @@ FORBIDDEN = [
 LAYERS = {
     "cnnfast_kernels": [
         "problem tiling",
-        "epilogue launch indexing",
+        "epilogue launch launchable indexing",
         "planes partials slots",
         "gather tma batchnorm pooling",
         "tables",

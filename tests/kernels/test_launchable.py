@@ -1,0 +1,131 @@
+"""Whether Triton can launch is asked once and never under capture, and what it lacks is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sysconfig
+
+import pytest
+import torch
+
+from child import run_compiled
+from cnnfast_kernels import launch, launchable
+
+
+def ask_on_a_stub(compiler):
+    """The answers of several threads at once, and how often Triton built a launcher for them; first while a capture is pretended.
+
+    Triton's own code compiles C in place of the launcher, by `compiler` or the machine's, and finds nothing in its cache.
+    """
+    import os
+    import tempfile
+    from concurrent.futures import ThreadPoolExecutor
+    from unittest.mock import patch
+
+    import torch
+    import triton
+    from triton.runtime.build import compile_module_from_src
+
+    import stub_driver
+    from cnnfast_kernels.launchable import why_no_launch
+
+    if compiler:
+        os.environ["CC"] = compiler
+    source = """
+        #include <Python.h>
+        static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "nothing"};
+        PyMODINIT_FUNC PyInit_nothing(void) { return PyModule_Create(&definition); }
+    """
+    built = []
+
+    def launcher(driver, kernel, metadata):
+        built.append(metadata.name)
+        return compile_module_from_src(source, "nothing")
+
+    def ask(_=None):
+        return why_no_launch(torch.device("cpu"))
+
+    with (
+        tempfile.TemporaryDirectory() as triton.knobs.cache.dir,
+        patch.object(stub_driver.StubDriver, "launcher_cls", launcher),
+        stub_driver.stub_driver(),
+        ThreadPoolExecutor(4) as pool,
+    ):
+        with patch.multiple(torch.cuda, is_initialized=lambda: True, is_current_stream_capturing=lambda: True):
+            captured = [ask(), len(built)]
+        answers = list(pool.map(ask, range(8)))
+    return {"captured": captured, "answers": sorted(set(answers)), "built": built}
+
+
+@pytest.mark.compiled
+def test_asked_once_and_not_under_capture():
+    assert run_compiled(ask_on_a_stub, "") == {"captured": ["", 0], "answers": [""], "built": ["smallest"]}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("compiler", "says"),
+    [
+        ("/bin/false", "the C compiler /bin/false ended with 1"),
+        ("/no/such/compiler", "No such file or directory: /no/such/compiler"),
+    ],
+)
+def test_a_compiler_that_fails_is_named(compiler, says):
+    said = run_compiled(ask_on_a_stub, compiler)
+    assert said["captured"] == ["", 0]
+    assert said["built"] == ["smallest"]  # a failure is an answer too: not asked again
+    (answer,) = said["answers"]
+    assert answer.startswith("Triton cannot launch kernels here: ")
+    assert says in answer
+    assert "install a C compiler (gcc or clang) or name one in CC" in answer
+
+
+@pytest.mark.compiled
+def test_without_a_driver_there_is_a_reason():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU and its driver: nothing is missing")
+    answer = run_compiled(
+        """
+        import json, torch
+        from cnnfast_kernels.launchable import why_no_launch
+        print(json.dumps(why_no_launch(torch.device("cpu"))))
+        """
+    )
+    assert answer.startswith("Triton cannot launch kernels here: ")
+    assert "driver" in answer
+
+
+def test_what_is_interpreted_needs_no_launcher():
+    if not launch.INTERPRETED:
+        pytest.skip("GPU ring: kernels are not interpreted")
+    assert launchable.why_no_launch(torch.device("cpu")) == ""
+
+
+NO_LIBCUDA = 'libcuda.so cannot found!\nPlease make sure GPU is set up and then run "/sbin/ldconfig"'
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), "gcc or clang"),
+        (AssertionError(NO_LIBCUDA), "install NVIDIA's driver"),
+        (FileNotFoundError(2, "No such file or directory", "/sbin/ldconfig"), "TRITON_LIBCUDA_PATH"),
+        (ImportError("libcuda.so.1: cannot open shared object file"), "install NVIDIA's driver"),
+        (PermissionError(13, "Permission denied", "/root/.triton"), "name a folder in TRITON_CACHE_DIR"),
+        (RuntimeError("0 active drivers ([]).\nOne is needed."), "RuntimeError: 0 active drivers ([]). One is needed."),
+    ],
+)
+def test_every_reason_is_one_line_that_says_what_to_do(error, says):
+    said = launchable.reason(error)
+    assert says in said
+    assert "\n" not in said
+
+
+def test_headers_that_are_missing_are_named(monkeypatch, tmp_path):
+    failure = subprocess.CalledProcessError(1, ["gcc", "main.c"])
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert "the C compiler gcc ended with 1" in launchable.reason(failure)
+    (tmp_path / "Python.h").unlink()
+    assert f"no Python.h in {tmp_path}" in launchable.reason(failure)
+    assert "python3-dev" in launchable.reason(failure)

@@ -11,6 +11,7 @@ import sysconfig
 import threading
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -54,7 +55,8 @@ def _ask(device: torch.device) -> str:
     try:
         # Triton compiles for, and loads to, the current device.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            _ = smallest.warmup(torch.float32, grid=(1,)).run  # this property builds the launcher, and loads the binary
+            compiled: Any = smallest.warmup(torch.float32, grid=(1,), enable_fp_fusion=True)  # said as in launch.run: else Triton warns
+            _ = compiled.run  # this property builds the launcher, and loads the binary
     except Exception as error:  # whatever it is, every kernel would fail by it
         return f"Triton cannot launch kernels here: {reason(error)}"
     return ""

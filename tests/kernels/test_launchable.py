@@ -19,6 +19,7 @@ def ask_on_a_stub(compiler):
     """
     import os
     import tempfile
+    import warnings
     from concurrent.futures import ThreadPoolExecutor
     from unittest.mock import patch
 
@@ -41,6 +42,8 @@ def ask_on_a_stub(compiler):
     def launcher(driver, kernel, metadata):
         built.append(metadata.name)
         return compile_module_from_src(source, "nothing")
+
+    warnings.simplefilter("error")  # Triton's own, which the user of a library shall not see
 
     def ask(_=None):
         return why_no_launch(torch.device("cpu"))

@@ -10,7 +10,7 @@ every kernel, on tensors whose contents do not matter, and compares. Only for pr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -48,7 +48,7 @@ class Survey:
     unaligned: Counter[str] = field(default_factory=Counter)
     differing: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)  # cases that raised
-    binaries: int = 0
+    binaries: list[str] = field(default_factory=list)  # a digest of each
     size_mismatches: list[str] = field(default_factory=list)
     scratch: list[str] = field(default_factory=list)
     encodes: int = 0
@@ -56,6 +56,12 @@ class Survey:
     outside: list[str] = field(default_factory=list)  # maps that reach beyond the memory of their tensors
     permuted: int = 0
     overlapping: int = 0
+
+    def __add__(self, other: Survey) -> Survey:
+        """Both, of other cases of one version of Triton."""
+        both = Survey(self.triton, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Survey)[1:]})
+        both.binaries = sorted(set(both.binaries))
+        return both
 
     @property
     def kernels(self) -> set[str]:
@@ -197,13 +203,12 @@ def memory(t: torch.Tensor) -> int:
     return t.untyped_storage().nbytes() - t.storage_offset() * t.element_size()
 
 
-def survey(once: bool, capability: int = 90, progress: Callable[[int, int], None] = lambda done, total: None) -> Survey:
+def survey(once: bool, part: int = 0, parts: int = 1, capability: int = 90) -> Survey:
     """Launches all cases on a GPU of sm_`capability` that is not there; with `once` one launch of each kernel and operand pattern.
 
-    `progress` is called with (cases done, all cases).
+    Of several `parts`, which processes may share, one takes every so manieth case.
     """
     found = Survey()
-    todo = list(cases(capability, once))
     with ExitStack() as stack:
         driver = stack.enter_context(recording_driver(capability))
         driver.stream = STREAM
@@ -211,21 +216,20 @@ def survey(once: bool, capability: int = 90, progress: Callable[[int, int], None
         stack.enter_context(patch.object(aot_cases, "empty", empty))
         stack.enter_context(patch.object(launch.Plan, "__call__", lambda plan, *tensors: watch.planned(plan, *tensors)))
         stack.enter_context(patch.object(launch, "run", watch.without_a_plan))
-        for done, case in enumerate(todo):
-            progress(done, len(todo))
+        for case in list(cases(capability, once))[part::parts]:
             watch.case = case.name
             try:
                 case.run()
             except Exception as error:  # what a launch raises is a finding, and the other cases are due all the same
                 driver.taken()
                 found.failed.append(f"{case.name}: {type(error).__name__}: {error}"[:500])
-        progress(len(todo), len(todo))
     for kernel in driver.kernels.values():
-        found.binaries += 1
+        found.binaries.append(kernel.digest)
         if kernel.parameter_bytes != kernel.passed_bytes:
             found.size_mismatches.append(f"{kernel.name}: has {kernel.parameter_bytes}, is passed {kernel.passed_bytes}")
         if kernel.global_scratch_bytes or kernel.profile_scratch_bytes:
             found.scratch.append(f"{kernel.name}: {kernel.global_scratch_bytes}, {kernel.profile_scratch_bytes} bytes of scratch memory")
+    found.binaries = sorted(set(found.binaries))
     return found
 
 
@@ -239,12 +243,11 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32, fmt: torch.memory_for
 
 def cases(capability: int, once: bool) -> Iterator[Case]:
     """Operands and layouts that may be absent, present and mixed; then all that is compiled ahead of time, every tile among it."""
-    formats = (LAST,) if once else (LAST, NCHW)
-    for dtype, fmt in product(DTYPES, formats):
+    for dtype, fmt in product(DTYPES, (LAST,) if once else (LAST, NCHW)):
         told = f"{str(dtype).removeprefix('torch.')} {'channels_last' if fmt == LAST else 'contiguous'}"
-        for layer in LAYERS[: FIRST if once else None]:
+        for i, layer in enumerate(LAYERS if fmt == LAST and not once else LAYERS[:FIRST]):
             if not once or dtype == torch.bfloat16:
-                yield Case(f"epilogues {told} {layer}", partial(epilogues, dtype, fmt, *layer))
+                yield Case(f"epilogues {told} {layer}", partial(epilogues, dtype, fmt, i < FIRST, *layer))
             yield Case(f"gradients {told} {layer}", partial(gradients, dtype, fmt, *layer))
         yield Case(f"batch norm {told}", partial(batch_norms, dtype, fmt, once))
         yield Case(f"pools {told}", partial(pools, dtype, fmt))
@@ -280,22 +283,22 @@ def operands(dtype: torch.dtype, fmt: torch.memory_format, N, C, size, K, window
     return x, w, empty(N, K, g.P, g.Q, dtype=dtype, fmt=fmt), geometry
 
 
-def epilogues(dtype: torch.dtype, fmt: torch.memory_format, *layer: int) -> None:
-    """Forward with each operand that may be absent, present and absent."""
+def epilogues(dtype: torch.dtype, fmt: torch.memory_format, every: bool, *layer: int) -> None:
+    """Forward with none and with all operands that may be absent; with `every`, with each of them present and absent."""
     x, w, residual, geometry = operands(dtype, fmt, *layer)
     vector = empty(w.shape[0])
     norms = [BatchNorm(vector, vector, weight, bias) for weight, bias in product((vector, None), repeat=2)]
-    chosen = [
-        PLAIN,
+    chosen = [PLAIN, Epilogue(vector, norms[0], residual, "leaky_relu", 0.2)]
+    chosen += every * [
         Epilogue(bias=empty(w.shape[0], dtype=dtype)),
         *(Epilogue(norm=norm, activation="relu") for norm in norms),
         Epilogue(residual=residual),
-        Epilogue(vector, norms[0], residual, "leaky_relu", 0.2),
     ]
     for epilogue in chosen:
         conv_fprop(x, w, geometry, epilogue)
     conv_stats(x, w, geometry)
-    conv_stats(x, w, geometry, bias=vector)
+    if every:
+        conv_stats(x, w, geometry, bias=vector)
 
 
 def gradients(dtype: torch.dtype, fmt: torch.memory_format, *layer: int) -> None:

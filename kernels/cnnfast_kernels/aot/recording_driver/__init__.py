@@ -93,10 +93,14 @@ class RecordedEncode:
 
 @dataclass(frozen=True, slots=True)
 class LoadedKernel:
-    """A binary that was loaded. `parameter_bytes` are the sizes that its machine code expects, `passed_bytes` those of what Triton's
-    launcher passes, both with the two pointers to scratch memory that Triton adds."""
+    """A binary that was loaded, and its digest.
+
+    `parameter_bytes` are the sizes that its machine code expects, `passed_bytes` those of what Triton's launcher passes, both with the two
+    pointers to scratch memory that Triton adds.
+    """
 
     name: str
+    digest: str
     parameter_bytes: tuple[int, ...]
     passed_bytes: tuple[int, ...]
     global_scratch_bytes: int
@@ -219,8 +223,8 @@ class RecordingDriver(nvidia.CudaDriver):
         """As Triton's, which gives (module, function, registers, spills, most threads a block may have)."""
         loaded = self._load_binary(name, binary, shared, device)
         expected, passed = tuple(sass.parameter_bytes(binary)), self._made.passed_bytes
-        metadata = self._made.metadata
-        self.kernels[loaded[1]] = LoadedKernel(name, expected, passed, metadata.global_scratch_size, metadata.profile_scratch_size)
+        scratch = self._made.metadata.global_scratch_size, self._made.metadata.profile_scratch_size
+        self.kernels[loaded[1]] = LoadedKernel(name, hashlib.sha256(binary).hexdigest()[:16], expected, passed, *scratch)
         sizes = [min(pair) for pair in zip(expected, passed, strict=False)]  # where they differ, no byte is read that was not passed
         if not self.library.recorder_expect(loaded[1], len(sizes), (ctypes.c_uint32 * len(sizes))(*sizes)):
             raise ValueError(f"kernel {name} has {len(sizes)} parameters, more than libcuda.c has room for")

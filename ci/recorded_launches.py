@@ -18,7 +18,7 @@ from functools import reduce
 from importlib.metadata import version
 from operator import add
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -34,7 +34,7 @@ from fuzz import commit  # noqa: E402
 from recorded_launches import Survey, revived  # noqa: E402
 
 
-def survey_part(part: int, parts: int) -> Any:
+def survey_part(part, parts):  # runs in a process of its own, to which its source alone travels
     import recorded_launches
 
     return recorded_launches.plain(recorded_launches.survey(False, part, parts))

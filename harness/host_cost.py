@@ -1,9 +1,9 @@
 """What the host spends on a call: every operation of cnnfast.functional, over kernels that are launched but not executed.
 
 Only for processes in which kernels are compiled. Tensors are the CPU's, and dispatch takes them for a GPU's: the code that runs is a
-GPU's but for CUDA's own, that is allocating from its pool and handing a launch to its driver.
+GPU's but for CUDA's own, that is allocating from its pool, and encoding tensor maps and taking launches in its driver.
 
-    with pretended_gpu(), prepared("conv2d", "inference") as call:
+    with pretended_gpu(launcher=True), prepared("conv2d", "inference") as call:
         print(microseconds(call))
 """
 
@@ -21,6 +21,7 @@ import torch
 import cnnfast.functional as F
 from cnnfast import dispatch, ops
 from cnnfast_kernels import conv, launch
+from cnnfast_kernels.aot.recording_driver import recording_driver
 from stub_driver import stub_driver
 
 CHANNELS = 64
@@ -29,11 +30,16 @@ MODES = ("inference", "gradients", "backward")
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[None]:
-    """CPU tensors are served by kernels, which the stub driver launches and forgets."""
+def pretended_gpu(launcher: bool) -> Iterator[None]:
+    """CPU tensors are served by our kernels, every call of them (cnnfast.backend("kernels")); nothing runs.
+
+    With `launcher` Triton's own launcher turns the arguments into a launch and asks for each tensor map, of a libcuda that takes both and
+    does nothing (aot/recording_driver). Without it the stub driver takes the arguments as they are.
+    """
     if launch.INTERPRETED:
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET and start again")
-    with stub_driver(record=False), patch.object(dispatch, "CPU_REASON", ""):
+    driver = recording_driver(record=False) if launcher else stub_driver(record=False)
+    with driver, patch.object(dispatch, "CPU_REASON", ""), dispatch.backend("kernels"):
         yield
 
 

@@ -11,6 +11,7 @@ import sysconfig
 import threading
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -54,7 +55,8 @@ def _ask(device: torch.device) -> str:
     try:
         # Triton compiles for, and loads to, the current device.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            _ = smallest.warmup(torch.float32, grid=(1,)).run  # this property builds the launcher, and loads the binary
+            compiled: Any = smallest.warmup(torch.float32, grid=(1,), enable_fp_fusion=True)  # said as in launch.run: else Triton warns
+            _ = compiled.run  # this property builds the launcher, and loads the binary
     except Exception as error:  # whatever it is, every kernel would fail by it
         return f"Triton cannot launch kernels here: {reason(error)}"
     return ""
@@ -63,15 +65,16 @@ def _ask(device: torch.device) -> str:
 def reason(error: Exception) -> str:
     """One line that says what failed when Triton built a launcher, and what to install."""
     said = str(error)
-    if "C compiler" in said:
-        return f"it finds no C compiler, which it needs for its launcher; {WHAT_IT_NEEDS}"
-    if "libcuda" in said or "ldconfig" in said:
-        return "it does not find libcuda.so.1; install NVIDIA's driver, or name the library's folder in TRITON_LIBCUDA_PATH"
-    if isinstance(error, subprocess.CalledProcessError):
+    # Triton asks ldconfig for libcuda. The C compiler is told of libcuda too: its failure names it, and is another one.
+    if isinstance(error, subprocess.CalledProcessError) and "ldconfig" not in error.cmd[0]:
         headers = Path(sysconfig.get_path("include", "posix_prefix"))  # where Triton looks
         if not (headers / "Python.h").exists():
             return f"there is no Python.h in {headers}, which its launcher is compiled with; install Python's headers (python3-dev)"
         return f"the C compiler {error.cmd[0]} ended with {error.returncode} when it compiled the launcher; {WHAT_IT_NEEDS}"
+    if "C compiler" in said:
+        return f"it finds no C compiler, which it needs for its launcher; {WHAT_IT_NEEDS}"
+    if "libcuda" in said or "ldconfig" in said:
+        return "it does not find libcuda.so.1; install NVIDIA's driver, or name the library's folder in TRITON_LIBCUDA_PATH"
     if isinstance(error, OSError) and error.filename:
         purpose = f"if this is the C compiler, {WHAT_IT_NEEDS}; if it is Triton's cache, name a folder in TRITON_CACHE_DIR"
         return f"{error.strerror}: {error.filename} ({purpose})"

@@ -12,54 +12,68 @@ from child import run_compiled
 from cnnfast_kernels import launch, launchable
 
 
-def ask_on_a_stub(compiler):
-    """The answers of several threads at once, and how often Triton built a launcher for them; first while a capture is pretended.
+def ask(compiler):
+    """The answers of several threads at once, and how often Triton made its driver and a launcher for them; first while a capture is
+    pretended.
 
-    Triton's own code compiles C in place of the launcher, by `compiler` or the machine's, and finds nothing in its cache.
+    All of it is Triton's own code, over a libcuda that records. It finds nothing in its cache, and compiles by `compiler`, by the
+    machine's if that is None, and without any on the path if it is "".
     """
     import os
     import tempfile
+    import warnings
     from concurrent.futures import ThreadPoolExecutor
+    from dataclasses import replace
     from unittest.mock import patch
 
     import torch
     import triton
-    from triton.runtime.build import compile_module_from_src
+    from triton.backends import backends
 
-    import stub_driver
+    from cnnfast_kernels.aot.recording_driver import RecordingDriver, recording_driver
     from cnnfast_kernels.launchable import why_no_launch
 
-    if compiler:
+    with recording_driver():
+        pass  # the library is there from now on
+    if compiler == "":
+        os.environ.pop("CC", None)
+        os.environ["PATH"] = ""
+    elif compiler:
         os.environ["CC"] = compiler
-    source = """
-        #include <Python.h>
-        static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "nothing"};
-        PyMODINIT_FUNC PyInit_nothing(void) { return PyModule_Create(&definition); }
-    """
-    built = []
+    made = []
 
-    def launcher(driver, kernel, metadata):
-        built.append(metadata.name)
-        return compile_module_from_src(source, "nothing")
+    class Driver(RecordingDriver):
+        """As Triton makes its own driver when it is first asked for: without arguments."""
 
-    def ask(_=None):
+        is_active = staticmethod(lambda: True)
+
+        def __init__(self):
+            made.append("driver")
+            super().__init__(90, 0, True)
+
+        def make_launcher(self, source, metadata):
+            made.append(f"launcher of {metadata.name}")
+            return super().make_launcher(source, metadata)
+
+    def answer(_=None):
         return why_no_launch(torch.device("cpu"))
 
+    warnings.simplefilter("error")  # Triton's own, which the user of a library shall not see
     with (
         tempfile.TemporaryDirectory() as triton.knobs.cache.dir,
-        patch.object(stub_driver.StubDriver, "launcher_cls", launcher),
-        stub_driver.stub_driver(),
+        patch.dict(backends, {"nvidia": replace(backends["nvidia"], driver=Driver)}, clear=True),
         ThreadPoolExecutor(4) as pool,
     ):
         with patch.multiple(torch.cuda, is_initialized=lambda: True, is_current_stream_capturing=lambda: True):
-            captured = [ask(), len(built)]
-        answers = list(pool.map(ask, range(8)))
-    return {"captured": captured, "answers": sorted(set(answers)), "built": built}
+            captured = [answer(), len(made)]
+        answers = list(pool.map(answer, range(8)))
+    launched = len(triton.runtime.driver.active.taken()[0]) if "launcher of smallest" in made else 0
+    return {"captured": captured, "answers": sorted(set(answers)), "made": made, "launched": launched}
 
 
 @pytest.mark.compiled
 def test_asked_once_and_not_under_capture():
-    assert run_compiled(ask_on_a_stub, "") == {"captured": ["", 0], "answers": [""], "built": ["smallest"]}
+    assert run_compiled(ask, None) == {"captured": ["", 0], "answers": [""], "made": ["driver", "launcher of smallest"], "launched": 0}
 
 
 @pytest.mark.compiled
@@ -68,12 +82,13 @@ def test_asked_once_and_not_under_capture():
     [
         ("/bin/false", "the C compiler /bin/false ended with 1"),
         ("/no/such/compiler", "No such file or directory: /no/such/compiler"),
+        ("", "it finds no C compiler"),
     ],
 )
 def test_a_compiler_that_fails_is_named(compiler, says):
-    said = run_compiled(ask_on_a_stub, compiler)
+    said = run_compiled(ask, compiler)
     assert said["captured"] == ["", 0]
-    assert said["built"] == ["smallest"]  # a failure is an answer too: not asked again
+    assert said["made"] == ["driver"]  # a failure is an answer too: not asked again
     (answer,) = said["answers"]
     assert answer.startswith("Triton cannot launch kernels here: ")
     assert says in answer
@@ -110,6 +125,7 @@ NO_LIBCUDA = 'libcuda.so cannot found!\nPlease make sure GPU is set up and then 
         (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), "gcc or clang"),
         (AssertionError(NO_LIBCUDA), "install NVIDIA's driver"),
         (FileNotFoundError(2, "No such file or directory", "/sbin/ldconfig"), "TRITON_LIBCUDA_PATH"),
+        (subprocess.CalledProcessError(1, ["/sbin/ldconfig", "-p"]), "install NVIDIA's driver"),
         (ImportError("libcuda.so.1: cannot open shared object file"), "install NVIDIA's driver"),
         (PermissionError(13, "Permission denied", "/root/.triton"), "name a folder in TRITON_CACHE_DIR"),
         (RuntimeError("0 active drivers ([]).\nOne is needed."), "RuntimeError: 0 active drivers ([]). One is needed."),
@@ -122,7 +138,7 @@ def test_every_reason_is_one_line_that_says_what_to_do(error, says):
 
 
 def test_headers_that_are_missing_are_named(monkeypatch, tmp_path):
-    failure = subprocess.CalledProcessError(1, ["gcc", "main.c"])
+    failure = subprocess.CalledProcessError(1, ["gcc", "main.c", "-l:libcuda.so.1"])
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
     assert "the C compiler gcc ended with 1" in launchable.reason(failure)

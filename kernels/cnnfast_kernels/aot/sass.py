@@ -1,4 +1,5 @@
-"""What a kernel's machine code (SASS) says: registers, spills, tensor-core instructions, waits, the length of its main loop.
+"""What a kernel's machine code (SASS) says: registers, spills, tensor-core instructions, waits, the length of its main loop; and what
+the file that holds it, a cubin, says of its parameters.
 
 `disassemble` and `resource_usage` call the tools that come with Triton; what follows `read` is a function of what they print.
 """
@@ -12,7 +13,7 @@ import subprocess
 import tempfile
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from triton import knobs
@@ -22,6 +23,9 @@ TENSOR_CORE = re.compile(r"[HQIB]GMMA|UTC\w*MMA|[HQIDO]MMA")
 ASYNC_COPIES = {"LDGSTS", "UTMALDG"}
 LOADS = ASYNC_COPIES | {"LDG", "LD"}
 MULTIPLY_ADD = {"FFMA", "FFMA2", "DFMA"}
+
+# Of a cubin's .nv.info sections, by the names that cuobjdump gives them: EIFMT_SVAL, EIATTR_KPARAM_INFO.
+SIZED_VALUE, PARAMETER = 0x04, 0x17
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 TARGET = re.compile(r"\b0x([0-9a-f]+)$")
@@ -40,15 +44,45 @@ class Instruction(NamedTuple):
         return self.opcode.partition(".")[0]
 
 
-def machine_code(cubin: bytes) -> bytes:
-    """The kernel's own section of a cubin, which is a 64-bit ELF file."""
+def sections(cubin: bytes) -> Iterator[tuple[str, bytes]]:
+    """The name and the contents of every section of a cubin, which is a 64-bit ELF file."""
     (table,) = struct.unpack_from("<Q", cubin, 0x28)
     entry_size, entries, names = struct.unpack_from("<HHH", cubin, 0x3A)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * entry_size) for i in range(entries)]
-    for name, _, _, _, offset, size in sections:
-        if cubin.startswith(b".text.", sections[names][4] + name):
-            return cubin[offset : offset + size]
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * entry_size) for i in range(entries)]
+    for name, _, _, _, offset, size in headers:
+        start = headers[names][4] + name
+        yield cubin[start : cubin.index(b"\0", start)].decode(), cubin[offset : offset + size]
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The kernel's own section of a cubin."""
+    for name, contents in sections(cubin):
+        if name.startswith(".text."):
+            return contents
     raise ValueError("this cubin has no section .text.*")
+
+
+def parameter_bytes(cubin: bytes) -> list[int]:
+    """The size of each of the kernel's parameters, as its machine code expects them.
+
+    The section .nv.info.* is a list of attributes: one byte that says in which form the value follows, one that names the attribute. In
+    form 4 the value's size in two bytes precedes it; any other value is two bytes itself.
+    """
+    sizes: dict[int, int] = {}
+    for name, contents in sections(cubin):
+        if not name.startswith(".nv.info."):
+            continue
+        at = 0
+        while at < len(contents):
+            form, attribute, value = struct.unpack_from("<BBH", contents, at)
+            at += 4
+            if form != SIZED_VALUE:
+                continue
+            if attribute == PARAMETER:  # index, ordinal, offset, and bits of which those from the eighteenth on are the size
+                _, ordinal, _, bits = struct.unpack_from("<IHHI", contents, at)
+                sizes[ordinal] = bits >> 18
+            at += value
+    return [sizes[ordinal] for ordinal in sorted(sizes)]
 
 
 def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[Instruction]]:

@@ -33,7 +33,7 @@ Server = Literal["kernels", "library", "torch"]
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 OLDEST_GPU = (8, 0)
 CPU_REASON = "" if launch is None or launch.INTERPRETED else "the tensors are on the CPU, and Triton does not interpret"
-_backend: Backend = "auto"
+_backend: Backend | Literal["prefer kernels"] = "auto"
 _meta_counts = False
 
 
@@ -44,10 +44,27 @@ def backend(name: Backend) -> Iterator[None]:
     "auto": kernels where there is a path, PyTorch elsewhere. "kernels": a call that would go to PyTorch raises RuntimeError.
     "torch": PyTorch serves every call.
     """
-    global _backend
     if name not in ("auto", "kernels", "torch"):
         raise ValueError(f'backend(name={name!r}): name must be "auto", "kernels" or "torch"')
-    before, _backend = _backend, name
+    with _choosing(name):
+        yield
+
+
+@contextmanager
+def prefer_kernels() -> Iterator[None]:
+    """Our kernels serve, for the whole process, wherever there is a path, also where the library is faster; elsewhere PyTorch does.
+
+    For whoever asks whether our kernels are right, and wants to hear of the calls that are not theirs: not an error, as
+    backend("kernels") has it.
+    """
+    with _choosing("prefer kernels"):
+        yield
+
+
+@contextmanager
+def _choosing(choice: Backend | Literal["prefer kernels"]) -> Iterator[None]:
+    global _backend
+    before, _backend = _backend, choice
     try:
         yield
     finally:
@@ -67,7 +84,7 @@ def meta_as_gpu() -> Iterator[None]:
 
 def library_allowed() -> bool:
     """Whether the library's convolution may stand in for ours: not where kernels were asked for."""
-    return _backend != "kernels"
+    return _backend not in ("kernels", "prefer kernels")
 
 
 def asked_once(function: Callable[..., Any]) -> Callable[..., Any]:

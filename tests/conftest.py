@@ -36,6 +36,9 @@ if not HAS_GPU:
 if importlib.util.find_spec("cnnfast_kernels") is None:  # not installed: an editable install brings both packages
     sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels")]
 torch.set_num_threads(1)
+# float32 is multiplied as IEEE says, by PyTorch and by our kernels: on a GPU convolutions would otherwise be TF32, all or some of them.
+# Tests of TF32 ask for it: cnnfast.precision.float32_products("tf32"). By PyTorch's older settings: torch.export still reads them.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 # The same examples on every run; an interpreted kernel has no deadline.
 hypothesis.settings.register_profile("cnnfast", deadline=None, derandomize=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import triton.language as tl
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from cnnfast.precision import float32_products
 from fuzz import check_convolution, convolutions, transposed_convolutions
 from fuzz_errors import check_misuse, is_accident, misuses
 from fuzz_norm import batch_norms, check_batch_norm, check_fused_convolution, fused_convolutions
@@ -66,17 +66,6 @@ class Tally:
     spread: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """A GPU's convolutions round no operand meanwhile."""
-    backend: Any = torch.backends.cudnn.conv
-    before, backend.fp32_precision = backend.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
-
-
 MAX_ROUNDS = 20
 CAMPAIGN = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
 
@@ -96,7 +85,7 @@ def campaign(name: str, cases: int, device: torch.device, start: int = 0) -> Tal
         if compared is not None:
             drawn.spread += Counter(("kernel", kernel) for kernel in set(compared.trace.launches))
 
-    with poisoned_workspaces(), without_tf32():
+    with poisoned_workspaces(), float32_products("ieee"):
         for turn in range(MAX_ROUNDS):  # hypothesis likes to draw what it has drawn
             if len(seen) < cases:
                 seed(start + turn)(settings(CAMPAIGN, max_examples=cases)(given(case=found.cases)(run)))()

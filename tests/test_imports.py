@@ -66,7 +66,7 @@ LAYERS = {
         "aot",
     ],
     "cnnfast": [
-        "ops dispatch aside receptive_field",
+        "ops dispatch aside receptive_field precision dtypes",
         "functional summary",
         "nn",
         "models conversion",

@@ -5,7 +5,8 @@ of all elements):
 
     error <= 2 x error of plain PyTorch in the same dtype + 2 x the same of all tensors together + floor
 
-Plain PyTorch is the model as it is, NCHW, eager. The floor is a few units of the dtype, and SUM units of float32,
+Plain PyTorch is the model as it is, NCHW, eager, and multiplies float32 as all do: IEEE, or TF32, whichever is in force. The floor is a
+few units of the dtype (of TF32 where its products are in force: PyTorch's kernel may have rounded nothing), and SUM units of float32,
 for sums in another order; and in a training step KINK besides: which of the activations nearest to a ReLU's kink pass it is chance, and
 one of a hundred positions is a tenth of a channel's gradient. A tensor that is small beside the others counts as if it were not: the
 gradient of a bias before a batch norm is exactly zero, and all that anybody computes of it is rounding.
@@ -21,7 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..precision import UNIT as TF32_UNIT
+from ..precision import float32_products
 from .job import Job, placed, step_of
+from .timing import cudnn_benchmark
 
 UNITS = 4
 SUM = 64
@@ -78,21 +82,17 @@ def expect(job: Job) -> Expected:
     plain = [t.detach()[:images] for t in step_of(job, model, model, job.inputs(channels_last=False))()]
     errors = relative_errors(plain, exact)
     if not max(errors, default=math.inf) < 1:
-        raise ValueError(f"PyTorch's own results in {job.dtype} are off by {max(errors, default=math.inf):.1g}: nothing to judge by")
-    return Expected(
-        exact,
-        errors,
-        UNITS * torch.finfo(job.dtype).eps + SUM * torch.finfo(torch.float32).eps + KINK * (job.mode == "train"),
-        precision,
-        images,
-    )
+        raise ValueError(f"PyTorch's own results in {job.precision} are off by {max(errors, default=math.inf):.1g}: nothing to judge by")
+    unit = TF32_UNIT if job.tf32 else torch.finfo(job.dtype).eps
+    floor = UNITS * unit + SUM * torch.finfo(torch.float32).eps + KINK * (job.mode == "train")
+    return Expected(exact, errors, floor, precision, images)
 
 
 def _exact(job: Job, precision: torch.dtype, images: int | None) -> list[Tensor]:
     model = copy.deepcopy(job.model).to(job.device, precision).train(job.mode != "infer")
     inputs = [t[:images].to(precision) for t in job.inputs(channels_last=False)]
     exact = Job(job.name, job.model, job.shapes, job.mode, precision, job.device)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+    with float32_products("ieee"), cudnn_benchmark(False):
         return [t.detach() for t in step_of(exact, model, model, inputs)()]
 
 

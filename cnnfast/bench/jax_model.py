@@ -32,7 +32,10 @@ def unavailable(model: fx.GraphModule, device: torch.device) -> str:
 
 
 def step(model: fx.GraphModule, job: Job) -> Callable[[], Any]:
-    """Computes the model by jax.jit and waits for it; returns a list of jax arrays."""
+    """Computes the model by jax.jit and waits for it; returns a list of jax arrays.
+
+    float32 is multiplied as PyTorch's settings say: jax by itself would round to TF32 on a GPU.
+    """
     jax = _jax()
 
     place, parameters = _device(job.device), {}
@@ -42,7 +45,13 @@ def step(model: fx.GraphModule, job: Job) -> Callable[[], Any]:
         elif isinstance(module, nn.Linear):
             parameters[name] = _array(module.weight.t(), job, place), _bias(module, job, place)
     images = [_array(t.permute(0, 2, 3, 1), job, place) for t in job.inputs(channels_last=False)]
-    run = jax.jit(lambda parameters, images: _run(model, parameters, images))
+    products = {"float32": "float32", "tf32": "tensorfloat32"}.get(job.precision, "default")
+
+    def network(parameters: dict[str, Any], images: list[Any]) -> list[Any]:
+        with jax.default_matmul_precision(products):
+            return _run(model, parameters, images)
+
+    run = jax.jit(network)
     return lambda: jax.block_until_ready(run(parameters, images))
 
 

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import conversion
+from ..dtypes import name_of
+from ..precision import allow_tf32
 
 # infer: eval, under inference_mode. train: forward, all gradients, SGD with momentum; in 16 bits under autocast, as users train.
 # Of single layers, in training mode: forward, and the gradients of the input, of the parameters, or of both.
 MODELS = ("infer", "train")
 BACKWARD = ("dgrad", "wgrad", "backward")
 FORWARD = "forward"
+AUTOCAST = (torch.float16, torch.bfloat16)
 
 PROCESSOR_CACHE = 2**24  # as much of a processor's last-level cache as one thread is given credit for
 MOST_COPIES = 64
@@ -30,7 +33,7 @@ class Job:
 
     model: in PyTorch's own classes (see `plain`), float32, on the CPU. original: what cnnfast converts, over the same parameters; None:
     the same. shapes: of its inputs, the first size being the batch.
-    dtype: of the inputs; parameters have it too, except in mode "train". copies: sets of buffers that take turns, so that a single
+    dtype: of the inputs; parameters have it too, except 16 bits in mode "train". copies: sets of buffers that take turns, so that a single
     layer finds them no warmer than in a network.
     """
 
@@ -46,6 +49,16 @@ class Job:
     @property
     def batch(self) -> int:
         return self.shapes[0][0]
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 products are TF32, by the settings in force now."""
+        return allow_tf32(torch.empty(0, dtype=self.dtype, device=self.device))
+
+    @property
+    def precision(self) -> str:
+        """The name of its dtype, or "tf32"."""
+        return name_of(self.dtype, self.tf32)
 
     def inputs(self, copy: int = 0, channels_last: bool = True) -> list[Tensor]:
         """Normally distributed: the same numbers every time."""
@@ -103,9 +116,9 @@ def wanted_by(mode: str, model: nn.Module, inputs: Sequence[Tensor]) -> list[Ten
 
 
 def placed(model: nn.Module, job: Job) -> nn.Module:
-    """A copy on the job's device, in its mode and, except in mode "train", its dtype."""
+    """A copy on the job's device, in its mode and, except for 16 bits in mode "train", its dtype."""
     model = copy.deepcopy(model).to(job.device).train(job.mode != "infer")
-    return model if job.mode == "train" else model.to(job.dtype)
+    return model if job.mode == "train" and job.dtype in AUTOCAST else model.to(job.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,7 +154,7 @@ def _training_step(job: Job, network: Callable[..., Any], model: nn.Module, inpu
     """The learning rate is zero: the optimizer does all its work, and every step is the same."""
     parameters = [p for p in parameters_of(model) if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, fused=job.device.type == "cuda")
-    autocast = torch.autocast(job.device.type, job.dtype, enabled=job.dtype in (torch.float16, torch.bfloat16))
+    autocast = torch.autocast(job.device.type, job.dtype, enabled=job.dtype in AUTOCAST)
     gradients: list[Tensor] = []
 
     def step() -> list[Tensor]:

@@ -122,6 +122,8 @@ class Jax(Provider):
             return reason
         if importlib.util.find_spec("jax") is None:
             return "jax is not installed"
+        if job.dtype == torch.float64:
+            return "jax computes float64 in float32 unless its process is set up otherwise"
         return folding.unavailable(job.model, job.dtype) or jax_model.unavailable(folding.fold(job.model), job.device)
 
     def prepare(self, job: Job) -> Prepared:

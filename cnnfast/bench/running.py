@@ -23,7 +23,7 @@ from .providers import EAGER, Prepared, Provider
 from .roofline import OPERATORS, Peaks, Work, levels
 from .rows import FAILED, LAYER, MODEL, OK, UNAVAILABLE, WRONG, Row
 from .shapes import Layer
-from .timing import Clock, Times, clock_of, measure
+from .timing import Clock, Times, clock_of, cudnn_benchmark, measure
 
 Tell = Callable[[str], None]
 
@@ -128,7 +128,7 @@ def _row(
         baseline=provider.baseline,
         ours=provider.ours,
         mode=job.mode,
-        dtype=str(job.dtype).removeprefix("torch."),
+        dtype=job.precision,
         layout=provider.layout,
         batch=job.batch,
         input=" ".join("x".join(map(str, shape)) for shape in job.shapes),
@@ -157,7 +157,7 @@ def one_thread(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         torch.set_num_threads(1)
     try:
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+        with cudnn_benchmark(True):
             yield
     finally:
         torch.set_num_threads(threads)

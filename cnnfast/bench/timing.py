@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,3 +137,16 @@ def measure(
                 spent += samples[name][-1] * calls[name]
         done += 1
     return {name: results[name] if name in results else Times.of(samples[name]) for name in steps}
+
+
+@contextmanager
+def cudnn_benchmark(on: bool) -> Iterator[None]:
+    """Whether cuDNN tries all its algorithms.
+
+    Not by torch.backends.cudnn.flags: that reads allow_tf32, and PyTorch raises there once fp32_precision has been set.
+    """
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -11,6 +11,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..dispatch import launch
+from ..dtypes import argument
+from ..precision import float32_products
 from .capture import Captured, capture_calls
 from .child import interpreted
 from .judge import judge
@@ -37,17 +39,21 @@ def check(
     What cnnfast.convert makes of a module is judged as a whole, too: its state, outputs, gradients and statistics, in eval and in
     training (checking/whole.py).
 
+    Our kernels serve wherever they can, also where the library was measured to be faster; a call that only PyTorch can serve is "not
+    ours". float32 is judged with IEEE products, of ours and of PyTorch's, whatever PyTorch's settings say.
+
     target: a module (copied first; it and its buffers stay as they are, and it keeps its mode) or a function.
-    backward: gradients too, of input, parameters and residual. dtype: casts floating inputs and the copy of the module.
+    backward: gradients too, of input, parameters and residual. dtype: casts floating inputs and the copy of the module: a dtype, or its
+    name (bf16, fp16, fp32, fp64, PyTorch's own); "tf32" stands for float32 tensors whose products are rounded to TF32, by our kernels in
+    Triton's interpreter too.
     progress: called with (calls and steps judged, in all, what comes next).
     Returns a Report: str() is a table; .ok, .rows, .to_json(). The arguments of all calls are held in memory at once.
-    Raises what `target` raises.
+    Raises what `target` raises, and ValueError for a name that is none of a dtype.
     """
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError("check(): dtype must name a dtype of torch, such as float32")
-    calls = capture_calls(target, example_inputs, dtype)
+    cast, products = argument(dtype, "check")
+    tf32 = products == "tf32"
+    with float32_products(products or "ieee"):
+        calls = capture_calls(target, example_inputs, cast)
     # What torch.compile wraps, conversion cannot see through.
     model = getattr(target, "_orig_mod", target) if isinstance(target, torch.nn.Module) and calls else None
     to_come = steps(model, backward) if model is not None else []
@@ -57,11 +63,11 @@ def check(
         if progress is not None:
             progress(done, total, next_one)
 
-    by_child = _judge_calls_in_child([call for call in calls if _needs_interpreter(call.device)], backward)
+    by_child = _judge_calls_in_child([call for call in calls if _needs_interpreter(call.device)], backward, tf32)
     rows: list[Row] = []
     for call in calls:
         tell(len(rows), " ".join(filter(None, [call.layer, call.operation])))
-        rows.append(next(by_child) if _needs_interpreter(call.device) else judge(call, backward))
+        rows.append(next(by_child) if _needs_interpreter(call.device) else judge(call, backward, tf32))
     whole: list[Row] = []
     if model is not None:
 
@@ -71,7 +77,7 @@ def check(
         watch(to_come[0])
         devices = {t.device for t in (*model.parameters(), *tree_leaves(example_inputs)) if isinstance(t, torch.Tensor)}
         elsewhere = any(map(_needs_interpreter, devices))
-        for row in (_judge_conversion_in_child if elsewhere else judge_conversion)(model, example_inputs, backward, dtype, watch):
+        for row in (_judge_conversion_in_child if elsewhere else judge_conversion)(model, example_inputs, backward, cast, watch, tf32):
             whole.append(row)
             if len(whole) < len(to_come):
                 watch(to_come[len(whole)])
@@ -84,16 +90,21 @@ def _needs_interpreter(device: torch.device) -> bool:
     return launch is not None and not launch.INTERPRETED and device.type == "cpu"
 
 
-def _judge_calls_in_child(calls: list[Captured], backward: bool) -> Iterator[Row]:
+def _judge_calls_in_child(calls: list[Captured], backward: bool, tf32: bool) -> Iterator[Row]:
     if calls:
-        yield from _judge_in_child({"backward": backward, "calls": [vars(call) for call in calls]}, len(calls))
+        yield from _judge_in_child({"backward": backward, "tf32": tf32, "calls": [vars(call) for call in calls]}, len(calls))
 
 
 def _judge_conversion_in_child(
-    model: torch.nn.Module, inputs: tuple[Any, ...], backward: bool, dtype: torch.dtype | None, watch: Callable[[str], None]
+    model: torch.nn.Module,
+    inputs: tuple[Any, ...],
+    backward: bool,
+    dtype: torch.dtype | None,
+    watch: Callable[[str], None],
+    tf32: bool = False,
 ) -> Iterator[Row]:
     """What stands in the way of that is said in a row of its own: a model that cannot be pickled, above all."""
-    data = {"model": model, "inputs": inputs, "backward": backward, "dtype": dtype}
+    data = {"model": model, "inputs": inputs, "backward": backward, "dtype": dtype, "tf32": tf32}
     try:
         if main := sorted({type(m).__qualname__ for m in model.modules() if type(m).__module__ == "__main__"}):
             raise TypeError(f"{', '.join(main)} is defined in the script that runs, not in a module that could be imported")

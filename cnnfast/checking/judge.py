@@ -10,6 +10,17 @@ stand exactly where the reference, rounded to the dtype, has them. The floor is 
   smallest subnormal number; for float64, where the judge computes no better than the judged, 64 units (1 - tanh(u)**2 loses that much);
 - 2 x the error of the reference's own formulas in the accumulators' dtype (float32, or float64): what any honest sum costs. PyTorch
   may happen to sum in float64 on a CPU.
+
+float32 is judged with IEEE products in force, PyTorch's and ours, whatever its settings say: on a GPU they let convolutions round their
+operands to TF32, and which of cuDNN's kernels then do so is chance. TF32 is judged as a dtype of its own, "tf32": float32 tensors, TF32
+products in force. PyTorch's error alone cannot be the measure there, because its kernel may have rounded nothing. The floor is this:
+- TF32 keeps 10 bits of the mantissa, so that rounding an operand to the nearest costs at most 2**-11 of it, and a product of two at most
+  2**-10 of the product, about one unit of TF32. The same share of a sum would be too much to allow: errors of rounding have both signs
+  and cancel, those of truncation do not, and truncation loses 0.7 x 2**-10 of a sum of one sign. So the reference's own formulas are
+  computed in float32 with both operands of every product rounded to the nearest TF32, forward and backward (tf32.py), and the floor
+  takes 2 x their error. It is 0 for operands that are TF32 numbers already, and for what multiplies nothing: norms and pools.
+- 512 units of float32 for the last place, 2**-14, because matrix units add by truncation: 8 products at a time, a sum of one sign and of
+  4,096 products is truncated 512 times, by less than a unit each.
 """
 
 from __future__ import annotations
@@ -24,24 +35,32 @@ from torch import Tensor
 
 from .. import dispatch, functional, reference
 from ..activations import LEAKY_SLOPE, activate
+from ..dtypes import TF32, dtype_of, name_of
+from ..precision import float32_products
 from .capture import Captured, clone
 from .report import FAIL, NOT_OURS, OK, Comparison, Row
+from .tf32 import rounded_products
 
 DIFFERENTIATED = ("input", "weight", "bias", "bn_weight", "bn_bias", "residual")
 BUFFERS = ("running_mean", "running_var")
-DOUBLE_UNITS = 64.0
+MULTIPLYING = ("conv1d", "conv2d", "conv_transpose2d", "conv_bn_act")
+UNITS = {"float64": 64.0, "tf32": 512.0}  # in the last place that the floor allows; of other dtypes 1
 
 
-def judge(call: Captured, backward: bool = True) -> Row:
-    """Runs `call` where its tensors are and judges it. Nothing is raised: a kernel that raises is a FAIL with its message."""
+def judge(call: Captured, backward: bool = True, tf32: bool = False) -> Row:
+    """Runs `call` where its tensors are and judges it. Nothing is raised: a kernel that raises is a FAIL with its message.
+
+    Our kernels serve wherever they can, also where the library was measured to be faster. tf32: float32 products are TF32.
+    """
     shapes = " ".join("x".join(map(str, t.shape)) for name, t in call.tensors().items() if t.dim() > 1)
-    row = Row(call.layer, call.operation, shapes, str(call.dtype).removeprefix("torch."))
+    row = Row(call.layer, call.operation, shapes, name_of(call.dtype, tf32))
     try:
-        for wanted, label in _runs(call, backward):
-            row.reason = _judge_run(call, wanted, label, row)
-            if row.reason:
-                row.verdict = NOT_OURS
-                return row
+        with float32_products("tf32" if tf32 else "ieee"):
+            for wanted, label in _runs(call, backward):
+                row.reason = _judge_run(call, wanted, label, row)
+                if row.reason:
+                    row.verdict = NOT_OURS
+                    return row
     except Exception as error:
         row.verdict, row.reason = FAIL, f"{type(error).__name__}: {error}".strip()
         return row
@@ -87,6 +106,11 @@ def _reference(call: Captured, arguments: dict[str, Any]) -> Any:
     return getattr(reference, call.operation)(**{name: value for name, value in arguments.items() if name != "algorithm"})
 
 
+def _reference_in_tf32(call: Captured, arguments: dict[str, Any]) -> Any:
+    with rounded_products():
+        return _reference(call, arguments)
+
+
 class _Evaluation:
     """One way of computing a call, forward and backward, in `dtype` or as captured."""
 
@@ -125,7 +149,7 @@ def output_gradient(call: Captured, output: Tensor) -> Tensor:
 
 def _judge_run(call: Captured, wanted: tuple[str, ...], label: str, row: Row) -> str:
     """Adds to `row`; returns why the call is not ours, or the empty string."""
-    with dispatch.backend("auto"):
+    with dispatch.prefer_kernels():
         with dispatch.trace() as forward:
             ours = _Evaluation(_ours, call, wanted)
         empty = 0 in (ours.output.numel(), call.arguments["input"].numel())
@@ -138,16 +162,21 @@ def _judge_run(call: Captured, wanted: tuple[str, ...], label: str, row: Row) ->
                 return f"backward: {reason}"
 
     accumulators = torch.float64 if call.dtype == torch.float64 else torch.float32
+    tf32 = row.dtype == TF32 and call.operation in MULTIPLYING
     theirs = _Evaluation(_pytorch, call, wanted)
     exact = _Evaluation(_reference, call, wanted, torch.float64)
-    plain = _Evaluation(_reference, call, wanted, accumulators)
+    with float32_products("ieee"):  # what the reference rounds, it rounds itself
+        plain = _Evaluation(_reference_in_tf32 if tf32 else _reference, call, wanted, accumulators)
+        if wanted:
+            plain.backward()
     if wanted:
-        for evaluation in (theirs, exact, plain):
+        for evaluation in (theirs, exact):
             evaluation.backward()
     for name, result in ours.results.items():
         terms = _cancelled_terms(exact) if name == "grad of bias" else 0.0
         results = (e.results[name] for e in (theirs, plain, exact))
-        row.comparisons.append(compare(name + label, result, *results, dtype=call.dtype, terms=terms))
+        precision = name_of(call.dtype, tf32)
+        row.comparisons.append(compare(name + label, result, *results, precision=precision, terms=terms))
     return ""
 
 
@@ -182,8 +211,9 @@ def _cancelled_terms(exact: _Evaluation) -> float:
         return float((dy.square().sum((0, 2, 3)).sqrt() * scale).max())
 
 
-def compare(name: str, ours: Tensor, theirs: Tensor, plain: Tensor, exact: Tensor, *, dtype: torch.dtype, terms: float = 0.0) -> Comparison:
-    """The rule above. `exact` is float64; the floor is that of the call's `dtype`, for results or, if larger, summands of size `terms`."""
+def compare(name: str, ours: Tensor, theirs: Tensor, plain: Tensor, exact: Tensor, *, precision: str, terms: float = 0.0) -> Comparison:
+    """The rule above. `exact` is float64, `plain` the reference's result as the floor wants it; `precision` names the call's dtype, or is
+    "tf32". The last place is that of the results or, if larger, of summands of size `terms`."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return Comparison(name, message=f"is {ours.dtype} {list(ours.shape)}, but PyTorch's is {theirs.dtype} {list(theirs.shape)}")
     if not ours.is_floating_point():
@@ -202,8 +232,8 @@ def compare(name: str, ours: Tensor, theirs: Tensor, plain: Tensor, exact: Tenso
     error, rms = _norms(errors)
     torch_error, torch_rms = _norms(_errors(theirs, exact, finite))
     plain_error, plain_rms = _norms(_errors(plain, exact, finite))
-    info = torch.finfo(dtype)
-    unit = info.eps * (DOUBLE_UNITS if dtype == torch.float64 else 1.0)
+    info = torch.finfo(dtype_of(precision))
+    unit = info.eps * UNITS.get(precision, 1.0)
     largest, typical = (unit * max(size, terms) + info.tiny * info.eps for size in _norms(exact))
     return Comparison(
         name,

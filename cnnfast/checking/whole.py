@@ -14,7 +14,8 @@ distances from the original in float64. The floor has a part that a single call 
 again, moved about at random: every parameter and input by u of its value, what each layer returns, and the gradient that returns to it,
 by u of its root mean square and the smallest number of the dtype.
 - u is one unit of the dtype, or SUM units of the accumulators' (float32, float64): what honest roundings and sums cost, which deep
-  networks amplify, and which PyTorch itself may have escaped by luck.
+  networks amplify, and which PyTorch itself may have escaped by luck. Of TF32 products, which are judged apart from IEEE ones as judge.py
+  has it, u is a unit of TF32, 2**-10.
 - For gradients u is at least KINK. A gradient jumps where an activation passes through the kink of a ReLU, or another pixel becomes the
   largest of its window, and which of the activations nearest to a kink do so in float32 is chance. float64 has no such cases: there,
   gradients are judged to the last digits.
@@ -38,6 +39,9 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 
 from .. import dispatch
 from ..conversion import convert
+from ..dtypes import TF32, name_of
+from ..precision import UNIT as TF32_UNIT
+from ..precision import float32_products
 from .capture import clone
 from .judge import compare, kernels
 from .randomness import reproducible
@@ -64,7 +68,12 @@ def steps(model: nn.Module, backward: bool) -> list[str]:
 
 
 def judge_conversion(
-    model: nn.Module, inputs: tuple[Any, ...], backward: bool = True, dtype: torch.dtype | None = None, watch: Watch | None = None
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    backward: bool = True,
+    dtype: torch.dtype | None = None,
+    watch: Watch | None = None,
+    tf32: bool = False,
 ) -> Iterator[Row]:
     """What `judge_whole` says of a copy of `model` and what cnnfast.convert makes of another."""
     try:
@@ -72,7 +81,7 @@ def judge_conversion(
     except (TypeError, ValueError) as refused:
         yield Row("", STATE, "", "", NOT_JUDGED, f"convert: {refused}")
     else:
-        yield from judge_whole(copy.deepcopy(model), converted, inputs, backward, dtype, watch)
+        yield from judge_whole(copy.deepcopy(model), converted, inputs, backward, dtype, watch, tf32)
 
 
 def judge_whole(
@@ -82,11 +91,15 @@ def judge_whole(
     backward: bool = True,
     dtype: torch.dtype | None = None,
     watch: Watch | None = None,
+    tf32: bool = False,
 ) -> Iterator[Row]:
     """One row a step. Both models are copied for every run and stay as they are.
 
+    Of the converted model's calls our kernels serve all that they can, also those for which the library was measured to be faster.
+
     inputs: what both take, tensors or structures of them. backward: judge gradients too, and training even if `original` is in eval.
-    dtype: of the copies and their floating inputs; None: as they are. watch: called with what is being done, at every launch of a kernel.
+    dtype: of the copies and their floating inputs; None: as they are. tf32: float32 products are TF32, otherwise IEEE.
+    watch: called with what is being done, at every launch of a kernel.
     Nothing is raised for what `converted` does wrong: that is a FAIL with its message.
     """
     for step in steps(original, backward):
@@ -94,8 +107,8 @@ def judge_whole(
             compared = compare_states(original, converted)
             yield Row("", STATE, "", "", OK if all(c.ok for c in compared) else FAIL, comparisons=compared)
             continue
-        with _watched(step, watch):
-            row = _Step(original, converted, inputs, step, backward and step != EVAL, dtype).judged()
+        with _watched(step, watch), float32_products("tf32" if tf32 else "ieee"):
+            row = _Step(original, converted, inputs, step, backward and step != EVAL, dtype, tf32).judged()
         yield row
 
 
@@ -122,7 +135,14 @@ class _Step:
     """One step of both models."""
 
     def __init__(
-        self, original: nn.Module, converted: nn.Module, inputs: Any, mode: str, backward: bool, dtype: torch.dtype | None
+        self,
+        original: nn.Module,
+        converted: nn.Module,
+        inputs: Any,
+        mode: str,
+        backward: bool,
+        dtype: torch.dtype | None,
+        tf32: bool = False,
     ) -> None:
         self.original, self.converted = (copy.deepcopy(model).to(dtype) if dtype else model for model in (original, converted))
         self.inputs = tree_map_only(Tensor, lambda t: t.detach().to(dtype) if dtype and t.is_floating_point() else t.detach(), inputs)
@@ -131,15 +151,17 @@ class _Step:
         self.dtype = max((t.dtype for t in tensors), key=lambda d: torch.finfo(d).eps, default=torch.get_default_dtype())
         accumulators = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.scale = 1.0
-        self.unit = max(torch.finfo(self.dtype).eps, SUM * torch.finfo(accumulators).eps)
+        self.precision = name_of(self.dtype, tf32)
+        unit = TF32_UNIT if self.precision == TF32 else torch.finfo(self.dtype).eps
+        self.unit = max(unit, SUM * torch.finfo(accumulators).eps)
 
     def judged(self) -> Row:
-        row = Row("", self.mode, " ".join("x".join(map(str, t.shape)) for t in _tensors("", self.inputs).values()), _name(self.dtype))
+        row = Row("", self.mode, " ".join("x".join(map(str, t.shape)) for t in _tensors("", self.inputs).values()), self.precision)
         theirs = exact = _Outcome()
         samples: dict[float, list[_Outcome]] = {}
         try:
             theirs = self.scaled()
-            exact = self.run(self.original, "torch", exact=True)
+            exact = self.run(self.original, exact=True)
             samples = {unit: self.moved(unit) for unit in {self.unit, self.gradient_unit}}
             row.reason = self.randomness(theirs, exact, samples[self.unit]) or self.chaos(exact, samples[self.unit])
         except Exception as error:
@@ -148,7 +170,7 @@ class _Step:
             row.verdict = NOT_JUDGED
             return row
         try:
-            ours = self.run(self.converted, "auto")
+            ours = self.run(self.converted, ours=True)
         except Exception as error:
             row.verdict, row.reason = FAIL, f"{type(error).__name__}: {error}".strip()
             return row
@@ -164,10 +186,10 @@ class _Step:
 
     def scaled(self) -> _Outcome:
         """PyTorch's outcome, the scale of all gradients being such that none overflows: in float16 training needs that."""
-        outcome = self.run(self.original, "torch")
+        outcome = self.run(self.original)
         while self.scale > SMALLEST_SCALE and any(not t.isfinite().all() for name, t in outcome.tensors.items() if name.startswith("grad")):
             self.scale /= 2**8  # more than enough, for ours may be somewhat larger
-            outcome = self.run(self.original, "torch")
+            outcome = self.run(self.original)
         return outcome
 
     @property
@@ -176,10 +198,10 @@ class _Step:
 
     def moved(self, unit: float) -> list[_Outcome]:
         info = torch.finfo(self.dtype)
-        return [self.run(self.original, "torch", exact=True, mover=_Mover(unit, info.tiny * info.eps, seed)) for seed in range(SAMPLES)]
+        return [self.run(self.original, exact=True, mover=_Mover(unit, info.tiny * info.eps, seed)) for seed in range(SAMPLES)]
 
-    def run(self, model: nn.Module, backend: dispatch.Backend, *, exact: bool = False, mover: _Mover | None = None) -> _Outcome:
-        """A copy of `model` in this step's mode: in float64 if `exact`, moved about by `mover`."""
+    def run(self, model: nn.Module, *, ours: bool = False, exact: bool = False, mover: _Mover | None = None) -> _Outcome:
+        """A copy of `model` in this step's mode: by our kernels if `ours`, in float64 if `exact`, moved about by `mover`."""
         model, inputs = copy.deepcopy(model), self.inputs
         if exact:
             model, inputs = model.double(), tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
@@ -191,7 +213,7 @@ class _Step:
         leaves = tree_map_only(Tensor, lambda t: clone(t).requires_grad_(self.backward and t.is_floating_point()), inputs)
         wanted = {name: t for name, t in (*_tensors("input", leaves).items(), *model.named_parameters()) if t.requires_grad}
         outcome = _Outcome()
-        with reproducible(0), dispatch.backend(backend), torch.set_grad_enabled(self.backward):
+        with reproducible(0), dispatch.prefer_kernels() if ours else dispatch.backend("torch"), torch.set_grad_enabled(self.backward):
             given = tree_map_only(Tensor, Tensor.clone, leaves)  # the model may write into them
             with dispatch.trace() as outcome.forward:
                 outputs = _tensors("output", model(*given))
@@ -212,10 +234,10 @@ class _Step:
 
     def randomness(self, theirs: _Outcome, exact: _Outcome, samples: list[_Outcome]) -> str:
         """Why the original is too random to be judged, or the empty string."""
-        if _deviation(exact, self.run(self.original, "torch", exact=True)) > ALIKE:
+        if _deviation(exact, self.run(self.original, exact=True)) > ALIKE:
             return "random: with the same seed the original gives other numbers the second time"
         if _deviation(exact, theirs) > BEYOND * max(_deviation(exact, run) for run in samples):
-            return f"the original gives other numbers in {_name(self.dtype)} than in float64, and not by rounding: random ones, perhaps"
+            return f"the original gives other numbers in {self.precision} than in float64, and not by rounding: random ones, perhaps"
         return ""
 
     def chaos(self, exact: _Outcome, samples: list[_Outcome]) -> str:
@@ -245,7 +267,7 @@ class _Step:
                 plain = max((t for t in moved if t.shape == best.shape), key=functools.partial(_distance, best), default=best)
             elif mine.shape == right.shape:  # what float64 decides otherwise than PyTorch, rounding decides
                 mine = torch.where(right == best, mine, best)
-            yield compare(name, mine, right, plain, best, dtype=mine.dtype)
+            yield compare(name, mine, right, plain, best, precision=name_of(mine.dtype, self.precision == TF32))
 
 
 class _Mover:
@@ -309,7 +331,3 @@ def _relative(t: Tensor, u: Tensor) -> float:
         return math.inf
     t, u = (x.double().where(t.isfinite() & u.isfinite(), 0.0) for x in (t, u))
     return float((t - u).norm() / t.norm().clamp_min(1e-300))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -29,7 +29,7 @@ def rows(path: str) -> Iterator[Row]:
         yield from judge_conversion(**data, watch=lambda text: print(NOTE_MARK + text, flush=True))
     else:
         for call in data["calls"]:
-            yield judge(Captured(**call), data["backward"])
+            yield judge(Captured(**call), data["backward"], data["tf32"])
 
 
 def main(path: str) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .target import INPUT_HELP, MODEL_HELP, input_shape, parse_shape, resolve_module
+from ..dtypes import TF32, dtype_of
+from .target import DTYPE_HELP, INPUT_HELP, MODEL_HELP, input_shape, parse_dtype, parse_shape, resolve_module
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from ..bench.providers import Provider
     from ..bench.rows import Row
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MODES = ("infer", "train")
 STANDARD = "resnet50"
 # By device: images a step of the standard set.
@@ -32,7 +33,7 @@ def bench(
     layers: Annotated[bool, typer.Option("--layers", help="Single layers of ResNet-50 and MobileNetV2 instead of a model.")] = False,
     mode: Annotated[str, typer.Option(help="infer, train, or infer,train.", show_default="infer")] = "",
     batch: Annotated[str, typer.Option(help="Images a step, as 1,8,32,256.", show_default="by device")] = "",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.", show_default="bf16 on a GPU, fp32 on a CPU")] = "",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP, show_default="bf16 on a GPU, fp32 on a CPU")] = "",
     shapes: Annotated[
         list[str] | None,
         typer.Option("--input", help=INPUT_HELP + " --batch replaces its first size.", show_default="what the model is made for, or 224"),
@@ -62,8 +63,7 @@ def bench(
     modes = _modes(mode)
     batches = _batches(batch)
     sizes = [parse_shape(shape) for shape in shapes or []]
-    if dtype not in ("", *DTYPES, *DTYPES.values()):
-        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+    name = parse_dtype(dtype) if dtype else ""
     if pictures is not None and importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter('pictures need matplotlib: pip install ".[demo]"', param_hint="--pictures")
 
@@ -72,11 +72,14 @@ def bench(
 
     from ..bench.report import report
     from ..bench.running import one_thread
+    from ..precision import float32_products
 
     torch.manual_seed(0)  # the same parameters every time
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = DTYPES.get(dtype, dtype) or ("bfloat16" if device.type == "cuda" else "float32")
-    precision: torch.dtype = getattr(torch, name)
+    name = name or ("bfloat16" if device.type == "cuda" else "float32")
+    if name == TF32 and device.type == "cpu":
+        raise typer.BadParameter("tf32 needs a GPU: on a CPU PyTorch, which serves every call there, rounds nothing", param_hint="--dtype")
+    precision = dtype_of(name)
     chosen = _providers(provider or [], device, layers)
 
     jobs: list[tuple[str, Callable[..., list[Row]]]] = []
@@ -84,7 +87,9 @@ def bench(
         jobs += _model_jobs(model or STANDARD, modes or (MODES if model is None else MODES[:1]), batches, sizes, precision, device, chosen)
     if layers or (model is None and not modes and not sizes):
         jobs += _layer_jobs(batches, precision, device, _providers(provider or [], device, True), seconds)
-    with one_thread(device):
+    if precision == torch.float32:
+        torch.backends.cudnn.allow_tf32 = name == TF32  # torch.compile still reads this older setting, which must not contradict
+    with one_thread(device), float32_products("tf32" if name == TF32 else "ieee") if precision == torch.float32 else nullcontext():
         rows = _run(jobs, device, precision, seconds, json_file)
     console = Console()
     console.print(report(rows, console.width))

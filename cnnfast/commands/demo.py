@@ -21,8 +21,8 @@ def demo(
 
     The network is built on cnnfast.functional and trained on scikit-learn's 1,797 handwritten digits. Then the kernels run, forward
     and backward, on a photograph through a ResNet's first layers, and on held-out digits through the trained network, each
-    call against float64 and beside PyTorch. Without a GPU they run in Triton's interpreter. On a GPU ResNet-50's
-    convolutions are timed too. Takes a few minutes. Ends with exit code 0 only if everything holds.
+    call against float64 and beside PyTorch. Without a GPU they run in Triton's interpreter, in float32. On a GPU they run in float32, tf32,
+    float16 and bfloat16, and ResNet-50's convolutions are timed too. Takes a few minutes. Ends with exit code 0 only if everything holds.
     """
     from rich.console import Console
 

@@ -22,10 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..dtypes import CHOICES, full_name
+
 if TYPE_CHECKING:
     from torch import nn
 
 HINT = "MODEL"
+DTYPE_HELP = f"One of {CHOICES}. fp32 multiplies as IEEE says; tf32: float32 tensors, products rounded to TF32."
 MODEL_HELP = "resnet50, SOURCE:NAME of cnnfast, torchvision, timm or transformers, file.py:NAME, or package.module:NAME."
 INPUT_HELP = "Shape of an input, as 1x3x224x224; repeat for several."
 WAYS = "a bare name such as resnet50, file.py:NAME or package.module:NAME"
@@ -290,6 +293,14 @@ def parse_shape(text: str) -> tuple[int, ...]:
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise typer.BadParameter(f"{text!r} is no shape: write positive sizes with x between them, as in 1x3x32x32", param_hint="--input")
     return tuple(map(int, sizes))
+
+
+def parse_dtype(text: str) -> str:
+    """The full name: bf16 as "bfloat16"; "tf32" stays."""
+    try:
+        return full_name(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--dtype") from None
 
 
 def input_shape(model: nn.Module, batch: int, *, small: bool) -> tuple[int, ...]:

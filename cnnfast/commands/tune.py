@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .target import INPUT_HELP, MODEL_HELP, input_shape, parse_shape, resolve_module
+from .target import DTYPE_HELP, INPUT_HELP, MODEL_HELP, input_shape, parse_dtype, parse_shape, resolve_module
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..tuning import Measured
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MODES = ("infer", "train")
 
 
 def tune(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     shapes: Annotated[list[str] | None, typer.Option("--input", help=INPUT_HELP, show_default="what the model is made for, or 224")] = None,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}, or float64.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "bf16",
     mode: Annotated[str, typer.Option(help="infer, or train: gradients too.")] = "infer",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all that was measured to this file.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be measured. Needs no GPU.")] = False,
@@ -33,12 +32,11 @@ def tune(
     random numbers; whoever computes wrong ones is out. What wins is written to a table in your cache folder, which cnnfast reads in every
     later run; rows of other models and sizes stay in it. A row serves its own sizes, and batches half to twice as large.
 
-    Measure the sizes that you will run. Ends with exit code 1 if a convolution could not be measured, or anything computed wrong numbers.
+    Measure the sizes that you will run, and the dtype: PyTorch's convolutions of float32 on a GPU are tf32 unless you set them to IEEE.
+    Ends with exit code 1 if a convolution could not be measured, or anything computed wrong numbers.
     """
     sizes = [parse_shape(shape) for shape in shapes or []]
-    name = DTYPES.get(dtype, dtype)
-    if name not in (*DTYPES.values(), "float64"):
-        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}, float64", param_hint="--dtype")
+    name = parse_dtype(dtype)
     if mode not in MODES:
         raise typer.BadParameter(f"{mode!r} is neither infer nor train", param_hint="--mode")
 
@@ -56,7 +54,7 @@ def tune(
     torch.manual_seed(0)
     _, module = resolve_module(model)
     sizes = sizes or [input_shape(module, 1, small=False)]
-    how: dict[str, Any] = {"training": mode == "train", "dtype": getattr(torch, name)}
+    how: dict[str, Any] = {"training": mode == "train", "dtype": name}
     console = Console()
     try:
         if dry_run:

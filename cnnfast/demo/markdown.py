@@ -31,6 +31,7 @@ def markdown(results: Results, picture: str) -> str:
             "Each call, on the values that reached it, by our kernels, by PyTorch, and in float64. Errors are the largest distances from"
             " float64, shown for the tensor nearest to its limit. The limit: twice PyTorch's own error, twice that of the plain formulas"
             " in the accumulators' dtype, and one unit in the last place. The root mean square of the errors is held to the same rule."
+            " In float32 all multiply as IEEE says; tf32 is float32 with products of operands rounded to TF32, by the plain formulas too."
         )
         parts += [part for proof in results.proofs for part in proof_parts(proof)]
     else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import cnnfast
 from cnnfast.checking.child import interpreted
-from cnnfast.dispatch import launch
+from cnnfast.dispatch import launch, prefer_kernels
 
 from .digits import DigitNet
 from .layers import ConvBN
@@ -83,7 +83,7 @@ def read(model: nn.Module, images: Tensor) -> tuple[list[int], list[str]]:
         lines = interpreted(__name__, {"weights": model.state_dict(), "images": images})
         answer = next(json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK))
         return answer["read"], answer["launches"]
-    with torch.no_grad(), cnnfast.trace() as calls:
+    with torch.no_grad(), prefer_kernels(), cnnfast.trace() as calls:
         digits = model(images).argmax(1).tolist()
     return digits, calls.launches
 

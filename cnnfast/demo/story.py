@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
 
 import torch
 from rich.console import Console
@@ -16,8 +15,10 @@ from torch import Tensor, nn
 
 import cnnfast
 from cnnfast import __version__
+from cnnfast.bench.timing import cudnn_benchmark
 from cnnfast.checking import check
-from cnnfast.dispatch import Trace, backend, launch, trace
+from cnnfast.dispatch import Trace, backend, launch, prefer_kernels, trace
+from cnnfast.dtypes import TF32
 
 from . import digits, photograph, plain, timing
 from .picture import Images
@@ -29,7 +30,7 @@ INTERPRETED_BACKWARD_SIZE = 32  # the stem's two gradients, of 49 taps, take lon
 INTERPRETED_DIGITS = 4
 INTERPRETED_CONVERTED = 64  # digits for the converted network: forward alone
 GPU_DIGITS = 64
-GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GPU_DTYPES = ("float32", TF32, "float16", "bfloat16")
 
 OURS = "our kernels"
 PHOTOGRAPH_PATH = "through a ResNet's stem and first block, in training"
@@ -59,7 +60,7 @@ def tell(seed: int, epochs: int, console: Console) -> tuple[Results, Images]:
         image = photograph.load_photograph(None if gpu else INTERPRETED_SIZE)
         layers = photograph.make_layers(seed).to(device)
         x = photograph.normalized(image).to(device)
-        with torch.no_grad(), trace() as calls:
+        with torch.no_grad(), prefer_kernels(), trace() as calls:
             features = layers(x)
         by = OURS if served_by(calls) == OURS else "PyTorch"
         images = Images(image[0], features[0].float().cpu(), by, held_out.images[:, 0], held_out.labels, read)
@@ -97,7 +98,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def served_by(calls: Trace) -> str:
     """Who served these calls, in words."""
-    reasons = {call.reason for call in calls if call.served_by == "torch"}
+    reasons = {call.reason for call in calls if call.served_by != "kernels"}
     return f"PyTorch, because {' and '.join(sorted(reasons))}" if reasons else OURS
 
 
@@ -109,7 +110,7 @@ def learn(
     began = time.perf_counter()
     gpu = next(network.parameters()).is_cuda
     # An interpreter that somebody switched on would take hours to train.
-    with nullcontext() if gpu else backend("torch"):
+    with prefer_kernels() if gpu else backend("torch"):
         losses = digits.train(network, training_part, epochs, seed, lambda loss: bars.update(bar, advance=1, note=f"loss {loss:.3f}"))
         seconds = time.perf_counter() - began
         with trace() as calls:
@@ -129,17 +130,16 @@ def centre(image: Tensor, size: int) -> Tensor:
     return image[:, :, top : top + size, left : left + size]
 
 
-def prove(title: str, module: nn.Module, x: Tensor, dtype: torch.dtype, bars: Progress, backward: bool = True) -> Proof:
-    """Checks every call of `module(x)`, by default forward and backward, and prints what was found."""
+def prove(title: str, module: nn.Module, x: Tensor, name: str, bars: Progress, backward: bool = True) -> Proof:
+    """Checks every call of `module(x)` in the dtype of that name, by default forward and backward, and prints what was found."""
     title += ", forward and backward" if backward else ", forward"
-    name = str(dtype).removeprefix("torch.")
     bar = bars.add_task(title.partition(" through")[0], total=None, note=name)
     began = time.perf_counter()
     report = check(
         module,
         x,
         backward=backward,
-        dtype=dtype,
+        dtype=name,
         progress=lambda done, total, call: bars.update(bar, completed=done, total=total, note=f"{name} {call}"),
     )
     proof = Proof(title, name, report, time.perf_counter() - began)
@@ -170,7 +170,7 @@ def measure(device: torch.device, bars: Progress) -> list[timing.Timing]:
     bar = bars.add_task("ResNet-50's convolutions", total=len(layers), note="")
     timings = []
     table = Table(*timing.HEADING, title=timing.CONDITIONS)
-    with timing.cudnn_benchmark():
+    with cudnn_benchmark(True), prefer_kernels():
         for layer in layers:
             timings.append(timing.time_layer(layer, device, torch.bfloat16))
             table.add_row(*timings[-1].cells)

@@ -17,16 +17,12 @@ from cnnfast_kernels import conv, launch
 from cnnfast_kernels.epilogue import FROM_OUTPUT, PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.problem import output_extent
 
+from ..precision import allow_tf32
 from . import library, plain, serving
 from .batchnorm import channel_sum, frozen_backward, normalize
 from .registry import register
 
 GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, int groups, str algorithm"
-
-
-def allow_tf32(x: Tensor) -> bool:
-    """What PyTorch's own settings say of float32 convolutions on a GPU, by its newer API: the older one raises once that is used."""
-    return x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore
 
 
 def _format(channels_last: bool) -> torch.memory_format:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import cycle
@@ -16,7 +17,8 @@ from cnnfast_kernels import choosing, launch, tables
 from ..bench.machine import this_machine
 from ..bench.timing import Step, Times, clock_of
 from ..bench.timing import measure as take_turns
-from ..ops.conv import allow_tf32
+from ..dtypes import TF32, argument
+from ..precision import allow_tf32, float32_products
 from .capture import Convolution, capture
 from .report import DEFAULT, LIBRARY, Candidate, Measured, Tuning
 from .running import Arguments, Judge, by_library, operands, ours
@@ -37,7 +39,7 @@ def tune(
     model: nn.Module,
     *example_inputs: Any,
     training: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     memory_format: torch.memory_format | None = torch.channels_last,
     measure: Measure | None = None,
     progress: Progress | None = None,
@@ -48,11 +50,14 @@ def tune(
     convolution run on random operands. Who computes wrong numbers, by the rule of cnnfast.check, is out; the others take turns on the
     clock. The row says which of our tiles is the fastest, and whether the library is faster still.
 
-    model: on a GPU; it stays as it is. dtype: casts floating inputs and a copy of the model. memory_format: as `convert` takes it.
+    model: on a GPU; it stays as it is. memory_format: as `convert` takes it.
+    dtype: casts floating inputs and a copy of the model: a dtype, or its name (bf16, fp16, fp32, fp64, PyTorch's own), or "tf32", float32
+    tensors whose products are rounded to TF32. A name says how float32 is multiplied, "fp32" IEEE; otherwise PyTorch's settings do, which
+    let convolutions be TF32. Rows of the two are apart, and a call finds those of the settings that it is made under.
     measure: what times steps by their names, by default bench.timing. progress: called with (measured, in all, what comes next).
     An interrupted run keeps what it has measured. Returns a Tuning: str() is a table; .ok, .measured, .rows, .to_json().
-    Raises RuntimeError without a GPU, if the model does not run on these inputs, or if it makes no convolution; OSError, before anything
-    is measured, if the table could not be written.
+    Raises ValueError for a name that is none of a dtype; RuntimeError without a GPU, if the model does not run on these inputs, or if it
+    makes no convolution; OSError, before anything is measured, if the table could not be written.
     """
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     gpu = _gpu(device)
@@ -67,7 +72,8 @@ def tune(
         for measured in todo:
             if progress is not None:
                 progress(len(tuning.measured), len(todo), str(measured))
-            _measure(measured, device, measure)
+            with float32_products("tf32" if measured.key.dtype == TF32 else "ieee"):
+                _measure(measured, device, measure)
             tuning.measured.append(measured)
     finally:
         if tuning.rows:
@@ -83,15 +89,21 @@ def plan(
     model: nn.Module,
     *example_inputs: Any,
     training: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     memory_format: torch.memory_format | None = torch.channels_last,
 ) -> list[Measured]:
     """What `tune` would measure, each convolution that tables tell apart once, its candidates still without times. Needs no GPU.
 
-    Arguments, and RuntimeError, as of `tune`.
+    Arguments, ValueError and RuntimeError as of `tune`.
     """
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
-    convolutions = capture(model, example_inputs, training=training, dtype=dtype, memory_format=memory_format)
+    cast, products = argument(dtype, "tune")
+    with float32_products(products) if products else nullcontext():
+        return _plan(model, example_inputs, device, training=training, dtype=cast, memory_format=memory_format)
+
+
+def _plan(model: nn.Module, inputs: tuple[Any, ...], device: torch.device, **how: Any) -> list[Measured]:
+    convolutions = capture(model, inputs, **how)
     if not convolutions:
         raise RuntimeError(f"{type(model).__name__} makes no convolution that cnnfast has kernels for: there is nothing to measure")
     found: dict[tables.Key, Measured] = {}

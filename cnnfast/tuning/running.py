@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +14,9 @@ from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 
 from ..activations import activate
 from ..checking.judge import compare
+from ..dtypes import name_of
 from ..ops import library, serving
-from ..ops.conv import allow_tf32
+from ..precision import allow_tf32, float32_products, nearest_tf32
 from .capture import FORWARD, Convolution
 
 Arguments = dict[str, Any]
@@ -26,6 +25,7 @@ Results = tuple[Tensor, ...]
 RESULTS = ("result", "mean", "variance")  # of the operators, in this order
 POSITIVE = ("var", "bn_weight")
 VECTORS = ("mean", "var", "bn_weight", "bn_bias")
+MULTIPLIED = ("x", "w", "dy")
 
 
 def operands(convolution: Convolution, device: torch.device, seed: int = 0) -> Arguments:
@@ -49,7 +49,7 @@ def _epilogue(a: Arguments) -> Epilogue:
 
 
 def ours(convolution: Convolution, a: Arguments, tile: conv.Tile) -> Results:
-    how: Any = {"tf32": allow_tf32(a["dy"] if "dy" in a else a["x"]), "tile": tile}
+    how: Any = {"tf32": _in_tf32(a), "tile": tile}
     match convolution.operator:
         case "conv_dgrad":
             bias, fmt = a["bias"], convolution.format
@@ -60,6 +60,11 @@ def ours(convolution: Convolution, a: Arguments, tile: conv.Tile) -> Results:
             return conv.conv_stats(a["x"], a["w"], convolution.geometry, bias=a["bias"], **how)
         case _:
             return (conv.conv_fprop(a["x"], a["w"], convolution.geometry, _epilogue(a), **how),)
+
+
+def _in_tf32(a: Arguments) -> bool:
+    """As the operator asks."""
+    return allow_tf32(a["dy"] if "dy" in a else a["x"])
 
 
 @functools.lru_cache
@@ -118,29 +123,24 @@ def by_pytorch(convolution: Convolution, a: Arguments, dtype: torch.dtype | None
 
 
 class Judge:
-    """What is right for one set of operands, by the rule of checking/judge.py: in float64, beside PyTorch's own error."""
+    """What is right for one set of operands, by the rule of checking/judge.py: in float64, beside PyTorch's own error.
+
+    Of float32 operands it judges the products that are in force while it is made: TF32 or IEEE, its own as PyTorch's.
+    """
 
     def __init__(self, convolution: Convolution, a: Arguments) -> None:
-        self.dtype = convolution.dtype
+        tf32 = _in_tf32(a)
+        self.precision = name_of(convolution.dtype, tf32)
         self.theirs = by_pytorch(convolution, a)
-        with _without_tf32():
-            self.plain = by_pytorch(convolution, a, launch.accumulator_dtype(self.dtype))
+        rounded = {name: nearest_tf32(t) if tf32 and name in MULTIPLIED else t for name, t in a.items()}
+        with float32_products("ieee"):
+            self.plain = by_pytorch(convolution, rounded, launch.accumulator_dtype(convolution.dtype))
         self.exact = by_pytorch(convolution, a, torch.float64)
 
     def fault(self, results: Results) -> str:
         """What is wrong with results of the same operands; "" if nothing is."""
         for name, result, *others in zip(RESULTS, results, self.theirs, self.plain, self.exact, strict=False):
-            comparison = compare(name, result, *others, dtype=self.dtype)
+            comparison = compare(name, result, *others, precision=self.precision)
             if not comparison.ok:
                 return str(comparison)
         return ""
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    settings: Any = torch.backends.cudnn.conv  # pyright: ignore
-    before, settings.fp32_precision = settings.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

@@ -100,6 +100,15 @@ def test_an_own_model_in_both_modes(model, tmp_path):
     assert "No GPU here" in result.output
 
 
+def test_every_name_of_a_dtype_is_taken(model, tmp_path):
+    file = tmp_path / "rows.json"
+    for name, full in {"fp64": "float64", "torch.float32": "float32", "bf16": "bfloat16"}.items():
+        arguments = (model, "--mode", "infer,train", "--provider", "eager", "--seconds", "0", "--dtype", name, "--json", str(file))
+        result = bench(*arguments)
+        assert result.exit_code == 0, result.output
+        assert [(r.dtype, r.status) for r in read(file)] == [(full, "ok")] * 2
+
+
 def test_only_the_named_provider_runs(model, tmp_path):
     file = tmp_path / "rows.json"
     arguments = (model, "--provider", "nchw", "--provider", "cnnfast", "--seconds", "0", "--json", str(file), "--input", "4x5x9x9")
@@ -133,7 +142,8 @@ WRONG = {
     ("resnet18", "--mode", "eval"): "neither infer nor train",
     ("resnet18", "--batch", "1,x"): "positive sizes",
     ("resnet18", "--batch", "0"): "positive sizes",
-    ("resnet18", "--dtype", "int8"): "none of bf16",
+    ("resnet18", "--dtype", "int8"): "'int8' is none of bf16, fp16, fp32, tf32, fp64, bfloat16, float16, float32, float64",
+    ("resnet18", "--dtype", "tf32"): "tf32 needs a GPU",
     ("resnet18", "--input", "3x"): "no shape",
     ("resnet18", "--provider", "tensorrt"): "none of eager",
     ("resnet18", "--layers"): "leave out MODEL",

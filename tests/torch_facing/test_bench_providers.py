@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 import types
@@ -24,6 +25,7 @@ from cnnfast.bench.roofline import Peaks
 from cnnfast.bench.rows import FAILED, OK, UNAVAILABLE, WRONG
 from cnnfast.bench.shapes import layers, resnet50_convolutions
 from cnnfast.models import resnet18
+from cnnfast.precision import float32_products, nearest_tf32
 
 pytestmark = pytest.mark.usefixtures("served_by_torch")
 CPU = torch.device("cpu")
@@ -221,6 +223,36 @@ def test_results_that_are_noise_are_no_yardstick():
 
     with pytest.raises(ValueError, match="nothing to judge by"):
         expect(job(Noise()))
+
+
+def test_tf32_is_judged_by_its_own_unit():
+    """Whatever PyTorch's kernel did: results of rounded weights pass in TF32, and not in float32; rows name it."""
+    model = nn.Conv2d(3, 8, 3).eval()
+    rounded = copy.deepcopy(model)
+    rounded.weight.data = nearest_tf32(model.weight.data)
+    for products, name in (("ieee", "float32"), ("tf32", "tf32")):
+        with float32_products(products):
+            work = job(model)
+            expected = expect(work)
+            results = [rounded(*work.inputs(channels_last=False)).detach()]
+            assert work.precision == name
+            assert {row.dtype for row in run(work, PROVIDERS["eager"]).values()} == {name}
+        assert bool(expected.judge(results).message) == (products == "ieee")
+        assert expected.judge([1.01 * t for t in expected.exact]).message
+
+
+def test_the_gate_runs_whatever_was_set_before():
+    """Also where PyTorch refuses to read its older settings."""
+    setting = torch.backends.cudnn.conv
+    before, setting.fp32_precision = setting.fp32_precision, "tf32"
+    try:
+        with running.one_thread(CPU):
+            assert torch.backends.cudnn.benchmark
+            assert max(expect(job(nn.Conv2d(3, 8, 3).eval())).plain) < 1e-6
+        assert not torch.backends.cudnn.benchmark
+        assert setting.fp32_precision == "tf32"
+    finally:
+        setting.fp32_precision = before
 
 
 def test_the_baseline_of_our_own_resnet_is_free_of_our_classes():

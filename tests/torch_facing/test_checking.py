@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -25,9 +23,11 @@ from cnnfast.checking.capture import capture_calls, clone
 from cnnfast.checking.judge import compare
 from cnnfast.checking.report import WIDTH, Comparison, Report, Row
 from cnnfast.commands.check import check as check_command
+from cnnfast.dtypes import name_of
 from cnnfast_kernels import batchnorm, launch
 from cnnfast_kernels.gather import dgrad, fprop, wgrad
 from cnnfast_kernels.pooling import average, maximum, plane
+from planting import plant
 from poison import embed
 
 
@@ -37,28 +37,6 @@ def draw(*shape: int, device: torch.device | None = None) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Planted faults
-
-
-def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, module: ModuleType, right: str, wrong: str) -> None:
-    """Replaces what other modules use of `module` by what its source would define with one mistake in it."""
-    source = Path(str(module.__file__)).read_text()
-    assert source.count(right) == 1, f"{right!r} stands {source.count(right)} times in {module.__name__}"
-    file = folder / "planted.py"
-    file.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(f"{module.__name__}_planted", file)  # relative imports go on working
-    assert spec is not None
-    assert spec.loader is not None
-    mutant = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, mutant)
-    spec.loader.exec_module(mutant)
-    for name, user in list(sys.modules.items()):
-        if name.startswith("cnnfast"):
-            for attribute, value in list(vars(user).items()):
-                if getattr(value, "__module__", None) == module.__name__ and vars(module).get(attribute) is value:
-                    monkeypatch.setattr(user, attribute, getattr(mutant, attribute))
-    for name in vars(module).keys() & vars(mutant).keys():  # ops call through the module
-        if not name.startswith("__"):
-            monkeypatch.setattr(module, name, getattr(mutant, name))
 
 
 @pytest.fixture
@@ -184,7 +162,7 @@ def judged(ours: list[float], theirs: list[float] | None = None, exact=(1.0, -2.
     exact64 = torch.tensor(exact, dtype=torch.float64)
     rounded = exact64.to(dtype)
     theirs = rounded if theirs is None else torch.tensor(theirs, dtype=dtype)
-    return compare("output", torch.tensor(ours, dtype=dtype), theirs, rounded, exact64, dtype=dtype)
+    return compare("output", torch.tensor(ours, dtype=dtype), theirs, rounded, exact64, precision=name_of(dtype))
 
 
 NAN, INF = float("nan"), float("inf")
@@ -335,7 +313,7 @@ def test_nothing_covered_is_not_ok():
 def test_what_the_model_raises_is_raised():
     with pytest.raises(RuntimeError, match="channels"):
         cnnfast.check(nn.Conv2d(3, 4, 3), draw(1, 2, 8, 8))
-    with pytest.raises(ValueError, match="dtype"):
+    with pytest.raises(ValueError, match=r"check\(\): dtype 'float33' is none of bf16, fp16, fp32, tf32, fp64, bfloat16"):
         cnnfast.check(nn.Conv2d(3, 4, 3), draw(1, 3, 8, 8), dtype="float33")
 
 
@@ -426,7 +404,7 @@ def test_command_checks_a_function_and_an_object(command):
         (["models.py:Needy"], "needs arguments"),
         (["models.py:number"], "nothing that can be called"),
         (["models.py:pool", "--input", "1x0x4"], "is no shape"),
-        (["models.py:pool", "--dtype", "int8"], "float16, bfloat16"),
+        (["models.py:pool", "--dtype", "int8"], "'int8' is none of bf16, fp16, fp32, tf32, fp64, bfloat16, float16, float32, float64"),
         (["models.py:build", "--input", "1x2x5x5"], "channels"),
     ],
 )

@@ -125,7 +125,7 @@ def test_prove_shows_errors_and_launches(device):
     console = Console(record=True, width=120, quiet=True)
     with Progress(TextColumn("{task.description}"), console=console) as bars:
         layer = photograph.ConvBN(2, 3, 3).to(device)
-        proof = story.prove("a layer", layer, torch.rand(1, 2, 5, 5, device=device), torch.float32, bars)
+        proof = story.prove("a layer", layer, torch.rand(1, 2, 5, 5, device=device), "float32", bars)
     assert proof.report.ok
     assert [row.operation for row in proof.report.rows] == ["conv_bn_act"]
     assert any("conv_fprop" in kernel for kernel in proof.launches)

@@ -130,6 +130,23 @@ def test_backend_kernels_raises_where_pytorch_would_serve(operands):
                 call()
 
 
+def test_preferred_kernels_leave_the_rest_to_pytorch(operands):
+    """And the choice before is back afterwards, after an error too."""
+    x, w = operands
+    with cnnfast.backend("torch"):
+        with dispatch.prefer_kernels(), cnnfast.trace() as trace:
+            assert not dispatch.library_allowed()
+            F.conv2d(x, w)
+            F.max_pool2d(x.int(), 2)
+            with cnnfast.backend("auto"):
+                assert dispatch.library_allowed()
+        with suppress(ZeroDivisionError), dispatch.prefer_kernels():
+            raise ZeroDivisionError
+        F.conv2d(x, w)
+        assert dispatch._backend == "torch"
+    assert [call.served_by for call in trace] == ["kernels", "torch"]
+
+
 def test_backend_torch_serves_pytorch(operands):
     with cnnfast.backend("torch"), cnnfast.trace() as trace:
         y = F.conv2d(*operands)

@@ -9,6 +9,7 @@ import cnnfast
 import cnnfast.functional as ours
 from agreement import assert_bits, assert_close, assert_same_strides, exact, integers, normal, run
 from cnnfast import reference
+from cnnfast.ops import library
 from cnnfast_kernels import choosing, tables
 from cnnfast_kernels.epilogue import ACTIVATIONS
 from cnnfast_kernels.tiling import StripTile, TileConfig
@@ -146,10 +147,26 @@ def test_the_library_serves_the_fused_forms(library_wins, device, training):
     assert "because it took 4.5 us, our best kernel 9.0 us at batch 2 when measured on this GPU" in str(call)
 
 
-def test_check_says_that_it_is_not_ours(library_wins, device):
-    report = cnnfast.check(lambda x, w: ours.conv2d(x, w), integers(1, 4, 5, 5).to(device), integers(4, 4, 3, 3).to(device))
-    assert [row.verdict for row in report.rows] == ["not ours"]
-    assert "measured on this GPU" in report.rows[0].reason
+def test_check_judges_our_kernels_all_the_same(library_wins, device, monkeypatch):
+    """Who was faster does not say whether ours are right. The library serves again afterwards; the whole model is ours, too."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("the library serves")
+
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.MaxPool2d(2)).to(device), integers(1, 4, 5, 5).to(device)
+    with monkeypatch.context() as patch:
+        for name in ("fprop", "dgrad", "wgrad"):
+            patch.setattr(library, name, refuse)
+        report = cnnfast.check(model, x)
+    assert report.ok, str(report)
+    conv = report.rows[0]
+    assert "conv_fprop_kernel" in conv.forward[0]
+    assert {name.split()[0] for name in conv.backward} >= {"conv_dgrad_kernel", "conv_wgrad_kernel"}
+    for row in report.whole[1:]:
+        assert any("conv_fprop_kernel" in name for name in row.forward)
+    with cnnfast.trace() as calls:
+        ours.conv2d(x, integers(4, 4, 3, 3).to(device))
+    assert [call.served_by for call in calls] == ["library"]
 
 
 def test_operators_pass_opcheck_where_the_library_serves(library_wins, device):

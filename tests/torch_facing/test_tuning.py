@@ -14,6 +14,7 @@ from agreement import integers
 from cnnfast import tuning
 from cnnfast.__main__ import app
 from cnnfast.bench.timing import Times
+from cnnfast.precision import float32_products
 from cnnfast.tuning import running
 from cnnfast_kernels import choosing, launch, tables
 
@@ -103,6 +104,15 @@ def test_dtype_and_layout_are_those_asked_for():
             assert {(key.dtype, key.layout) for key in keys} == {(str(dtype).removeprefix("torch."), layout)}
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("tf32", "tf32"), ("fp32", "float32"), ("torch.float32", "float32"), ("bf16", "bfloat16")])
+def test_names_say_how_float32_is_multiplied(dtype, expected):
+    """Without a GPU, too; a torch.dtype leaves it to PyTorch's settings, which let no CPU round."""
+    assert {m.key.dtype for m in tuning.plan(Net(), torch.zeros(2, 4, 6, 6), dtype=dtype)} == {expected}
+    assert {m.key.dtype for m in tuning.plan(Net(), torch.zeros(2, 4, 6, 6), dtype=torch.float32)} == {"float32"}
+    with pytest.raises(ValueError, match=r"tune\(\): dtype 'int8' is none of bf16, fp16, fp32, tf32"):
+        tuning.plan(Net(), torch.zeros(2, 4, 6, 6), dtype="int8")
+
+
 def test_the_model_stays_as_it_is():
     model = Net()
     before = {name: t.clone() for name, t in model.state_dict().items()}
@@ -188,6 +198,32 @@ def test_wrong_numbers_never_win(gpu, device, monkeypatch):
         assert measured.candidates[name].microseconds is None
         assert "error" in measured.candidates[name].fault
     assert str(result).index(f"{wrong[0]}: result: error") < str(result).index("microseconds on")
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["infer", "train"])
+def test_tf32_candidates_are_run_and_judged_as_tf32(gpu, device, training, monkeypatch):
+    """Of operands that TF32 cannot hold: rounded ones are right there and wrong in float32, and rows of the one do not serve the other."""
+    results = {}
+    compute = running.ours
+
+    def ours(convolution, a, tile):
+        results.setdefault(dtype, []).append(compute(convolution, a, tile)[0])
+        return results[dtype][-1].clone(), *compute(convolution, a, tile)[1:]
+
+    monkeypatch.setattr(tuning, "ours", ours)
+    for dtype in ("tf32", "float32"):
+        result = tuning.tune(convolution(device), image(device), training=training, dtype=dtype, measure=clock())
+        assert result.ok, str(result)
+        assert {row.key.dtype for row in result.rows} == {dtype}
+    assert (results["tf32"][0] - results["float32"][0]).abs().max() > 1e-5
+    (measured,) = tuning.plan(convolution(device), image(device))
+    a = running.operands(measured.convolution, device)
+    rounded, straight = results["tf32"][0], results["float32"][0]
+    for products, wrong in (("ieee", rounded), ("tf32", straight + (rounded - straight) * 4)):
+        with float32_products(products):
+            judge = running.Judge(measured.convolution, a)
+        assert not judge.fault(((rounded if products == "tf32" else straight),))
+        assert "error" in judge.fault((wrong,))
 
 
 def test_what_is_not_written_is_seen_though_memory_holds_the_right_numbers(gpu, device, monkeypatch):
@@ -324,6 +360,7 @@ def test_the_command_lists_what_it_would_measure(tmp_path):
     assert result.exit_code == 0, result.output
     assert "fprop + stats 64x16x8x8 > 16, 3x3/1" in result.output
     assert "bfloat16" in result.output
+    assert "tf32" in invoke("cnnfast.demo.digits:DigitNet", "--input", "64x1x8x8", "--dtype", "tf32", "--dry-run").output
     planned = json.loads(file.read_text())
     assert {"convolution", "count", "candidates"} == set(planned[0])
     assert planned[0]["candidates"][0] == "default"
@@ -333,7 +370,7 @@ def test_the_command_lists_what_it_would_measure(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--dtype", "int8"), "'int8' is none of bf16, fp16, fp32, float64"),
+        (("--dtype", "int8"), "'int8' is none of bf16, fp16, fp32, tf32, fp64, bfloat16, float16, float32, float64"),
         (("--mode", "both"), "'both' is neither infer nor train"),
         (("--input", "64x1x8x8x8", "--dry-run"), "DigitNet does not run on 64x1x8x8x8"),
     ],

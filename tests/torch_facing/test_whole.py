@@ -420,7 +420,7 @@ def test_gradients_that_would_overflow_are_scaled(device):
         model.scale *= 1e-4
     rows = judged(model, cnnfast.convert(model), image(device), dtype=torch.float16)
     assert rows["training"].verdict == "ok", rows["training"].problems
-    unscaled = _Step(model, model, (image(device),), "training", True, torch.float16).run(model.half(), "torch").tensors
+    unscaled = _Step(model, model, (image(device),), "training", True, torch.float16).run(model.half()).tensors
     assert unscaled["output"].isfinite().all()
     assert not unscaled["grad of block.conv1.weight"].isfinite().all()
 

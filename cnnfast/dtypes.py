@@ -1,0 +1,55 @@
+"""Names of dtypes, the same wherever one is given: PyTorch's own, shorter ones, and tf32: float32 tensors that are multiplied as TF32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from .precision import Products
+
+TF32 = "tf32"
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", TF32: TF32, "fp64": "float64"}
+ALIASES = {"half": "float16", "float": "float32", "double": "float64"}  # PyTorch's own
+CHOICES = ", ".join((*SHORT, *(name for name in SHORT.values() if name not in SHORT)))
+
+
+def full_name(text: str) -> str:
+    """bf16, bfloat16 and torch.bfloat16 are all "bfloat16"; "tf32" stays.
+
+    Raises ValueError, which lists what there is.
+    """
+    name = text.removeprefix("torch.")
+    name = SHORT.get(name) or ALIASES.get(name) or name
+    if name not in SHORT.values():
+        raise ValueError(f"{text!r} is none of {CHOICES}")
+    return name
+
+
+def argument(dtype: torch.dtype | str | None, function: str) -> tuple[torch.dtype | None, Products | None]:
+    """What an argument `dtype` of a function asks for: the dtype of tensors, and how float32 is multiplied, which names alone say.
+
+    Raises ValueError in the name of `function`.
+    """
+    if not isinstance(dtype, str):
+        return dtype, None
+    try:
+        name = full_name(dtype)
+    except ValueError as error:
+        raise ValueError(f"{function}(): dtype {error}") from None
+    return dtype_of(name), "tf32" if name == TF32 else "ieee"
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Of the tensors, for a full name; of "tf32" that is torch.float32."""
+    import torch
+
+    return torch.float32 if name == TF32 else getattr(torch, name)
+
+
+def name_of(dtype: torch.dtype, tf32: bool = False) -> str:
+    """The full name of what computes in `dtype`, float32 products being rounded to TF32 or not."""
+    import torch
+
+    return TF32 if tf32 and dtype == torch.float32 else str(dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
 """Every kernel and tile compiled ahead of time by every Triton of the gate for every architecture that it compiles for.
 
-    python ci/aot_matrix.py                                         # twelve combinations, half an hour on two cores
+    python ci/aot_matrix.py                                           # all twelve combinations
     python ci/aot_matrix.py --triton 3.7.1 --arch sm_89 --only dgrad  # one of them, and only the cases with that word in their name
 
 Each Triton is installed into a folder that is thrown away, with the numpy that it needs: pip has to find it. `cnnfast aot` runs on it,

@@ -29,6 +29,9 @@ readme_command() {
     bash -euo pipefail -c "$command"
 }
 
+# What the tests interpret is recorded, for Triton's compiler to read afterwards.
+tests() { PYTEST_ADDOPTS="--specialisations=$work/launches" readme_command 2; }
+front_end() { python ci/specialisations.py front-end "$work/launches"; }
 use_triton() { python -m pip install --quiet "triton==$1" "${@:2}"; }
 kernel_tests() { pytest -q -n 2 tests/kernels tests/test_interpreter.py; }
 ahead_of_time() { cnnfast aot "${@/#/--arch=}"; }
@@ -39,7 +42,7 @@ source "$work/environment/bin/activate"
 
 step "README, first command: the demo" readme_command 1
 step "It left the tree as it was" git diff --exit-code
-step "README, second command: the tests" readme_command 2
+step "README, second command: the tests" tests
 step "Lint" ruff check .
 step "Format" ruff format --check .
 step "Types" pyright
@@ -48,12 +51,15 @@ step "Command line: bench" cnnfast bench resnet18 --mode infer,train --input 2x3
 step "Command line: tune" cnnfast tune cnnfast.demo.digits:DigitNet --input 64x1x8x8 --mode train --dry-run
 
 step "Triton $newest" use_triton "$newest"
+step "Triton $newest: what the tests interpreted" front_end
 step "Triton $newest: ahead of time" ahead_of_time sm_90
 step "Triton $from_torch" use_triton "$from_torch"
 step "Triton $from_torch: the kernels" kernel_tests
+step "Triton $from_torch: what the tests interpreted" front_end
 step "Triton $from_torch: ahead of time" ahead_of_time sm_80 sm_89 sm_90 sm_100
 step "Triton $oldest" use_triton "$oldest" "numpy<2.4" # last: its interpreter asks for an older numpy
 step "Triton $oldest: the kernels" kernel_tests
+step "Triton $oldest: what the tests interpreted" front_end
 step "Triton $oldest: ahead of time" ahead_of_time sm_90
 
 step "All checks passed" true

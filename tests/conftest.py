@@ -125,6 +125,17 @@ def specialisations(pytestconfig: pytest.Config) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def kernels_serve() -> Iterator[None]:
+    """On a GPU too our kernels serve what was not measured: they are what is tested. Elsewhere they do by default."""
+    with pytest.MonkeyPatch.context() as patch:
+        if HAS_TRITON:
+            from cnnfast.ops import serving
+
+            patch.setattr(serving, "LIBRARY_FIRST", ())
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def no_tables_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests run by defaults, whatever was tuned on this machine."""
     from cnnfast_kernels import tables

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from cnnfast_kernels.aot import kernel_names
+from cnnfast_kernels.aot import kernel_modules
 from cnnfast_kernels.aot.compiling import in_processes
 from cnnfast_kernels.aot.specialisations import Described, refused, representatives, runs_on
 
@@ -53,7 +53,7 @@ def compiled(lines: list[str], arch: str, whole: bool, jobs: int) -> list[str]:
 
 
 def never_launched(lines: list[str]) -> list[str]:
-    missing = kernel_names() - {Described.of(line).kernel.__name__ for line in lines}
+    missing = set(kernel_modules()) - {Described.of(line).kernel.__name__ for line in lines}
     return [f"{name} was launched by no test that was recorded" for name in sorted(missing)]
 
 

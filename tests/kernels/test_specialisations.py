@@ -167,7 +167,7 @@ def triton_sees():
             ours, theirs = seen.pop(), seen.pop()
             if ours != theirs:
                 wrong.append([line, str(theirs)])
-    return [sorted({kernel.__name__ for kernel, *_ in launches}), sorted(aot.kernel_names()), wrong]
+    return [sorted({kernel.__name__ for kernel, *_ in launches}), sorted(aot.kernel_modules()), wrong]
 
 
 @pytest.mark.compiled

@@ -4,7 +4,7 @@
     python ci/recorded_launches.py --overlay FOLDER --overlay ...  # on those in these folders (pip install --target), one by one
 
 No GPU is needed: Triton's real launcher runs over a driver that records (cnnfast_kernels/aot/recording_driver; what is launched is in
-harness/recorded_launches.py). Prints a table and writes it to ci/results/recorded_launches.txt; exit code 1 if anything is wrong.
+harness/launch_survey.py). Prints a table and writes it to ci/results/recorded_launches.txt; exit code 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("harness", "kernels", "")]
 
 from child import run_compiled  # noqa: E402
 from fuzz import commit  # noqa: E402
-from recorded_launches import Survey, revived  # noqa: E402
+from launch_survey import Survey, revived  # noqa: E402
 
 
 def survey_part(part, parts):  # runs in a process of its own, to which its source alone travels
-    import recorded_launches
+    import launch_survey
 
-    return recorded_launches.plain(recorded_launches.survey(False, part, parts))
+    return launch_survey.plain(launch_survey.survey(False, part, parts))
 
 
 def surveyed(overlay: str, jobs: int, console: Console) -> Survey:
@@ -70,25 +70,29 @@ ROWS = {
 }
 
 
+def table_of(first: str, surveys: Sequence[Survey], rows: Sequence[tuple[str, Sequence[int]]]) -> Table:
+    """A column of numbers for each version."""
+    table = Table(box=None, show_edge=False)
+    table.add_column(first)
+    for s in surveys:
+        table.add_column(f"triton {s.triton}", justify="right")
+    for name, counts in rows:
+        table.add_row(name, *(f"{count:,}" for count in counts))
+    return table
+
+
 def report(surveys: Sequence[Survey], console: Console) -> None:
     wrong = sum(len(s.wrong) for s in surveys)
     machine = f"sm_90, torch {version('torch')}, Python {platform.python_version()}, commit {commit()}"
     console.print(f"\nci/recorded_launches.py: {wrong} wrong; {machine}\n", highlight=False)
-    table = Table(box=None, show_edge=False)
-    table.add_column("")
-    for s in surveys:
-        table.add_column(f"triton {s.triton}", justify="right")
-    for name, count in ROWS.items():
-        table.add_row(name, *(f"{count(s):,}" for s in surveys))
-    console.print(table)
+    rows = [(name, [count(s) for s in surveys]) for name, count in ROWS.items()]
+    console.print(table_of("", surveys, rows))
     for s in surveys:
         for line in s.wrong:
             console.print(f"\ntriton {s.triton}: {line}", highlight=False, markup=False)
-    each = sorted(set().union(*(s.kernels for s in surveys)))
-    table = Table("\nlaunches of each kernel", *("" for _ in surveys), box=None, show_edge=False)
-    for kernel in each:
-        table.add_row(kernel, *(f"{s.by_plan[kernel] + s.by_triton[kernel]:,}" for s in surveys))
-    console.print(table)
+    kernels = sorted(set().union(*(s.kernels for s in surveys)))
+    console.print()
+    console.print(table_of("launches of", surveys, [(k, [s.by_plan[k] + s.by_triton[k] for s in surveys]) for k in kernels]))
 
 
 def main(

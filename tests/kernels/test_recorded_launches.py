@@ -14,9 +14,9 @@ pytestmark = pytest.mark.compiled
 
 
 def launch_each_pattern():
-    import recorded_launches
+    import launch_survey
 
-    return recorded_launches.plain(recorded_launches.survey(once=True))
+    return launch_survey.plain(launch_survey.survey(once=True))
 
 
 @pytest.fixture(scope="module")

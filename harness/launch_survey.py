@@ -243,7 +243,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32, fmt: torch.memory_for
 
 def cases(capability: int, once: bool) -> Iterator[Case]:
     """Operands and layouts that may be absent, present and mixed; then all that is compiled ahead of time, every tile among it."""
-    for dtype, fmt in product(DTYPES, (LAST,) if once else (LAST, NCHW)):
+    everywhere = [(dtype, LAST) for dtype in DTYPES]
+    for dtype, fmt in everywhere if once else [*everywhere, (torch.bfloat16, NCHW), (torch.float32, NCHW)]:
         told = f"{str(dtype).removeprefix('torch.')} {'channels_last' if fmt == LAST else 'contiguous'}"
         for i, layer in enumerate(LAYERS if fmt == LAST and not once else LAYERS[:FIRST]):
             if not once or dtype == torch.bfloat16:

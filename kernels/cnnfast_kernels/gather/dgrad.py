@@ -18,7 +18,7 @@ import triton.language as tl
 from .. import launch
 from ..indexing import channel_offset, class_axis, has_nan, pixel_offset, unravel_npq
 from ..problem import ConvProblem, tap_step
-from ..tiling import Precision, TileConfig, cdiv
+from ..tiling import Precision, TileConfig, cdiv, register_limit
 from .tiles import load_taps, multiply_accumulate, reaches, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
@@ -163,6 +163,7 @@ def plan_dgrad(
         MISSES=g.taps_miss_h or g.taps_miss_w, DY_ALIGN=dys.align, W_ALIGN=ws.align, DX_ALIGN=dxs.align,
         PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dx.dtype)],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        maxnreg=register_limit(tile),
     )  # fmt: skip
 
 

@@ -19,14 +19,14 @@ import triton.language as tl
 from .. import launch
 from ..indexing import class_axis, has_nan
 from ..problem import ConvProblem, tap_step
-from ..tiling import cdiv
+from ..tiling import MAX_REGISTERS, cdiv
 from .boxes import load_box, locate_box, pixels_inside, store_phases, taps_inside
 from .tiles import BoxTile, box_count, box_grid, phases_of
 from .views import flattened, map_filters, map_image, strides_of
 
 EXTENTS = ["H", "W", "P", "Q", "rows", "columns"]
-# Elements that the careful loop sums at a time. Each is there in two versions, beside a box of results, and on sm_100 that takes nearly all
-# registers. It costs no program its place: a multiprocessor has shared memory for fewer programs than registers.
+# Elements that the careful loop sums at a time. Each is there in two versions, beside a box of results. The registers cost no program its
+# place: a multiprocessor has shared memory for fewer programs.
 CAREFUL_SUMS = tl.constexpr(4096)
 
 
@@ -109,7 +109,8 @@ def tma_dgrad_kernel(
             for step in tl.range(steps, num_stages=1):
                 p, q, r, s, k = locate_step(step, p0, q0, r0, s0, tap_r0, tap_s0, taps_s, STEP_H, STEP_W, P_STEP, Q_STEP, TILE_K, STEPS_K)
                 dy = load_box(dy_map, n0, p, q, k).reshape(PIXELS // PART, PART, TILE_K)
-                dy = tl.sum(tl.where(part == i, dy, 0.0), 0).to(dx_map.dtype)
+                # one of the addends is not zero; as bits, for a sum would be of float32 and take twice the registers
+                dy = tl.xor_sum(tl.where(part == i, dy.to(tl.int16, bitcast=True), 0), 0).to(dx_map.dtype, bitcast=True)
                 w = w_map.load([r, s, k, c0]).reshape(TILE_K, TILE_C)
                 reached = pixels_inside(m, p, q, P, Q, TILE_H, TILE_W)
                 sums = tl.where(reached[None, :], tl.dot(w.T, dy.T, sums), sums)
@@ -134,7 +135,7 @@ def plan_tma_dgrad(problem: ConvProblem, tile: BoxTile, dy: launch.Laid, w: laun
         STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w), PHASE_H=phases[0], PHASE_W=phases[1],
         MISSES=(tile.TILE_H > 1 and g.taps_miss_h) or (tile.TILE_W > 1 and g.taps_miss_w),
         TILE_N=tile.TILE_N, TILE_H=tile.TILE_H, TILE_W=tile.TILE_W, TILE_K=tile.TILE_K, TILE_C=tile.TILE_C,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
 

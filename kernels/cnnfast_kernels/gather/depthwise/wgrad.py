@@ -58,7 +58,7 @@ def sum_taps(
                         if t * STRIDE_H + r * DIL_H == j:
                             # where dy has no such row, 0 * x would be NaN for an infinite x
                             factor = tl.where((p + t < P)[:, None], x, 0.0) if RAGGED else x
-                            acc = add_product(acc, r * COLUMNS + s, factor, dy[t])
+                            acc = add_product(acc, r * COLUMNS + s, factor, dy[t], None)
     dw = dw_cols + r0 * dw_row + s0 * dw_column
     for tap in tl.static_range(TAPS * COLUMNS):
         total = tl.sum(acc[tap], 0)

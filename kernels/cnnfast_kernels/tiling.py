@@ -21,9 +21,6 @@ Precision = Literal["half", "tf32", "ieee", "fp64"]
 VECTOR_BYTES = 16
 # ptxas may take all registers there are. Told no number, it spills a few where that lets one more program run.
 MAX_REGISTERS = 255
-# Those that let three programs of four warps run: what dgrad's largest tile takes of them where nothing is spilled.
-LARGE_TILE_REGISTERS = 168
-LARGE_TILE_SUMS = 64  # of a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +37,6 @@ class TileConfig:
     def __str__(self) -> str:
         split = f" split {self.SPLIT_K}" if self.SPLIT_K > 1 else ""
         return f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} w{self.num_warps} s{self.num_stages}{split}"
-
-
-def register_limit(tile: TileConfig) -> int | None:
-    """What gather/dgrad.py tells ptxas; None: nothing. Told nothing, that of triton 3.7.1 takes 128 registers for a thread of 64 sums, for
-    the sake of a fourth program, and spills 8 bytes of them on sm_80 and sm_89. Smaller tiles it compiles as well without a limit, and to
-    fewer registers.
-    """
-    return LARGE_TILE_REGISTERS if tile.BLOCK_M * tile.BLOCK_N >= LARGE_TILE_SUMS * 32 * tile.num_warps else None
 
 
 # Largest first. Shared memory of the largest stays under the 99 KiB of sm_89.
@@ -110,6 +99,21 @@ def candidate_tiles(
     if not adjacent:
         return tiles[-1:]
     return tiles[1:] if few or arch >= 100 else tiles
+
+
+def register_limit(problem: ConvProblem, operation: Operation, precision: Precision, tile: TileConfig) -> int | None:
+    """The registers of a thread that ptxas is told for a kernel of gather/; None: it is told nothing.
+
+    Told nothing, that of triton 3.7.1 takes a few too few for two kernels, so that one more program may run, and spills 8 to 16 bytes:
+    dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32 with 16, on sm_89. The limits, which are what 3 and 4 programs
+    of 4 warps may have, make no tile spill. Others compile to fewer registers without a limit, which ptxas uses up where there is one.
+    """
+    sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
+    if operation == "dgrad" and sums >= 64:
+        return 168
+    if operation == "fprop" and precision == "ieee" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
+        return 128
+    return None
 
 
 def programs(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:

@@ -43,7 +43,7 @@ def test_no_kernel_divides_by_an_operator():
     functions = list(jit_functions())
     assert len(functions) > 40
     found = [
-        f"{file}:{node.lineno}: {ast.unparse(node)}: use rounding.py's helpers"
+        f"{file}: {function.name}: {ast.unparse(node)}: use rounding.py's helpers"
         for file, function in functions
         if function.name not in MAY_DIVIDE
         for node in ast.walk(function)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cnnfast_kernels import tiling
 from cnnfast_kernels.problem import ConvProblem
-from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig, cdiv, choose_tile, gemm_extents, precision_class
+from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig, cdiv, choose_tile, gemm_extents, precision_class, register_limit
 
 
 @st.composite
@@ -69,3 +69,14 @@ def test_tiles_suit_tensor_cores_and_small_gpus():
 def test_a_tile_prints_what_a_table_needs():
     assert str(TileConfig(128, 64, 32, 4, 3)) == "128x64x32 w4 s3"
     assert str(TileConfig(128, 64, 32, 4, 3, 8)) == "128x64x32 w4 s3 split 8"
+
+
+@pytest.mark.parametrize("precision", DEFAULT_TILES)
+def test_registers_are_limited_where_the_compiler_would_spill(precision):
+    """In the largest tile of dgrad in half precision, and the smallest of fprop in float32 unless a k-step spans taps."""
+    many, few = (ConvProblem(1, C, 8, 8, C, 3, 3, 8, 8, pad_h=1, pad_w=1) for C in (64, 8))
+    largest, *_, smallest = DEFAULT_TILES[precision]
+    assert register_limit(many, "dgrad", precision, largest) == (168 if precision == "half" else None)
+    assert register_limit(many, "fprop", precision, largest) is None
+    assert register_limit(many, "fprop", precision, smallest) == (128 if precision == "ieee" else None)
+    assert register_limit(few, "fprop", precision, smallest) is None

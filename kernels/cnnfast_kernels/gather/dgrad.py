@@ -163,7 +163,7 @@ def plan_dgrad(
         MISSES=g.taps_miss_h or g.taps_miss_w, DY_ALIGN=dys.align, W_ALIGN=ws.align, DX_ALIGN=dxs.align,
         PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dx.dtype)],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        maxnreg=register_limit(tile),
+        maxnreg=register_limit(g, "dgrad", precision, tile),
     )  # fmt: skip
 
 

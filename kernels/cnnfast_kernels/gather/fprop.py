@@ -16,7 +16,7 @@ from .. import launch
 from ..epilogue import PLAIN, Epilogue, activate, normalize_columns, tile_moments
 from ..indexing import channel_offset, pixel_offset, unravel_npq
 from ..problem import ConvProblem
-from ..tiling import Precision, TileConfig, cdiv
+from ..tiling import Precision, TileConfig, cdiv, register_limit
 from .tiles import load_taps, multiply_accumulate, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
@@ -114,6 +114,7 @@ def plan_fprop(
         X_ALIGN=xs.align, W_ALIGN=ws.align, Y_ALIGN=ys.align, Z_ALIGN=zs.align,
         EPS=eps, ACTIVATION=activation, PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        maxnreg=register_limit(g, "fprop", precision, tile),
     )  # fmt: skip
 
 

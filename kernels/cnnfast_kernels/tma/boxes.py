@@ -45,6 +45,16 @@ def pixels_inside(m, h0, w0, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 
 @triton.jit
+def take_part(box, i, PARTS: tl.constexpr):
+    """Part i of the pixels of a box [pixels, channels] cut into PARTS, 1, 2 or 4: by halves, which keep the dtype, as no sum would."""
+    if PARTS == 1:
+        return box
+    else:
+        first, second = tl.split(tl.permute(box.reshape(2, box.shape[0] // 2, box.shape[1]), (1, 2, 0)))
+        return take_part(tl.where(i < PARTS // 2, first, second), (PARTS // 2 - 1) & i, PARTS // 2)
+
+
+@triton.jit
 def taps_inside(first, extent, taps, STEP: tl.constexpr, TILE: tl.constexpr):
     """The first of `taps` taps that see an axis of `extent` pixels, and the number of them: tap t of a box sees pixel first + t * STEP.
 

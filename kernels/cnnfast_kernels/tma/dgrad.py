@@ -20,7 +20,7 @@ from .. import launch
 from ..indexing import class_axis, has_nan
 from ..problem import ConvProblem, tap_step
 from ..tiling import MAX_REGISTERS, cdiv
-from .boxes import load_box, locate_box, pixels_inside, store_phases, taps_inside
+from .boxes import load_box, locate_box, pixels_inside, store_phases, take_part, taps_inside
 from .tiles import BoxTile, box_count, box_grid, phases_of
 from .views import flattened, map_filters, map_image, strides_of
 
@@ -108,9 +108,7 @@ def tma_dgrad_kernel(
             sums = tl.zeros((TILE_C, PART), tl.float32)
             for step in tl.range(steps, num_stages=1):
                 p, q, r, s, k = locate_step(step, p0, q0, r0, s0, tap_r0, tap_s0, taps_s, STEP_H, STEP_W, P_STEP, Q_STEP, TILE_K, STEPS_K)
-                dy = load_box(dy_map, n0, p, q, k).reshape(PIXELS // PART, PART, TILE_K)
-                # one of the addends is not zero; as bits, for a sum would be of float32 and take twice the registers
-                dy = tl.xor_sum(tl.where(part == i, dy.to(tl.int16, bitcast=True), 0), 0).to(dx_map.dtype, bitcast=True)
+                dy = take_part(load_box(dy_map, n0, p, q, k), i, PIXELS // PART)
                 w = w_map.load([r, s, k, c0]).reshape(TILE_K, TILE_C)
                 reached = pixels_inside(m, p, q, P, Q, TILE_H, TILE_W)
                 sums = tl.where(reached[None, :], tl.dot(w.T, dy.T, sums), sums)

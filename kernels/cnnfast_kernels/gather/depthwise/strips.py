@@ -50,7 +50,7 @@ def zeros(COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ACC
 
 
 @triton.jit
-def add_product(acc, INDEX: tl.constexpr, a, b, reached):
+def add_product(acc, INDEX: tl.constexpr, a, b, reached=None):
     """The tuple with a * b added to one of its members: where `reached`, or everywhere if that is None."""
     total = acc[INDEX] + a * b
     return acc[:INDEX] + (total if reached is None else tl.where(reached, total, acc[INDEX]),) + acc[INDEX + 1 :]

@@ -20,6 +20,7 @@ import venv
 import zipfile
 from email import message_from_bytes
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,9 @@ def run(*command: str | Path, cwd: Path = REPOSITORY, environment: dict[str, str
 
 def pip_report(*arguments: str) -> dict[str, dict]:
     """The metadata of every distribution that `pip install` with these arguments would install, by name."""
-    pytest.importorskip("pip", minversion="23.3", reason="pip before 23.3 resolves by downloading whole wheels")
+    # Not by importing pip: its import takes setuptools' distutils away from this process, and torch.compile needs that.
+    if Version(version("pip")) < Version("23.3"):
+        pytest.skip("pip before 23.3 resolves by downloading whole wheels")
     output = run(sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-", *arguments)
     return {item["metadata"]["name"]: item["metadata"] for item in json.loads(output)["install"]}
 

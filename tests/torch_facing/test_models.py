@@ -124,7 +124,7 @@ def judge(ours: nn.Module, theirs: nn.Module, x: Tensor, device: torch.device) -
     assert mine.keys() == right.keys()
     dx = right["grad of input"]
     assert (their["grad of input"] - dx).abs().max() < 1e-3 * dx.abs().max(), "PyTorch's gradients jump: take another x"
-    judged = [compare(n, t, their[n], plain[n], right[n], dtype=torch.float32) for n, t in mine.items()]
+    judged = [compare(n, t, their[n], plain[n], right[n], precision="float32") for n, t in mine.items()]
     assert not [str(c) for c in judged if not c.ok]
     return trace
 
@@ -162,7 +162,7 @@ def test_resnet18_in_eval(torchvision, device, quick_tiles):
     assert trace.launches == ["conv_fprop_kernel", "max_pool_kernel", *["conv_fprop_kernel"] * 19, "plane_mean_kernel"]
     with torch.no_grad():
         their, right = theirs(x.float()), theirs.double()(x)
-    assert (judged := compare("output", y, their, right, right, dtype=torch.float32)).ok, str(judged)
+    assert (judged := compare("output", y, their, right, right, precision="float32")).ok, str(judged)
 
 
 @pytest.mark.parametrize(("name", "stage"), [*(("resnet50", stage) for stage in (1, 2, 3, 4)), ("resnext50_32x4d", 2)])

@@ -4,7 +4,8 @@
     python ci/recorded_launches.py --overlay FOLDER --overlay ...  # on those in these folders (pip install --target), one by one
 
 No GPU is needed: Triton's real launcher runs over a driver that records (cnnfast_kernels/aot/recording_driver; what is launched is in
-harness/launch_survey.py). Prints a table and writes it to ci/results/recorded_launches.txt; exit code 1 if anything is wrong.
+harness/launch_survey.py). Prints a table and writes it to
+ci/results/recorded_launches/triton-VERSION.txt, one file for each version, as soon as it is done; exit code 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "ci" / "results" / "recorded_launches.txt"
+RESULTS = ROOT / "ci" / "results" / "recorded_launches"
 PARTS = 16  # processes, each of which takes every sixteenth case: so much is told on the way, and no more compiled twice
 sys.path[:0] = [str(ROOT / folder) for folder in ("harness", "kernels", "")]
 
@@ -70,44 +70,38 @@ ROWS = {
 }
 
 
-def table_of(first: str, surveys: Sequence[Survey], rows: Sequence[tuple[str, Sequence[int]]]) -> Table:
-    """A column of numbers for each version."""
-    table = Table(box=None, show_edge=False)
-    table.add_column(first)
-    for s in surveys:
-        table.add_column(f"triton {s.triton}", justify="right")
-    for name, counts in rows:
-        table.add_row(name, *(f"{count:,}" for count in counts))
-    return table
-
-
-def report(surveys: Sequence[Survey], console: Console) -> None:
-    wrong = sum(len(s.wrong) for s in surveys)
-    machine = f"sm_90, torch {version('torch')}, Python {platform.python_version()}, commit {commit()}"
-    console.print(f"\nci/recorded_launches.py: {wrong} wrong; {machine}\n", highlight=False)
-    rows = [(name, [count(s) for s in surveys]) for name, count in ROWS.items()]
-    console.print(table_of("", surveys, rows))
-    for s in surveys:
-        for line in s.wrong:
-            console.print(f"\ntriton {s.triton}: {line}", highlight=False, markup=False)
-    kernels = sorted(set().union(*(s.kernels for s in surveys)))
-    console.print()
-    console.print(table_of("launches of", surveys, [(k, [s.by_plan[k] + s.by_triton[k] for s in surveys]) for k in kernels]))
+def report(s: Survey, origin: str, console: Console) -> None:
+    machine = f"triton {s.triton}, sm_90, torch {version('torch')}, Python {platform.python_version()}, commit {origin}"
+    console.print(f"\nci/recorded_launches.py: {len(s.wrong)} wrong; {machine}\n", highlight=False)
+    table = Table(box=None, show_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, count in ROWS.items():
+        table.add_row(name, f"{count(s):,}")
+    table.add_section()
+    for kernel in sorted(s.kernels):
+        table.add_row(f"launches of {kernel}", f"{s.by_plan[kernel] + s.by_triton[kernel]:,}")
+    console.print(table)
+    for line in s.wrong:
+        console.print(f"\n{line}", highlight=False, markup=False)
 
 
 def main(
     overlay: Annotated[list[Path] | None, typer.Option(help="Folder with another triton; may be given several times.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes at once.")] = os.cpu_count() or 1,
-    result: Annotated[Path, typer.Option(help="Where the table goes.")] = RESULT,
+    results: Annotated[Path, typer.Option(help="The folder where the tables go.")] = RESULTS,
 ) -> None:
     """What reaches CUDA, by plans and by Triton, compared to the byte."""
-    console = Console(width=140)
-    surveys = [surveyed(str(folder), jobs, console) for folder in overlay or [""]]
-    report(surveys, console)
-    result.parent.mkdir(parents=True, exist_ok=True)
-    with result.open("w") as file:
-        report(surveys, Console(file=file, width=140))
-    raise typer.Exit(any(s.wrong for s in surveys))
+    console, origin = Console(width=140), commit()  # now: the tree may be changed meanwhile
+    wrong = 0
+    results.mkdir(parents=True, exist_ok=True)
+    for folder in overlay or [""]:
+        found = surveyed(str(folder), jobs, console)
+        wrong += len(found.wrong)
+        report(found, origin, console)
+        with (results / f"triton-{found.triton}.txt").open("w") as file:
+            report(found, origin, Console(file=file, width=140))
+    raise typer.Exit(wrong > 0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import triton.language as tl
 from .. import launch
 from ..indexing import channel_offset
 from ..rounding import round_quotient
-from ..tiling import BUSY_PROGRAMS, cdiv
+from ..tiling import BUSY_PROGRAMS, MAX_REGISTERS, cdiv
 from .rows import NUM_WARPS, RUNTIME
 
 
@@ -77,6 +77,7 @@ def _plan_plane(x: launch.Laid, y: launch.Laid, count: int, span: int, tile: Pla
         plane_mean_kernel, (N * splits * cdiv(C, tile.BLOCK_C),), count, span, splits, H, W, *xs[:4], ys.n, ys.h, ys.c,
         tile=tile, C=C, X_ALIGN=xs.align, Y_ALIGN=ys.align, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
         BLOCK_PIXELS=tile.BLOCK_PIXELS, BLOCK_C=tile.BLOCK_C, CHANNELS_FAST=tile.CHANNELS_FAST, num_warps=NUM_WARPS,
+        maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
 

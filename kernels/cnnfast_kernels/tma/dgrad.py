@@ -27,7 +27,7 @@ from .views import flattened, map_filters, map_image, strides_of
 EXTENTS = ["H", "W", "P", "Q", "rows", "columns"]
 # Elements that the careful loop sums at a time. Each is there in two versions, beside a box of results. The registers cost no program its
 # place: a multiprocessor has shared memory for fewer programs.
-CAREFUL_SUMS = tl.constexpr(4096)
+CAREFUL_SUMS = tl.constexpr(2048)
 
 
 @triton.jit

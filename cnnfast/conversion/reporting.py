@@ -212,7 +212,7 @@ def _unmeasured(model: nn.Module, gpu: Gpu, found: list[Layer], sizes: str) -> I
         yield f"Which convolutions are unmeasured on this GPU ({gpu.name}) is not known, for {sizes}. {call}"
         return
     problems = [problem for layer in found if (problem := _problem(model.get_submodule(layer.name), layer.input_shape))]
-    missing = sum(not tables.measured(*gpu, problem) for problem in problems)
+    missing = sum(not tables.was_measured(*gpu, problem) for problem in problems)
     if missing:
         yield f"{missing} of {len(problems)} convolutions are unmeasured on this GPU ({gpu.name}) {sizes}. {call}"
 

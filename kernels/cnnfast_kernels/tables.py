@@ -125,7 +125,7 @@ def _apart(row: Row, N: int) -> float:
     return max(row.key.problem.N, N) / min(row.key.problem.N, N) if N else inf
 
 
-def measured(gpu: str, arch: int, problem: ConvProblem) -> bool:
+def was_measured(gpu: str, arch: int, problem: ConvProblem) -> bool:
     """Whether a row for a GPU is of a convolution's forward pass, in any dtype and layout, at a batch from which it may serve `problem`."""
     near = (row.key for table in _read() for rows in table.values() for row in rows if _apart(row, problem.N) <= FARTHEST_BATCH)
     return any((k.gpu, k.arch, k.operation) == (gpu, arch, "fprop") and replace(k.problem, N=problem.N) == problem for k in near)

@@ -127,7 +127,7 @@ NO_LIBCUDA = 'libcuda.so cannot found!\nPlease make sure GPU is set up and then 
         (FileNotFoundError(2, "No such file or directory", "/sbin/ldconfig"), "TRITON_LIBCUDA_PATH"),
         (subprocess.CalledProcessError(1, ["/sbin/ldconfig", "-p"]), "install NVIDIA's driver"),
         (ImportError("libcuda.so.1: cannot open shared object file"), "install NVIDIA's driver"),
-        (PermissionError(13, "Permission denied", "/root/.triton"), "name a folder in TRITON_CACHE_DIR"),
+        (PermissionError(13, "Permission denied", "/elsewhere/.triton"), "name a folder in TRITON_CACHE_DIR"),
         (RuntimeError("0 active drivers ([]).\nOne is needed."), "RuntimeError: 0 active drivers ([]). One is needed."),
     ],
 )

@@ -46,8 +46,8 @@ def test_a_row_comes_back_as_it_was_written(gpu):
     assert tables.read(file) == rows
     assert [tables.find(r.key) for r in rows] == rows
     assert json.loads(file.read_text())["torch"] == "2.13.0"
-    assert tables.measured(*gpu, PROBLEM)
-    assert not tables.measured("another", gpu.arch, PROBLEM)
+    assert tables.was_measured(*gpu, PROBLEM)
+    assert not tables.was_measured("another", gpu.arch, PROBLEM)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(ConvProblem) if field.name not in ("N", "groups")])

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from cnnfast_kernels import tiling
 from cnnfast_kernels.problem import ConvProblem
-from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig, cdiv, choose_tile, gemm_extents, precision_class, register_limit
+from cnnfast_kernels.tiling import (
+    DEFAULT_TILES,
+    TileConfig,
+    candidate_tiles,
+    cdiv,
+    choose_tile,
+    gemm_extents,
+    precision_class,
+    register_limit,
+)
 
 
 @st.composite
@@ -80,3 +89,12 @@ def test_registers_are_limited_where_the_compiler_would_spill(precision):
     assert register_limit(many, "fprop", precision, largest) is None
     assert register_limit(many, "fprop", precision, smallest) == (128 if precision == "ieee" else None)
     assert register_limit(few, "fprop", precision, smallest) is None
+
+
+def test_of_few_channels_a_weight_gradient_gets_the_smallest_tile_on_sm_100():
+    """Larger ones spill there. Another GPU, another operation and many channels do not."""
+    few, many = (ConvProblem(1, C, 8, 8, 64, 3, 3, 8, 8, pad_h=1, pad_w=1) for C in (3, 64))
+    tiles = DEFAULT_TILES["half"]
+    assert candidate_tiles(few, "wgrad", "half", arch=100) == tiles[-1:]
+    others = candidate_tiles(few, "wgrad", "half", arch=90), candidate_tiles(few, "fprop", "half", arch=100)
+    assert {*others, candidate_tiles(many, "wgrad", "half", arch=100)} == {tiles[1:]}

@@ -3,10 +3,8 @@
 Over the stub driver, which stands in for Triton's launcher too: what is bounded is our own code and PyTorch's. Bounds in microseconds are
 for a machine whose PyTorch takes 1.7 for an operator of one tensor (host_cost.bare_operator), and grow with that. A load adds to a
 measurement and never takes away: a call is measured until its least time is within its bound, or time is up.
-`pytest benchmarks/test_host_cost.py` measures what there is to measure, with Triton's launcher; without it the least times, for inference
-and with gradients, were on a machine whose PyTorch takes 1.5
-
-    conv2d 11.0 17.8, conv_bn_act 19.0 31.9, batch_norm 10.1 16.4, max_pool2d 8.3 13.9, avg_pool2d 7.2 11.9, global_avg_pool2d 5.5 9.4
+`pytest benchmarks/test_host_cost.py` measures what there is to measure, with Triton's launcher and, for conv2d, without it
+(benchmarks/results/cpu/host_cost.txt).
 """
 
 from __future__ import annotations

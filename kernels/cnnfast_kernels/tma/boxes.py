@@ -46,7 +46,7 @@ def pixels_inside(m, h0, w0, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 @triton.jit
 def take_part(box, i, PARTS: tl.constexpr):
-    """Part i of the pixels of a box [pixels, channels] cut into PARTS, 1, 2 or 4: by halves, which keep the dtype, as no sum would."""
+    """Part i of the pixels of a box [pixels, channels] cut into PARTS, a power of two: by halves, which keep the dtype, as no sum would."""
     if PARTS == 1:
         return box
     else:

@@ -12,10 +12,11 @@ import triton.language as tl
 
 import uncompilable
 from child import run_compiled
-from cnnfast_kernels import conv, launch
+from cnnfast_kernels import batchnorm, conv, launch
 from cnnfast_kernels.aot import specialisations
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.gather.fprop import conv_fprop_kernel
+from planting import plant
 from specialisations import described_launches
 
 recorded_here = pytest.mark.skipif(not launch.INTERPRETED, reason="GPU ring: launches are recorded in the interpreter")
@@ -168,6 +169,20 @@ def triton_sees():
             if ours != theirs:
                 wrong.append([line, str(theirs)])
     return [sorted({kernel.__name__ for kernel, *_ in launches}), sorted(aot.kernel_modules()), wrong]
+
+
+def test_kernels_that_the_package_does_not_hold_are_left_out(monkeypatch, tmp_path, device):
+    """Those into which a test plants a fault: no other process could import them."""
+    y = torch.ones(2, 4, 3, 3, device=device)
+    with described_launches() as right:
+        batchnorm.batch_moments(y)
+    plant(monkeypatch, tmp_path, batchnorm, "if count < 2:", "if count < 1:")
+    launch.forget_plans()
+    with described_launches() as planted:
+        batchnorm.batch_moments(y)
+    launch.forget_plans()
+    kernels = [{json.loads(line)["kernel"].partition(":")[2] for line in lines} for lines in (right, planted)]
+    assert kernels == [{"batch_moments_kernel", "combine_kernel"}, {"combine_kernel"}]
 
 
 @pytest.mark.compiled

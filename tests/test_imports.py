@@ -66,10 +66,11 @@ LAYERS = {
         "aot",
     ],
     "cnnfast": [
-        "ops dispatch aside receptive_field precision dtypes",
+        "ops dispatch aside receptive_field precision dtypes measuring",
         "functional summary",
         "nn",
         "models conversion",
+        "warming",
         "checking tuning bench",
         "commands",
     ],

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..measuring.timing import cudnn_benchmark
 from ..precision import UNIT as TF32_UNIT
 from ..precision import float32_products
 from .job import Job, placed, step_of
-from .timing import cudnn_benchmark
 
 UNITS = 4
 SUM = 64

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import conversion, dispatch
+from ..measuring.graphs import captured
 from . import folding, jax_model
-from .job import BACKWARD, FORWARD, MODELS, Job, Step, channels_last_of, placed, rotating, steps_of
+from .job import BACKWARD, FORWARD, MODELS, Job, channels_last_of, placed, rotating, steps_of
 from .roofline import CONV, OPERATORS, POINTWISE
 
 SINGLE = (FORWARD, *BACKWARD)
@@ -161,24 +162,3 @@ def compiler(how: str, inference: bool) -> Iterator[Callable[[nn.Module], Callab
 
     with inductor.patch(freezing=inference and how == MAX_AUTOTUNE):
         yield lambda model: torch.compile(model, mode=None if how == COMPILE else how, dynamic=False)
-
-
-def captured(make: Callable[[], list[Step]], device: torch.device) -> Step:
-    """All steps, one after the other, as one CUDA graph; returns what the first of them does."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # gradients are taken on the stream of their forward pass, which must be the captured one
-        steps = make()
-        for step in steps:
-            for _ in range(3):  # compiles, lets cuDNN choose, allocates the optimizer's state
-                step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        results = [step() for step in steps]
-
-    def replay():
-        graph.replay()
-        return results[0]
-
-    return replay

@@ -21,19 +21,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..measuring.machine import Peaks
 from .graph import Graph, Node
 
 OPERATORS, POINTWISE, CONV, CHAINS = LEVELS = ("operators", "pointwise", "conv", "chains")
 TWICE = 2  # a map may be recomputed from what is at most so many times as large
 OPTIMIZER_BYTES = 20  # SGD with momentum, a parameter in float32: it, its gradient and its momentum read, two of them written
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """What the machine does at most: FLOPs a second of a matrix product, bytes a second of a copy (read and written)."""
-
-    flops: float
-    bytes: float
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .machine import Machine
-from .roofline import Peaks
+from ..measuring.machine import Machine, Peaks
 
 OK, UNAVAILABLE, WRONG, FAILED = "ok", "unavailable", "wrong", "failed"
 MODEL, LAYER = "model", "layer"

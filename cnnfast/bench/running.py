@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from .. import dispatch
+from ..measuring.machine import Machine, Peaks
+from ..measuring.timing import Clock, Times, clock_of, cudnn_benchmark, measure
 from .gate import expect
 from .graph import graph_of
 from .job import Job, copies_for
-from .machine import Machine
 from .providers import EAGER, Prepared, Provider
-from .roofline import OPERATORS, Peaks, Work, levels
+from .roofline import OPERATORS, Work, levels
 from .rows import FAILED, LAYER, MODEL, OK, UNAVAILABLE, WRONG, Row
 from .shapes import Layer
-from .timing import Clock, Times, clock_of, cudnn_benchmark, measure
 
 Tell = Callable[[str], None]
 

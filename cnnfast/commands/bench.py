@@ -200,8 +200,8 @@ def _run(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from ..bench.machine import measure_peaks, this_machine
     from ..bench.rows import write
+    from ..measuring.machine import measure_peaks, this_machine
 
     rows: list[Row] = []
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))

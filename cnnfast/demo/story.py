@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import cnnfast
 from cnnfast import __version__
-from cnnfast.bench.timing import cudnn_benchmark
 from cnnfast.checking import check
 from cnnfast.dispatch import Trace, backend, launch, prefer_kernels, trace
 from cnnfast.dtypes import TF32
+from cnnfast.measuring.timing import cudnn_benchmark
 
 from . import digits, photograph, plain, timing
 from .picture import Images

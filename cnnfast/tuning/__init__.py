@@ -14,10 +14,10 @@ from torch import nn
 
 from cnnfast_kernels import choosing, launch, tables
 
-from ..bench.machine import this_machine
-from ..bench.timing import Step, Times, clock_of
-from ..bench.timing import measure as take_turns
 from ..dtypes import TF32, argument
+from ..measuring.machine import this_machine
+from ..measuring.timing import Step, Times, clock_of
+from ..measuring.timing import measure as take_turns
 from ..precision import allow_tf32, float32_products
 from .capture import Convolution, capture
 from .report import DEFAULT, LIBRARY, Candidate, Measured, Tuning
@@ -54,7 +54,7 @@ def tune(
     dtype: casts floating inputs and a copy of the model: a dtype, or its name (bf16, fp16, fp32, fp64, PyTorch's own), or "tf32", float32
     tensors whose products are rounded to TF32. A name says how float32 is multiplied, "fp32" IEEE; otherwise PyTorch's settings do, which
     let convolutions be TF32. Rows of the two are apart, and a call finds those of the settings that it is made under.
-    measure: what times steps by their names, by default bench.timing. progress: called with (measured, in all, what comes next).
+    measure: what times steps by their names, by default measuring/timing.py. progress: called with (measured, in all, what comes next).
     An interrupted run keeps what it has measured. Returns a Tuning: str() is a table; .ok, .measured, .rows, .to_json().
     Raises ValueError for a name that is none of a dtype; RuntimeError without a GPU, if the model does not run on these inputs, or if it
     makes no convolution; OSError, before anything is measured, if the table could not be written.

@@ -15,13 +15,12 @@ import cnnfast
 from cnnfast.__main__ import app
 from cnnfast.bench import compare as comparing
 from cnnfast.bench.job import Job, plain
-from cnnfast.bench.machine import Machine, this_machine
 from cnnfast.bench.providers import PROVIDERS
 from cnnfast.bench.report import report
-from cnnfast.bench.roofline import Peaks
 from cnnfast.bench.rows import Row, jobs, read, speedup, verdict, write
 from cnnfast.bench.running import run
-from cnnfast.bench.timing import HostClock, measure
+from cnnfast.measuring.machine import Machine, Peaks, this_machine
+from cnnfast.measuring.timing import HostClock, measure
 from cnnfast.models import resnet18
 
 MACHINE = Machine("a GPU", "1.2", "1000 MHz", "2.13", "3.9", "9", "abc")

@@ -19,11 +19,10 @@ from cnnfast import dispatch
 from cnnfast.bench import folding, providers, running
 from cnnfast.bench.gate import expect
 from cnnfast.bench.job import BACKWARD, Job, copies_for, plain, without_dropout
-from cnnfast.bench.machine import this_machine
 from cnnfast.bench.providers import PROVIDERS, Ours, Prepared, Provider
-from cnnfast.bench.roofline import Peaks
 from cnnfast.bench.rows import FAILED, OK, UNAVAILABLE, WRONG
 from cnnfast.bench.shapes import layers, resnet50_convolutions
+from cnnfast.measuring.machine import Peaks, this_machine
 from cnnfast.models import resnet18
 from cnnfast.precision import float32_products, nearest_tf32
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from cnnfast.bench.graph import graph_of
-from cnnfast.bench.roofline import OPTIMIZER_BYTES, Kernel, Peaks, levels
+from cnnfast.bench.roofline import OPTIMIZER_BYTES, Kernel, levels
+from cnnfast.measuring.machine import Peaks
 from cnnfast.models import resnet50
 
 F32 = 4

@@ -13,7 +13,7 @@ import cnnfast
 from agreement import integers
 from cnnfast import tuning
 from cnnfast.__main__ import app
-from cnnfast.bench.timing import Times
+from cnnfast.measuring.timing import Times
 from cnnfast.precision import float32_products
 from cnnfast.tuning import running
 from cnnfast_kernels import choosing, launch, tables

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from .roofline import Peaks
 from .timing import Clock, clock_of
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}  # well beyond the last-level cache
@@ -29,6 +28,14 @@ class Machine:
     triton: str
     cudnn: str
     commit: str
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the machine does at most: FLOPs a second of a matrix product, bytes a second of a copy (read and written)."""
+
+    flops: float
+    bytes: float
 
 
 def this_machine(device: torch.device) -> Machine:

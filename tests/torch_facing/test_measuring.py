@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnnfast.bench import timing
-from cnnfast.bench.machine import MATRIX, measure_peaks
-from cnnfast.bench.timing import DeviceClock, HostClock, Times, measure, warm_up
+from cnnfast.measuring import timing
+from cnnfast.measuring.machine import MATRIX, measure_peaks
+from cnnfast.measuring.timing import DeviceClock, HostClock, Times, measure, warm_up
 
 
 class FakeClock:

@@ -1,0 +1,2 @@
+"""What bench, tune and the demo measure with: steps that take turns on a clock (timing.py), steps as CUDA graphs (graphs.py), and the
+machine that a run is made on (machine.py)."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .console import JSON_HELP, progress, refuse_unwritable, write_text
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 def aot(
     arch: Annotated[list[str] | None, typer.Option(help="GPU architecture to compile for; may be repeated.", show_default="sm_90")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
     only: Annotated[str, typer.Option(help="Only cases whose name contains this: fprop, wgrad, float64, pooling, ...")] = "",
     record: Annotated[bool, typer.Option("--record", help="Note the instructions of main loops, to be compared with from now on.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile.", show_default="one a core")] = None,
@@ -32,7 +34,6 @@ def aot(
     """
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     try:
         from cnnfast_kernels import aot as compiler
@@ -42,20 +43,16 @@ def aot(
 
     if record and only:
         raise typer.BadParameter("the record is of all cases: leave --only out", param_hint="--record")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
+    refuse_unwritable(json_file)
     with refused_by("--arch"):
         archs = [f"sm_{compiler.capability_of(name)}" for name in arch or ["sm_90"]]
     with refused_by("--only"):
         compiler.selected(archs, only)
     with refused_by(None):
         compiler.require_compiled_kernels()
-    text = TextColumn(f"compiling for {', '.join(archs)}")
-    with Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task("")
-        rows = compiler.compile_all(archs, only, jobs, lambda done, total: progress.update(bar, completed=done, total=total))
-    if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    with progress(f"compiling for {', '.join(archs)}") as tell:
+        rows = compiler.compile_all(archs, only, jobs, tell)
+    write_text(json_file, json.dumps([asdict(row) for row in rows], indent=1))
 
     if record:
         loops.write(rows)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .console import JSON_HELP, progress, refuse_unwritable, write_text
 from .target import DTYPE_HELP, INPUT_HELP, MODEL_HELP, input_shape, missing_arguments, parse_dtype, parse_shape, resolve
 
 
@@ -16,7 +17,7 @@ def check(
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "fp32",
     backward: Annotated[bool, typer.Option(help="Check gradients too.")] = True,
     train: Annotated[bool | None, typer.Option("--train/--eval", help="Mode of the model.", show_default="as it is built")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
 ) -> None:
     """Check every convolution, batch norm and pooling of MODEL on a random input, and the whole model converted, forward and backward.
 
@@ -29,10 +30,10 @@ def check(
     """
     sizes = [parse_shape(shape) for shape in shapes or []]
     name = parse_dtype(dtype)
+    refuse_unwritable(json_file)
 
     import torch
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from ..checking import check as run_check
 
@@ -44,20 +45,14 @@ def check(
         checked = (checked if train is None else checked.train(train)).to(device)
     inputs = [torch.randn(size).to(device) for size in sizes or [(1, 3, 32, 32)]]
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        bar = bars.add_task("capturing the calls", total=None)
+    with progress("capturing the calls") as tell:
         try:
-            report = run_check(
-                checked, *inputs, backward=backward, dtype=name,
-                progress=lambda done, total, name: bars.update(bar, completed=done, total=total, description=name),
-            )  # fmt: skip
+            report = run_check(checked, *inputs, backward=backward, dtype=name, progress=tell)
         except (RuntimeError, TypeError, ValueError) as error:  # above all: an input that the model does not take
             needs = [] if isinstance(checked, torch.nn.Module) else missing_arguments(checked)
             called = f" (called with them as {', '.join(needs)})" if needs else ""
             given = " ".join("x".join(map(str, t.shape)) for t in inputs)
             raise typer.BadParameter(f"{model} with inputs {given}{called}: {type(error).__name__}: {error}") from None
     Console().print(report)
-    if json_file is not None:
-        json_file.write_text(report.to_json() + "\n")
+    write_text(json_file, report.to_json())
     raise typer.Exit(0 if report.ok else 1)

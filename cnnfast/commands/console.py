@@ -1,0 +1,51 @@
+"""What commands share: a bar of progress, the file of --json, and options that several of them have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import typer
+
+JSON_HELP = "Write the results to this file too; - is standard output."
+BUDGET_HELP = "Seconds of measuring in all. What costs most is measured first, and what no longer fits is named."
+SECONDS_HELP = "Seconds of one timing."
+STANDARD_OUTPUT = Path("-")
+
+
+class Tell(Protocol):
+    """Moves a bar: so many of `total` steps are done, None while nobody knows how many there are, and `text` comes next."""
+
+    def __call__(self, done: int, total: int | None, text: str = "") -> None: ...
+
+
+@contextmanager
+def progress(text: str) -> Iterator[Tell]:
+    """A bar on standard error while the context lasts, on a terminal; `text` is what happens first."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        bar = bars.add_task(text, total=None)
+
+        def tell(done: int, total: int | None, text: str = "") -> None:
+            bars.update(bar, completed=done, total=total, description=text or None)
+
+        yield tell
+
+
+def refuse_unwritable(file: Path | None, option: str = "--json") -> None:
+    """Ends the command with exit code 2, before any work, if the folder of a file that it is to write is not there."""
+    if file is not None and file != STANDARD_OUTPUT and not file.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {file.parent}", param_hint=option)
+
+
+def write_text(file: Path | None, text: str) -> None:
+    """Writes `text`, whose last line has no end yet, to a file or standard output; None writes nothing."""
+    if file == STANDARD_OUTPUT:
+        typer.echo(text)
+    elif file is not None:
+        file.write_text(text + "\n")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import JSON_HELP, progress, refuse_unwritable, write_text
+from .console import JSON_HELP, printer, progress, refuse_unwritable, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +32,6 @@ def aot(
     half precision without tensor cores, waits after every wgmma, or has a main loop 15 % longer than on record; or if a kernel that
     can be chosen on an architecture is not among its cases.
     """
-    from rich.console import Console
     from rich.markup import escape
 
     try:
@@ -59,7 +58,7 @@ def aot(
     found = compiler.problems(rows) + loops.risen(rows)
     if not only:
         found += compiler.uncovered(rows)
-    console = Console()
+    console = printer(json_file)
     for line in found:
         console.print(f"[bold red]problem[/] {escape(line)}", highlight=False, soft_wrap=True)
     console.print(summary(rows))

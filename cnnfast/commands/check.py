@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JSON_HELP, progress, refuse_unwritable, write_text
+from .console import JSON_HELP, printer, progress, refuse_unwritable, write_text
 from .target import DTYPE_HELP, INPUT_HELP, MODEL_HELP, input_shape, missing_arguments, parse_dtype, parse_shape, resolve
 
 
@@ -33,7 +33,6 @@ def check(
     refuse_unwritable(json_file)
 
     import torch
-    from rich.console import Console
 
     from ..checking import check as run_check
 
@@ -53,6 +52,6 @@ def check(
             called = f" (called with them as {', '.join(needs)})" if needs else ""
             given = " ".join("x".join(map(str, t.shape)) for t in inputs)
             raise typer.BadParameter(f"{model} with inputs {given}{called}: {type(error).__name__}: {error}") from None
-    Console().print(report)
+    printer(json_file).print(report)
     write_text(json_file, report.to_json())
     raise typer.Exit(0 if report.ok else 1)

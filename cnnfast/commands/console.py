@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 JSON_HELP = "Write the results to this file too; - is standard output."
 BUDGET_HELP = "Seconds of measuring in all. What costs most is measured first, and what no longer fits is named."
@@ -41,6 +44,13 @@ def refuse_unwritable(file: Path | None, option: str = "--json") -> None:
     """Ends the command with exit code 2, before any work, if the folder of a file that it is to write is not there."""
     if file is not None and file != STANDARD_OUTPUT and not file.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {file.parent}", param_hint=option)
+
+
+def printer(json_file: Path | None) -> Console:
+    """Where a command speaks to people: standard output, or standard error where that is to hold the JSON."""
+    from rich.console import Console
+
+    return Console(stderr=json_file == STANDARD_OUTPUT)
 
 
 def write_text(file: Path | None, text: str) -> None:

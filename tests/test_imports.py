@@ -72,6 +72,7 @@ LAYERS = {
         "models conversion",
         "warming",
         "checking tuning bench",
+        "diagnosing",
         "commands",
     ],
 }

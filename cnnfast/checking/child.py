@@ -13,6 +13,12 @@ from typing import Any
 import torch
 
 
+def importing_alike(**more: str) -> dict[str, str]:
+    """The environment of a child process that finds every module where this process does; `more` is added to it."""
+    importable = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return {**os.environ, "PYTHONPATH": importable, **more}
+
+
 def interpreted(module: str, data: Any) -> Iterator[str]:
     """Lines that `python -m module FILE` prints under TRITON_INTERPRET=1; FILE is `data` as torch.save writes it.
 
@@ -21,11 +27,9 @@ def interpreted(module: str, data: Any) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="cnnfast-") as folder:
         path = Path(folder, "data.pt")
         torch.save(data, path)
-        importable = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": importable}
         with Path(folder, "stderr").open("w+") as stderr:
             command = [sys.executable, "-P", "-m", module, str(path)]
-            child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+            child = subprocess.Popen(command, env=importing_alike(TRITON_INTERPRET="1"), stdout=subprocess.PIPE, stderr=stderr, text=True)
             assert child.stdout is not None
             try:
                 yield from child.stdout

@@ -13,7 +13,7 @@ from child import IMPORTABLE
 from cnnfast import __version__
 from cnnfast.__main__ import app
 
-COMMANDS = ("demo", "check", "bench", "tune", "aot")
+COMMANDS = ("demo", "doctor", "check", "bench", "tune", "aot")
 
 
 def invoke(*arguments: str):

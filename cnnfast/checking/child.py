@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +10,7 @@ from typing import Any
 
 import torch
 
-
-def importing_alike(**more: str) -> dict[str, str]:
-    """The environment of a child process that finds every module where this process does; `more` is added to it."""
-    importable = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": importable, **more}
+from ..children import start
 
 
 def interpreted(module: str, data: Any) -> Iterator[str]:
@@ -28,8 +22,7 @@ def interpreted(module: str, data: Any) -> Iterator[str]:
         path = Path(folder, "data.pt")
         torch.save(data, path)
         with Path(folder, "stderr").open("w+") as stderr:
-            command = [sys.executable, "-P", "-m", module, str(path)]
-            child = subprocess.Popen(command, env=importing_alike(TRITON_INTERPRET="1"), stdout=subprocess.PIPE, stderr=stderr, text=True)
+            child = start(module, str(path), environment={"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=stderr)
             assert child.stdout is not None
             try:
                 yield from child.stdout

@@ -21,7 +21,7 @@ from triton.runtime import build
 
 from cnnfast_kernels import launchable
 
-from ..checking.child import importing_alike
+from .. import children
 from . import trial
 from .finding import Command, Finding, in_a_line
 
@@ -101,10 +101,10 @@ def _quiet() -> Iterator[list[str]]:
 def tried(devices: Sequence[torch.device], tell: Callable[[str], None] = lambda step: None, limit: float | None = None) -> Trial:
     """Has a child process launch kernels on GPUs, and ends it after `limit` seconds, LIMIT by default. tell: told of each step."""
     limit = LIMIT if limit is None else limit
-    command = [sys.executable, "-P", "-X", "faulthandler", "-m", CHILD, *map(str, devices)]
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+", errors="replace") as errors:
         # In files, since whoever reads pipes waits for all that hold them: compilers that the child started, too.
-        child = subprocess.Popen(command, env=importing_alike(), stdout=output, stderr=errors, start_new_session=True)
+        streams = {"stdout": output, "stderr": errors}
+        child = children.start(CHILD, *map(str, devices), environment={"PYTHONFAULTHANDLER": "1"}, start_new_session=True, **streams)
         deadline, doing = time.monotonic() + limit, ""
         try:
             while child.poll() is None and time.monotonic() < deadline:

@@ -71,12 +71,13 @@ def of_convolution(convolution: TypicalConvolution, device: torch.device) -> str
     reason = dispatch.why_torch(torch.empty(0, dtype=convolution.dtype, device=device))
     if reason:
         return f"PyTorch, because {reason}."
+    from cnnfast_kernels import launch
     from cnnfast_kernels.choosing import choose
 
     from ..ops import serving
 
     q = question(convolution, device)
-    decision = serving.decide(q, device.type in serving.LIBRARY_FIRST)
+    decision = serving.decide(q, launch.type_of(device) in serving.LIBRARY_FIRST)
     if decision.library and dispatch.library_allowed():
         after = ", and one pass of ours for norm and ReLU" if convolution.fused else ""
         return f"the library{' (cuDNN)' if device.type == 'cuda' else ''}{after}, because {decision.reason}."

@@ -65,7 +65,9 @@ def _with_torch(found: list[Finding], tell: Callable[[str], None]) -> Diagnosis:
         if kernels.INTERPRETED:
             tell("interpreting small kernels")
             found += launching.findings(launching.here(torch.device("cpu")), {"cpu": "the CPU, interpreted,"})
+            launches = None
         elif covered:
+            # Before this process puts anything on a GPU: one that only a single process may use would refuse the other.
             names = {str(gpu): kernels.gpu(gpu) for gpu in covered}
             trial = launching.tried(covered, lambda step: tell(f"launching in another process: {step}"))
             found += launching.findings(trial, {device: gpu.name for device, gpu in names.items()})
@@ -73,7 +75,9 @@ def _with_torch(found: list[Finding], tell: Callable[[str], None]) -> Diagnosis:
         found += _asked(folders.TOPIC, lambda: [folders.triton_cache(launching.cache_folder())])
 
     tell("reading tables")
-    found += _asked(folders.TOPIC, lambda: [folders.table_folder(), *folders.table_files(), *folders.measured(list(names.values()))])
+    found += _asked(
+        folders.TOPIC, lambda: [folders.table_folder(), *folders.table_files(bool(names)), *folders.measured(list(names.values()))]
+    )
 
     tell("asking who serves")
     device = covered[0] if covered else torch.device("cuda", 0) if cuda.gpus else torch.device("cpu")
@@ -82,7 +86,7 @@ def _with_torch(found: list[Finding], tell: Callable[[str], None]) -> Diagnosis:
     else:
         found += _asked(servers.TOPIC, lambda: servers.who(device))
     if device.type == "cuda":
-        found.append(servers.float32_products(device))
+        found += _asked(servers.TOPIC, lambda: [servers.float32_products(device)])
     found += [*software.optional(), software.torch_compile(launches)]
     return Diagnosis(found, _otherwise(bool(covered)))
 

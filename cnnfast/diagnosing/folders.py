@@ -103,22 +103,18 @@ def table_folder() -> Finding:
     return Finding(TOPIC, "your tables", "ok", f"{folder}: {_counted(len(files), 'table') if files else 'none yet'}.")
 
 
-def table_files() -> list[Finding]:
-    """Each table that cannot be used, or not wholly."""
+def table_files(beside_a_gpu: bool) -> list[Finding]:
+    """Each table that cannot be used, or not wholly. beside_a_gpu: whether there is one here, on which it could be measured again."""
     found = []
+    command = Command(TUNE, "a new table of your GPU") if beside_a_gpu else None
     for whose, folder in (("your table", tables.user_folder()), ("table of cnnfast's", tables.SHIPPED)):
         for file in _files(folder):
             _, complaint = _read(file)
-            if not complaint:
-                continue
-            name = f"{whose} {file.name}"
-            advice = "Measure again, which writes a new one."
-            command = Command(TUNE, "a new table of your GPU")
-            if _is_of_another_version(file):
-                found.append(Finding(TOPIC, name, "note", f"{complaint}.", advice, command))
-            else:
-                text = f"A table is corrupt, and what was measured is not used: {complaint}."
-                found.append(Finding(TOPIC, name, "broken", text, f"Delete it. {advice}", command))
+            if complaint:
+                state = "note" if _is_of_another_version(file) else "broken"
+                text = f"Measurements are not used: {complaint}."
+                advice = "" if beside_a_gpu else "Where its GPU is not at hand, the file may as well be deleted."
+                found.append(Finding(TOPIC, f"{whose} {file.name}", state, text, advice, command))
     return found
 
 

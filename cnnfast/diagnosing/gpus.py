@@ -113,7 +113,7 @@ def driver(smi: Smi) -> Finding:
     version, newest = smi.driver or kernel_module(), newest_cuda()
     if smi.complaint and kernel_module():
         text = f"NVIDIA's driver {version} is loaded, but nvidia-smi does not work, and so nothing on the GPU will: {smi.complaint}"
-        advice = "Restart the machine; where that does not help, install the driver again."
+        advice = "Restart the machine, or the container with its GPUs; where that does not help, install the driver again."
         return Finding(TOPIC, "driver", "broken", text, advice)
     if smi.complaint:
         return Finding(TOPIC, "driver", "note", f"NVIDIA's driver is not loaded; nvidia-smi says: {smi.complaint}")

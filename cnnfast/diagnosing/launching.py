@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -101,10 +101,14 @@ def _quiet() -> Iterator[list[str]]:
 def tried(devices: Sequence[torch.device], tell: Callable[[str], None] = lambda step: None, limit: float | None = None) -> Trial:
     """Has a child process launch kernels on GPUs, and ends it after `limit` seconds, LIMIT by default. tell: told of each step."""
     limit = LIMIT if limit is None else limit
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+", errors="replace") as errors:
-        # In files, since whoever reads pipes waits for all that hold them: compilers that the child started, too.
-        streams = {"stdout": output, "stderr": errors}
-        child = children.start(CHILD, *map(str, devices), environment={"PYTHONFAULTHANDLER": "1"}, start_new_session=True, **streams)
+    arguments = [str(limit + PATIENCE), *map(str, devices)]
+    with tempfile.TemporaryDirectory(prefix="cnnfast-") as folder:
+        # Files, since whoever reads pipes waits for all that hold them, compilers that the child started too; and opened again to be
+        # read, since whoever shares a file with the child moves the place at which it writes.
+        output, errors = Path(folder, "stdout"), Path(folder, "stderr")
+        with output.open("w") as stdout, errors.open("w") as stderr:
+            streams: dict[str, Any] = {"stdout": stdout, "stderr": stderr}
+            child = children.start(CHILD, *arguments, environment={"PYTHONFAULTHANDLER": "1"}, start_new_session=True, **streams)
         deadline, doing = time.monotonic() + limit, ""
         try:
             while child.poll() is None and time.monotonic() < deadline:
@@ -117,8 +121,7 @@ def tried(devices: Sequence[torch.device], tell: Callable[[str], None] = lambda 
             in_time = child.poll() is not None
             _end(child)
         outcomes, doing = _read(output)
-        errors.seek(0)
-        return Trial(outcomes, _ending(child.returncode if in_time else None, doing, errors.read(), limit))
+        return Trial(outcomes, _ending(child.returncode if in_time else None, doing, errors.read_text(errors="replace"), limit))
 
 
 def here(device: torch.device) -> Trial:
@@ -126,10 +129,10 @@ def here(device: torch.device) -> Trial:
     return Trial(list(trial.run([device])))
 
 
-def _read(output: IO[str]) -> tuple[list[trial.Outcome], str]:
+def _read(output: Path) -> tuple[list[trial.Outcome], str]:
     """What the child has found so far, and what it is doing; "starting" before its first step, "" after its last."""
-    output.seek(0)
-    lines = [line for line in output.read().splitlines(keepends=True) if line.startswith(trial.MARK) and line.endswith("\n")]
+    whole = (line for line in output.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n"))
+    lines = [line for line in whole if line.startswith(trial.MARK)]
     found = [json.loads(line.removeprefix(trial.MARK)) for line in lines]
     outcomes = [trial.Outcome(**record) for record in found if "wrong" in record]
     if not found:

@@ -1,13 +1,14 @@
 """Kernels really launched on a device, the smallest first, and what they compute compared with what is right.
 
-    python -m cnnfast.diagnosing.trial cuda:0 cuda:1
+    python -m cnnfast.diagnosing.trial 125 cuda:0 cuda:1
 
 A process of its own: a launch may hang, or crash the process that makes it. Before each step it prints that the step begins, and after
-it what came of it, so that whoever reads that knows where it ended.
+it what came of it, so that whoever reads that knows where it ended. It ends itself after so many seconds: whoever started it may be gone.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 import time
@@ -124,7 +125,9 @@ def _compared(found: Tensor, expected: Tensor, allowed: float) -> str:
     return f"{int(wrong.sum())} of {wrong.numel()} outputs are wrong, at {first} {found[tuple(first)]:g} for {expected[tuple(first)]:g}"
 
 
-def main(names: list[str]) -> None:
+def main(seconds: str, *names: str) -> None:
+    faulthandler.dump_traceback_later(float(seconds), exit=True)  # also while the process waits for a GPU, as Python's own timers do not
+
     def begin(device: str, step: str) -> None:
         print(MARK + json.dumps({"device": device, "step": step}), flush=True)
 
@@ -133,4 +136,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

@@ -415,9 +415,9 @@ def child(monkeypatch, tmp_path):
     prelude = f"""
 import json, os, signal, sys, time
 from collections import namedtuple
-def begin(step): print({trial.MARK!r} + json.dumps(dict(device=sys.argv[1], step=step)), flush=True)
+def begin(step): print({trial.MARK!r} + json.dumps(dict(device=sys.argv[2], step=step)), flush=True)
 def end(step, wrong="", fatal=False):
-    print({trial.MARK!r} + json.dumps(dict(device=sys.argv[1], step=step, wrong=wrong, fatal=fatal, seconds=0.1)), flush=True)
+    print({trial.MARK!r} + json.dumps(dict(device=sys.argv[2], step=step, wrong=wrong, fatal=fatal, seconds=0.1)), flush=True)
 """
 
     def start(script: str, limit: float = 60) -> launching.Trial:
@@ -470,6 +470,25 @@ def test_what_a_child_finds_wrong_is_told(child):
     found = child("begin('our convolution in float16'); end('our convolution in float16', wrong='3 of 9 outputs are wrong')")
     assert found.launches
     assert "Our convolution in float16 on NVIDIA H200 (cpu) computes wrong numbers" in broken_by(found)
+
+
+def test_a_child_whose_parent_is_gone_ends_itself():
+    script = """
+import time
+from cnnfast.diagnosing import trial
+trial.steps = lambda device: [("a step that hangs", lambda: time.sleep(600))]
+trial.main("0.5", "cpu")
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {list(map(str, IMPORTABLE))!r}\n{script}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 1
+    assert "a step that hangs" in found.stdout
+    assert "Timeout" in found.stderr
 
 
 def test_the_real_child(device):
@@ -545,7 +564,7 @@ def test_unmeasured_and_measured(kept):
     tables.SHIPPED.mkdir()
     file.rename(tables.SHIPPED / file.name)
     assert "are cnnfast's" in folders.measured([H200])[0].text
-    assert folders.table_files() == []
+    assert folders.table_files(True) == []
 
 
 @pytest.mark.parametrize(
@@ -562,11 +581,14 @@ def test_unmeasured_and_measured(kept):
 def test_tables_that_are_not_used(kept, change, state, says):
     file = tables.write(*H200, [row(H200)], {})
     file.write_text(change(json.loads(file.read_text())))
-    (finding,) = folders.table_files()
+    (finding,) = folders.table_files(beside_a_gpu=True)
     assert finding.state == state
     assert says in finding.text
     assert str(file) in finding.text
     assert finding.command.line.startswith("cnnfast tune")
+    (finding,) = folders.table_files(beside_a_gpu=False)  # where nothing can be measured
+    assert finding.state == state
+    assert finding.command is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

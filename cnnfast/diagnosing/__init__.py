@@ -82,7 +82,14 @@ def _with_torch(found: list[Finding], tell: Callable[[str], None]) -> Diagnosis:
     tell("asking who serves")
     device = covered[0] if covered else torch.device("cuda", 0) if cuda.gpus else torch.device("cpu")
     if refusal:
-        found.append(Finding(servers.TOPIC, "every call", "note", "Nobody knows: this process does not try what ended another."))
+        found.append(
+            Finding(
+                servers.TOPIC,
+                "every call",
+                "note",
+                "Not asked: asking builds a launcher in this process too, and launching ended the other one.",
+            )
+        )
     else:
         found += _asked(servers.TOPIC, lambda: servers.who(device))
     if device.type == "cuda":

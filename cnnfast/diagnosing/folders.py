@@ -133,7 +133,7 @@ def measured(gpus: Sequence[tuple[str, int]]) -> list[Finding]:
         found.append(Finding(TOPIC, f"measured on {gpu[0]}", "note", text, advice, command))
     if not gpus:
         others = Counter(row.key.gpu for all_rows in rows.values() for row in all_rows)
-        text = "; ".join(f"{_counted(count, 'row')} of {gpu}" for gpu, count in sorted(others.items())) or "nothing of any GPU"
+        text = "; ".join(f"{_counted(count, 'row')} of {gpu}" for gpu, count in sorted(others.items())) or "No table has rows of any GPU"
         found.append(Finding(TOPIC, "measured", "ok", f"{text}."))
     return found
 

@@ -124,7 +124,7 @@ def driver(smi: Smi) -> Finding:
     if newest is None:
         text = f"This machine has NVIDIA's driver {version}, but this process finds no {LIBCUDA}, which belongs to it."
         return Finding(TOPIC, "driver", "note", text, "If this is a container, start it with its GPUs (docker run --gpus all).")
-    text = f"NVIDIA's driver {version or 'of a version that nobody tells'} supports CUDA up to {_dotted(newest)}"
+    text = f"NVIDIA's driver {version or '(version unknown)'} supports CUDA up to {_dotted(newest)}"
     if torch.version.cuda is None:
         return Finding(TOPIC, "driver", "ok", f"{text}.")
     built = _version(torch.version.cuda)

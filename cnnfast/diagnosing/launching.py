@@ -200,7 +200,8 @@ def findings(found: Trial, names: dict[str, str]) -> list[Finding]:
             text = f"On {name} kernels launch, and small convolutions are right to the last bit ({seconds:.1f} s, compilation included)."
             told.append(Finding(TOPIC, f"launch on {device}", "ok", text))
         elif not any(o.fatal for o in found.outcomes) and not found.ended:
-            told.append(Finding(TOPIC, f"launch on {device}", "broken", f"{name} was not tried, and nobody knows why.", MEANWHILE))
+            text = f"The process that launches kernels ended before it had tried all on {name}, and did not say why."
+            told.append(Finding(TOPIC, f"launch on {device}", "broken", text, MEANWHILE))
     if found.ended:
         text = f"A process that launched kernels did not come through, and yours would not: {found.ended}."
         told.append(Finding(TOPIC, "launch", "broken", text, f"nvidia-smi and dmesg tell of GPUs that fail. {MEANWHILE}"))
@@ -211,7 +212,7 @@ def _broken(outcome: trial.Outcome, name: str) -> Finding:
     if outcome.step == trial.LAUNCHER:
         text = f"{outcome.wrong}. So PyTorch serves every call on {name}."
         line = _line_for(outcome.wrong)
-        return Finding(TOPIC, "launch", "broken", text, "" if line else MEANWHILE, line)
+        return Finding(TOPIC, "launch", "broken", text, "" if line else "Mend what is named there.", line)
     if outcome.step == trial.PYTORCH:
         text = f"PyTorch's own convolution fails on {name}, and with it every network: {outcome.wrong}"
         return Finding(TOPIC, "launch", "broken", text, "Install torch again; if that does not help, the GPU or its driver is at fault.")

@@ -110,14 +110,9 @@ def triton_of_torch() -> str:
 
 def triton(beside_a_gpu: bool) -> Finding:
     """Whether it is there, and one that cnnfast supports. beside_a_gpu: whether a GPU is here that our kernels cover."""
-    wrong, asked = ("broken" if beside_a_gpu else "note"), triton_of_torch()
-    fits = bool(asked) and OLDEST_TRITON <= numbers(asked) <= NEWEST_TRITON
-    install = Command(
-        f'pip install "triton=={asked}"' if fits else f'pip install "triton>=3.{OLDEST_TRITON[1]},<3.{NEWEST_TRITON[1] + 1}"', ""
-    )
-    install = install._replace(
-        why=f"the one that torch {distribution('torch')} asks for" if fits else f"cnnfast supports {SUPPORTED_TRITON}"
-    )
+    wrong = "broken" if beside_a_gpu else "note"
+    asked = triton_of_torch()
+    install = triton_command(asked)
     found = imported("triton")
     if found is None:
         text = "triton is not installed: there are no kernels of cnnfast's, and PyTorch serves every call."
@@ -126,16 +121,10 @@ def triton(beside_a_gpu: bool) -> Finding:
         return Finding(TOPIC, "triton", wrong, text, "Install it.", install)
     if isinstance(found, Exception):
         text = f"triton does not import, and PyTorch serves every call: {type(found).__name__}: {in_a_line(found)}"
-        return Finding(
-            TOPIC,
-            "triton",
-            wrong,
-            text,
-            "Install it again.",
-            install._replace(line=install.line.replace("install", "install --force-reinstall")),
-        )
+        again = install._replace(line=install.line.replace("install", "install --force-reinstall"))
+        return Finding(TOPIC, "triton", wrong, text, "Install it again.", again)
     version = str(getattr(found, "__version__", ""))
-    if not OLDEST_TRITON <= numbers(version) <= NEWEST_TRITON:
+    if not supported(version):
         text = f"triton is {version}; cnnfast supports {SUPPORTED_TRITON}, and has been tested with no other: kernels may not compile."
         return Finding(TOPIC, "triton", wrong, text, "Install one of them.", install)
     kernels = imported("cnnfast_kernels.launch")
@@ -146,6 +135,17 @@ def triton(beside_a_gpu: bool) -> Finding:
         text = f"triton {version}, which cnnfast supports; torch asks for {asked}, and torch.compile may not work with another."
         return Finding(TOPIC, "triton", "note", text)
     return Finding(TOPIC, "triton", "ok", f"triton {version}, which cnnfast supports.")
+
+
+def supported(version: str) -> bool:
+    return OLDEST_TRITON <= numbers(version) <= NEWEST_TRITON
+
+
+def triton_command(asked: str) -> Command:
+    """What installs a triton that fits: the one that torch asks for, if it does and cnnfast supports it."""
+    if asked and supported(asked):
+        return Command(f'pip install "triton=={asked}"', f"the one that torch {distribution('torch')} asks for")
+    return Command(f'pip install "triton>=3.{OLDEST_TRITON[1]},<3.{NEWEST_TRITON[1] + 1}"', f"cnnfast supports {SUPPORTED_TRITON}")
 
 
 def interpreting() -> Finding | None:

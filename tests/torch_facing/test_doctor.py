@@ -472,8 +472,9 @@ print("something else"); time.sleep(600)
         ("begin('one'); end('one'); raise MemoryError('no room')", "it ended with 1 after its last step: MemoryError: no room"),
         ("sys.exit('cannot start')", "it ended with 1 at starting: cannot start"),
         ("begin('one')", "it ended at one on cpu"),
+        ("begin('one'); end('one')", "ended before it had tried all on NVIDIA H200"),
     ],
-    ids=("crash", "killed", "raises", "does not start", "silent"),
+    ids=("crash", "killed", "raises", "does not start", "silent in a step", "silent after one"),
 )
 def test_a_child_that_fails_is_named(child, script, says):
     assert says in broken_by(child(script))

@@ -174,8 +174,14 @@ def optional() -> list[Finding]:
     found = []
     for name, (purpose, line) in OPTIONAL.items():
         version = distribution(name)
-        said = f"{version}: {purpose}." if version else f"not installed: {purpose} ({line})."
-        found.append(Finding(OPTIONAL_TOPIC, name, "ok", said))
+        # Of these torchvision alone is compiled against one build of torch, and fails beside another; timm imports it.
+        broken = imported(name) if version and name == "torchvision" else None
+        if isinstance(broken, Exception):
+            said = f"{version} does not import, nor does what needs it, timm, say: {type(broken).__name__}: {in_a_line(broken)}."
+            found.append(Finding(OPTIONAL_TOPIC, name, "note", said, "Install the one that was built for this torch, from the same index."))
+        else:
+            said = f"{version}: {purpose}." if version else f"not installed: {purpose} ({line})."
+            found.append(Finding(OPTIONAL_TOPIC, name, "ok", said))
     return found
 
 

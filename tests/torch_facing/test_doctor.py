@@ -175,6 +175,11 @@ def test_optional_packages_and_torch_compile(monkeypatch):
     assert set(states(found).values()) == {"ok"}  # nobody needs them
     assert named(found, "timm").text.startswith("1.2: ")
     assert 'pip install ".[demo]"' in named(found, "matplotlib").text
+    modules(monkeypatch, torchvision=RuntimeError("operator torchvision::nms does not exist"))
+    monkeypatch.setattr(software, "distribution", lambda name: "1.2")
+    found = software.optional()
+    assert [name for name, state in states(found).items() if state == "note"] == ["torchvision"]
+    assert "torchvision::nms" in named(found, "torchvision").text
     monkeypatch.setattr(software.shutil, "which", lambda name: None)
     assert [software.torch_compile(launches).state for launches in (True, False, None)] == ["ok", "note", "note"]
 

@@ -109,14 +109,16 @@ def _not_run(rows: Sequence[Row]) -> Iterator[Text]:
 
 def _left_out(rows: Sequence[Row]) -> Iterator[Text]:
     """The jobs of which nothing was begun, those of one reason together, and of layers what only some providers missed."""
-    found: dict[str, dict[str, None]] = {}
+    found: dict[str, dict[str, dict[str, None]]] = {}  # by reason and subject: modes
     for group in jobs(rows):
         missed = [row for row in group if row.status == LEFT_OUT]
         whole = len(missed) == len(group)
         for row in missed if whole or group[0].kind == LAYER else ():
-            found.setdefault(row.reason, {})[f"{row.subject}, {row.mode}, batch {row.batch}" + f" ({row.provider})" * (not whole)] = None
-    for reason, names in found.items():
-        yield from (Text(), Text(f"left out, {len(names)}: {reason}", "bold yellow"), Text("; ".join(names), "yellow"))
+            subjects = found.setdefault(row.reason, {})
+            subjects.setdefault(f"{row.subject}, batch {row.batch}", {})[row.mode + f" by {row.provider}" * (not whole)] = None
+    for reason, subjects in found.items():
+        named = "; ".join(f"{subject} ({', '.join(modes)})" for subject, modes in subjects.items())
+        yield from (Text(), Text(f"left out: {reason}", "bold yellow"), Text(named, "yellow"))
 
 
 def layer_table(rows: Sequence[Row], width: int) -> Table:

@@ -47,8 +47,8 @@ def run(
     """A row for each provider.
 
     A model's provider, which may be minutes ahead of the rounds in which all take turns, is also timed alone, at once: its row says so
-    until the rounds replace that time. A layer's are seconds ahead at most. What a layer needs may be compiled, so that its rows have no
-    `first`.
+    until the rounds replace that time. A layer's is seconds ahead at most; and what it needs may have been compiled before, so that its
+    row has no `first`.
 
     seconds: of timing for each. budget: for all of it; what no longer fits into it, the rounds of what is prepared included, is left out.
     tell: called with what comes next. found: called with all rows whenever one has changed, and every few seconds during the rounds.
@@ -113,9 +113,11 @@ def run(
         left=lambda: budget.left, found=lambda times: (keep(times, alone=False), told()),
     )  # fmt: skip
     keep(times, alone=False)
-    for name, ready in prepared.items():
+    for name in prepared:
         if rows[name]["status"] == LEFT_OUT:
             rows[name]["reason"] = str(budget)
+    told()
+    for name, ready in prepared.items():
         if task.kind != LAYER and budget.left > 0:  # last: a profiler that has once run may slow down what comes after it
             tell(f"{name}: kernels")
             with suppress(RuntimeError):  # its times are good without

@@ -91,7 +91,7 @@ def bench(
 
     from ..measuring.budget import Budget
 
-    time = Budget(budget)  # counts from here
+    limit = Budget(budget)  # counts from here
 
     import torch
 
@@ -121,7 +121,7 @@ def bench(
         if layers or (model is None and not modes and not sizes):
             of_layers = _providers(provider or [], device, True)
             tasks += layer_tasks(batches or BATCHES[device.type]["layers"], precision, device, of_layers)
-        series, code = _run(tasks, device, precision, seconds, time, json_file)
+        series, code = _run(tasks, device, precision, seconds, limit, json_file)
 
     console = printer(json_file)
     if series is None:
@@ -167,7 +167,7 @@ def _run(
         if series:
             series.ended("the run was interrupted")
     if series and len(series.errors) == len(tasks):
-        job, error = tasks[0].job, series.errors[0]
+        job, error = series.tasks[0].job, series.errors[0]
         given = " ".join("x".join(map(str, shape)) for shape in job.shapes)
         raise typer.BadParameter(f"{job.name} with inputs {given}: {error}")
     write(json_file)

@@ -106,7 +106,7 @@ def _errors(figure, proofs: list[Proof]) -> None:
 def _times(figure, results: Results) -> None:
     """Bars of milliseconds, a pair for each layer and direction; what was left out is named below."""
     figure.suptitle(textwrap.fill(results.timed, 150), fontsize=9)
-    timed = [t for t in results.timings if t.forward or t.torch_forward or t.backward or t.torch_backward]
+    timed = [t for t in results.timings if t.timed]
     places = np.arange(len(timed))
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, title, ours, theirs in (

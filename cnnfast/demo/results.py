@@ -84,9 +84,9 @@ class Results:
     @property
     def left_out(self) -> str:
         """The timings that there was no time for, and why; "" if there are all."""
-        reasons = {t.left_out: None for t in self.timings if t.left_out}
-        named = ("; ".join(str(t.layer) for t in self.timings if t.left_out == reason) + f": {reason}" for reason in reasons)
-        return f"Left out: {' | '.join(named)}." if reasons else ""
+        reasons = dict.fromkeys(t.left_out for t in self.timings if t.left_out)
+        named = ("; ".join(t.layer for t in self.timings if t.left_out == reason) for reason in reasons)
+        return " ".join(f"Left out, because {reason}: {layers}." for reason, layers in zip(reasons, named, strict=True))
 
     @property
     def ok(self) -> bool:

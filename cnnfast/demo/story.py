@@ -178,7 +178,7 @@ def measure(device: torch.device, budget: Budget, bars: Progress) -> list[timing
     timings = timing.time_layers(device, budget, lambda done, total, note: bars.update(bar, completed=done, total=total, note=note))
     table = Table(*timing.HEADING, title=timing.CONDITIONS)
     for found in timings:
-        if not found.left_out:
+        if found.timed or found.problem:
             table.add_row(*found.cells)
     bars.console.print(table)
     return timings

@@ -45,6 +45,11 @@ class Timing:
     left_out: str = ""
 
     @property
+    def timed(self) -> bool:
+        """Whether there is any time of it."""
+        return any((self.forward, self.torch_forward, self.backward, self.torch_backward))
+
+    @property
     def right(self) -> bool:
         """Whatever of ours was measured held against float64 before."""
         return not self.problem
@@ -62,7 +67,7 @@ def convolutions() -> list[Layer]:
     return [layer for layer in layers() if isinstance(layer.module, nn.Conv2d) and layer.module.groups == 1]
 
 
-def directions(layer: Layer, device: torch.device, batch: int = BATCH, dtype: torch.dtype = DTYPE) -> list[Task]:
+def directions(layer: Layer, device: torch.device, batch: int, dtype: torch.dtype) -> list[Task]:
     """Forward and backward."""
     backward = "backward" if "dgrad" in layer.modes else "wgrad"
     providers = [PROVIDERS[name] for name in (THEIRS, OURS)]
@@ -73,7 +78,7 @@ def time_layers(device: torch.device, budget: Budget, tell: Callable[[int, int, 
     """Those first in which the network spends most. tell: called with (directions done, of how many, what comes next)."""
     with one_thread(device), quick_collections():
         machine, peaks = this_machine(device), measure_peaks(device, DTYPE)
-        found = costliest_first([(layer, directions(layer, device)) for layer in convolutions()], peaks)
+        found = costliest_first([(layer, directions(layer, device, BATCH, DTYPE)) for layer in convolutions()], peaks)
         series = Series([task for _, tasks in found for task in tasks], machine, peaks)
         series.run(SECONDS, budget, tell)
     both = zip(series.results[::2], series.results[1::2], strict=True)

@@ -230,9 +230,8 @@ def test_what_was_left_out_is_named_and_judged_by_nobody():
         row("eager", **layer), row("cnnfast", None, **{**layer, **left}), row("eager", None, **{**layer, **left, "mode": "dgrad"}),
     ]  # fmt: skip
     said = text(rows, 200)
-    assert f"left out, 3: {spent}" in said
-    assert "net, infer, batch 9; conv 3x3, forward, batch 8 (cnnfast); conv 3x3, dgrad, batch 8" in said
-    assert f"left out, 1: {stopped}\nnet, infer, batch 10" in said
+    assert f"left out: {spent}\nnet, batch 9 (infer); conv 3x3, batch 8 (forward by cnnfast, dgrad)" in said
+    assert f"left out: {stopped}\nnet, batch 10 (infer)" in said
     assert f"max-autotune  left out: {spent}" in said
     assert "nothing to compare" not in said
     assert said.count("wins ") == 1
@@ -248,7 +247,7 @@ def test_times_that_are_not_of_the_rounds_are_marked():
 
 def test_a_run_of_which_nothing_was_begun_is_reported():
     said = text([row("eager", None, status="left out", reason="the run was interrupted")])
-    assert "left out, 1: the run was interrupted" in said
+    assert "left out: the run was interrupted" in said
     assert "a GPU" in said
 
 
@@ -285,6 +284,13 @@ def test_what_changed_between_two_runs(tmp_path):
     assert bench("--compare", str(files[0]), str(files[0])).exit_code == 0
     write([row(batch=99)], files[1])
     assert "in common" in " ".join(bench("--compare", *map(str, files)).output.split())
+
+
+def test_what_ended_early_is_compared_with_nothing():
+    before = [row("eager", 1.0), row("cnnfast", 1.0), row("nchw", 1.0)]
+    after = [row("eager", None, status="left out", reason="the run was interrupted"), row("cnnfast", 2.0, alone=True), row("nchw", 2.0)]
+    for one, other in ((before, after), (after, before)):
+        assert [c.after.provider for c in comparing.compare(one, other)] == ["nchw"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

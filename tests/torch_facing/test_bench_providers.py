@@ -6,6 +6,7 @@ import copy
 import sys
 import time
 import types
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -470,6 +471,12 @@ def test_a_captured_step_replays_all_buffers(small, monkeypatch):
     assert log == ["wait", 1, 1, 1, 2, 2, 2, "synchronize", "capture", 1, 2, "captured"]
     assert replay() == [torch.tensor(1)]
     assert log[-1] == "replay"
+    operand = torch.zeros(2)
+    watched = weakref.ref(operand)
+    replay = providers.captured(lambda operand=operand: [lambda: operand], CPU)
+    del operand
+    assert watched() is not None  # a graph knows its address alone
+    del replay
     ready = PROVIDERS["eager-graph"].prepare(replace(job(small), copies=5))
     assert ready.calls == 5
 

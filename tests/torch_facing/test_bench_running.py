@@ -295,8 +295,8 @@ def test_an_interrupted_run_keeps_and_reports_what_it_has(monkeypatch, model, tm
     assert rows[0].alone == (moment == "setup")
     assert {row.reason for row in rows[2:]} == {"the run was interrupted"}
     assert "timed alone" in result.output or moment == "rounds"
-    assert "left out, 1: the run was interrupted" in result.output
-    assert "net, train" in result.output.lower()
+    assert "left out: the run was interrupted" in result.output
+    assert "Net, batch 2 (train)" in " ".join(result.output.split())
     assert signal.getsignal(signal.SIGTERM) == before
     assert [path.name for path in tmp_path.glob("*rows*")] == ["rows.json"]
 
@@ -342,7 +342,7 @@ def test_a_budget_is_kept_and_reported(monkeypatch, model, tmp_path):
     result = bench(model, "--mode", "infer,train", "--provider", "eager", "--budget", "1e-6", "--json", str(file))
     assert result.exit_code == 0, result.output
     assert {row.status for row in read(file)} == {LEFT_OUT}
-    assert "left out, 2: the budget of 1e-06 s was spent" in result.output
+    assert "left out: the budget of 1e-06 s was spent" in result.output
     assert "nothing to compare" not in result.output
 
 

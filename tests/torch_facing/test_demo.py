@@ -143,12 +143,12 @@ def test_resnet50_has_its_53_convolutions():
     assert len(set(map(str, layers))) == len(layers)
     parameters = sum(layer.count * layer.module.weight.numel() for layer in layers)
     assert parameters == 23_454_912
-    flops = [layer.count * timing.directions(layer, torch.device("cpu"), 1)[0].work["operators"].flops for layer in layers]
+    flops = [layer.count * timing.directions(layer, torch.device("cpu"), 1, torch.float32)[0].work["operators"].flops for layer in layers]
     assert sum(flops) == 2 * 4_087_136_256
 
 
 def test_the_costliest_layers_come_first_and_both_directions_together():
-    found = [(layer, timing.directions(layer, torch.device("cpu"), 1)) for layer in timing.convolutions()]
+    found = [(layer, timing.directions(layer, torch.device("cpu"), 1, torch.float32)) for layer in timing.convolutions()]
     peaks = Peaks(8e14, 4e12)
     ordered = timing.costliest_first(found, peaks)
     costs = [sum(task.seconds(peaks) for task in tasks) for _, tasks in ordered]

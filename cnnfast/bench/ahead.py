@@ -42,22 +42,28 @@ def launches(job: Job, network: nn.Module, input_gradient: bool = False) -> list
 
     if launch.INTERPRETED:
         return []
-    autocast = job.mode == "train" and job.dtype in AUTOCAST  # PyTorch does not apply it to meta tensors: the network runs where it lies
-    described = job.inputs() if autocast else [torch.empty(shape, dtype=job.dtype, device="meta") for shape in job.shapes]
-    inputs = [channels_last_of(t).requires_grad_(input_gradient) for t in described]
-    with torch.autocast("cuda", job.dtype, enabled=autocast):
+    if job.mode in MODELS:  # with numbers: under autocast, or if it branches on them, a model is run where it lies
+        inputs = job.inputs()
+    else:
+        described = (torch.empty(shape, dtype=job.dtype, device="meta") for shape in job.shapes)
+        inputs = [channels_last_of(t).requires_grad_(input_gradient) for t in described]
+    with torch.autocast("cuda", job.dtype, enabled=job.mode == "train" and job.dtype in AUTOCAST):
         return warming.launches(network, *inputs, train=job.mode != "infer", gpu=launch.gpu(job.device))
 
 
 def compile_for(job: Job, network: nn.Module) -> None:
-    """What a model will launch, unless this process has launched it before. Raises as `launches` does; what cannot be compiled raises when
-    it is launched."""
-    if job.mode in MODELS and (new := [line for line in launches(job, network) if line not in _launched]):
+    """What a model will launch, unless this process has launched it before. Raises nothing: whatever cannot be found or compiled now is
+    compiled, or raises, when it is launched."""
+    new: list[str] = []
+    if job.mode in MODELS:
+        with suppress(Exception):
+            new = [line for line in launches(job, network) if line not in _launched]
+    if new:
         from cnnfast_kernels import launch
 
         from .. import warming
 
-        with suppress(OSError):  # no process can be started: each kernel is compiled when it is launched
+        with suppress(OSError):  # no process can be started
             warming.compile_ahead(new, launch.gpu(job.device))
         _launched.update(new)
 

@@ -40,6 +40,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "why_torch", lambda x, *others, **options: "" if x.is_cpu else why_torch(x, *others, **options))
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options | (HERE if GPU in options.values() else {})))
     monkeypatch.setattr(providers, "placed", lambda model, job: placed(model, replace(job, device=CPU)))
+    inputs = job.Job.inputs
+    monkeypatch.setattr(job.Job, "inputs", lambda self, channels_last=True: inputs(replace(self, device=CPU), channels_last))
     monkeypatch.setattr(ahead, "_launched", set())
 
 
@@ -87,6 +89,28 @@ def test_by_default_the_library_serves_and_little_is_compiled(gpu, library_first
 
 def test_training_has_its_backward_pass(gpu):
     assert any("wgrad" in name for name in kernels(PROVIDERS["cnnfast-kernels"].launches(model_job("train", torch.float32), False)))
+
+
+def test_a_model_that_cannot_be_traced_is_left_to_its_own_call(compiled, monkeypatch):
+    """And one that branches on values is run with them."""
+
+    class Branching(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * 2 if x.sum() > 1e9 else super().forward(x)
+
+    seen = []
+    monkeypatch.setattr(warming, "launches", lambda network, *inputs, train, gpu: seen.append(inputs[0].sum().item()) or ["a kernel"])
+    work = replace(model_job(), shapes=((2, 16, 8, 8),), model=Branching(16, 16, 3), original=None)
+    PROVIDERS["cnnfast"].compile_ahead(work, work.model)
+    assert len(seen) == 1
+    assert compiled == [["a kernel"]]
+
+    def fail(*arguments, **options):
+        raise RuntimeError("it does not run")
+
+    monkeypatch.setattr(warming, "launches", fail)
+    PROVIDERS["cnnfast"].compile_ahead(work, work.model)
+    assert len(compiled) == 1
 
 
 def test_nothing_is_compiled_where_pytorch_serves(monkeypatch):
@@ -182,8 +206,7 @@ def test_autocast_is_what_a_training_step_in_16_bits_runs_under(gpu, monkeypatch
 
     monkeypatch.setattr(torch, "autocast", autocast)
     monkeypatch.setattr(warming, "launches", launches)
-    monkeypatch.setattr(job.Job, "inputs", lambda self: [torch.zeros(2, 3, 8, 8)])
     for mode, dtype in (("train", torch.bfloat16), ("train", torch.float32), ("infer", torch.bfloat16)):
         ahead.launches(model_job(mode, dtype), nn.Conv2d(3, 4, 3))
     half, single = torch.bfloat16, torch.float32
-    assert seen == [("cuda", half, True, "cpu", True), ("cuda", single, False, "meta", True), ("cuda", half, False, "meta", False)]
+    assert seen == [("cuda", half, True, "cpu", True), ("cuda", single, False, "cpu", True), ("cuda", half, False, "cpu", False)]

@@ -1,7 +1,8 @@
 """Hand-written Triton kernels for convolutional networks in PyTorch.
 
-`convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it. `functional` holds the
-operations, `nn` the layers, `models` the ResNets; `trace` and `backend` show and steer who serves a call.
+`convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it, `tune` measures who serves it
+fastest on this GPU. `functional` holds the operations, `nn` the layers, `models` the ResNets; `trace` and `backend` show and steer who
+serves a call.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .conversion import revert as revert
     from .dispatch import backend as backend
     from .dispatch import trace as trace
+    from .tuning import tune as tune
 
 _MODULES = ("functional", "models", "nn")
 _HOME = {
@@ -30,8 +32,9 @@ _HOME = {
     "report": ".conversion",
     "revert": ".conversion",
     "trace": ".dispatch",
+    "tune": ".tuning",
 }
-__all__ = ["__version__", "backend", "check", "convert", "functional", "models", "nn", "report", "revert", "trace"]
+__all__ = ["__version__", "backend", "check", "convert", "functional", "models", "nn", "report", "revert", "trace", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
-"""What commands share: a bar of progress, the file of --json, and options that several of them have."""
+"""What commands share: a bar of progress, the file of --json, options that several of them have, and how they are interrupted."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,3 +60,26 @@ def write_text(file: Path | None, text: str) -> None:
         typer.echo(text)
     elif file is not None:
         file.write_text(text + "\n")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: whoever cleans up after Ctrl-C does so now, too."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """While the context lasts, SIGTERM raises Terminated in the main thread, as Ctrl-C raises KeyboardInterrupt."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """What a shell expects of a command that the signal ended."""
+    return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)

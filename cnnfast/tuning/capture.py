@@ -86,28 +86,28 @@ def capture(
     model: nn.Module,
     inputs: tuple[Any, ...],
     *,
-    training: bool,
+    train: bool,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
 ) -> Counter[Convolution]:
     """The convolutions that our operators would be called with on a GPU, and how often each.
 
     A copy of the model is converted and run on meta tensors: `model` stays as it is. One that cannot run so, because it branches on
-    values, runs as it is if it lies on a GPU. training: with gradients of all that wants one. dtype: casts floating inputs and the copy.
+    values, runs as it is if it lies on a GPU. train: with gradients of all that wants one. dtype: casts floating inputs and the copy.
     memory_format: as `convert` takes it; inputs of four axes are laid out likewise.
     Raises RuntimeError if the model does not run on these inputs.
     """
 
     def run(model: nn.Module, inputs: tuple[Any, ...], *contexts: Any) -> Counter[Convolution]:
-        model = convert(model.to(dtype) if dtype else model, inplace=True, memory_format=memory_format).train(training)
+        model = convert(model.to(dtype) if dtype else model, inplace=True, memory_format=memory_format).train(train)
         inputs = tree_map_only(Tensor, lambda t: _prepared(t, dtype, memory_format), inputs)
         recorder = _Recorder()
         with ExitStack() as stack:
-            for context in (leaving_no_trace(), torch.set_grad_enabled(training), *contexts, recorder):
+            for context in (leaving_no_trace(), torch.set_grad_enabled(train), *contexts, recorder):
                 stack.enter_context(context)
             outputs = tree_leaves(model(*inputs))
             ends = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
-            if training and ends:
+            if train and ends:
                 torch.autograd.backward(ends, [torch.ones_like(t) for t in ends])
         return recorder.calls
 

@@ -1,8 +1,8 @@
 """Hand-written Triton kernels for convolutional networks in PyTorch.
 
-`convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it, `tune` measures who serves it
-fastest on this GPU. `functional` holds the operations, `nn` the layers, `models` the ResNets; `trace` and `backend` show and steer who
-serves a call.
+`convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it, `warm` compiles what it will launch
+ahead, `tune` measures who serves it fastest on this GPU. `functional` holds the operations, `nn` the layers, `models` the ResNets; `trace`
+and `backend` show and steer who serves a call.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .dispatch import backend as backend
     from .dispatch import trace as trace
     from .tuning import tune as tune
+    from .warming import warm as warm
 
 _MODULES = ("functional", "models", "nn")
 _HOME = {
@@ -33,8 +34,9 @@ _HOME = {
     "revert": ".conversion",
     "trace": ".dispatch",
     "tune": ".tuning",
+    "warm": ".warming",
 }
-__all__ = ["__version__", "backend", "check", "convert", "functional", "models", "nn", "report", "revert", "trace", "tune"]
+__all__ = ["__version__", "backend", "check", "convert", "functional", "models", "nn", "report", "revert", "trace", "tune", "warm"]
 
 
 def __getattr__(name: str) -> Any:

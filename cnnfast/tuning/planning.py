@@ -13,6 +13,7 @@ from torch import nn
 from cnnfast_kernels import choosing, launch, tables
 from cnnfast_kernels.tiling import Precision
 
+from ..calls import standing_for
 from ..dtypes import argument
 from ..precision import allow_tf32, float32_products
 from .capture import capture
@@ -45,13 +46,17 @@ def planned(
 ) -> list[Measured]:
     """Each convolution that tables tell apart once, for all modes together, the most expensive first."""
     device = device_of(model)
+    where = device.type if gpu is None and gpu_of(device).name else "cuda"  # without a GPU here it is imagined
+    pretended = gpu is not None
     gpu = gpu or gpu_of(device)
     cast, products = argument(dtype, "tune")
     found: dict[tables.Key, Measured] = {}
     with torch.inference_mode(False), float32_products(products) if products else nullcontext():
         for train in trains:
-            for convolution, count in capture(model, inputs, train=train, dtype=cast, memory_format=memory_format).items():
-                tf32 = allow_tf32(torch.empty(0, dtype=convolution.dtype, device=device))
+            how: dict[str, Any] = {"train": train, "dtype": cast, "memory_format": memory_format}
+            for convolution, count in capture(model, inputs, gpu=gpu, device_type=where, **how).items():
+                with standing_for(gpu, where) if pretended else nullcontext():
+                    tf32 = allow_tf32(torch.empty(0, dtype=convolution.dtype, device="meta" if pretended else device))
                 question = convolution.question(tf32, gpu)
                 measured = found.setdefault(question.key, Measured(question.key, convolution))
                 measured.count += count

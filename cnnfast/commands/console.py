@@ -1,8 +1,10 @@
-"""What commands share: a bar of progress, the file of --json, options that several of them have, and how they are interrupted."""
+"""What commands share: a bar of progress, the file of --json, options that several of them have, and how work is interrupted."""
 
 from __future__ import annotations
 
 import signal
+import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,28 +49,23 @@ def refuse_unwritable(file: Path | None, option: str = "--json") -> None:
         raise typer.BadParameter(f"there is no folder {file.parent}", param_hint=option)
 
 
-def printer(json_file: Path | None) -> Console:
-    """Where a command speaks to people: standard output, or standard error where that is to hold the JSON."""
-    from rich.console import Console
-
-    return Console(stderr=json_file == STANDARD_OUTPUT)
-
-
-def write_text(file: Path | None, text: str) -> None:
-    """Writes `text`, whose last line has no end yet, to a file or standard output; None writes nothing."""
-    if file == STANDARD_OUTPUT:
-        typer.echo(text)
-    elif file is not None:
-        file.write_text(text + "\n")
+def refuse_no_time(budget: float | None) -> None:
+    """Ends the command with exit code 2, before any work, if --budget leaves no time for it."""
+    if budget is not None and not budget > 0:
+        advice = "write seconds above 0, as in --budget 300, or leave it out to measure everything"
+        raise typer.BadParameter(f"{budget:g} leaves no time: {advice}", param_hint="--budget")
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: whoever cleans up after Ctrl-C does so now, too."""
+    """SIGTERM has come."""
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """While the context lasts, SIGTERM raises Terminated in the main thread, as Ctrl-C raises KeyboardInterrupt."""
+def interruptible() -> Iterator[None]:
+    """SIGTERM, as `timeout` and batch systems send it, raises Terminated while the context lasts: what was measured can be kept."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other set a handler
+        yield
+        return
 
     def terminate(number: int, frame: object) -> None:
         raise Terminated
@@ -81,5 +78,31 @@ def terminable() -> Iterator[None]:
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
-    """What a shell expects of a command that the signal ended."""
+    """As shells have it: 128 and the number of the signal."""
     return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+
+
+def printer(json_file: Path | None) -> Console:
+    """Where a command speaks to people: standard output, or standard error where that is to hold the JSON."""
+    from rich.console import Console
+
+    return Console(stderr=json_file == STANDARD_OUTPUT)
+
+
+def write_text(file: Path | None, text: str) -> None:
+    """Writes `text`, whose last line has no end yet, to a file or standard output; None writes nothing.
+
+    Whoever reads the file meanwhile, or after the command was killed, finds the whole of what it held before or the whole text.
+    """
+    if file == STANDARD_OUTPUT:
+        typer.echo(text)
+    elif file is not None and (file.is_symlink() or (file.exists() and not file.is_file())):  # a device or a pipe, say: not to be replaced
+        file.write_text(text + "\n")
+    elif file is not None:
+        fresh = Path(tempfile.mkdtemp(prefix=f".{file.name}-", dir=file.parent)) / file.name
+        try:
+            fresh.write_text(text + "\n")  # with the permissions of any new file
+            fresh.replace(file)
+        finally:
+            fresh.unlink(missing_ok=True)
+            fresh.parent.rmdir()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from math import inf
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,9 +55,11 @@ def tune(
         raise typer.BadParameter(f"{wrong[0]!r} is neither infer nor train", param_hint="--mode")
     if memory_format not in FORMATS:
         raise typer.BadParameter(f"{memory_format!r} is neither {' nor '.join(FORMATS)}", param_hint="--format")
-    for option, value in (("--budget", budget), ("--seconds", seconds)):
-        if value is not None and not 0 < value < inf:
-            raise typer.BadParameter(f"{value} is no duration: give a positive number of seconds", param_hint=option)
+    console.refuse_no_time(budget)
+    if seconds is not None and not 0 < seconds < inf:
+        raise typer.BadParameter(
+            f"{seconds:g} is no time to measure for: write seconds above 0, as in --seconds 0.05", param_hint="--seconds"
+        )
     measuring = {"--budget": budget, "--seconds": seconds, "--table": table}
     if dry_run and (given := [option for option, value in measuring.items() if value is not None]):
         raise typer.BadParameter("nothing is measured with --dry-run: leave it out", param_hint=given[0])
@@ -74,6 +75,7 @@ def tune(
         from cnnfast_kernels import launch
 
         from .. import tuning
+        from ..measuring.budget import Budget
         from ..tuning.planning import planned
     except ImportError as error:
         raise typer.BadParameter(f"measuring needs triton: {error}") from None
@@ -100,29 +102,35 @@ def tune(
         console.write_text(json_file, json.dumps(data, indent=1))
         return
 
-    deadline = inf if budget is None else monotonic() + budget
+    time = Budget(budget)
     result: Tuning | None = None
     code, ended = 0, ""
-    with console.terminable():
-        try:
-            with console.progress("finding the convolutions") as tell:
-                module = module.cuda()
-                inputs = [torch.randn(size, device="cuda") for size in sizes]
-                result = tuning.begin(module, *inputs, trains=trains, table=table, **how)
-                tuning.proceed(result, inputs[0].device, deadline=deadline, table=table, seconds=seconds or tuning.SECONDS, progress=tell)
-        except KeyboardInterrupt as interrupt:
-            code, ended = console.exit_code(interrupt), "It was interrupted."
-        except (RuntimeError, OSError, ValueError) as error:
-            if result is None:  # nothing was measured yet
-                raise typer.BadParameter(str(error), param_hint="tune") from None
-            code, ended = 1, f"It ended early: {error}"
-    if result is not None:
-        if ended:
-            result.notes.append(ended)
-        console.printer(json_file).print(result)
-        console.write_text(json_file, result.to_json())
-        code = code or (0 if result.ok else 1)
-    raise typer.Exit(code)
+    try:
+        with console.interruptible(), console.progress("finding the convolutions") as tell:
+            module = module.cuda()
+            inputs = [torch.randn(size, device="cuda") for size in sizes]
+            result = tuning.begin(module, *inputs, trains=trains, table=table, **how)
+
+            def told(done: int, total: int, text: str) -> None:
+                tell(done, total, text)
+                if json_file != console.STANDARD_OUTPUT:
+                    console.write_text(json_file, result.to_json())
+
+            where = inputs[0].device
+            tuning.proceed(result, where, budget=time, table=table, seconds=seconds or tuning.SECONDS, progress=told)
+    except KeyboardInterrupt as interrupt:
+        code, ended = console.exit_code(interrupt), "The run was interrupted."
+    except (RuntimeError, OSError, ValueError) as error:
+        if result is None:  # nothing was measured yet
+            raise typer.BadParameter(str(error), param_hint="tune") from None
+        code, ended = 1, f"The run ended early: {error}"
+    if result is None:
+        console.printer(json_file).print("Interrupted before anything was measured.")
+        raise typer.Exit(code)
+    result.notes += [ended] if ended else []
+    console.printer(json_file).print(result)
+    console.write_text(json_file, result.to_json())
+    raise typer.Exit(code or (0 if result.ok else 1))
 
 
 def _known(text: str) -> launch.Gpu:

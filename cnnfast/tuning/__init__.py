@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 
 from cnnfast_kernels import launch, tables
 
+from ..measuring.budget import Budget
 from ..measuring.machine import this_machine
 from ..measuring.timing import clock_of
 from ..measuring.timing import measure as take_turns
@@ -69,9 +70,9 @@ def tune(
     """
     table = None if table is None else Path(table)
     _refuse_durations(budget=budget, seconds=seconds)
-    deadline = inf if budget is None else monotonic() + budget
+    time = Budget(budget)
     tuning = begin(model, *example_inputs, trains=(train,), dtype=dtype, memory_format=memory_format, table=table)
-    proceed(tuning, device_of(model), deadline=deadline, table=table, seconds=seconds, measure=measure, progress=progress)
+    proceed(tuning, device_of(model), budget=time, table=table, seconds=seconds, measure=measure, progress=progress)
     return tuning
 
 
@@ -117,64 +118,64 @@ def proceed(
     tuning: Tuning,
     device: torch.device,
     *,
-    deadline: float = inf,
+    budget: Budget | None = None,
     table: Path | None = None,
     seconds: float = SECONDS,
     measure: Measure | None = None,
     progress: Progress | None = None,
     compiling: Compiling | None = None,
 ) -> None:
-    """Measures what is left of a tuning, as far as it fits before `deadline`, by time.monotonic(), and writes its rows.
+    """Measures what is left of a tuning, as far as it fits into the budget, and writes its rows.
 
     compiling: what compiles ahead in other processes, by default warming.compiling; in the interpreter nothing does.
     Raises whatever ends it early; the tuning then holds what was measured, and all of that is written.
     """
+    budget = budget or Budget()
     gpu = launch.Gpu(tuning.gpu, tuning.arch)
     clock = clock_of(device)
     measure = measure or (lambda passes: take_turns(passes, clock, seconds))
     machine = {name: value for name, value in asdict(this_machine(device)).items() if name != "device"}
     about = {**machine, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    todo, unwritten = list(tuning.left), list[tables.Row]()
+    todo, written = list(tuning.left), len(tuning.rows)
     each = 0.0  # seconds that a candidate of the convolution before took: those that come later cost less, and should not take longer
 
     def write() -> None:
-        if unwritten:
-            tuning.path = tables.write(*gpu, unwritten, about)
+        nonlocal written
+        if fresh := tuning.rows[written:]:
+            tuning.path = tables.write(*gpu, fresh, about)
             if table is not None:
-                tuning.table = tables.write(*gpu, unwritten, about, table)
-            unwritten.clear()
+                tuning.table = tables.write(*gpu, fresh, about, table)
+            written += len(fresh)
 
     def in_time() -> None:
-        if monotonic() > deadline:
+        if budget.left <= 0:
             raise OutOfTimeError
 
     began = monotonic()
     try:
         with _undisturbed(device), compiled_ahead(todo, gpu, compiling, tuning.notes.append) as wait:
             for done, measured in enumerate(todo):
-                if monotonic() + each * len(measured.candidates) > deadline:
+                if budget.left < each * len(measured.candidates):
                     continue
                 if progress is not None:
                     progress(done, len(todo), str(measured))
                 try:
-                    wait(measured, deadline - monotonic())
+                    wait(measured, budget.left)
                     started = monotonic()
                     with float32_products(measured.products):
                         race(measured, device, measure, in_time)
                 except OutOfTimeError:
                     measured.forget()
                     continue
-                tuning.left.remove(measured)
                 tuning.measured.append(measured)
-                if measured.row is not None:
-                    unwritten.append(measured.row)
-                    write()
+                tuning.left.remove(measured)
+                write()
                 each = (monotonic() - started) / len(measured.candidates)
         if progress is not None:
             progress(len(todo), len(todo), "")
     finally:
         tuning.seconds += monotonic() - began
-        write()  # if it was interrupted while it did so
+        write()  # what was measured, if it was interrupted before that was written
         launch.forget_plans()
 
 

@@ -38,7 +38,7 @@ def race(measured: Measured, device: torch.device, measure: Measure, in_time: Ca
         first = operands(convolution, device)
         judge = Judge(convolution, first)
     except Exception as error:  # memory, above all
-        end_if_lost(device, f"PyTorch, of {measured}", error)
+        end_if_lost(device, f"PyTorch on {measured}", error)
         measured.reason = f"PyTorch does not compute it: {_in_a_line(error)}"
         return
     for name, candidate in measured.candidates.items():
@@ -47,14 +47,14 @@ def race(measured: Measured, device: torch.device, measure: Measure, in_time: Ca
             with launch.poisoned(), _at_its_best(name):
                 candidate.fault = judge.fault(computes[name](first))
         except Exception as error:  # too large for this GPU, or not to be compiled
-            end_if_lost(device, f"{name}, of {measured}", error)
+            end_if_lost(device, f"{name} on {measured}", error)
             candidate.failure = _in_a_line(error)
     in_time()
     del judge  # it holds the results in float64
     right = {name: computes[name] for name, candidate in measured.candidates.items() if candidate.right}
     for name, result in timed(right, convolution, first, device, measure).items():
         if isinstance(result, Exception):
-            end_if_lost(device, f"{name}, of {measured}", result)
+            end_if_lost(device, f"{name} on {measured}", result)
             measured.candidates[name].failure = _in_a_line(result)
         else:
             measured.candidates[name].microseconds = result * 1e6
@@ -126,7 +126,7 @@ def end_if_lost(device: torch.device, who: str, error: Exception) -> None:
     try:
         torch.cuda.synchronize(device)
     except Exception:
-        raise RuntimeError(f"the GPU no longer answers since {who}, ran: {_in_a_line(error)}") from error
+        raise RuntimeError(f"the GPU no longer answers since {who} ran: {_in_a_line(error)}") from error
 
 
 def _is_of_memory(error: BaseException | None) -> bool:

@@ -83,8 +83,12 @@ def timed(
             return {name: result for one in alone for name, result in timed(one, convolution, first, device, measure).items()}
         passes.clear()
         count = max(FEWEST_SETS, count // 2)
-    results = {**passes, **measure({name: step for name, step in passes.items() if not isinstance(step, Exception)})}
-    return {name: result.median / count if isinstance(result, Times) else result for name, result in results.items()}  # pyright: ignore
+    times = measure({name: step for name, step in passes.items() if not isinstance(step, Exception)})
+    results: dict[str, float | Exception] = {}
+    for name, step in passes.items():
+        result = step if isinstance(step, Exception) else times.get(name, RuntimeError("there was no time to measure it"))
+        results[name] = result if isinstance(result, Exception) else result.median / count
+    return results
 
 
 def _passes(

@@ -16,6 +16,7 @@ from torch import nn
 
 from cnnfast_kernels import launch, tables
 
+from .. import dispatch
 from ..measuring.budget import Budget
 from ..measuring.machine import this_machine
 from ..measuring.timing import clock_of
@@ -104,9 +105,14 @@ def begin(
 
     Whoever holds it has what was measured, however `proceed` ends. trains: (False, True) is of a model in eval and in training.
     """
-    gpu = gpu_of(device_of(model))
+    device = device_of(model)
+    gpu = gpu_of(device)
     if not gpu.name:
-        raise RuntimeError(f"tune() needs a GPU to measure on, but the model is on {device_of(model)}")
+        raise RuntimeError(f"tune() needs a GPU to measure on, but the model is on {device}")
+    with dispatch.backend("auto"):
+        reason = dispatch.why_torch(torch.empty(0, device=device))
+    if reason:
+        raise RuntimeError(f"tune() has nothing to measure on {device}, where PyTorch serves every call: {reason}")
     tables.writable()
     if table is not None:
         tables.refuse_foreign(table, *gpu)

@@ -154,7 +154,7 @@ def steps_of_loop(problem: ConvProblem, operation: Operation, tile: TileConfig) 
 
 
 def least_shared_bytes(tile: TileConfig, precision: Precision) -> int:
-    """Of a program: what its loads that are on their way fill. The compiler takes this much, or one stage more."""
+    """Of a program: what its loads that are on their way fill. The compiler takes at least this much; on sm_90 it takes a stage more."""
     return (tile.num_stages - 1) * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * ELEMENT_BYTES[precision]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast import tuning
+from cnnfast import dispatch, tuning
 from cnnfast.precision import float32_products
 from cnnfast.tuning import racing, running
 from cnnfast_kernels import choosing, launch, tables
@@ -265,6 +265,13 @@ def test_progress_and_json(gpu, device):
 def test_without_a_gpu_it_says_so():
     with pytest.raises(RuntimeError, match=r"tune\(\) needs a GPU to measure on, but the model is on cpu"):
         tuning.tune(convolution("cpu"), image("cpu"))
+
+
+def test_where_our_kernels_cannot_serve_at_all_it_says_why(gpu, device, monkeypatch):
+    """A GPU before sm_80, or one on which Triton cannot launch."""
+    monkeypatch.setattr(dispatch, "why_torch", lambda x: "the GPU is sm_75, and kernels need sm_80")
+    with pytest.raises(RuntimeError, match=r"nothing to measure on .*, where PyTorch serves every call: the GPU is sm_75"):
+        tuning.tune(convolution(device), image(device), measure=lambda steps: pytest.fail("measured in vain"))
 
 
 def test_a_model_without_convolutions_is_refused(gpu, device):

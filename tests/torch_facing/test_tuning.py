@@ -15,6 +15,9 @@ from cnnfast.tuning import racing, running
 from cnnfast_kernels import choosing, launch, tables
 from tuned import LAST, Net, clock, convolution, image
 
+pytestmark = pytest.mark.usefixtures("quick_tuning")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is measured
 
@@ -288,22 +291,16 @@ def test_a_row_of_ours_and_no_row(gpu, device):
     assert [(call.served_by, call.reason) for call in calls] == [("kernels", "")]
 
 
-def test_a_pass_is_one_call_on_each_set_of_operands(gpu, device, monkeypatch):
-    seen, passed, compute = [], [], running.ours
+def test_sets_of_operands_differ(gpu, device, monkeypatch):
+    seen, compute = {}, running.ours
 
     def ours(convolution, a, tile):
-        seen.append(a["x"])
+        seen[a["x"].data_ptr()] = a["x"]
         return compute(convolution, a, tile)
 
-    def measure(steps):
-        seen.clear()
-        steps["default"]()
-        passed.extend(seen)
-        return clock()(steps)
-
     monkeypatch.setattr(racing, "ours", ours)
-    tuning.tune(convolution(device), image(device), measure=measure)
-    first, second = passed
+    tuning.tune(convolution(device), image(device), measure=clock())
+    first, second = seen.values()
     assert not torch.equal(first, second)
 
 
@@ -520,10 +517,6 @@ def under_no_grad():
     return torch.no_grad()
 
 
-def under_autocast():
-    return torch.autocast("cpu", torch.bfloat16)
-
-
 def under_backend_torch():
     return cnnfast.backend("torch")
 
@@ -542,7 +535,7 @@ def test_the_modes_that_the_caller_is_in_change_nothing(gpu, device, mode, train
 
 def test_autocast_says_what_the_model_computes_in(gpu, device):
     """And operands have that dtype already: nothing is cast while it is measured."""
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(device.type, torch.float16):
         result = tuning.tune(convolution(device), image(device), measure=clock())
     assert result.ok, str(result)
     assert {row.key.dtype for row in result.rows} == {"float16"}
@@ -560,8 +553,25 @@ def test_converted_models_and_models_in_half_precision(gpu, device):
 
 def test_two_gpus_of_different_kinds_have_a_table_each(device, gpu, monkeypatch):
     first = tuning.tune(convolution(device), image(device), measure=clock())
-    monkeypatch.setattr(launch, "NO_GPU", launch.Gpu("Another GPU", 80))
+    monkeypatch.setattr(launch, "gpu", lambda device: launch.Gpu("Another GPU", 80))
     second = tuning.tune(convolution(device), image(device), measure=clock())
     assert first.path != second.path
     assert first.path.exists()
     assert [tables.find(row.key) for row in (*first.rows, *second.rows)] == [*first.rows, *second.rows]
+
+
+@pytest.mark.gpu
+def test_a_tune_on_a_gpu(gpu, device, monkeypatch, tmp_path):
+    """With nothing replaced: graphs, benchmark mode, compilation by other processes."""
+    monkeypatch.undo()
+    monkeypatch.setattr(tables, "user_folder", lambda: tmp_path)
+    model, x = nn.Conv2d(64, 64, 3, padding=1).to(device), torch.randn(8, 64, 28, 28, device=device)
+    result = cnnfast.tune(model, x, dtype="bf16", budget=240)
+    assert result.ok, str(result)
+    assert (result.left, result.notes) == ([], [])
+    (measured,) = result.measured
+    assert [c.failure for name, c in measured.candidates.items() if name in ("default", "library")] == ["", ""]
+    times = [c.microseconds for c in measured.candidates.values() if c.microseconds is not None]
+    assert min(times) > measured.key.problem.flops / 5e15 * 1e6  # no GPU multiplies that fast
+    assert max(times) < 5000
+    assert tables.find(result.rows[0].key) == result.rows[0]

@@ -46,12 +46,13 @@ def race(measured: Measured, device: torch.device, measure: Measure, in_time: Ca
         try:
             with launch.poisoned(), _at_its_best(name):
                 candidate.fault = judge.fault(computes[name](first))
+            candidate.computes = not candidate.fault
         except Exception as error:  # too large for this GPU, or not to be compiled
             end_if_lost(device, f"{name} on {measured}", error)
             candidate.failure = _in_a_line(error)
     in_time()
     del judge  # it holds the results in float64
-    right = {name: computes[name] for name, candidate in measured.candidates.items() if candidate.right}
+    right = {name: computes[name] for name, candidate in measured.candidates.items() if candidate.computes}
     for name, result in timed(right, convolution, first, device, measure).items():
         if isinstance(result, Exception):
             end_if_lost(device, f"{name} on {measured}", result)

@@ -26,17 +26,15 @@ WIDTH = 120  # of str(tuning)
 class Candidate:
     """One way to compute a convolution: by a tile of ours, or, where that is None, by the library.
 
-    microseconds: the median; None if it was not timed, because of a `fault` (wrong numbers) or a `failure` (it does not run here).
+    computes: whether it gave right numbers. microseconds: the median; None if it was not timed, because of a `fault` (wrong numbers) or a
+    `failure` (it does not run here, or could not be timed).
     """
 
     tile: Any
+    computes: bool = False
     microseconds: float | None = None
     fault: str = ""
     failure: str = ""
-
-    @property
-    def right(self) -> bool:
-        return not self.fault and not self.failure
 
 
 @dataclass
@@ -68,7 +66,7 @@ class Measured:
         """Nothing was measured: of what was begun only wrong numbers stay."""
         self.reason = ""
         for candidate in self.candidates.values():
-            candidate.microseconds, candidate.failure = None, ""
+            candidate.computes, candidate.microseconds, candidate.failure = False, None, ""
 
     def microseconds(self, name: str) -> float | None:
         candidate = self.candidates.get(name)
@@ -81,9 +79,15 @@ class Measured:
         return min(timed, key=lambda c: c.microseconds or 0.0, default=None)
 
     @property
+    def rival(self) -> Candidate | None:
+        """The library, if it computes but could not be timed: nobody knows who is faster."""
+        library = self.candidates.get(LIBRARY)
+        return library if library is not None and library.computes and library.microseconds is None else None
+
+    @property
     def row(self) -> Row | None:
-        """What the table is told; nothing, if no kernel of ours was right."""
-        if self.best is None or self.best.microseconds is None:
+        """What the table is told; nothing, if no kernel of ours was right and timed, or the library was right and not timed."""
+        if self.best is None or self.best.microseconds is None or self.rival is not None:
             return None
         named = {"kernels": self.best.microseconds, "default": self.microseconds(DEFAULT), "library": self.microseconds(LIBRARY)}
         times = {name: round(time, 2) for name, time in named.items() if time is not None}
@@ -99,7 +103,8 @@ class Measured:
         """Wrong numbers, and what could not be measured at all."""
         lines = self.faults
         if self.row is None:
-            reasons = [self.reason, *(f"{name}: {c.failure}" for name, c in self.candidates.items() if c.failure)]
+            failures = [f"{name}: {c.failure}" for name, c in self.candidates.items() if c.failure and c is not self.rival]
+            reasons = [self.reason, f"{LIBRARY}: {self.rival.failure}" if self.rival else "", *failures]
             lines.append("not measured: " + next(filter(None, reasons), "no candidate was right"))
         return lines
 

@@ -13,12 +13,13 @@ import torch
 
 from cnnfast.bench.gate import expect
 from cnnfast.bench.providers import PROVIDERS
-from cnnfast.bench.running import layer_job, one_thread
 from cnnfast.bench.shapes import layers
+from cnnfast.bench.surroundings import one_thread
+from cnnfast.bench.task import layer_task
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE, BATCH = (torch.device("cuda"), torch.bfloat16, 64) if GPU else (torch.device("cpu"), torch.float32, 1)
-CHOSEN = ("eager-graph", "cudnn-graph", "cnnfast-graph", "cnnfast-kernels") if GPU else ("eager", "cnnfast")
+CHOSEN = ("eager-graph", "cnnfast-graph", "cnnfast-kernels") if GPU else ("eager", "cnnfast")
 LAYERS = list(layers()) if GPU else list(layers())[-4:]
 CASES = [pytest.param(layer, mode, id=f"{layer}, {mode}") for layer in LAYERS for mode in layer.modes]
 
@@ -27,11 +28,12 @@ CASES = [pytest.param(layer, mode, id=f"{layer}, {mode}") for layer in LAYERS fo
 @pytest.mark.parametrize(("layer", "mode"), CASES)
 def test_layer(benchmark, layer, mode, provider):
     with one_thread(DEVICE):
-        job = layer_job(layer, BATCH, mode, DTYPE, DEVICE)
+        job = layer_task(layer, BATCH, mode, DTYPE, DEVICE, [PROVIDERS[provider]]).job
         if reason := PROVIDERS[provider].unavailable(job):
             pytest.skip(reason)
+        expected = expect(job)
         prepared = PROVIDERS[provider].prepare(job)
-        verdict = expect(job).judge(prepared.read(prepared.step()))
+        verdict = expected.judge(prepared.read(prepared.step()))
         assert not verdict.message, verdict.message
 
         def step() -> None:

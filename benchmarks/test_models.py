@@ -14,7 +14,7 @@ import torch
 from cnnfast.bench.gate import expect
 from cnnfast.bench.job import MODELS, Job, plain
 from cnnfast.bench.providers import EAGER, PROVIDERS
-from cnnfast.bench.running import one_thread
+from cnnfast.bench.surroundings import one_thread
 from cnnfast.models import resnet50
 
 GPU = torch.cuda.is_available()
@@ -32,8 +32,9 @@ def test_resnet50(benchmark, mode, batch, provider):
         job = Job("resnet50", plain(model), ((batch + (mode == "train"), 3, 224, 224),), mode, DTYPE, DEVICE, original=model)
         if reason := PROVIDERS[provider].unavailable(job):
             pytest.skip(reason)
+        expected = expect(job)
         prepared = PROVIDERS[provider].prepare(job)
-        verdict = expect(job).judge(prepared.read(prepared.step()))
+        verdict = expected.judge(prepared.read(prepared.step()))
         assert not verdict.message, verdict.message
 
         def step() -> None:

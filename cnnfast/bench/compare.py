@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .report import milliseconds
-from .rows import OK, Row
+from .rows import LEFT_OUT, OK, Row
 
 NOISE = 0.05  # medians nearer than that are the same
 SLOWER, FASTER, BROKEN, SAME, MENDED = "slower", "faster", "BROKEN", "same", "works now"
@@ -40,11 +40,18 @@ class Change:
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
-    """Every provider and job that both runs have, and at least one has timed; the worst first."""
-    known = {(row.job, row.provider): row for row in before}
-    changes = [Change(known[row.job, row.provider], row) for row in after if (row.job, row.provider) in known]
+    """Every provider and job that both runs have, and at least one has timed; the worst first.
+
+    What a run that ended early left out, or timed alone, is neither slower nor broken: nothing is said of it.
+    """
+    known = {(row.job, row.provider): row for row in before if comparable(row)}
+    changes = [Change(known[row.job, row.provider], row) for row in after if comparable(row) and (row.job, row.provider) in known]
     changes = [change for change in changes if change.before.median or change.after.median]
     return sorted(changes, key=lambda change: (ORDER.index(change.verdict), -(change.ratio or 0)))
+
+
+def comparable(row: Row) -> bool:
+    return row.status != LEFT_OUT and not row.alone
 
 
 def regressed(changes: Sequence[Change]) -> list[Change]:

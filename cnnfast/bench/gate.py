@@ -5,7 +5,8 @@ of all elements):
 
     error <= 2 x error of plain PyTorch in the same dtype + 2 x the same of all tensors together + floor
 
-Plain PyTorch is the model as it is, NCHW, eager, and multiplies float32 as all do: IEEE, or TF32, whichever is in force. The floor is a
+Plain PyTorch is the model as it is, NCHW, eager, by the algorithms that cuDNN takes without trying them all (which takes seconds, and
+nobody times them), and multiplies float32 as all do: IEEE, or TF32, whichever is in force. The floor is a
 few units of the dtype (of TF32 where its products are in force: PyTorch's kernel may have rounded nothing), and SUM units of float32,
 for sums in another order; and in a training step KINK besides: which of the activations nearest to a ReLU's kink pass it is chance, and
 one of a hundred positions is a tenth of a channel's gradient. A tensor that is small beside the others counts as if it were not: the
@@ -17,11 +18,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..dtypes import name_of
 from ..measuring.timing import cudnn_benchmark
 from ..precision import UNIT as TF32_UNIT
 from ..precision import float32_products
@@ -74,24 +76,28 @@ def expect(job: Job) -> Expected:
     Raises what the model raises, and ValueError if PyTorch's own results are not finite or no better than noise.
     """
     images = IMAGES if job.mode == "infer" else None
+    exact, precision = None, torch.float64
     try:
-        exact, precision = _exact(job, torch.float64, images), "float64"
+        exact = _exact(job, precision, images)
     except torch.cuda.OutOfMemoryError:
-        exact, precision = _exact(job, torch.float32, images), "float32"
+        precision = torch.float32
+    if exact is None:  # only now: the error, as long as it is handled, keeps what was allocated
+        exact = _exact(job, precision, images)
     model = placed(job.model, job)
-    plain = [t.detach()[:images] for t in step_of(job, model, model, job.inputs(channels_last=False))()]
+    with cudnn_benchmark(False):
+        plain = [t.detach() for t in step_of(job, model, model, [t[:images] for t in job.inputs(channels_last=False)])()]
     errors = relative_errors(plain, exact)
     if not max(errors, default=math.inf) < 1:
         raise ValueError(f"PyTorch's own results in {job.precision} are off by {max(errors, default=math.inf):.1g}: nothing to judge by")
     unit = TF32_UNIT if job.tf32 else torch.finfo(job.dtype).eps
     floor = UNITS * unit + SUM * torch.finfo(torch.float32).eps + KINK * (job.mode == "train")
-    return Expected(exact, errors, floor, precision, images)
+    return Expected(exact, errors, floor, name_of(precision), images)
 
 
 def _exact(job: Job, precision: torch.dtype, images: int | None) -> list[Tensor]:
     model = copy.deepcopy(job.model).to(job.device, precision).train(job.mode != "infer")
     inputs = [t[:images].to(precision) for t in job.inputs(channels_last=False)]
-    exact = Job(job.name, job.model, job.shapes, job.mode, precision, job.device)
+    exact = replace(job, dtype=precision)
     with float32_products("ieee"), cudnn_benchmark(False):
         return [t.detach() for t in step_of(exact, model, model, inputs)()]
 

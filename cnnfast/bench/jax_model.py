@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +70,10 @@ def _kind(model: fx.GraphModule, node: fx.Node) -> Any:
 
 
 def _jax() -> Any:
+    """The module. At its first use of a GPU it takes three quarters of the memory, which others need here, unless this variable, which it
+    reads then and has no other setting for, says otherwise; a user who has set it, or has imported jax before, is let have it so."""
+    if "jax" not in sys.modules:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return importlib.import_module("jax")
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .. import conversion
+from .. import conversion, dispatch
+from ..aside import leaving_no_trace
 from ..dtypes import name_of
 from ..precision import allow_tf32
+from .numbers import Numbers
 
 # infer: eval, under inference_mode. train: forward, all gradients, SGD with momentum; in 16 bits under autocast, as users train.
 # Of single layers, in training mode: forward, and the gradients of the input, of the parameters, or of both.
@@ -30,7 +33,8 @@ class Job:
     model: in PyTorch's own classes (see `plain`), float32, on the CPU. original: what cnnfast converts, over the same parameters; None:
     the same. shapes: of its inputs, the first size being the batch.
     dtype: of the inputs; parameters have it too, except 16 bits in mode "train". copies: sets of buffers that take turns, so that a single
-    layer finds them no warmer than in a network.
+    layer finds them no warmer than in a network. numbers: what inputs and output gradients are filled with; a job that `replace` makes of
+    this one shares them.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Job:
     device: torch.device
     copies: int = 1
     original: nn.Module | None = None
+    numbers: Numbers = field(default_factory=Numbers, compare=False, repr=False)
 
     @property
     def batch(self) -> int:
@@ -56,11 +61,31 @@ class Job:
         """The name of its dtype, or "tf32"."""
         return name_of(self.dtype, self.tf32)
 
-    def inputs(self, copy: int = 0, channels_last: bool = True) -> list[Tensor]:
-        """Normally distributed: the same numbers every time."""
-        generator = torch.Generator().manual_seed(copy)
-        made = [torch.randn(shape, generator=generator).to(self.device, self.dtype) for shape in self.shapes]
+    def inputs(self, channels_last: bool = True) -> list[Tensor]:
+        """In memory of their own, the same numbers every time, normally distributed."""
+        drawn = (self.numbers.normal(i, shape, self.device) for i, shape in enumerate(self.shapes))
+        made = [t.to(self.dtype, copy=True) for t in drawn]
         return [channels_last_of(t) for t in made] if channels_last else made
+
+    def output_gradients(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """What backward starts from: the same numbers every time, laid out as the outputs and of their dtype."""
+        drawn = (self.numbers.normal(len(self.shapes) + i, t.shape, self.device) for i, t in enumerate(outputs))
+        return [torch.empty_like(t).copy_(numbers) for t, numbers in zip(outputs, drawn, strict=True)]
+
+
+def numbers_drawn(job: Job) -> int:
+    """How many random numbers a run of the job draws, for all providers together: its inputs, and gradients of what it returns.
+
+    Nothing is computed; raises what the model raises on meta tensors.
+    """
+    meta = replace(job, device=torch.device("meta"), numbers=Numbers())
+    inputs = meta.inputs(channels_last=False)
+    count = sum(math.prod(shape) for shape in job.shapes)
+    if job.mode != "train" and job.mode not in BACKWARD:
+        return count
+    with leaving_no_trace(), dispatch.backend("torch"), torch.no_grad():
+        model = copy.deepcopy(job.model).to(device="meta", dtype=job.dtype).train()
+        return count + sum(t.numel() for t in float_tensors(model(*inputs)))
 
 
 def channels_last_of(t: Tensor) -> Tensor:
@@ -117,19 +142,20 @@ def placed(model: nn.Module, job: Job) -> nn.Module:
 Step = Callable[[], list[Tensor]]
 
 
-def steps_of(job: Job, network: Callable[..., Any], model: nn.Module, channels_last: bool = True) -> list[Step]:
-    """One step for each set of buffers. network: `model`, or what was compiled from it."""
-    return [step_of(job, network, model, job.inputs(copy, channels_last)) for copy in range(job.copies)]
+def steps_of(job: Job, compiled: Callable[[nn.Module], Callable[..., Any]], model: nn.Module, channels_last: bool = True) -> list[Step]:
+    """One step for each set of buffers, which are inputs and the model's own. compiled: makes the network that runs of a model."""
+    models = [model, *(copy.deepcopy(model) for _ in range(job.copies - 1))]
+    return [step_of(job, compiled(each), each, job.inputs(channels_last)) for each in models]
 
 
 def step_of(job: Job, network: Callable[..., Any], model: nn.Module, inputs: list[Tensor]) -> Step:
+    """network: `model`, or what was compiled from it."""
     if job.mode == "train":
         return _training_step(job, network, model, inputs)
     if job.mode in BACKWARD:
-        model = copy.deepcopy(model)
         wanted = wanted_by(job.mode, model, inputs)
         outputs = float_tensors(model(*inputs))
-        gradients = output_gradients(outputs)
+        gradients = job.output_gradients(outputs)
         return lambda: list(torch.autograd.grad(outputs, wanted, gradients, retain_graph=True))
     no_gradients = torch.inference_mode if job.mode == "infer" else torch.no_grad
 
@@ -152,15 +178,9 @@ def _training_step(job: Job, network: Callable[..., Any], model: nn.Module, inpu
         with autocast:
             outputs = float_tensors(network(*inputs))
         if not gradients:
-            gradients.extend(output_gradients(outputs))
+            gradients.extend(job.output_gradients(outputs))
         torch.autograd.backward(outputs, gradients)
         optimizer.step()
         return [*outputs, *(p.grad for p in parameters if p.grad is not None)]
 
     return step
-
-
-def output_gradients(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """What backward starts from: the same numbers every time, laid out as the outputs."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator)) for t in outputs]

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import conversion, dispatch
 from ..measuring.graphs import captured
 from ..measuring.rotation import rotating
-from . import folding, jax_model
+from . import ahead, folding, jax_model
 from .job import BACKWARD, FORWARD, MODELS, Job, channels_last_of, placed, steps_of
 from .roofline import CONV, OPERATORS, POINTWISE
 
@@ -51,6 +51,7 @@ class Provider:
     ours: bool = False
     level: str = OPERATORS
     skipped: str = ""
+    in_torch: ClassVar[bool] = True  # whether PyTorch allocates its memory, and so can tell how much there is of it
 
     @property
     def layout(self) -> str:
@@ -79,8 +80,9 @@ class Provider:
     def prepare(self, job: Job) -> Prepared:
         """A step that has run once: what had to be compiled or captured is. Raises whatever that raises."""
         model = self.network(job)
+        self.compile_ahead(job, model)
         with compiler(self.how, job.mode == "infer") as compiled:
-            make = lambda: steps_of(job, compiled(model), model, self.channels_last)  # noqa: E731
+            make = lambda: steps_of(job, compiled, model, self.channels_last)  # noqa: E731
             if self.graph:
                 return Prepared(captured(make, job.device), job.copies)
             step = rotating(make())
@@ -88,9 +90,22 @@ class Provider:
                 step()
         return Prepared(step)
 
+    def compile_ahead(self, job: Job, model: nn.Module) -> None:
+        """Where something is to be gained by it."""
+
+    def launches(self, job: Job, input_gradient: bool) -> list[str]:
+        """Of our kernels; ahead.py says which."""
+        return []
+
 
 class Ours(Provider):
     """What cnnfast.convert makes of the model."""
+
+    def compile_ahead(self, job: Job, model: nn.Module) -> None:
+        ahead.compile_for(job, model)
+
+    def launches(self, job: Job, input_gradient: bool) -> list[str]:
+        return ahead.launches(job, self.network(job), input_gradient)
 
     def network(self, job: Job) -> nn.Module:
         return conversion.convert(self.laid_out(placed(job.original or job.model, job)), inplace=True)
@@ -102,6 +117,10 @@ class Kernels(Ours):
     def prepare(self, job: Job) -> Prepared:
         with dispatch.backend("kernels"):
             return super().prepare(job)
+
+    def launches(self, job: Job, input_gradient: bool) -> list[str]:
+        with dispatch.backend("kernels"):
+            return super().launches(job, input_gradient)
 
 
 class Fused(Provider):
@@ -119,6 +138,8 @@ class Fused(Provider):
 class Jax(Provider):
     """The same folded model, written in jax.numpy, NHWC, compiled by jax.jit."""
 
+    in_torch = False
+
     def unavailable(self, job: Job) -> str:
         if reason := super().unavailable(job):
             return reason
@@ -134,21 +155,22 @@ class Jax(Provider):
         return Prepared(step, read=lambda results: [jax_model.tensor(y, job.device) for y in results])
 
 
+# In the order in which they run. Whoever compiles longest comes last: a run that ends early, or whose budget does, has the others.
 PROVIDERS = {
     provider.name: provider
     for provider in (
         Provider("eager", "PyTorch eager, cudnn.benchmark"),
         Provider("eager-graph", "the same, replayed as a CUDA graph", graph=True),
-        Provider("compile", "torch.compile", MODELS, COMPILE, level=POINTWISE),
-        Provider("max-autotune", "torch.compile, max-autotune and freezing", INFER, MAX_AUTOTUNE, level=POINTWISE),
         Fused("cudnn-fused", "batch norm folded, torch.cudnn_convolution_relu and _add_relu, CUDA graph", INFER, graph=True, level=CONV),
         Fused("cudnn-graph", "the same by cuDNN's fused graphs (nvidia-cudnn-frontend)", INFER, graph=True, level=CONV),
-        Jax("jax", "batch norm folded, jax.jit", INFER, level=CONV),
-        Provider("nchw", "PyTorch eager, NCHW: for reference only", channels_last=False, baseline=False),
         Ours("cnnfast", "cnnfast.convert, eager", baseline=False, ours=True, level=CONV),
         Ours("cnnfast-graph", "the same, replayed as a CUDA graph", graph=True, baseline=False, ours=True, level=CONV),
         Kernels("cnnfast-kernels", "the same graph by our kernels alone", graph=True, baseline=False, ours=True, level=CONV),
+        Provider("nchw", "PyTorch eager, NCHW: for reference only", channels_last=False, baseline=False),
+        Jax("jax", "batch norm folded, jax.jit", INFER, level=CONV),
+        Provider("compile", "torch.compile", MODELS, COMPILE, level=POINTWISE),
         Ours("cnnfast-compile", "torch.compile of the converted model", MODELS, COMPILE, baseline=False, ours=True, level=CONV),
+        Provider("max-autotune", "torch.compile, max-autotune and freezing", INFER, MAX_AUTOTUNE, level=POINTWISE),
     )
 }
 

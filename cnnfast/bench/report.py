@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .providers import PROVIDERS
-from .rows import EVEN, LAYER, LOSES, MODEL, OK, UNAVAILABLE, WINS, Row, jobs, our_best, speedup, strongest, verdict
+from .rows import EVEN, FAILED, LAYER, LEFT_OUT, LOSES, MODEL, UNAVAILABLE, WINS, WRONG, Row, jobs, our_best, speedup, strongest, verdict
 
 LOST, MEAN = "bold red", "mean"
+ALONE = " ~"  # behind a time that is not of the rounds
 DISPENSABLE = ("peak MiB", "saved MiB", "kernels", "of net", "GB/s", "images/s", "TFLOP/s", "first s")  # the first to go first
 STYLES = {LOSES: LOST, EVEN: "", WINS: "green", MEAN: ""}
 
@@ -21,13 +22,15 @@ STYLES = {LOSES: LOST, EVEN: "", WINS: "green", MEAN: ""}
 def report(rows: Sequence[Row], width: int) -> Group:
     """Losses first, then tables of the models, then the layers; what does not fit into `width` is left out (the JSON has it)."""
     parts: list[RenderableType] = [*_conditions(rows), Text(), *verdicts(rows)]
-    for group in jobs(row for row in rows if row.kind == MODEL):
-        parts += [Text(), model_table(group, width), *_not_run(group)]
-    layers = [row for row in rows if row.kind == LAYER]
+    done = [group for group in jobs(rows) if {row.status for row in group} != {LEFT_OUT}]
+    for group in done:
+        if group[0].kind == MODEL:
+            parts += [Text(), model_table(group, width), *_not_run(group)]
+    layers = [row for group in done for row in group if row.kind == LAYER]
     if layers:
-        wrong = [row for row in layers if row.status not in (OK, UNAVAILABLE)]
+        wrong = [row for row in layers if row.status in (WRONG, FAILED)]
         parts += [Text(), layer_table(layers, width), *(Text(f"{title(row)}, {row.provider}: {row.reason}", LOST) for row in wrong)]
-    return Group(*parts, Text(), *_legend(rows))
+    return Group(*parts, *_left_out(rows), Text(), *_legend(rows))
 
 
 def _conditions(rows: Sequence[Row]) -> Iterator[Text]:
@@ -47,10 +50,12 @@ def verdicts(rows: Iterable[Row]) -> Iterator[Text]:
     silent: list[str] = []
     for group in jobs(row for row in rows if row.kind == MODEL):
         theirs, ours = strongest(group), our_best(group)
+        if {row.status for row in group} == {LEFT_OUT}:
+            continue
         if theirs is None or ours is None:
             silent.append(f"nothing to compare: {title(group[0])}: no right result of {'a baseline' if theirs is None else 'cnnfast'}")
         else:
-            times = " against ".join(f"{milliseconds(row)} ms ({row.provider})" for row in (ours, theirs))
+            times = " against ".join(f"{milliseconds(row)} ms ({row.provider}{ALONE * row.alone})" for row in (ours, theirs))
             found.append((speedup(group) or 0, verdict(group), f"{title(group[0])}: {times}"))
     by_mode: dict[tuple[str, str, int], list[list[Row]]] = {}
     for group in jobs(row for row in rows if row.kind == LAYER):
@@ -77,14 +82,14 @@ def model_table(rows: Sequence[Row], width: int) -> Table:
     """The providers of one job, the fastest first."""
     best = strongest(rows)
     columns = {
-        "provider": lambda r: r.provider + " *" * (r is best),
+        "provider": lambda r: r.provider + " *" * (r is best) + ALONE * r.alone,
         "ms": lambda r: f"{milliseconds(r)} ({_short(r.low * 1000)}-{_short(r.high * 1000)})",
         "speed": lambda r: f"{best.median / r.median:.2f}x" if best else "",
         "images/s": lambda r: f"{r.images_per_second:,.0f}",
         "TFLOP/s": lambda r: _short(r.tflops) if r.tflops else "",
         "GB/s": lambda r: _short(r.gbps) if r.gbps else "",
         "of ceiling": lambda r: f"{r.fraction:.0%} {r.level}" if r.fraction else "",
-        "first s": lambda r: f"{r.first:.1f}",
+        "first s": lambda r: f"{r.first:.1f}" if r.first else "",
         "kernels": lambda r: "" if r.kernels is None else str(r.kernels),
         "peak MiB": lambda r: _mib(r.peak_bytes),
         "saved MiB": lambda r: _mib(r.saved_bytes),
@@ -97,8 +102,23 @@ def model_table(rows: Sequence[Row], width: int) -> Table:
 def _not_run(rows: Sequence[Row]) -> Iterator[Text]:
     """Whoever has no time, and why: wrong numbers first."""
     width = max(len(row.provider) for row in rows)
-    for row in sorted((row for row in rows if not row.median), key=lambda row: row.status == UNAVAILABLE):
-        yield Text(f"{row.provider:{width}}  {row.status}: {row.reason}", "yellow" if row.status == UNAVAILABLE else LOST)
+    harmless = {UNAVAILABLE: "yellow", LEFT_OUT: "yellow"}
+    for row in sorted((row for row in rows if not row.median), key=lambda row: row.status in harmless):
+        yield Text(f"{row.provider:{width}}  {row.status}: {row.reason}", harmless.get(row.status, LOST))
+
+
+def _left_out(rows: Sequence[Row]) -> Iterator[Text]:
+    """The jobs of which nothing was begun, those of one reason together, and of layers what only some providers missed."""
+    found: dict[str, dict[str, dict[str, None]]] = {}  # by reason and subject: modes
+    for group in jobs(rows):
+        missed = [row for row in group if row.status == LEFT_OUT]
+        whole = len(missed) == len(group)
+        for row in missed if whole or group[0].kind == LAYER else ():
+            subjects = found.setdefault(row.reason, {})
+            subjects.setdefault(f"{row.subject}, batch {row.batch}", {})[row.mode + f" by {row.provider}" * (not whole)] = None
+    for reason, subjects in found.items():
+        named = "; ".join(f"{subject} ({', '.join(modes)})" for subject, modes in subjects.items())
+        yield from (Text(), Text(f"left out: {reason}", "bold yellow"), Text(named, "yellow"))
 
 
 def layer_table(rows: Sequence[Row], width: int) -> Table:
@@ -146,6 +166,8 @@ def _legend(rows: Sequence[Row]) -> Iterator[Text]:
         " bytes that must move. of ceiling: of what the machine allows a step whose operators are fused so far:"
         " each its own kernel, pointwise operators fused, one kernel a conv(olution). first: setup and compilation.", "dim",
     )  # fmt: skip
+    if any(row.alone for row in rows):
+        yield Text("~: timed alone, right after its first result: the run did not reach the rounds in which all take turns.", "yellow")
     if not rows[0].machine.driver:
         yield Text(
             "No GPU here: times are those of one thread, and PyTorch serves cnnfast's calls too, so that its rows show what"

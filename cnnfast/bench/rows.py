@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..measuring.machine import Machine, Peaks
 
-OK, UNAVAILABLE, WRONG, FAILED = "ok", "unavailable", "wrong", "failed"
+OK, UNAVAILABLE, WRONG, FAILED, LEFT_OUT = "ok", "unavailable", "wrong", "failed", "left out"
 MODEL, LAYER = "model", "layer"
 LOSES, EVEN, WINS = "loses", "even", "wins"
 
@@ -19,9 +19,12 @@ class Row:
     """One provider on one job.
 
     kind: of the subject, "model" or "layer"; count: how often its network has a layer. mode: as job.py has it. status: "ok",
-    "unavailable", "wrong" (the gate), "failed" (it raised); `reason` says why. Times are seconds of one step: median, and what 20 and
-    80 % of the samples stay below. first: seconds from the provider's setup to its first result,
-    with nothing compiled on disk; a provider may find what another before it compiled in the process. flops: of the
+    "unavailable", "wrong" (the gate), "failed" (it raised), "left out" (there was no time for it); `reason` says why. Times are seconds
+    of one step: median, and what 20 and 80 % of the samples stay below. alone: they are not of rounds in which all take turns, which the
+    run did not reach, but of this provider by itself, right after its first result.
+    first: seconds from the provider's setup to its first result, with nothing compiled on disk; a provider may find what another before
+    it compiled in the process. Ours compile ahead what they will launch, by several processes at once, as cnnfast.warm does for its
+    users: that is counted. None of layers, whose kernels are compiled ahead for all of them. flops: of the
     model, whoever saves some. bytes: the least at the level that the provider fuses to. ceilings: least seconds at every level.
     kernels, peak_bytes (from setup to the first result, weights included) and saved_bytes (kept for backward) are None where unknown.
     error: the largest relative one against float64.
@@ -46,6 +49,7 @@ class Row:
     low: float | None = None
     high: float | None = None
     samples: int = 0
+    alone: bool = False
     first: float | None = None
     flops: int | None = None
     bytes: int | None = None
@@ -117,17 +121,23 @@ def verdict(rows: Sequence[Row]) -> str:
     return WINS if theirs and ours and (ours.high or 0) < (theirs.low or 0) else EVEN
 
 
-def write(rows: Sequence[Row], file: Path) -> None:
-    """JSON: a list of rows, each complete with machine and conditions, and derived figures."""
-    data = []
+def lines(rows: Iterable[Row]) -> list[str]:
+    """JSON, a line for each: complete with machine and conditions, and derived figures."""
+    texts = []
     for row in rows:
-        figures = {"images_per_second": row.images_per_second, "tflops": row.tflops, "gbps": row.gbps, "fraction": row.fraction}
-        data.append({**asdict(row), **figures, "fractions": row.fractions})
-    file.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        data = {**vars(row), "machine": vars(row.machine), "peaks": vars(row.peaks)}
+        figures = {name: getattr(row, name) for name in ("images_per_second", "tflops", "gbps", "fraction", "fractions")}
+        texts.append(json.dumps(data | figures, allow_nan=False))
+    return texts
+
+
+def to_json(texts: Iterable[str]) -> str:
+    """A list of what `lines` returns."""
+    return "[\n " + ",\n ".join(texts) + "\n]"
 
 
 def read(file: Path) -> list[Row]:
-    """What `write` wrote. Raises ValueError, naming the file, if it holds anything else."""
+    """What `to_json` made of rows. Raises ValueError, naming the file, if it holds anything else."""
     try:
         return [_row(data) for data in json.loads(file.read_text())]
     except (KeyError, TypeError, ValueError) as error:

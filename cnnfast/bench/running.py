@@ -1,147 +1,157 @@
-"""Runs providers on a job: gate, setup, times, memory; a row for each."""
+"""Runs the providers of a task: gate, setup, times, memory; a row for each, told whenever something is known."""
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from math import isfinite
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from .. import dispatch
+from ..measuring.budget import Budget
 from ..measuring.machine import Machine, Peaks
-from ..measuring.rotation import copies_for
-from ..measuring.timing import Clock, Times, clock_of, cudnn_benchmark, measure
-from .gate import expect
-from .graph import graph_of
+from ..measuring.timing import Clock, Times, clock_of, measure
+from .footprint import allocated, collect, kernels, peak, saved_bytes, wait
+from .gate import Expected, expect
 from .job import Job
+from .numbers import Numbers
 from .providers import EAGER, Prepared, Provider
-from .roofline import OPERATORS, Work, levels
-from .rows import FAILED, LAYER, MODEL, OK, UNAVAILABLE, WRONG, Row
-from .shapes import Layer
+from .rows import FAILED, LAYER, LEFT_OUT, OK, UNAVAILABLE, WRONG, Row
+from .surroundings import empty_caches
+from .task import Task
 
 Tell = Callable[[str], None]
+Found = Callable[[list[Row]], None]
 
-
-def work_of(job: Job) -> dict[str, Work]:
-    """At every level of fusion; empty for a model that does not run without values."""
-    try:
-        return levels(graph_of(job.model, job.shapes, job.dtype, job.mode))
-    except Exception:  # whatever a foreign forward raises on meta tensors
-        return {}
-
-
-def layer_job(layer: Layer, batch: int, mode: str, dtype: torch.dtype, device: torch.device) -> Job:
-    """With as many sets of buffers that the last-level cache does not hold them."""
-    job = Job(str(layer), layer.module, ((batch, layer.C, layer.size, layer.size),), mode, dtype, device)
-    return replace(job, copies=copies_for(work_of(job)[OPERATORS].bytes, device))
+ENDED = "the run ended before"  # the reason of whatever is not done yet: it is right whatever ends the run
+ALONE = 3  # samples of a provider by itself
+UNTIMED = {"median": None, "low": None, "high": None, "samples": 0, "alone": False}
 
 
 def run(
-    job: Job,
-    providers: Iterable[Provider],
+    task: Task,
     machine: Machine,
     peaks: Peaks,
     *,
-    kind: str = MODEL,
-    count: int = 1,
-    budget: float = 1.0,
+    seconds: float = 1.0,
+    budget: Budget | None = None,
     clock: Clock | None = None,
     tell: Tell = lambda text: None,
+    found: Found = lambda rows: None,
 ) -> list[Row]:
     """A row for each provider.
 
-    budget: seconds of timing for each. tell: called with what comes next. Raises what the model itself raises in PyTorch, and
-    ValueError if nothing can be judged by it (gate.py), or if it is no baseline because it calls cnnfast itself.
+    A model's provider, which may be minutes ahead of the rounds in which all take turns, is also timed alone, at once: its row says so
+    until the rounds replace that time. A layer's is seconds ahead at most; and what it needs may have been compiled before, so that its
+    row has no `first`.
+
+    seconds: of timing for each. budget: for all of it; what no longer fits into it, the rounds of what is prepared included, is left out.
+    tell: called with what comes next. found: called with all rows whenever one has changed, and every few seconds during the rounds.
+    Raises what the model itself raises in PyTorch, ValueError if nothing can be judged by it (gate.py), or if it is no baseline because
+    it calls cnnfast itself, and what a provider raises if the GPU is `lost` with it.
     """
+    job = replace(task.job, numbers=Numbers())  # which are released when this returns
+    budget, clock = budget or Budget(), clock or clock_of(job.device)
     if "torch._dynamo" in sys.modules:  # of the last job; between providers it would make the earlier ones compile again
         torch._dynamo.reset()
+    collect(job.device)
     tell("expected results")
     with dispatch.trace() as calls:
         expected = expect(job)
     if len(calls):
         raise ValueError(f"{job.name} calls cnnfast.functional itself, so there is no PyTorch baseline of it")
-    work = work_of(job)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {provider.name: {"status": LEFT_OUT, "reason": ENDED} for provider in task.providers}
     prepared: dict[str, Prepared] = {}
-    providers = list(providers)
-    for provider in providers:
-        row = rows[provider.name] = {"status": UNAVAILABLE, "reason": provider.unavailable(job)}
-        if row["reason"]:
-            continue
-        tell(f"{provider.name}: first result")
-        try:
-            _collect(job.device)
-            began, before = time.perf_counter(), _allocated(job.device)
-            with empty_caches(provider.how != EAGER):
-                ready = provider.prepare(job)
-                results = ready.read(ready.step())
-            _wait(job.device)
-            row["first"] = time.perf_counter() - began
-            row["peak_bytes"] = _peak(job.device, before)
-            verdict = expected.judge(results)
-            del results
-            row |= {
-                "error": verdict.error if isfinite(verdict.error) else None,
-                "status": WRONG if verdict.message else OK,
-                "reason": verdict.message,
-            }
-            if not verdict.message:
-                row |= {"saved_bytes": saved_bytes(job, provider, ready), "kernels": kernels(job, ready)}
-                prepared[provider.name] = ready
-        except Exception as error:  # of whatever kind: it is that provider's
-            row |= {"status": FAILED, "reason": in_a_line(error)}
-    steps = {name: ready.step for name, ready in prepared.items()}
-    times = measure(steps, clock or clock_of(job.device), budget, tell=lambda name: tell(f"{name}: timing"))
-    for name, found in times.items():
-        rows[name] |= _timed(found, prepared[name].calls)
-    return [_row(job, provider, rows[provider.name], work, machine, peaks, kind, count) for provider in providers]
+
+    def told() -> list[Row]:
+        made = [task.row(provider, machine, peaks, **rows[provider.name]) for provider in task.providers]
+        found(made)
+        return made
+
+    def failed(name: str, error: Exception) -> None:
+        rows[name] = {**rows[name], **UNTIMED, "status": FAILED, "reason": in_a_line(error)}
+        prepared.pop(name, None)
+        if lost(job.device):
+            told()
+            raise error
+
+    def keep(times: Mapping[str, Times | Exception], alone: bool) -> None:
+        for name, timed in times.items():
+            if not isinstance(timed, Exception):
+                each = {figure: getattr(timed, figure) / prepared[name].calls for figure in ("median", "low", "high")}
+                rows[name] |= {**each, "samples": timed.samples, "alone": alone, "status": OK, "reason": ""}
+            elif name in prepared:
+                failed(name, timed)
+
+    told()
+    for provider in task.providers:
+        name = provider.name
+        if reason := provider.unavailable(job):
+            rows[name] = {"status": UNAVAILABLE, "reason": reason}
+        elif budget.left <= seconds * len(prepared):
+            rows[name]["reason"] = str(budget)
+        else:
+            tell(f"{name}: first result")
+            try:
+                ready, figures = _first(job, provider, expected, task.kind == LAYER)
+            except Exception as error:  # of whatever kind: it is that provider's
+                failed(name, error)
+            else:
+                rows[name] |= figures
+                if ready is not None:
+                    prepared[name] = ready
+                    if task.kind != LAYER:
+                        keep(measure({name: ready.step}, clock, 0, ALONE, lambda name: tell(f"{name}: timing")), alone=True)
+        told()
+    times = measure(
+        {name: ready.step for name, ready in prepared.items()}, clock, seconds, tell=lambda name: tell(f"{name}: timing"),
+        left=lambda: budget.left, found=lambda times: (keep(times, alone=False), told()),
+    )  # fmt: skip
+    keep(times, alone=False)
+    for name in prepared:
+        if rows[name]["status"] == LEFT_OUT:
+            rows[name]["reason"] = str(budget)
+    told()
+    for name, ready in prepared.items():
+        if task.kind != LAYER and budget.left > 0:  # last: a profiler that has once run may slow down what comes after it
+            tell(f"{name}: kernels")
+            with suppress(RuntimeError):  # its times are good without
+                rows[name]["kernels"] = kernels(job, ready)
+    return told()
 
 
-def run_layer(layer: Layer, batch: int, mode: str, dtype: torch.dtype, device: torch.device, *arguments: Any, **options: Any) -> list[Row]:
-    """The same for one layer and mode; arguments and options as `run` has them."""
-    return run(layer_job(layer, batch, mode, dtype, device), *arguments, kind=LAYER, count=layer.count, **options)
+def _first(job: Job, provider: Provider, expected: Expected, layer: bool) -> tuple[Prepared | None, dict[str, Any]]:
+    """A provider that has run once and been judged, None if it was wrong, and what its row says of that."""
+    if not layer:
+        collect(job.device)
+    began, before = time.perf_counter(), allocated(job.device)
+    with nullcontext() if layer else empty_caches(provider.how != EAGER):
+        ready = provider.prepare(job)
+        results = ready.read(ready.step())
+    wait(job.device)
+    figures: dict[str, Any] = {}
+    if not layer:
+        figures["first"] = time.perf_counter() - began
+        figures["peak_bytes"] = peak(job.device, before) if provider.in_torch else None
+    verdict = expected.judge(results)
+    figures["error"] = verdict.error if isfinite(verdict.error) else None
+    if verdict.message:
+        return None, {**figures, "status": WRONG, "reason": verdict.message}
+    return ready, {**figures, "saved_bytes": saved_bytes(job, provider, ready)}
 
 
-def _timed(found: Times | Exception, calls: int) -> dict[str, Any]:
-    if isinstance(found, Exception):
-        return {"status": FAILED, "reason": in_a_line(found)}
-    each = {name: getattr(found, name) / calls for name in ("median", "low", "high")}
-    return {**each, "samples": found.samples}
-
-
-def _row(
-    job: Job, provider: Provider, found: dict[str, Any], work: dict[str, Work], machine: Machine, peaks: Peaks, kind: str, count: int
-) -> Row:
-    kernels_ran = not provider.ours or job.device.type == "cuda"
-    level = provider.level if provider.level in work and kind == MODEL and kernels_ran else OPERATORS
-    done = work.get(level)
-    return Row(
-        kind=kind,
-        subject=job.name,
-        provider=provider.name,
-        baseline=provider.baseline,
-        ours=provider.ours,
-        mode=job.mode,
-        dtype=job.precision,
-        layout=provider.layout,
-        batch=job.batch,
-        input=" ".join("x".join(map(str, shape)) for shape in job.shapes),
-        machine=machine,
-        peaks=peaks,
-        count=count,
-        flops=done.flops if done else None,
-        bytes=done.bytes if done else None,
-        level=level if done else "",
-        ceilings={name: each.seconds(peaks) for name, each in work.items()},
-        **found,
-    )
+def lost(device: torch.device) -> bool:
+    """Whether an error of CUDA stays with the process: whatever it asks of the device from then on fails."""
+    try:
+        wait(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def in_a_line(error: BaseException) -> str:
@@ -149,86 +159,3 @@ def in_a_line(error: BaseException) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
     return f"{type(error).__name__}: {first}"
-
-
-@contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU one thread computes, so that times do not hang on who else uses the cores; cuDNN may try all its algorithms."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        with cudnn_benchmark(True):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def empty_caches(compiling: bool) -> Iterator[None]:
-    """Compilers find nothing on disk, so that the first result is a cold one; what this process has compiled before is there."""
-    with ExitStack() as stack:
-        if dispatch.launch is not None:
-            from triton import knobs
-
-            stack.enter_context(knobs.cache.scope())
-            knobs.cache.dir = stack.enter_context(TemporaryDirectory(prefix="cnnfast-"))
-        if compiling:
-            from torch._inductor.utils import fresh_cache
-
-            stack.enter_context(fresh_cache())
-        yield
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory and kernels
-
-
-def _collect(device: torch.device) -> None:
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _peak(device: torch.device, before: int) -> int | None:
-    return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
-
-
-def saved_bytes(job: Job, provider: Provider, prepared: Prepared) -> int | None:
-    """What a training step keeps for backward, parameters not counted; None of a captured or compiled one, which does not say."""
-    if job.mode != "train" or provider.graph or provider.how != EAGER:
-        return None
-    kept: dict[int, Any] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        if not isinstance(t, torch.nn.Parameter) and not t.is_sparse:
-            kept[t.untyped_storage()._cdata] = t.untyped_storage()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        prepared.step()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def kernels(job: Job, prepared: Prepared) -> int | None:
-    """That one step launches on a GPU."""
-    if job.device.type != "cuda":
-        return None
-    from torch._C._autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        prepared.step()
-        torch.cuda.synchronize(job.device)
-    events = [event for event in seen.events() or () if event.device_type == DeviceType.CUDA]
-    return sum(not event.name.lower().startswith(("memcpy", "memset")) for event in events) // prepared.calls

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..dtypes import TF32, dtype_of
+from .console import (
+    BUDGET_HELP,
+    JSON_HELP,
+    SECONDS_HELP,
+    STANDARD_OUTPUT,
+    exit_code,
+    interruptible,
+    printer,
+    progress,
+    refuse_no_time,
+    refuse_unwritable,
+    write_text,
+)
 from .target import DTYPE_HELP, INPUT_HELP, MODEL_HELP, input_shape, parse_dtype, parse_shape, resolve_module
 
 if TYPE_CHECKING:
     import torch
 
-    from ..bench.job import Job
     from ..bench.providers import Provider
-    from ..bench.rows import Row
+    from ..bench.series import Series
+    from ..bench.task import Task
+    from ..measuring.budget import Budget
 
 MODES = ("infer", "train")
 STANDARD = "resnet50"
 # By device: images a step of the standard set.
 BATCHES = {"cuda": {"infer": [1, 8, 32, 256], "train": [32, 256], "layers": [64]}, "cpu": {"infer": [1], "train": [2], "layers": [1]}}
-LAYER_PROVIDERS = {"cuda": ("eager-graph", "cudnn-graph", "nchw", "cnnfast-graph", "cnnfast-kernels"), "cpu": ("eager", "nchw", "cnnfast")}
+LAYER_PROVIDERS = {"cuda": ("eager-graph", "nchw", "cnnfast-graph", "cnnfast-kernels"), "cpu": ("eager", "nchw", "cnnfast")}
 
 
 def bench(
@@ -39,8 +53,9 @@ def bench(
         typer.Option("--input", help=INPUT_HELP + " --batch replaces its first size.", show_default="what the model is made for, or 224"),
     ] = None,
     provider: Annotated[list[str] | None, typer.Option(help="Only this one; repeat for several.", show_default="all")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="Of timing, for each provider and job.")] = 1.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help=f"{SECONDS_HELP} Each provider has one in each job.")] = 1.0,
+    budget: Annotated[float | None, typer.Option(help=BUDGET_HELP, show_default="no limit")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
     pictures: Annotated[Path | None, typer.Option(help="Folder for pictures: roofline, layers, images a second.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Measure nothing: compare two files of --json, the earlier first.", metavar="A B")
@@ -55,6 +70,10 @@ def bench(
 
     Without MODEL the standard set runs: ResNet-50 in eval and in training, and --layers. Without a GPU PyTorch serves every call, so
     that ratios show what conversion costs. `--compare A B` ends with exit code 1 if something became slower or wrong.
+
+    The file of --json is written whenever something is known. Ctrl-C and SIGTERM end the run with a report of what it has, and exit code
+    130 or 143. A --budget counts from the start, compilation included; models come before layers, and what computes or moves most comes
+    first of these. Whatever has begun is finished: a provider that compiles for a minute may exceed the budget by it.
     """
     if compare is not None:
         raise typer.Exit(_compare(*compare))
@@ -64,14 +83,21 @@ def bench(
     batches = _batches(batch)
     sizes = [parse_shape(shape) for shape in shapes or []]
     name = parse_dtype(dtype) if dtype else ""
+    refuse_no_time(budget)
+    refuse_unwritable(json_file)
+    refuse_unwritable(pictures, "--pictures")
     if pictures is not None and importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter('pictures need matplotlib: pip install ".[demo]"', param_hint="--pictures")
 
+    from ..measuring.budget import Budget
+
+    limit = Budget(budget)  # counts from here
+
     import torch
-    from rich.console import Console
 
     from ..bench.report import report
-    from ..bench.running import one_thread
+    from ..bench.surroundings import one_thread, quick_collections
+    from ..bench.task import layer_tasks
     from ..precision import float32_products
 
     torch.manual_seed(0)  # the same parameters every time
@@ -82,23 +108,71 @@ def bench(
     precision = dtype_of(name)
     chosen = _providers(provider or [], device, layers)
 
-    jobs: list[tuple[str, Callable[..., list[Row]]]] = []
-    if not layers:
-        jobs += _model_jobs(model or STANDARD, modes or (MODES if model is None else MODES[:1]), batches, sizes, precision, device, chosen)
-    if layers or (model is None and not modes and not sizes):
-        jobs += _layer_jobs(batches, precision, device, _providers(provider or [], device, True), seconds)
-    if precision == torch.float32:
-        torch.backends.cudnn.allow_tf32 = name == TF32  # torch.compile still reads this older setting, which must not contradict
-    with one_thread(device), float32_products("tf32" if name == TF32 else "ieee") if precision == torch.float32 else nullcontext():
-        rows = _run(jobs, device, precision, seconds, json_file)
-    console = Console()
-    console.print(report(rows, console.width))
+    with ExitStack() as stack:
+        if precision == torch.float32:
+            torch.backends.cudnn.allow_tf32 = name == TF32  # torch.compile still reads this older setting, which must not contradict
+            stack.enter_context(float32_products("tf32" if name == TF32 else "ieee"))
+        stack.enter_context(one_thread(device))
+        stack.enter_context(quick_collections())
+        tasks: list[Task] = []
+        if not layers:
+            wanted = modes or (MODES if model is None else MODES[:1])
+            tasks += _model_tasks(model or STANDARD, wanted, batches, sizes, precision, device, chosen)
+        if layers or (model is None and not modes and not sizes):
+            of_layers = _providers(provider or [], device, True)
+            tasks += layer_tasks(batches or BATCHES[device.type]["layers"], precision, device, of_layers)
+        series, code = _run(tasks, device, precision, seconds, limit, json_file)
+
+    console = printer(json_file)
+    if series is None:
+        console.print("Interrupted before anything was measured.")
+        raise typer.Exit(code)
+    console.print(report(series.rows, console.width))
     if pictures is not None:
         from ..bench.pictures import draw
 
-        for file in draw(rows, pictures):
+        for file in draw(series.rows, pictures):
             console.print(f"picture: {file}", highlight=False, soft_wrap=True)
-    raise typer.Exit(1 if any(row.status == "wrong" for row in rows) else 0)
+    raise typer.Exit(code)
+
+
+def _run(
+    tasks: list[Task], device: torch.device, dtype: torch.dtype, seconds: float, budget: Budget, json_file: Path | None
+) -> tuple[Series | None, int]:
+    """What was measured, None if nothing was before an interrupt, and the exit code. The file is written meanwhile."""
+    from ..bench.rows import lines, to_json
+    from ..bench.series import Series
+    from ..bench.task import in_order
+    from ..measuring.machine import measure_peaks, this_machine
+
+    series, code = None, 0
+    texts: list[list[str]] = []
+
+    def write(file: Path | None) -> None:
+        write_text(file, to_json(line for task in texts for line in task))
+
+    def changed(i: int) -> None:
+        texts[i] = lines(series.results[i]) if series else []
+        if json_file != STANDARD_OUTPUT:
+            write(json_file)
+
+    try:
+        with interruptible(), progress("the machine itself") as tell:
+            machine, peaks = this_machine(device), measure_peaks(device, dtype)
+            series = Series(in_order(tasks, peaks), machine, peaks, changed)
+            texts += map(lines, series.results)
+            series.run(seconds, budget, tell)
+    except KeyboardInterrupt as interrupt:
+        code = exit_code(interrupt)
+        if series:
+            series.ended("the run was interrupted")
+    if series and len(series.errors) == len(tasks):
+        job, error = series.tasks[0].job, series.errors[0]
+        given = " ".join("x".join(map(str, shape)) for shape in job.shapes)
+        raise typer.BadParameter(f"{job.name} with inputs {given}: {error}")
+    write(json_file)
+    wrong = series and (series.errors or series.lost or any(row.status == "wrong" for row in series.rows))
+    return series, code or (1 if wrong else 0)
 
 
 def _compare(before: Path, after: Path) -> int:
@@ -146,13 +220,13 @@ def _providers(names: list[str], device: torch.device, layers: bool) -> list[Pro
     return [replace(p, skipped=slow) if device.type == "cpu" and p.how != EAGER else p for p in PROVIDERS.values()]
 
 
-def _model_jobs(
+def _model_tasks(
     text: str, modes: tuple[str, ...], batches: list[int], sizes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device,
     providers: list[Provider],
-) -> Iterator[tuple[str, Callable[..., list[Row]]]]:  # fmt: skip
+) -> Iterator[Task]:  # fmt: skip
 
     from ..bench.job import Job, plain, without_dropout
-    from ..bench.running import run
+    from ..bench.task import model_task
 
     target, module = resolve_module(text)
     module = without_dropout(module.float().cpu())
@@ -164,53 +238,4 @@ def _model_jobs(
             raise typer.BadParameter(f"{text} cannot be had without cnnfast, as a baseline: {error}", param_hint="MODEL") from None
         for batch in batches or ([sizes[0][0]] if sizes else BATCHES[device.type][mode]):
             shapes = tuple((batch, *size[1:]) for size in given)
-            job = Job(target.name, baseline, shapes, mode, dtype, device, original=module)
-            yield f"{job.name}, {mode}, batch {batch}", _of_model(run, job, providers, text)
-
-
-def _of_model(run: Callable[..., list[Row]], job: Job, providers: list[Provider], text: str) -> Callable[..., list[Row]]:
-    def measure(*arguments: Any, **options: Any) -> list[Row]:
-        job.original.train(job.mode == "train") if job.original is not None else None
-        try:
-            return run(job, providers, *arguments, **options)
-        except (RuntimeError, TypeError, ValueError) as error:  # above all: an input that the model does not take
-            given = " ".join("x".join(map(str, shape)) for shape in job.shapes)
-            raise typer.BadParameter(f"{text} with inputs {given}: {type(error).__name__}: {error}") from None
-
-    return measure
-
-
-def _layer_jobs(
-    batches: list[int], dtype: torch.dtype, device: torch.device, providers: list[Provider], seconds: float
-) -> Iterator[tuple[str, Callable[..., list[Row]]]]:
-    from functools import partial
-
-    from ..bench.running import run_layer
-    from ..bench.shapes import layers
-
-    for batch in batches or BATCHES[device.type]["layers"]:
-        for layer in layers():
-            for mode in layer.modes:
-                yield f"{layer}, {mode}", partial(run_layer, layer, batch, mode, dtype, device, providers)
-
-
-def _run(
-    jobs: list[tuple[str, Callable[..., list[Row]]]], device: torch.device, dtype: torch.dtype, seconds: float, json_file: Path | None
-) -> list[Row]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from ..bench.rows import write
-    from ..measuring.machine import measure_peaks, this_machine
-
-    rows: list[Row] = []
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        bar = bars.add_task("the machine itself", total=len(jobs))
-        machine, peaks = this_machine(device), measure_peaks(device, dtype)
-        for name, job in jobs:
-            rows += job(machine, peaks, budget=seconds, tell=lambda text, name=name: bars.update(bar, description=f"{name}: {text}"))
-            bars.advance(bar)
-            if json_file is not None:  # after every job: a run of hours may be cut short
-                write(rows, json_file)
-    return rows
+            yield model_task(Job(target.name, baseline, shapes, mode, dtype, device, original=module), providers)

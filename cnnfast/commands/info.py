@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .console import JSON_HELP, printer, refuse_unwritable, write_text
 from .target import INPUT_HELP, MODEL_HELP, input_shape, parse_shape, resolve_module
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 def info(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     shapes: Annotated[list[str] | None, typer.Option("--input", help=INPUT_HELP, show_default="what the model is made for, or 224")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all layers to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
 ) -> None:
     """Show the layers of MODEL: output shape, parameters, FLOPs and receptive field of each, and totals.
 
@@ -33,9 +34,9 @@ def info(
     beside it the step, in input rows, from one output to the next.
     """
     sizes = [parse_shape(shape) for shape in shapes or []]
+    refuse_unwritable(json_file)
 
     import torch
-    from rich.console import Console
     from rich.text import Text
 
     from ..summary import summarize
@@ -48,18 +49,17 @@ def info(
     except RuntimeError as error:
         raise typer.BadParameter(f"{error}; name a shape that it takes", param_hint="--input") from None
 
-    console = Console()
+    console = printer(json_file)
     given = ", ".join("x".join(map(str, size)) for size in sizes)
     found = "" if target.name.startswith(target.source) else f" ({target.source})"
     console.print(Text.assemble((target.name, "bold"), found, f", input {given}"))
     console.print(table(summary.layers, console.width))
     for line in totals(summary):
         console.print(line, highlight=False)
-    if json_file is not None:
-        total = {name: value for name, value in asdict(summary).items() if name != "layers"} | {"macs": summary.macs}
-        layers = [asdict(layer) for layer in summary.layers]
-        data = {"model": target.name, "source": target.source, "input": sizes, "layers": layers, "total": total}
-        json_file.write_text(json.dumps(data, indent=1) + "\n")
+    total = {name: value for name, value in asdict(summary).items() if name != "layers"} | {"macs": summary.macs}
+    layers = [asdict(layer) for layer in summary.layers]
+    data = {"model": target.name, "source": target.source, "input": sizes, "layers": layers, "total": total}
+    write_text(json_file, json.dumps(data, indent=1))
 
 
 def table(layers: list[Layer], width: int) -> Table:

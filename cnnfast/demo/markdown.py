@@ -45,8 +45,8 @@ def markdown(results: Results, picture: str) -> str:
             table(("module", "class", "", "into, or why"), rows),
         ]
     if results.timings:
-        parts += ["## Times", results.timed, table(HEADING, (t.cells for t in results.timings))]
-    return "\n\n".join(parts) + "\n"
+        parts += ["## Times", results.timed, table(HEADING, (t.cells for t in results.timings)), results.left_out]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def proof_parts(proof: Proof) -> list[str]:

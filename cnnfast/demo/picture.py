@@ -1,4 +1,4 @@
-"""The demo's picture: the photograph, what the residual block makes of it, digits as they were read, and errors."""
+"""The demo's picture: the photograph, what the residual block makes of it, digits as they were read, errors, and times if there are any."""
 
 from __future__ import annotations
 
@@ -32,12 +32,15 @@ class Images:
 
 def draw(results: Results, images: Images, file: Path) -> None:
     """Writes a PNG."""
-    figure = Figure(figsize=(13, 12), layout="constrained")
+    heights = [3.6, 1.4, 6.5] + [6.0] * bool(results.timings)
+    figure = Figure(figsize=(13, sum(heights) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
-    top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=(3.6, 1.4, 6.5)).flat
-    _photograph(top, images)
-    _digits(middle, images, results)
-    _errors(bottom, results.proofs)
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    _photograph(parts[0], images)
+    _digits(parts[1], images, results)
+    _errors(parts[2], results.proofs)
+    if results.timings:
+        _times(parts[3], results)
     figure.savefig(file, dpi=110)
 
 
@@ -98,3 +101,24 @@ def _errors(figure, proofs: list[Proof]) -> None:
         axes.set_title(textwrap.fill(f"{proof.title}, {proof.dtype}", 34), fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].legend(loc="lower right", fontsize=9)
+
+
+def _times(figure, results: Results) -> None:
+    """Bars of milliseconds, a pair for each layer and direction; what was left out is named below."""
+    figure.suptitle(textwrap.fill(results.timed, 150), fontsize=9)
+    timed = [t for t in results.timings if t.timed]
+    places = np.arange(len(timed))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, title, ours, theirs in (
+        (left, "forward", [t.forward for t in timed], [t.torch_forward for t in timed]),
+        (right, "backward", [t.backward for t in timed], [t.torch_backward for t in timed]),
+    ):
+        axes.barh(places - 0.2, [ms or 0 for ms in ours], 0.4, color=OURS, label="our kernels")
+        axes.barh(places + 0.2, [ms or 0 for ms in theirs], 0.4, color=THEIRS, label="PyTorch")
+        axes.set_title(title, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set_yticks(places, [t.layer for t in timed], fontsize=7)
+    left.invert_yaxis()
+    right.legend(loc="lower right", fontsize=9)
+    if results.left_out:
+        figure.supxlabel(textwrap.fill(results.left_out, 190), fontsize=7)

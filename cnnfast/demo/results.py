@@ -82,6 +82,13 @@ class Results:
     conversion: Conversion | None = None
 
     @property
+    def left_out(self) -> str:
+        """The timings that there was no time for, and why; "" if there are all."""
+        reasons = dict.fromkeys(t.left_out for t in self.timings if t.left_out)
+        named = ("; ".join(t.layer for t in self.timings if t.left_out == reason) for reason in reasons)
+        return " ".join(f"Left out, because {reason}: {layers}." for reason, layers in zip(reasons, named, strict=True))
+
+    @property
     def ok(self) -> bool:
         parts = [self.training.ok, *(p.report.ok for p in self.proofs), *(t.right for t in self.timings)]
         return all(parts) and (self.conversion is None or self.conversion.ok)
@@ -101,6 +108,7 @@ class Results:
             "conversion": None if c is None else {**vars(c), "ok": c.ok, "report": json.loads(c.report.to_json())},
             "timed": self.timed,
             "timings": [asdict(t) for t in self.timings],
+            "left_out": self.left_out,
         }
         return json.dumps(data, indent=1, allow_nan=False)
 

@@ -18,9 +18,9 @@ from cnnfast import __version__
 from cnnfast.checking import check
 from cnnfast.dispatch import Trace, backend, launch, prefer_kernels, trace
 from cnnfast.dtypes import TF32
-from cnnfast.measuring.timing import cudnn_benchmark
+from cnnfast.measuring.budget import Budget
 
-from . import digits, photograph, plain, timing
+from . import ahead, digits, photograph, plain, timing
 from .picture import Images
 from .results import Conversion, Proof, Results, Training
 
@@ -36,8 +36,8 @@ OURS = "our kernels"
 PHOTOGRAPH_PATH = "through a ResNet's stem and first block, in training"
 
 
-def tell(seed: int, epochs: int, console: Console) -> tuple[Results, Images]:
-    """Runs everything; on a GPU if there is one."""
+def tell(seed: int, epochs: int, console: Console, budget: float) -> tuple[Results, Images]:
+    """Runs everything; on a GPU if there is one. budget: seconds of the timing there."""
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
@@ -48,6 +48,12 @@ def tell(seed: int, epochs: int, console: Console) -> tuple[Results, Images]:
     with Progress(*columns, console=console) as bars:
         network = digits.make_network(seed).to(device)
         training_part, held_out = digits.load_digits(seed)
+        image = photograph.load_photograph(None if gpu else INTERPRETED_SIZE)
+        layers = photograph.make_layers(seed).to(device)
+        x = photograph.normalized(image).to(device)
+        some = held_out.images[: GPU_DIGITS if gpu else INTERPRETED_DIGITS].to(device)
+        if gpu:
+            compile_kernels([(layers, x, True), (network, some, True), (network, some, False)], device, bars)
         training, read = learn(network, training_part, held_out, epochs, seed, bars)
         console.print(
             f"held-out digits read right: {training.accuracy:.1%} ({training.held_out - len(training.mistakes)} of {training.held_out});"
@@ -57,9 +63,6 @@ def tell(seed: int, epochs: int, console: Console) -> tuple[Results, Images]:
         )
         results = Results(place, training)
 
-        image = photograph.load_photograph(None if gpu else INTERPRETED_SIZE)
-        layers = photograph.make_layers(seed).to(device)
-        x = photograph.normalized(image).to(device)
         with torch.no_grad(), prefer_kernels(), trace() as calls:
             features = layers(x)
         by = OURS if served_by(calls) == OURS else "PyTorch"
@@ -68,7 +71,6 @@ def tell(seed: int, epochs: int, console: Console) -> tuple[Results, Images]:
         if launch is None:
             console.print("triton is not installed here: no kernel can run")
         else:
-            some = held_out.images[: GPU_DIGITS if gpu else INTERPRETED_DIGITS].to(device)
             for dtype in GPU_DTYPES if gpu else GPU_DTYPES[:1]:
                 if not gpu:
                     results.proofs.append(prove(f"photograph, {sizes(x)}, {PHOTOGRAPH_PATH}", layers, x, dtype, bars, backward=False))
@@ -80,9 +82,15 @@ def tell(seed: int, epochs: int, console: Console) -> tuple[Results, Images]:
             )
         if gpu:
             results.timed = timing.CONDITIONS
-            results.timings = measure(device, bars)
+            results.timings = measure(device, Budget(budget), bars)
+            console.print(results.left_out, highlight=False, soft_wrap=True)
     results.seconds = time.perf_counter() - began
     return results, images
+
+
+def compile_kernels(cases: list[ahead.Case], device: torch.device, bars: Progress) -> None:
+    bar = bars.add_task("compiling kernels", total=None, note="")
+    ahead.compile_ahead(cases, GPU_DTYPES, device, lambda done, total: bars.update(bar, completed=done, total=total))
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -164,17 +172,14 @@ def convert_digits(network: digits.DigitNet, images: Tensor, bars: Progress) -> 
     return found
 
 
-def measure(device: torch.device, bars: Progress) -> list[timing.Timing]:
+def measure(device: torch.device, budget: Budget, bars: Progress) -> list[timing.Timing]:
     """Times ResNet-50's convolutions and prints what was found."""
-    layers = timing.resnet50()
-    bar = bars.add_task("ResNet-50's convolutions", total=len(layers), note="")
-    timings = []
+    bar = bars.add_task("ResNet-50's convolutions", total=None, note="")
+    timings = timing.time_layers(device, budget, lambda done, total, note: bars.update(bar, completed=done, total=total, note=note))
     table = Table(*timing.HEADING, title=timing.CONDITIONS)
-    with cudnn_benchmark(True), prefer_kernels():
-        for layer in layers:
-            timings.append(timing.time_layer(layer, device, torch.bfloat16))
-            table.add_row(*timings[-1].cells)
-            bars.update(bar, advance=1, note=str(layer))
+    for found in timings:
+        if found.timed or found.problem:
+            table.add_row(*found.cells)
     bars.console.print(table)
     return timings
 

@@ -1,117 +1,102 @@
-"""ResNet-50's convolutions, ours beside PyTorch's, on a GPU."""
+"""ResNet-50's convolutions on a GPU: our kernels beside the library's, measured as `cnnfast bench --layers` does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-import cnnfast.functional as F
-from cnnfast.bench.shapes import resnet50_convolutions
-from cnnfast.checking import check
+from cnnfast.bench.job import FORWARD
+from cnnfast.bench.providers import PROVIDERS
+from cnnfast.bench.rows import LEFT_OUT, OK, Row
+from cnnfast.bench.series import Series
+from cnnfast.bench.shapes import Layer, layers
+from cnnfast.bench.surroundings import one_thread, quick_collections
+from cnnfast.bench.task import Task, layer_task
+from cnnfast.measuring.budget import Budget
+from cnnfast.measuring.machine import Peaks, measure_peaks, this_machine
 
 BATCH = 64
-ROUNDS = 9
-CHECKED_IMAGES = 2  # float64 takes its time
-REPEATS = 10
+DTYPE = torch.bfloat16
+SECONDS = 0.1  # of timing, for each of the two in each direction
+OURS, THEIRS = "cnnfast-kernels", "eager-graph"
 CONDITIONS = (
-    f"ResNet-50's convolutions, batch {BATCH}, bfloat16, channels_last, cudnn.benchmark:"
-    f" milliseconds of one call, median of {ROUNDS} interleaved rounds"
+    f"ResNet-50's convolutions, batch {BATCH}, bfloat16, channels_last: milliseconds of one call, median of interleaved rounds, of our"
+    " kernels alone (whatever would serve by default) and of PyTorch's with cudnn.benchmark; both are CUDA graphs over so many copies of"
+    " the operands that the last-level cache does not hold them"
 )
 HEADING = ("convolution", "times in the network", "forward", "PyTorch", "backward", "PyTorch", "against float64")
-
-Timer = Callable[[Callable[[], object]], float]  # milliseconds of one call
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A square convolution, padded by half its kernel; `count` is how often the network has it."""
-
-    C: int
-    size: int
-    K: int
-    R: int
-    stride: int
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.C}x{self.size}x{self.size} > {self.K}, {self.R}x{self.R}/{self.stride}"
-
-    @property
-    def output_size(self) -> int:
-        return (self.size + 2 * (self.R // 2) - self.R) // self.stride + 1
-
-    def flops(self, N: int) -> int:
-        """Of the forward pass; backward has twice as many."""
-        return 2 * N * self.output_size**2 * self.K * self.C * self.R**2
-
-
-def resnet50() -> list[Layer]:
-    """The 53 convolutions of ResNet-50 (strides in the 3x3 ones), each distinct one once."""
-    return [Layer(*shape) for shape in resnet50_convolutions()]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of one call; `right`: its results held against float64 before it was timed."""
+    """Median milliseconds of one call, None where there is none. backward: both gradients; of the network's first layer, whose input needs
+    none, that of the filters. problem: what went wrong with ours; "" if nothing did. left_out: why nothing was measured, or ""."""
 
     layer: str
     count: int
-    flops: int
-    right: bool
-    forward: float
-    torch_forward: float
-    backward: float
-    torch_backward: float
+    forward: float | None
+    torch_forward: float | None
+    backward: float | None
+    torch_backward: float | None
+    problem: str = ""
+    left_out: str = ""
+
+    @property
+    def timed(self) -> bool:
+        """Whether there is any time of it."""
+        return any((self.forward, self.torch_forward, self.backward, self.torch_backward))
+
+    @property
+    def right(self) -> bool:
+        """Whatever of ours was measured held against float64 before."""
+        return not self.problem
 
     @property
     def cells(self) -> tuple[str, ...]:
         """Under HEADING."""
-        times = (f"{ms:.3f}" for ms in (self.forward, self.torch_forward, self.backward, self.torch_backward))
-        return (self.layer, str(self.count), *times, "ok" if self.right else "FAIL")
+        times = (self.forward, self.torch_forward, self.backward, self.torch_backward)
+        shown = ("" if ms is None else f"{ms:.3f}" for ms in times)
+        return (self.layer, str(self.count), *shown, f"FAIL: {self.problem}" if self.problem else "left out" if self.left_out else "ok")
 
 
-def time_events(call: Callable[[], object]) -> float:
-    """Milliseconds of one call on the current stream, the mean of a few in a row, by CUDA events."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(REPEATS):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / REPEATS
+def convolutions() -> list[Layer]:
+    """The 53 convolutions of ResNet-50, each distinct one once."""
+    return [layer for layer in layers() if isinstance(layer.module, nn.Conv2d) and layer.module.groups == 1]
 
 
-def time_layer(
-    layer: Layer, device: torch.device, dtype: torch.dtype, timer: Timer = time_events, N: int = BATCH, rounds: int = ROUNDS
-) -> Timing:
-    """Checks a convolution against float64, then times ours and PyTorch's in turn, forward and backward (both gradients)."""
-    generator = torch.Generator(device).manual_seed(0)
+def directions(layer: Layer, device: torch.device, batch: int, dtype: torch.dtype) -> list[Task]:
+    """Forward and backward."""
+    backward = "backward" if "dgrad" in layer.modes else "wgrad"
+    providers = [PROVIDERS[name] for name in (THEIRS, OURS)]
+    return [layer_task(layer, batch, mode, dtype, device, providers) for mode in (FORWARD, backward)]
 
-    def random(*size: int, scale: float = 1.0) -> Tensor:
-        t = torch.randn(size, generator=generator, device=device) * scale
-        return t.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
-    x = random(N, layer.C, layer.size, layer.size)
-    w = random(layer.K, layer.C, layer.R, layer.R, scale=(layer.C * layer.R**2) ** -0.5)
-    geometry: dict[str, Any] = {"stride": layer.stride, "padding": layer.R // 2}
-    right = check(lambda x, w: F.conv2d(x, w, **geometry), x[:CHECKED_IMAGES], w).ok
+def time_layers(device: torch.device, budget: Budget, tell: Callable[[int, int, str], None]) -> list[Timing]:
+    """Those first in which the network spends most. tell: called with (directions done, of how many, what comes next)."""
+    with one_thread(device), quick_collections():
+        machine, peaks = this_machine(device), measure_peaks(device, DTYPE)
+        found = costliest_first([(layer, directions(layer, device, BATCH, DTYPE)) for layer in convolutions()], peaks)
+        series = Series([task for _, tasks in found for task in tasks], machine, peaks)
+        series.run(SECONDS, budget, tell)
+    both = zip(series.results[::2], series.results[1::2], strict=True)
+    return [timing_of(layer, *rows) for (layer, _), rows in zip(found, both, strict=True)]
 
-    calls: dict[str, Callable[[], object]] = {}
-    for name, convolve in (("", F.conv2d), ("torch_", torch.nn.functional.conv2d)):
-        forward = lambda convolve=convolve: convolve(x, w, **geometry)  # noqa: E731
-        y = forward()
-        dy = torch.ones_like(y)
-        calls[f"{name}forward"] = forward
-        calls[f"{name}backward"] = lambda y=y, dy=dy: torch.autograd.grad(y, (x, w), dy, retain_graph=True)
-    for call in calls.values():  # compiles ours, lets cuDNN choose
-        timer(call)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(timer(call))
-    return Timing(str(layer), layer.count, layer.flops(N), right, **{name: median(values) for name, values in times.items()})
+
+def costliest_first(found: list[tuple[Layer, list[Task]]], peaks: Peaks) -> list[tuple[Layer, list[Task]]]:
+    return sorted(found, key=lambda each: -sum(task.seconds(peaks) for task in each[1]))
+
+
+def timing_of(layer: Layer, forward: Sequence[Row], backward: Sequence[Row]) -> Timing:
+    """Of the rows of both directions."""
+    by_name = [{row.provider: row for row in rows} for rows in (forward, backward)]
+    milliseconds = (row.median * 1000 if (row := rows[name]).median else None for rows in by_name for name in (OURS, THEIRS))
+    forward_by_us, forward_by_torch, backward_by_us, backward_by_torch = milliseconds
+    ours = [rows[OURS] for rows in by_name]
+    problem = next((row.reason for row in ours if row.status not in (OK, LEFT_OUT)), "")
+    left_out = next((row.reason for row in ours if row.status == LEFT_OUT), "")
+    return Timing(
+        str(layer), layer.count, forward_by_us, forward_by_torch, backward_by_us, backward_by_torch, problem=problem, left_out=left_out
+    )

@@ -7,6 +7,7 @@ clock can be trusted.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,9 @@ Step = Callable[[], Any]
 
 SCHEDULER = Path("/proc/thread-self/schedstat")  # nanoseconds that the thread ran, that it waited for a core, and slices
 
-ROUNDS = 9  # at least
+ROUNDS = 9  # at least, where time suffices
+FEWEST = 3  # rounds before anybody is told of times
+PAUSE = 2.0  # seconds between two tellings
 STABLE = 0.03  # of two consecutive warm-up samples
 WARM_UPS = 20  # samples, at most
 GROWTH = 10  # of the calls in a sample, from one to the next
@@ -105,16 +108,25 @@ def warm_up(step: Step, clock: Clock) -> int:
 
 
 def measure(
-    steps: Mapping[str, Step], clock: Clock, budget: float = 1.0, rounds: int = ROUNDS, tell: Callable[[str], None] = lambda name: None
+    steps: Mapping[str, Step],
+    clock: Clock,
+    budget: float = 1.0,
+    rounds: int = ROUNDS,
+    tell: Callable[[str], None] = lambda name: None,
+    *,
+    left: Callable[[], float] = lambda: math.inf,
+    found: Callable[[dict[str, Times | Exception]], object] = lambda times: None,
 ) -> dict[str, Times | Exception]:
     """Times of each step, or what it raised.
 
     budget: seconds for each step, its warm-up not counted. At least `rounds` samples are taken.
     tell: called with the name of what is measured next.
+    left: seconds that are left for all of this. Once there are none, the round under way is the last one; what has no sample by then is
+    not in the result. found: called between two rounds every few seconds with what is known by then, so that it can be kept.
     """
     results: dict[str, Times | Exception] = {}
     calls: dict[str, int] = {}
-    samples: dict[str, list[float]] = {}
+    samples: dict[str, list[float]] = {name: [] for name in steps}
 
     def attempt(name: str, take: Callable[[], None]) -> None:
         try:
@@ -123,12 +135,16 @@ def measure(
             results[name] = error
             calls.pop(name, None)
 
+    def so_far() -> dict[str, Times | Exception]:
+        return {name: results[name] if name in results else Times.of(samples[name]) for name in steps if name in results or samples[name]}
+
     for name, step in steps.items():
+        if left() <= 0:
+            break
         tell(name)
         attempt(name, lambda name=name, step=step: calls.__setitem__(name, warm_up(step, clock)))
-        samples[name] = []
-    spent, done = 0.0, 0
-    while calls and (spent < budget * len(steps) or done < rounds):
+    spent, done, told = 0.0, 0, time.monotonic()
+    while calls and (spent < budget * len(steps) or done < rounds) and left() > 0:
         names = list(calls)
         for name in names[done % len(names) :] + names[: done % len(names)]:
             tell(name)
@@ -136,7 +152,10 @@ def measure(
             if name in calls:
                 spent += samples[name][-1] * calls[name]
         done += 1
-    return {name: results[name] if name in results else Times.of(samples[name]) for name in steps}
+        if done >= FEWEST and time.monotonic() - told >= PAUSE:
+            found(so_far())
+            told = time.monotonic()
+    return so_far()
 
 
 @contextmanager

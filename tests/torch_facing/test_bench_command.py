@@ -17,8 +17,9 @@ from cnnfast.bench import compare as comparing
 from cnnfast.bench.job import Job, plain
 from cnnfast.bench.providers import PROVIDERS
 from cnnfast.bench.report import report
-from cnnfast.bench.rows import Row, jobs, read, speedup, verdict, write
+from cnnfast.bench.rows import Row, jobs, lines, read, speedup, to_json, verdict
 from cnnfast.bench.running import run
+from cnnfast.bench.task import model_task
 from cnnfast.measuring.machine import Machine, Peaks, this_machine
 from cnnfast.measuring.timing import HostClock, measure
 from cnnfast.models import resnet18
@@ -70,6 +71,10 @@ def row(provider: str = "eager", median: float | None = 1.0, **other) -> Row:
         "peaks": Peaks(4e12, 2e9), "flops": 10**12, "bytes": 10**9, "level": entry.level, "ceilings": {entry.level: 0.5},
     }  # fmt: skip
     return Row(**{**fixed, **spread, **other})
+
+
+def write(rows, file: Path) -> None:
+    file.write_text(to_json(lines(rows)))
 
 
 def text(rows, width: int = 120) -> str:
@@ -213,6 +218,39 @@ def test_the_report_fits(width):
     assert any("jax is not installed" in line for line in lines)
 
 
+def test_what_was_left_out_is_named_and_judged_by_nobody():
+    """Jobs as a whole by their reason; of a model's job that was begun, its providers; of layers, too."""
+    spent, stopped = "the budget of 9 s was spent", "the run was interrupted"
+    left = {"status": "left out", "reason": spent}
+    layer = {"kind": "layer", "subject": "conv 3x3", "mode": "forward", "level": "operators"}
+    rows = [
+        row("eager"), row("cnnfast", 0.5), row("max-autotune", None, **left),
+        row("eager", None, batch=9, **left), row("cnnfast", None, batch=9, **left),
+        row("eager", None, batch=10, status="left out", reason=stopped),
+        row("eager", **layer), row("cnnfast", None, **{**layer, **left}), row("eager", None, **{**layer, **left, "mode": "dgrad"}),
+    ]  # fmt: skip
+    said = text(rows, 200)
+    assert f"left out: {spent}\nnet, batch 9 (infer); conv 3x3, batch 8 (forward by cnnfast, dgrad)" in said
+    assert f"left out: {stopped}\nnet, batch 10 (infer)" in said
+    assert f"max-autotune  left out: {spent}" in said
+    assert "nothing to compare" not in said
+    assert said.count("wins ") == 1
+
+
+def test_times_that_are_not_of_the_rounds_are_marked():
+    said = text([row("eager", alone=True), row("cnnfast", 0.5)], 160)
+    assert "wins   2.00x  net, infer, batch 8, 8x3x9x9, bfloat16: 500 ms (cnnfast) against 1,000 ms (eager ~)" in said
+    assert "eager * ~" in said
+    assert "~: timed alone, right after its first result" in said
+    assert "~" not in text([row("eager"), row("cnnfast", 0.5)])
+
+
+def test_a_run_of_which_nothing_was_begun_is_reported():
+    said = text([row("eager", None, status="left out", reason="the run was interrupted")])
+    assert "left out: the run was interrupted" in said
+    assert "a GPU" in said
+
+
 def test_rows_survive_their_file(tmp_path):
     rows = [row(), row("jax", None, status="unavailable", reason="jax is not installed")]
     write(rows, tmp_path / "rows.json")
@@ -248,6 +286,13 @@ def test_what_changed_between_two_runs(tmp_path):
     assert "in common" in " ".join(bench("--compare", *map(str, files)).output.split())
 
 
+def test_what_ended_early_is_compared_with_nothing():
+    before = [row("eager", 1.0), row("cnnfast", 1.0), row("nchw", 1.0)]
+    after = [row("eager", None, status="left out", reason="the run was interrupted"), row("cnnfast", 2.0, alone=True), row("nchw", 2.0)]
+    for one, other in ((before, after), (after, before)):
+        assert [c.after.provider for c in comparing.compare(one, other)] == ["nchw"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # This machine
 
@@ -281,7 +326,7 @@ def test_a_run_twice_has_the_same_medians():
     cpu = torch.device("cpu")
     job = Job("resnet18", plain(model), ((1, 3, 96, 96),), "infer", torch.float32, cpu)
     for _ in range(ATTEMPTS):
-        runs = [run(job, [PROVIDERS["eager"]], MACHINE, Peaks(1e11, 1e10), budget=0.3)[0].median for _ in range(2)]
+        runs = [run(model_task(job, [PROVIDERS["eager"]]), MACHINE, Peaks(1e11, 1e10), seconds=0.3)[0].median for _ in range(2)]
         if abs(runs[0] / runs[1] - 1) <= 0.05:
             return
     pytest.fail(f"{runs}")

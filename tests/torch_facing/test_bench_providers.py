@@ -6,6 +6,7 @@ import copy
 import sys
 import time
 import types
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from torch import nn
 
 import cnnfast
 from cnnfast import dispatch
-from cnnfast.bench import folding, providers, running
+from cnnfast.bench import folding, footprint, providers, running, surroundings
 from cnnfast.bench.gate import expect
 from cnnfast.bench.job import BACKWARD, Job, plain, without_dropout
 from cnnfast.bench.providers import PROVIDERS, Ours, Prepared, Provider
 from cnnfast.bench.rows import FAILED, OK, UNAVAILABLE, WRONG
 from cnnfast.bench.shapes import layers, resnet50_convolutions
+from cnnfast.bench.task import layer_task, model_task
 from cnnfast.measuring.machine import Peaks, this_machine
 from cnnfast.models import resnet18
 from cnnfast.precision import float32_products, nearest_tf32
@@ -69,7 +71,7 @@ def job(model: nn.Module, mode: str = "infer", dtype: torch.dtype = torch.float3
 
 
 def run(work: Job, *chosen: Provider, **options) -> dict:
-    rows = running.run(work, chosen, MACHINE, PEAKS, budget=0, **options)
+    rows = running.run(model_task(work, chosen), MACHINE, PEAKS, seconds=0, **options)
     return {row.provider: row for row in rows}
 
 
@@ -245,7 +247,7 @@ def test_the_gate_runs_whatever_was_set_before():
     setting = torch.backends.cudnn.conv
     before, setting.fp32_precision = setting.fp32_precision, "tf32"
     try:
-        with running.one_thread(CPU):
+        with surroundings.one_thread(CPU):
             assert torch.backends.cudnn.benchmark
             assert max(expect(job(nn.Conv2d(3, 8, 3).eval())).plain) < 1e-6
         assert not torch.backends.cudnn.benchmark
@@ -288,7 +290,7 @@ def test_layers_run_on_every_eager_provider(name):
     (layer,) = [layer for layer in layers() if str(layer) == name]
     for mode in layer.modes:
         chosen = [PROVIDERS[n] for n in ("eager", "nchw", "cnnfast")]
-        rows = running.run_layer(layer, 2, mode, torch.float32, CPU, chosen, MACHINE, PEAKS, budget=0)
+        rows = running.run(layer_task(layer, 2, mode, torch.float32, CPU, chosen), MACHINE, PEAKS, seconds=0)
         assert {row.status: row.reason for row in rows} == {OK: ""}
         assert {row.level for row in rows} == {"operators"}
         assert {row.count for row in rows} == {layer.count}
@@ -300,27 +302,33 @@ def test_a_wrong_gradient_of_a_layer_gets_no_time(monkeypatch):
 
     layer = next(layers())
     for mode in ("forward", "wgrad"):
-        (row,) = running.run_layer(layer, 1, mode, torch.float32, CPU, [Frozen("frozen", "")], MACHINE, PEAKS, budget=0)
+        (row,) = running.run(layer_task(layer, 1, mode, torch.float32, CPU, [Frozen("frozen", "")]), MACHINE, PEAKS, seconds=0)
         assert row.status == WRONG
 
 
 def test_buffers_take_turns():
+    """Inputs and weights are elsewhere in each set, and the same numbers."""
     work = replace(job(Small()), copies=3)
-    seen = []
+    seen, numbers = [], set()
+
+    def look(module, args):
+        seen.append((args[0].data_ptr(), module.weight.data_ptr()))
+        numbers.add((float(args[0].sum()), float(module.weight.sum())))
 
     class Watching(Provider):
         def network(self, job):
             model = super().network(job)
-            model.stem.register_forward_pre_hook(lambda module, args: seen.append(float(args[0].sum())))
+            model.stem.register_forward_pre_hook(look)
             return model
 
     prepared = Watching("watching", "").prepare(work)
     del seen[:]
     for _ in range(6):
         prepared.step()
-    assert len(set(seen)) == 3
+    inputs, weights = zip(*seen, strict=True)
+    assert len(set(inputs)) == len(set(weights)) == 3
     assert seen[:3] == seen[3:]
-    assert seen[0] == float(work.inputs(0)[0].sum())
+    assert len(numbers) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,8 +433,8 @@ def test_kernels_of_a_step_are_counted(small, monkeypatch):
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: nullcontext(seen))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     on_gpu = replace(job(small), device=torch.device("cuda"))
-    assert running.kernels(on_gpu, Prepared(list, calls=3)) == 2
-    assert running.kernels(job(small), Prepared(list)) is None
+    assert footprint.kernels(on_gpu, Prepared(list, calls=3)) == 2
+    assert footprint.kernels(job(small), Prepared(list)) is None
 
 
 def test_a_captured_step_replays_all_buffers(small, monkeypatch):
@@ -463,6 +471,12 @@ def test_a_captured_step_replays_all_buffers(small, monkeypatch):
     assert log == ["wait", 1, 1, 1, 2, 2, 2, "synchronize", "capture", 1, 2, "captured"]
     assert replay() == [torch.tensor(1)]
     assert log[-1] == "replay"
+    operand = torch.zeros(2)
+    watched = weakref.ref(operand)
+    replay = providers.captured(lambda operand=operand: [lambda: operand], CPU)
+    del operand
+    assert watched() is not None  # a graph knows its address alone
+    del replay
     ready = PROVIDERS["eager-graph"].prepare(replace(job(small), copies=5))
     assert ready.calls == 5
 

@@ -8,14 +8,19 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from child import run_compiled
 from cnnfast import backend, trace
+from cnnfast.bench.providers import PROVIDERS, Kernels
+from cnnfast.bench.shapes import Layer as BenchLayer
 from cnnfast.checking import Comparison, Report, Row
 from cnnfast.demo import digits, photograph, plain, story, timing
 from cnnfast.demo.markdown import markdown
 from cnnfast.demo.picture import Images, draw
 from cnnfast.demo.results import Proof, Results, Training
+from cnnfast.measuring.budget import Budget
+from cnnfast.measuring.machine import Peaks
 
 
 def test_split_is_seeded_disjoint_and_complete():
@@ -133,31 +138,95 @@ def test_prove_shows_errors_and_launches(device):
 
 
 def test_resnet50_has_its_53_convolutions():
-    layers = timing.resnet50()
+    layers = timing.convolutions()
     assert sum(layer.count for layer in layers) == 53
-    assert len(set(layers)) == len(layers)
-    parameters = sum(layer.count * layer.C * layer.K * layer.R**2 for layer in layers)
+    assert len(set(map(str, layers))) == len(layers)
+    parameters = sum(layer.count * layer.module.weight.numel() for layer in layers)
     assert parameters == 23_454_912
-    assert sum(layer.count * layer.flops(1) for layer in layers) == 2 * 4_087_136_256
+    flops = [layer.count * timing.directions(layer, torch.device("cpu"), 1, torch.float32)[0].work["operators"].flops for layer in layers]
+    assert sum(flops) == 2 * 4_087_136_256
 
 
-def test_a_layer_is_checked_and_then_timed_in_turn(device):
-    order = []
+def test_the_costliest_layers_come_first_and_both_directions_together():
+    found = [(layer, timing.directions(layer, torch.device("cpu"), 1, torch.float32)) for layer in timing.convolutions()]
+    peaks = Peaks(8e14, 4e12)
+    ordered = timing.costliest_first(found, peaks)
+    costs = [sum(task.seconds(peaks) for task in tasks) for _, tasks in ordered]
+    assert costs == sorted(costs, reverse=True)
+    assert {tuple(task.job.mode for task in tasks) for _, tasks in ordered} == {("forward", "backward"), ("forward", "wgrad")}
 
-    def timer(call):
-        order.append(call())
-        return float(len(order))
 
-    layer = timing.Layer(2, 5, 3, 3, 2, 1)
-    found = timing.time_layer(layer, device, torch.float32, timer, N=2, rounds=3)
-    assert found.right
-    assert len(order) == 4 * (1 + 3)  # a warm-up, then three rounds of four calls
-    assert (found.forward, found.torch_forward - found.forward) == (found.forward, 2.0)
-    assert found.flops == 2 * 2 * 3 * 3 * 3 * 2 * 3 * 3
-    y, (dx, dw) = order[0], order[1]
-    torch.testing.assert_close(y, order[2])
-    torch.testing.assert_close((dx, dw), order[3])
-    assert len(found.cells) == len(timing.HEADING)
+@pytest.fixture
+def two_layers(monkeypatch):
+    """Of small sizes, by eager providers under the names of those that need a GPU, with the machine's peaks made up."""
+    both = [BenchLayer("first", nn.Conv2d(3, 4, 3), 3, 8, ("forward", "wgrad")), BenchLayer("second", nn.Conv2d(4, 4, 1), 4, 9, ALL, 2)]
+    monkeypatch.setattr(timing, "convolutions", lambda: both)
+    monkeypatch.setattr(timing, "BATCH", 2)
+    monkeypatch.setattr(timing, "DTYPE", torch.float32)
+    monkeypatch.setattr(timing, "measure_peaks", lambda device, dtype: Peaks(1e11, 1e10))
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    for name, like in ((timing.THEIRS, "eager"), (timing.OURS, "cnnfast")):
+        monkeypatch.setitem(timing.PROVIDERS, name, dataclasses.replace(timing.PROVIDERS[like], name=name))
+    return both
+
+
+ALL = ("forward", "dgrad", "wgrad")
+
+
+def test_layers_are_judged_and_timed_beside_pytorchs(two_layers):
+    told = []
+    with backend("torch"):
+        found = timing.time_layers(torch.device("cpu"), Budget(), lambda *what: told.append(what))
+    assert {t.layer: t.count for t in found} == {"first 3x8x8": 1, "second 4x9x9": 2}
+    for t in found:
+        assert min(t.forward, t.torch_forward, t.backward, t.torch_backward) > 0
+        assert t.right
+        assert t.cells[-1] == "ok"
+        assert len(t.cells) == len(timing.HEADING)
+    assert told[-1][:2] == (4, 4)
+
+
+def test_a_wrong_layer_gets_no_time_and_fails_the_demo(two_layers, monkeypatch):
+    class Halved(type(timing.PROVIDERS["eager"])):
+        def network(self, job):
+            network = super().network(job)
+            network.weight.data /= 2
+            return network
+
+    monkeypatch.setitem(timing.PROVIDERS, timing.OURS, Halved(timing.OURS, "", baseline=False, ours=True))
+    with backend("torch"):
+        found = timing.time_layers(torch.device("cpu"), Budget(), lambda *what: None)
+    assert {t.forward for t in found} == {None}
+    assert all(t.torch_forward and "off by" in t.problem and t.cells[-1].startswith("FAIL") for t in found)
+    results = made_up()
+    results.timings = found
+    assert not results.ok
+
+
+def test_layers_that_do_not_fit_are_named_in_every_report(two_layers, tmp_path):
+    with backend("torch"):
+        found = timing.time_layers(torch.device("cpu"), Budget(1e-9), lambda *what: None)
+    assert {t.left_out for t in found} == {"the budget of 1e-09 s was spent"}
+    results = made_up()
+    results.timings += found
+    named = {"first 3x8x8", "second 4x9x9", "the budget of 1e-09 s was spent"}
+    assert results.ok
+    assert all(name in results.left_out for name in named)
+    assert results.left_out in markdown(results, "demo.png")
+    assert json.loads(results.to_json())["left_out"] == results.left_out
+    assert made_up().left_out == ""
+    pictures = []
+    for each in (made_up(), results):
+        draw(each, images(), tmp_path / "demo.png")
+        pictures.append((tmp_path / "demo.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+def test_the_timing_names_whose_kernels_it_times():
+    assert isinstance(PROVIDERS[timing.OURS], Kernels)
+    assert PROVIDERS[timing.THEIRS].graph
+    assert PROVIDERS[timing.THEIRS].baseline
+    assert "our kernels alone" in timing.CONDITIONS
 
 
 def made_up(ok: bool = True) -> Results:
@@ -167,7 +236,7 @@ def made_up(ok: bool = True) -> Results:
     if not ok:
         pool.verdict, pool.reason = "FAIL", "it | broke"
     training = Training(3, 1437, 360, [2.0, 0.5], [(17, 8, 1)], "PyTorch", 12.0)
-    times = [timing.Timing("a layer", 2, 1000, True, 0.1, 0.2, 0.3, 0.4)]
+    times = [timing.Timing("a layer", 2, 0.1, 0.2, 0.3, 0.4)]
     return Results({"torch": "2.x"}, training, [Proof("photograph", "float32", Report([stem, pool]), 5.0)], times, "conditions", 20.0)
 
 
@@ -201,11 +270,16 @@ def test_report_without_triton():
     assert "no kernel ran" in markdown(results, "demo.png")
 
 
-@pytest.mark.parametrize("proofs", [0, 2])
-def test_picture(tmp_path, proofs):
-    results = made_up()
-    results.proofs = [Proof(f"subject {i}", "float32", results.proofs[0].report, 1.0) for i in range(proofs)]
+def images() -> Images:
     read = torch.arange(20) % 10
-    images = Images(torch.rand(3, 9, 12), torch.rand(16, 4, 5), "PyTorch", torch.rand(20, 8, 8), read.roll(1), read)
-    draw(results, images, tmp_path / "demo.png")
+    return Images(torch.rand(3, 9, 12), torch.rand(16, 4, 5), "PyTorch", torch.rand(20, 8, 8), read.roll(1), read)
+
+
+@pytest.mark.parametrize("timings", [0, 1])
+@pytest.mark.parametrize("proofs", [0, 2])
+def test_picture(tmp_path, proofs, timings):
+    results = made_up()
+    results.timings = results.timings[:timings]
+    results.proofs = [Proof(f"subject {i}", "float32", results.proofs[0].report, 1.0) for i in range(proofs)]
+    draw(results, images(), tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

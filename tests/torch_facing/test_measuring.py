@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cnnfast.measuring import timing
+from cnnfast.measuring.budget import Budget
 from cnnfast.measuring.machine import MATRIX, measure_peaks
 from cnnfast.measuring.rotation import copies_for, rotating
 from cnnfast.measuring.timing import DeviceClock, HostClock, Times, measure, warm_up
@@ -63,6 +64,41 @@ def test_steps_take_turns_and_each_round_begins_with_another():
 def test_rounds_go_on_until_the_budget_is_spent():
     found = measure({"a": falling(2.0), "b": falling(1.0)}, FakeClock(), budget=30, rounds=3)
     assert found["a"] == Times(2.0, 2.0, 2.0, 20)  # two steps share 60 seconds
+
+
+def test_rounds_end_when_no_time_is_left():
+    """After whole rounds; what was not even warmed up has no times."""
+    left = iter([1.0, 1.0, 1.0, 1.0, 0.0])  # both warm-ups, two rounds
+    found = measure({"a": falling(2.0), "b": falling(1.0)}, FakeClock(), budget=30, left=lambda: next(left))
+    assert found == {"a": Times(2.0, 2.0, 2.0, 2), "b": Times(1.0, 1.0, 1.0, 2)}
+    left = iter([1.0, 0.0, 0.0])
+    assert measure({"a": falling(2.0), "b": falling(1.0)}, FakeClock(), left=lambda: next(left)) == {}
+
+
+def test_what_is_known_is_told_between_rounds(monkeypatch):
+    """From the third on, and not more often than every PAUSE seconds."""
+    now, told = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def passing():
+        now[0] += 0.9
+        return 1.0
+
+    def fails():
+        raise RuntimeError
+
+    measure({"a": passing, "fails": fails}, FakeClock(), budget=0, rounds=9, found=told.append)
+    assert [times["a"].samples for times in told] == [3, 6, 9]
+    assert {type(times["fails"]) for times in told} == {RuntimeError}
+
+
+def test_a_budget_counts_from_its_beginning(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    budget, endless = Budget(3), Budget()
+    now[0] += 5
+    assert (budget.left, endless.left) == (-2, float("inf"))
+    assert (str(budget), str(endless)) == ("the budget of 3 s was spent", "")
 
 
 def test_a_step_that_fails_leaves_the_others_alone():

@@ -1,0 +1,52 @@
+"""What a run is surrounded by: one thread on a CPU, caches that are empty, and a collector that is quick."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryDirectory
+
+import torch
+
+from .. import dispatch
+from ..measuring.timing import cudnn_benchmark
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU one thread computes, so that times do not hang on who else uses the cores; cuDNN may try all its algorithms."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        with cudnn_benchmark(True):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def empty_caches(compiling: bool) -> Iterator[None]:
+    """Compilers find nothing on disk, so that the first result is a cold one; what this process has compiled before is there."""
+    with ExitStack() as stack:
+        if dispatch.launch is not None:
+            from triton import knobs
+
+            stack.enter_context(knobs.cache.scope())
+            knobs.cache.dir = stack.enter_context(TemporaryDirectory(prefix="cnnfast-"))
+        if compiling:
+            from torch._inductor.utils import fresh_cache
+
+            stack.enter_context(fresh_cache())
+        yield
+
+
+@contextmanager
+def quick_collections() -> Iterator[None]:
+    """Python's collector does not look through what is there already: PyTorch has a seventh of a second of it, and every job collects."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -1,0 +1,99 @@
+"""A job, and who is to do it: models in the order that they are asked for, layers by what they cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..measuring.machine import Machine, Peaks
+from ..measuring.rotation import copies_for
+from .graph import graph_of
+from .job import Job
+from .providers import Provider
+from .roofline import OPERATORS, Work, levels
+from .rows import LAYER, LEFT_OUT, MODEL, Row
+from .shapes import Layer, layers
+
+
+def work_of(job: Job) -> dict[str, Work]:
+    """At every level of fusion; empty for a model that does not run without values."""
+    try:
+        return levels(graph_of(job.model, job.shapes, job.dtype, job.mode))
+    except Exception:  # whatever a foreign forward raises on meta tensors
+        return {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """work: of the job, at every level of fusion. kind: of its subject, and count: how often its network has it, as rows say both."""
+
+    job: Job
+    providers: Sequence[Provider]
+    work: dict[str, Work]
+    kind: str = MODEL
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.job.name}, {self.job.mode}, batch {self.job.batch}"
+
+    def seconds(self, peaks: Peaks) -> float:
+        """What its network spends in it at least: a bound that is computed, not a time."""
+        return self.count * self.work[OPERATORS].seconds(peaks)
+
+    def row(self, provider: Provider, machine: Machine, peaks: Peaks, **found: object) -> Row:
+        """What was `found` of a provider, by the names of a row, beside what is known without measuring."""
+        job = self.job
+        kernels_ran = not provider.ours or job.device.type == "cuda"
+        level = provider.level if provider.level in self.work and self.kind == MODEL and kernels_ran else OPERATORS
+        done = self.work.get(level)
+        return Row(
+            kind=self.kind,
+            subject=job.name,
+            provider=provider.name,
+            baseline=provider.baseline,
+            ours=provider.ours,
+            mode=job.mode,
+            dtype=job.precision,
+            layout=provider.layout,
+            batch=job.batch,
+            input=" ".join("x".join(map(str, shape)) for shape in job.shapes),
+            machine=machine,
+            peaks=peaks,
+            count=self.count,
+            flops=done.flops if done else None,
+            bytes=done.bytes if done else None,
+            level=level if done else "",
+            ceilings={name: each.seconds(peaks) for name, each in self.work.items()},
+            **found,  # pyright: ignore[reportArgumentType]
+        )
+
+    def left_out(self, machine: Machine, peaks: Peaks, reason: str) -> list[Row]:
+        """A row for each provider."""
+        return [self.row(provider, machine, peaks, status=LEFT_OUT, reason=reason) for provider in self.providers]
+
+
+def model_task(job: Job, providers: Sequence[Provider]) -> Task:
+    return Task(job, providers, work_of(job))
+
+
+def layer_task(layer: Layer, batch: int, mode: str, dtype: torch.dtype, device: torch.device, providers: Sequence[Provider]) -> Task:
+    """With as many sets of buffers that the last-level cache does not hold them."""
+    job = Job(str(layer), layer.module, ((batch, layer.C, layer.size, layer.size),), mode, dtype, device)
+    work = work_of(job)
+    return Task(replace(job, copies=copies_for(work[OPERATORS].bytes, device)), providers, work, LAYER, layer.count)
+
+
+def layer_tasks(batches: Sequence[int], dtype: torch.dtype, device: torch.device, providers: Sequence[Provider]) -> Iterator[Task]:
+    """Of every layer in each of its modes."""
+    for batch in batches:
+        for layer in layers():
+            for mode in layer.modes:
+                yield layer_task(layer, batch, mode, dtype, device, providers)
+
+
+def in_order(tasks: Sequence[Task], peaks: Peaks) -> list[Task]:
+    """What matters most first: models as they come, then layers, those first in which their network spends most."""
+    return sorted(tasks, key=lambda task: -task.seconds(peaks) if task.kind == LAYER else -math.inf)

@@ -36,7 +36,9 @@ def _arguments(geometry: Geometry) -> tuple[list[int], list[int], list[int]]:
 def _convolve(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, pads: bool) -> Tensor:
     if pads:
         x, geometry = pad(x, geometry.padding), geometry._replace(padding=UNPADDED)
-    return torch.convolution(x, w, bias, *_arguments(geometry), False, [0, 0], geometry.groups)
+    y = torch.convolution(x, w, bias, *_arguments(geometry), False, [0, 0], geometry.groups)
+    # Of meta tensors PyTorch does not know where they stand for, and gives a contiguous one. Warming wants it laid out as a GPU's.
+    return y.to(memory_format=launch.memory_format(x, w)) if y.is_meta else y
 
 
 def fprop(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, decision: Decision) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -38,3 +40,14 @@ def net(quick: torch.device) -> torch.nn.Module:
 @pytest.fixture
 def x(quick: torch.device) -> torch.Tensor:
     return image(3, 9).to(quick)
+
+
+@pytest.fixture
+def quick_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too tune takes few sets of operands, and starts no processes that compile."""
+    pytest.importorskip("triton")
+    from cnnfast.tuning import ahead, racing
+    from cnnfast.warming import Warming
+
+    monkeypatch.setattr(racing, "copies_for", lambda size, device: racing.FEWEST_SETS)
+    monkeypatch.setattr(ahead, "_beside_measuring", lambda gpu: nullcontext(lambda lines, progress=None: Warming()))

@@ -1,7 +1,7 @@
 """Hand-written Triton kernels for convolutional networks in PyTorch.
 
-`convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it. `functional` holds the
-operations, `nn` the layers, `models` the ResNets; `trace` and `backend` show and steer who serves a call.
+`convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it, `warm` compiles what it will launch
+ahead. `functional` holds the operations, `nn` the layers, `models` the ResNets; `trace` and `backend` show and steer who serves a call.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .conversion import revert as revert
     from .dispatch import backend as backend
     from .dispatch import trace as trace
+    from .warming import warm as warm
 
 _MODULES = ("functional", "models", "nn")
 _HOME = {
@@ -30,8 +31,9 @@ _HOME = {
     "report": ".conversion",
     "revert": ".conversion",
     "trace": ".dispatch",
+    "warm": ".warming",
 }
-__all__ = ["__version__", "backend", "check", "convert", "functional", "models", "nn", "report", "revert", "trace"]
+__all__ = ["__version__", "backend", "check", "convert", "functional", "models", "nn", "report", "revert", "trace", "warm"]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,7 +34,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 OLDEST_GPU = (8, 0)
 CPU_REASON = "" if launch is None or launch.INTERPRETED else "the tensors are on the CPU, and Triton does not interpret"
 _backend: Backend | Literal["prefer kernels"] = "auto"
-_meta_counts = False
+_meta_on_gpu = False
 
 
 @contextmanager
@@ -74,12 +74,17 @@ def _choosing(choice: Backend | Literal["prefer kernels"]) -> Iterator[None]:
 @contextmanager
 def meta_as_gpu() -> Iterator[None]:
     """Meta tensors, which hold nothing, take the path that a GPU's would, for the whole process: operators are called, nothing runs."""
-    global _meta_counts
-    before, _meta_counts = _meta_counts, True
+    global _meta_on_gpu
+    before, _meta_on_gpu = _meta_on_gpu, True
     try:
         yield
     finally:
-        _meta_counts = before
+        _meta_on_gpu = before
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether it is on a GPU, or taken to be."""
+    return x.is_cuda or (_meta_on_gpu and x.is_meta)
 
 
 def library_allowed() -> bool:
@@ -188,7 +193,7 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
             return _torch("the tensor wraps others")
     if x.is_cuda:
         return _torch(_gpu_reason(device.index) or _launch_reason(device))
-    if not x.is_cpu and not (x.is_meta and _meta_counts):
+    if not x.is_cpu and not on_gpu(x):
         return _torch(f"device {device.type} has no kernels")
     if launch.INTERPRETED and x.is_cpu and _in_bf16(x, *others) and not _interpreter_rounds_bf16():
         return _torch("Triton's interpreter computes bfloat16 wrongly")

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .dispatch import on_gpu
+
 Products = Literal["ieee", "tf32"]
 
 EXPLICIT_BITS = 10  # of a TF32 number's mantissa: as many as float16 stores
@@ -69,7 +71,7 @@ def allow_tf32(x: Tensor) -> bool:
 
     Asked by its newer settings: the older ones raise once those are used.
     """
-    if x.dtype != torch.float32 or not (x.is_cuda or _on_cpu_too):
+    if x.dtype != torch.float32 or not (on_gpu(x) or _on_cpu_too):
         return False
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..children import start
 
 
 def interpreted(module: str, data: Any) -> Iterator[str]:
@@ -21,11 +21,8 @@ def interpreted(module: str, data: Any) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="cnnfast-") as folder:
         path = Path(folder, "data.pt")
         torch.save(data, path)
-        importable = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": importable}
         with Path(folder, "stderr").open("w+") as stderr:
-            command = [sys.executable, "-P", "-m", module, str(path)]
-            child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+            child = start(module, str(path), environment={"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=stderr)
             assert child.stdout is not None
             try:
                 yield from child.stdout

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from .. import nn as cnn
 from ..activations import activation_of
+from ..dispatch import on_gpu
 from .leaves import is_convolution, is_norm, is_ours, normalizes_and_activates
 from .refused import Refused
 from .tracing import Traced, signatures, trace
@@ -125,7 +126,7 @@ def call(
 ) -> Tensor:
     """What a generated forward calls for a group. in_place: the sum keeps the dtype of the norm's output, whatever the residual's."""
     if in_place and residual is not None:
-        device = x.device.type
+        device = "cuda" if on_gpu(x) else x.device.type
         half = torch.is_autocast_enabled(device) and x.dtype != torch.float64
         residual = residual.to(torch.get_autocast_dtype(device) if half else x.dtype)
     if isinstance(activation, nn.Module):

@@ -1,5 +1,8 @@
-"""What backward calls of operators, in PyTorch's own: for a transform that was not yet active when the forward ran, as in
-torch.func.vmap(lambda v: torch.autograd.grad(y, x, v)). PyTorch has rules for these operators, and none for ours.
+"""Our operators in PyTorch's own.
+
+For what backward calls, under a transform that was not yet active when the forward ran, as in
+torch.func.vmap(lambda v: torch.autograd.grad(y, x, v)): PyTorch has rules for its operators, and none for ours. And for a forward pass
+that is to learn which operators it calls before their kernels are compiled (calls.py).
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from ..activations import activate
+
 
 def pad(x: Tensor, padding: Any, sign: int = 1) -> Tensor:
     """x with (top, bottom, left, right) zeros around it, or with `sign` -1 without so many rows and columns."""
@@ -19,7 +24,10 @@ def pad(x: Tensor, padding: Any, sign: int = 1) -> Tensor:
 
 
 def conv_fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> Tensor:
-    return F.conv2d(pad(x, padding), w, bias, stride, 0, dilation, groups)
+    top, bottom, left, right = padding
+    if (top, left) != (bottom, right):
+        x, top, left = pad(x, padding), 0, 0
+    return F.conv2d(x, w, bias, stride, (top, left), dilation, groups)
 
 
 def conv_dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
@@ -34,8 +42,37 @@ def conv_wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, stride, padding, d
     return conv2d_weight(pad(x, padding), w_shape, dy, stride, 0, dilation, groups)
 
 
+def batch_moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    axes = [0, *range(2, y.dim())]
+    return y.mean(axes), y.var(axes, correction=0)
+
+
+def conv_stats(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y = conv_fprop(x, w, bias, *geometry)
+    return y, *batch_moments(y.detach())
+
+
+def update_running(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int) -> None:
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
+def normalize(y: Tensor, mean, var, weight, bias, residual, eps, activation, slope, training) -> Tensor:
+    u = F.batch_norm(y, None if training else mean, None if training else var, weight, bias, training, 0.0, eps)
+    return activate(u if residual is None else u + residual, activation, slope)
+
+
+def conv_bn_act(x: Tensor, w: Tensor, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, *geometry: Any) -> Tensor:
+    return normalize(conv_fprop(x, w, bias, *geometry), mean, var, bn_weight, bn_bias, residual, eps, activation, slope, False)
+
+
 def channel_sum(x: Tensor) -> Tensor:
     return x.sum((0, *range(2, x.dim())))
+
+
+def max_pool(x: Tensor, with_taps: bool, *window: Any) -> tuple[Tensor, Tensor]:
+    """Positions h * W + w in the place of taps."""
+    return F.max_pool2d_with_indices(x, *window)
 
 
 def max_pool_backward(dy: Tensor, winners: Tensor, x_shape) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
@@ -14,6 +14,16 @@ from torch.compiler import is_compiling
 from ..dispatch import PLAIN, _traces, record_torch, recorded, transformed, why_transformed
 
 LIBRARY = torch.library.Library("cnnfast", "DEF")
+
+
+class Operator(NamedTuple):
+    """An operator without the dispatcher: what launches its kernels, and what only allocates its results."""
+
+    implementation: Callable[..., Any]
+    fake: Callable[..., Any]
+
+
+OPERATORS: dict[str, Operator] = {}  # by name
 
 
 def register(
@@ -31,6 +41,7 @@ def register(
     LIBRARY.define(schema)
     operator = getattr(torch.ops.cnnfast, name).default
     tensors = [i for i, argument in enumerate(operator._schema.arguments) if "Tensor" in str(argument.type)]
+    OPERATORS[name] = Operator(implementation, fake)
     traced = recorded(name)(implementation)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, _with_tuples(traced), key)

@@ -47,7 +47,7 @@ class Decision(NamedTuple):
 
 def asked(algorithm: str, x: Tensor) -> bool:
     """Whether a call has to be decided about: where neither a row nor the kind of device can give it to the library, nobody waits."""
-    return algorithm == "auto" and (x.device.type in LIBRARY_FIRST or tables.library or bool(dispatch._traces))
+    return algorithm == "auto" and (launch.type_of(x.device) in LIBRARY_FIRST or tables.library or bool(dispatch._traces))
 
 
 def takes(g: ConvProblem) -> bool:
@@ -114,21 +114,21 @@ def fprop(
     addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
     strides = None if residual is None else residual.stride()
     where, device = (x.shape, x.stride(), w.shape, w.stride(), strides, x.dtype, geometry, kind, activation, tf32), x.device
-    return _told(_decide_fprop(*where, launch.gpu(device), addresses % 16 == 0, device.type in LIBRARY_FIRST))
+    return _told(_decide_fprop(*where, launch.gpu(device), addresses % 16 == 0, launch.type_of(device) in LIBRARY_FIRST))
 
 
 def dgrad(dy: Tensor, w: Tensor, x_shape: Sequence[int], fmt: torch.memory_format, geometry: Geometry, tf32: bool) -> Decision | None:
     """As `fprop`, of the gradient of a convolution's input."""
     where, device = (dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt, geometry, tf32), dy.device
     aligned = (dy.data_ptr() | w.data_ptr()) % 16 == 0
-    return _told(_decide_dgrad(*where, launch.gpu(device), aligned, device.type in LIBRARY_FIRST))
+    return _told(_decide_dgrad(*where, launch.gpu(device), aligned, launch.type_of(device) in LIBRARY_FIRST))
 
 
 def wgrad(x: Tensor, dy: Tensor, w_shape: Sequence[int], fmt: torch.memory_format, geometry: Geometry, tf32: bool) -> Decision | None:
     """As `fprop`, of the gradient of a convolution's weights."""
     where, device = (x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt, geometry, tf32), x.device
     aligned = (x.data_ptr() | dy.data_ptr()) % 16 == 0
-    return _told(_decide_wgrad(*where, launch.gpu(device), aligned, device.type in LIBRARY_FIRST))
+    return _told(_decide_wgrad(*where, launch.gpu(device), aligned, launch.type_of(device) in LIBRARY_FIRST))
 
 
 def _told(decision: Decision) -> Decision | None:

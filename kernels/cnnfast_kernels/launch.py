@@ -7,6 +7,7 @@ takes. All of that follows from shapes, strides and dtypes: a launcher does it o
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,22 +42,42 @@ class Launch:
     compiled: Any
 
 
+Substitute = Callable[[Any, tuple[int, ...], Sequence[Any], Mapping[str, Any]], Any]
+
 _observers: list[Callable[[Launch], None]] = []
-_compile_only = False
+_substitutes: dict[int, tuple[Substitute, bool]] = {}  # by thread, and whether observers are told
 
 
 @contextmanager
 def observe(callback: Callable[[Launch], None], compile_only: bool = False) -> Iterator[None]:
-    """Calls `callback` for every launch, from any thread. With compile_only kernels are compiled, not run (aot/compiling.py)."""
-    global _compile_only
-    before = _compile_only
+    """Calls `callback` for every launch, from any thread. With compile_only this thread's kernels are compiled, not run
+    (aot/compiling.py)."""
     _observers.append(callback)
-    _compile_only = before or compile_only
+    try:
+        with substituted(_compile, told=True) if compile_only else nullcontext():
+            yield
+    finally:
+        _observers.remove(callback)
+
+
+@contextmanager
+def substituted(substitute: Substitute, told: bool = False) -> Iterator[None]:
+    """Launches nothing in this thread while the context lasts: substitute(kernel, grid, arguments, options) is called instead, and what it
+    returns is taken for Triton's handle. Observers are told of it only if `told`. Other threads launch on."""
+    thread = threading.get_ident()
+    before = _substitutes.get(thread)
+    _substitutes[thread] = substitute, told
     try:
         yield
     finally:
-        _observers.remove(callback)
-        _compile_only = before
+        if before is None:
+            del _substitutes[thread]
+        else:
+            _substitutes[thread] = before
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    return kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **options)
 
 
 def _tell(kernel: Any, tile: Any, grid: tuple[int, ...], compiled: Any) -> None:
@@ -72,14 +93,16 @@ def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, ti
     """
     if 0 in grid:
         return None
-    if _compile_only:
-        compiled = kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **options)
+    told = True
+    if _substitutes and (found := _substitutes.get(threading.get_ident())) is not None:
+        substitute, told = found
+        compiled = substitute(kernel, grid, args, options)
     else:
         # Triton asks the current device for its stream; the tensors' device need not be the current one.
         foreign = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if foreign else nullcontext():
             compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
-    if _observers:
+    if _observers and told:
         _tell(kernel, tile, grid, compiled)
     return compiled
 
@@ -140,7 +163,7 @@ class Plan:
         self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def __call__(self, *tensors: Any) -> None:
-        if INTERPRETED or _compile_only or not RUN_IS_KNOWN or _triton_must_launch():
+        if INTERPRETED or _substitutes or not RUN_IS_KNOWN or _triton_must_launch():
             self.run(tensors)
             return
         driver: Any = runtime.driver.active
@@ -225,8 +248,32 @@ def _unnamed(arch: int) -> Gpu:
     return Gpu("", arch)
 
 
+_stand_in: tuple[Gpu, str] | None = None
+
+
+@contextmanager
+def meta_stands_for(gpu: Gpu, device_type: str = "cuda") -> Iterator[None]:
+    """Plans for meta tensors, which hold nothing, are made as if they were on `gpu`, for the whole process, while the context lasts.
+
+    device_type: what `type_of` says of their device meanwhile.
+    """
+    global _stand_in
+    before, _stand_in = _stand_in, (gpu, device_type)
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def type_of(device: torch.device) -> str:
+    """`device.type`, and of meta tensors that stand for others, that of theirs."""
+    return device.type if _stand_in is None or device.type != "meta" else _stand_in[1]
+
+
 def gpu(device: torch.device) -> Gpu:
     """What plans for tensors on `device` are made for. The interpreter runs what sm_90 would."""
+    if _stand_in is not None and device.type == "meta":
+        return _stand_in[0]
     if INTERPRETED:
         return NO_GPU
     if device.type == "cuda":

@@ -134,3 +134,30 @@ def test_compile_only_runs_nothing_and_ends_with_its_context(launches, device):
     assert len(launches) == 2
     fill(x, 3.0)
     assert (x == 3).all()
+
+
+def test_substituted_hands_launches_of_its_own_thread_over(launches, device):
+    x = torch.zeros(8, device=device)
+    handed: list[tuple[str, tuple[int, ...], int, dict]] = []
+    thread = threading.Thread(target=fill, args=(x, 4.0))
+    with launch.substituted(lambda kernel, grid, arguments, options: handed.append((kernel.__name__, grid, len(arguments), options))):
+        fill(x, 1.0)
+        thread.start()
+        thread.join()
+    assert (x == 4).all()
+    assert len(launches) == 1
+    assert [(name, grid) for name, grid, *_ in handed] == [("fill_kernel", (2,))]
+    fill(x, 3.0)
+    assert (x == 3).all()
+
+
+def test_meta_tensors_stand_for_those_of_a_gpu():
+    meta, named = torch.device("meta"), launch.Gpu("A GPU", 100)
+    with launch.meta_stands_for(named):
+        assert launch.gpu(meta) == named
+        assert launch.type_of(meta) == "cuda"
+        with launch.meta_stands_for(launch.NO_GPU, "cpu"):
+            assert (launch.gpu(meta), launch.type_of(meta)) == (launch.NO_GPU, "cpu")
+        assert launch.type_of(torch.device("cpu")) == "cpu"
+        assert launch.gpu(meta) == named
+    assert launch.type_of(meta) == "meta"

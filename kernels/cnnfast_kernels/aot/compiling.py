@@ -247,6 +247,11 @@ def compile_all(
     return [row for _, of_arch in by_arch for row in finished([row for _, rows in of_arch for row in rows])]
 
 
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
 def in_processes(
     function: Callable[..., Result],
     work: Sequence[tuple[Any, ...]],
@@ -258,7 +263,7 @@ def in_processes(
     Triton compiles in one thread of a process at a time. `progress` is called with (items done, all items).
     """
     progress(0, len(work))
-    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs or usable_cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(function, *item) for item in work]
         for done, _ in enumerate(as_completed(futures), 1):
             progress(done, len(work))

@@ -155,6 +155,11 @@ class Described:
             raise ValueError(f"no such kernel, or not with such parameters: {told['kernel']}({', '.join(told['arguments'])})")
         return cls(kernel, told["arguments"], told["options"])
 
+    def compile(self) -> Any:
+        """Triton's handle of what it compiles, or finds in its cache, for the driver that is active (compiling.target)."""
+        arguments = {name: decoded(value) for name, value in self.arguments.items()}
+        return self.kernel.warmup(**arguments, grid=(1,), enable_fp_fusion=True, **self.options)
+
     def operands(self) -> str:
         """The operands that are tensors, and those that are absent, for a reader: "x_ptr float16, bias_ptr None"."""
         told = []
@@ -251,8 +256,7 @@ def refused(line: str, arch: str, whole: bool = False) -> str | None:
     with stderr_captured() as said, target(arch):
         try:
             knobs.runtime.jit_cache_hook = None if whole else front_end
-            arguments = {name: decoded(value) for name, value in launched.arguments.items()}
-            launched.kernel.warmup(**arguments, grid=(1,), enable_fp_fusion=True, **launched.options)
+            launched.compile()
         except Exception as error:  # whatever a compiler raises: the launch must be named, and the others be compiled
             return f"{arch} {launched.kernel.__name__}({launched.operands()}): {reason(error, said())}"
         finally:

@@ -1,0 +1,18 @@
+"""Processes of Python that this one starts: fresh interpreters, which do not run the user's script again, as multiprocessing's would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+
+def start(module: str, *arguments: str, environment: dict[str, str], **options: Any) -> subprocess.Popen[str]:
+    """`python -m module arguments...`, which can import what this process can, and sees `environment` beside what this one sees.
+
+    options: as subprocess.Popen takes them.
+    """
+    importable = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    command = [sys.executable, "-P", "-m", module, *arguments]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": importable, **environment}, text=True, **options)

@@ -87,7 +87,7 @@ def main(
             )
         folder = out or RESULTS / re.sub("[^a-z0-9]+", "-", here["device"].lower()).strip("-")
     code = visiting.visit(
-        lambda work: chosen(names, work, meant.arch if recorded else 0), folder, here, {} if recorded else costs(), budget=budget
+        lambda work: chosen(names, work, meant if recorded else None), folder, here, {} if recorded else costs(), budget=budget
     )
     raise typer.Exit(code)
 
@@ -106,24 +106,17 @@ def print_plan(names: list[str], name: str, arch: int, json_file: Path | None) -
     wanted, gpu = chosen(names, folder), launch.Gpu(name, arch)
     costs = [COSTS[part.name](part, gpu) for part in wanted]
     table = Table(title=f"a visit of {name} (sm_{arch})", title_justify="left", box=None, pad_edge=False)
-    for head in ("part", "limit s", "kernels", "launchers", "numbers", "timing s", "modelled s", ""):
-        table.add_column(head, justify="left" if head in ("part", "") else "right", overflow="fold")
+    for head in ("part", "limit s", "kernels", "launchers", "numbers", "timing s", "modelled s"):
+        table.add_column(head, justify="left" if head == "part" else "right")
     for cost in costs:
-        figures = (
-            f"{cost.limit:.0f}",
-            f"{cost.binaries:,}",
-            f"{cost.launchers:,}",
-            f"{cost.numbers:,}",
-            f"{cost.timing:.0f}",
-            f"{cost.seconds:.0f}",
-        )
-        table.add_row(cost.part, *figures, cost.note)
-    table.add_row("all", f"{sum(c.limit for c in costs):.0f}", *[""] * 4, f"{sum(c.seconds for c in costs):.0f}", "")
+        counts = (f"{cost.binaries:,}", f"{cost.launchers:,}", f"{cost.numbers / 1e6:,.0f}e6" if cost.numbers else "")
+        table.add_row(cost.part, f"{cost.limit:.0f}", *counts, f"{cost.timing:.0f}" if cost.timing else "", f"{cost.seconds:.0f}")
+    table.add_row("all", f"{sum(c.limit for c in costs):.0f}", *[""] * 4, f"{sum(c.seconds for c in costs):.0f}")
     console = printer(json_file)
     console.print(table, markup=False, highlight=False)
-    console.print(
-        "Kernels, numbers and launchers (which triton 3.6 builds) are counted; seconds are modelled, and no GPU has confirmed them."
-    )
+    notes = [f"{cost.part}: {cost.note}" for cost in costs if cost.note]
+    notes.append("Kernels, launchers (triton 3.6 builds them) and numbers are counted. Seconds are modelled: no GPU has confirmed them.")
+    console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
     write_text(json_file, plain_json(costs, wanted, folder, gpu, this_machine(torch.device("cpu")).commit))
 
 

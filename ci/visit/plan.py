@@ -28,8 +28,10 @@ from cnnfast_kernels import launch
 from cnnfast_kernels.tma.views import why_not_on
 
 from . import parts
+from .ahead import of_the_demo
 from .launches import COUNTED, launchers
-from .parts import CORES, Part
+from .parts import Part
+from .running import CORES
 from .smoke import sanitizer
 from .smoke.families import FAMILIES
 
@@ -40,14 +42,14 @@ RATES = {
     "a binary of a model": 0.6,
     "a binary of the tests": 0.38,  # mostly of small tiles
     "a launcher": 0.37,  # a run of gcc, by Triton 3.6 alone
-    "a process's start": 10.0,  # PyTorch, CUDA's context, cuDNN
+    "a process's start": 8.0,  # PyTorch, CUDA's context, cuDNN
     "a billion numbers": 0.1,  # drawn on the device
     "a model's provider before its timing": 1.5,  # its first result, cuDNN's benchmark, the judge, the warm-up
     "a layer's provider before its timing": 0.06,
     "torch.compile, infer": 40.0,
     "torch.compile, train": 80.0,
     "the tests themselves, by one core": 600.0,
-    "the demo's training and drawing": 20.0,
+    "the demo's training, judging and drawing": 15.0,
     "a candidate of tune": 0.05,
 }
 
@@ -112,8 +114,9 @@ def tests(part: Part, gpu: launch.Gpu) -> Cost:
 
 
 def demo(part: Part, gpu: launch.Gpu) -> Cost:
-    note = "its kernels are not counted: they are few, and mostly those of the tests"
-    return Cost(part.name, part.limit, 0, 0, 0, 0, RATES["a process's start"] + RATES["the demo's training and drawing"], note)
+    binaries, makers, seconds = compiled(of_the_demo(gpu))
+    seconds += len(part.stages) * RATES["a process's start"] + RATES["the demo's training, judging and drawing"] + parts.DEMO_SECONDS
+    return Cost(part.name, part.limit, binaries, makers, 0, parts.DEMO_SECONDS, seconds, "")
 
 
 BACKENDS: dict[str, dispatch.Backend] = {"cnnfast": "auto", "cnnfast-graph": "auto", "cnnfast-kernels": "kernels"}

@@ -212,12 +212,12 @@ def fastest(rows: Rows, kind: str) -> dict[str, Any] | None:
 
 
 def models(name: str, rows: Rows) -> str:
-    """Milliseconds of each provider; `speed`: how many times as fast as the strongest baseline."""
+    """Milliseconds of each provider; "alone": not yet in turns with the others. Speed: how many times as fast as the strongest baseline."""
     lines = []
     for job in by_job(rows):
         best = fastest(job, "baseline")
         for row in sorted(job, key=lambda row: row["median"] or float("inf")):
-            ms = f"{row['median'] * 1000:.3g}" if row["median"] else row["status"]
+            ms = f"{row['median'] * 1000:.3g}{' (alone)' * row.get('alone', False)}" if row["median"] else row["status"]
             speed = f"{best['median'] / row['median']:.2f}x" if best and row["median"] else row["reason"][:60]
             lines.append((row["provider"] + " *" * (row is best), row["batch"], ms, speed))
     return f"## {name}\n\n{table(('provider (* strongest baseline)', 'batch', 'ms', 'speed'), lines)}"
@@ -240,7 +240,9 @@ def of_layers(rows: Rows) -> str:
     wrong = [
         f"- **{row['subject']}, {row['mode']}, {row['provider']}**: {row['reason']}" for row in rows if row["status"] in ("wrong", "failed")
     ]
-    return "\n\n".join(["## layers", counts, worst, *(["\n".join(wrong[:MOST_NAMES])] if wrong else [])])
+    open_ = sum(row["status"] == "left out" for row in rows)
+    notes = [f"{open_} of {len(rows)} rows had no time"] * bool(open_) + ["\n".join(wrong[:MOST_NAMES])] * bool(wrong)
+    return "\n\n".join(["## layers", counts, worst, *notes])
 
 
 def tuned(found: Any) -> Iterator[str]:

@@ -18,9 +18,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSED, FAILED, LATE, INTERRUPTED, SKIPPED = "passed", "failed", "out of time", "interrupted", "not begun"
-GRACE = 10.0  # seconds before its limit that a command is asked to end
+GRACE = 6.0  # seconds before its limit that a command is asked to end
 POLL = 0.05  # seconds between two looks at what runs
-SECONDS = "{seconds}"  # in a command's arguments: whole seconds that it may use itself
+CORES = 16  # that a visit counts with, and that are used at most
+SECONDS, WORKERS = "{seconds}", "{workers}"  # in a command's arguments: whole seconds that it may use itself, and processes
 OVERHEAD = 5.0  # of these seconds, what a command needs to start and to write its last line
 
 
@@ -108,7 +109,7 @@ class Process:
         self.why = ""
         self.sent: list[tuple[float, int]] = []
         own = max(1, int(self.ask - self.begun - min(OVERHEAD, (self.ask - self.begun) / 4)))
-        argv = [argument.replace(SECONDS, str(own)) for argument in command.argv]
+        argv = [word.replace(SECONDS, str(own)).replace(WORKERS, str(workers())) for word in command.argv]
         with log.open("wb") as output:
             output.write(f"$ {' '.join(argv)}\n".encode())
             output.flush()
@@ -144,6 +145,11 @@ class Process:
             return Ran(self.command.name, self.why, seconds)
         verdict = self.command.judge(code, self.log)
         return Ran(self.command.name, verdict.state, seconds, verdict.note, verdict.bad)
+
+
+def workers() -> int:
+    """Processes that may be busy at a time: one a core."""
+    return min(os.cpu_count() or 1, CORES)
 
 
 def end_with_parent() -> None:

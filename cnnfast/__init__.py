@@ -1,7 +1,8 @@
 """Hand-written Triton kernels for convolutional networks in PyTorch.
 
 `convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it, `warm` compiles what it will launch
-ahead. `functional` holds the operations, `nn` the layers, `models` the ResNets; `trace` and `backend` show and steer who serves a call.
+ahead, `tune` measures who serves it fastest on this GPU. `functional` holds the operations, `nn` the layers, `models` the ResNets; `trace`
+and `backend` show and steer who serves a call.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .conversion import revert as revert
     from .dispatch import backend as backend
     from .dispatch import trace as trace
+    from .tuning import tune as tune
     from .warming import warm as warm
 
 _MODULES = ("functional", "models", "nn")
@@ -31,9 +33,10 @@ _HOME = {
     "report": ".conversion",
     "revert": ".conversion",
     "trace": ".dispatch",
+    "tune": ".tuning",
     "warm": ".warming",
 }
-__all__ = ["__version__", "backend", "check", "convert", "functional", "models", "nn", "report", "revert", "trace", "warm"]
+__all__ = ["__version__", "backend", "check", "convert", "functional", "models", "nn", "report", "revert", "trace", "tune", "warm"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -189,6 +190,22 @@ def test_the_wheel_holds_both_packages_whole_and_nothing_else(built):
     names = names_in(built[0])
     assert names == {name.removeprefix("kernels/") for name in files_of("cnnfast", "kernels")}
     assert names >= {"cnnfast/py.typed", "cnnfast_kernels/py.typed", "cnnfast_kernels/aot/record.json"}
+
+
+def test_tables_of_measured_tiles_are_in_the_wheel(tmp_path):
+    """There may be none in this tree yet: one is put into a copy of what the wheel is made of."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed")
+    for name in ("README.md", "LICENSE", "pyproject.toml", ".gitignore"):
+        if (REPOSITORY / name).exists():
+            shutil.copy(REPOSITORY / name, tmp_path)
+    for name in ("cnnfast", "kernels"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = tmp_path / "kernels" / "cnnfast_kernels" / "tables" / "nvidia-h200-sm_90"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "planted.json").write_text("{}")
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "dist", cwd=tmp_path)
+    (wheel,) = (tmp_path / "dist").iterdir()
+    assert "cnnfast_kernels/tables/nvidia-h200-sm_90/planted.json" in names_in(wheel)
 
 
 def test_what_the_wheel_says_of_itself(built):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,6 @@ MODELS = ("infer", "train")
 BACKWARD = ("dgrad", "wgrad", "backward")
 FORWARD = "forward"
 AUTOCAST = (torch.float16, torch.bfloat16)
-
-PROCESSOR_CACHE = 2**24  # as much of a processor's last-level cache as one thread is given credit for
-MOST_COPIES = 64
 
 
 @dataclass(frozen=True)
@@ -65,12 +61,6 @@ class Job:
         generator = torch.Generator().manual_seed(copy)
         made = [torch.randn(shape, generator=generator).to(self.device, self.dtype) for shape in self.shapes]
         return [channels_last_of(t) for t in made] if channels_last else made
-
-
-def copies_for(bytes_of_one: int, device: torch.device) -> int:
-    """So many that they fill the last-level cache twice."""
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else PROCESSOR_CACHE
-    return max(1, min(MOST_COPIES, -(-2 * cache // max(1, bytes_of_one))))
 
 
 def channels_last_of(t: Tensor) -> Tensor:
@@ -174,9 +164,3 @@ def output_gradients(outputs: Sequence[Tensor]) -> list[Tensor]:
     """What backward starts from: the same numbers every time, laid out as the outputs."""
     generator = torch.Generator().manual_seed(0)
     return [torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator)) for t in outputs]
-
-
-def rotating(steps: Sequence[Step]) -> Step:
-    """The steps in turn; the first one first."""
-    turn = itertools.cycle(steps)
-    return steps[0] if len(steps) == 1 else lambda: next(turn)()

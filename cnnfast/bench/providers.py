@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .. import conversion, dispatch
 from ..measuring.graphs import captured
+from ..measuring.rotation import rotating
 from . import folding, jax_model
-from .job import BACKWARD, FORWARD, MODELS, Job, channels_last_of, placed, rotating, steps_of
+from .job import BACKWARD, FORWARD, MODELS, Job, channels_last_of, placed, steps_of
 from .roofline import CONV, OPERATORS, POINTWISE
 
 SINGLE = (FORWARD, *BACKWARD)

@@ -16,10 +16,11 @@ import torch
 
 from .. import dispatch
 from ..measuring.machine import Machine, Peaks
+from ..measuring.rotation import copies_for
 from ..measuring.timing import Clock, Times, clock_of, cudnn_benchmark, measure
 from .gate import expect
 from .graph import graph_of
-from .job import Job, copies_for
+from .job import Job
 from .providers import EAGER, Prepared, Provider
 from .roofline import OPERATORS, Work, levels
 from .rows import FAILED, LAYER, MODEL, OK, UNAVAILABLE, WRONG, Row

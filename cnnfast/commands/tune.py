@@ -3,88 +3,152 @@
 from __future__ import annotations
 
 import json
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import console
 from .target import DTYPE_HELP, INPUT_HELP, MODEL_HELP, input_shape, parse_dtype, parse_shape, resolve_module
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..tuning import Measured
+    from cnnfast_kernels import launch
+
+    from ..tuning import Measured, Tuning
 
 MODES = ("infer", "train")
+FORMATS = ("channels_last", "contiguous")
 
 
 def tune(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     shapes: Annotated[list[str] | None, typer.Option("--input", help=INPUT_HELP, show_default="what the model is made for, or 224")] = None,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "bf16",
-    mode: Annotated[str, typer.Option(help="infer, or train: gradients too.")] = "infer",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all that was measured to this file.")] = None,
+    mode: Annotated[str, typer.Option(help="infer; train: gradients too; or infer,train.")] = "infer",
+    memory_format: Annotated[str, typer.Option("--format", help="Of images and weights in memory: channels_last or contiguous.")] = FORMATS[
+        0
+    ],
+    budget: Annotated[float | None, typer.Option(help=console.BUDGET_HELP, show_default="until everything is measured")] = None,
+    seconds: Annotated[float | None, typer.Option(help=console.SECONDS_HELP, show_default="0.05")] = None,
+    table: Annotated[Path | None, typer.Option(help="Add the rows to this file too, a table that can be given to others.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help=console.JSON_HELP)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be measured. Needs no GPU.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="With --dry-run: the GPU to list for.", show_default="the one that is here")] = None,
 ) -> None:
     """Measure the convolutions of MODEL on this GPU, and let the fastest serve from then on.
 
-    MODEL is converted, in channels_last. Each of its convolutions is tried with many tiles and with the library's (cuDNN's) kernels, on
-    random numbers; whoever computes wrong ones is out. What wins is written to a table in your cache folder, which cnnfast reads in every
+    MODEL is converted. Each of its convolutions is tried with about a dozen tiles and with the library's (cuDNN's) kernels, on random
+    numbers; whoever computes wrong ones is out. What wins is written at once to a table in your cache folder, which cnnfast reads in every
     later run; rows of other models and sizes stay in it. A row serves its own sizes, and batches half to twice as large.
 
     Measure the sizes that you will run, and the dtype: PyTorch's convolutions of float32 on a GPU are tf32 unless you set them to IEEE.
-    Ends with exit code 1 if a convolution could not be measured, or anything computed wrong numbers.
+    Ends with exit code 1 if a convolution could not be measured, or anything computed wrong numbers. Ctrl-C loses nothing: what was
+    measured is printed and kept, and the exit code is 130, or 143 after SIGTERM.
     """
     sizes = [parse_shape(shape) for shape in shapes or []]
     name = parse_dtype(dtype)
-    if mode not in MODES:
-        raise typer.BadParameter(f"{mode!r} is neither infer nor train", param_hint="--mode")
+    modes = mode.split(",")
+    if wrong := [m for m in modes if m not in MODES]:
+        raise typer.BadParameter(f"{wrong[0]!r} is neither infer nor train", param_hint="--mode")
+    if memory_format not in FORMATS:
+        raise typer.BadParameter(f"{memory_format!r} is neither {' nor '.join(FORMATS)}", param_hint="--format")
+    console.refuse_no_time(budget)
+    if seconds is not None and not 0 < seconds < inf:
+        raise typer.BadParameter(
+            f"{seconds:g} is no time to measure for: write seconds above 0, as in --seconds 0.05", param_hint="--seconds"
+        )
+    measuring = {"--budget": budget, "--seconds": seconds, "--table": table}
+    if dry_run and (given := [option for option, value in measuring.items() if value is not None]):
+        raise typer.BadParameter("nothing is measured with --dry-run: leave it out", param_hint=given[0])
+    if gpu is not None and not dry_run:
+        raise typer.BadParameter("measuring is done on the GPU that is here: add --dry-run to list for another", param_hint="--gpu")
+    known = None if gpu is None else _known(gpu)
+    console.refuse_unwritable(json_file)
+    console.refuse_unwritable(table, "--table")
 
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     try:
+        from cnnfast_kernels import launch
+
         from .. import tuning
+        from ..measuring.budget import Budget
+        from ..tuning.planning import planned
     except ImportError as error:
         raise typer.BadParameter(f"measuring needs triton: {error}") from None
-    if not dry_run and not torch.cuda.is_available():
+    here = torch.cuda.is_available()
+    if not dry_run and not here:
         raise typer.BadParameter("there is no GPU here to measure on; --dry-run lists what would be measured", param_hint="tune")
 
     torch.manual_seed(0)
     _, module = resolve_module(model)
     sizes = sizes or [input_shape(module, 1, small=False)]
-    how: dict[str, Any] = {"training": mode == "train", "dtype": name}
-    console = Console()
+    how: dict[str, Any] = {
+        "dtype": name,
+        "memory_format": getattr(torch, {"contiguous": "contiguous_format"}.get(memory_format, memory_format)),
+    }
+    trains = tuple(m == "train" for m in dict.fromkeys(modes))
+    if dry_run:
+        known = known or (launch.gpu(torch.device("cuda", torch.cuda.current_device())) if here else None)
+        try:
+            found = planned(module, tuple(torch.empty(size, device="meta") for size in sizes), trains, gpu=known, **how)
+        except RuntimeError as error:
+            raise typer.BadParameter(str(error), param_hint="tune") from None
+        console.printer(json_file).print(listed(found, known))
+        data = [{"convolution": str(m), "count": m.count, "candidates": list(m.candidates)} for m in found]
+        console.write_text(json_file, json.dumps(data, indent=1))
+        return
+
+    time = Budget(budget)
+    result: Tuning | None = None
+    code, ended = 0, ""
     try:
-        if dry_run:
-            found = tuning.plan(module, *(torch.empty(size, device="meta") for size in sizes), **how)
-            console.print(listed(found))
-            if json_file is not None:
-                data = [{"convolution": str(m), "count": m.count, "candidates": list(m.candidates)} for m in found]
-                json_file.write_text(json.dumps(data, indent=1) + "\n")
-            return
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=Console(stderr=True)) as bars:
-            bar = bars.add_task("finding the convolutions", total=None)
-            result = tuning.tune(
-                module.cuda(), *(torch.randn(size, device="cuda") for size in sizes), **how,
-                progress=lambda done, total, text: bars.update(bar, completed=done, total=total, description=text),
-            )  # fmt: skip
-    except (RuntimeError, OSError) as error:
-        raise typer.BadParameter(str(error), param_hint="tune") from None
-    console.print(result)
-    if json_file is not None:
-        json_file.write_text(result.to_json() + "\n")
-    raise typer.Exit(0 if result.ok else 1)
+        with console.interruptible(), console.progress("finding the convolutions") as tell:
+            module = module.cuda()
+            inputs = [torch.randn(size, device="cuda") for size in sizes]
+            result = tuning.begin(module, *inputs, trains=trains, table=table, **how)
+
+            def told(done: int, total: int, text: str) -> None:
+                tell(done, total, text)
+                if json_file != console.STANDARD_OUTPUT:
+                    console.write_text(json_file, result.to_json())
+
+            where = inputs[0].device
+            tuning.proceed(result, where, budget=time, table=table, seconds=seconds or tuning.SECONDS, progress=told)
+    except KeyboardInterrupt as interrupt:
+        code, ended = console.exit_code(interrupt), "The run was interrupted."
+    except (RuntimeError, OSError, ValueError) as error:
+        if result is None:  # nothing was measured yet
+            raise typer.BadParameter(str(error), param_hint="tune") from None
+        code, ended = 1, f"The run ended early: {error}"
+    if result is None:
+        console.printer(json_file).print("Interrupted before anything was measured.")
+        raise typer.Exit(code)
+    result.notes += [ended] if ended else []
+    console.printer(json_file).print(result)
+    console.write_text(json_file, result.to_json())
+    raise typer.Exit(code or (0 if result.ok else 1))
 
 
-def listed(found: list[Measured]) -> Table:
+def _known(text: str) -> launch.Gpu:
+    from cnnfast_kernels import gpus, launch
+
+    try:
+        return launch.Gpu(*gpus.named(text)[1:])
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--gpu") from None
+
+
+def listed(found: list[Measured], gpu: launch.Gpu | None) -> Table:
     """What would be measured."""
     from rich.table import Table
 
     candidates = sum(len(m.candidates) for m in found)
-    title = f"{len(found)} convolutions to measure, with {candidates} candidates in all"
+    on = "any GPU of sm_90" if gpu is None else f"{gpu.name} (sm_{gpu.arch})"
+    title = f"{len(found)} convolutions to measure on {on}, with {candidates} candidates in all; what costs most comes first"
     table = Table(title=title, title_justify="left")
     for heading in ("calls", "convolution", "dtype", "x, w, y", "candidates"):
         table.add_column(heading, justify="right" if heading in ("calls", "candidates") else "left", overflow="fold")

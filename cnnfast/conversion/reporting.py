@@ -207,7 +207,7 @@ def _unmeasured(model: nn.Module, gpu: Gpu, found: list[Layer], sizes: str) -> I
     """One line, if some convolutions were not measured on the GPU."""
     from cnnfast_kernels import tables
 
-    call = "cnnfast tune MODEL, or cnnfast.tuning.tune(model, *inputs), measures them."
+    call = "cnnfast tune MODEL, or cnnfast.tune(model, *inputs), measures them."
     if not found:
         yield f"Which convolutions are unmeasured on this GPU ({gpu.name}) is not known, for {sizes}. {call}"
         return

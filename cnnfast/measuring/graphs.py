@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ def captured(make: Callable[[], Sequence[Step]], device: torch.device) -> Step:
     with torch.cuda.graph(graph, stream=stream):
         results: list[Any] = [step() for step in steps]
 
-    def replay() -> Any:
-        graph.replay()
-        return results[0]
+    return partial(_replay, graph, results, steps)
 
-    return replay
+
+def _replay(graph: torch.cuda.CUDAGraph, results: list[Any], steps: Sequence[Step]) -> Any:
+    """steps: a graph knows the addresses that they read and write, and nothing else keeps what lies there alive."""
+    graph.replay()
+    return results[0]

@@ -29,8 +29,8 @@ from cnnfast_kernels.problem import ConvProblem, output_extent
 
 from .. import dispatch
 
-UNMEASURED = "it is unmeasured on this GPU: run cnnfast tune"
-DEPTHWISE = "depthwise convolution in half precision, channels_last, is ours until measured: run cnnfast tune"
+UNMEASURED = "it is unmeasured on this GPU: cnnfast.tune(model, *inputs) measures it"
+DEPTHWISE = "depthwise convolution in half precision, channels_last, is ours until measured: cnnfast.tune(model, *inputs) does that"
 PADDED = "the library does not take this padding, and the tensors are channels_last"
 # The kinds of device on which the library serves what was not measured.
 LIBRARY_FIRST = ("cuda",)

@@ -2,165 +2,195 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import partial
-from itertools import cycle
+from datetime import UTC, datetime
+from math import isfinite
+from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
 from torch import nn
 
-from cnnfast_kernels import choosing, launch, tables
+from cnnfast_kernels import launch, tables
 
-from ..dtypes import TF32, argument
+from ..measuring.budget import Budget
 from ..measuring.machine import this_machine
-from ..measuring.timing import Step, Times, clock_of
+from ..measuring.timing import clock_of
 from ..measuring.timing import measure as take_turns
-from ..precision import allow_tf32, float32_products
-from .capture import Convolution, capture
-from .report import DEFAULT, LIBRARY, Candidate, Measured, Tuning
-from .running import Arguments, Judge, by_library, operands, ours
+from ..precision import float32_products
+from .ahead import Compiling, OutOfTimeError, compiled_ahead
+from .planning import device_of, gpu_of, planned
+from .racing import Measure, race
+from .report import Candidate, Measured, Tuning
 
-__all__ = ["Candidate", "Measured", "Tuning", "plan", "tune"]
+__all__ = ["Candidate", "Measured", "Tuning", "begin", "plan", "proceed", "tune"]
 
 Progress = Callable[[int, int, str], None]
-Measure = Callable[[Mapping[str, Step]], Mapping[str, Times | Exception]]
 
 SECONDS = 0.05  # of timing, for each candidate
-# Candidates work on several sets of operands in turn, together larger than any GPU's second-level cache: a network's layers find theirs
-# in memory.
-COLD_BYTES = 256 * 2**20
-MOST_SETS = 16
 
 
 def tune(
     model: nn.Module,
     *example_inputs: Any,
-    training: bool = False,
+    train: bool = False,
+    budget: float | None = None,
     dtype: torch.dtype | str | None = None,
     memory_format: torch.memory_format | None = torch.channels_last,
+    table: Path | str | None = None,
+    seconds: float = SECONDS,
     measure: Measure | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
-    """Measures every convolution of the model on its GPU, and writes the user's table, which is used from now on.
+    """Measures the convolutions of the model on its GPU, and writes the user's table, which is used from now on.
 
-    For each convolution that the converted model makes, forward and, if `training`, backward, all tiles worth trying and the library's
-    convolution run on random operands. Who computes wrong numbers, by the rule of cnnfast.check, is out; the others take turns on the
-    clock. The row says which of our tiles is the fastest, and whether the library is faster still.
+    For each convolution that the converted model makes, forward and, if `train`, backward, about a dozen tiles of our kernels and the
+    library's convolution, in its benchmark mode, run on random operands. Who computes wrong numbers, by the rule of cnnfast.check, is out;
+    the others take turns on the clock, each as one CUDA graph over sets of operands that together do not fit the GPU's second-level cache.
+    The row says which of our tiles is the fastest, and whether the library is faster still.
 
     model: on a GPU; it stays as it is. memory_format: as `convert` takes it.
+    budget: seconds of the whole, compilation included; by default everything is measured. The layers that cost the model most come first:
+    calls x the larger of FLOPs / rate and bytes / bandwidth. That is an estimate by the round numbers of planning.py, and only orders.
+    What no longer fits is in the result's .left, and its rows in the table, if there are any, stay.
     dtype: casts floating inputs and a copy of the model: a dtype, or its name (bf16, fp16, fp32, fp64, PyTorch's own), or "tf32", float32
     tensors whose products are rounded to TF32. A name says how float32 is multiplied, "fp32" IEEE; otherwise PyTorch's settings do, which
     let convolutions be TF32. Rows of the two are apart, and a call finds those of the settings that it is made under.
-    measure: what times steps by their names, by default measuring/timing.py. progress: called with (measured, in all, what comes next).
-    An interrupted run keeps what it has measured. Returns a Tuning: str() is a table; .ok, .measured, .rows, .to_json().
-    Raises ValueError for a name that is none of a dtype; RuntimeError without a GPU, if the model does not run on these inputs, or if it
-    makes no convolution; OSError, before anything is measured, if the table could not be written.
+    table: a file that the rows are also written to, to be shipped: a new one, or a table of this GPU and version.
+    seconds: of one timing. measure: what times steps by their names, by default measuring/timing.py. progress: called with (convolutions
+    done, in all, what comes next).
+
+    A row is written as soon as its convolution is measured: an interrupted run loses nothing. Returns a Tuning: str() is a table; .ok,
+    .measured, .left, .rows, .to_json(). Raises ValueError for a name that is none of a dtype, for seconds that are not positive, and for a
+    `table` that is something else; RuntimeError without a GPU, if the model does not run on these inputs, if it makes no convolution, and
+    if the GPU no longer answers; OSError, before anything is measured, if a table could not be written.
     """
-    device = next((t.device for t in model.parameters()), torch.device("cpu"))
-    gpu = _gpu(device)
-    if not gpu.name:
-        raise RuntimeError(f"tune() needs a GPU to measure on, but the model is on {device}")
-    todo = plan(model, *example_inputs, training=training, dtype=dtype, memory_format=memory_format)
-    tables.writable()
-    clock = clock_of(device)
-    measure = measure or (lambda steps: take_turns(steps, clock, SECONDS))
-    tuning = Tuning(*gpu)
-    try:
-        for measured in todo:
-            if progress is not None:
-                progress(len(tuning.measured), len(todo), str(measured))
-            with float32_products("tf32" if measured.key.dtype == TF32 else "ieee"):
-                _measure(measured, device, measure)
-            tuning.measured.append(measured)
-    finally:
-        if tuning.rows:
-            about = {name: value for name, value in asdict(this_machine(device)).items() if name != "device"}
-            tuning.path = tables.write(*gpu, tuning.rows, about)
-            launch.forget_plans()
-    if progress is not None:
-        progress(len(todo), len(todo), "")
+    table = None if table is None else Path(table)
+    _refuse_durations(budget=budget, seconds=seconds)
+    time = Budget(budget)
+    tuning = begin(model, *example_inputs, trains=(train,), dtype=dtype, memory_format=memory_format, table=table)
+    proceed(tuning, device_of(model), budget=time, table=table, seconds=seconds, measure=measure, progress=progress)
     return tuning
 
 
 def plan(
     model: nn.Module,
     *example_inputs: Any,
-    training: bool = False,
+    train: bool = False,
     dtype: torch.dtype | str | None = None,
     memory_format: torch.memory_format | None = torch.channels_last,
+    gpu: launch.Gpu | None = None,
 ) -> list[Measured]:
-    """What `tune` would measure, each convolution that tables tell apart once, its candidates still without times. Needs no GPU.
+    """What `tune` would measure, in that order, each convolution that tables tell apart once, its candidates still without times.
 
-    Arguments, ValueError and RuntimeError as of `tune`.
+    Needs no GPU: `gpu` is the one that it would be measured on, by default the model's, or else any of sm_90.
+    Arguments, ValueError and RuntimeError otherwise as of `tune`.
     """
-    device = next((t.device for t in model.parameters()), torch.device("cpu"))
-    cast, products = argument(dtype, "tune")
-    with float32_products(products) if products else nullcontext():
-        return _plan(model, example_inputs, device, training=training, dtype=cast, memory_format=memory_format)
+    return planned(model, example_inputs, (train,), dtype=dtype, memory_format=memory_format, gpu=gpu)
 
 
-def _plan(model: nn.Module, inputs: tuple[Any, ...], device: torch.device, **how: Any) -> list[Measured]:
-    convolutions = capture(model, inputs, **how)
-    if not convolutions:
-        raise RuntimeError(f"{type(model).__name__} makes no convolution that cnnfast has kernels for: there is nothing to measure")
-    found: dict[tables.Key, Measured] = {}
-    for convolution, count in convolutions.items():
-        tf32 = allow_tf32(torch.empty(0, dtype=convolution.dtype, device=device))
-        question = convolution.question(tf32, _gpu(device))
-        measured = found.setdefault(question.key, Measured(question.key, convolution))
-        measured.count += count
-        if not measured.candidates:
-            default = choosing.default_tile(question)
-            measured.candidates = {DEFAULT if t == default else str(t): Candidate(t) for t in choosing.candidates(question)}
-            measured.candidates[LIBRARY] = Candidate(None)
-    return list(found.values())
+def begin(
+    model: nn.Module,
+    *example_inputs: Any,
+    trains: tuple[bool, ...] = (False,),
+    dtype: torch.dtype | str | None = None,
+    memory_format: torch.memory_format | None = torch.channels_last,
+    table: Path | None = None,
+) -> Tuning:
+    """The first half of `tune`: a Tuning of which everything is left, to which `proceed` does the rest.
+
+    Whoever holds it has what was measured, however `proceed` ends. trains: (False, True) is of a model in eval and in training.
+    """
+    gpu = gpu_of(device_of(model))
+    if not gpu.name:
+        raise RuntimeError(f"tune() needs a GPU to measure on, but the model is on {device_of(model)}")
+    tables.writable()
+    if table is not None:
+        tables.refuse_foreign(table, *gpu)
+    left = planned(model, example_inputs, trains, dtype=dtype, memory_format=memory_format)
+    return Tuning(*gpu, left=left)
 
 
-def _gpu(device: torch.device) -> launch.Gpu:
-    return launch.gpu(device) if launch.INTERPRETED or device.type == "cuda" else launch.NO_GPU
+def proceed(
+    tuning: Tuning,
+    device: torch.device,
+    *,
+    budget: Budget | None = None,
+    table: Path | None = None,
+    seconds: float = SECONDS,
+    measure: Measure | None = None,
+    progress: Progress | None = None,
+    compiling: Compiling | None = None,
+) -> None:
+    """Measures what is left of a tuning, as far as it fits into the budget, and writes its rows.
 
+    compiling: what compiles ahead in other processes, by default warming.compiling; in the interpreter nothing does.
+    Raises whatever ends it early; the tuning then holds what was measured, and all of that is written.
+    """
+    budget = budget or Budget()
+    gpu = launch.Gpu(tuning.gpu, tuning.arch)
+    clock = clock_of(device)
+    measure = measure or (lambda passes: take_turns(passes, clock, seconds))
+    machine = {name: value for name, value in asdict(this_machine(device)).items() if name != "device"}
+    about = {**machine, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    todo, written = list(tuning.left), len(tuning.rows)
+    each = 0.0  # seconds that a candidate of the convolution before took: those that come later cost less, and should not take longer
 
-def _measure(measured: Measured, device: torch.device, measure: Measure) -> None:
-    """Fills in the candidates; whatever they raise is said there."""
-    convolution = measured.convolution
-    steps: dict[str, Callable[[Arguments], Any]] = {
-        name: partial(by_library, convolution) if c.tile is None else partial(ours, convolution, tile=c.tile)
-        for name, c in measured.candidates.items()
-    }
+    def write() -> None:
+        nonlocal written
+        if fresh := tuning.rows[written:]:
+            tuning.path = tables.write(*gpu, fresh, about)
+            if table is not None:
+                tuning.table = tables.write(*gpu, fresh, about, table)
+            written += len(fresh)
+
+    def in_time() -> None:
+        if budget.left <= 0:
+            raise OutOfTimeError
+
+    began = monotonic()
     try:
-        sets = _sets(convolution, device)
-        judge = Judge(convolution, sets[0])
-    except (RuntimeError, NotImplementedError) as error:  # memory, above all
-        measured.reason = f"PyTorch does not compute it: {_in_a_line(error)}"
-        return
-    for name, candidate in measured.candidates.items():
-        try:
-            with launch.poisoned():
-                candidate.fault = judge.fault(steps[name](sets[0]))
-        except Exception as error:  # too large for this GPU, or not to be compiled
-            candidate.failure = _in_a_line(error)
-    racing = {name: _in_turn(steps[name], sets) for name, candidate in measured.candidates.items() if candidate.right}
-    for name, times in measure(racing).items():
-        if isinstance(times, Exception):
-            measured.candidates[name].failure = _in_a_line(times)
-        else:
-            measured.candidates[name].microseconds = times.median * 1e6
+        with _undisturbed(device), compiled_ahead(todo, gpu, compiling, tuning.notes.append) as wait:
+            for done, measured in enumerate(todo):
+                if budget.left < each * len(measured.candidates):
+                    continue
+                if progress is not None:
+                    progress(done, len(todo), str(measured))
+                try:
+                    wait(measured, budget.left)
+                    started = monotonic()
+                    with float32_products(measured.products):
+                        race(measured, device, measure, in_time)
+                except OutOfTimeError:
+                    measured.forget()
+                    continue
+                tuning.measured.append(measured)
+                tuning.left.remove(measured)
+                write()
+                each = (monotonic() - started) / len(measured.candidates)
+        if progress is not None:
+            progress(len(todo), len(todo), "")
+    finally:
+        tuning.seconds += monotonic() - began
+        write()  # what was measured, if it was interrupted before that was written
+        launch.forget_plans()
 
 
-def _sets(convolution: Convolution, device: torch.device) -> list[Arguments]:
-    first = operands(convolution, device)
-    size = sum(t.nbytes for t in first.values() if isinstance(t, torch.Tensor))
-    count = min(MOST_SETS, COLD_BYTES // max(size, 1) + 1)
-    return [first, *(operands(convolution, device, seed) for seed in range(1, count))]
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Whatever modes the caller is in, operands have their dtypes, gradients can be taken, and the GPU is the current one."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        yield
 
 
-def _in_turn(step: Callable[[Arguments], Any], sets: list[Arguments]) -> Step:
-    turn = cycle(sets)
-    return lambda: step(next(turn))
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
+def _refuse_durations(**durations: float | None) -> None:
+    for name, value in durations.items():
+        if value is not None and not (isfinite(value) and value > 0):
+            raise ValueError(f"tune(): {name}={value} is no duration: give a positive number of seconds")

@@ -14,6 +14,8 @@ from rich.text import Text
 
 from cnnfast_kernels.tables import Key, Row
 
+from ..dtypes import TF32
+from ..precision import Products
 from .capture import Convolution
 
 DEFAULT, LIBRARY = "default", "library"  # candidates beside the tiles, which are named as they print
@@ -39,11 +41,13 @@ class Candidate:
 
 @dataclass
 class Measured:
-    """One convolution, which the model makes `count` times. reason: why nothing was measured; "" if something was, or is to be."""
+    """One convolution, which the model makes `count` times. cost: seconds of all its calls, an estimate that only orders (planning.py).
+    reason: why nothing was measured; "" if something was, or is to be."""
 
     key: Key
     convolution: Convolution
     count: int = 0
+    cost: float = 0.0
     candidates: dict[str, Candidate] = field(default_factory=dict)
     reason: str = ""
 
@@ -54,6 +58,17 @@ class Measured:
         groups = f" groups {g.groups}" if g.groups > 1 else ""
         doing = f" + {self.key.epilogue}" if self.key.epilogue else ""
         return f"{self.key.operation}{doing} {g.N}x{g.C}x{g.H}x{g.W} > {g.K}, {g.R}x{g.S}{stride}{dilated}{groups}"
+
+    @property
+    def products(self) -> Products:
+        """How its float32 operands are multiplied."""
+        return "tf32" if self.key.dtype == TF32 else "ieee"
+
+    def forget(self) -> None:
+        """Nothing was measured: of what was begun only wrong numbers stay."""
+        self.reason = ""
+        for candidate in self.candidates.values():
+            candidate.microseconds, candidate.failure = None, ""
 
     def microseconds(self, name: str) -> float | None:
         candidate = self.candidates.get(name)
@@ -76,9 +91,13 @@ class Measured:
         return Row(self.key, self.best.tile, winner, times)
 
     @property
+    def faults(self) -> list[str]:
+        return [f"{name}: {c.fault}" for name, c in self.candidates.items() if c.fault]
+
+    @property
     def problems(self) -> list[str]:
-        """Wrong numbers, and what was not measured at all."""
-        lines = [f"{name}: {c.fault}" for name, c in self.candidates.items() if c.fault]
+        """Wrong numbers, and what could not be measured at all."""
+        lines = self.faults
         if self.row is None:
             reasons = [self.reason, *(f"{name}: {c.failure}" for name, c in self.candidates.items() if c.failure)]
             lines.append("not measured: " + next(filter(None, reasons), "no candidate was right"))
@@ -87,21 +106,34 @@ class Measured:
 
 @dataclass
 class Tuning:
-    """What was measured on a GPU, and the table that it was written to. str() is a table; rich prints it at the width of its console."""
+    """What was measured on a GPU, and the tables that it was written to. str() is a table; rich prints it at the width of its console.
+
+    left: what was not measured, since the budget or the run ended before. path: the user's table; table: the other that was asked for;
+    both None until there is a row. seconds: of all measuring. notes: what else a reader should know of the run.
+    """
 
     gpu: str
     arch: int
     measured: list[Measured] = field(default_factory=list)
+    left: list[Measured] = field(default_factory=list)
     path: Path | None = None
+    table: Path | None = None
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Row]:
         return [row for m in self.measured if (row := m.row) is not None]
 
     @property
+    def problems(self) -> list[tuple[Measured, str]]:
+        """Wrong numbers, and what could not be measured. What is left is no problem, unless something was wrong before it was given up."""
+        return [(m, line) for m in self.measured for line in m.problems] + [(m, line) for m in self.left for line in m.faults]
+
+    @property
     def ok(self) -> bool:
-        """Whether every convolution was measured, and no candidate computed wrong numbers."""
-        return not any(m.problems for m in self.measured)
+        """Whether no candidate computed wrong numbers, and all that was tried could be measured. See also `left`."""
+        return not self.problems
 
     @property
     def summary(self) -> str:
@@ -110,12 +142,14 @@ class Tuning:
         default = sum(count * times["default"] for count, times in both) / 1000
         best = sum(count * min(times["kernels"], times.get("library", times["kernels"])) for count, times in both) / 1000
         return (
-            f"{len(self.rows)} of {len(self.measured)} convolutions measured: our kernels win {len(self.rows) - won}, the library {won};"
-            f" one after the other they take {default:.3f} ms by default, {best:.3f} ms by this table"
+            f"{len(self.rows)} of {len(self.measured) + len(self.left)} convolutions measured in {self.seconds:.0f} seconds: our kernels"
+            f" win {len(self.rows) - won}, the library {won}; one after the other they take {default:.3f} ms by default, {best:.3f} ms by"
+            " this table"
         )
 
     def to_json(self) -> str:
-        """An object with gpu, arch, ok, summary, table (its path) and measured, each with its candidates."""
+        """An object with gpu, arch, ok, summary, seconds, table (the path of the user's), other_table (of the one that was asked for),
+        notes, measured, each with its candidates, and left."""
         measured = [
             {
                 "convolution": str(m),
@@ -131,8 +165,12 @@ class Tuning:
             }
             for m in self.measured
         ]  # fmt: skip
-        head = {"gpu": self.gpu, "arch": self.arch, "ok": self.ok, "summary": self.summary, "table": str(self.path) if self.path else None}
-        return json.dumps({**head, "measured": measured}, indent=1, allow_nan=False)
+        head = {
+            "gpu": self.gpu, "arch": self.arch, "ok": self.ok, "summary": self.summary, "seconds": round(self.seconds, 1),
+            "table": str(self.path) if self.path else None, "other_table": str(self.table) if self.table else None, "notes": self.notes,
+        }  # fmt: skip
+        left = [{"convolution": str(m), "dtype": m.key.dtype, "count": m.count, "problems": m.faults} for m in self.left]
+        return json.dumps({**head, "measured": measured, "left": left}, indent=1, allow_nan=False)
 
     def __rich__(self) -> Group:
         table = Table(title=f"microseconds on {self.gpu}, medians")
@@ -143,9 +181,12 @@ class Tuning:
                 times = [f"{row.microseconds[name]:.1f}" if name in row.microseconds else "" for name in ("default", "kernels", "library")]
                 serves = Text("library", "yellow") if row.winner == "library" else Text(str(row.tile), "green")
                 table.add_row(str(m.count), str(m), *times, serves)
-        wrong = [Text(f"{m}: {line}", "bold red") for m in self.measured for line in m.problems]
-        end = Text(f"{self.summary}\ntable: {self.path or 'not written, for there is nothing to say'}")
-        return Group(*wrong, table, end)
+        wrong = [Text(f"{m}: {line}", "bold red") for m, line in self.problems]
+        left = [Text(f"left unmeasured, their rows as they were: {len(self.left)} convolutions", "yellow")] if self.left else []
+        left += [Text(f"  {m}, {m.key.dtype}, calls: {m.count}", "yellow") for m in self.left]
+        end = [*self.notes, self.summary, f"table: {self.path or 'not written, for there is nothing to say'}"]
+        end += [f"also written to {self.table}"] if self.table else []
+        return Group(*wrong, table, *left, Text("\n".join(end)))
 
     def __str__(self) -> str:
         text = io.StringIO()

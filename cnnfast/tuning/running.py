@@ -29,10 +29,12 @@ MULTIPLIED = ("x", "w", "dy")
 
 
 def operands(convolution: Convolution, device: torch.device, seed: int = 0) -> Arguments:
-    """The call's arguments, with random numbers in tensors laid out as its own were."""
-    generator = torch.Generator(device).manual_seed(seed)
+    """The call's arguments, with random numbers in tensors laid out as its own were; on the meta device, without numbers."""
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     def filled(name: str, layout: launch.Layout) -> Tensor:
+        if generator is None:
+            return torch.empty_strided(*layout[:2], dtype=layout.dtype, device=device)
         span = 1 + sum((size - 1) * stride for size, stride in zip(layout.shape, layout.strides, strict=True))
         numbers = torch.randn(max(span, 0), device=device, generator=generator)
         numbers = numbers.abs() + 0.5 if name in POSITIVE else numbers

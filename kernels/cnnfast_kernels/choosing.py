@@ -5,8 +5,8 @@ It follows from layouts, and no tensor is touched here. `candidates` is what mea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from itertools import islice, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -26,11 +26,11 @@ from .tiling import (
     search_tiles,
 )
 from .tma.stem import is_packed, packing_of
-from .tma.tiles import BoxTile, choose_box_tile, search_boxes
+from .tma.tiles import BoxTile, choose_box_tile, is_half_empty, search_boxes
 from .tma.views import flattened, why_not
 
 Tile = TileConfig | StripTile | BoxTile  # of the general kernels, of those of depthwise convolution, of those that load by tensor maps
-MOST_BOXES = 12  # that measuring tries
+MOST_CANDIDATES = 12  # that measuring tries
 
 
 class Geometry(NamedTuple):
@@ -178,14 +178,41 @@ def default_tile(q: Question) -> Tile:
 
 
 def candidates(q: Question) -> list[Tile]:
-    """What measuring tries, of every family that can serve; the default first."""
+    """What measuring tries, at most MOST_CANDIDATES: the default, and then from each family that can serve one in turn.
+
+    Each family's come in its own order (search_tiles, search_boxes, search_strip_tiles), but no second variant of a tile, another split or
+    number of stages, say, before there is one of every other tile. That order is a model's, or plain largest first: no GPU has told which
+    tiles win, and one that would may be among those left out.
+    """
     if q.problem.is_depthwise:
-        found: list[Tile] = [*search_strip_tiles(q.problem, q.operation, q.precision, vector_length(q.x, q.y))]
+        families: list[Iterable[Tile]] = [search_strip_tiles(q.problem, q.operation, q.precision, vector_length(q.x, q.y))]
     else:
-        found = [*search_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)]
+        families = [search_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)]
         if not q.why_no_boxes:
-            found += islice(search_boxes(q.boxed, q.operation, q.activation, q.gpu.arch), MOST_BOXES)
-    return list(dict.fromkeys([default_tile(q), *found]))
+            boxes = search_boxes(q.boxed, q.operation, q.activation, q.gpu.arch)
+            families.insert(0, (box for box in boxes if not is_half_empty(q.boxed, q.operation, box)))
+    found: dict[Tile, None] = {default_tile(q): None}
+    for turn in zip_longest(*map(_spread, families)):
+        found |= dict.fromkeys(tile for tile in turn if tile is not None)
+    return list(islice(found, MOST_CANDIDATES))
+
+
+def _spread(tiles: Iterable[Tile]) -> list[Tile]:
+    """Tiles of as many shapes as there are first: one of each shape in turn, within a shape in the order given."""
+    shapes: dict[object, list[Tile]] = {}
+    for tile in tiles:
+        shapes.setdefault(_shape(tile), []).append(tile)
+    return [tile for turn in zip_longest(*shapes.values()) for tile in turn if tile is not None]
+
+
+def _shape(tile: Tile) -> object:
+    match tile:
+        case TileConfig():
+            return tile.BLOCK_M, tile.BLOCK_N
+        case BoxTile():
+            return tile.pixels, tile.TILE_K, tile.TILE_C
+        case StripTile():
+            return tile.ROWS
 
 
 def measured(q: Question) -> tables.Row | None:

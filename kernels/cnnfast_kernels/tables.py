@@ -1,8 +1,9 @@
 """Tables of measured tiles: which kernel serves a convolution on a GPU, or whether the library's is faster there.
 
 A table is a file of JSON for one GPU, with one row for each convolution that was measured and checked on it. The user's lies in the
-platform's cache folder and is written by `cnnfast tune`; those that come with cnnfast lie beside this file, in tables/. The user's rows
-go before them; where there is none, the defaults in code run.
+platform's cache folder and is written by `cnnfast tune`, row by row. Those that come with cnnfast lie in tables/ beside this file, in a
+folder for each GPU, and say in their heads what they were measured with; `cnnfast tune --table` writes such a file. The user's rows go
+before them; where there is none, the defaults in code run.
 
 A row serves a convolution that agrees with it in everything but the batch: GPU, operation, epilogue, dtype, layout, channels, image,
 filters, strides, padding. Another batch only makes more or fewer tiles: the row of the nearest one is taken, up to FARTHEST_BATCH times
@@ -15,11 +16,13 @@ the answer (launch.planned).
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from pathlib import Path
@@ -29,6 +32,11 @@ from . import __version__
 from .problem import ConvProblem
 from .tiling import Operation, StripTile, TileConfig
 from .tma.tiles import BoxTile
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, where two processes that write one table at a time may lose rows of each other
+    fcntl = None
 
 Winner = Literal["kernels", "library"]
 
@@ -142,16 +150,16 @@ def _read() -> tuple[Table, Table]:
     global _tables, library
     with _reading:
         if _tables is None:
-            _tables = (_folder(user_folder()), _folder(SHIPPED))
+            _tables = (_folder(user_folder(), "*.json"), _folder(SHIPPED, "*/*.json"))
             library = any(row.winner == "library" for table in _tables for rows in table.values() for row in rows)
         return _tables
 
 
-def _folder(folder: Path) -> Table:
+def _folder(folder: Path, pattern: str) -> Table:
     """All tables of a folder, which need not exist."""
     table: Table = {}
     try:
-        files = sorted(folder.glob("*.json"))
+        files = sorted(folder.glob(pattern))
     except OSError as error:
         _warn(f"the tables in {folder} cannot be read: {error}")
         files = []
@@ -174,8 +182,13 @@ def user_folder() -> Path:
     return platformdirs.user_cache_path("cnnfast") / "tables"
 
 
+def slug(gpu: str, arch: int) -> str:
+    """A GPU's name as files and folders have it: nvidia-h200-sm_90."""
+    return re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-") + f"-sm_{arch}"
+
+
 def user_file(gpu: str, arch: int) -> Path:
-    return user_folder() / (re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-") + f"-sm_{arch}.json")
+    return user_folder() / f"{slug(gpu, arch)}.json"
 
 
 def read(file: Path) -> list[Row]:
@@ -216,19 +229,62 @@ def writable() -> None:
         raise OSError(f"the user's tables cannot be written to {folder}: {error.strerror or error}") from error
 
 
-def write(gpu: str, arch: int, rows: Iterable[Row], about: Mapping[str, str]) -> Path:
-    """Adds rows to the user's table of a GPU, in the place of those of the same key, and returns its path.
+def refuse_foreign(file: Path, gpu: str, arch: int) -> None:
+    """Raises ValueError if rows of a GPU cannot be added to a file: it is there, and is no table of that GPU and this version; OSError,
+    saying which it is, if it could not be written."""
+    try:
+        if file.exists():
+            data = json.loads(file.read_text())
+            made_by = data["format"], data["cnnfast"], data["gpu"], data["arch"]
+            if made_by != (FORMAT, __version__, gpu, arch):
+                raise ValueError(f"{file} holds rows of {made_by[2]} by cnnfast {made_by[1]}, and these would be of {gpu} by {__version__}")
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError):
+        raise ValueError(f"{file} is there, and is no table of cnnfast") from None
+    except OSError as error:
+        raise OSError(f"a table cannot be written to {file}: {error.strerror or error}") from error
 
-    about: what else the file shall say of the run (driver, versions): for people, nobody reads it. Whoever reads the file meanwhile
-    finds the old or the new one. Raises OSError as `writable` does.
+
+def write(gpu: str, arch: int, rows: Iterable[Row], about: Mapping[str, str], file: Path | None = None) -> Path:
+    """Adds rows to the user's table of a GPU, or to another file, in the place of those of the same key, and returns its path.
+
+    about: what else the file shall say of the run (driver, versions): for people, nobody reads it. Whoever reads the file meanwhile, or
+    after this process was killed, finds the old or the new one; of processes that write at the same time none loses the other's rows.
+    Raises OSError as `writable` does.
     """
-    writable()
-    file = user_file(gpu, arch)
-    merged = {row.key: row.to_dict() for row in (*(read(file) if file.exists() else ()), *rows)}
-    head = json.dumps({"format": FORMAT, "cnnfast": __version__, "gpu": gpu, "arch": arch, **about}, indent=1)
-    lines = ",\n  ".join(json.dumps(row) for row in merged.values())
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as fresh:
-        fresh.write(f'{head[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
-    Path(fresh.name).replace(file)
+    if file is None:
+        writable()
+        file = user_file(gpu, arch)
+    with _alone(file):
+        merged = {row.key: row.to_dict() for row in (*(read(file) if file.exists() else ()), *rows)}
+        head = json.dumps({"format": FORMAT, "cnnfast": __version__, "gpu": gpu, "arch": arch, **about}, indent=1)
+        lines = ",\n  ".join(json.dumps(row) for row in merged.values())
+        # Always the same name: what a killed process left there is overwritten by the next one.
+        fresh = file.with_name(f"{file.name}.fresh")
+        fresh.write_text(f'{head[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
+        fresh.replace(file)
     forget()
     return file
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Waits until no other process, or thread, writes the file. Its lock is a file beside it, which is gone when nobody writes."""
+    if fcntl is None:
+        yield
+        return
+    lock = file.with_name(f"{file.name}.lock")
+    while True:
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            try:
+                current = os.path.samestat(os.fstat(held.fileno()), lock.stat())
+            except FileNotFoundError:
+                current = False
+            if not current:  # whoever held it has removed it: what was waited for is no longer the lock
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return

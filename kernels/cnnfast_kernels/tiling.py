@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .gpus import SHARED_LIMITS
 from .problem import ConvProblem, tap_step
 
 Operation = Literal["fprop", "dgrad", "wgrad"]
@@ -19,6 +20,7 @@ Precision = Literal["half", "tf32", "ieee", "fp64"]
 
 # The most that one instruction of a thread loads.
 VECTOR_BYTES = 16
+ELEMENT_BYTES: dict[Precision, int] = {"half": 2, "tf32": 4, "ieee": 4, "fp64": 8}
 # ptxas may take all registers there are. Told no number, it spills a few where that lets one more program run.
 MAX_REGISTERS = 255
 
@@ -139,29 +141,60 @@ def choose_tile(problem: ConvProblem, operation: Operation, precision: Precision
     return next((t for t in fitting if programs(problem, operation, t) >= BUSY_PROGRAMS), fitting[-1])
 
 
+def steps_of_loop(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:
+    """The k-steps of a program's main loop; in dgrad, of the class of pixels that the most taps reach."""
+    g = problem
+    if operation == "wgrad":
+        return cdiv(cdiv(gemm_extents(g, operation)[2], tile.BLOCK_K), tile.SPLIT_K)
+    depth, taps = g.group_channels, g.R * g.S
+    if operation == "dgrad":
+        depth = g.group_filters
+        taps = cdiv(g.R, tap_step(g.stride_h, g.dil_h)) * cdiv(g.S, tap_step(g.stride_w, g.dil_w))
+    return cdiv(taps * depth, tile.BLOCK_K) if depth < tile.BLOCK_K else taps * cdiv(depth, tile.BLOCK_K)
+
+
+def least_shared_bytes(tile: TileConfig, precision: Precision) -> int:
+    """Of a program: what its loads that are on their way fill. The compiler takes this much, or one stage more."""
+    return (tile.num_stages - 1) * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * ELEMENT_BYTES[precision]
+
+
 def search_tiles(
     problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
 ) -> Iterator[TileConfig]:
-    """What measuring tries: the default tiles that may be chosen and wider ones, with k-steps of once and twice their length and with
-    fewer stages; in wgrad, in their place, with half, once and twice the default split. Some may need more memory than there is."""
+    """What measuring tries: the default tiles that may be chosen and wider ones, first as they are, then with k-steps of twice their length
+    and with one stage less; in wgrad, instead of that, with half and twice the default split.
+
+    Left out is what cannot win or does not differ: blocks of which half or more would be empty where there are smaller ones, tiles that
+    need more shared memory than `arch` has, and fewer stages where the loop has no more steps than that.
+    """
     depth = problem.group_filters if operation == "dgrad" else problem.group_channels
+    GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
     tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
     wide = WIDE_TILES if precision == "half" and tiles[0] == DEFAULT_TILES["half"][0] else ()
+    least = tiles[-1]
+    limit = SHARED_LIMITS.get(arch, min(SHARED_LIMITS.values()))
+    found: set[TileConfig] = set()
     for tile in (*tiles, *wide):
-        steps = [tile.BLOCK_K] + [2 * tile.BLOCK_K] * (depth >= 2 * tile.BLOCK_K)
-        for longer in (replace(tile, BLOCK_K=step) for step in steps):
-            if operation == "wgrad":
-                split = default_split(problem, longer)
-                yield from (replace(longer, SPLIT_K=s) for s in sorted({cdiv(split, 2), split, min(2 * split, MAX_SPLIT)}))
-            else:
-                yield from (replace(longer, num_stages=stages) for stages in (tile.num_stages, tile.num_stages - 1))
+        if tile.BLOCK_M >= max(2 * GEMM_M, least.BLOCK_M + 1) or tile.BLOCK_N >= max(2 * GEMM_N, least.BLOCK_N + 1):
+            continue
+        longer = [replace(tile, BLOCK_K=step) for step in [tile.BLOCK_K] + [2 * tile.BLOCK_K] * (depth >= 2 * tile.BLOCK_K)]
+        if operation == "wgrad":
+            splits = [(t, default_split(problem, t)) for t in longer]
+            ways = [*splits, *((t, cdiv(s, 2)) for t, s in splits), *((t, min(2 * s, MAX_SPLIT)) for t, s in splits)]
+            variants = [replace(t, SPLIT_K=split) for t, split in ways]
+        else:
+            variants = [replace(t, num_stages=stages) for stages in (tile.num_stages, tile.num_stages - 1) for t in longer]
+        for variant in variants:
+            same = replace(variant, num_stages=min(variant.num_stages, max(1, steps_of_loop(problem, operation, variant))))
+            if same not in found and least_shared_bytes(variant, precision) <= limit:
+                found.add(same)
+                yield variant
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Depthwise convolution
 
 STRIP_THREADS = 128
-ELEMENT_BYTES: dict[Precision, int] = {"half": 2, "tf32": 4, "ieee": 4, "fp64": 8}
 STRIP_ROWS = (2, 4, 7)
 # Taps of one column of a filter whose weights, or gradients, are in registers at a time; taps of a filter for whose gradients all are.
 MAX_COLUMN_TAPS = 7

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
+import time
 import warnings
 from dataclasses import asdict, fields, replace
+from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
 
 from agreement import integers
-from child import run_compiled
+from child import IMPORTABLE, run_compiled
 from cnnfast_kernels import choosing, launch, tables
 from cnnfast_kernels.conv import Geometry, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.problem import ConvProblem
 from cnnfast_kernels.tables import Key, Row
-from cnnfast_kernels.tiling import StripTile, TileConfig
+from cnnfast_kernels.tiling import StripTile, TileConfig, search_tiles, steps_of_loop
 from cnnfast_kernels.tma.tiles import BoxTile
 
 TILE = TileConfig(32, 32, 16, 4, 2)
@@ -93,11 +99,15 @@ def test_of_two_as_near_the_smaller_serves(gpu):
 
 def test_the_users_rows_go_before_those_that_come_with_cnnfast(gpu):
     others = row(gpu, tile=replace(TILE, num_stages=3)), row(gpu, replace(PROBLEM, C=32))
-    file = write(gpu, *others)
-    tables.SHIPPED.mkdir()
-    file.rename(tables.SHIPPED / file.name)
-    tables.forget()
+    folder = tables.SHIPPED / tables.slug(*gpu)
+    folder.mkdir(parents=True)
+    for name, other in zip(("resnet50.json", "stem.json"), others, strict=True):
+        tables.write(*gpu, [other], ABOUT, folder / name)
+    (tables.SHIPPED / "another-gpu-sm_80").mkdir()
+    tables.write("Another GPU", 80, [row(("Another GPU", 80))], ABOUT, tables.SHIPPED / "another-gpu-sm_80" / "resnet50.json")
     assert [tables.find(r.key) for r in others] == [*others]
+    assert tables.find(row(("Another GPU", 80)).key) is not None
+    assert not tables.user_folder().exists()
     mine = row(gpu, replace(PROBLEM, N=5))
     write(gpu, mine)
     assert tables.find(others[0].key) == mine  # its batch is not as near, but it is the user's
@@ -117,7 +127,154 @@ def test_measuring_again_replaces_and_keeps_the_rest(gpu):
 
 
 def test_files_are_named_after_gpus():
+    assert tables.slug("NVIDIA H100 80GB HBM3", 90) == "nvidia-h100-80gb-hbm3-sm_90"
     assert tables.user_file("NVIDIA H100 80GB HBM3", 90).name == "nvidia-h100-80gb-hbm3-sm_90.json"
+
+
+def misplaced(folder) -> list[str]:
+    """What is wrong with the tables of a folder that is to be shipped."""
+    wrong = []
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            rows = tables.read(file) if file.suffix == ".json" else []
+        homes = {tables.slug(r.key.gpu, r.key.arch) for r in rows}
+        head = json.loads(file.read_text()) if rows else {}
+        missing = {"driver", "torch", "triton", "cudnn", "commit", "date"} - set(filter(head.get, head))
+        if caught or homes != {file.parent.name} or missing:
+            wrong.append(f"{file.name}: {[str(w.message) for w in caught]}, of {homes}, without {missing}")
+    return wrong
+
+
+def test_what_comes_with_cnnfast_is_whole_and_in_its_place(gpu, tmp_path):
+    """Whatever stands in tables/ is a table of this version, of the GPU that its folder names, and says what it was measured with."""
+    assert misplaced(Path(tables.__file__).parent / "tables") == []
+    about = dict.fromkeys(("driver", "torch", "triton", "cudnn", "commit", "date"), "known")
+    right, wrong = tmp_path / tables.slug(*gpu), tmp_path / "h200"
+    for folder in (right, wrong):
+        folder.mkdir()
+    tables.write(*gpu, [row(gpu)], about, right / "resnet50.json")
+    assert misplaced(tmp_path) == []
+    tables.write(*gpu, [row(gpu)], {**about, "driver": ""}, right / "stem.json")
+    tables.write(*gpu, [row(gpu)], about, wrong / "resnet50.json")
+    (right / "notes.txt").write_text("left behind")
+    (right / "old.json").write_text("{}")
+    assert {line.partition(":")[0] for line in misplaced(right)} == {"stem.json", "notes.txt", "old.json"}
+    assert [line.partition(":")[0] for line in misplaced(wrong)] == ["resnet50.json"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Written while others write, read, and are killed
+
+WRITER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from cnnfast_kernels import tables
+from cnnfast_kernels.problem import ConvProblem
+from cnnfast_kernels.tiling import TileConfig
+
+folder, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+tables.user_folder = lambda: folder
+print("begins", flush=True)
+for C in range(first, first + count):
+    key = tables.Key("A GPU", 90, "fprop", "", "float16", "NHWC NHWC NHWC", ConvProblem(8, C, 14, 14, 32, 3, 3, 12, 12))
+    tables.write("A GPU", 90, [tables.Row(key, TileConfig(32, 32, 16), "kernels", {"kernels": 1.0})], {})
+    print(C, flush=True)
+"""
+
+
+def writer(folder, first: int, count: int) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, IMPORTABLE))}
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(first), str(count)], text=True, stdout=PIPE, env=environment)
+
+
+def channels(folder) -> set[int]:
+    """Of all rows in a folder's only table. Nothing is wrong with any."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return {r.key.problem.C for r in tables.read(folder / "a-gpu-sm_90.json")}
+
+
+def test_of_two_processes_that_write_at_once_none_loses_the_others_rows(tmp_path):
+    writers = [writer(tmp_path, first, 40) for first in (1, 101)]
+    assert [process.communicate(timeout=60)[0].split()[-1] for process in writers] == ["40", "140"]
+    assert channels(tmp_path) == {*range(1, 41), *range(101, 141)}
+    assert [file.name for file in tmp_path.iterdir()] == ["a-gpu-sm_90.json"]
+
+
+def test_threads_that_write_at_once_lose_nothing(gpu):
+    rows = [row(gpu, replace(PROBLEM, C=C)) for C in range(1, 9)]
+    threads = [threading.Thread(target=write, args=(gpu, r)) for r in rows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {r.key for r in tables.read(tables.user_file(*gpu))} == {r.key for r in rows}
+
+
+def test_a_writer_that_is_killed_leaves_a_whole_table(tmp_path):
+    """At any moment: what it had said to be written is there, and what it left lying about the next writer takes away."""
+    for attempt in range(8):
+        process = writer(tmp_path, 1000 * attempt, 900)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(0.02 + 0.013 * attempt)
+        process.kill()
+        said = {int(line) for line in process.communicate(timeout=60)[0].split()}
+        assert len(said) < 900
+        assert said <= (channels(tmp_path) if said else said)
+    writer(tmp_path, 9999, 1).wait(timeout=60)
+    assert 9999 in channels(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a-gpu-sm_90.json"]
+
+
+def test_what_a_killed_writer_was_about_to_do_is_undone(gpu):
+    """It had the lock, and half of a new table."""
+    file = write(gpu, row(gpu))
+    whole = file.read_text()
+    file.with_name(f"{file.name}.fresh").write_text(whole[: len(whole) // 2])
+    file.with_name(f"{file.name}.lock").touch()
+    tables.forget()
+    assert tables.find(row(gpu).key) == row(gpu)
+    write(gpu, row(gpu, replace(PROBLEM, C=32)))
+    assert len(tables.read(file)) == 2
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_an_interrupt_while_a_row_is_written_leaves_the_old_table(gpu, monkeypatch):
+    file = write(gpu, row(gpu))
+
+    def interrupted(self, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(gpu, row(gpu, replace(PROBLEM, C=32)))
+    assert tables.read(file) == [row(gpu)]
+    write(gpu, row(gpu, replace(PROBLEM, C=64)))  # waits for nobody
+    assert len(tables.read(file)) == 2
+
+
+def test_rows_go_to_another_file_if_it_is_a_table_of_that_gpu(gpu, tmp_path):
+    file = tmp_path / "rows.json"
+    tables.refuse_foreign(file, *gpu)
+    assert tables.write(*gpu, [row(gpu)], {"date": "today"}, file) == file
+    tables.refuse_foreign(file, *gpu)
+    tables.write(*gpu, [row(gpu, replace(PROBLEM, C=32))], {"date": "tomorrow"}, file)
+    assert len(tables.read(file)) == 2
+    assert json.loads(file.read_text())["date"] == "tomorrow"
+    assert not tables.user_folder().exists()
+    with pytest.raises(ValueError, match=r"rows\.json holds rows of A GPU, 80 GB by cnnfast .*, and these would be of A GPU by"):
+        tables.refuse_foreign(file, "A GPU", 90)
+    with pytest.raises(OSError, match=r"cannot be written to .*: No such file or directory"):
+        tables.refuse_foreign(tmp_path / "nowhere" / "rows.json", *gpu)
+    for text in ("", "# README", "[]", "{}", '{"format": 1}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"rows\.json is there, and is no table of cnnfast"):
+            tables.refuse_foreign(file, *gpu)
+        assert file.read_text() == text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -351,26 +508,80 @@ def test_a_repeated_call_asks_no_table(gpu, device, monkeypatch):
         call()
 
 
-def test_candidates_are_few_distinct_and_begin_with_the_default(gpu, device):
-    for groups, shape in ((1, (64, 64, 3)), (1, (3, 64, 7)), (64, (64, 64, 3))):
-        C, K, taps = shape
-        geometry = Geometry((1, 1), (taps // 2,) * 4, (1, 1), groups)
+def questions(gpu, C, K, taps, groups=1, dtype=torch.float16, fmt=torch.channels_last, batch=32, size=28, stride=1):
+    """Of the three operations of a convolution."""
+    geometry = Geometry((stride, stride), (taps // 2,) * 4, (1, 1), groups)
+    out = (size + 2 * (taps // 2) - taps) // stride + 1
+    x, y = launch.dense((batch, C, size, size), dtype, fmt), launch.dense((batch, K, out, out), dtype, fmt)
+    w_shape = (K, C // groups, taps, taps)
+    w = launch.dense(w_shape, dtype, fmt)
+    return (
+        choosing.ask_fprop(x, w, None, geometry, "", None, False, gpu, True),
+        choosing.ask_dgrad(y, w, x.shape, fmt, geometry, False, gpu, True),
+        choosing.ask_wgrad(x, y, w_shape, fmt, geometry, False, gpu, True),
+    )
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
+def test_candidates_are_few_distinct_and_begin_with_the_default(arch):
+    gpu = launch.Gpu("A GPU, 80 GB", arch)
+    for C, K, taps, groups in ((64, 64, 3, 1), (3, 64, 7, 1), (64, 64, 3, 64), (512, 2048, 1, 1), (64, 128, 3, 2)):
         for dtype in launch.KERNEL_DTYPES:
             for fmt in (torch.channels_last, torch.contiguous_format):
-                x, y = (launch.dense((32, c, 28, 28), dtype, fmt) for c in (C, K))
-                w_shape = (K, C // groups, taps, taps)
-                w = launch.dense(w_shape, dtype, fmt)
-                for q in (
-                    choosing.ask_fprop(x, w, None, geometry, "", None, False, gpu, True),
-                    choosing.ask_dgrad(y, w, x.shape, fmt, geometry, False, gpu, True),
-                    choosing.ask_wgrad(x, y, w_shape, fmt, geometry, False, gpu, True),
-                ):
+                for q in questions(gpu, C, K, taps, groups, dtype, fmt):
                     found = choosing.candidates(q)
                     assert found[0] == choosing.default_tile(q)
-                    assert len(set(found)) == len(found) <= 44
-                    assert all(isinstance(tile, StripTile) == (groups > 1) for tile in found)
+                    assert len(set(found)) == len(found) <= choosing.MOST_CANDIDATES
+                    assert all(isinstance(tile, StripTile) == q.problem.is_depthwise for tile in found)
                     assert {tile.SPLIT_K for tile in found} == {1} or q.operation == "wgrad"
                     assert all(Row.from_dict(*gpu, Row(q.key, tile, "kernels", {}).to_dict()).tile == tile for tile in found)
+
+
+def test_both_families_and_all_their_shapes_are_among_the_candidates():
+    """Half of them are of each family, and none is another stage or split of one while a tile of another shape is left out."""
+    for q in questions(launch.Gpu("A GPU, 80 GB", 90), 256, 256, 3):
+        found = choosing.candidates(q)
+        assert len(found) == choosing.MOST_CANDIDATES
+        assert [sum(isinstance(tile, kind) for tile in found) for kind in (BoxTile, TileConfig)] == [6, 6]
+        shapes = {choosing._shape(tile) for tile in found if isinstance(tile, TileConfig)}
+        assert shapes == {choosing._shape(tile) for tile in search_tiles(q.problem, q.operation, q.precision)}
+
+
+def test_what_does_not_matter_for_a_problem_is_no_candidate():
+    h200, l40s = launch.Gpu("A GPU, 80 GB", 90), launch.Gpu("Another", 89)
+
+    def gather(gpu, *sizes, operation=0, **how):
+        q = questions(gpu, *sizes, **how)[operation]
+        return list(search_tiles(q.problem, q.operation, q.precision, arch=gpu.arch))
+
+    # of 64 filters a block of 128 would be half empty, of 96 it would not
+    assert {tile.BLOCK_N for tile in gather(h200, 64, 64, 1)} == {32, 64}
+    assert {tile.BLOCK_N for tile in gather(h200, 64, 96, 1)} == {32, 64, 128}
+    assert {tile.BLOCK_M for tile in gather(h200, 64, 64, 1, batch=1, size=8)} == {64}
+    assert {tile.BLOCK_M for tile in gather(h200, 64, 64, 1, operation=2)} == {64}  # wgrad's rows are filters
+    # the smallest is there for the smallest problem
+    assert gather(h200, 8, 8, 1, batch=1, size=1)
+    # two k-steps of 32 channels fill two stages, and 18 of a 3x3 filter fill all
+    stages = {taps: {t.num_stages for t in gather(h200, 64, 64, taps) if t.BLOCK_K == 32} for taps in (1, 3)}
+    assert stages == {1: {4}, 3: {3, 4}}
+    # what sm_90 has room for and sm_89 has not
+    large = TileConfig(256, 64, 64, 8, 4)
+    assert large in gather(h200, 256, 256, 3)
+    assert large not in gather(l40s, 256, 256, 3)
+    assert replace(large, num_stages=3) in gather(l40s, 256, 256, 3)
+    # boxes of 128 filters, likewise
+    for K, widest in ((64, 64), (128, 128)):
+        found = choosing.candidates(questions(h200, 64, K, 3)[0])
+        assert max(tile.TILE_K for tile in found if isinstance(tile, BoxTile)) == widest
+
+
+def test_steps_of_a_loop_are_those_of_the_most_taps():
+    problem = ConvProblem(1, 64, 28, 28, 128, 3, 3, 14, 14, 2, 2, 1, 1)
+    tile = TileConfig(64, 64, 32)
+    assert steps_of_loop(problem, "fprop", tile) == 9 * 2
+    assert steps_of_loop(problem, "dgrad", tile) == 4 * 4  # pixels that 2x2 of the taps reach at a stride of 2
+    assert steps_of_loop(problem, "wgrad", replace(tile, SPLIT_K=2)) == 4  # 196 pixels, 7 steps, in two parts
+    assert steps_of_loop(replace(problem, C=3), "fprop", tile) == 1  # 27 taps and channels in a row
 
 
 def test_the_layout_tells_where_channels_are_adjacent(gpu):

@@ -18,7 +18,7 @@ import cnnfast
 from cnnfast import dispatch
 from cnnfast.bench import folding, providers, running
 from cnnfast.bench.gate import expect
-from cnnfast.bench.job import BACKWARD, Job, copies_for, plain, without_dropout
+from cnnfast.bench.job import BACKWARD, Job, plain, without_dropout
 from cnnfast.bench.providers import PROVIDERS, Ours, Prepared, Provider
 from cnnfast.bench.rows import FAILED, OK, UNAVAILABLE, WRONG
 from cnnfast.bench.shapes import layers, resnet50_convolutions
@@ -321,12 +321,6 @@ def test_buffers_take_turns():
     assert len(set(seen)) == 3
     assert seen[:3] == seen[3:]
     assert seen[0] == float(work.inputs(0)[0].sum())
-
-
-def test_buffers_fill_the_cache_twice():
-    assert copies_for(2**23, CPU) == 4
-    assert copies_for(2**30, CPU) == 1
-    assert copies_for(1, CPU) == 64
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_a_report_counts_what_is_unmeasured(gpu):
         found, sizes = reporting._layers(model, (torch.zeros(*shape, device="meta"),) if shape else ())
         return list(reporting._unmeasured(model, gpu, found, sizes))
 
-    measures = "cnnfast tune MODEL, or cnnfast.tuning.tune(model, *inputs), measures them."
+    measures = "cnnfast tune MODEL, or cnnfast.tune(model, *inputs), measures them."
     of = f"convolutions are unmeasured on this GPU ({gpu.name}) for an input of"
     assert told() == [f"2 of 2 {of} 1x4x224x224. {measures}"]
     for taps, pad in ((3, 1), (1, 0)):

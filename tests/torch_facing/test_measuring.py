@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from cnnfast.measuring import timing
 from cnnfast.measuring.machine import MATRIX, measure_peaks
+from cnnfast.measuring.rotation import copies_for, rotating
 from cnnfast.measuring.timing import DeviceClock, HostClock, Times, measure, warm_up
 
 
@@ -136,6 +138,18 @@ def test_device_events_surround_the_calls(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     assert DeviceClock().sample(lambda: log.append("step"), 4) == 0.002
     assert log == ["event", "step", "step", "step", "step", "event", "wait"]
+
+
+def test_buffers_fill_the_cache_twice(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [copies_for(size, cpu) for size in (2**23, 2**30, 1, 0)] == [4, 1, 64, 64]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=60 * 2**20))
+    assert [copies_for(size, gpu) for size in (2**23, 2**30)] == [15, 1]
+
+
+def test_steps_rotate():
+    step = rotating([lambda: "a", lambda: "b"])
+    assert [step() for _ in range(5)] == ["a", "b", "a", "b", "a"]
 
 
 def test_peaks_are_those_of_the_best_sample():

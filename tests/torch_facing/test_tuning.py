@@ -7,58 +7,13 @@ import json
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import cnnfast
-from agreement import integers
 from cnnfast import tuning
-from cnnfast.__main__ import app
-from cnnfast.measuring.timing import Times
 from cnnfast.precision import float32_products
-from cnnfast.tuning import running
+from cnnfast.tuning import racing, running
 from cnnfast_kernels import choosing, launch, tables
-
-LAST = torch.channels_last
-
-
-class Net(nn.Module):
-    """A fused block, its like, a depthwise convolution without batch norm, and a transposed one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.conv3, self.bn3 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
-        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
-
-    def forward(self, x):
-        x = torch.relu(self.bn1(self.conv1(x)))
-        x = torch.relu(self.bn2(self.conv2(x)) + x)
-        x = torch.relu(self.bn3(self.conv3(x)) + x)
-        return self.up(self.depthwise(x))
-
-
-def image(device, batch=2):
-    return integers(batch, 4, 6, 6).to(device)
-
-
-def clock(**microseconds):
-    """Measures nothing: runs every step twice, and gives those named their times, others ten and more, in their order."""
-
-    def measure(steps):
-        for step in steps.values():
-            step()
-            step()
-        return {name: Times(microseconds.get(name, 10.0 + i) / 1e6, 0, 0, 1) for i, name in enumerate(steps)}
-
-    return measure
-
-
-def convolution(device):
-    """One plain convolution as a model."""
-    return nn.Conv2d(4, 8, 3, padding=1).to(device)
-
+from tuned import LAST, Net, clock, convolution, image
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is measured
@@ -81,7 +36,7 @@ def test_in_eval_the_fused_forms_are_found():
 def test_in_training_statistics_and_gradients_are_found_but_none_that_nobody_wants():
     model = Net()
     model.conv2.requires_grad_(False)
-    assert found(model, torch.zeros(2, 4, 6, 6), training=True) == {
+    assert found(model, torch.zeros(2, 4, 6, 6), train=True) == {
         "fprop + stats 2x4x6x6 > 8, 3x3/1": 1,
         "fprop + stats 2x8x6x6 > 8, 3x3/1": 2,
         "fprop 2x8x6x6 > 8, 3x3/1 groups 8": 1,
@@ -116,7 +71,7 @@ def test_names_say_how_float32_is_multiplied(dtype, expected):
 def test_the_model_stays_as_it_is():
     model = Net()
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    tuning.plan(model, torch.zeros(2, 4, 6, 6), training=True, dtype=torch.float64)
+    tuning.plan(model, torch.zeros(2, 4, 6, 6), train=True, dtype=torch.float64)
     assert type(model.conv1) is nn.Conv2d
     assert model.conv1.weight.grad is None
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
@@ -128,7 +83,7 @@ def test_keys_are_those_that_calls_ask_for(gpu, device):
     """What plan finds on tensors that hold nothing is what the converted model asks tables for when it runs."""
     model = Net().to(device)
     for training in (False, True):
-        planned = {m.key for m in tuning.plan(model, image(device), training=training)}
+        planned = {m.key for m in tuning.plan(model, image(device), train=training)}
         asked, find = set(), tables.find
         launch.forget_plans()
         with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(training):
@@ -146,7 +101,7 @@ def test_keys_are_those_that_calls_ask_for(gpu, device):
 @pytest.mark.parametrize("training", [False, True], ids=["infer", "train"])
 def test_every_candidate_of_a_model_is_right_and_its_rows_are_found(gpu, device, training):
     model = Net().to(device)
-    result = tuning.tune(model, image(device), training=training, measure=clock())
+    result = tuning.tune(model, image(device), train=training, measure=clock())
     assert result.ok, str(result)
     assert [row.winner for row in result.rows] == ["kernels"] * len(result.measured)
     assert all(c.microseconds for m in result.measured for c in m.candidates.values())
@@ -178,7 +133,7 @@ def broken(monkeypatch, spoil):
         default = choosing.default_tile(convolution.question(False, launch.gpu(results[0].device)))
         return results if tile == default else spoil(results)
 
-    monkeypatch.setattr(tuning, "ours", ours)
+    monkeypatch.setattr(racing, "ours", ours)
 
 
 def test_wrong_numbers_never_win(gpu, device, monkeypatch):
@@ -210,9 +165,9 @@ def test_tf32_candidates_are_run_and_judged_as_tf32(gpu, device, training, monke
         results.setdefault(dtype, []).append(compute(convolution, a, tile)[0])
         return results[dtype][-1].clone(), *compute(convolution, a, tile)[1:]
 
-    monkeypatch.setattr(tuning, "ours", ours)
+    monkeypatch.setattr(racing, "ours", ours)
     for dtype in ("tf32", "float32"):
-        result = tuning.tune(convolution(device), image(device), training=training, dtype=dtype, measure=clock())
+        result = tuning.tune(convolution(device), image(device), train=training, dtype=dtype, measure=clock())
         assert result.ok, str(result)
         assert {row.key.dtype for row in result.rows} == {dtype}
     assert (results["tf32"][0] - results["float32"][0]).abs().max() > 1e-5
@@ -240,7 +195,7 @@ def test_what_is_not_written_is_seen_though_memory_holds_the_right_numbers(gpu, 
     def empty(shape, *args, **kwargs):
         return held[0].clone() if shape == "the same memory" else allocate(shape, *args, **kwargs)
 
-    monkeypatch.setattr(tuning, "ours", lazily)
+    monkeypatch.setattr(racing, "ours", lazily)
     monkeypatch.setattr(launch, "empty", empty)
     result = tuning.tune(convolution(device), image(device), measure=clock())
     faults = {name: c.fault for name, c in result.measured[0].candidates.items()}
@@ -270,7 +225,7 @@ def test_a_step_that_fails_on_the_clock_is_out(gpu, device):
 
 
 def test_without_one_right_kernel_there_is_no_row(gpu, device, monkeypatch):
-    monkeypatch.setattr(tuning, "ours", lambda convolution, a, tile: (torch.zeros_like(running.ours(convolution, a, tile)[0]),))
+    monkeypatch.setattr(racing, "ours", lambda convolution, a, tile: (torch.zeros_like(running.ours(convolution, a, tile)[0]),))
     result = tuning.tune(convolution(device), image(device), measure=clock())
     assert (result.ok, result.rows, result.path) == (False, [], None)
     assert not tables.user_file(*gpu).exists()
@@ -300,7 +255,7 @@ def test_a_folder_that_cannot_be_written_ends_it_before_it_begins(gpu, device):
 def test_progress_and_json(gpu, device):
     told = []
     result = tuning.tune(Net().to(device), image(device), measure=clock(), progress=lambda *what: told.append(what))
-    assert told[0] == (0, 4, "fprop + norm relu 2x4x6x6 > 8, 3x3/1")
+    assert told[0] == (0, 4, "fprop + norm residual relu 2x8x6x6 > 8, 3x3/1")  # it is made twice: what costs most comes first
     assert told[-1] == (4, 4, "")
     data = json.loads(result.to_json())
     assert (data["ok"], data["gpu"], len(data["measured"])) == (True, gpu.name, 4)
@@ -326,56 +281,280 @@ def test_a_row_of_ours_and_no_row(gpu, device):
     assert [(call.served_by, call.reason) for call in calls] == [("kernels", "")]
 
 
-def test_operands_take_turns(gpu, device):
-    seen = []
+def test_a_pass_is_one_call_on_each_set_of_operands(gpu, device, monkeypatch):
+    seen, passed, compute = [], [], running.ours
+
+    def ours(convolution, a, tile):
+        seen.append(a["x"])
+        return compute(convolution, a, tile)
 
     def measure(steps):
-        for _ in range(3):
-            seen.append(steps["default"]()[0])
+        seen.clear()
+        steps["default"]()
+        passed.extend(seen)
         return clock()(steps)
 
+    monkeypatch.setattr(racing, "ours", ours)
     tuning.tune(convolution(device), image(device), measure=measure)
-    assert not torch.equal(seen[0], seen[1])
-    assert not torch.equal(seen[1], seen[2])
+    first, second = passed
+    assert not torch.equal(first, second)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The command
+# What costs most comes first, and what fits
 
 
-def invoke(*arguments: str):
-    return CliRunner().invoke(app, ["tune", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+def test_what_costs_the_model_most_comes_first():
+    """By an estimate: calls x the larger of FLOPs / rate and bytes / bandwidth. One of these convolutions multiplies, one moves."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moves = nn.Conv2d(256, 256, 1, bias=False)
+            self.multiplies = nn.Conv2d(256, 256, 3, padding=1, bias=False)
+
+        def forward(self, x):
+            for _ in range(6):
+                x = self.moves(x)
+            return self.multiplies(x)
+
+    six, one = tuning.plan(Two(), torch.empty(8, 256, 32, 32, device="meta"), dtype="bf16")
+    assert (str(six), six.count) == ("fprop 8x256x32x32 > 256, 1x1/1", 6)
+    moved = 2 * (2 * 8 * 256 * 32 * 32 + 256 * 256)
+    assert six.cost == pytest.approx(6 * moved / 4e12)
+    assert one.cost == pytest.approx(2 * 8 * 32 * 32 * 256 * 256 * 9 / 8e14)
+    first = tuning.plan(Two(), torch.empty(8, 256, 32, 32, device="meta"), dtype="fp32")[0]
+    assert (first.key.problem.R, first.key.dtype) == (3, "float32")  # which multiplies thirteen times slower
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter ring: on a GPU it would measure")
-def test_the_command_without_a_gpu_says_so():
-    result = invoke("resnet18")
-    assert result.exit_code == 2
-    assert "there is no GPU here to measure on; --dry-run lists what would be measured" in " ".join(result.output.split())
+def test_a_resnet_has_at_most_twelve_candidates_a_convolution_and_the_library():
+    model, x = cnnfast.models.resnet50(), torch.empty(64, 3, 224, 224, device="meta")
+    for train, convolutions in ((False, 24), (True, 68)):
+        planned = tuning.plan(model, x, train=train, dtype="bf16", gpu=launch.Gpu("NVIDIA H200", 90))
+        assert len(planned) == convolutions
+        assert {m.key.gpu for m in planned} == {"NVIDIA H200"}
+        assert max(len(m.candidates) for m in planned) == choosing.MOST_CANDIDATES + 1
+        assert all(next(iter(m.candidates)) == "default" and list(m.candidates)[-1] == "library" for m in planned)
+        assert [m.cost for m in planned] == sorted((m.cost for m in planned), reverse=True)
 
 
-def test_the_command_lists_what_it_would_measure(tmp_path):
-    file = tmp_path / "plan.json"
-    result = invoke("cnnfast.demo.digits:DigitNet", "--input", "64x1x8x8", "--mode", "train", "--dry-run", "--json", str(file))
-    assert result.exit_code == 0, result.output
-    assert "fprop + stats 64x16x8x8 > 16, 3x3/1" in result.output
-    assert "bfloat16" in result.output
-    assert "tf32" in invoke("cnnfast.demo.digits:DigitNet", "--input", "64x1x8x8", "--dtype", "tf32", "--dry-run").output
-    planned = json.loads(file.read_text())
-    assert {"convolution", "count", "candidates"} == set(planned[0])
-    assert planned[0]["candidates"][0] == "default"
-    assert planned[0]["candidates"][-1] == "library"
+class Spent:
+    """A budget of which so much is left, each time that somebody asks; the last for ever."""
+
+    def __init__(self, *left: float) -> None:
+        self.answers = list(left)
+
+    @property
+    def left(self) -> float:
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--dtype", "int8"), "'int8' is none of bf16, fp16, fp32, tf32, fp64, bfloat16, float16, float32, float64"),
-        (("--mode", "both"), "'both' is neither infer nor train"),
-        (("--input", "64x1x8x8x8", "--dry-run"), "DigitNet does not run on 64x1x8x8x8"),
-    ],
-)
-def test_the_command_refuses(arguments, says):
-    result = invoke("cnnfast.demo.digits:DigitNet", *arguments)
-    assert result.exit_code == 2
-    assert says in " ".join(result.output.replace("│", " ").split())
+def test_what_does_not_fit_the_budget_is_left_and_named(gpu, device):
+    """Here time is over after one convolution. Rows of the others, from before, stay as they are."""
+    model = Net().to(device)
+    before = tuning.tune(model, image(device), measure=clock())
+    measured = []
+
+    def measure(steps):
+        measured.append(steps)
+        budget.answers[:] = [0.0]
+        return clock(default=99.0)(steps)
+
+    budget = Spent(1e9)
+    tuning_now = tuning.begin(model, image(device))
+    assert len(tuning_now.left) == 4
+    tuning.proceed(tuning_now, device, budget=budget, measure=measure)
+    assert len(measured) == len(tuning_now.measured) == 1
+    assert tuning_now.ok
+    names = [str(m) for m in tuning_now.left]
+    assert names == [str(m) for m in before.measured[1:]]
+    assert [tables.find(row.key) for row in before.rows] == [tuning_now.rows[0], *before.rows[1:]]
+    text = str(tuning_now)
+    assert "left unmeasured, their rows as they were: 3 convolutions" in text
+    assert "1 of 4 convolutions measured" in text
+    assert all(f"{name}, float32, calls: 1" in text for name in names)
+    assert [left["convolution"] for left in json.loads(tuning_now.to_json())["left"]] == names
+
+
+def test_a_convolution_that_would_take_as_long_as_the_one_before_is_not_begun(gpu, device, monkeypatch):
+    """But a smaller one that comes later is, if it fits."""
+    now = [0.0]
+    monkeypatch.setattr(tuning, "monotonic", lambda: now[0])
+    result = tuning.begin(Net().to(device), image(device))
+    first, second, third, _ = result.left
+    second.candidates = {str(i): tuning.Candidate(None) for i in range(50)}  # all of them would take 50 seconds
+
+    def measure(steps):
+        now[0] += len(first.candidates)  # a second for each candidate
+        return clock()(steps)
+
+    budget = Spent(1e9)
+    monkeypatch.setattr(Spent, "left", property(lambda self: 40.0 - now[0]))
+    tuning.proceed(result, device, budget=budget, measure=measure)
+    assert second in result.left
+    assert first in result.measured
+    assert third in result.measured
+
+
+def test_time_that_is_over_in_the_middle_of_a_convolution_leaves_it(gpu, device, monkeypatch):
+    """What was found to be wrong until then is said all the same."""
+    compute = running.ours
+    budget = Spent(1e9)
+
+    def ours(convolution, a, tile):
+        budget.answers[:] = [0.0]
+        return tuple(t + 1 for t in compute(convolution, a, tile))
+
+    monkeypatch.setattr(racing, "ours", ours)
+    result = tuning.begin(convolution(device), image(device))
+    tuning.proceed(result, device, budget=budget, measure=lambda steps: pytest.fail("there is no time"))
+    (left,) = result.left
+    assert result.measured == result.rows == []
+    assert not result.ok
+    assert [name for name, c in left.candidates.items() if c.fault] == ["default"]
+    assert "default: result: error" in str(result)
+    assert not tables.user_file(*gpu).exists()
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["budget", "seconds"])
+def test_durations_are_positive(gpu, device, name, value):
+    with pytest.raises(ValueError, match=rf"tune\(\): {name}={value} is no duration: give a positive number of seconds"):
+        tuning.tune(convolution(device), image(device), **{name: value})
+
+
+def test_without_a_budget_and_with_a_large_one_everything_is_measured(gpu, device):
+    for budget in (None, 1e6):
+        result = cnnfast.tune(Net().to(device), image(device), budget=budget, measure=clock())
+        assert (len(result.measured), result.left) == (4, [])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where rows go
+
+
+def test_a_row_is_written_as_soon_as_its_convolution_is_measured_and_plans_are_forgotten_once(gpu, device, monkeypatch):
+    seen, forgotten = [], []
+
+    def measure(steps):
+        seen.append(len(tables.read(tables.user_file(*gpu))) if tables.user_file(*gpu).exists() else 0)
+        return clock()(steps)
+
+    forget = launch.forget_plans
+    monkeypatch.setattr(launch, "forget_plans", lambda: forgotten.append(forget()))
+    tuning.tune(Net().to(device), image(device), measure=measure)
+    assert seen == [0, 1, 2, 3]
+    assert len(forgotten) == 1
+
+
+def test_rows_go_to_another_table_too_which_says_what_they_were_measured_with(gpu, device, tmp_path):
+    file = tmp_path / "rows.json"
+    result = cnnfast.tune(Net().to(device), image(device), table=file, measure=clock())
+    assert result.table == file
+    assert tables.read(file) == tables.read(tables.user_file(*gpu)) == result.rows
+    head = json.loads(file.read_text())
+    assert {"driver", "clocks", "torch", "triton", "cudnn", "commit", "date"} <= set(head)
+    assert head["torch"] == torch.__version__
+    assert head["date"].endswith("+00:00")
+    assert f"also written to {file}" in str(result).replace("\n", "")
+    assert json.loads(result.to_json())["other_table"] == str(file)
+    file.write_text("# notes")
+    with pytest.raises(ValueError, match="is no table of cnnfast"):
+        cnnfast.tune(Net().to(device), image(device), table=str(file), measure=lambda steps: pytest.fail("measured in vain"))
+    assert file.read_text() == "# notes"
+
+
+def test_an_interrupt_while_a_row_is_written_does_not_lose_it(gpu, device, monkeypatch):
+    write, interrupts = tables.write, [KeyboardInterrupt]
+
+    def interrupted(*arguments):
+        if interrupts:
+            raise interrupts.pop()
+        return write(*arguments)
+
+    monkeypatch.setattr(tables, "write", interrupted)
+    result = tuning.begin(Net().to(device), image(device))
+    with pytest.raises(KeyboardInterrupt):
+        tuning.proceed(result, device, measure=clock())
+    assert tables.read(tables.user_file(*gpu)) == result.rows
+    assert (len(result.rows), len(result.left)) == (1, 3)
+
+
+def test_a_table_of_another_version_makes_room(gpu, device):
+    file = tables.user_file(*gpu)
+    tuning.tune(convolution(device), image(device), measure=clock())
+    file.write_text(file.read_text().replace(f'"cnnfast": "{cnnfast.__version__}"', '"cnnfast": "0.0.1"'))
+    with pytest.warns(RuntimeWarning, match=r"cnnfast 0\.0\.1 wrote it"):
+        result = tuning.tune(convolution(device), image(device), measure=clock())
+    assert tables.read(file) == result.rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How its caller may stand
+
+
+def test_the_librarys_failure_leaves_ours(gpu, device, monkeypatch):
+    def fails(convolution, a):
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    monkeypatch.setattr(racing, "by_library", fails)
+    result = tuning.tune(convolution(device), image(device), measure=clock())
+    assert result.ok
+    assert result.rows[0].winner == "kernels"
+    assert "library" not in result.rows[0].microseconds
+    assert "unable to find an engine" in result.measured[0].candidates["library"].failure
+
+
+def under_inference_mode():
+    return torch.inference_mode()
+
+
+def under_no_grad():
+    return torch.no_grad()
+
+
+def under_autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def under_backend_torch():
+    return cnnfast.backend("torch")
+
+
+@pytest.mark.parametrize("mode", [under_inference_mode, under_no_grad, under_backend_torch])
+@pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
+def test_the_modes_that_the_caller_is_in_change_nothing(gpu, device, mode, train):
+    model = convolution(device)
+    plainly = tuning.tune(model, image(device), train=train, measure=clock())
+    with mode():
+        result = tuning.tune(model, image(device), train=train, measure=clock())
+        inside = tuning.tune(convolution(device), image(device), train=train, measure=clock())  # made under it, too
+    assert result.ok, str(result)
+    assert result.rows == inside.rows == plainly.rows
+
+
+def test_autocast_says_what_the_model_computes_in(gpu, device):
+    """And operands have that dtype already: nothing is cast while it is measured."""
+    with torch.autocast("cpu", torch.float16):
+        result = tuning.tune(convolution(device), image(device), measure=clock())
+    assert result.ok, str(result)
+    assert {row.key.dtype for row in result.rows} == {"float16"}
+    assert {m.convolution.dtype for m in result.measured} == {torch.float16}
+
+
+def test_converted_models_and_models_in_half_precision(gpu, device):
+    model = convolution(device).half().eval()
+    half = tuning.tune(model, image(device).half(), measure=clock())
+    assert {row.key.dtype for row in half.rows} == {"float16"}
+    converted = cnnfast.convert(model, memory_format=LAST)
+    assert tuning.tune(converted, image(device).half(), measure=clock()).rows == half.rows
+    assert type(model) is nn.Conv2d
+
+
+def test_two_gpus_of_different_kinds_have_a_table_each(device, gpu, monkeypatch):
+    first = tuning.tune(convolution(device), image(device), measure=clock())
+    monkeypatch.setattr(launch, "NO_GPU", launch.Gpu("Another GPU", 80))
+    second = tuning.tune(convolution(device), image(device), measure=clock())
+    assert first.path != second.path
+    assert first.path.exists()
+    assert [tables.find(row.key) for row in (*first.rows, *second.rows)] == [*first.rows, *second.rows]

@@ -28,13 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from .. import launch
+from ..gpus import SHARED_LIMITS
 from . import sass
 from .cases import cases
 
 Result = TypeVar("Result")
-
-# Bytes of shared memory that one program may have.
-SHARED_LIMITS = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 
 
 @dataclass(frozen=True, slots=True)

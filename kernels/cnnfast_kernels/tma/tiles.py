@@ -197,6 +197,12 @@ def search_boxes(problem: ConvProblem, operation: Operation, activation: str | N
     yield from sorted(candidates, key=lambda tile: estimated_clocks(problem, operation, tile))
 
 
+def is_half_empty(problem: ConvProblem, operation: Operation, tile: BoxTile) -> bool:
+    """Whether half or more of the tile's filters or channels do not exist, though there are tiles of fewer."""
+    least_filters, least_channels = (min(size[i] for size in SIZES[operation]) for i in (1, 2))
+    return tile.TILE_K >= max(2 * problem.K, least_filters + 1) or tile.TILE_C >= max(2 * problem.C, least_channels + 1)
+
+
 def choose_box_tile(problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90) -> BoxTile | None:
     """The candidate of the least estimated clocks; None if the boxes of all would be mostly empty."""
     return next(search_boxes(problem, operation, activation, arch), None)

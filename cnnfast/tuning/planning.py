@@ -1,0 +1,76 @@
+"""What there is to measure for a model, what costs it most first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from cnnfast_kernels import choosing, launch, tables
+from cnnfast_kernels.tiling import Precision
+
+from ..calls import standing_for
+from ..dtypes import argument
+from ..precision import allow_tf32, float32_products
+from .capture import capture
+from .report import DEFAULT, LIBRARY, Candidate, Measured
+
+# Round numbers of a data-centre GPU, from data sheets: FLOPs a second by how they are multiplied, and bytes of memory a second. They put
+# convolutions into an order, and nothing else follows from them.
+FLOPS_PER_SECOND: dict[Precision, float] = {"half": 8e14, "tf32": 4e14, "ieee": 6e13, "fp64": 6e13}
+BYTES_PER_SECOND = 4e12
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model lies: the device of its first parameter, or buffer."""
+    return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), torch.device("cpu"))
+
+
+def gpu_of(device: torch.device) -> launch.Gpu:
+    """The GPU that rows measured on `device` are of; launch.NO_GPU if it is none."""
+    return launch.gpu(device) if launch.INTERPRETED or device.type == "cuda" else launch.NO_GPU
+
+
+def planned(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    trains: Sequence[bool],
+    *,
+    dtype: torch.dtype | str | None,
+    memory_format: torch.memory_format | None,
+    gpu: launch.Gpu | None = None,
+) -> list[Measured]:
+    """Each convolution that tables tell apart once, for all modes together, the most expensive first."""
+    device = device_of(model)
+    where = device.type if gpu is None and gpu_of(device).name else "cuda"  # without a GPU here it is imagined
+    pretended = gpu is not None
+    gpu = gpu or gpu_of(device)
+    cast, products = argument(dtype, "tune")
+    found: dict[tables.Key, Measured] = {}
+    with torch.inference_mode(False), float32_products(products) if products else nullcontext():
+        for train in trains:
+            how: dict[str, Any] = {"train": train, "dtype": cast, "memory_format": memory_format}
+            for convolution, count in capture(model, inputs, gpu=gpu, device_type=where, **how).items():
+                with standing_for(gpu, where) if pretended else nullcontext():
+                    tf32 = allow_tf32(torch.empty(0, dtype=convolution.dtype, device="meta" if pretended else device))
+                question = convolution.question(tf32, gpu)
+                measured = found.setdefault(question.key, Measured(question.key, convolution))
+                measured.count += count
+                measured.cost += count * estimated_seconds(question)
+                if not measured.candidates:
+                    default = choosing.default_tile(question)
+                    measured.candidates = {DEFAULT if t == default else str(t): Candidate(t) for t in choosing.candidates(question)}
+                    measured.candidates[LIBRARY] = Candidate(None)
+    if not found:
+        raise RuntimeError(f"{type(model).__name__} makes no convolution that cnnfast has kernels for: there is nothing to measure")
+    return sorted(found.values(), key=lambda measured: -measured.cost)
+
+
+def estimated_seconds(question: choosing.Question) -> float:
+    """Of one call, as if it did nothing but multiply, or nothing but move each of its tensors once: whichever takes longer."""
+    moved = sum(math.prod(t.shape) * t.dtype.itemsize for t in (*question.images, question.w))
+    return max(question.problem.flops / FLOPS_PER_SECOND[question.precision], moved / BYTES_PER_SECOND)

@@ -1,0 +1,140 @@
+"""One convolution's candidates: who computes right numbers, and how long each takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from cnnfast_kernels import launch
+
+from ..measuring.graphs import captured
+from ..measuring.rotation import copies_for
+from ..measuring.timing import Step, Times, cudnn_benchmark
+from .capture import Convolution
+from .report import LIBRARY, Measured
+from .running import Arguments, Judge, by_library, operands, ours
+
+Measure = Callable[[Mapping[str, Step]], Mapping[str, Times | Exception]]
+Compute = Callable[[Arguments], Any]
+
+FEWEST_SETS = 2
+
+
+def race(measured: Measured, device: torch.device, measure: Measure, in_time: Callable[[], None]) -> None:
+    """Fills in the candidates; whatever they raise is said there. in_time: called between them, raises if it shall end.
+
+    Raises RuntimeError if the GPU no longer answers.
+    """
+    convolution = measured.convolution
+    computes: dict[str, Compute] = {
+        name: partial(by_library, convolution) if c.tile is None else partial(ours, convolution, tile=c.tile)
+        for name, c in measured.candidates.items()
+    }
+    try:
+        first = operands(convolution, device)
+        judge = Judge(convolution, first)
+    except Exception as error:  # memory, above all
+        end_if_lost(device, f"PyTorch on {measured}", error)
+        measured.reason = f"PyTorch does not compute it: {_in_a_line(error)}"
+        return
+    for name, candidate in measured.candidates.items():
+        in_time()
+        try:
+            with launch.poisoned(), _at_its_best(name):
+                candidate.fault = judge.fault(computes[name](first))
+        except Exception as error:  # too large for this GPU, or not to be compiled
+            end_if_lost(device, f"{name} on {measured}", error)
+            candidate.failure = _in_a_line(error)
+    in_time()
+    del judge  # it holds the results in float64
+    right = {name: computes[name] for name, candidate in measured.candidates.items() if candidate.right}
+    for name, result in timed(right, convolution, first, device, measure).items():
+        if isinstance(result, Exception):
+            end_if_lost(device, f"{name} on {measured}", result)
+            measured.candidates[name].failure = _in_a_line(result)
+        else:
+            measured.candidates[name].microseconds = result * 1e6
+
+
+def timed(
+    computes: Mapping[str, Compute], convolution: Convolution, first: Arguments, device: torch.device, measure: Measure
+) -> dict[str, float | Exception]:
+    """Seconds of one call of each candidate, the median, or why it was not timed.
+
+    They take turns with a pass over the same sets of operands, of which `first` is one. On a GPU a pass is one CUDA graph, and the sets
+    together are larger than the second-level cache, for a network's layers find their operands in memory too. What cannot be captured is
+    not timed. Where memory is short there are fewer sets, down to two, and after that each candidate is measured alone.
+    """
+    bytes_of_one = sum(t.nbytes for t in first.values() if isinstance(t, torch.Tensor))
+    count = max(FEWEST_SETS, copies_for(bytes_of_one, device)) if device.type == "cuda" else FEWEST_SETS
+    while True:
+        passes = _passes(computes, convolution, first, count, device)
+        if not any(isinstance(result, Exception) and _is_of_memory(result) for result in passes.values()):
+            break
+        if count == FEWEST_SETS:
+            if len(computes) == 1:
+                break
+            passes.clear()  # and with them what the graphs hold
+            alone = ({name: compute} for name, compute in computes.items())
+            return {name: result for one in alone for name, result in timed(one, convolution, first, device, measure).items()}
+        passes.clear()
+        count = max(FEWEST_SETS, count // 2)
+    results = {**passes, **measure({name: step for name, step in passes.items() if not isinstance(step, Exception)})}
+    return {name: result.median / count if isinstance(result, Times) else result for name, result in results.items()}  # pyright: ignore
+
+
+def _passes(
+    computes: Mapping[str, Compute], convolution: Convolution, first: Arguments, count: int, device: torch.device
+) -> dict[str, Step | Exception]:
+    """Of each candidate a step that is one pass over `count` sets of operands, or why there is none."""
+    try:
+        sets = [first, *(operands(convolution, device, seed) for seed in range(1, count))]
+    except torch.OutOfMemoryError as error:
+        return dict.fromkeys(computes, error.with_traceback(None))
+    passes: dict[str, Step | Exception] = {}
+    for name, compute in computes.items():
+        steps = [partial(compute, a) for a in sets]
+        if device.type != "cuda":
+            passes[name] = partial(_one_after_the_other, steps)
+            continue
+        try:
+            with _at_its_best(name):
+                passes[name] = captured(lambda steps=steps: steps, device)
+        except Exception as error:
+            passes[name] = error.with_traceback(None)  # whose frames would hold memory
+    return passes
+
+
+def _one_after_the_other(steps: Sequence[Step]) -> Any:
+    first, *_ = [step() for step in steps]
+    return first
+
+
+def _at_its_best(name: str) -> AbstractContextManager[None]:
+    """The library tries all its algorithms the first time, and remembers the best, which a graph then holds."""
+    return cudnn_benchmark(True) if name == LIBRARY else nullcontext()
+
+
+def end_if_lost(device: torch.device, who: str, error: Exception) -> None:
+    """Raises RuntimeError if the GPU no longer answers, for then nothing that comes later can be measured; `who` was the last one on it."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        raise RuntimeError(f"the GPU no longer answers since {who} ran: {_in_a_line(error)}") from error
+
+
+def _is_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was short, also where ending the capture raised something else because of that."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])

@@ -16,6 +16,7 @@ from cnnfast.commands.console import JSON_HELP, printer, refuse_unwritable, writ
 
 from . import machine, visiting
 from .parts import KEPT, MOST_SECONDS, PARTS, ROOT, chosen
+from .results import check
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 RESULTS = ROOT / "benchmarks" / "results"
@@ -86,6 +87,10 @@ def main(
                 "there is none here; --plan says what a visit would take, --recorded runs it as far as it goes without", param_hint="GPU"
             )
         folder = out or RESULTS / re.sub("[^a-z0-9]+", "-", here["device"].lower()).strip("-")
+    try:
+        check(folder)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from None
     code = visiting.visit(
         lambda work: chosen(names, work, meant if recorded else None), folder, here, {} if recorded else costs(), budget=budget
     )

@@ -34,7 +34,9 @@ TRAIN_PROVIDERS = ("eager", "eager-graph", "cnnfast", "cnnfast-graph", "cnnfast-
 LAYER_PROVIDERS = ("eager-graph", "cnnfast-graph", "cnnfast-kernels")
 
 BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1"}  # an error is that of the call which caused it
-TESTS = {"kernels": "tests/kernels", "torch-facing": "tests/torch_facing"}
+APART = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor has an allocation of its own, beyond which an access is out of bounds
+# Each with its limit.
+TESTS = {"tests/kernels": 95.0, "tests/gpu": 45.0, "tests/torch_facing": 80.0}
 SMOKE_LIMIT = 40.0
 
 
@@ -77,13 +79,17 @@ def smoke(folder: Path, pretended: KnownGpu | None = None) -> Part:
     recorded = ("--recorded", str(pretended.arch)) if pretended else ()
     ours = [kernel for kernels in known.values() for kernel in kernels]
     plain = [
-        Command(name, python("ci.visit.smoke", name, "--limit", int(SMOKE_LIMIT - 15), *recorded), SMOKE_LIMIT, BLOCKING) for name in known
-    ]
+        Command(
+            name, python("ci.visit.smoke", name, "--limit", int(SMOKE_LIMIT - 15), *recorded), SMOKE_LIMIT, BLOCKING,
+            clue=sanitizer.last_launched,
+        )
+        for name in known
+    ]  # fmt: skip
     checked = [
         Command(
             f"{name}-{tool}",
             (*sanitizer.command(tool), *python("ci.visit.smoke", name, *(("--no-poison",) if tool == "initcheck" else ()), *recorded)),
-            environment=BLOCKING, needs=name, judge=partial(sanitizer.judge, ours), matters=False,
+            environment={**BLOCKING, **APART}, needs=name, judge=partial(sanitizer.judge, ours), matters=False,
         )
         for tool in sanitizer.TOOLS
         for name in known
@@ -94,16 +100,16 @@ def smoke(folder: Path, pretended: KnownGpu | None = None) -> Part:
 
 
 def tests(folder: Path, pretended: KnownGpu | None = None) -> Part:
-    """The kernels' tests, then those of what faces PyTorch; over the recording driver a few that need no GPU."""
-    chosen = {"kernels": "tests/kernels/test_problem.py"} if pretended else TESTS
+    """The kernels' tests, those that only a GPU can run, those of what faces PyTorch; over the recording driver a few of geometry."""
+    chosen = {"tests/kernels/test_problem.py": 109.0} if pretended else TESTS
 
-    def stage(name: str, limit: float) -> Stage:
-        lines = folder / "tests" / f"{name}.jsonl"
+    def stage(path: str) -> Stage:
+        name = Path(path).stem
         how = ("-q", "-n", WORKERS, "--dist", "worksteal", "-m", "not compiled and not slow", "-p", "no:cacheprovider")
-        return one(name, limit, "pytest", *how, "-p", "ci.visit.pytest_lines", "--lines", lines, chosen[name], **BLOCKING)
+        lines = ("-p", "ci.visit.pytest_lines", "--lines", folder / "tests" / f"{name}.jsonl")
+        return one(name, chosen[path], "pytest", *how, *lines, path, **BLOCKING)
 
-    limits = {"kernels": 109.0, "torch-facing": 111.0}
-    return Part("tests", "all tests but the slow ones, the kernels' own first", tuple(stage(name, limits[name]) for name in chosen))
+    return Part("tests", "all tests but the slow ones, the kernels' own first", tuple(map(stage, chosen)))
 
 
 def demo(folder: Path, pretended: KnownGpu | None = None) -> Part:

@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ SUMMARY, ARCHIVE, STATE = "summary.md", "visit.tar.gz", "visit.json"
 MOST_CHARACTERS = 11_500  # of the summary
 LOG_LINES, LOG_CHARACTERS = 40, 2_500
 MOST_NAMES = 25
-RUNNING = "running"
+RUNNING, KILLED = "running", "killed"
 
 
 @dataclass
@@ -61,14 +62,18 @@ class Results:
         self.published: dict[str, tuple[str, ...]] = {}
 
     def keep_earlier(self, but: Iterable[str]) -> None:
-        """Takes over what an earlier visit has left here, except the parts `but`."""
+        """Takes over what an earlier visit has left here, except the parts `but`. Raises ValueError if that cannot be read."""
         archive = self.folder / ARCHIVE
         if not archive.exists():
             return
-        with tarfile.open(archive) as tar:
-            tar.extractall(self.work, filter="data")
-        state = self.work / STATE
-        for outcome in revived(state.read_text()) if state.exists() else ():
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(self.work, filter="data")
+            earlier = revived((self.work / STATE).read_text())
+        except (tarfile.TarError, OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{archive} is not what a visit leaves ({type(error).__name__}: {error}): move it away") from error
+        for outcome in earlier:
+            outcome.state = KILLED if outcome.state == RUNNING else outcome.state
             self.outcomes[outcome.part] = outcome
         for part in but:
             self.outcomes.pop(part, None)
@@ -97,6 +102,14 @@ class Results:
             into_place(file, self.folder / file.name)
         shutil.rmtree(fresh)
         return text
+
+
+def check(folder: Path) -> None:
+    """Makes the folder. Raises OSError if that cannot be, or nothing can be written there, and ValueError as `keep_earlier` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    with tempfile.TemporaryDirectory() as work:
+        Results(folder, Path(work)).keep_earlier(but=())
 
 
 def add(tar: tarfile.TarFile, entry: Path, name: str) -> None:

@@ -45,8 +45,8 @@ def by_exit_code(code: int, log: Path) -> Verdict:
 @dataclass(frozen=True)
 class Command:
     """`name` is its log's. limit: seconds, if they are fewer than its stage has. needs: the name of a command that must have passed before.
-    judge: tells from the exit code and the log what became of it, unless its time was up. matters: whether being out of time is a fault,
-    or only leaves a question open."""
+    judge: tells from the exit code and the log what became of it, unless its time was up. clue: what the log tells of where it was, if it
+    did not pass. matters: whether being out of time is a fault, or only leaves a question open."""
 
     name: str
     argv: tuple[str, ...]
@@ -54,6 +54,7 @@ class Command:
     environment: Mapping[str, str] = field(default_factory=dict)
     needs: str = ""
     judge: Callable[[int, Path], Verdict] = by_exit_code
+    clue: Callable[[Path], str] = lambda log: ""
     matters: bool = True
 
 
@@ -140,11 +141,11 @@ class Process:
         seconds = time.monotonic() - self.begun
         if self.why == LATE:
             how = "which ended it" if len(self.sent) == 1 else "and it did not end by SIGINT"
-            return Ran(self.command.name, LATE, seconds, f"asked to end after {self.ask - self.begun:.0f} s, {how}", self.command.matters)
-        if self.why:
-            return Ran(self.command.name, self.why, seconds)
-        verdict = self.command.judge(code, self.log)
-        return Ran(self.command.name, verdict.state, seconds, verdict.note, verdict.bad)
+            verdict = Verdict(LATE, f"asked to end after {self.ask - self.begun:.0f} s, {how}", self.command.matters)
+        else:
+            verdict = Verdict(self.why) if self.why else self.command.judge(code, self.log)
+        clue = "" if verdict.state == PASSED else self.command.clue(self.log)
+        return Ran(self.command.name, verdict.state, seconds, "; ".join(filter(None, (verdict.note, clue))), verdict.bad)
 
 
 def workers() -> int:
@@ -175,25 +176,29 @@ def run(
     time.monotonic(). before: what ran in earlier stages. tick: called again and again with what has ended so far.
     """
     waiting, running, ran = list(stage.commands), list[Process](), list[Ran]()
-    while waiting or running:
-        now = time.monotonic()
-        while waiting and (stop or now >= end or len(running) < stage.jobs):
-            command = waiting.pop(0)
-            if note := why_not(command, [*before, *ran], stop, now >= end):
-                ran.append(Ran(command.name, SKIPPED, note=note))
-                continue
-            running.append(Process(command, folder / f"{command.name}.log", environment, min(end, now + command.limit), grace))
-        for process in list(running):
-            if (found := process.ended()) is not None:
-                running.remove(process)
-                ran.append(found)
-            elif stop:
-                process.press(INTERRUPTED, now, at_once=stop.count > 1)
-            elif now >= process.ask:
-                process.press(LATE, now, at_once=False)
-        tick(ran)
-        if running:
-            time.sleep(POLL)
+    try:
+        while waiting or running:
+            now = time.monotonic()
+            while waiting and (stop or now >= end or len(running) < stage.jobs):
+                command = waiting.pop(0)
+                if note := why_not(command, [*before, *ran], stop, now >= end):
+                    ran.append(Ran(command.name, SKIPPED, note=note))
+                    continue
+                running.append(Process(command, folder / f"{command.name}.log", environment, min(end, now + command.limit), grace))
+            for process in list(running):
+                if (found := process.ended()) is not None:
+                    running.remove(process)
+                    ran.append(found)
+                elif stop:
+                    process.press(INTERRUPTED, now, at_once=stop.count > 1)
+                elif now >= process.ask:
+                    process.press(LATE, now, at_once=False)
+            tick(ran)
+            if running:
+                time.sleep(POLL)
+    finally:
+        for process in running:  # none, unless something was raised here
+            process.tell(signal.SIGKILL)
     return ran
 
 

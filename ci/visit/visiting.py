@@ -51,7 +51,7 @@ def visit(
     """Runs the parts that `make` makes for a folder of work, and returns the exit code: 0, 1 if anything failed, 130 if interrupted.
 
     folder: where files are left; it is made. machine: what the summary says of it. costs: what each part was counted to take, in words.
-    budget: seconds of all parts. grace: seconds before its limit at which a command is asked to end.
+    budget: seconds of all parts. grace: seconds before its limit at which a command is asked to end. Raises what results.check does.
     """
     end = time.monotonic() + budget
     folder = folder.absolute()  # commands run elsewhere
@@ -68,6 +68,8 @@ def visit(
                 if left := why_not(end, stop):
                     outcome.state, outcome.note = SKIPPED, left
                     continue
+                for name in part.results:
+                    (folder / name).unlink(missing_ok=True)  # of an earlier visit
                 outcome.begun = datetime.now().isoformat(timespec="seconds")
                 outcome.note = shadow(results.outcomes.get(FIRST)) if part.name != FIRST else ""
                 allowed = min(part.limit, end - time.monotonic())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_a_family_is_launched_over_the_driver_that_records(family):
     from ci.visit.smoke.families import FAMILIES
 
     assert found.stdout.count("launched, not judged") == len(FAMILIES[family].trials)
+    assert all(f"    launching {kernel}\n" in found.stdout for kernel in FAMILIES[family].kernels)
+
+
+def test_a_kernel_that_hangs_is_named(tmp_path):
+    """By the last line before it: it is written before the launch."""
+    from ci.visit.running import Command, Stage, Stop, run
+    from ci.visit.smoke.sanitizer import LAUNCHING, last_launched
+
+    code = f"import time; print('{LAUNCHING}one_kernel\\n{LAUNCHING}other_kernel', flush=True); time.sleep(60)"
+    command = Command("family", (sys.executable, "-c", code), clue=last_launched)
+    (found,) = run(Stage((command,), 3), tmp_path, dict(os.environ), time.monotonic() + 3, Stop(), grace=1)
+    assert found.state == "out of time"
+    assert found.note.endswith("; the last kernel launched was other_kernel")
 
 
 @pytest.mark.compiled

@@ -194,6 +194,24 @@ def test_another_visit_keeps_the_parts_that_it_does_not_run(tmp_path):
     assert [found.members[f"{name}/{name}.json"] for name in ("one", "two", "three")] == ["[1]", "[3]", "[4]"]
 
 
+def test_a_part_that_runs_again_and_measures_nothing_leaves_no_old_rows(tmp_path):
+    run([measuring("one", 1)], tmp_path)
+    assert "one.json" in left(tmp_path).files
+    run([Fake("one", "raise SystemExit(1)")], tmp_path)
+    assert left(tmp_path).files == ALWAYS
+
+
+def test_a_part_of_a_killed_visit_is_called_so_in_the_next(tmp_path):
+    process = start([Fake("one", "import time; time.sleep(60)")], tmp_path)
+    wait_for(process.stdout, "=== one")
+    while not (tmp_path / "visit.tar.gz").exists():
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=60)
+    run([Fake("two")], tmp_path)
+    assert left(tmp_path).states == {"one": "killed", "two": "passed"}
+
+
 def test_what_no_time_is_left_for_is_not_begun(tmp_path):
     code, _ = run([Fake("one", "import time; time.sleep(2)"), Fake("two")], tmp_path, budget=6.0)
     assert code == 0
@@ -228,6 +246,7 @@ def test_a_long_summary_is_cut(tmp_path):
         (["--json", "x.json"], "it is of --plan"),
         (["--plan", "--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--out", __file__], "is a file: name a folder"),
+        (["--recorded", "--out", "/proc/no-such-folder"], "/proc/no-such-folder"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(arguments, sentence):
@@ -238,3 +257,12 @@ def test_bad_input_is_refused_before_any_work(arguments, sentence):
     said = " ".join(child.stderr.replace("│", " ").split())
     assert sentence in said
     assert child.stdout == ""
+
+
+def test_an_archive_of_something_else_is_refused(tmp_path):
+    (tmp_path / "visit.tar.gz").write_text("no archive")
+    command = ["bash", str(REPOSITORY / "ci" / "gpu.sh"), "--recorded", "--out", str(tmp_path), "tune"]
+    child = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert child.returncode == 2
+    assert "is not what a visit leaves" in " ".join(child.stderr.replace("│", " ").split())
+    assert (tmp_path / "visit.tar.gz").read_text() == "no archive"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Annotated
+from unittest.mock import patch
 
 import torch
 import typer
@@ -21,6 +22,7 @@ from cnnfast_kernels import launch
 from cnnfast_kernels.tma.views import why_not_on
 
 from .families import FAMILIES, Family, Trial
+from .sanitizer import LAUNCHING
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
@@ -83,11 +85,24 @@ def where(recorded: int) -> Iterator[torch.device]:
         yield torch.device("cpu")
 
 
+@contextmanager
+def announced() -> Iterator[None]:
+    """Says the name of each kernel before it is launched."""
+    launched = launch.Plan.__call__
+
+    def announce(plan: launch.Plan, *tensors: torch.Tensor | None) -> None:
+        print(f"{LAUNCHING}{plan.kernel.__name__}", flush=True)
+        launched(plan, *tensors)
+
+    with patch.object(launch.Plan, "__call__", announce):
+        yield
+
+
 def run(family: Family, device: torch.device, poison: bool = True, judge: bool = True) -> list[str]:
     """What is wrong, one line each; says on the way what is tried."""
     problems = []
     seen: set[str] = set()
-    with launch.observe(lambda event: seen.add(event.kernel)):
+    with announced(), launch.observe(lambda event: seen.add(event.kernel)):
         for trial in family.trials:
             print(f"{trial.name} ...", flush=True)
             begun = time.perf_counter()

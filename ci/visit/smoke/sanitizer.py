@@ -13,11 +13,18 @@ from pathlib import Path
 
 from ..running import FAILED, PASSED, Verdict, by_exit_code
 
+LAUNCHING = "    launching "  # what a process of smoke says before the name of each kernel
 PROGRAM = "compute-sanitizer"
 # What each tool looks for. Uninitialised memory is found only where outputs were not filled before.
 TOOLS = {"memcheck": "accesses out of bounds", "racecheck": "races in shared memory", "initcheck": "reads of memory never written"}
 MARK = "========="
 PLACE = re.compile(r"\bat ([A-Za-z_]\w*)")
+
+
+def last_launched(log: Path) -> str:
+    """The kernel that a process of smoke was at when it ended."""
+    names = [line.removeprefix(LAUNCHING) for line in log.read_text(errors="replace").splitlines() if line.startswith(LAUNCHING)]
+    return f"the last kernel launched was {names[-1]}" if names else "no kernel was launched"
 
 
 def command(tool: str) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ import torch
 from cnnfast import dispatch
 from cnnfast.bench.job import Job, numbers_drawn, plain
 from cnnfast.bench.shapes import layers as bench_layers
+from cnnfast.demo import ahead as demo_kernels
+from cnnfast.demo import digits, photograph, story
 from cnnfast.models import resnet50
 from cnnfast.tuning import ahead
 from cnnfast.tuning.planning import planned
@@ -28,7 +30,6 @@ from cnnfast_kernels import launch
 from cnnfast_kernels.tma.views import why_not_on
 
 from . import parts
-from .ahead import of_the_demo
 from .launches import COUNTED, launchers
 from .parts import Part
 from .running import CORES
@@ -114,7 +115,10 @@ def tests(part: Part, gpu: launch.Gpu) -> Cost:
 
 
 def demo(part: Part, gpu: launch.Gpu) -> Cost:
-    binaries, makers, seconds = compiled(of_the_demo(gpu))
+    x, some = photograph.normalized(photograph.load_photograph(None)), torch.empty(story.GPU_DIGITS, 1, 8, 8)
+    layers, network = photograph.make_layers(0), digits.make_network(0)
+    cases = [(layers, x, True), (network, some, True), (network, some, False)]  # as story.py has them
+    binaries, makers, seconds = compiled(demo_kernels.launches(cases, story.GPU_DTYPES, gpu))
     seconds += len(part.stages) * RATES["a process's start"] + RATES["the demo's training, judging and drawing"] + parts.DEMO_SECONDS
     return Cost(part.name, part.limit, binaries, makers, 0, parts.DEMO_SECONDS, seconds, "")
 

@@ -73,7 +73,7 @@ def families() -> dict[str, tuple[str, ...]]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def smoke(folder: Path, pretended: KnownGpu | None = None) -> Part:
+def smoke(folder: Path, pretended: KnownGpu | None) -> Part:
     """Each family by itself; then under compute-sanitizer, those that passed. Over the recording driver if a GPU is `pretended`."""
     known = families()
     recorded = ("--recorded", str(pretended.arch)) if pretended else ()
@@ -99,7 +99,7 @@ def smoke(folder: Path, pretended: KnownGpu | None = None) -> Part:
     return Part("smoke", what, (Stage(tuple(plain), limit, workers()), Stage(tuple(checked), 27.0, workers())))
 
 
-def tests(folder: Path, pretended: KnownGpu | None = None) -> Part:
+def tests(folder: Path, pretended: KnownGpu | None) -> Part:
     """The kernels' tests, those that only a GPU can run, those of what faces PyTorch; over the recording driver a few of geometry."""
     chosen = {"tests/kernels/test_problem.py": 109.0} if pretended else TESTS
 
@@ -112,7 +112,7 @@ def tests(folder: Path, pretended: KnownGpu | None = None) -> Part:
     return Part("tests", "all tests but the slow ones, the kernels' own first", tuple(map(stage, chosen)))
 
 
-def demo(folder: Path, pretended: KnownGpu | None = None) -> Part:
+def demo(folder: Path, pretended: KnownGpu | None) -> Part:
     """Without a GPU it interprets its kernels, which takes minutes."""
     limit = 420.0 if pretended else 55.0
     stage = one("demo", limit, "cnnfast", "demo", "--out", folder / "demo", "--budget", DEMO_SECONDS)
@@ -136,7 +136,7 @@ def small(folder: Path, mode: str) -> Part:
     return Part(mode, f"a small model on the CPU in place of {MODEL} on a GPU", (stage,), (f"{mode}.json",))
 
 
-def infer(folder: Path, pretended: KnownGpu | None = None) -> Part:
+def infer(folder: Path, pretended: KnownGpu | None) -> Part:
     what = f"{MODEL} in eval against the strongest baselines, {DTYPE}, batch {', '.join(map(str, INFER_BATCHES))}"
     if pretended:
         return small(folder, "infer")
@@ -146,7 +146,7 @@ def infer(folder: Path, pretended: KnownGpu | None = None) -> Part:
     return Part("infer", what, (first, second), ("infer.json",))
 
 
-def train(folder: Path, pretended: KnownGpu | None = None) -> Part:
+def train(folder: Path, pretended: KnownGpu | None) -> Part:
     what = f"{MODEL}'s training step against the strongest baselines, {DTYPE}, batch {TRAIN_BATCH}"
     if pretended:
         return small(folder, "train")
@@ -156,14 +156,14 @@ def train(folder: Path, pretended: KnownGpu | None = None) -> Part:
     return Part("train", what, (first, second), ("train.json",))
 
 
-def layers(folder: Path, pretended: KnownGpu | None = None) -> Part:
+def layers(folder: Path, pretended: KnownGpu | None) -> Part:
     size = ("--batch", 1) if pretended else ("--dtype", DTYPE, "--batch", LAYER_BATCH)
     providers = SMALL_PROVIDERS if pretended else LAYER_PROVIDERS
     stage = measured(folder, "layers", "layers", 57, 0.001 if pretended else LAYER_SECONDS, providers, "--layers", *size)
     return Part("layers", "single layers of ResNet-50 and MobileNetV2, forward and backward", (stage,), ("layers.json",))
 
 
-def tune(folder: Path, pretended: KnownGpu | None = None) -> Part:
+def tune(folder: Path, pretended: KnownGpu | None) -> Part:
     """Last: what comes before shall not run by the table that this writes."""
     what = f"{MODEL}'s forward convolutions, tile by tile; rows.json is what a table of this GPU takes"
     model = (MODEL, "--mode", "infer", "--dtype", DTYPE, "--json", folder / "tune" / "tune.json")

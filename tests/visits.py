@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -85,6 +86,14 @@ def interrupt(fakes: Sequence[Fake], out: Path, words: str, number: signal.Signa
     return process.returncode, output
 
 
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Waits for it; fails if it takes longer."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "what was waited for did not happen"
+        time.sleep(0.05)
+
+
 @dataclass(frozen=True)
 class Left:
     """What lies in the folder of a visit: the names of its files, the summary, the archive's members, states by part."""
@@ -93,6 +102,16 @@ class Left:
     summary: str
     members: dict[str, str]
     states: dict[str, str]
+
+
+def states(out: Path) -> dict[str, str]:
+    """Of the parts, as far as anything was left yet."""
+    return left(out).states if (out / "visit.tar.gz").exists() and (out / "summary.md").exists() else {}
+
+
+def log(out: Path, part: str) -> str:
+    """What the archive holds of a part's log so far."""
+    return left(out).members.get(f"{part}/{part}.log", "") if states(out) else ""
 
 
 def left(out: Path) -> Left:

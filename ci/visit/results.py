@@ -24,6 +24,7 @@ SUMMARY, ARCHIVE, STATE = "summary.md", "visit.tar.gz", "visit.json"
 MOST_CHARACTERS = 11_500  # of the summary
 LOG_LINES, LOG_CHARACTERS = 40, 2_500
 MOST_NAMES = 25
+MOST_BYTES = 8 * 2**20  # of a file in the archive: of a log without end, the end
 RUNNING, KILLED = "running", "killed"
 
 
@@ -98,7 +99,7 @@ class Results:
             for name in names:
                 if is_json(self.work / part / name):
                     shutil.copy(self.work / part / name, fresh / name)
-        for file in fresh.iterdir():
+        for file in sorted(fresh.iterdir(), key=lambda file: file.name == ARCHIVE):  # last: who sees it sees the others
             into_place(file, self.folder / file.name)
         shutil.rmtree(fresh)
         return text
@@ -118,7 +119,7 @@ def add(tar: tarfile.TarFile, entry: Path, name: str) -> None:
         for inner in sorted(entry.iterdir()):
             add(tar, inner, f"{name}/{inner.name}")
     else:
-        content = entry.read_bytes()
+        content = entry.read_bytes()[-MOST_BYTES:]
         about = tarfile.TarInfo(name)
         about.size, about.mtime = len(content), int(entry.stat().st_mtime)
         tar.addfile(about, io.BytesIO(content))

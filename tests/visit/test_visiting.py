@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from visits import REPOSITORY, Fake, environment, interrupt, left, run, start, wait_for
+from visits import REPOSITORY, Fake, environment, interrupt, left, log, run, start, states, until
 
 MEASURES = "import json, time; from pathlib import Path; Path('WORK/{0}.json').write_text(json.dumps([{1}])); print('measured', flush=True)"
 SLEEPS = "; time.sleep(60)"
@@ -47,8 +46,7 @@ def test_all_parts_leave_their_files_and_the_summary_comes_last(tmp_path):
 def test_files_are_left_after_each_part(tmp_path):
     """While the second one runs, those of the first are there."""
     process = start([measuring("one"), Fake("two", "import time; time.sleep(60)")], tmp_path)
-    wait_for(process.stdout, "=== two: a made-up part")
-    time.sleep(0.3)
+    until(lambda: states(tmp_path).get("two") == "running")
     found = left(tmp_path)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
@@ -95,27 +93,21 @@ def test_a_part_that_hears_no_signal_is_killed_at_its_limit_and_named(tmp_path):
     assert found.states == {"deaf": "out of time", "two": "passed"}
     assert "**deaf**: out of time, asked to end after 3 s, and it did not end by SIGINT" in found.summary
     seconds = next(entry["seconds"] for entry in json.loads(found.members["visit.json"]) if entry["part"] == "deaf")
-    assert seconds < 4.5
+    assert seconds < 6.0
 
 
 def test_what_a_part_leaves_running_is_ended(tmp_path):
     code = "import subprocess, sys; print('child', subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
     run([Fake("parent", code)], tmp_path)
     child = int(left(tmp_path).members["parent/parent.log"].split()[-1])
-    assert ended(child)
+    until(lambda: ended(child))
 
 
 def ended(pid: int) -> bool:
-    """Within a few seconds."""
-    for _ in range(50):
-        try:
-            os.kill(pid, 0)
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (ProcessLookupError, FileNotFoundError):
-            return True
-        time.sleep(0.1)
-    return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -134,9 +126,7 @@ def test_interrupted_in_the_middle_of_a_part(tmp_path, number):
 
 def test_what_was_measured_before_the_interrupt_is_kept(tmp_path):
     process = start([measuring("one", 7, SLEEPS)], tmp_path)
-    wait_for(process.stdout, "=== one")
-    while "one.json" not in {file.name for file in tmp_path.iterdir()}:
-        time.sleep(0.1)
+    until(lambda: "measured" in log(tmp_path, "one"))
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     found = left(tmp_path)
@@ -157,8 +147,7 @@ def test_interrupted_between_two_parts(tmp_path):
 
 def test_a_second_interrupt_does_not_wait(tmp_path):
     process = start([Fake("deaf", DEAF)], tmp_path, grace=20.0)
-    while "deaf" not in (left(tmp_path).members.get("deaf/deaf.log", "").splitlines()[1:] if (tmp_path / "summary.md").exists() else ()):
-        time.sleep(0.1)
+    until(lambda: log(tmp_path, "deaf").endswith("deaf\n"))
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     begun = time.monotonic()
@@ -173,16 +162,14 @@ def test_a_visit_that_is_killed_has_left_what_it_had(tmp_path):
     process = start(
         [measuring("one"), Fake("two", f"import os; print(os.getpid(), flush=True); {MEASURES.format('two', 2)}{SLEEPS}")], tmp_path
     )
-    wait_for(process.stdout, "=== two: a made-up part")
-    while "two.json" not in {file.name for file in tmp_path.iterdir()}:
-        time.sleep(0.1)
+    until(lambda: "measured" in log(tmp_path, "two"))
     process.kill()
     process.communicate(timeout=60)
     found = left(tmp_path)
     assert found.states == {"one": "passed", "two": "running"}
     assert {"one.json", "two.json"} <= found.files
     assert "measured" in found.members["two/two.log"]
-    assert ended(int(found.members["two/two.log"].splitlines()[1]))
+    until(lambda: ended(int(found.members["two/two.log"].splitlines()[1])))
 
 
 def test_another_visit_keeps_the_parts_that_it_does_not_run(tmp_path):
@@ -203,9 +190,7 @@ def test_a_part_that_runs_again_and_measures_nothing_leaves_no_old_rows(tmp_path
 
 def test_a_part_of_a_killed_visit_is_called_so_in_the_next(tmp_path):
     process = start([Fake("one", "import time; time.sleep(60)")], tmp_path)
-    wait_for(process.stdout, "=== one")
-    while not (tmp_path / "visit.tar.gz").exists():
-        time.sleep(0.1)
+    until(lambda: states(tmp_path) == {"one": "running"})
     process.kill()
     process.communicate(timeout=60)
     run([Fake("two")], tmp_path)

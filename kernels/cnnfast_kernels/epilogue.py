@@ -43,11 +43,6 @@ class Epilogue(NamedTuple):
 
 PLAIN = Epilogue()
 
-SQRT_HALF = tl.constexpr(0.7071067811865476)
-GAUSS = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
-TANH_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
-TANH_CUBIC = tl.constexpr(0.044715)
-
 
 @triton.jit
 def sigmoid(u):
@@ -68,8 +63,11 @@ def activate(u, slope, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu6":
         u = tl.where(u < 0, 0.0, tl.where(u > 6, 6.0, u))
     elif ACTIVATION == "gelu":
+        SQRT_HALF: tl.constexpr = 0.7071067811865476
         u = 0.5 * u * (1.0 + tl.erf(u * SQRT_HALF))
     elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh v) = sigmoid(2 v)
+        TANH_SCALE: tl.constexpr = 1.5957691216057308  # 2 sqrt(2 / pi)
+        TANH_CUBIC: tl.constexpr = 0.044715
         u = u * sigmoid((u + u * u * u * TANH_CUBIC) * TANH_SCALE)
     elif ACTIVATION == "silu":
         u = u * sigmoid(u)
@@ -88,8 +86,12 @@ def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu6":
         dz = tl.where((u <= 0) | (u >= 6), 0.0, dz)
     elif ACTIVATION == "gelu":
+        SQRT_HALF: tl.constexpr = 0.7071067811865476
+        GAUSS: tl.constexpr = 0.3989422804014327  # 1 / sqrt(2 pi)
         dz = dz * (0.5 * (1.0 + tl.erf(u * SQRT_HALF)) + u * GAUSS * tl.exp(-0.5 * u * u))
     elif ACTIVATION == "gelu_tanh":
+        TANH_SCALE: tl.constexpr = 1.5957691216057308
+        TANH_CUBIC: tl.constexpr = 0.044715
         s = sigmoid((u + u * u * u * TANH_CUBIC) * TANH_SCALE)
         dz = dz * (s + u * s * (1.0 - s) * (1.0 + u * u * (3.0 * TANH_CUBIC)) * TANH_SCALE)
     elif ACTIVATION == "silu":

@@ -6,17 +6,31 @@ be compiled, or null. No GPU is touched, and none need be there: the architectur
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
+import subprocess
 import sys
+from contextlib import suppress
 
 from triton.backends.nvidia import driver as nvidia
 
 from .compiling import reason, stderr_captured, target
 from .specialisations import Described
 
-# Up to version 3.6 Triton compiles C code for each signature of a kernel, which it keeps in the same cache.
-LAUNCHERS_ARE_COMPILED = hasattr(nvidia, "make_launcher")
+
+@functools.cache
+def launchers_are_compiled() -> bool:
+    """Whether Triton compiles C code for each signature of a kernel, as it does up to version 3.6, and keeps it in the same cache.
+
+    It is linked with libcuda; where there is none, nothing will be launched either.
+    """
+    if not hasattr(nvidia, "make_launcher"):
+        return False
+    try:
+        return bool(nvidia.libcuda_dirs())
+    except (AssertionError, OSError, subprocess.CalledProcessError):
+        return False
 
 
 def compiled(line: str, arch: str) -> str | None:
@@ -25,8 +39,9 @@ def compiled(line: str, arch: str) -> str | None:
         try:
             with target(arch):
                 kernel = Described.of(line).compile()
-                if LAUNCHERS_ARE_COMPILED:
-                    nvidia.CudaLauncher(kernel.src, kernel.metadata)
+                if launchers_are_compiled():
+                    with suppress(ImportError):  # it is in the cache before Triton loads it, and nothing is launched here
+                        nvidia.CudaLauncher(kernel.src, kernel.metadata)
         except Exception as error:  # whatever a compiler raises: the others shall be compiled all the same
             return reason(error, said())
     return None

@@ -15,9 +15,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Added before a division that rounds toward zero, so that it rounds down: more phases than any padding is wide.
-FAR = tl.constexpr(1 << 20)
-
 
 @triton.jit
 def locate_box(tile, extent_h, extent_w, TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
@@ -91,6 +88,8 @@ def load_phases(x_map, n, h, w, c, PIXEL: tl.constexpr, PHASE_H: tl.constexpr, P
     if PHASE_H * PHASE_W == 1:
         return load_box(x_map, n, h, w, c)
     else:
+        # Added before a division that rounds toward zero, so that it rounds down: more phases than any padding is wide.
+        FAR: tl.constexpr = 1 << 20
         h += FAR * PHASE_H
         w += FAR * PHASE_W
         box = x_map.load([n, h // PHASE_H - FAR, h % PHASE_H, w // PHASE_W - FAR, w % PHASE_W * PIXEL + c])

@@ -31,7 +31,7 @@ def sum_taps(
     x_stride_n, x_stride_h, x_stride_w, dy_stride_n, dy_stride_h, dy_stride_w, dw_row, dw_column, k_ok,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     X_ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr, TAPS: tl.constexpr, COLUMNS: tl.constexpr, RAGGED: tl.constexpr, EVEN: tl.constexpr,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of TAPS x COLUMNS weights from (r0, s0) on, summed over tiles `first` to `last` of strips."""
     x_row = x_stride_h.to(tl.int64) * X_ALIGN
@@ -98,7 +98,7 @@ def depthwise_wgrad_kernel(
                 x_cols, dy_cols, dw_cols, first, last, r0, s0, N, H, W, P, Q, strips, strips_magic, strips_shift, q_magic, q_shift,
                 x_stride_n, x_stride_h, x_stride_w, dy_stride_n, dy_stride_h, dy_stride_w, dw_row, dw_column, k_ok,
                 STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, X_ALIGN, DY_ALIGN,
-                min(TAPS, R - r0), COLUMNS, RAGGED, EVEN, ACC, ROWS, BLOCK_M, BLOCK_C,
+                min(TAPS, R - r0), COLUMNS, RAGGED, EVEN, ACC, ROWS, BLOCK_M, BLOCK_C, FAR,
             )  # fmt: skip
 
 

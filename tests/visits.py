@@ -86,7 +86,7 @@ def interrupt(fakes: Sequence[Fake], out: Path, words: str, number: signal.Signa
     return process.returncode, output
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     """Waits for it; fails if it takes longer."""
     end = time.monotonic() + seconds
     while not condition():

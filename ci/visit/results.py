@@ -18,7 +18,7 @@ from typing import Any
 
 from . import pytest_lines
 from .parts import PARTS
-from .running import PASSED, SKIPPED, Ran
+from .running import PASSED, Ran
 
 SUMMARY, ARCHIVE, STATE = "summary.md", "visit.tar.gz", "visit.json"
 MOST_CHARACTERS = 11_500  # of the summary
@@ -178,16 +178,18 @@ def conditions(outcome: Outcome) -> str:
     return ", ".join([m.get("device", "no machine is named"), *(f"{word} {m[name]}" for name, word in names.items() if m.get(name))])
 
 
+def said(ran: Ran) -> str:
+    return f"{ran.state}, {ran.note}" if ran.note else ran.state
+
+
 def troubles(outcome: Outcome, work: Path) -> Iterator[str]:
     """What failed, by name; and what is only to be noted."""
-    lines = []
+    lines = [f"- **{ran.name}**: {said(ran)}" for ran in outcome.ran if ran.bad]
+    alike: dict[str, list[str]] = {}
     for ran in outcome.ran:
-        if ran.state != PASSED or ran.note:
-            lines.append(f"- {'**' + ran.name + '**' if ran.bad else ran.name}: {ran.state}{', ' + ran.note if ran.note else ''}")
-    skipped = [ran for ran in outcome.ran if ran.state == SKIPPED and ran.note.endswith("is not installed")]
-    if len(skipped) > 1:  # the same sentence for every family
-        lines = [line for line in lines if not line.endswith("is not installed")]
-        lines.append(f"- {len(skipped)} processes: {SKIPPED}, {skipped[0].note}")
+        if not ran.bad and (ran.state != PASSED or ran.note):
+            alike.setdefault(said(ran), []).append(ran.name)
+    lines += [f"- {', '.join(names) if len(names) < 4 else f'{len(names)} processes'}: {text}" for text, names in alike.items()]
     for file in sorted((work / outcome.part).glob("*.jsonl")):
         tests = pytest_lines.read(file)
         lines.append(f"- {file.stem}: {tests}")

@@ -108,7 +108,7 @@ class Process:
         self.grace = min(grace, (end - self.begun) / 4)
         self.ask = end - self.grace  # when it is asked to end
         self.why = ""
-        self.sent: list[tuple[float, int]] = []
+        self.sent: list[float] = []  # when each signal was sent
         own = max(1, int(self.ask - self.begun - min(OVERHEAD, (self.ask - self.begun) / 4)))
         argv = [word.replace(SECONDS, str(own)).replace(WORKERS, str(workers())) for word in command.argv]
         with log.open("wb") as output:
@@ -126,10 +126,10 @@ class Process:
     def press(self, why: str, now: float, at_once: bool) -> None:
         """Asks once more, harder each time: SIGINT at first, SIGTERM after half of the grace, SIGKILL after nine tenths of it."""
         self.why = self.why or why
-        since = now - self.sent[0][0] if self.sent else 0.0
+        since = now - self.sent[0] if self.sent else 0.0
         step = 2 if at_once or since > 0.9 * self.grace else 1 if since > 0.5 * self.grace else 0
         if step >= len(self.sent):
-            self.sent.append((now, step))
+            self.sent.append(now)
             self.tell((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[step])
 
     def ended(self) -> Ran | None:

@@ -46,7 +46,7 @@ def test_a_family_is_right(name, device):
 
 @pytest.fixture
 def trial():
-    from ci.visit.smoke.families import SINGLE, Trial
+    from ci.visit.smoke.trial import SINGLE, Trial
 
     def operands(device):
         return (torch.arange(6, device=device, dtype=SINGLE).view(2, 3),)
@@ -217,7 +217,7 @@ def test_a_family_that_fails_is_not_checked_again(tmp_path):
     found = {ran.name: ran for ran in run(stage, tmp_path, dict(os.environ), float("inf"), Stop(), before)}
     assert (found["a-memcheck"].state, found["a-memcheck"].note) == ("not begun", "a did not pass")
     assert found["b-memcheck"].note == "no-such-program is not installed"
-    missing = [Ran(name, "not begun", note="no-such-program is not installed") for name in ("b", "c")]
+    missing = [Ran(name, "not begun", note="no-such-program is not installed") for name in "bcde"]
     (text,) = troubles(Outcome("smoke", "passed", 1, ran=missing), tmp_path)
     assert text.count("not installed") == 1
-    assert "2 processes: not begun, no-such-program is not installed" in text
+    assert "4 processes: not begun, no-such-program is not installed" in text

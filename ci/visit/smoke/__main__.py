@@ -21,8 +21,9 @@ import typer
 from cnnfast_kernels import launch
 from cnnfast_kernels.tma.views import why_not_on
 
-from .families import FAMILIES, Family, Trial
+from .families import FAMILIES, Family
 from .sanitizer import LAUNCHING
+from .trial import Trial
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:

@@ -62,8 +62,8 @@ class Results:
         self.outcomes: dict[str, Outcome] = {}
         self.published: dict[str, tuple[str, ...]] = {}
 
-    def keep_earlier(self, but: Iterable[str]) -> None:
-        """Takes over what an earlier visit has left here, except the parts `but`. Raises ValueError if that cannot be read."""
+    def keep_earlier(self) -> None:
+        """Takes over what an earlier visit has left here. Raises ValueError if that cannot be read."""
         archive = self.folder / ARCHIVE
         if not archive.exists():
             return
@@ -76,9 +76,14 @@ class Results:
         for outcome in earlier:
             outcome.state = KILLED if outcome.state == RUNNING else outcome.state
             self.outcomes[outcome.part] = outcome
-        for part in but:
-            self.outcomes.pop(part, None)
-            shutil.rmtree(self.work / part, ignore_errors=True)
+
+    def begin(self, outcome: Outcome, names: tuple[str, ...]) -> None:
+        """Makes the folder of a part, which leaves files of these names beside the archive. What an earlier visit had of it goes."""
+        self.outcomes[outcome.part], self.published[outcome.part] = outcome, names
+        shutil.rmtree(self.work / outcome.part, ignore_errors=True)
+        (self.work / outcome.part).mkdir()
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
 
     def publish(self) -> str:
         """Writes all files, the parts in the order of a visit, and returns the summary."""
@@ -110,7 +115,7 @@ def check(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
     with tempfile.TemporaryDirectory() as work:
-        Results(folder, Path(work)).keep_earlier(but=())
+        Results(folder, Path(work)).keep_earlier()
 
 
 def add(tar: tarfile.TarFile, entry: Path, name: str) -> None:

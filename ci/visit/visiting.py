@@ -57,19 +57,19 @@ def visit(
     folder = folder.absolute()  # commands run elsewhere
     folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="cnnfast-visit-"))
-    results = Results(folder, work)
+    results, bad = Results(folder, work), False
     parts = make(work)
     try:
-        results.keep_earlier(but=[part.name for part in parts])
+        results.keep_earlier()
         with Stop().listening() as stop:
             for part in parts:
-                results.published[part.name] = part.results
-                outcome = results.outcomes[part.name] = Outcome(part.name, RUNNING, part.limit, machine=dict(machine))
+                outcome = Outcome(part.name, RUNNING, part.limit, machine=dict(machine))
                 if left := why_not(end, stop):
                     outcome.state, outcome.note = SKIPPED, left
+                    results.outcomes.setdefault(part.name, outcome)
+                    say(f"=== {part.name}: {SKIPPED}, {left}")
                     continue
-                for name in part.results:
-                    (folder / name).unlink(missing_ok=True)  # of an earlier visit
+                results.begin(outcome, part.results)
                 outcome.begun = datetime.now().isoformat(timespec="seconds")
                 outcome.note = shadow(results.outcomes.get(FIRST)) if part.name != FIRST else ""
                 allowed = min(part.limit, end - time.monotonic())
@@ -78,10 +78,10 @@ def visit(
                     say(f"    {outcome.note}")
                 run_part(part, outcome, results, end, stop, grace)
                 say(f"=== {part.name}: {outcome.state}, {outcome.seconds:.0f} s")
+                bad = bad or outcome.bad
             text = results.publish()
         say(f"\n{text}\nin {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
-        mine = [results.outcomes[part.name] for part in parts]
-        return INTERRUPTION if stop else FAILURE if any(outcome.bad for outcome in mine) else 0
+        return INTERRUPTION if stop else FAILURE if bad else 0
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -102,7 +102,6 @@ def shadow(first: Outcome | None) -> str:
 def run_part(part: Part, outcome: Outcome, results: Results, end: float, stop: Stop, grace: float) -> None:
     """Fills in the outcome, and leaves files meanwhile. A stage that ends early leaves its time to the next one."""
     folder = results.work / part.name
-    folder.mkdir()
     begun = last = time.monotonic()
     end = min(end, begun + part.limit)
     results.publish()

@@ -188,6 +188,16 @@ def test_a_part_that_runs_again_and_measures_nothing_leaves_no_old_rows(tmp_path
     assert left(tmp_path).files == ALWAYS
 
 
+def test_what_is_not_begun_keeps_what_an_earlier_visit_had(tmp_path):
+    run([measuring("two", 2)], tmp_path)
+    code, output = run([Fake("one", "import time; time.sleep(2)"), measuring("two", 3)], tmp_path, budget=6.0)
+    assert code == 0
+    assert "=== two: not begun, the budget was used up" in output
+    found = left(tmp_path)
+    assert found.states == {"two": "passed", "one": "passed"}
+    assert found.members["two/two.json"] == (tmp_path / "two.json").read_text() == "[2]"
+
+
 def test_a_part_of_a_killed_visit_is_called_so_in_the_next(tmp_path):
     process = start([Fake("one", "import time; time.sleep(60)")], tmp_path)
     until(lambda: states(tmp_path) == {"one": "running"})

@@ -26,7 +26,7 @@ from .convolutions import (
     split_tile,
     stats,
     wgrad,
-)  # fmt: skip
+)
 from .passes import PLANES, average, max_pool, moments, normalize, plane_mean
 from .trial import HALF, LAST, NCHW, SINGLE, Trial
 

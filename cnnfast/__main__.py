@@ -11,6 +11,7 @@ from .commands.aot import aot
 from .commands.bench import bench
 from .commands.check import check
 from .commands.demo import demo
+from .commands.doctor import doctor
 from .commands.info import info
 from .commands.tune import tune
 
@@ -30,7 +31,7 @@ def main(
     """Hand-written Triton kernels for convolutional networks in PyTorch, and the proof that they are right."""
 
 
-for command in (demo, check, bench, tune, info, aot):
+for command in (demo, doctor, check, bench, tune, info, aot):
     app.command()(command)
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ LAYERS = {
         "calls",
         "warming",
         "checking tuning bench",
+        "diagnosing",
         "commands",
     ],
 }

@@ -29,12 +29,13 @@ class Tell(Protocol):
 
 @contextmanager
 def progress(text: str) -> Iterator[Tell]:
-    """A bar on standard error while the context lasts, on a terminal; `text` is what happens first."""
+    """A bar on standard error while the context lasts, if that is a terminal; `text` is what happens first."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         bar = bars.add_task(text, total=None)
 
         def tell(done: int, total: int | None, text: str = "") -> None:
@@ -44,9 +45,18 @@ def progress(text: str) -> Iterator[Tell]:
 
 
 def refuse_unwritable(file: Path | None, option: str = "--json") -> None:
-    """Ends the command with exit code 2, before any work, if the folder of a file that it is to write is not there."""
-    if file is not None and file != STANDARD_OUTPUT and not file.parent.is_dir():
+    """Ends the command with exit code 2, before any work, if a file that it is to write cannot be written. Leaves it as it was."""
+    if file is None or file == STANDARD_OUTPUT:
+        return
+    if not file.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {file.parent}", param_hint=option)
+    existed = file.exists()
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise typer.BadParameter(f"{file} cannot be written: {error.strerror}", param_hint=option) from None
+    if not existed:
+        file.unlink()
 
 
 def refuse_no_time(budget: float | None) -> None:

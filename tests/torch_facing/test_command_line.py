@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from child import IMPORTABLE
 from cnnfast import __version__
 from cnnfast.__main__ import app
+from cnnfast.commands import console
 
-COMMANDS = ("demo", "check", "bench", "tune", "aot")
+COMMANDS = ("demo", "doctor", "check", "bench", "tune", "aot")
 
 
 def invoke(*arguments: str):
@@ -84,6 +85,34 @@ def test_aot_refuses_before_it_compiles(monkeypatch, arguments, option, sentence
     assert result.exit_code == 2
     assert f"Invalid value for {option}: " in said
     assert sentence in said
+
+
+@pytest.mark.parametrize("command", [("doctor",), ("check", "resnet18"), ("aot",)], ids=lambda command: command[0])
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(monkeypatch, tmp_path, command):
+    """A folder that is not there, a folder in its place, a disk that is full; what was in it before stays."""
+    pytest.importorskip("triton")
+    from cnnfast import checking, diagnosing
+    from cnnfast_kernels import aot
+
+    for module, name in ((diagnosing, "diagnose"), (checking, "check"), (aot, "compile_all")):
+        monkeypatch.setattr(module, name, None)
+    written = tmp_path / "before.json"
+    written.write_text("before")
+    for file, says in (("nowhere/x.json", "there is no folder"), (".", "Is a directory"), ("before.json/x.json", "there is no folder")):
+        result = invoke(*command, "--json", str(tmp_path / file))
+        assert result.exit_code == 2
+        assert "Invalid value for --json" in result.output
+        assert says in " ".join(result.output.replace("│", " ").split())
+    console.refuse_unwritable(written)
+    console.refuse_unwritable(tmp_path / "after.json")
+    assert written.read_text() == "before"
+    assert not (tmp_path / "after.json").exists()
+
+
+def test_a_bar_is_for_terminals(capsys):
+    with console.progress("working") as tell:
+        tell(1, 2, "still working")
+    assert capsys.readouterr().err == ""
 
 
 def test_aot_says_that_interpreted_kernels_do_not_compile(monkeypatch):

@@ -1,0 +1,112 @@
+"""Who serves typical calls in this process as it is set now: asked of the code that decides, not of a copy of its rules."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import dispatch
+from ..dtypes import SHORT, name_of
+from ..precision import allow_tf32
+from .finding import Finding
+
+if TYPE_CHECKING:
+    from cnnfast_kernels.choosing import Question
+
+TOPIC = "Who serves"
+LAST, NCHW = torch.channels_last, torch.contiguous_format
+HALF = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class TypicalConvolution:
+    """A convolution without stride that keeps its image's size. fused: with a batch norm and a ReLU after it, in eval."""
+
+    name: str
+    dtype: torch.dtype
+    layout: torch.memory_format
+    channels: int
+    filters: int
+    taps: int
+    groups: int = 1
+    fused: bool = False
+
+    def __str__(self) -> str:
+        short = next(short for short, name in SHORT.items() if name == name_of(self.dtype))
+        return f"{self.name}, {short}, {'channels_last' if self.layout == LAST else 'NCHW'}"
+
+
+BATCH, SIZE = 64, 56  # of the images: ResNet-50's first stage
+CONVOLUTIONS = (
+    TypicalConvolution("3x3 convolution, norm, ReLU", HALF, LAST, 64, 64, 3, fused=True),
+    TypicalConvolution("3x3 convolution", HALF, LAST, 64, 64, 3),
+    TypicalConvolution("1x1 convolution", HALF, LAST, 256, 64, 1),
+    TypicalConvolution("3x3 convolution", HALF, NCHW, 64, 64, 3),
+    TypicalConvolution("depthwise 3x3", HALF, LAST, 96, 96, 3, groups=96),
+    TypicalConvolution("3x3 convolution", torch.float32, LAST, 64, 64, 3),
+)
+PASSES = ("batch norm", "pooling")
+
+
+def question(convolution: TypicalConvolution, device: torch.device) -> Question:
+    """As the operator would ask it of tensors on `device`, which are not made."""
+    from cnnfast_kernels import launch
+    from cnnfast_kernels.choosing import Geometry, ask_fprop
+
+    c = convolution
+    x = launch.dense((BATCH, c.channels, SIZE, SIZE), c.dtype, c.layout)
+    w = launch.dense((c.filters, c.channels // c.groups, c.taps, c.taps), c.dtype, c.layout)
+    pad = c.taps // 2
+    geometry = Geometry((1, 1), (pad, pad, pad, pad), (1, 1), c.groups)
+    kind, activation = ("norm", "relu") if c.fused else ("", None)
+    tf32 = allow_tf32(torch.empty(0, dtype=c.dtype, device=device))
+    return ask_fprop(x, w, None, geometry, kind, activation, tf32, launch.gpu(device), True)
+
+
+def of_convolution(convolution: TypicalConvolution, device: torch.device) -> str:
+    """Who serves it on `device`, and why, in one sentence."""
+    reason = dispatch.why_torch(torch.empty(0, dtype=convolution.dtype, device=device))
+    if reason:
+        return f"PyTorch, because {reason}."
+    from cnnfast_kernels import launch
+    from cnnfast_kernels.choosing import choose
+
+    from ..ops import serving
+
+    q = question(convolution, device)
+    decision = serving.decide(q, launch.type_of(device) in serving.LIBRARY_FIRST)
+    if decision.library and dispatch.library_allowed():
+        after = ", and one pass of ours for norm and ReLU" if convolution.fused else ""
+        return f"the library{' (cuDNN)' if device.type == 'cuda' else ''}{after}, because {decision.reason}."
+    return f"our kernel, with tile {choose(q)}{f': {decision.reason}' if decision.reason and not decision.library else ''}."
+
+
+def who(device: torch.device) -> list[Finding]:
+    """Who serves each typical call on `device`; one finding where PyTorch serves all of them for the same reason."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a launcher that cannot be built, which the reason says too
+            found = {str(c): of_convolution(c, device) for c in CONVOLUTIONS}
+            reason = dispatch.why_torch(torch.empty(0, dtype=HALF, device=device))
+    except RuntimeError as error:  # backend("kernels"), where PyTorch would have to
+        return [Finding(TOPIC, "every call", "note", f"Raises an error: {error}.")]
+    found |= {f"{name}, bf16": f"PyTorch, because {reason}." if reason else "our kernel, one pass over memory." for name in PASSES}
+    answers = set(found.values())
+    if len(answers) == 1 and (reason := answers.pop()).startswith("PyTorch"):
+        return [Finding(TOPIC, "every call", "ok", reason)]
+    return [Finding(TOPIC, name, "ok", text) for name, text in found.items()]
+
+
+def float32_products(device: torch.device) -> Finding:
+    """How convolutions of float32 tensors are multiplied on a GPU, by PyTorch's settings in this process."""
+    if allow_tf32(torch.empty(0, device=device)):
+        text = "Convolutions of float32 tensors multiply TF32 numbers, of 10 bits: PyTorch's default on a GPU. Ours and the library's do."
+        advice = 'For IEEE products set torch.backends.cudnn.conv.fp32_precision = "ieee"; cnnfast tune measures either (--dtype).'
+        return Finding(TOPIC, "float32", "ok", text, advice)
+    text = "Convolutions of float32 tensors multiply them as they are (IEEE), by PyTorch's settings here: exact, and without tensor cores."
+    return Finding(
+        TOPIC, "float32", "ok", text, 'torch.backends.cudnn.conv.fp32_precision = "tf32" is faster, and rounds to 10 bits first.'
+    )

@@ -44,7 +44,7 @@ def by_exit_code(code: int, log: Path) -> Verdict:
 
 @dataclass(frozen=True)
 class Command:
-    """`name` is its log's. limit: seconds, if they are fewer than its stage has. needs: the name of a command that must have passed before.
+    """`name` is its log's. limit: seconds, if they are fewer than its stage has. needs: the names of commands that must have passed before.
     judge: tells from the exit code and the log what became of it, unless its time was up. clue: what the log tells of where it was, if it
     did not pass. matters: whether being out of time is a fault, or only leaves a question open."""
 
@@ -52,7 +52,7 @@ class Command:
     argv: tuple[str, ...]
     limit: float = inf
     environment: Mapping[str, str] = field(default_factory=dict)
-    needs: str = ""
+    needs: tuple[str, ...] = ()
     judge: Callable[[int, Path], Verdict] = by_exit_code
     clue: Callable[[Path], str] = lambda log: ""
     matters: bool = True
@@ -208,6 +208,6 @@ def why_not(command: Command, ran: Sequence[Ran], stop: Stop, late: bool) -> str
         return "the visit was interrupted"
     if late:
         return "no time was left for it"
-    if command.needs and not any(r.name == command.needs and r.state == PASSED for r in ran):
-        return f"{command.needs} did not pass"
+    if missing := set(command.needs) - {r.name for r in ran if r.state == PASSED}:
+        return f"{', '.join(sorted(missing))} did not pass"
     return "" if shutil.which(command.argv[0]) else f"{command.argv[0]} is not installed"

@@ -146,7 +146,7 @@ def test_a_kernel_that_hangs_is_named(tmp_path):
 @pytest.mark.skipif(not launch.INTERPRETED, reason="CPU ring: another libcuda is loaded where there is a GPU")
 def test_kernels_with_tensor_maps_are_left_out_where_there_are_none():
     found = child("tma-fprop", "--recorded", "80")
-    assert (found.returncode, found.stdout.strip()) == (0, "skipped: sm_80 has no tensor maps")
+    assert (found.returncode, found.stdout.strip()) == (0, "tma-fprop skipped: sm_80 has no tensor maps")
 
 
 @pytest.mark.parametrize("arguments", [("nosuch",), () if torch.cuda.is_available() else ("fprop",)])
@@ -200,6 +200,21 @@ def test_findings_elsewhere_are_counted_and_are_no_fault(tmp_path):
     assert verdict(CLEAN, tmp_path) == type(found)("passed")
 
 
+def test_every_family_comes_before_every_tool(tmp_path):
+    from ci.visit.parts import PARTS
+    from ci.visit.running import CORES
+    from ci.visit.smoke.families import FAMILIES
+    from ci.visit.smoke.sanitizer import TOOLS
+
+    _, checked = PARTS["smoke"](tmp_path, None).stages
+    assert len(checked.commands) <= CORES, "all of them at once"
+    for tool in TOOLS:
+        groups = [command.needs for command in checked.commands if command.name.startswith(tool)]
+        assert sorted(family for group in groups for family in group) == sorted(FAMILIES)
+    for command in checked.commands:
+        assert set(command.needs) <= set(command.argv)
+
+
 def test_a_tool_that_does_not_work_here_is_no_fault(tmp_path):
     found = verdict(REFUSED, tmp_path, code=1)
     assert not found.bad
@@ -212,7 +227,9 @@ def test_a_family_that_fails_is_not_checked_again(tmp_path):
     from ci.visit.results import Outcome, troubles
     from ci.visit.running import Command, Ran, Stage, Stop, run
 
-    stage = Stage((Command("a-memcheck", (sys.executable, "-c", ""), needs="a"), Command("b-memcheck", ("no-such-program",), needs="b")), 5)
+    stage = Stage(
+        (Command("a-memcheck", (sys.executable, "-c", ""), needs=("a",)), Command("b-memcheck", ("no-such-program",), needs=("b",))), 5
+    )
     before = [Ran("a", "failed", bad=True), Ran("b", "passed")]
     found = {ran.name: ran for ran in run(stage, tmp_path, dict(os.environ), float("inf"), Stop(), before)}
     assert (found["a-memcheck"].state, found["a-memcheck"].note) == ("not begun", "a did not pass")

@@ -1,4 +1,4 @@
-"""One family of kernels on the GPU, in a process of its own: python -m ci.visit.smoke FAMILY.
+"""A family of kernels on the GPU, in a process of its own: python -m ci.visit.smoke FAMILY. Several may share one.
 
 Each trial is named before it is launched, so that a hang or an error of CUDA, which all later work of the process would fail by, names
 its kernel: run it with CUDA_LAUNCH_BLOCKING=1. Exit code 0 if all numbers are right, 1 if one is not or something raised, 2 for what
@@ -116,23 +116,25 @@ def run(family: Family, device: torch.device, poison: bool = True, judge: bool =
 
 
 def main(
-    family: Annotated[str, typer.Argument(help="Its name, as smoke/families.py has it.")],
+    families: Annotated[list[str], typer.Argument(metavar="FAMILY...", help="Their names, as smoke/families.py has them.")],
     limit: Annotated[float, typer.Option(help="Seconds after which it says where it is stuck.")] = 60.0,
     poison: Annotated[bool, typer.Option(help="Outputs are full of NaN before each launch.")] = True,
     recorded: Annotated[int, typer.Option(metavar="ARCH", help="Launch nothing: over the recording driver, for 90, say.")] = 0,
 ) -> None:
-    """Launch the kernels of one FAMILY and judge their numbers."""
-    if family not in FAMILIES:
-        raise typer.BadParameter(f"{family!r} is none of {', '.join(FAMILIES)}", param_hint="FAMILY")
+    """Launch the kernels of each FAMILY and judge their numbers."""
+    if wrong := [family for family in families if family not in FAMILIES]:
+        raise typer.BadParameter(f"{wrong[0]!r} is none of {', '.join(FAMILIES)}", param_hint="FAMILY")
     if not recorded and not launch.INTERPRETED and not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU here: --recorded 90 launches over the driver that records", param_hint="FAMILY")
     faulthandler.dump_traceback_later(limit, exit=False, file=sys.stderr)
+    problems: list[str] = []
     with where(recorded) as device:
-        chosen = FAMILIES[family]
-        if chosen.tensor_maps and (reason := why_not_on(launch.architecture(device))):
-            print(f"skipped: {reason}")
-            return
-        problems = run(chosen, device, poison, judge=not recorded)
+        for name in families:
+            family = FAMILIES[name]
+            if family.tensor_maps and (reason := why_not_on(launch.architecture(device))):
+                print(f"{name} skipped: {reason}")
+            else:
+                problems += run(family, device, poison, judge=not recorded)
     faulthandler.cancel_dump_traceback_later()
     for problem in problems:
         print(f"problem {problem}")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from visits import REPOSITORY
+
 FOLDER = Path("FOLDER")
 
 
@@ -44,6 +46,12 @@ def test_every_command_has_a_stage_and_a_log_of_its_own(parts):
         assert len(set(names)) == len(names)
     results = [name for part in parts for name in part.results]
     assert len(set(results)) == len(results) <= 6, "with the summary and the archive eight files"
+
+
+def test_the_folders_of_tests_are_there():
+    from ci.visit.parts import TESTS
+
+    assert [path for path in TESTS if not (REPOSITORY / path).is_dir()] == []
 
 
 def test_the_parts_that_measure_are_told_how_long_they_may(parts):

@@ -1,0 +1,173 @@
+"""Convolutions to try, by every family of kernels: forward with what may follow it, both gradients, by a matrix of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cnnfast_kernels import launch
+from cnnfast_kernels.choosing import Geometry, Question, Tile, ask_dgrad, ask_fprop, ask_wgrad, default_tile
+from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from cnnfast_kernels.epilogue import BatchNorm, Epilogue
+from cnnfast_kernels.tiling import choose_tile
+from cnnfast_kernels.tma.tiles import candidate_boxes
+
+from .trial import HALF, LAST, NCHW, SINGLE, Tensors, Trial, integers
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """x [N, C, size, size + 1] and square filters, so that rows and columns cannot be taken for one another."""
+
+    N: int
+    C: int
+    size: int
+    K: int
+    window: int
+    stride: int = 1
+    pad: int = 1
+    dilation: int = 1
+    groups: int = 1
+    dtype: torch.dtype = HALF
+    fmt: torch.memory_format = LAST
+
+    def __str__(self) -> str:
+        told = f"{self.N}x{self.C}x{self.size}x{self.size + 1} > {self.K}, {self.window}x{self.window}/{self.stride}"
+        told += f" dilated {self.dilation}" * (self.dilation > 1) + f" groups {self.groups}" * (self.groups > 1)
+        return f"{told} {str(self.dtype).removeprefix('torch.')}{' NCHW' * (self.fmt == NCHW)}"
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry((self.stride,) * 2, (self.pad,) * 4, (self.dilation,) * 2, self.groups)
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.size, self.size + 1
+
+    @property
+    def w_shape(self) -> tuple[int, int, int, int]:
+        return self.K, self.C // self.groups, self.window, self.window
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        g = self.geometry.problem(self.x_shape, self.w_shape)
+        return g.N, g.K, g.P, g.Q
+
+    def x(self, device: torch.device) -> Tensor:
+        return integers(self.x_shape, 2, device, self.dtype, self.fmt)
+
+    def w(self, device: torch.device) -> Tensor:
+        return integers(self.w_shape, 1, device, self.dtype, self.fmt)
+
+    def dy(self, device: torch.device) -> Tensor:
+        return integers(self.y_shape, 1, device, self.dtype, self.fmt)
+
+    def vector(self, device: torch.device, most: int = 3) -> Tensor:
+        return integers((self.K,), most, device, SINGLE)
+
+    def convolve(self, x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(x, w, None, self.stride, self.pad, self.dilation, self.groups)
+
+
+def gather_tile(q: Question) -> Tile:
+    """Of the kernels that load by pointers, whoever would serve by default."""
+    return default_tile(q) if q.problem.is_depthwise else choose_tile(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)
+
+
+def box_tile(q: Question) -> Tile:
+    """The first of the kernels that load by tensor maps."""
+    return next(candidate_boxes(q.boxed, q.operation, q.activation, q.gpu.arch))
+
+
+def split_tile(q: Question) -> Tile:
+    """The same with three partial sums of the gradient, which a kernel of their own adds."""
+    return replace(gather_tile(q), SPLIT_K=3)
+
+
+ChooseTile = Callable[[Question], Tile]
+
+
+def fprop(c: Convolution, tile: ChooseTile) -> Trial:
+    """With everything that may follow: norm, addition, activation. Its scale, weight / sqrt(var), is 2 everywhere."""
+
+    def ours(x: Tensor, w: Tensor, residual: Tensor, mean: Tensor, shift: Tensor) -> Tensors:
+        q = ask_fprop(launch.layout(x), launch.layout(w), residual.stride(), c.geometry, "norm", "relu", False, launch.gpu(x.device), True)
+        var, weight = torch.full_like(mean, 0.25), torch.ones_like(mean)
+        epilogue = Epilogue(None, BatchNorm(mean, var, weight, shift, 0.0), residual, "relu")
+        return (conv_fprop(x, w, c.geometry, epilogue, tile=tile(q)),)
+
+    def exact(x: Tensor, w: Tensor, residual: Tensor, mean: Tensor, shift: Tensor) -> Tensors:
+        mean, shift = mean.view(-1, 1, 1), shift.view(-1, 1, 1)
+        return (torch.relu((c.convolve(x, w) - mean) * 2 + shift + residual),)
+
+    return Trial(f"fprop {c}", lambda d: (c.x(d), c.w(d), c.dy(d), c.vector(d), c.vector(d, 2)), ours, exact)
+
+
+def stats(c: Convolution, tile: ChooseTile) -> Trial:
+    """Mean and variance from the kernel's own moments: their sums are not of powers of two."""
+
+    def ours(x: Tensor, w: Tensor) -> Tensors:
+        q = ask_fprop(launch.layout(x), launch.layout(w), None, c.geometry, "stats", None, False, launch.gpu(x.device), True)
+        return conv_stats(x, w, c.geometry, tile=tile(q))
+
+    def exact(x: Tensor, w: Tensor) -> Tensors:
+        y = c.convolve(x, w)
+        var, mean = torch.var_mean(y, (0, 2, 3), unbiased=False)
+        return y, mean, var
+
+    return Trial(f"stats {c}", lambda d: (c.x(d), c.w(d)), ours, exact, tolerance=2.0**-18)
+
+
+def dgrad(c: Convolution, tile: ChooseTile) -> Trial:
+    def ours(dy: Tensor, w: Tensor) -> Tensors:
+        q = ask_dgrad(launch.layout(dy), launch.layout(w), c.x_shape, c.fmt, c.geometry, False, launch.gpu(dy.device), True)
+        return (conv_dgrad(dy, w, c.x_shape, c.geometry, fmt=c.fmt, tile=tile(q)),)
+
+    def exact(dy: Tensor, w: Tensor) -> Tensors:
+        x = torch.zeros(c.x_shape, dtype=dy.dtype, requires_grad=True)
+        return torch.autograd.grad(c.convolve(x, w), x, dy)
+
+    return Trial(f"dgrad {c}", lambda d: (c.dy(d), c.w(d)), ours, exact)
+
+
+def wgrad(c: Convolution, tile: ChooseTile) -> Trial:
+    def ours(x: Tensor, dy: Tensor) -> Tensors:
+        q = ask_wgrad(launch.layout(x), launch.layout(dy), c.w_shape, c.fmt, c.geometry, False, launch.gpu(x.device), True)
+        return (conv_wgrad(x, dy, c.w_shape, c.geometry, fmt=c.fmt, tile=tile(q)),)
+
+    def exact(x: Tensor, dy: Tensor) -> Tensors:
+        w = torch.zeros(c.w_shape, dtype=dy.dtype, requires_grad=True)
+        return torch.autograd.grad(c.convolve(x, w), w, dy)
+
+    return Trial(f"wgrad {c}", lambda d: (c.x(d), c.dy(d)), ours, exact)
+
+
+def im2col(c: Convolution) -> Trial:
+    """All three operations by a matrix of columns."""
+
+    def ours(x: Tensor, w: Tensor, dy: Tensor) -> Tensors:
+        how: dict[str, Any] = {"algorithm": "im2col"}
+        y = conv_fprop(x, w, c.geometry, **how)
+        dx = conv_dgrad(dy, w, c.x_shape, c.geometry, fmt=c.fmt, **how)
+        return y, dx, conv_wgrad(x, dy, c.w_shape, c.geometry, fmt=c.fmt, **how)
+
+    def exact(x: Tensor, w: Tensor, dy: Tensor) -> Tensors:
+        x, w = x.requires_grad_(), w.requires_grad_()
+        y = c.convolve(x, w)
+        return y.detach(), *torch.autograd.grad(y, (x, w), dy)
+
+    return Trial(f"im2col {c}", lambda d: (c.x(d), c.w(d), c.dy(d)), ours, exact)
+
+
+BODY = Convolution(2, 32, 8, 64, 3)
+RAGGED = Convolution(3, 17, 10, 9, 4, 2, 1, dtype=SINGLE)
+GROUPED = Convolution(2, 24, 7, 12, 3, 1, 2, 2, 2, HALF, NCHW)
+GENERAL = (BODY, RAGGED, GROUPED)
+DEPTHWISE = (Convolution(2, 64, 9, 64, 3, groups=64), Convolution(1, 17, 11, 34, 5, 2, 2, 1, 17, SINGLE))
+BOXES = (BODY, Convolution(1, 40, 11, 72, 3, 2, 1), Convolution(3, 64, 7, 32, 1, 1, 0))  # the last is one row of pixels
+STEM = (Convolution(2, 3, 32, 16, 7, 2, 3), Convolution(1, 3, 19, 24, 3, 2, 1))

@@ -1,0 +1,118 @@
+"""Passes over memory to try: batch norm's statistics, the pass and its gradients; pooling, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cnnfast_kernels import batchnorm, pooling
+from cnnfast_kernels.problem import PoolProblem
+
+from .trial import HALF, LAST, NCHW, SINGLE, Tensors, Trial, integers
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batch norm: scale, weight / sqrt(var), is a power of two
+
+
+def moments(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format) -> Trial:
+    count = shape[0] * shape[2] * shape[3]
+
+    def ours(y: Tensor) -> Tensors:
+        mean, var = batchnorm.batch_moments(y)
+        running_mean, running_var = torch.zeros_like(mean), torch.ones_like(var)
+        batchnorm.update_running(running_mean, running_var, mean, var, 0.5, count)
+        return mean, var, running_mean, running_var
+
+    def exact(y: Tensor) -> Tensors:
+        var, mean = torch.var_mean(y, (0, 2, 3), unbiased=False)
+        return mean, var, mean / 2, 0.5 + var * count / (count - 1) / 2
+
+    return Trial(f"moments {shape}", lambda d: (integers(shape, 8, d, dtype, fmt),), ours, exact, tolerance=2.0**-18)
+
+
+def normalize(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format, gradients: bool) -> Trial:
+    """z = leaky_relu((y - mean) * 2 + bias + residual), or the gradients of y, weight, bias and residual with given statistics."""
+    C, slope = shape[1], 0.5
+
+    def ours(y: Tensor, residual: Tensor, dz: Tensor, mean: Tensor, bias: Tensor) -> Tensors:
+        var, weight = torch.full_like(mean, 0.25), torch.ones_like(mean)
+        z = batchnorm.normalize(y, mean, var, weight, bias, residual, 0.0, "leaky_relu", slope)
+        if not gradients:
+            return (z,)
+        found = batchnorm.normalize_backward(
+            dz, y, z, mean, var, weight, bias, residual, 0.0, "leaky_relu", slope, False, (True, True, True, True)
+        )
+        return (*(t for t in found if t is not None), batchnorm.channel_sum(dz))
+
+    def exact(y: Tensor, residual: Tensor, dz: Tensor, mean: Tensor, bias: Tensor) -> Tensors:
+        weight = torch.ones(C, dtype=torch.float64)
+        leaves = [t.requires_grad_() for t in (y, weight, bias, residual)]
+        centred = (y - mean.view(-1, 1, 1)) * 2
+        z = F.leaky_relu(centred * weight.view(-1, 1, 1) + bias.view(-1, 1, 1) + residual, slope)
+        return (*torch.autograd.grad(z, leaves, dz), dz.sum((0, 2, 3))) if gradients else (z.detach(),)
+
+    def operands(device: torch.device) -> Tensors:
+        images = [integers(shape, most, device, dtype, fmt) for most in (4, 3)]
+        # The gradients' sums over channels are left in float32.
+        dz = 2 * integers(shape, 1, device, dtype, fmt)
+        return *images, dz, integers((C,), 2, device, SINGLE), integers((C,), 3, device, SINGLE)
+
+    return Trial(f"{'gradients' if gradients else 'normalize'} {shape}", operands, ours, exact)
+
+
+PLANES = (((4, 32, 8, 8), HALF, LAST), ((3, 17, 5, 6), SINGLE, NCHW))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pooling
+
+
+def pool(shape: tuple[int, ...], window: int, stride: int, pad: int) -> PoolProblem:
+    return PoolProblem.of(shape, (window, window), (stride, stride), (pad, pad))  # type: ignore[arg-type]
+
+
+def max_pool(shape: tuple[int, ...], window: int, stride: int, pad: int, dtype: torch.dtype, fmt: torch.memory_format) -> Trial:
+    g = pool(shape, window, stride, pad)
+
+    def ours(x: Tensor, dy: Tensor) -> Tensors:
+        y, taps = pooling.max_pool(g, x, with_taps=True)
+        assert taps is not None
+        return y, pooling.max_pool_indices(g, taps), pooling.max_pool_backward(g, dy, taps, fmt)
+
+    def exact(x: Tensor, dy: Tensor) -> Tensors:
+        y, indices = F.max_pool2d(x.requires_grad_(), window, stride, pad, return_indices=True)
+        return y.detach(), indices, *torch.autograd.grad(y, x, dy)
+
+    def operands(device: torch.device) -> Tensors:
+        return integers(shape, 100, device, dtype, fmt), integers((g.N, g.C, g.P, g.Q), 3, device, dtype, fmt)
+
+    return Trial(f"max pool {shape} {window}x{window}/{stride}", operands, ours, exact)
+
+
+def average(shape: tuple[int, ...], window: int, stride: int, pad: int, dtype: torch.dtype, fmt: torch.memory_format) -> Trial:
+    """Sums of windows are divided by 4, and of the adaptive windows of two by two too."""
+    g, size = pool(shape, window, stride, pad), (shape[2] // 2, shape[3] // 2)
+
+    def ours(x: Tensor, dy: Tensor, dz: Tensor) -> Tensors:
+        y, dx = pooling.avg_pool(g, x, False, 4), pooling.avg_pool_backward(g, dy, False, 4, fmt)
+        return y, dx, pooling.adaptive_avg_pool(x, *size), pooling.adaptive_avg_pool_backward(dz, shape, fmt)  # type: ignore[arg-type]
+
+    def exact(x: Tensor, dy: Tensor, dz: Tensor) -> Tensors:
+        y, z = F.avg_pool2d(x.requires_grad_(), window, stride, pad, divisor_override=4), F.adaptive_avg_pool2d(x, size)
+        return y.detach(), *torch.autograd.grad(y, x, dy), z.detach(), *torch.autograd.grad(z, x, dz)
+
+    def operands(device: torch.device) -> Tensors:
+        gradients = [integers((g.N, g.C, *extent), 3, device, dtype, fmt) for extent in ((g.P, g.Q), size)]
+        return integers(shape, 7, device, dtype, fmt), *gradients
+
+    return Trial(f"average pool {shape} {window}x{window}/{stride}", operands, ours, exact)
+
+
+def plane_mean(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format) -> Trial:
+    return Trial(
+        f"global average pool {shape}",
+        lambda d: (shape[2] * shape[3] // 64 * integers(shape, 1, d, dtype, fmt),),  # means are multiples of 1/64
+        lambda x: (pooling.global_avg_pool(x),),
+        lambda x: (x.mean((2, 3), keepdim=True),),
+    )

@@ -22,9 +22,9 @@ from ..measuring.machine import this_machine
 from ..measuring.timing import clock_of
 from ..measuring.timing import measure as take_turns
 from ..precision import float32_products
-from .ahead import Compiling, OutOfTimeError, compiled_ahead
+from .ahead import Compiling, compiled_ahead
 from .planning import device_of, gpu_of, planned
-from .racing import Measure, race
+from .racing import Measure, OutOfTimeError, race
 from .report import Candidate, Measured, Tuning
 
 __all__ = ["Candidate", "Measured", "Tuning", "begin", "plan", "proceed", "tune"]
@@ -139,7 +139,7 @@ def proceed(
     budget = budget or Budget()
     gpu = launch.Gpu(tuning.gpu, tuning.arch)
     clock = clock_of(device)
-    measure = measure or (lambda passes: take_turns(passes, clock, seconds))
+    measure = measure or (lambda passes: take_turns(passes, clock, seconds, left=lambda: budget.left))
     machine = {name: value for name, value in asdict(this_machine(device)).items() if name != "device"}
     about = {**machine, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     todo, written = list(tuning.left), len(tuning.rows)

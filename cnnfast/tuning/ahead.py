@@ -14,6 +14,7 @@ from cnnfast_kernels.aot.compiling import usable_cores
 
 from .. import warming
 from ..precision import float32_products
+from .racing import OutOfTimeError
 from .report import Measured
 from .running import by_library, operands, ours
 
@@ -21,10 +22,6 @@ Compiling = Callable[[launch.Gpu], AbstractContextManager[warming.Compile]]  # a
 Wait = Callable[[Measured, float], None]
 
 SECONDS_TO_END = 5.0  # that the kernel which is being compiled may take, when nothing more is to be
-
-
-class OutOfTimeError(Exception):
-    """The budget ends before a convolution is measured."""
 
 
 @contextmanager

@@ -24,10 +24,15 @@ Compute = Callable[[Arguments], Any]
 FEWEST_SETS = 2
 
 
-def race(measured: Measured, device: torch.device, measure: Measure, in_time: Callable[[], None]) -> None:
-    """Fills in the candidates; whatever they raise is said there. in_time: called between them, raises if it shall end.
+class OutOfTimeError(Exception):
+    """The budget ends before a convolution is measured."""
 
-    Raises RuntimeError if the GPU no longer answers.
+
+def race(measured: Measured, device: torch.device, measure: Measure, in_time: Callable[[], None]) -> None:
+    """Fills in the candidates; whatever they raise is said there. in_time: called between them, raises OutOfTimeError if it shall end, and
+    `measure` leaves out what it has no time for.
+
+    Raises OutOfTimeError if some could not be measured in time, RuntimeError if the GPU no longer answers.
     """
     convolution = measured.convolution
     computes: dict[str, Compute] = {
@@ -87,7 +92,9 @@ def timed(
     times = measure({name: step for name, step in passes.items() if not isinstance(step, Exception)})
     results: dict[str, float | Exception] = {}
     for name, step in passes.items():
-        result = step if isinstance(step, Exception) else times.get(name, RuntimeError("there was no time to measure it"))
+        if not isinstance(step, Exception) and name not in times:
+            raise OutOfTimeError
+        result = step if isinstance(step, Exception) else times[name]
         results[name] = result if isinstance(result, Exception) else result.median / count
     return results
 

@@ -126,7 +126,7 @@ torch.cuda.is_available = lambda: True
 torch.randn = lambda *size, device=None, **how: randn(*size, **how, device=None if device == "cuda" else device)
 nn.Module.cuda = lambda self: self
 
-def measure(steps, clock, seconds):
+def measure(steps, clock, seconds, left):
     measured.append(steps)
     print("measuring", len(measured), seconds, file=sys.stderr, flush=True)
     if len(measured) >= slow_from:
@@ -196,7 +196,7 @@ def pretended(gpu, monkeypatch):
     """The interpreter is taken for a GPU. Gives what was measured, and for how many seconds."""
     measured, randn = [], torch.randn
 
-    def measure(steps, clock, seconds):
+    def measure(steps, clock, seconds, left):
         measured.append(seconds)
         return {name: Times(2e-6, 2e-6, 2e-6, 1) for name in steps}
 
@@ -246,7 +246,7 @@ def test_a_file_that_is_no_table_is_refused_before_anything_is_measured(pretende
 
 @interpreted
 def test_what_ends_a_run_early_is_said_and_what_was_measured_is_kept(pretended, monkeypatch, tmp_path):
-    def lost(steps, clock, seconds):
+    def lost(steps, clock, seconds, left):
         if pretended:
             raise RuntimeError("the GPU no longer answers since library on fprop ran")
         pretended.append(seconds)

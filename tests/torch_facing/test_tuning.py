@@ -420,6 +420,33 @@ def test_time_that_is_over_in_the_middle_of_a_convolution_leaves_it(gpu, device,
     assert not tables.user_file(*gpu).exists()
 
 
+def test_time_that_is_over_on_the_clock_leaves_the_convolution(gpu, device):
+    """One candidate was not timed: nobody knows whether it is the fastest."""
+
+    def measure(steps):
+        times = dict(clock()(steps))
+        del times["library"]
+        return times
+
+    result = tuning.tune(convolution(device), image(device), measure=measure)
+    assert (result.rows, len(result.left), result.ok) == ([], 1, True)
+
+
+def test_the_clock_knows_how_much_time_is_left(gpu, device, monkeypatch):
+    asked = []
+
+    def measure(steps, the_clock, seconds, left):
+        asked.append((seconds, left()))
+        return clock()(steps)
+
+    monkeypatch.setattr(tuning, "take_turns", measure)
+    tuning.tune(convolution(device), image(device), seconds=0.5)
+    tuning.tune(convolution(device), image(device), budget=500)
+    (half, endless), (usual, left) = asked
+    assert (half, endless, usual) == (0.5, float("inf"), tuning.SECONDS)
+    assert 0 < left < 500
+
+
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["budget", "seconds"])
 def test_durations_are_positive(gpu, device, name, value):

@@ -156,8 +156,8 @@ def _skips(what: str) -> Callable[..., NoReturn]:
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[Pretended]:
-    """torch.device("cpu", 0) is a GPU meanwhile, in this thread's operations."""
+def pretended_gpu(launch_anywhere: bool = False) -> Iterator[Pretended]:
+    """torch.device("cpu", 0) is a GPU meanwhile, in this thread's operations. launch_anywhere: kernels run on the CPU's tensors too."""
     from triton.runtime.interpreter import GridExecutor
 
     from cnnfast import dispatch
@@ -210,7 +210,7 @@ def pretended_gpu() -> Iterator[Pretended]:
         return pretended.put(deepcopy(self, memo), pretended.holds(self))
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for argument in tree_leaves((args, kwargs), is_leaf=lambda a: hasattr(a, "base")):
+        for argument in () if launch_anywhere else tree_leaves((args, kwargs), is_leaf=lambda a: hasattr(a, "base")):
             t = getattr(argument, "base", argument)
             if isinstance(t, Tensor) and _plain(t) and t.numel() and not pretended.holds(t):
                 raise ValueError(f"Pointer argument cannot be accessed from Triton (cpu tensor?): {list(t.shape)} of {self.fn.__name__}")

@@ -3,8 +3,10 @@
 Rings: pure Python; Triton's interpreter on CPU tensors (where there is no CUDA GPU); a GPU. The ring is chosen here,
 before anything imports triton: Triton decides at import whether kernels are interpreted.
 
-Markers (pyproject.toml): `slow` runs only when asked for (-m slow), `gpu` needs a GPU, `compiled` starts a child process in which
-kernels are really compiled (see run_compiled).
+Markers (pyproject.toml): `slow` runs only when asked for (-m slow), `gpu` needs a GPU (tests/gpu), `compiled` starts a child process in
+which kernels are really compiled (see run_compiled), `cpu_tensors` hands our functions tensors of the CPU on purpose.
+
+Tests on a GPU make their tensors on the fixture `device`. `pytest --pretend-gpu` finds those that do not, without a GPU (pretending.py).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from poison import poisoned_workspaces  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HAS_GPU = torch.cuda.is_available()
+pytest_plugins = ("sticky",)  # a process whose CUDA context is broken runs no further test
 
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -56,6 +59,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--specialisations",
         metavar="FOLDER",
         help="write there what the tests launch, as Triton would compile it: for ci/specialisations.py",
+    )
+    parser.addoption(
+        "--pretend-gpu",
+        action="store_true",
+        help="in the interpreter: refuse what would not work if the `device` fixture were a GPU (tests/pretending.py)",
     )
 
 
@@ -88,9 +96,36 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
+def device(pytestconfig: pytest.Config) -> torch.device:
     """Where this ring's tensors live: the GPU, or the CPU for the interpreter."""
+    if pytestconfig.getoption("pretend_gpu"):
+        return torch.device("cpu", 0)
     return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def settled() -> Iterator[None]:
+    """What a test launched has ended with it: an error on the GPU is its own, not the next test's."""
+    yield
+    if HAS_GPU:
+        torch.cuda.synchronize()
+
+
+@pytest.fixture(autouse=True)
+def pretended(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --pretend-gpu, tensors on `device` and on the CPU are told apart, and no test may hand ours the CPU's by mistake."""
+    if HAS_GPU or not HAS_TRITON or not request.config.getoption("pretend_gpu"):
+        yield
+        return
+    from pretending import BLIND_TESTS, pretended_gpu
+
+    if any(name in request.node.nodeid for name in BLIND_TESTS):
+        pytest.skip("pretended GPU: functorch does not see where a tensor is")
+    on_purpose = request.node.get_closest_marker("cpu_tensors") is not None
+    with pretended_gpu(launch_anywhere=on_purpose) as gpu:
+        yield
+    if gpu.served_by_torch and not on_purpose:
+        pytest.fail(f"on a GPU PyTorch would serve these calls, whose tensors are on the CPU: {', '.join(gpu.served_by_torch[:5])}")
 
 
 @pytest.fixture(scope="session")
@@ -162,6 +197,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device) -
     forget()
     yield launch.gpu(device)
     forget()
+
+
+@pytest.fixture
+def library_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of this ring are decided about as a GPU's are: the library serves convolutions that were not measured."""
+    pytest.importorskip("triton")
+    from cnnfast.ops import serving
+
+    monkeypatch.setattr(serving, "LIBRARY_FIRST", ("cpu", "cuda"))
 
 
 @pytest.fixture

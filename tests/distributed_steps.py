@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # wrappers and interpreter find the CPU alone, also where there is a GPU
 
 import copy
 import json

@@ -11,6 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from poison import embed
 
+pytestmark = pytest.mark.cpu_tensors("this file is of the interpreter alone")
+
 if not triton.knobs.runtime.interpret:
     pytest.skip("interpreter ring: a GPU is present, kernels are compiled", allow_module_level=True)
 

@@ -311,8 +311,7 @@ def cases(draw) -> tuple:
 
 @settings(max_examples=25, derandomize=True, deadline=None)
 @given(case=cases(), layout=st.sampled_from(["nchw", "nhwc", "cut from nhwc"]), count_include_pad=st.booleans())
-def test_any_window(case, layout, count_include_pad):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def test_any_window(device, case, layout, count_include_pad):
     x = lay_out(integers(case[0], torch.float32, device), layout)
     check_max(case, x, layout)
     shape, kernel, stride, padding, _, ceil_mode = case

@@ -297,8 +297,8 @@ def refusals(whole):
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="GPU ring: kernels are compiled here")
 @pytest.mark.parametrize("kernel", uncompilable.KERNELS, ids=lambda kernel: kernel.__name__)
-def test_the_interpreter_runs_them(kernel):
-    x = torch.zeros(16)
+def test_the_interpreter_runs_them(kernel, device):
+    x = torch.zeros(16, device=device)
     kernel[(1,)](x, None, BLOCK=16, num_warps=1)
     assert (x == 1).all()
 

@@ -23,15 +23,6 @@ def quick(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> torch.device
 
 
 @pytest.fixture
-def library_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensors of this ring are decided about as a GPU's are: the library serves convolutions that were not measured."""
-    pytest.importorskip("triton")
-    from cnnfast.ops import serving
-
-    monkeypatch.setattr(serving, "LIBRARY_FIRST", ("cpu", "cuda"))
-
-
-@pytest.fixture
 def net(quick: torch.device) -> torch.nn.Module:
     """A small network, in eval, and for it:"""
     return build(Net, quick)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,26 +12,37 @@ import torch.nn.functional as theirs
 import cnnfast
 import cnnfast.functional as ours
 
-X, W = torch.randn(2, 4, 8, 8), torch.randn(6, 4, 3, 3)
-MEAN, VAR = torch.zeros(4), torch.ones(4)
+
+def tensor(*shape: int) -> torch.Tensor:
+    """The size of a tensor: a case names tensors, and `placed` makes them where they are wanted."""
+    return torch.empty(shape, device="meta")
 
 
-def zeros(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape)
+def placed(value: Any, device: torch.device | str) -> Any:
+    """`value`, a case's arguments or keywords, with ones on `device` for every tensor that a case names."""
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        return torch.ones_like(value, device=device).requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {name: placed(item, device) for name, item in value.items()}
+    return tuple(placed(item, device) for item in value) if type(value) is tuple else value
+
+
+X, W = tensor(2, 4, 8, 8), tensor(6, 4, 3, 3)
+MEAN, VAR = tensor(4), tensor(4)
 
 
 # name: (arguments, keywords, what the message must hold: the argument's name and the offending value)
 CONV = {
-    "channels do not fit": ((X, zeros(6, 3, 3, 3)), {}, ("input", "[2, 4, 8, 8]", "groups=1")),
-    "channels do not fit groups": ((X, zeros(6, 1, 3, 3)), {"groups": 3}, ("groups=3", "[6, 1, 3, 3]")),
-    "groups do not divide the filters": ((X, zeros(6, 1, 3, 3)), {"groups": 4}, ("groups=4", "[6, 1, 3, 3]")),
+    "channels do not fit": ((X, tensor(6, 3, 3, 3)), {}, ("input", "[2, 4, 8, 8]", "groups=1")),
+    "channels do not fit groups": ((X, tensor(6, 1, 3, 3)), {"groups": 3}, ("groups=3", "[6, 1, 3, 3]")),
+    "groups do not divide the filters": ((X, tensor(6, 1, 3, 3)), {"groups": 4}, ("groups=4", "[6, 1, 3, 3]")),
     "no groups": ((X, W), {"groups": 0}, ("groups=0",)),
     "groups no int": ((X, W), {"groups": 1.5}, ("groups=1.5",)),
     "groups a bool": ((X, W), {"groups": True}, ("groups=True",)),
     "dtypes of input and weight": ((X, W.half()), {}, ("weight", "torch.float16", "torch.float32")),
-    "dtype of bias": ((X, W, zeros(6).double()), {}, ("bias", "torch.float64", "torch.float32")),
-    "length of bias": ((X, W, zeros(5)), {}, ("bias", "[5]", "[6]")),
-    "bias no vector": ((X, W, zeros(6, 1)), {}, ("bias", "[6, 1]")),
+    "dtype of bias": ((X, W, tensor(6).double()), {}, ("bias", "torch.float64", "torch.float32")),
+    "length of bias": ((X, W, tensor(5)), {}, ("bias", "[5]", "[6]")),
+    "bias no vector": ((X, W, tensor(6, 1)), {}, ("bias", "[6, 1]")),
     "same with stride": ((X, W), {"stride": 2, "padding": "same"}, ("padding='same'", "stride=(2, 2)")),
     "unknown padding": ((X, W), {"padding": "foo"}, ("padding='foo'",)),
     "negative padding": ((X, W), {"padding": (0, -1)}, ("padding=(0, -1)",)),
@@ -41,17 +54,17 @@ CONV = {
     "stride a float": ((X, W), {"stride": 1.5}, ("stride=1.5",)),
     "stride a bool": ((X, W), {"stride": True}, ("stride=True",)),
     "negative dilation": ((X, W), {"dilation": (1, -2)}, ("dilation=(1, -2)",)),
-    "kernel larger than the padded input": ((X, zeros(6, 4, 11, 3)), {"padding": 1}, ("10 x 10", "11 x 3")),
+    "kernel larger than the padded input": ((X, tensor(6, 4, 11, 3)), {"padding": 1}, ("10 x 10", "11 x 3")),
     "dilated kernel larger than the input": ((X, W), {"dilation": 4}, ("8 x 8", "9 x 9", "dilation=(4, 4)")),
     "input of two dimensions": ((X[0, 0], W), {}, ("input", "[8, 8]")),
     "weight of three dimensions": ((X, W[0]), {}, ("weight", "[4, 3, 3]")),
     "input a list": (([1], W), {}, ("input", "list")),
     "no weight": ((X, None), {}, ("weight", "NoneType")),
-    "no filters": ((X, zeros(0, 4, 3, 3)), {}, ("weight", "[0, 4, 3, 3]")),
-    "no taps": ((X, zeros(6, 4, 0, 3)), {}, ("weight", "[6, 4, 0, 3]")),
-    "no rows": ((zeros(2, 4, 0, 3), W), {"padding": 2}, ("input", "[2, 4, 0, 3]")),
+    "no filters": ((X, tensor(0, 4, 3, 3)), {}, ("weight", "[0, 4, 3, 3]")),
+    "no taps": ((X, tensor(6, 4, 0, 3)), {}, ("weight", "[6, 4, 0, 3]")),
+    "no rows": ((tensor(2, 4, 0, 3), W), {"padding": 2}, ("input", "[2, 4, 0, 3]")),
     "negative groups": ((X, W), {"groups": -1}, ("groups=-1",)),
-    "more groups than filters": ((X, zeros(2, 1, 3, 3)), {"groups": 4}, ("groups=4", "[2, 1, 3, 3]")),
+    "more groups than filters": ((X, tensor(2, 1, 3, 3)), {"groups": 4}, ("groups=4", "[2, 1, 3, 3]")),
     "groups of more than 64 bits": ((X, W), {"groups": 2**70}, ("groups=1180591620717411303424",)),
     "stride of more than 64 bits": ((X, W), {"stride": 2**70}, ("stride=1180591620717411303424",)),
     "stride a range": ((X, W), {"stride": range(1, 3)}, ("stride=range(1, 3)",)),
@@ -63,13 +76,13 @@ CONV = {
     "input of five dimensions": ((X[None], W), {}, ("input", "[1, 2, 4, 8, 8]")),
     "weight of five dimensions": ((X, W[None]), {}, ("weight", "[1, 6, 4, 3, 3]")),
     "bias a number": ((X, W, 1.0), {}, ("bias", "float")),
-    "bias a scalar": ((X, W, torch.tensor(1.0)), {}, ("bias", "[]")),
-    "unbatched channels do not fit": ((X[0], zeros(6, 3, 3, 3)), {}, ("[1, 4, 8, 8]", "[6, 3, 3, 3]")),
+    "bias a scalar": ((X, W, tensor()), {}, ("bias", "[]")),
+    "unbatched channels do not fit": ((X[0], tensor(6, 3, 3, 3)), {}, ("[1, 4, 8, 8]", "[6, 3, 3, 3]")),
 }
 ROW, FILTERS = X[..., 0], W[..., 0]
 CONV1D = {
-    "channels do not fit": ((ROW, zeros(6, 3, 3)), {}, ("input", "[2, 4, 8]", "groups=1")),
-    "groups do not divide the filters": ((ROW, zeros(6, 1, 3)), {"groups": 4}, ("groups=4", "[6, 1, 3]")),
+    "channels do not fit": ((ROW, tensor(6, 3, 3)), {}, ("input", "[2, 4, 8]", "groups=1")),
+    "groups do not divide the filters": ((ROW, tensor(6, 1, 3)), {"groups": 4}, ("groups=4", "[6, 1, 3]")),
     "two strides": ((ROW, FILTERS), {"stride": (1, 2)}, ("stride=[1, 2]", "1 values")),
     "no stride": ((ROW, FILTERS), {"stride": 0}, ("stride=(0,)",)),
     "stride a float": ((ROW, FILTERS), {"stride": 1.5}, ("stride=1.5",)),
@@ -80,15 +93,15 @@ CONV1D = {
     "no padding": ((ROW, FILTERS), {"padding": ()}, ("padding=[]",)),
     "negative padding": ((ROW, FILTERS), {"padding": -1}, ("padding=(-1,)",)),
     "negative dilation": ((ROW, FILTERS), {"dilation": -1}, ("dilation=(-1,)",)),
-    "kernel larger than the input": ((ROW, zeros(6, 4, 9)), {}, ("(8)", "(9 with dilation=(1,))")),
+    "kernel larger than the input": ((ROW, tensor(6, 4, 9)), {}, ("(8)", "(9 with dilation=(1,))")),
     "input of one dimension": ((ROW[0, 0], FILTERS), {}, ("input", "[8]")),
     "input of four dimensions": ((X, FILTERS), {}, ("input", "[2, 4, 8, 8]")),
     "weight of four dimensions": ((ROW, W), {}, ("weight", "[6, 4, 3, 3]")),
     "dtype of weight": ((ROW, FILTERS.double()), {}, ("weight", "torch.float64")),
-    "dtype of bias": ((ROW, FILTERS, zeros(6).half()), {}, ("bias", "torch.float16")),
-    "length of bias": ((ROW, FILTERS, zeros(4)), {}, ("bias", "[4]", "[6]")),
-    "no pixels": ((zeros(2, 4, 0), FILTERS), {"padding": 2}, ("input", "[2, 4, 0]")),
-    "no taps": ((ROW, zeros(6, 4, 0)), {}, ("weight", "[6, 4, 0]")),
+    "dtype of bias": ((ROW, FILTERS, tensor(6).half()), {}, ("bias", "torch.float16")),
+    "length of bias": ((ROW, FILTERS, tensor(4)), {}, ("bias", "[4]", "[6]")),
+    "no pixels": ((tensor(2, 4, 0), FILTERS), {"padding": 2}, ("input", "[2, 4, 0]")),
+    "no taps": ((ROW, tensor(6, 4, 0)), {}, ("weight", "[6, 4, 0]")),
     "input None": ((None, FILTERS), {}, ("input", "NoneType")),
 }
 V = W[:4]
@@ -111,10 +124,10 @@ TRANSPOSED = {
     "no stride": ((X, V), {"stride": 0}, ("stride=(0, 0)",)),
     "no dilation": ((X, V), {"dilation": 0}, ("dilation=(0, 0)",)),
     "dilation of more than 64 bits": ((X, V), {"dilation": 2**70}, ("dilation=1180591620717411303424",)),
-    "length of bias": ((X, V, zeros(5)), {}, ("bias", "[5]", "[4]")),
-    "bias no vector": ((X, V, zeros(4, 1)), {}, ("bias", "[4, 1]")),
+    "length of bias": ((X, V, tensor(5)), {}, ("bias", "[5]", "[4]")),
+    "bias no vector": ((X, V, tensor(4, 1)), {}, ("bias", "[4, 1]")),
     "dtype of weight": ((X, V.half()), {}, ("weight", "torch.float16")),
-    "dtype of bias": ((X, V, zeros(4).double()), {}, ("bias", "torch.float64")),
+    "dtype of bias": ((X, V, tensor(4).double()), {}, ("bias", "torch.float64")),
     "input of two dimensions": ((X[0, 0], V), {}, ("input", "[8, 8]")),
     "weight of three dimensions": ((X, V[0]), {}, ("weight", "[4, 3, 3]")),
     "no channels": ((X[:, :0], V[:0]), {}, ("weight", "[0, 4, 3, 3]")),
@@ -195,14 +208,14 @@ NORM = {
     "no statistics": ((X, None, None), {}, ("running_mean", "evaluation")),
     "mean only": ((X, MEAN, None), {"training": True}, ("running_mean", "running_var")),
     "mean only, in evaluation": ((X, MEAN, None), {}, ("running_var", "evaluation")),
-    "length of running_mean": ((X, zeros(3), VAR), {}, ("running_mean", "[3]", "[4]")),
-    "length of running_var": ((X, MEAN, zeros(3)), {}, ("running_var", "[3]", "[4]")),
-    "length of weight": ((X, MEAN, VAR, zeros(3)), {}, ("weight", "[3]", "[4]")),
-    "length of bias": ((X, MEAN, VAR, None, zeros(5)), {}, ("bias", "[5]", "[4]")),
-    "running_mean no vector": ((X, zeros(1, 4), VAR), {}, ("running_mean", "[1, 4]")),
-    "running_var no vector": ((X, MEAN, torch.ones(4, 1)), {}, ("running_var", "[4, 1]")),
-    "bias narrower than input": ((X, MEAN, VAR, None, zeros(4).half()), {}, ("bias", "torch.float16", "torch.float32")),
-    "parameters of two dtypes": ((X.half(), MEAN, VAR, zeros(4).half()), {}, ("weight", "torch.float16", "torch.float32")),
+    "length of running_mean": ((X, tensor(3), VAR), {}, ("running_mean", "[3]", "[4]")),
+    "length of running_var": ((X, MEAN, tensor(3)), {}, ("running_var", "[3]", "[4]")),
+    "length of weight": ((X, MEAN, VAR, tensor(3)), {}, ("weight", "[3]", "[4]")),
+    "length of bias": ((X, MEAN, VAR, None, tensor(5)), {}, ("bias", "[5]", "[4]")),
+    "running_mean no vector": ((X, tensor(1, 4), VAR), {}, ("running_mean", "[1, 4]")),
+    "running_var no vector": ((X, MEAN, tensor(4, 1)), {}, ("running_var", "[4, 1]")),
+    "bias narrower than input": ((X, MEAN, VAR, None, tensor(4).half()), {}, ("bias", "torch.float16", "torch.float32")),
+    "parameters of two dtypes": ((X.half(), MEAN, VAR, tensor(4).half()), {}, ("weight", "torch.float16", "torch.float32")),
     "training an int": ((X, MEAN, VAR), {"training": 1}, ("training=1",)),
     "training None": ((X, MEAN, VAR), {"training": None}, ("training=None",)),
     "momentum a string": ((X, MEAN, VAR), {"momentum": "a"}, ("momentum='a'",)),
@@ -218,7 +231,7 @@ NORM = {
     "input a list, in training": (([1], MEAN, VAR), {"training": True}, ("input", "list")),
     "running_mean a list": ((X, [0.0], VAR), {}, ("running_mean", "list")),
     "weight a number": ((X, MEAN, VAR, 1.0), {}, ("weight", "float")),
-    "weight narrower than input": ((X, MEAN, VAR, zeros(4).half()), {}, ("weight", "torch.float16", "torch.float32")),
+    "weight narrower than input": ((X, MEAN, VAR, tensor(4).half()), {}, ("weight", "torch.float16", "torch.float32")),
     "statistics narrower than float64": ((X.double(), MEAN, VAR), {}, ("running_mean", "torch.float64,", "torch.float32")),
     "statistics wider than input": ((X, MEAN.double(), VAR.double()), {}, ("running_mean", "torch.float64", "torch.float32")),
     "negative eps": ((X, MEAN, VAR), {"eps": -1.0}, ("eps=-1.0",)),
@@ -238,10 +251,13 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize(("function", "case"), [(f, name) for f, cases in FUNCTIONS.items() for name in cases], ids=str)
-def test_refused_as_by_pytorch(function, case, launches):
-    args, options, words = FUNCTIONS[function][case]
+def test_refused_as_by_pytorch(function, case, device, launches):
+    """PyTorch is asked on the CPU: what its libraries for GPUs refuse differs with their versions."""
+    *given, words = FUNCTIONS[function][case]
+    args, options = placed(tuple(given), "cpu")
     with pytest.raises(Exception) as refused:  # noqa: PT011 - whatever PyTorch raises
         getattr(theirs, function)(*args, **options)
+    args, options = placed(tuple(given), device)
     with cnnfast.backend("kernels"), pytest.raises(type(refused.value)) as mine:
         getattr(ours, function)(*args, **options)
     assert type(mine.value) is type(refused.value)
@@ -256,12 +272,12 @@ def composition(input, weight, running_mean, running_var, bn_weight=None, bn_bia
     return theirs.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
 
 
-SIX = torch.zeros(6), torch.ones(6)
+SIX = tensor(6), tensor(6)
 FUSED = {
     "groups": ((X, W, *SIX), {"groups": 4}, ("groups=4", "[6, 4, 3, 3]")),
     "dtypes": ((X, W.half(), *SIX), {}, ("weight", "torch.float16")),
     "length of running_mean": ((X, W, MEAN, VAR), {}, ("running_mean", "[4]", "[6]")),
-    "length of bn_weight": ((X, W, *SIX, zeros(5)), {}, ("bn_weight", "[5]", "[6]")),
+    "length of bn_weight": ((X, W, *SIX, tensor(5)), {}, ("bn_weight", "[5]", "[6]")),
     "no statistics": ((X, W, None, None), {}, ("running_mean", "evaluation")),
     "one value a channel": ((X[:1, :, :3, :3], W, *SIX), {"training": True}, ("[1, 6, 1, 1]",)),
     "negative eps": ((X, W, *SIX), {"eps": -1.0}, ("eps=-1.0",)),
@@ -270,10 +286,12 @@ FUSED = {
 
 
 @pytest.mark.parametrize("case", FUSED)
-def test_conv_bn_act_refuses_what_its_parts_refuse(case, launches):
-    args, options, words = FUSED[case]
+def test_conv_bn_act_refuses_what_its_parts_refuse(case, device, launches):
+    *given, words = FUSED[case]
+    args, options = placed(tuple(given), "cpu")
     with pytest.raises(Exception) as refused:  # noqa: PT011 - whatever PyTorch raises
         composition(*args, **options)
+    args, options = placed(tuple(given), device)
     with pytest.raises(type(refused.value)) as mine:
         ours.conv_bn_act(*args, **options)
     message = str(mine.value)
@@ -287,33 +305,34 @@ def test_conv_bn_act_refuses_what_its_parts_refuse(case, launches):
     [
         ({"activation": "tanh"}, ("activation='tanh'", "relu6")),
         ({"activation": "relu", "activation_arg": 0.1}, ("activation_arg=0.1", "relu")),
-        ({"residual": zeros(2, 6, 1, 1)}, ("residual", "[2, 6, 1, 1]", "[2, 6, 6, 6]")),
-        ({"residual": zeros(2, 6, 6, 6).double()}, ("residual", "torch.float64", "torch.float32")),
+        ({"residual": tensor(2, 6, 1, 1)}, ("residual", "[2, 6, 1, 1]", "[2, 6, 6, 6]")),
+        ({"residual": tensor(2, 6, 6, 6).double()}, ("residual", "torch.float64", "torch.float32")),
         ({"algorithm": "winograd"}, ("algorithm='winograd'", "im2col")),
     ],
     ids=str,
 )
-def test_arguments_that_pytorch_does_not_have(options, words, launches):
+def test_arguments_that_pytorch_does_not_have(options, words, device, launches):
     """Whoever would serve the call."""
+    args, options = placed((X, W, *SIX), device), placed(options, device)
     for backend in ("kernels", "torch"):
         with cnnfast.backend(backend), pytest.raises(ValueError) as mine:  # noqa: PT011 - the words are checked
-            ours.conv_bn_act(X, W, *SIX, **options)
+            ours.conv_bn_act(*args, **options)
         assert not [word for word in words if word not in str(mine.value)], str(mine.value)
     assert launches == []
 
 
 @pytest.mark.parametrize("backend", ["kernels", "torch"])
-def test_conv_bn_act_takes_a_batch(backend):
+def test_conv_bn_act_takes_a_batch(backend, device):
     with cnnfast.backend(backend), pytest.raises(RuntimeError, match=r"conv_bn_act\(\): input must be of size \[N, C, H, W\]"):
-        ours.conv_bn_act(X[0], W, *SIX)
+        ours.conv_bn_act(*placed((X[0], W, *SIX), device))
 
 
-def test_unknown_algorithm():
+def test_unknown_algorithm(device):
     with pytest.raises(ValueError, match="algorithm must be one of auto, direct, im2col, torch, but got algorithm='fft'"):
-        ours.conv2d(X, W, algorithm="fft")
+        ours.conv2d(*placed((X, W), device), algorithm="fft")
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (2, 4, 0, 8), (1, 2, 4, 8, 8)], ids=str)
-def test_global_average_of_no_image(shape):
+def test_global_average_of_no_image(shape, device):
     with pytest.raises(RuntimeError, match=r"global_avg_pool2d\(\): expected input of size"):
-        ours.global_avg_pool2d(zeros(*shape))
+        ours.global_avg_pool2d(placed(tensor(*shape), device))

@@ -127,8 +127,6 @@ def test_resnet50_fuses_53_of_53(quick):
 # ----------------------------------------------------------------------------------------------------------------------
 # By the kernels themselves: in the interpreter most families take minutes
 
-HAS_GPU = torch.cuda.is_available()
-
 
 def run_by_kernels(family: Family, size: tuple[int, ...], modes: tuple[Mode, ...], device: torch.device) -> None:
     model, _ = make(family)
@@ -151,6 +149,7 @@ def test_a_small_family_by_kernels(family, device):
     run_by_kernels(family, *SMALL[str(family)], device)
 
 
-@pytest.mark.parametrize("family", [pytest.param(family, marks=[] if HAS_GPU else pytest.mark.slow) for family in FAMILIES], ids=str)
+@pytest.mark.slow  # on a GPU too: each has 200 to 400 kernels to compile
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_a_family_by_kernels(family, device):
     run_by_kernels(family, family.size, ("no_grad", "train"), device)

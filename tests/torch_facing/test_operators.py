@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as theirs
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -135,8 +134,8 @@ def test_gradients_of_both_orders(name, device):
     function, inputs = DIFFERENTIABLE[name]
     inputs = [leaf(t.to(device)) for t in inputs]
     with cnnfast.backend("kernels"):
-        assert gradcheck(function, inputs, fast_mode=True)
-        assert gradgradcheck(function, inputs, fast_mode=True, gen_non_contig_grad_outputs=True)
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True, gen_non_contig_grad_outputs=True)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)

@@ -154,7 +154,7 @@ def measured(device, gpu, library_first):
 
 def interpreted(device):
     if device.type == "cpu":
-        x, w = image(fmt=NCHW), filters(fmt=NCHW)
+        x, w = image(fmt=NCHW, device=device), filters(fmt=NCHW, device=device)
         assert servers(lambda: (F.conv2d(x, w, padding=1), F.conv_bn_act(x, w, training=True))) == {"kernels"}
 
 

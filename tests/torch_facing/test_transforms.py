@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,14 @@ import cnnfast.nn as cnn
 from agreement import leaf, normal
 
 SERVED = {("torch", "a functorch transform or forward-mode AD is active")}
-X, W, V = normal(2, 4, 5, 4), normal(6, 2, 3, 2, seed=1), normal(4, 2, 3, 2, seed=2)
-GAIN, SHIFT = normal(4, seed=3).abs(), normal(4, seed=4)
+
+
+@functools.cache
+def on(device: torch.device) -> SimpleNamespace:
+    """What the calls below are given besides their input, on its device."""
+    X, W, V = normal(2, 4, 5, 4), normal(6, 2, 3, 2, seed=1), normal(4, 2, 3, 2, seed=2)
+    tensors = {"X": X, "W": W, "V": V, "GAIN": normal(4, seed=3).abs(), "SHIFT": normal(4, seed=4)}
+    return SimpleNamespace(**{name: t.to(device) for name, t in tensors.items()})
 
 
 def composition(x, w, mean, var, g=None, b=None, *, residual=None, activation="relu", training=False, **geometry):
@@ -28,26 +35,31 @@ def composition(x, w, mean, var, g=None, b=None, *, residual=None, activation="r
 
 PYTORCH = SimpleNamespace(**vars(theirs) | {"conv_bn_act": composition, "global_avg_pool2d": lambda x: x.mean((2, 3), keepdim=True)})
 FUSED = {"stride": (2, 1), "padding": (1, 0), "groups": 2}
-# One input each; of every function f of ours or PyTorch's.
-CALLS = {
-    "conv2d": lambda f, x: f.conv2d(x, W, None, (2, 1), "valid", (1, 2), 2),
-    "conv2d same": lambda f, x: f.conv2d(x, W, SHIFT.repeat(2)[:6], 1, "same", 1, 2),
-    "conv2d's weight": lambda f, x: f.conv2d(X, x.reshape(4, 4, 5, 2), None, 1, 1),
-    "conv1d": lambda f, x: f.conv1d(x[..., 0], W[..., 0], None, 2, 1, 1, 2),
-    "conv_transpose2d": lambda f, x: f.conv_transpose2d(x, V, SHIFT, 2, 1, (1, 0), 2),
-    "conv_transpose2d's bias": lambda f, x: f.conv_transpose2d(X, V, x.flatten()[:4], 2, 1, (1, 0), 2),
-    "conv_bn_act training": lambda f, x: f.conv_bn_act(x, W, None, None, activation="gelu", training=True, **FUSED),
-    "conv_bn_act training relu": lambda f, x: f.conv_bn_act(x, V, None, None, GAIN, SHIFT, training=True, padding=(1, 0), groups=2),
-    "conv_bn_act eval": lambda f, x: f.conv_bn_act(x, V, SHIFT, GAIN, GAIN, SHIFT, activation="relu6", groups=2),
-    "conv_bn_act residual": lambda f, x: f.conv_bn_act(x[..., :1], V[..., :1, :1], SHIFT, GAIN, residual=x[..., :1], groups=2),
-    "batch_norm training": lambda f, x: f.batch_norm(x, None, None, GAIN, SHIFT, True),
-    "batch_norm weight": lambda f, x: f.batch_norm(X, None, None, x.flatten()[:4], x.flatten()[4:8], True),
-    "batch_norm eval": lambda f, x: f.batch_norm(x, SHIFT, GAIN, GAIN, SHIFT),
-    "max_pool2d": lambda f, x: f.max_pool2d(x, (3, 2), (2, 1), 1, 1, True),
-    "avg_pool2d": lambda f, x: f.avg_pool2d(x, 3, 2, 1, True, False),
-    "adaptive_avg_pool2d": lambda f, x: f.adaptive_avg_pool2d(x, (3, 6)),
-    "global_avg_pool2d": lambda f, x: f.global_avg_pool2d(x),
+# Of one input x each, and of t, which on() makes; f is ours or PyTorch's.
+OPERATIONS = {
+    "conv2d": lambda f, x, t: f.conv2d(x, t.W, None, (2, 1), "valid", (1, 2), 2),
+    "conv2d same": lambda f, x, t: f.conv2d(x, t.W, t.SHIFT.repeat(2)[:6], 1, "same", 1, 2),
+    "conv2d's weight": lambda f, x, t: f.conv2d(t.X, x.reshape(4, 4, 5, 2), None, 1, 1),
+    "conv1d": lambda f, x, t: f.conv1d(x[..., 0], t.W[..., 0], None, 2, 1, 1, 2),
+    "conv_transpose2d": lambda f, x, t: f.conv_transpose2d(x, t.V, t.SHIFT, 2, 1, (1, 0), 2),
+    "conv_transpose2d's bias": lambda f, x, t: f.conv_transpose2d(t.X, t.V, x.flatten()[:4], 2, 1, (1, 0), 2),
+    "conv_bn_act training": lambda f, x, t: f.conv_bn_act(x, t.W, None, None, activation="gelu", training=True, **FUSED),
+    "conv_bn_act training relu": lambda f, x, t: f.conv_bn_act(
+        x, t.V, None, None, t.GAIN, t.SHIFT, training=True, padding=(1, 0), groups=2
+    ),
+    "conv_bn_act eval": lambda f, x, t: f.conv_bn_act(x, t.V, t.SHIFT, t.GAIN, t.GAIN, t.SHIFT, activation="relu6", groups=2),
+    "conv_bn_act residual": lambda f, x, t: f.conv_bn_act(x[..., :1], t.V[..., :1, :1], t.SHIFT, t.GAIN, residual=x[..., :1], groups=2),
+    "batch_norm training": lambda f, x, t: f.batch_norm(x, None, None, t.GAIN, t.SHIFT, True),
+    "batch_norm weight": lambda f, x, t: f.batch_norm(t.X, None, None, x.flatten()[:4], x.flatten()[4:8], True),
+    "batch_norm eval": lambda f, x, t: f.batch_norm(x, t.SHIFT, t.GAIN, t.GAIN, t.SHIFT),
+    "max_pool2d": lambda f, x, t: f.max_pool2d(x, (3, 2), (2, 1), 1, 1, True),
+    "avg_pool2d": lambda f, x, t: f.avg_pool2d(x, 3, 2, 1, True, False),
+    "adaptive_avg_pool2d": lambda f, x, t: f.adaptive_avg_pool2d(x, (3, 6)),
+    "global_avg_pool2d": lambda f, x, t: f.global_avg_pool2d(x),
 }
+
+
+CALLS = {name: functools.partial(lambda call, f, x: call(f, x, on(x.device)), call) for name, call in OPERATIONS.items()}
 
 
 def around_the_call(f, x):
@@ -71,7 +83,7 @@ def around_the_call(f, x):
 @pytest.mark.parametrize("name", CALLS)
 def test_around_the_call(name, device):
     """PyTorch serves the call, with its own bits."""
-    x = X.to(device)
+    x = on(device).X
     with cnnfast.trace() as trace:
         mine = list(around_the_call(lambda x: CALLS[name](ours, x), x))
     torch.testing.assert_close(mine, list(around_the_call(lambda x: CALLS[name](PYTORCH, x), x)), rtol=1e-12, atol=1e-12)
@@ -98,7 +110,7 @@ def around_the_backward(f, x):
 @pytest.mark.parametrize("name", CALLS)
 def test_around_the_backward(name, device):
     """What our operators recorded is differentiated by PyTorch's, and the trace says so."""
-    x = X.to(device)
+    x = on(device).X
     with cnnfast.trace() as trace:
         mine = list(around_the_backward(lambda x: CALLS[name](ours, x), x))
     right = list(around_the_backward(lambda x: CALLS[name](PYTORCH, x), x))
@@ -108,7 +120,7 @@ def test_around_the_backward(name, device):
 
 
 def test_backend_kernels_refuses_a_transformed_backward(device):
-    x = leaf(X.to(device))
+    x = leaf(on(device).X)
     with cnnfast.backend("kernels"):
         y = ours.avg_pool2d(x, 2)
         with pytest.raises(RuntimeError, match="functorch transform"):
@@ -120,7 +132,7 @@ def test_batched_gradients(name, device):
     """is_grads_batched, one gradient after the other by our kernels."""
     results = []
     for f in (ours, PYTORCH):
-        x = leaf(X.to(device))
+        x = leaf(on(device).X)
         y = CALLS[name](f, x)
         with cnnfast.trace() as trace:
             results.append(torch.autograd.grad(y, x, normal(3, *y.shape, seed=9).to(y), is_grads_batched=True)[0])
@@ -130,7 +142,7 @@ def test_batched_gradients(name, device):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jacobians_and_hessians(device):
-    x, w = X[:1, :2, :3, :2].to(device), W[:2, :, :2, :1].to(device)
+    x, w = on(device).X[:1, :2, :3, :2], on(device).W[:2, :, :2, :1]
     results = []
     for f in (ours, PYTORCH):
 
@@ -149,7 +161,7 @@ def test_functional_call(device):
     """An ensemble of a module's parameters, by vmap; and gradients for each sample."""
     model = torch.nn.Sequential(cnn.Conv2d(4, 3, 2), cnn.BatchNorm2d(3), cnn.AvgPool2d(2)).to(device, torch.float64).eval()
     state = {name: torch.stack([t, 2 * t]) for name, t in (*model.named_parameters(), *model.named_buffers())}
-    x = X.to(device)
+    x = on(device).X
     mine = vmap(lambda state: functional_call(model, state, x))(state)
     for i in (0, 1):
         torch.testing.assert_close(mine[i], functional_call(model, {name: t[i] for name, t in state.items()}, x), rtol=1e-12, atol=1e-12)
@@ -164,12 +176,12 @@ def test_functional_call(device):
 def test_compiled(name, device):
     """The transform inside what is compiled."""
     torch._dynamo.reset()
-    x = X.to(device)
+    t, call = on(device), OPERATIONS[name]
     results = []
     for f in (ours, PYTORCH):
 
         def both(x, f=f):
-            return grad(lambda x: CALLS[name](f, x).square().sum())(x), vmap(lambda x: CALLS[name](f, x))(x[None])
+            return grad(lambda x: call(f, x, t).square().sum())(x), vmap(lambda x: call(f, x, t))(x[None])
 
-        results.append(torch.compile(both, fullgraph=True, backend="aot_eager")(x))
+        results.append(torch.compile(both, fullgraph=True, backend="aot_eager")(t.X))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)

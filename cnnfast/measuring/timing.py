@@ -110,7 +110,7 @@ def warm_up(step: Step, clock: Clock) -> int:
 def measure(
     steps: Mapping[str, Step],
     clock: Clock,
-    budget: float = 1.0,
+    seconds: float = 1.0,
     rounds: int = ROUNDS,
     tell: Callable[[str], None] = lambda name: None,
     *,
@@ -119,7 +119,7 @@ def measure(
 ) -> dict[str, Times | Exception]:
     """Times of each step, or what it raised.
 
-    budget: seconds for each step, its warm-up not counted. At least `rounds` samples are taken.
+    seconds: of timing for each step, its warm-up not counted. At least `rounds` samples are taken.
     tell: called with the name of what is measured next.
     left: seconds that are left for all of this. Once there are none, the round under way is the last one; what has no sample by then is
     not in the result. found: called between two rounds every few seconds with what is known by then, so that it can be kept.
@@ -144,7 +144,7 @@ def measure(
         tell(name)
         attempt(name, lambda name=name, step=step: calls.__setitem__(name, warm_up(step, clock)))
     spent, done, told = 0.0, 0, time.monotonic()
-    while calls and (spent < budget * len(steps) or done < rounds) and left() > 0:
+    while calls and (spent < seconds * len(steps) or done < rounds) and left() > 0:
         names = list(calls)
         for name in names[done % len(names) :] + names[: done % len(names)]:
             tell(name)

@@ -57,19 +57,19 @@ def test_a_step_that_never_settles_is_measured_all_the_same():
 def test_steps_take_turns_and_each_round_begins_with_another():
     order = []
     steps = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
-    measure(steps, FakeClock(), budget=0, rounds=3)
+    measure(steps, FakeClock(), seconds=0, rounds=3)
     assert "".join(order[-9:]) == "abcbcacab"
 
 
 def test_rounds_go_on_until_the_budget_is_spent():
-    found = measure({"a": falling(2.0), "b": falling(1.0)}, FakeClock(), budget=30, rounds=3)
+    found = measure({"a": falling(2.0), "b": falling(1.0)}, FakeClock(), seconds=30, rounds=3)
     assert found["a"] == Times(2.0, 2.0, 2.0, 20)  # two steps share 60 seconds
 
 
 def test_rounds_end_when_no_time_is_left():
     """After whole rounds; what was not even warmed up has no times."""
     left = iter([1.0, 1.0, 1.0, 1.0, 0.0])  # both warm-ups, two rounds
-    found = measure({"a": falling(2.0), "b": falling(1.0)}, FakeClock(), budget=30, left=lambda: next(left))
+    found = measure({"a": falling(2.0), "b": falling(1.0)}, FakeClock(), seconds=30, left=lambda: next(left))
     assert found == {"a": Times(2.0, 2.0, 2.0, 2), "b": Times(1.0, 1.0, 1.0, 2)}
     left = iter([1.0, 0.0, 0.0])
     assert measure({"a": falling(2.0), "b": falling(1.0)}, FakeClock(), left=lambda: next(left)) == {}
@@ -87,7 +87,7 @@ def test_what_is_known_is_told_between_rounds(monkeypatch):
     def fails():
         raise RuntimeError
 
-    measure({"a": passing, "fails": fails}, FakeClock(), budget=0, rounds=9, found=told.append)
+    measure({"a": passing, "fails": fails}, FakeClock(), seconds=0, rounds=9, found=told.append)
     assert [times["a"].samples for times in told] == [3, 6, 9]
     assert {type(times["fails"]) for times in told} == {RuntimeError}
 
@@ -106,7 +106,7 @@ def test_a_step_that_fails_leaves_the_others_alone():
         left = [1.0] * after
         return lambda: left.pop()
 
-    found = measure({"at once": fails(0), "later": fails(4), "never": falling(1.0)}, FakeClock(), budget=0, rounds=5)
+    found = measure({"at once": fails(0), "later": fails(4), "never": falling(1.0)}, FakeClock(), seconds=0, rounds=5)
     assert isinstance(found["at once"], IndexError)
     assert isinstance(found["later"], IndexError)
     assert found["never"].samples == 5
@@ -123,14 +123,14 @@ def test_a_planted_sleep_shows(busy):
         busy()
         time.sleep(0.003)
 
-    found = measure({"plain": busy, "slowed": slowed}, HostClock(), budget=0.02)
+    found = measure({"plain": busy, "slowed": slowed}, HostClock(), seconds=0.02)
     assert 0.003 <= found["slowed"].median - found["plain"].median <= 0.02
 
 
 def test_the_same_step_twice_takes_the_same_time(busy):
     """Whatever else the machine does: a few attempts, as for every bound on time."""
     for _ in range(5):
-        found = measure({"one": busy, "other": busy}, HostClock(), budget=0.2)
+        found = measure({"one": busy, "other": busy}, HostClock(), seconds=0.2)
         if abs(found["one"].median / found["other"].median - 1) <= 0.05:
             return
     pytest.fail(f"{found}")

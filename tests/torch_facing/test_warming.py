@@ -124,6 +124,14 @@ def test_autocast_is_followed():
         calls.operator_calls(Net(), (image(),), train=False, gpu=SM_90, device_type="xpu")
 
 
+def test_a_resnet50_has_more_than_a_hundred_kernels_to_compile():
+    """For its first training step by our kernels alone: what README says."""
+    model = cnnfast.models.resnet50().bfloat16().to(memory_format=LAST)
+    x = torch.empty(64, 3, 224, 224, dtype=torch.bfloat16, device="meta").to(memory_format=LAST)
+    with dispatch.backend("kernels"):
+        assert len(warming.launches(model, x, train=True, gpu=SM_90)) > 100
+
+
 @pytest.mark.parametrize("model", [Net, Branching])
 def test_the_model_and_random_numbers_stay_as_they_are(model):
     model = cnnfast.convert(model()).train()

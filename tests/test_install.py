@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tomllib
 import venv
 import zipfile
@@ -226,8 +225,7 @@ def test_what_the_wheel_says_of_itself(built):
 
 def test_the_sdist_builds_the_same_wheel_and_brings_the_tests(built, tmp_path):
     wheel, sdist = built
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(sdist, tmp_path)
     (tree,) = tmp_path.iterdir()
     names = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
     top = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml"}

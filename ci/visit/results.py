@@ -68,8 +68,7 @@ class Results:
         if not archive.exists():
             return
         try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(self.work, filter="data")
+            shutil.unpack_archive(archive, self.work)
             earlier = revived((self.work / STATE).read_text())
         except (tarfile.TarError, OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{archive} is not what a visit leaves ({type(error).__name__}: {error}): move it away") from error

@@ -47,7 +47,8 @@ class Decision(NamedTuple):
 
 def asked(algorithm: str, x: Tensor) -> bool:
     """Whether a call has to be decided about: where neither a row nor the kind of device can give it to the library, nobody waits."""
-    return algorithm == "auto" and (launch.type_of(x.device) in LIBRARY_FIRST or tables.library or bool(dispatch._traces))
+    first = x.device.type in LIBRARY_FIRST or x.is_meta  # whatever a meta tensor stands for
+    return algorithm == "auto" and (first or tables.library or bool(dispatch._traces))
 
 
 def takes(g: ConvProblem) -> bool:

@@ -707,7 +707,7 @@ def test_a_machine_whose_gpu_is_fine(machine, monkeypatch, library_first):
     assert found.ok, found
     assert machine.tried == 1
     assert named(found.findings, "launch on cpu").state == "ok"
-    assert "run cnnfast tune" in named(found.findings, "1x1 convolution, bf16, channels_last").text
+    assert "cnnfast.tune" in named(found.findings, "1x1 convolution, bf16, channels_last").text
     assert found.commands[0].line.startswith("cnnfast tune")
     tables.write(*H200, [row(H200)], {})
     assert diagnosing.diagnose().commands[0] == diagnosing.CHECK

@@ -192,7 +192,7 @@ def test_a_run_that_is_ended_in_its_middle_keeps_what_it_measured(tmp_path, numb
 
 
 @pytest.fixture
-def pretended(gpu, monkeypatch):
+def stand_in(gpu, monkeypatch):
     """The interpreter is taken for a GPU. Gives what was measured, and for how many seconds."""
     measured, randn = [], torch.randn
 
@@ -211,7 +211,7 @@ NET = ("tuned:Net", "--input", "2x4x6x6", "--dtype", "fp32")
 
 
 @interpreted
-def test_a_whole_run_prints_and_writes(pretended, tmp_path):
+def test_a_whole_run_prints_and_writes(stand_in, tmp_path):
     result = invoke(
         *NET, "--mode", "infer,train", "--json", "-", "--seconds", "0.01", "--budget", "600", "--table", str(tmp_path / "rows.json")
     )
@@ -221,35 +221,35 @@ def test_a_whole_run_prints_and_writes(pretended, tmp_path):
     assert told["left"] == []
     count = len(told["measured"])
     assert {entry["operator"] for entry in told["measured"]} == {"conv_bn_act", "conv_stats", "conv_fprop", "conv_dgrad", "conv_wgrad"}
-    assert pretended == [0.01] * count
+    assert stand_in == [0.01] * count
     assert len(tables.read(tmp_path / "rows.json")) == count
     assert f"{count} of {count} convolutions measured" in result.stderr
 
 
 @interpreted
-def test_a_run_without_options_measures_for_the_usual_time_and_says_where_rows_went(pretended):
+def test_a_run_without_options_measures_for_the_usual_time_and_says_where_rows_went(stand_in):
     result = invoke(*NET)
     assert result.exit_code == 0, result.output
-    assert pretended == [tuning.SECONDS] * 4
+    assert stand_in == [tuning.SECONDS] * 4
     assert "table: " in result.stdout
 
 
 @interpreted
-def test_a_file_that_is_no_table_is_refused_before_anything_is_measured(pretended, tmp_path):
+def test_a_file_that_is_no_table_is_refused_before_anything_is_measured(stand_in, tmp_path):
     file = tmp_path / "README.md"
     file.write_text("# mine")
     result = invoke(*NET, "--table", str(file))
     assert result.exit_code == 2
     assert "is no table of cnnfast" in said(result)
-    assert (pretended, file.read_text()) == ([], "# mine")
+    assert (stand_in, file.read_text()) == ([], "# mine")
 
 
 @interpreted
-def test_what_ends_a_run_early_is_said_and_what_was_measured_is_kept(pretended, monkeypatch, tmp_path):
+def test_what_ends_a_run_early_is_said_and_what_was_measured_is_kept(stand_in, monkeypatch, tmp_path):
     def lost(steps, clock, seconds, left):
-        if pretended:
+        if stand_in:
             raise RuntimeError("the GPU no longer answers since library on fprop ran")
-        pretended.append(seconds)
+        stand_in.append(seconds)
         return {name: Times(2e-6, 2e-6, 2e-6, 1) for name in steps}
 
     monkeypatch.setattr(tuning, "take_turns", lost)
@@ -261,7 +261,7 @@ def test_what_ends_a_run_early_is_said_and_what_was_measured_is_kept(pretended, 
 
 
 @interpreted
-def test_an_interrupt_before_anything_is_measured_says_so(pretended, monkeypatch):
+def test_an_interrupt_before_anything_is_measured_says_so(stand_in, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..measuring.budget import Budget
 from ..measuring.machine import Machine, Peaks
-from .ahead import LayersAhead
+from .layers_ahead import LayersAhead
 from .rows import FAILED, LEFT_OUT, Row
 from .running import ENDED, in_a_line, lost, run
 from .task import Task

@@ -14,7 +14,7 @@ from torch import nn
 pytest.importorskip("triton")
 
 from cnnfast import dispatch, warming
-from cnnfast.bench import ahead, job, providers
+from cnnfast.bench import ahead, job, layers_ahead, providers
 from cnnfast.bench.job import Job, placed, plain
 from cnnfast.bench.providers import PROVIDERS, Provider
 from cnnfast.bench.shapes import layers
@@ -130,14 +130,14 @@ def tasks_of(count: int, *names: str) -> list[Task]:
 
 
 def test_layers_are_compiled_for_a_window_at_a_time(compiled, monkeypatch):
-    monkeypatch.setattr(ahead, "WINDOW", 3)
+    monkeypatch.setattr(layers_ahead, "WINDOW", 3)
     tasks = tasks_of(3, "eager", "cnnfast-kernels")
     assert len(tasks) == 8
     said = []
-    with ahead.LayersAhead(tasks) as layers_ahead:
+    with layers_ahead.LayersAhead(tasks) as for_layers:
         for i in range(len(tasks)):
             before = len(compiled[0]) if compiled else 0
-            layers_ahead.before(i, said.append)
+            for_layers.before(i, said.append)
             assert i % 3 == 0 or len(compiled[0]) == before
     (windows,) = compiled
     *windows, closed = windows
@@ -149,8 +149,8 @@ def test_layers_are_compiled_for_a_window_at_a_time(compiled, monkeypatch):
 
 
 def test_the_stems_image_gradient_is_not_compiled(compiled):
-    with ahead.LayersAhead(tasks_of(1, "cnnfast-kernels")) as layers_ahead:
-        layers_ahead.before(0, lambda text: None)
+    with layers_ahead.LayersAhead(tasks_of(1, "cnnfast-kernels")) as for_layers:
+        for_layers.before(0, lambda text: None)
     names = kernels(compiled[0][0])
     assert any("wgrad" in name for name in names)
     assert not any("dgrad" in name for name in names)
@@ -161,15 +161,15 @@ def test_a_layer_that_cannot_be_traced_is_left_to_its_own_call(compiled, monkeyp
         raise ValueError("no")
 
     monkeypatch.setattr(type(PROVIDERS["cnnfast-kernels"]), "launches", fail)
-    with ahead.LayersAhead(tasks_of(1, "cnnfast-kernels")) as layers_ahead:
-        layers_ahead.before(0, lambda text: None)
+    with layers_ahead.LayersAhead(tasks_of(1, "cnnfast-kernels")) as for_layers:
+        for_layers.before(0, lambda text: None)
     assert compiled == []
 
 
 def test_models_need_no_window(compiled):
     work = model_job()
-    with ahead.LayersAhead([Task(work, [PROVIDERS["cnnfast-kernels"]], {})]) as layers_ahead:
-        layers_ahead.before(0, lambda text: None)
+    with layers_ahead.LayersAhead([Task(work, [PROVIDERS["cnnfast-kernels"]], {})]) as for_layers:
+        for_layers.before(0, lambda text: None)
     assert compiled == []
 
 

@@ -88,7 +88,8 @@ def operator_calls(
 
     A copy of the model is converted and run on meta tensors. One that cannot run so, because it branches on values, and any under
     autocast, which PyTorch does not apply to meta tensors, is copied and run where it lies, with PyTorch computing what our operators
-    would. The model itself, its gradients and the random numbers stay as they are.
+    would. The model itself, its gradients and the random numbers stay as they are. Of one that is wrapped by DistributedDataParallel or
+    torch.compile, what they wrap is run: it calls the same operators.
 
     train: with gradients of all that wants one, the backward pass too; modules are then in training mode, unless the model as a whole is
     already: its members' own modes stay. dtype: casts floating inputs and the copy. memory_format: as `convert` takes it; inputs of four
@@ -108,7 +109,7 @@ def operator_calls(
                 torch.autograd.backward(ends, [torch.ones_like(t) for t in ends])
         return recorder.calls
 
-    reason: Exception | None = None
+    model, reason = _unwrapped(model), None
     if not torch.is_autocast_enabled(device_type):
         try:
             with standing_for(gpu, device_type), torch.device("meta"):
@@ -121,6 +122,16 @@ def operator_calls(
         because = f": {type(reason).__name__}: {reason}" if reason else f" under autocast unless all of it is on the {device_type}"
         raise RuntimeError(f"{type(model).__name__} does not run on {shapes}{because}") from reason
     return run(copy.deepcopy(model), tree_map_only(Tensor, lambda t: _wanting(t.detach().clone(), t), inputs), True)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule":  # of torch._dynamo, whose import takes seconds
+            model = model._orig_mod  # pyright: ignore[reportAssignmentType]
+        else:
+            return model
 
 
 def _wanting(copy: Tensor, original: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from triton import knobs
 
 import cnnfast
@@ -151,6 +153,18 @@ def test_the_model_and_random_numbers_stay_as_they_are(model):
     assert all(torch.equal(g, p.grad) for g, p in zip(gradients, model.parameters(), strict=True))
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(of_x, x.grad)
+
+
+def test_what_wrappers_wrap_is_run():
+    """DistributedDataParallel copies its module and waits for others; torch.compile's cannot be converted any more."""
+    model = cnnfast.convert(Net()).train()
+    expected = warming.launches(model, image(), train=True, gpu=SM_90)
+    assert warming.launches(torch.compile(model), image(), train=True, gpu=SM_90) == expected
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        assert warming.launches(nn.parallel.DistributedDataParallel(model), image(), train=True, gpu=SM_90) == expected
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_model_that_does_not_run_is_named():

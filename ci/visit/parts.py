@@ -37,7 +37,7 @@ BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1"}  # an error is that of the call which c
 APART = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor has an allocation of its own, beyond which an access is out of bounds
 # Each with its limit.
 RING, RING_WORKERS = "tests/gpu", 8
-TESTS = {"tests/kernels": 95.0, RING: 45.0, "tests/torch_facing": 85.0}
+TESTS = {"tests/kernels": 105.0, RING: 50.0, "tests/torch_facing": 93.0}
 SMOKE_LIMIT = 40.0
 GROUPS = 5  # of families under each of compute-sanitizer's tools: to start takes longest there, and all of them run at once on 16 cores
 
@@ -99,7 +99,7 @@ def smoke(folder: Path, pretended: KnownGpu | None) -> Part:
     ]  # fmt: skip
     what = f"every kernel once, in {len(plain)} processes, then under {sanitizer.PROGRAM} where it is installed"
     limit = len(plain) * SMOKE_LIMIT if pretended else SMOKE_LIMIT  # a machine without a GPU may have one core
-    return Part("smoke", what, (Stage(tuple(plain), limit, workers()), Stage(tuple(checked), 27.0, workers())))
+    return Part("smoke", what, (Stage(tuple(plain), limit, workers()), Stage(tuple(checked), 23.0, workers())))
 
 
 def tests(folder: Path, pretended: KnownGpu | None) -> Part:
@@ -119,7 +119,7 @@ def tests(folder: Path, pretended: KnownGpu | None) -> Part:
 
 def demo(folder: Path, pretended: KnownGpu | None) -> Part:
     """Without a GPU it interprets its kernels, which takes minutes."""
-    limit = 420.0 if pretended else 55.0
+    limit = 420.0 if pretended else 52.0
     stage = one("demo", limit, "cnnfast", "demo", "--out", folder / "demo", "--budget", DEMO_SECONDS)
     return Part("demo", "the story on real images, in every dtype", (stage,))
 
@@ -146,8 +146,8 @@ def infer(folder: Path, pretended: KnownGpu | None) -> Part:
     if pretended:
         return small(folder, "infer")
     model = (MODEL, "--mode", "infer", "--dtype", DTYPE, "--batch")
-    first = measured(folder, "infer", "infer", 59, MODEL_SECONDS, INFER_PROVIDERS, *model, ",".join(map(str, INFER_BATCHES)))
-    second = measured(folder, "infer", "infer-compile", 61, MODEL_SECONDS, COMPILERS, *model, INFER_COMPILED)
+    first = measured(folder, "infer", "infer", 56, MODEL_SECONDS, INFER_PROVIDERS, *model, ",".join(map(str, INFER_BATCHES)))
+    second = measured(folder, "infer", "infer-compile", 57, MODEL_SECONDS, COMPILERS, *model, INFER_COMPILED)
     return Part("infer", what, (first, second), ("infer.json",))
 
 
@@ -156,15 +156,15 @@ def train(folder: Path, pretended: KnownGpu | None) -> Part:
     if pretended:
         return small(folder, "train")
     model = (MODEL, "--mode", "train", "--dtype", DTYPE, "--batch", TRAIN_BATCH)
-    first = measured(folder, "train", "train", 35, MODEL_SECONDS, TRAIN_PROVIDERS, *model)
-    second = measured(folder, "train", "train-compile", 104, MODEL_SECONDS, COMPILERS, *model)
+    first = measured(folder, "train", "train", 33, MODEL_SECONDS, TRAIN_PROVIDERS, *model)
+    second = measured(folder, "train", "train-compile", 99, MODEL_SECONDS, COMPILERS, *model)
     return Part("train", what, (first, second), ("train.json",))
 
 
 def layers(folder: Path, pretended: KnownGpu | None) -> Part:
     size = ("--batch", 1) if pretended else ("--dtype", DTYPE, "--batch", LAYER_BATCH)
     providers = SMALL_PROVIDERS if pretended else LAYER_PROVIDERS
-    stage = measured(folder, "layers", "layers", 57, 0.001 if pretended else LAYER_SECONDS, providers, "--layers", *size)
+    stage = measured(folder, "layers", "layers", 56, 0.001 if pretended else LAYER_SECONDS, providers, "--layers", *size)
     return Part("layers", "single layers of ResNet-50 and MobileNetV2, forward and backward", (stage,), ("layers.json",))
 
 

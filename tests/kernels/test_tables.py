@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -201,6 +202,18 @@ def test_of_two_processes_that_write_at_once_none_loses_the_others_rows(tmp_path
     assert [process.communicate(timeout=60)[0].split()[-1] for process in writers] == ["40", "140"]
     assert channels(tmp_path) == {*range(1, 41), *range(101, 141)}
     assert [file.name for file in tmp_path.iterdir()] == ["a-gpu-sm_90.json"]
+
+
+def test_a_writer_waits_for_the_one_that_has_the_lock(gpu):
+    file = write(gpu, row(gpu))
+    with file.with_name(f"{file.name}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread = threading.Thread(target=write, args=(gpu, row(gpu, replace(PROBLEM, C=32))))
+        thread.start()
+        time.sleep(0.3)
+        assert tables.read(file) == [row(gpu)]
+    thread.join(60)
+    assert len(tables.read(file)) == 2
 
 
 def test_threads_that_write_at_once_lose_nothing(gpu):

@@ -23,6 +23,12 @@ from .ops import plain
 from .ops.registry import OPERATORS
 from .summary import meta, meta_copy
 
+# Operators that a forward pass calls, conv_dgrad for a transposed convolution.
+FORWARD = (
+    "conv_fprop", "conv_stats", "conv_bn_act", "conv_dgrad", "batch_moments", "update_running", "normalize", "max_pool", "avg_pool",
+    "adaptive_avg_pool", "global_avg_pool",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class OperatorCall:
@@ -67,10 +73,6 @@ def _by_pytorch(name: str, arguments: tuple[Any, ...]) -> Any:
             if result.is_floating_point():  # where a maximum was is written down differently
                 result.copy_(numbers)
     return results
-
-
-FORWARD = ("conv_fprop", "conv_stats", "conv_bn_act", "batch_moments", "update_running", "normalize", "max_pool", "avg_pool")
-FORWARD += ("adaptive_avg_pool", "global_avg_pool", "conv_dgrad")  # the last one is a transposed convolution's forward pass
 
 
 def operator_calls(

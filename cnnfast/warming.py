@@ -8,7 +8,6 @@ into Triton's cache on disk (aot/worker.py), where this process and every later 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import queue
 import subprocess
@@ -22,18 +21,24 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from triton import knobs
 
-from cnnfast_kernels import launch
-from cnnfast_kernels.aot.compiling import require_compiled_kernels, usable_cores
-from cnnfast_kernels.aot.specialisations import described
-
-from . import calls, dispatch
+from . import dispatch
 from .children import start
+
+if TYPE_CHECKING or dispatch.launch is not None:  # without triton `warm` says that PyTorch serves, and nothing else here is of use
+    import fcntl
+
+    from triton import knobs
+
+    from cnnfast_kernels import launch
+    from cnnfast_kernels.aot.compiling import require_compiled_kernels, usable_cores
+    from cnnfast_kernels.aot.specialisations import described
+
+    from . import calls
 
 WORKER = "cnnfast_kernels.aot.worker"
 LOCK = "cnnfast-warming.lock"  # in Triton's cache folder
@@ -79,11 +84,11 @@ def warm(model: nn.Module, *example_inputs: Any, train: bool = False) -> Warming
     tensors = [t for t in (*model.parameters(), *model.buffers(), *tree_leaves(example_inputs)) if isinstance(t, Tensor)]
     if not tensors:
         return Warming(reason="neither the model nor its inputs hold a tensor")
-    if launch.INTERPRETED:
-        return Warming(reason="Triton interprets kernels in this process, and compiles none")
     x = next((t for t in tensors if t.is_floating_point()), tensors[0])
     if reason := dispatch.why_torch(x.detach()):
         return Warming(reason=f"PyTorch serves every call, because {reason}")
+    if launch.INTERPRETED:
+        return Warming(reason="Triton interprets kernels in this process, and compiles none")
     gpu = launch.gpu(x.device)
     lines = launches(model, *example_inputs, train=train, gpu=gpu, device_type=x.device.type)
     with _bar() as progress:

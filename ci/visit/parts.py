@@ -1,7 +1,8 @@
 """The parts of a visit: what is run, in which order, and within which limits.
 
 A part's files lie in a folder of its name. The limits together are twelve minutes at most, so that three of fifteen remain for a machine's
-start; no part has more than eight, because a command may be allowed ten. tests/test_visit.py holds both, and that what plan.py counts fits.
+start; no part has more than eight, because a command may be allowed ten. tests/visit/test_plan.py holds both, and that what plan.py
+counts fits.
 """
 
 from __future__ import annotations

@@ -193,6 +193,22 @@ def test_where_pytorch_serves_there_is_nothing_to_compile():
     assert "hold a tensor" in cnnfast.warm(nn.ReLU(), "no tensor").reason
 
 
+def without_triton():
+    import sys
+
+    sys.modules["triton"] = None
+    import torch
+
+    import cnnfast
+
+    return str(cnnfast.warm(torch.nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)))
+
+
+def test_without_triton_it_says_so():
+    """As on macOS and Windows, where a script that warms its model shall run too."""
+    assert run_compiled(without_triton) == "nothing to compile: PyTorch serves every call, because triton is not installed"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn.fused import served, unwatched
-from .grafts import base_of, graft
+from .grafts import base_of, graft, own_class, set_class
 from .planning import Group, Plan, Variant, plan
 from .refused import Refused
 
@@ -27,7 +27,7 @@ def fuse(block: nn.Module) -> None:
 
 def unfuse(block: nn.Module) -> None:
     if plan_of(block) is not None:
-        block.__class__ = base_of(type(block))
+        set_class(block, base_of(own_class(block)))
         block.__dict__.pop("_cnnfast_changed", None)
 
 
@@ -115,7 +115,7 @@ def _members(block: nn.Module, found: Plan, variant: Variant) -> list[nn.Module]
             module = module._modules.get(name)
             if module is None:
                 return []
-        if type(module) is not cls:
+        if own_class(module) is not cls:
             return []
         members.append(module)
     return members

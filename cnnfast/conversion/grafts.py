@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 Regraft = Callable[[nn.Module], None]
 
@@ -19,6 +20,31 @@ Regraft = Callable[[nn.Module], None]
 def base_of(cls: type) -> type:
     """The class that `cls` was grafted on, or `cls` itself."""
     return cls.__dict__.get("_cnnfast_base", cls)
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of `module` without its parametrizations, for which torch.nn.utils.parametrize puts a class of the module's own on top."""
+    cls = type(module)
+    return cls.__bases__[0] if _is_of_parametrizations(cls, module) else cls
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    """Makes `cls` the class of `module`; its parametrizations stay on top.
+
+    PyTorch removes a parametrization from the module's class, and the last one by going back to the first base of that class. So the
+    class on top is made anew, directly on `cls`, and for this module alone: a deepcopy shares it with what it is a copy of.
+    """
+    top: Any = type(module)
+    module.__class__ = type(top.__name__, (cls,), dict(top.__dict__)) if _is_of_parametrizations(top, module) else cls
+
+
+def _is_of_parametrizations(cls: type, module: nn.Module) -> bool:
+    """Whether `cls`, the class of `module`, is the one where PyTorch keeps a property for each parametrized tensor."""
+    if "parametrizations" not in module._modules or not parametrize.is_parametrized(module):
+        return False
+    names, base = module._modules["parametrizations"]._modules, cls.__bases__[0]  # pyright: ignore[reportOptionalMemberAccess]
+    # not by cls.__dict__, of which torch.compile makes a graph break: this is asked in compiled calls too
+    return all(isinstance(p := getattr(cls, name, None), property) and p is not getattr(base, name, None) for name in names)
 
 
 def graft(base: type, bases: tuple[type, ...], namespace: dict[str, Any], regraft: Regraft) -> type:

@@ -10,7 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .. import nn as cnn
-from .grafts import base_of, graft
+from .grafts import base_of, graft, own_class, set_class
 
 LEAVES: dict[type, type] = {
     nn.Conv1d: cnn.Conv1d,
@@ -38,7 +38,7 @@ FROZEN_NORMS = {
 
 
 def class_name(module: nn.Module) -> str:
-    cls = base_of(type(module))
+    cls = base_of(own_class(module))
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -67,7 +67,7 @@ def is_ours(module: nn.Module) -> bool:
 
 def replacement(module: nn.Module) -> type | None:
     """The class of cnnfast.nn, or one grafted on the module's own, that computes the same by our kernels."""
-    cls = type(module)
+    cls = own_class(module)
     if is_ours(module) or why_left(module):
         return None
     if cls in LEAVES:
@@ -81,23 +81,20 @@ def replacement(module: nn.Module) -> type | None:
 def swap(module: nn.Module) -> None:
     """Gives `module` its replacement's class, if it has one."""
     if (cls := replacement(module)) is not None:
-        module.__class__ = cls
+        set_class(module, cls)
 
 
 def swap_back(module: nn.Module) -> None:
     """What `swap` did, undone; also for a cnnfast.nn module that was never PyTorch's."""
-    cls: Any = type(module)
-    if cls in ORIGINALS:
-        module.__class__ = ORIGINALS[cls]
-    elif base_of(cls) is not cls:
-        module.__class__ = base_of(cls)
-    elif parametrize.is_parametrized(module) and cls.__base__ in ORIGINALS:  # parametrized after the conversion
-        module.__class__ = type(cls.__name__, (ORIGINALS[cls.__base__],), dict(cls.__dict__))
+    cls = own_class(module)
+    original = ORIGINALS.get(cls, base_of(cls))
+    if original is not cls:
+        set_class(module, original)
 
 
 def why_left(module: nn.Module) -> str:
     """Why a convolution, batch norm or pooling of PyTorch's keeps its class; the empty string if it need not, or is none."""
-    cls = type(module)
+    cls = own_class(module)
     if is_ours(module):
         return ""
     if isinstance(module, LazyModuleMixin):
@@ -122,6 +119,18 @@ def _original(cls: type) -> type | None:
     return next((c for c in cls.__mro__ if c in LEAVES), None)
 
 
+def stored_weight(module: Any) -> Tensor:
+    """The weight of a convolution as it is kept, for its dtype, device and strides.
+
+    To read a parametrized weight is to compute it, and spectral_norm takes that for a step of its iteration: of such a weight this is
+    the largest of the tensors that it is computed from.
+    """
+    if not parametrize.is_parametrized(module, "weight"):
+        return module.weight
+    kept = module.parametrizations.weight
+    return max([*kept._parameters.values(), *kept._buffers.values()], key=Tensor.numel)
+
+
 def is_convolution(module: nn.Module | None) -> bool:
     """Whether calling `module` is our 2-D convolution and nothing else."""
     return isinstance(module, cnn.Conv2d) and all(getattr(type(module), m) is getattr(cnn.Conv2d, m) for m in COMPUTING[:2])
@@ -131,10 +140,10 @@ def is_norm(module: nn.Module) -> bool:
     """Whether calling `module` is a batch norm that may be fused with the convolution before it, timm's with what follows included."""
     if isinstance(module, cnn.BatchNorm2d):
         return type(module).forward is cnn.BatchNorm2d.forward or normalizes_and_activates(module)
-    return type(module) is nn.SyncBatchNorm or class_name(module) in FROZEN_NORMS
+    return own_class(module) is nn.SyncBatchNorm or class_name(module) in FROZEN_NORMS
 
 
 @functools.cache
 def _grafted(base: type, ours: type) -> type:
-    """`base` with the computation of `ours`: for subclasses (parametrized modules are such) and adapters."""
+    """`base` with the computation of `ours`: for subclasses and adapters."""
     return graft(base, (base, ours), {name: ours.__dict__[name] for name in COMPUTING if name in ours.__dict__}, swap)

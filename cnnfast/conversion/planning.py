@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from .. import nn as cnn
 from ..activations import activation_of
 from ..dispatch import on_gpu
+from .grafts import own_class
 from .leaves import is_convolution, is_norm, is_ours, normalizes_and_activates
 from .refused import Refused
 from .tracing import Traced, signatures, trace
@@ -114,7 +115,7 @@ def _variant(block: nn.Module, traced: Traced) -> Variant | None:
     return Variant(
         kinds=traced.kinds,
         source=code.src,
-        members=tuple((tuple(path.split(".")), type(modules[path])) for path in paths),
+        members=tuple((tuple(path.split(".")), own_class(modules[path])) for path in paths),
         names=tuple(code.globals.items()),
         groups=tuple(groups),
         writes=any(rewriter.may_write(node) for node in traced.graph.nodes),

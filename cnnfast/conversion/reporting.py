@@ -22,7 +22,7 @@ from cnnfast_kernels.problem import ConvProblem
 from .. import dispatch
 from .fusion import groups_in_force, plan_of, why_not_fused
 from .grafts import base_of
-from .leaves import is_norm, is_ours, replacement, why_left
+from .leaves import is_norm, is_ours, replacement, stored_weight, why_left
 from .planning import Group
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[list[Lay
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         if first is None:
             return [], ""
-        inputs = (torch.empty(1, first.in_channels, 224, 224, device="meta", dtype=first.weight.dtype),)
+        inputs = (torch.empty(1, first.in_channels, 224, 224, device="meta", dtype=stored_weight(first).dtype),)
     try:
         return layers(model, *inputs), f"for an input of {_sizes(inputs)}"
     except Exception as error:  # whatever a foreign forward raises
@@ -185,7 +185,7 @@ def _sizes(inputs: tuple[Any, ...]) -> str:
 
 
 def _notes(model: nn.Module, found: list[Layer], sizes: str) -> Iterator[str]:
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and is_ours(m)]
+    weights = [stored_weight(m) for m in model.modules() if isinstance(m, nn.Conv2d) and is_ours(m)]
     if not weights:
         return
     with dispatch.backend("auto"):
@@ -194,7 +194,8 @@ def _notes(model: nn.Module, found: list[Layer], sizes: str) -> Iterator[str]:
         yield f"PyTorch serves this model as it is now, because {reason}."
     elif weights[0].is_cuda:
         yield from _unmeasured(model, dispatch.launch.gpu(weights[0].device), found, sizes)
-    strided = sum(w.shape[1] > 1 and w[0, 0].numel() > 1 and not w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    images = [w for w in weights if w.dim() == 4 and w.shape[1] > 1 and w[0, 0].numel() > 1]
+    strided = sum(not w.is_contiguous(memory_format=torch.channels_last) for w in images)
     if strided:
         yield (
             f"{strided} convolutions have NCHW weights. With an NCHW input our kernels read single elements, not vectors, and on a GPU"

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .grafts import own_class
 from .refused import Refused
 from .watching import watched
 
@@ -147,7 +148,7 @@ def trace(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str] = 
 
     `arguments` are tensors, those in `lists` lists of tensors. `block` is afterwards as it was, whatever its forward does to it.
     """
-    if block._parameters or block._buffers:
+    if block._parameters or block._buffers or own_class(block) is not type(block):  # a parametrized tensor is its own too
         raise Refused("it owns parameters or buffers")
     if "forward" in block.__dict__:
         raise Refused("its forward was replaced on the instance")

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .grafts import own_class, set_class
+
 HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -31,9 +33,13 @@ def share(model: nn.Module, function: str) -> nn.Module:
             if id(getattr(hook, "__self__", None)) not in inside:
                 memo[id(hook)] = hook
     try:
-        return copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, memo)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise TypeError(
             f"{function}(): an attribute of this {type(model).__name__} cannot be copied ({reason}): use inplace=True"
         ) from error
+    for module in twin.modules():
+        if own_class(module) is not type(module):  # deepcopy shares the class that its parametrizations have made for one module
+            set_class(module, own_class(module))
+    return twin

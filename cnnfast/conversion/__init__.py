@@ -27,13 +27,15 @@ def convert(model: nn.Module, *, inplace: bool = False, memory_format: torch.mem
     """The same model on cnnfast's kernels: convolutions, batch norms and pools replaced, and fused where they follow one another.
 
     Not in place, the result is a new tree of modules over the same Parameter and buffer objects: an optimizer made before still
-    trains it, a checkpoint of one is a checkpoint of the other, and training one changes the statistics of both.
+    trains it, a checkpoint of one is a checkpoint of the other, and training one changes the statistics of both. What a hook holds of
+    the model is the copy's, as after copy.deepcopy; what it holds besides, such as a recorder of yours, is shared. So
+    are functions, as deepcopy shares them: where one has closed over the model, use inplace=True.
     memory_format: torch.channels_last lays out the weights so that kernels read vectors (and outputs become channels_last: a later
     `.view` may raise where `.reshape` would not); the weights are the original's too. None keeps all strides.
     Converting a converted model converts what is new in it. `report` says what was done, and what was left and why.
 
-    Raises TypeError if `model` is no module, or has attributes that cannot be copied (then use inplace=True); ValueError for another
-    memory format, and for a compiled model (convert it first, then compile).
+    Raises TypeError if `model` is no module, or has parts that cannot be copied, or not without other tensors, as scripted modules
+    (then use inplace=True); ValueError for another memory format, and for a compiled model (convert it first, then compile).
     """
     _check("convert", model)
     if memory_format not in FORMATS:

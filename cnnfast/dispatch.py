@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -114,6 +115,13 @@ def why_transformed() -> str:
     return _torch("a functorch transform or forward-mode AD is active")
 
 
+@assume_constant_result
+def _to_onnx() -> bool:
+    """Whether a model is being exported to ONNX, which has a translation of PyTorch's operators only."""
+    onnx = sys.modules.get("torch.onnx")  # imported by who exports
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
 @asked_once
 def _gpu_reason(index: int) -> str:
     if torch.version.hip:
@@ -175,6 +183,10 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
         return _torch(CPU_REASON)
     if transformed():
         return why_transformed()
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # what is computed from sizes would be recorded as constants
+        return _torch("torch.jit.trace is recording")
+    if torch.compiler.is_exporting() and _to_onnx():
+        return _torch("the model is being exported to ONNX")
     if x.dtype not in launch.KERNEL_DTYPES:  # those of quantized tensors are not; another dtype of `others` is an error, not a choice
         return _torch(f"dtype {x.dtype} has no kernel")
     if x.layout is not torch.strided or x.is_nested:  # a lazy negation is done before an operator runs

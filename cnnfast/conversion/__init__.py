@@ -55,7 +55,7 @@ def convert(model: nn.Module, *, inplace: bool = False, memory_format: torch.mem
 def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The model in PyTorch's own classes again, over the same Parameter and buffer objects; cnnfast.nn's modules become torch.nn's too.
 
-    For what knows PyTorch's classes only, such as ONNX export and quantization. Raises TypeError as convert does.
+    For what knows PyTorch's classes only, such as torch.jit.script and quantization. Raises TypeError as convert does.
     """
     _check("revert", model)
     if not inplace:

@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..nn.scripting import RevertToScript
+
 Regraft = Callable[[nn.Module], None]
 
 
@@ -58,6 +60,8 @@ def graft(base: type, bases: tuple[type, ...], namespace: dict[str, Any], regraf
 
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "_cnnfast_base": base}
     grafted: Any = type(base.__name__, bases, {"__reduce_ex__": reduce, **named, **namespace})
+    if not hasattr(grafted, "__prepare_scriptable__"):
+        grafted.__prepare_scriptable__ = RevertToScript.__prepare_scriptable__
     return grafted
 
 

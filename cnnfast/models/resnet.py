@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..nn import AdaptiveAvgPool2d, BasicBlock, BatchNorm2d, Bottleneck, Conv2d, MaxPool2d
 from ..nn.blocks import conv_bn_relu
+from ..nn.scripting import TraceToScript
 
 
-class ResNet(nn.Module):
+class ResNet(TraceToScript):
     """torchvision's ResNet: its state_dict, its initialisation (the same numbers from the same seed) and its results.
 
     x [N, in_channels, H, W] to [N, num_classes]. In eval every convolution is one kernel with its norm, activation and addition.

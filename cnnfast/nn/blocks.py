@@ -15,11 +15,12 @@ from torch.nn.modules.utils import _pair
 from ..activations import LEAKY_SLOPE, activate, check_activation
 from .fused import conv_bn_act, fusable, is_batch_norm, is_conv2d
 from .layers import BatchNorm2d, Conv2d
+from .scripting import TraceToScript
 
 Size2 = int | tuple[int, int]
 
 
-class ConvBNAct(nn.Module):
+class ConvBNAct(TraceToScript):
     """act(bn(conv(x)) + residual), of the children `conv` (Conv2d) and `bn` (BatchNorm2d).
 
     x [N, in_channels, H, W] to [N, out_channels, P, Q]. padding: int, pair, "valid" or "same": with stride 1 as torch.nn.Conv2d's
@@ -83,7 +84,7 @@ def conv_bn_relu(x: Tensor, conv: nn.Module, bn: nn.Module, relu: nn.Module | No
     return y if relu is None else relu(y)
 
 
-class _Block(nn.Module):
+class _Block(TraceToScript):
     downsample: nn.Module | None
 
     def shortcut(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import functional
 from ..dispatch import record_torch, why_torch
+from .scripting import RevertToScript, TraceToScript
 
 
 def _torch_serves(operation: str, input: Any, weight: Tensor | None = None) -> bool:
@@ -25,7 +26,7 @@ def _torch_serves(operation: str, input: Any, weight: Tensor | None = None) -> b
     return True
 
 
-class Conv2d(torch.nn.Conv2d):
+class Conv2d(torch.nn.Conv2d, RevertToScript):
     """torch.nn.Conv2d: [N, C, H, W] or [C, H, W] to [N, K, P, Q]; every padding_mode. Raises what torch.nn.Conv2d raises."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,7 +38,7 @@ class Conv2d(torch.nn.Conv2d):
         return functional.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
-class Conv1d(torch.nn.Conv1d):
+class Conv1d(torch.nn.Conv1d, RevertToScript):
     """torch.nn.Conv1d: [N, C, L] or [C, L] to [N, K, M]; every padding_mode. Raises what torch.nn.Conv1d raises."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,7 +50,7 @@ class Conv1d(torch.nn.Conv1d):
         return functional.conv1d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
-class ConvTranspose2d(torch.nn.ConvTranspose2d):
+class ConvTranspose2d(torch.nn.ConvTranspose2d, RevertToScript):
     """torch.nn.ConvTranspose2d: [N, C, H, W] or [C, H, W] to [N, K, P, Q]. Raises what torch.nn.ConvTranspose2d raises."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -60,7 +61,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         return functional.conv_transpose2d(input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
 
-class BatchNorm2d(torch.nn.BatchNorm2d):
+class BatchNorm2d(torch.nn.BatchNorm2d, RevertToScript):
     """torch.nn.BatchNorm2d of [N, C, H, W]: its buffers and when they change too. Raises what torch.nn.BatchNorm2d raises."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def running_statistics(bn: torch.nn.Module) -> tuple[Tensor | None, Tensor | Non
     return mean, var, True, 0.0 if momentum is None else momentum
 
 
-class MaxPool2d(torch.nn.MaxPool2d):
+class MaxPool2d(torch.nn.MaxPool2d, RevertToScript):
     """torch.nn.MaxPool2d of [N, C, H, W] or [C, H, W]; with return_indices also the positions. Raises what torch.nn.MaxPool2d raises."""
 
     def forward(self, input: Tensor) -> Any:
@@ -101,7 +102,7 @@ class MaxPool2d(torch.nn.MaxPool2d):
         return functional.max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices)
 
 
-class AvgPool2d(torch.nn.AvgPool2d):
+class AvgPool2d(torch.nn.AvgPool2d, RevertToScript):
     """torch.nn.AvgPool2d of [N, C, H, W] or [C, H, W]. Raises what torch.nn.AvgPool2d raises."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class AvgPool2d(torch.nn.AvgPool2d):
         )
 
 
-class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
+class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d, RevertToScript):
     """torch.nn.AdaptiveAvgPool2d of [N, C, H, W] or [C, H, W]. Raises what torch.nn.AdaptiveAvgPool2d raises."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
         return functional.adaptive_avg_pool2d(input, self.output_size)
 
 
-class GlobalAvgPool2d(torch.nn.Module):
+class GlobalAvgPool2d(TraceToScript):
     """The mean of each plane: [N, C, H, W] to [N, C, 1, 1], or to [N, C] with keepdim=False (and likewise [C, H, W])."""
 
     def __init__(self, keepdim: bool = True) -> None:

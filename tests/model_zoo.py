@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from torchvision_import import torchvision
 
@@ -195,6 +196,41 @@ FAMILIES.append(Family("transformers", "UperNet", upernet))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Written out
+
+
+def discriminator() -> nn.Module:
+    """Miyato and others 2018: every weight is divided by its largest singular value, which training tracks by power iteration."""
+    norm = parametrizations.spectral_norm
+    layers: list[nn.Module] = []
+    for before, after in ((3, 8), (8, 16), (16, 32)):
+        layers += [norm(nn.Conv2d(before, after, 3, padding=1)), nn.LeakyReLU(0.1)]
+        layers += [norm(nn.Conv2d(after, after, 4, 2, 1, bias=False)), nn.BatchNorm2d(after), nn.LeakyReLU(0.1, inplace=True)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), norm(nn.Linear(32, 1)))
+
+
+class Decoder(nn.Module):
+    """Lengths and directions of its weights are learnt apart (Salimans, Kingma 2016), transposed convolutions' too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = parametrizations.weight_norm
+        self.stem = norm(nn.Conv2d(3, 16, 1))
+        self.up = nn.ModuleList(norm(nn.ConvTranspose2d(c, c // 2, 4, 2, 1), dim=1) for c in (16, 8))
+        self.smooth = nn.ModuleList(
+            nn.Sequential(norm(nn.Conv2d(c, c, 3, padding=1, groups=2)), nn.BatchNorm2d(c), nn.SiLU()) for c in (8, 4)
+        )
+        self.head = norm(nn.Conv2d(4, 3, 3, padding="same", padding_mode="reflect"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for up, smooth in zip(self.up, self.smooth, strict=True):
+            x = up(x)
+            x = smooth(x) + x
+        return self.head(x)
+
+
+FAMILIES.append(Family("", "spectral_norm", lambda package: discriminator(), (2, 3, 32, 32)))
+FAMILIES.append(Family("", "weight_norm", lambda package: Decoder(), (2, 3, 8, 8)))
 
 
 class DoubleConv(nn.Sequential):

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import cnnfast
 from model_zoo import FAMILIES, Family
@@ -25,6 +26,11 @@ def make(family: Family, dtype: torch.dtype = torch.float64) -> tuple[nn.Module,
 
 def is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.BatchNorm2d) or type(module).__name__ == "FrozenBatchNorm2d"
+
+
+def classes(model: nn.Module) -> dict[str, type]:
+    """Of each module by name; of a parametrized one what it was before, for PyTorch makes a class for each such module."""
+    return {name: parametrize.type_before_parametrizations(module) for name, module in model.named_modules()}
 
 
 def convolutions_called(model: nn.Module, x: torch.Tensor) -> tuple[set[str], set[str]]:
@@ -79,12 +85,12 @@ def test_a_family(family, quick):
     model, x = model.to(quick), x.to(quick)
     original = copy.deepcopy(model)
     keys, tensors = list(model.state_dict()), [*model.parameters(), *model.buffers()]
-    kinds = {name: type(module) for name, module in model.named_modules()}
+    kinds = classes(model)
 
     ours = cnnfast.convert(model)
     assert list(ours.state_dict()) == keys
     assert all(a is b for a, b in zip([*ours.parameters(), *ours.buffers()], tensors, strict=True))
-    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert classes(model) == kinds
     assert list(dict(ours.named_modules())) == list(kinds)
     assert all(isinstance(module, kinds[name]) for name, module in ours.named_modules())
     traces = assert_same_steps(ours, original, x, modes=("no_grad", "train"))
@@ -106,7 +112,7 @@ def test_a_family(family, quick):
     assert not unfused
 
     back = cnnfast.revert(ours)
-    assert {name: type(module) for name, module in back.named_modules()} == kinds
+    assert classes(back) == kinds
     assert_same_steps(back, original, x, modes=("no_grad",))
 
 

@@ -44,9 +44,11 @@ def _is_of_parametrizations(cls: type, module: nn.Module) -> bool:
     """Whether `cls`, the class of `module`, is the one where PyTorch keeps a property for each parametrized tensor."""
     if "parametrizations" not in module._modules or not parametrize.is_parametrized(module):
         return False
-    names, base = module._modules["parametrizations"]._modules, cls.__bases__[0]  # pyright: ignore[reportOptionalMemberAccess]
+    names: Any = module._modules["parametrizations"]._modules  # pyright: ignore[reportOptionalMemberAccess]
+    base, *others = cls.__bases__
     # not by cls.__dict__, of which torch.compile makes a graph break: this is asked in compiled calls too
-    return all(isinstance(p := getattr(cls, name, None), property) and p is not getattr(base, name, None) for name in names)
+    own = (isinstance(p := getattr(cls, name, None), property) and p is not getattr(base, name, None) for name in names)
+    return not others and all(own)
 
 
 def graft(base: type, bases: tuple[type, ...], namespace: dict[str, Any], regraft: Regraft) -> type:

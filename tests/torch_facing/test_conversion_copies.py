@@ -240,6 +240,15 @@ def test_hooks_of_others_are_shared(kind, quick):
     assert len(recorder.seen) == 3
 
 
+@pytest.mark.parametrize("kind", REGISTER)
+def test_hooks_of_all_kinds_of_others(kind, quick):
+    """The recorder has a lock, which no deepcopy copies."""
+    model, recorder = build(Block, quick), Recorder()
+    REGISTER[kind](model.conv, functools.partial(recorder.record))
+    exercise(cnnfast.convert(model), image().to(quick))
+    assert len(recorder.seen) == 1
+
+
 def test_what_a_hook_holds_besides_the_model_is_shared(quick):
     """As a recorder that the hook passes the features on to."""
     model: Any = build(Collecting, quick)
@@ -293,6 +302,18 @@ def test_other_attributes_that_are_called_hooks(quick):
         twin.conv(image().to(quick))
         assert [len(hooks) for hooks in (twin.conv._forward_hooks, graph.features)] == [1, 0]
         assert twin._replace_hooks == graph._replace_hooks == []
+
+
+def test_hooks_that_know_their_module(quick):
+    """By a weak reference, as PyTorch's own around a function that is called with the module."""
+    model: Any = build(Block, quick)
+    told: list[nn.Module] = []
+    model.conv._register_load_state_dict_pre_hook(lambda module, *_: told.append(module), with_module=True)
+    ours = cnnfast.convert(model)
+    ours.load_state_dict(model.state_dict())
+    model.load_state_dict(ours.state_dict())
+    assert told[0] is ours.conv
+    assert told[1] is model.conv
 
 
 def test_weak_references(quick):

@@ -234,6 +234,22 @@ def test_errors_are_pytorchs(quick):
         assert messages[0] == messages[1]
 
 
+class Managed:
+    """As FSDP's module, which is put in front of a module's own class."""
+
+
+@pytest.mark.parametrize("front", [(), (Managed,)], ids=["alone", "in front"])
+def test_a_class_on_top_of_the_parametrizations(front, quick):
+    """Another library's. It stays where it is, and ours comes on top."""
+    model = build(LAYERS["Conv2d"], quick)
+    REGISTER["weight_norm"](model)
+    model.__class__ = managed = type("ManagedConv2d", (*front, type(model)), {})
+    original, ours = copy.deepcopy(model), cnnfast.convert(model)
+    assert isinstance(ours, managed)
+    assert_same_steps(ours, original, example("Conv2d").to(quick))
+    assert type(cnnfast.revert(ours)) is managed
+
+
 def test_transferred(quick):
     """To a module that is PyTorch's, and to one that is ours."""
     ours, _ = converted_and_original(build(LAYERS["Conv2d"], quick), seeded(REGISTER["doubled"]), "before")

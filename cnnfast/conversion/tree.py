@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .graphs import share_graph_modules
+
 HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -31,6 +33,7 @@ def share(model: nn.Module, function: str) -> nn.Module:
             if id(getattr(hook, "__self__", None)) not in inside:
                 memo[id(hook)] = hook
     try:
+        share_graph_modules(modules, memo)
         return copy.deepcopy(model, memo)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

@@ -95,9 +95,14 @@ def plan(block: nn.Module) -> Plan | None:
     return Plan(tuple(block._modules), found) if found else None
 
 
+def only_holds(block: nn.Module) -> bool:
+    """Whether it has no forward: a list or dict of modules, or what torch.fx puts where a traced model had a container."""
+    return type(block).forward is nn.Module.forward
+
+
 def _may_fuse(block: nn.Module) -> bool:
     """Whether it is a container that may have both a convolution and a batch norm to call."""
-    if isinstance(block, nn.ModuleList | nn.ModuleDict) or is_ours(block) or not block._modules:
+    if only_holds(block) or is_ours(block) or not block._modules:
         return False
     below = list(block.modules())
     return any(is_convolution(m) for m in below) and any(is_norm(m) for m in below)

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 import cnnfast
 from blocks import CHANNELS, CONVOLUTIONS, Block, Net, block, build, image
-from steps import assert_same_steps, fusions
+from steps import assert_same_steps, converted, fusions
 
 
 class Plain(Net):
@@ -169,6 +169,22 @@ def test_a_graph_module_reads_as_before(quick):
     ours.graph.lint()
 
 
+def reads_a_parameter(self, x):
+    return self.relu(self.bn(self.conv(x))) + self.bn2.weight.view(-1, 1, 1)
+
+
+def test_report_of_a_graph_module(quick):
+    """Containers within it, which are not called, are no rows; one that is not fused says why."""
+    report = cnnfast.report(cnnfast.convert(traced().to(quick)))
+    assert {row.status for row in report.rows} == {"fused", "replaced"}
+    assert report.count("fused") == CONVOLUTIONS
+    unfused = fx.symbolic_trace(nn.Sequential(build(block(reads_a_parameter), quick)))
+    rows = {row.name: row for row in cnnfast.report(cnnfast.convert(unfused)).rows}
+    assert (rows[""].status, rows[""].reason) == ("left", "not fused: its forward reads 0.bn2.weight itself")
+    assert rows["0.conv"].status == "replaced"
+    assert "0" not in rows
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Graphs that change
 
@@ -317,9 +333,12 @@ def test_classes_of_parametrized_layers_go_with_them(quick):
 
 
 def test_equal_containers_have_one_class(quick):
-    """Of an ordinary class: nothing is compiled twice."""
+    """Of an ordinary class: nothing is compiled twice. Others of that class have another."""
     ours = cnnfast.convert(build(Net, quick))
     assert type(ours.layers[0]) is type(ours.layers[2]) is type(cnnfast.convert(build(Block, quick)))
+    layers = nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), nn.ReLU()
+    for count in (3, 2):
+        converted(build(lambda count=count: nn.Sequential(*layers[:count]), quick), image().to(quick), fused=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class NoLeaves(fx.Tracer):
 
 class LeavesByType(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in (nn.Conv2d, nn.ReLU)
+        return type(m) in (nn.Conv2d, nn.BatchNorm2d)
 
 
 class BlocksAreLeaves(fx.Tracer):
@@ -94,7 +94,8 @@ def spectral_norm_by_hook() -> nn.Module:
 
 PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
     "network": (Net, by()),
-    "no leaves": (every_layer, by(NoLeaves)),
+    "no leaves": (lambda: every_layer()[:3], by(NoLeaves)),
+    "no norm is a leaf": (every_layer, by(NoLeaves)),
     "every layer": (every_layer, by()),
     "leaves by type": (Block, by(LeavesByType)),
     "blocks are leaves": (Net, by(BlocksAreLeaves)),
@@ -114,11 +115,15 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] 
 }
 
 
+UNTRACEABLE = {"root is a transposed convolution", "root is a norm", "no norm is a leaf"}  # torch.nn's own forwards decide by sizes
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_same_nodes(program, quick):
     make, program_nodes = PROGRAMS[program]
     model = build(make, quick)
     right = outcome(program_nodes, model)
+    assert isinstance(right, list) == (program not in UNTRACEABLE)
     assert outcome(program_nodes, cnnfast.convert(model)) == right
     assert outcome(program_nodes, model) == right
 
@@ -313,3 +318,33 @@ def test_functions_take_proxies(quick):
     traced = fx.symbolic_trace(ours)
     assert [n.op for n in traced.graph.nodes] == [n.op for n in fx.symbolic_trace(theirs).graph.nodes]
     assert_same_steps(traced, theirs, image(3, 9).to(quick))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The call of a layer is ours: what else comes that way
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+@pytest.mark.parametrize("keyword", [False, True], ids=["positional", "keyword"])
+def test_layers_compile(hooked, keyword, quick):
+    x = image(3, 9).to(quick)
+    layer = build(lambda: cnn.Conv2d(3, 4, 3), quick)
+    right = layer(x)
+    if hooked:
+        doubles_results(layer)
+        right = right * 2
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: layer(input=x) if keyword else layer(x), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), right, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer(input=x) if keyword else layer(x), right, rtol=1e-10, atol=1e-10)
+    layer.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(layer(x), right, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "options"), [("Conv2d", (3, 4, 3)), ("BatchNorm2d", (3,)), ("MaxPool2d", (2,))])
+def test_calls_with_other_things_than_tensors(name, options):
+    """Raise what torch.nn's layer raises."""
+    layers = [getattr(module, name)(*options) for module in (cnn, nn)]
+    for args, kwargs in (((), {}), ((3,), {}), ((None,), {}), ((), {"input": "image"}), ((), {"image": image(3)}), ((image(3), 1), {})):
+        ours, theirs = (outcome(lambda layer: layer(*args, **kwargs), layer) for layer in layers)  # noqa: B023
+        assert ours is theirs, (args, kwargs)

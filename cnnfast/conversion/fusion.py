@@ -93,7 +93,7 @@ def _graft_forward(base: Any, found: Plan, purpose: Any) -> type:
     methods["forward"] = _in_place_of(base.forward, forward)
     if issubclass(base, fx.GraphModule):
         methods |= graphs.methods(base, fuse)
-        unread.append("graph")  # to set it recompiles
+        unread += ["graph", "_graph"]  # to set the first sets the other, and then recompiles
     cls = graft(base, (base,), methods, fuse, purpose)
     return cls
 

@@ -116,7 +116,7 @@ def saved(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    return torch.load(file, weights_only=False)
+    return torch.load(file, weights_only=False).to(next(model.parameters()).device)
 
 
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -324,7 +324,7 @@ def test_one_class_for_each_graph_module_that_goes_with_it(quick):
 
 def test_classes_of_parametrized_layers_go_with_them(quick):
     """torch.nn.utils.parametrize makes one for each layer, as torch.fx does."""
-    ours = cnnfast.convert(build(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)).to))
+    ours = cnnfast.convert(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)).to(quick))
     twin = copy.deepcopy(ours)
     gone = [weakref.ref(item) for item in (ours[0], type(ours[0]), type(ours[0]).__base__, twin, type(twin[0]))]
     del ours, twin
@@ -405,6 +405,7 @@ def test_a_lazily_compiled_graph_module(quick):
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_a_graph_module_compiles(quick, training):
+    """Also once its graph has changed. Seconds, which are torch.compile's."""
     x = image(3, 9).to(quick)
     model = traced().to(quick).train(training)
     ours, original = cnnfast.convert(model), own_copy(model)
@@ -418,6 +419,7 @@ def test_a_graph_module_compiles(quick, training):
 
 
 def test_a_graph_module_is_exported_and_traced(device):
+    """Seconds: torch.export and torch.jit.trace run the operators themselves."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     x = image(3, 7).float().to(device)
@@ -435,8 +437,22 @@ def test_a_graph_module_is_exported_and_traced(device):
 
 def test_timm_features_by_fx(quick, torchvision):
     timm = pytest.importorskip("timm")
-    x = image(3, 64).to(quick)
+    x = image(3, 33).to(quick)
     model = timm.create_model("resnet18", features_only=True, feature_cls="fx").double().to(quick).eval()
     ours, original = cnnfast.convert(model), own_copy(model)
     assert_same_steps(ours, original, x, modes=("no_grad", "train"), fused=20)
     assert_same_steps(copy.deepcopy(ours), original, x, modes=("no_grad",), fused=20)
+
+
+def test_a_graph_module_is_traced_once_when_its_graph_is_set(quick, monkeypatch):
+    """torchvision's extractor sets it at every train() and eval()."""
+    from cnnfast.conversion import fusion
+
+    ours, plans = cnnfast.convert(traced().to(quick)), []
+    monkeypatch.setattr(fusion, "plan", lambda block, plan=fusion.plan: plans.append(block) or plan(block))
+    ours.graph = ours.graph
+    assert plans == [ours]
+    ours.train()
+    assert plans == [ours]
+    ours.note = "read by the forward, for all that is known"
+    assert plans == [ours, ours]

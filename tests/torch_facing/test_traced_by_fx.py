@@ -250,6 +250,17 @@ def test_timms_names(name, torchvision, quick):
     assert get_graph_node_names(converted) == get_graph_node_names(model)
 
 
+def test_timms_features_of_a_converted_model(torchvision, quick):
+    timm = pytest.importorskip("timm")
+    from timm.models._features_fx import FeatureGraphNet
+
+    model = build(functools.partial(timm.create_model, "resnet18", num_classes=3), quick)
+    right = FeatureGraphNet(copy.deepcopy(model), (1, 2)).eval()
+    features = FeatureGraphNet(cnnfast.convert(model), (1, 2)).eval()
+    assert_same_steps(features, right, image(3, 33).to(quick), modes=("no_grad",))
+    assert_same_steps(cnnfast.convert(features), right, image(3, 33).to(quick), modes=("no_grad",), fused=10)
+
+
 def test_timms_norms_that_activate(torchvision, quick):
     norm = pytest.importorskip("timm.layers").BatchNormAct2d
     model = build(lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), norm(CHANNELS), nn.Conv2d(CHANNELS, 4, 1), nn.BatchNorm2d(4)))

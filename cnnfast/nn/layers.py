@@ -1,7 +1,7 @@
 """torch.nn's layers, computed by cnnfast.functional.
 
 Each class adds nothing to an instance: `module.__class__ = Conv2d` turns an existing torch.nn.Conv2d into ours, and back. Where
-PyTorch serves a call the layer asks once and then runs torch.nn's own code, so that it costs no more than torch.nn's layer does.
+PyTorch serves a call the layer asks once and then runs torch.nn's own code, so that it costs hardly more than torch.nn's layer does.
 torch.fx traces each as it traces torch.nn's (symbolic.py).
 """
 

@@ -456,3 +456,16 @@ def test_a_graph_module_is_traced_once_when_its_graph_is_set(quick, monkeypatch)
     assert plans == [ours]
     ours.note = "read by the forward, for all that is known"
     assert plans == [ours, ours]
+
+
+@pytest.mark.parametrize(("name", "last", "fused"), [("resnet18", "layer4", 20), ("mobilenet_v3_small", "features", 34)])
+def test_torchvisions_extractors(name, last, fused, quick, torchvision):
+    """Whole networks, a second or two each; the report says what happens."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    make = getattr(torchvision.models, name)
+    model = build(lambda: create_feature_extractor(make(num_classes=3), {last: "map", "flatten": "flat"}), quick)
+    x = image(3, 33).to(quick)
+    ours = cnnfast.convert(model)
+    assert cnnfast.report(ours, x).count("fused") == fused
+    assert_same_steps(ours, own_copy(model), x, modes=("no_grad", "train"), fused=fused)

@@ -97,7 +97,7 @@ def plan(block: nn.Module) -> Plan | None:
 
 def only_holds(block: nn.Module) -> bool:
     """Whether it has no forward: a list or dict of modules, or what torch.fx puts where a traced model had a container."""
-    return type(block).forward is nn.Module.forward
+    return getattr(type(block), "forward", None) is nn.Module.forward  # a scripted module's class has none to read
 
 
 def _may_fuse(block: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 A converted model is the same tree of modules, with other classes. Single modules (leaves.py) get the class of cnnfast.nn that
 inherits from their own. Containers get a subclass of their own class (grafts.py) whose forward was generated (fusion.py) from
 a trace of theirs (tracing.py); it serves only where it is sure to compute the same, and calls the container's own otherwise.
-Names, parameters, buffers, hooks, methods and isinstance are what they were.
+Names, parameters, buffers, hooks, methods and isinstance are what they were. (A GraphModule of torch.fx has a class that was made for
+it alone, and its copy has another: graphs.py.)
 """
 
 from __future__ import annotations

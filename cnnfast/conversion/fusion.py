@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import linecache
+import types
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..nn.fused import served, unwatched
-from .grafts import base_of, graft, own_class, set_class
+from . import graphs
+from .grafts import base_of, graft, grafted_before, own_class, set_class
 from .planning import Group, Plan, Variant, plan
 from .refused import Refused
 
@@ -52,23 +54,27 @@ def why_not_fused(block: nn.Module) -> str:
     return ""
 
 
-@functools.cache
 def _fused_class(base: Any, found: Plan) -> type:
-    variants = [(variant, _compile(base, variant)) for variant in found.variants]
+    purpose = found, base.forward
+    return grafted_before(base, purpose) or _graft_forward(base, found, purpose)
 
-    @functools.wraps(base.forward)
+
+def _graft_forward(base: Any, found: Plan, purpose: Any) -> type:
+    variants = [(variant, _compile(base, variant)) for variant in found.variants]
+    serves = _serves  # `forward` has the global variables of the one that it stands for
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not kwargs:
             for variant, fused in variants:
                 if variant.takes(args):
-                    if _serves(self, found, variant, args):
+                    if serves(self, found, variant, args):
                         return fused(self, *args)
                     break
         return base.forward(self, *args, **kwargs)
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
         base.__setattr__(self, name, value)
-        if name not in ("training", "__class__"):
+        if name not in unread:
             changed(self)
 
     def delete_attribute(self: Any, name: str) -> None:
@@ -79,12 +85,24 @@ def _fused_class(base: Any, found: Plan) -> type:
         """Another attribute may mean another forward: it is traced anew."""
         if type(self) is cls:
             fuse(self)
-        else:  # another library has put its own class on top of ours
+        elif isinstance(self, cls):  # another library has put its own class on top of ours
             self.__dict__["_cnnfast_changed"] = True
 
-    methods = {"forward": forward, "__setattr__": set_attribute, "__delattr__": delete_attribute, "_cnnfast_plan": found}
-    cls = graft(base, (base,), methods, fuse)
+    unread = ["training", "__class__"]
+    methods = {"__setattr__": set_attribute, "__delattr__": delete_attribute, "_cnnfast_plan": found}
+    methods["forward"] = _in_place_of(base.forward, forward)
+    if issubclass(base, fx.GraphModule):
+        methods |= graphs.methods(base, fuse)
+        unread += ["graph", "_graph"]  # to set the first sets the other, and then recompiles
+    cls = graft(base, (base,), methods, fuse, purpose)
     return cls
+
+
+def _in_place_of(original: Any, forward: types.FunctionType) -> Any:
+    """`forward` with the name, and in the module, of another: torch.fx looks there for functions that it shall not enter."""
+    names = getattr(original, "__globals__", forward.__globals__)
+    moved = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    return functools.wraps(original)(moved)
 
 
 def _compile(base: type, variant: Variant) -> Any:

@@ -6,8 +6,6 @@ they were. It is never pickled: what is pickled is the module's own class, and r
 
 from __future__ import annotations
 
-import copyreg
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,31 +49,48 @@ def _is_of_parametrizations(cls: type, module: nn.Module) -> bool:
     return not others and all(own)
 
 
-def graft(base: type, bases: tuple[type, ...], namespace: dict[str, Any], regraft: Regraft) -> type:
-    """A subclass of `bases`, the first of which is `base`, under the name of `base`. `regraft` does it again, for a copy or a pickle."""
+def grafted_before(base: type, purpose: Any) -> type | None:
+    """The class that was grafted on `base` for an equal purpose, if there is still one.
+
+    A class knows its subclasses by weak references. A cache of ours would keep alive, with all that it holds, every class that is
+    made for a single instance, as torch.fx and torch.nn.utils.parametrize make them.
+    """
+    return next((cls for cls in type.__subclasses__(base) if base_of(cls) is base and vars(cls)["_cnnfast_purpose"] == purpose), None)
+
+
+def graft(base: type, bases: tuple[type, ...], namespace: dict[str, Any], regraft: Regraft, purpose: Any) -> type:
+    """A subclass of `bases`, the first of which is `base`, under the name of `base`. `regraft` does it again, for a copy or a pickle.
+
+    purpose: by which `grafted_before` finds it.
+    """
 
     def reduce(self: Any, protocol: Any) -> Any:
+        own = type(self)
         function, arguments, *state = super(grafted, self).__reduce_ex__(protocol)
-        if function is copyreg.__newobj__ and arguments[0] is type(self):  # pyright: ignore[reportAttributeAccessIssue]
-            return (_pending, (base, regraft, *arguments[1:]), *state)
-        return (function, tuple(base if a is type(self) else a for a in arguments), *state)
+        function, *arguments = (base if part is own else part for part in (function, *arguments))
+        return (_rebuilt, (regraft, bool(state and state[0] is not None), function, *arguments), *state)
 
-    named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "_cnnfast_base": base}
-    grafted: Any = type(base.__name__, bases, {"__reduce_ex__": reduce, **named, **namespace})
+    named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    kept = {"_cnnfast_base": base, "_cnnfast_purpose": purpose}
+    grafted: Any = type(base.__name__, bases, {"__reduce_ex__": reduce, **named, **kept, **namespace})
     if not hasattr(grafted, "__prepare_scriptable__"):
         grafted.__prepare_scriptable__ = RevertToScript.__prepare_scriptable__
     return grafted
 
 
-def _pending(base: type, regraft: Regraft, *arguments: Any) -> nn.Module:
-    """A module without state yet; when it gets its state it becomes a `base`, and grafted."""
-    return _pending_class(base, regraft).__new__(_pending_class(base, regraft), *arguments)
+def _rebuilt(regraft: Regraft, has_state: bool, function: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """What `function` makes, grafted; if its state is still to come, then as soon as it gets that."""
+    module = function(*arguments)
+    if has_state:
+        object.__setattr__(module, "__class__", _pending_class(type(module), regraft))
+    else:
+        regraft(module)
+    return module
 
 
-@functools.cache
 def _pending_class(base: type, regraft: Regraft) -> Any:
     def set_state(self: Any, state: dict[str, Any]) -> None:
-        self.__class__ = base
+        object.__setattr__(self, "__class__", base)
         self.__setstate__(state)
         regraft(self)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .. import nn as cnn
-from .grafts import base_of, graft, own_class, set_class
+from .grafts import base_of, graft, grafted_before, own_class, set_class
 
 LEAVES: dict[type, type] = {
     nn.Conv1d: cnn.Conv1d,
@@ -49,6 +48,8 @@ class _NormAct(cnn.BatchNorm2d):
     act: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):  # torch.fx enters timm's layer, and shall find what is there
+            return base_of(type(self)).forward(self, input)  # pyright: ignore[reportAttributeAccessIssue]
         return self.act(self.drop(cnn.BatchNorm2d.forward(self, input)))
 
 
@@ -143,7 +144,7 @@ def is_norm(module: nn.Module) -> bool:
     return own_class(module) is nn.SyncBatchNorm or class_name(module) in FROZEN_NORMS
 
 
-@functools.cache
 def _grafted(base: type, ours: type) -> type:
     """`base` with the computation of `ours`: for subclasses and adapters."""
-    return graft(base, (base, ours), {name: ours.__dict__[name] for name in COMPUTING if name in ours.__dict__}, swap)
+    methods = {name: ours.__dict__[name] for name in COMPUTING if name in ours.__dict__}
+    return grafted_before(base, ours) or graft(base, (base, ours), methods, swap, ours)

@@ -96,9 +96,14 @@ def plan(block: nn.Module) -> Plan | None:
     return Plan(tuple(block._modules), found) if found else None
 
 
+def only_holds(block: nn.Module) -> bool:
+    """Whether it has no forward: a list or dict of modules, or what torch.fx puts where a traced model had a container."""
+    return getattr(type(block), "forward", None) is nn.Module.forward  # a scripted module's class has none to read
+
+
 def _may_fuse(block: nn.Module) -> bool:
     """Whether it is a container that may have both a convolution and a batch norm to call."""
-    if isinstance(block, nn.ModuleList | nn.ModuleDict) or is_ours(block) or not block._modules:
+    if only_holds(block) or is_ours(block) or not block._modules:
         return False
     below = list(block.modules())
     return any(is_convolution(m) for m in below) and any(is_norm(m) for m in below)

@@ -23,7 +23,7 @@ from .. import dispatch
 from .fusion import groups_in_force, plan_of, why_not_fused
 from .grafts import base_of
 from .leaves import is_norm, is_ours, replacement, stored_weight, why_left
-from .planning import Group
+from .planning import Group, only_holds
 
 if TYPE_CHECKING:
     from cnnfast_kernels.launch import Gpu
@@ -147,11 +147,20 @@ def _why_not(block: nn.Module) -> str:
     """Why a container whose own children could be fused is not."""
     if plan_of(block) is not None:
         return "" if groups_in_force(block) else "not fused any more: it has changed; convert again"
-    lists = [m for m in block.children() if isinstance(m, nn.ModuleList | nn.ModuleDict)]
-    own = [m for container in (block, *lists) for m in container.children()]
+    if only_holds(block):
+        return ""
+    own = list(_own(block))
     if any(isinstance(m, nn.Conv2d) for m in own) and any(isinstance(m, nn.BatchNorm2d) for m in own):
         return f"not fused: {why_not_fused(block) or 'no result of a convolution goes to a batch norm and nowhere else'}"
     return ""
+
+
+def _own(block: nn.Module) -> Iterator[nn.Module]:
+    """What its forward calls: children, and those of children that have no forward."""
+    for child in block.children():
+        yield child
+        if only_holds(child):
+            yield from _own(child)
 
 
 def _layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[list[Layer], str]:

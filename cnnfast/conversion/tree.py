@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .grafts import own_class, set_class
+from .graphs import share_graph_modules
 
 # Not looked into: what copy.deepcopy shares (a function leads to all its module's variables) or never copies, and what refers to nothing.
 OPAQUE = (
@@ -37,6 +38,7 @@ def share(model: nn.Module, function: str) -> nn.Module:
     all_hooks = [hooks for m, _ in found if _is(m, nn.Module) for hooks in _hooks(m)]
     memo |= {id(hooks): type(hooks)() for hooks in all_hooks}  # filled as soon as it is known what else of the model is copied
     try:
+        share_graph_modules(model.modules(), memo)
         twin = copy.deepcopy(model, memo)
         memo |= _foreign([hook for hooks in all_hooks for hook in hooks.values()], memo)
         for hooks in all_hooks:

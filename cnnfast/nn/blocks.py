@@ -71,16 +71,18 @@ class ConvBNAct(TraceToScript):
         return f"activation={self.activation}" + ("" if self.activation_arg is None else f", activation_arg={self.activation_arg}")
 
 
-def conv_bn_relu(x: Tensor, conv: nn.Module, bn: nn.Module, relu: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
-    """relu(bn(conv(x)) + residual) of a ResNet's members: fused where it may be."""
+def conv_bn_relu(
+    x: Tensor, conv: nn.Module, bn: nn.Module, relu: nn.Module | None = None, shortcut: Callable[[], Tensor] | None = None
+) -> Tensor:
+    """relu(bn(conv(x)) + shortcut()) of a ResNet's members: fused where it may be, and else in torchvision's order."""
     members = (conv, bn) if relu is None else (conv, bn, relu)
     if fusable(x, *members) and is_conv2d(conv) and is_batch_norm(bn) and (relu is None or type(relu) is nn.ReLU):
-        if residual is not None:
-            residual = residual.to(x.dtype)  # a sum in place, as below, keeps the dtype that autocast gave to bn's output
+        # a sum in place, as below, keeps the dtype that autocast gave to bn's output
+        residual = None if shortcut is None else shortcut().to(x.dtype)
         return conv_bn_act(conv, bn, x, residual, None if relu is None else "relu")  # pyright: ignore[reportArgumentType]
     y = bn(conv(x))
-    if residual is not None:
-        y += residual
+    if shortcut is not None:
+        y += shortcut()
     return y if relu is None else relu(y)
 
 
@@ -137,7 +139,7 @@ class BasicBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_bn_relu(x, self.conv1, self.bn1, self.relu)
-        return conv_bn_relu(y, self.conv2, self.bn2, self.relu, self.shortcut(x))
+        return conv_bn_relu(y, self.conv2, self.bn2, self.relu, lambda: self.shortcut(x))
 
 
 class Bottleneck(_Block):
@@ -176,4 +178,4 @@ class Bottleneck(_Block):
     def forward(self, x: Tensor) -> Tensor:
         y = conv_bn_relu(x, self.conv1, self.bn1, self.relu)
         y = conv_bn_relu(y, self.conv2, self.bn2, self.relu)
-        return conv_bn_relu(y, self.conv3, self.bn3, self.relu, self.shortcut(x))
+        return conv_bn_relu(y, self.conv3, self.bn3, self.relu, lambda: self.shortcut(x))

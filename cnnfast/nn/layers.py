@@ -1,7 +1,8 @@
 """torch.nn's layers, computed by cnnfast.functional.
 
 Each class adds nothing to an instance: `module.__class__ = Conv2d` turns an existing torch.nn.Conv2d into ours, and back. Where
-PyTorch serves a call the layer asks once and then runs torch.nn's own code, so that it costs no more than torch.nn's layer does.
+PyTorch serves a call the layer asks once and then runs torch.nn's own code, so that it costs hardly more than torch.nn's layer does.
+torch.fx traces each as it traces torch.nn's (symbolic.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from .. import functional
 from ..dispatch import record_torch, why_torch
 from .scripting import RevertToScript, TraceToScript
+from .symbolic import call_or_record
 
 
 def _torch_serves(operation: str, input: Any, weight: Tensor | None = None) -> bool:
@@ -29,6 +31,8 @@ def _torch_serves(operation: str, input: Any, weight: Tensor | None = None) -> b
 class Conv2d(torch.nn.Conv2d, RevertToScript):
     """torch.nn.Conv2d: [N, C, H, W] or [C, H, W] to [N, K, P, Q]; every padding_mode. Raises what torch.nn.Conv2d raises."""
 
+    _call_impl = call_or_record
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _torch_serves("conv2d", input, weight):
             return super()._conv_forward(input, weight, bias)
@@ -40,6 +44,8 @@ class Conv2d(torch.nn.Conv2d, RevertToScript):
 
 class Conv1d(torch.nn.Conv1d, RevertToScript):
     """torch.nn.Conv1d: [N, C, L] or [C, L] to [N, K, M]; every padding_mode. Raises what torch.nn.Conv1d raises."""
+
+    _call_impl = call_or_record
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _torch_serves("conv1d", input, weight):
@@ -53,6 +59,8 @@ class Conv1d(torch.nn.Conv1d, RevertToScript):
 class ConvTranspose2d(torch.nn.ConvTranspose2d, RevertToScript):
     """torch.nn.ConvTranspose2d: [N, C, H, W] or [C, H, W] to [N, K, P, Q]. Raises what torch.nn.ConvTranspose2d raises."""
 
+    _call_impl = call_or_record
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         # _parameters: a parametrized weight is computed at every access of self.weight
         if self.padding_mode != "zeros" or _torch_serves("conv_transpose2d", input, self._parameters.get("weight")):
@@ -63,6 +71,8 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d, RevertToScript):
 
 class BatchNorm2d(torch.nn.BatchNorm2d, RevertToScript):
     """torch.nn.BatchNorm2d of [N, C, H, W]: its buffers and when they change too. Raises what torch.nn.BatchNorm2d raises."""
+
+    _call_impl = call_or_record
 
     def forward(self, input: Tensor) -> Tensor:
         if _torch_serves("batch_norm", input):
@@ -96,6 +106,8 @@ def running_statistics(bn: torch.nn.Module) -> tuple[Tensor | None, Tensor | Non
 class MaxPool2d(torch.nn.MaxPool2d, RevertToScript):
     """torch.nn.MaxPool2d of [N, C, H, W] or [C, H, W]; with return_indices also the positions. Raises what torch.nn.MaxPool2d raises."""
 
+    _call_impl = call_or_record
+
     def forward(self, input: Tensor) -> Any:
         if _torch_serves("max_pool2d", input):
             return super().forward(input)
@@ -104,6 +116,8 @@ class MaxPool2d(torch.nn.MaxPool2d, RevertToScript):
 
 class AvgPool2d(torch.nn.AvgPool2d, RevertToScript):
     """torch.nn.AvgPool2d of [N, C, H, W] or [C, H, W]. Raises what torch.nn.AvgPool2d raises."""
+
+    _call_impl = call_or_record
 
     def forward(self, input: Tensor) -> Tensor:
         if _torch_serves("avg_pool2d", input):
@@ -116,6 +130,8 @@ class AvgPool2d(torch.nn.AvgPool2d, RevertToScript):
 class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d, RevertToScript):
     """torch.nn.AdaptiveAvgPool2d of [N, C, H, W] or [C, H, W]. Raises what torch.nn.AdaptiveAvgPool2d raises."""
 
+    _call_impl = call_or_record
+
     def forward(self, input: Tensor) -> Tensor:
         if _torch_serves("adaptive_avg_pool2d", input):
             return super().forward(input)
@@ -124,6 +140,8 @@ class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d, RevertToScript):
 
 class GlobalAvgPool2d(TraceToScript):
     """The mean of each plane: [N, C, H, W] to [N, C, 1, 1], or to [N, C] with keepdim=False (and likewise [C, H, W])."""
+
+    _call_impl = call_or_record
 
     def __init__(self, keepdim: bool = True) -> None:
         super().__init__()

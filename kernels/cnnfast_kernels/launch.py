@@ -366,9 +366,15 @@ def convolution_format(x: Laid, w: Laid) -> torch.memory_format:
     That is channels_last if either is, and neither is empty. PyTorch then copies them into that format, and asks what came of it once
     more: several images of one element each lie in every format after that, whatever their strides said before.
     """
-    if 0 in x.shape or 0 in w.shape or not (is_channels_last(x) or is_channels_last(w)):
+    if 0 in x.shape or 0 in w.shape:
         return torch.contiguous_format
-    return torch.channels_last if any(map(_is_channels_last_copied, (x, w))) else torch.contiguous_format
+    found = False
+    for t in (x, w):
+        if is_channels_last(t):
+            if t.shape[1:] != (1, 1, 1):
+                return torch.channels_last
+            found = True
+    return torch.channels_last if found and any(map(_is_channels_last_copied, (x, w))) else torch.contiguous_format
 
 
 def _is_channels_last_copied(t: Laid) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +41,8 @@ def conv2d(
     x, w, b = autocast(input, weight, bias)
     x, unbatched = batched(x)
     geometry = conv_geometry("conv2d", x, w, b, stride, padding, dilation, groups)
-    y = _convolve(x, w, b, geometry, algorithm)
+    y = ops.conv_fprop(x, w, b, *geometry, algorithm)
     return y.squeeze(0) if unbatched else y
-
-
-def _convolve(x: Tensor, w: Tensor, b: Tensor | None, geometry: Any, algorithm: str) -> Tensor:
-    if x.shape[1] == 0:  # as PyTorch has it: without channels in there are none out; all gradients are zero
-        N, _, P, Q = conv_output_size(x, w, geometry)
-        return x.new_empty(N, 0, P, Q) * sum(t.sum() for t in (x, w, b) if t is not None)
-    return ops.conv_fprop(x, w, b, *geometry, algorithm)
 
 
 @operation
@@ -77,9 +69,11 @@ def conv1d(
     x, w, b = autocast(input, weight, bias)
     x, unbatched = batched(x, 1)
     step, pads, dil, groups = conv_geometry("conv1d", x, w, b, stride, padding, dilation, groups, 1)
-    # PyTorch makes input contiguous: where the channels of ours are adjacent, a row's stride of 1 hides that from the output's format.
+    # PyTorch makes input contiguous: where the channels of ours are adjacent, a row's stride of 1 hides that from the output's format. Of
+    # one channel it would not.
+    x = x.contiguous() if x.shape[1] == 1 else x
     rows = x.unsqueeze(2) if x.is_contiguous() else x.unsqueeze(3).transpose(2, 3)
-    y = _convolve(rows, w.unsqueeze(2), b, ((1, *step), (0, 0, *pads), (1, *dil), groups), algorithm).squeeze(2)
+    y = ops.conv_fprop(rows, w.unsqueeze(2), b, (1, *step), (0, 0, *pads), (1, *dil), groups, algorithm).squeeze(2)
     return y.squeeze(0) if unbatched else y
 
 
@@ -109,7 +103,7 @@ def conv_transpose2d(
     x, w, b = autocast(input, weight, bias)
     x, unbatched = batched(x)
     size, *geometry = _transposed_geometry("conv_transpose2d", x, w, b, stride, padding, output_padding, groups, dilation)
-    channels_last = launch.memory_format(x, w) == torch.channels_last
+    channels_last = launch.convolution_format(x, w) == torch.channels_last
     y = ops.conv_dgrad(x, w, b, size, channels_last, *geometry, algorithm)
     return y.squeeze(0) if unbatched else y
 
@@ -144,7 +138,7 @@ def _transposed_geometry(
     P, Q = ((n - 1) * s - 2 * p + d * (t - 1) + m + 1 for n, s, p, d, t, m in zip(
         input.shape[2:], step, pads, dil, weight.shape[2:], more, strict=True
     ))  # fmt: skip
-    if min(P, Q) < 1:
+    if min(P, Q) < 0:
         raise RuntimeError(f"{function}(): with padding={pads} the output of input size {list(input.shape)} would be {P}x{Q}: too small")
     ends = (pads[0], pads[0] - more[0], pads[1], pads[1] - more[1])
     return [input.shape[0], weight.shape[1] * groups, P, Q], step, ends, dil, groups
@@ -227,8 +221,9 @@ def _check_operands(
         raise RuntimeError(f"{function}(): weight must have input's dtype {dtype}, but got {weight.dtype}")
     if bias is not None and bias.dtype != dtype:
         raise RuntimeError(f"{function}(): bias must have input's dtype {dtype}, but got {bias.dtype}")
-    if 0 in taps or filters < 1:
-        raise RuntimeError(f"{function}(): weight must have at least one filter and one tap, but got size {list(weight.shape)}")
+    if (0 in taps or filters < 1) and channels > 0:
+        error = IndexError if N == 0 else RuntimeError  # as PyTorch, which takes the first weight of an empty batch's filters
+        raise error(f"{function}(): weight must have at least one filter and one tap, but got size {list(weight.shape)}")
     if 0 in image and N > 0 and channels > 0:
         raise RuntimeError(f"{function}(): only batch and channels of input may be empty, but got size {list(input.shape)}")
     return image, taps

@@ -1,7 +1,9 @@
 """Convolution's operators. fprop, dgrad and wgrad are bilinear, and the derivatives of each are the other two: derivatives
 of every order come from the three kernels.
 
-`padding` is (top, bottom, left, right). A gradient is laid out as the tensor it belongs to, so that nobody copies it again.
+`padding` is (top, bottom, left, right). A result and its gradients are laid out as PyTorch's are: all in one format, which follows from
+the operands (launch.convolution_format). Of an empty batch, and without channels, there is nothing to compute: gradients are zeros, laid
+out as the tensors they belong to.
 
 With algorithm="auto" serving.py decides whether the library's convolution serves (library.py) or our kernels do.
 """
@@ -30,6 +32,8 @@ def _format(channels_last: bool) -> torch.memory_format:
 
 
 def _fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> Tensor:
+    if x.shape[1] == 0:
+        return _fake_fprop(x, w, bias, stride, padding, dilation, groups, algorithm)
     geometry, tf32 = conv.Geometry(stride, padding, dilation, groups), allow_tf32(x)
     if serving.asked(algorithm, x) and (decision := serving.fprop(x, w, geometry, tf32)):
         return library.fprop(x, w, geometry, bias, decision)
@@ -82,14 +86,16 @@ def _bn_act(
     return conv.conv_fprop(x, w, geometry, epilogue, algorithm=algorithm, tf32=tf32)
 
 
-def _fake_output(x: Tensor, w: Tensor, stride, padding, dilation) -> Tensor:
+def _fake_output(x: Tensor, w: Tensor, stride, padding, dilation, filters: int | None = None) -> Tensor:
     P = output_extent(x.shape[2], w.shape[2], stride[0], padding[0], padding[1], dilation[0])
     Q = output_extent(x.shape[3], w.shape[3], stride[1], padding[2], padding[3], dilation[1])
-    return launch.empty((x.shape[0], w.shape[0], P, Q), x, launch.memory_format(x, w))
+    K = w.shape[0] if filters is None else filters
+    return launch.empty((x.shape[0], K, P, Q), x, launch.convolution_format(x, w))
 
 
 def _fake_fprop(x: Tensor, w: Tensor, bias, stride, padding, dilation, groups, algorithm) -> Tensor:
-    return _fake_output(x, w, stride, padding, dilation)
+    """As PyTorch has it, without channels in there are none out."""
+    return _fake_output(x, w, stride, padding, dilation, 0 if x.shape[1] == 0 else None)
 
 
 def _fake_dgrad(dy: Tensor, w: Tensor, bias, x_shape, channels_last, *geometry: Any) -> Tensor:
@@ -126,27 +132,52 @@ def _fake_bn_act(
     return _fake_output(x, w, stride, padding, dilation)
 
 
-def _save_operands(ctx: Any, x: Tensor, w: Tensor, *more: Tensor | None) -> None:
-    """x is kept only if w wants a gradient, and the other way round: a frozen weight costs no memory."""
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None, *more)
-    ctx.x_layout = x.shape, launch.is_channels_last(x)
-    ctx.w_layout = w.shape, launch.is_channels_last(w)
+def _save_operands(ctx: Any, y: Tensor, x: Tensor, w: Tensor, *more: Tensor | None) -> None:
+    """x is kept only if w wants a gradient, and the other way round: a frozen weight costs no memory. Where there was nothing to compute
+    of their result y, both are: an empty x takes no memory either.
+    """
+    ctx.nothing = 0 in y.shape[:2]
+    keep_x, keep_w = ctx.needs_input_grad[1] or ctx.nothing, ctx.needs_input_grad[0] or ctx.nothing
+    ctx.save_for_backward(x if keep_x else None, w if keep_w else None, *more)
+    channels_last = launch.convolution_format(x, w) == torch.channels_last
+    ctx.x_layout = x.shape, channels_last
+    ctx.w_layout = w.shape, channels_last
+
+
+def _zeros(ctx: Any, x: Tensor, w: Tensor, biases: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, w and bias where there was nothing to compute, each only if asked for."""
+    needs = ctx.needs_input_grad
+    dx, dw = (torch.zeros_like(t) if wanted else None for t, wanted in ((x, needs[0]), (w, needs[1])))
+    return dx, dw, x.new_zeros(biases) if needs[2] else None
 
 
 def _operand_grads(ctx: Any, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, w and bias, each only if asked for."""
+    if ctx.nothing:
+        return _zeros(ctx, x, w, w.shape[0])
     needs = ctx.needs_input_grad
     dx = conv_dgrad(dy, w, None, *ctx.x_layout, *ctx.geometry) if needs[0] else None
     dw = conv_wgrad(x, dy, *ctx.w_layout, *ctx.geometry) if needs[1] else None
     return dx, dw, channel_sum(dy) if needs[2] else None
 
 
+def _transposed_grad(ctx: Any, ddx: Tensor, w: Tensor) -> Tensor:
+    """The gradient of what a transposed convolution took, from its result's: copied where conv_fprop gave it the format of its operands."""
+    shape, channels_last = ctx.x_layout
+    fmt = _format(channels_last)
+    if 0 in ddx.shape:
+        return launch.empty(shape, ddx, fmt).zero_()
+    ddy = conv_fprop(ddx, w, None, *ctx.geometry)
+    return ddy if launch.memory_format(ddy) == fmt else launch.empty(shape, ddy, fmt).copy_(ddy)
+
+
 class _Fprop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, *geometry):
         ctx.geometry = geometry
-        _save_operands(ctx, x, w)
-        return conv_fprop(x, w, bias, *geometry)
+        y = conv_fprop(x, w, bias, *geometry)
+        _save_operands(ctx, y, x, w)
+        return y
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -159,13 +190,16 @@ class _Dgrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, w, bias, x_shape, channels_last, *geometry):
         ctx.geometry = geometry
-        _save_operands(ctx, dy, w)
-        return conv_dgrad(dy, w, bias, x_shape, channels_last, *geometry)
+        dx = conv_dgrad(dy, w, bias, x_shape, channels_last, *geometry)
+        _save_operands(ctx, dx, dy, w)
+        return dx
 
     @staticmethod
     def backward(ctx, ddx):  # pyright: ignore[reportIncompatibleMethodOverride]
         dy, w = ctx.saved_tensors
-        ddy = conv_fprop(ddx, w, None, *ctx.geometry) if ctx.needs_input_grad[0] else None
+        if ctx.nothing:
+            return *_zeros(ctx, dy, w, ddx.shape[1]), None, None, *[None] * len(ctx.geometry)
+        ddy = _transposed_grad(ctx, ddx, w) if ctx.needs_input_grad[0] else None
         dw = conv_wgrad(ddx, dy, *ctx.w_layout, *ctx.geometry) if ctx.needs_input_grad[1] else None
         return ddy, dw, channel_sum(ddx) if ctx.needs_input_grad[2] else None, None, None, *[None] * len(ctx.geometry)
 
@@ -192,8 +226,8 @@ class _Stats(torch.autograd.Function):
     def forward(ctx, x, w, bias, *geometry):
         ctx.geometry = geometry
         ctx.set_materialize_grads(False)
-        _save_operands(ctx, x, w)
         y, mean, var = conv_stats(x, w, bias, *geometry)
+        _save_operands(ctx, y, x, w)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
@@ -211,7 +245,7 @@ class _BnAct(torch.autograd.Function):
         ctx.geometry = geometry
         ctx.norm = eps, activation, slope
         z = _fused_bn_act(x, w, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, *geometry)
-        _save_operands(ctx, x, w, z if activation else None, mean, var, bn_weight)
+        _save_operands(ctx, z, x, w, z if activation else None, mean, var, bn_weight)
         return z
 
     @staticmethod

@@ -38,7 +38,7 @@ def _convolve(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, pad
         x, geometry = pad(x, geometry.padding), geometry._replace(padding=UNPADDED)
     y = torch.convolution(x, w, bias, *_arguments(geometry), False, [0, 0], geometry.groups)
     # Of meta tensors PyTorch does not know where they stand for, and gives a contiguous one. Warming wants it laid out as a GPU's.
-    return y.to(memory_format=launch.memory_format(x, w)) if y.is_meta else y
+    return y.to(memory_format=launch.convolution_format(x, w)) if y.is_meta else y
 
 
 def fprop(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, decision: Decision) -> Tensor:
@@ -74,7 +74,7 @@ def _convolve_back(dy: Tensor, w: Tensor, x_shape: Sequence[int], geometry: Geom
     stride, padding, dilation = _arguments(geometry)
     if geometry.groups > 1 and geometry.groups == x_shape[1]:
         # PyTorch has kernels for the gradient of a depthwise convolution, and none for a transposed one. Of x its layout is read.
-        x = launch.empty(x_shape, dy, launch.memory_format(dy, w))
+        x = launch.empty(x_shape, dy, launch.convolution_format(dy, w))
         arguments = stride, padding, dilation, False, [0, 0], geometry.groups
         dx = torch.ops.aten.convolution_backward(dy, x, w, None, *arguments, [True, False, False])[0]
         return dx if bias is None else dx.add_(bias.view(-1, 1, 1))

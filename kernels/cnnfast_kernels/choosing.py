@@ -129,7 +129,7 @@ def ask_fprop(
     aligned: bool,
 ) -> Question:
     g = geometry.problem(x.shape, w.shape)
-    y = launch.dense((g.N, g.K, g.P, g.Q), x.dtype, launch.memory_format(x, w))
+    y = launch.dense((g.N, g.K, g.P, g.Q), x.dtype, launch.convolution_format(x, w))
     residual = None if residual_strides is None else launch.Layout(y.shape, residual_strides, x.dtype)
     return Question("fprop", g, tf32, gpu, aligned, x, w, y, kind, residual, activation)
 

@@ -360,6 +360,32 @@ def memory_format(*tensors: Laid) -> torch.memory_format:
     return torch.channels_last if any(is_channels_last(t) for t in tensors) else torch.contiguous_format
 
 
+def convolution_format(x: Laid, w: Laid) -> torch.memory_format:
+    """The format of a convolution's result, and of the gradients of x and w, as PyTorch chooses it for x [N, C, H, W] and w [K, C, R, S].
+
+    That is channels_last if either is, and neither is empty. PyTorch then copies them into that format, and asks what came of it once
+    more: several images of one element each lie in every format after that, whatever their strides said before.
+    """
+    if 0 in x.shape or 0 in w.shape:
+        return torch.contiguous_format
+    found = False
+    for t in (x, w):
+        if is_channels_last(t):
+            if t.shape[1:] != (1, 1, 1):
+                return torch.channels_last
+            found = True
+    return torch.channels_last if found and any(map(_is_channels_last_copied, (x, w))) else torch.contiguous_format
+
+
+def _is_channels_last_copied(t: Laid) -> bool:
+    """`is_channels_last` of t.contiguous(memory_format=torch.channels_last), which is t itself where it lies so; t is not empty."""
+    N, C, H, W = t.shape
+    if N > 1 and C * H * W == 1:
+        return False
+    dense = H * W * C, 1, W * C, C
+    return is_channels_last(t) or any(size > 1 and step != own for size, step, own in zip(t.shape, t.stride(), dense, strict=True))
+
+
 def empty(
     shape: Sequence[int] | Layout,
     like: torch.Tensor,

@@ -54,7 +54,7 @@ def test_any_conv1d(case, dtype, layout, w_layout, bias, device):
     mine = run(lambda x, w, b: ours.conv1d(x, w, b, *geometry), inputs)
     assert_bits(mine, exact(lambda x, w, b: theirs.conv1d(x, w, b, *geometry), inputs))
     assert_served_by_kernels(mine.trace)
-    assert mine.operations == ["conv_fprop", "conv_dgrad", "conv_wgrad"] + ["channel_sum"] * bias
+    assert mine.operations == ["conv_fprop"] + (["conv_dgrad", "conv_wgrad"] + ["channel_sum"] * bias) * (x_shape[0] > 0)
 
 
 @st.composite
@@ -89,7 +89,7 @@ def test_any_transposed_convolution(case, algorithm, dtype, layout, w_layout, bi
     mine = run(lambda x, w, b: ours.conv_transpose2d(x, w, b, *geometry, algorithm=algorithm), inputs)
     assert_bits(mine, exact(lambda x, w, b: theirs.conv_transpose2d(x, w, b, *geometry), inputs))
     assert_served_by_kernels(mine.trace)
-    assert mine.operations == ["conv_dgrad", "conv_fprop", "conv_wgrad"] + ["channel_sum"] * bias
+    assert mine.operations == ["conv_dgrad"] + (["conv_fprop", "conv_wgrad"] + ["channel_sum"] * bias) * (x_shape[0] > 0)
 
 
 X, W, B = integers(2, 4, 5, 3, largest=2), integers(4, 2, 3, 2, seed=2), integers(4, seed=3)

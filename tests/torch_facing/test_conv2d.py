@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import cnnfast
 import cnnfast.functional as ours
-from agreement import assert_bits, assert_same_strides, assert_served_by_kernels, exact, integers, leaf, normal, run, saved_bytes
+from agreement import assert_bits, assert_served_by_kernels, exact, integers, leaf, normal, run, saved_bytes
 from cnnfast_kernels.gather import im2col
 from convolutions import LAYOUTS, arrange
 
@@ -61,7 +61,8 @@ def check(case: Case, algorithm: str, inputs: list) -> None:
     mine = run(convolve(case, algorithm), inputs)
     assert_bits(mine, exact(reference(case), inputs))
     assert_served_by_kernels(mine.trace)
-    assert mine.operations == ["conv_fprop", "conv_dgrad", "conv_wgrad"] + ["channel_sum"] * (inputs[2] is not None)
+    backward = ["conv_dgrad", "conv_wgrad"] + ["channel_sum"] * (inputs[2] is not None)
+    assert mine.operations == ["conv_fprop"] + backward * (inputs[0].shape[0] > 0)
     if case.x[0]:
         depthwise = case.groups == case.x[1] > 1 and algorithm != "im2col"
         expected = (DEPTHWISE if depthwise else KERNELS[algorithm]) - (
@@ -181,20 +182,9 @@ def test_im2col_in_pieces(device, monkeypatch):
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
-@pytest.mark.parametrize("w_format", FORMATS, ids=["nchw_w", "nhwc_w"])
-@pytest.mark.parametrize("x_format", FORMATS, ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("x_shape", [(2, 4, 5, 3), (2, 4, 1, 1), (1, 1, 4, 3)], ids=["usual", "one pixel", "one channel"])
-def test_strides(x_shape, x_format, w_format, device):
-    """The result and every gradient lie in memory as PyTorch lays them out."""
-    x = integers(*x_shape).to(device).contiguous(memory_format=x_format)
-    w = integers(6, x_shape[1], 1, 1).to(device).contiguous(memory_format=w_format)
-    mine, right = (run(f, [x, w, None]) for f in (ours.conv2d, theirs.conv2d))
-    assert_same_strides(mine, right)
-
-
 @pytest.mark.parametrize("algorithm", ["auto", "im2col"])
 def test_gradients_are_kept_as_pytorch_keeps_them(algorithm, device):
-    """.grad lies in memory as in PyTorch, which lays mixed formats out anew once more; ours are written as they are kept."""
+    """.grad lies in memory as in PyTorch: autograd lays it out as its tensor. Of what it is made from, see test_convolution_layouts.py."""
     for formats in ((FORMATS[0], FORMATS[0]), (FORMATS[0], FORMATS[1]), (FORMATS[1], FORMATS[0]), (FORMATS[1], FORMATS[1])):
         strides = []
         for function in (convolve(CASES[0], algorithm), reference(CASES[0])):

@@ -39,8 +39,15 @@ SAMPLES = {
         (NHWC, W, None, *GEOMETRY),
         wants(NHWC, W, None, *IM2COL),
         wants(X[:0], W, BIAS, *GEOMETRY),
+        wants(NHWC[:0], W.contiguous(memory_format=torch.channels_last), BIAS, *GEOMETRY),
+        wants(X[:, :0], W[:, :0], BIAS, *GEOMETRY),
     ],
-    "conv_dgrad": [wants(Y, W, BIAS[:4], X.shape, False, *GEOMETRY), (Y, W, None, X.shape, True, *IM2COL)],
+    "conv_dgrad": [
+        wants(Y, W, BIAS[:4], X.shape, False, *GEOMETRY),
+        (Y, W, None, X.shape, True, *IM2COL),
+        wants(Y[:0], W, BIAS[:4], X[:0].shape, False, *GEOMETRY),
+        wants(Y[:, :, :1, :1], W, BIAS[:4], (2, 4, 0, 0), True, (1, 1), (1, 1, 2, 1), (1, 1), 2, "auto"),
+    ],
     "conv_wgrad": [wants(X, Y, W.shape, False, *GEOMETRY), (NHWC, Y, W.shape, True, *IM2COL)],
     "conv_stats": [wants(X, W, BIAS, *GEOMETRY), (NHWC, W, None, *GEOMETRY), (NHWC, W, None, *IM2COL)],
     "conv_bn_act": [

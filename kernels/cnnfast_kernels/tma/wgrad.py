@@ -6,7 +6,9 @@ A program has one tap: a box of dy's pixels meets a box of x's, shifted by the t
 boxes. Those that the tap moves into the padding are skipped. The boxes are cut into parts that run side by side; each writes a partial
 gradient to its own slot, and a second kernel adds the slots in a fixed order: the same bits every time.
 
-What lies outside dy is zero, and multiplied: where x is not finite, weights that it does not reach may become NaN too.
+What lies outside dy is zero, and multiplied. Where P is no multiple of a box's rows, or Q of its columns, the last box meets pixels of x
+beyond those that its tap reaches: an infinity or NaN there makes the tap's weights NaN though it does not reach them. A second sum without
+such pixels, as in dgrad.py, was tried: beside it ptxas waits after every wgmma of the first one, in boxes that pass through registers.
 
 Written for sm_90 and later. Not yet run on a GPU.
 """

@@ -158,33 +158,44 @@ def test_a_trace_is_refused_where_kernels_have_to_serve(net, x):
 # ONNX
 
 
+@pytest.fixture
+def not_pretended(pytestconfig: pytest.Config) -> None:
+    if pytestconfig.getoption("pretend_gpu"):
+        pytest.skip("pretended GPU: tensors are made below where it sees them")
+
+
+@pytest.mark.cpu_tensors
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 @pytest.mark.parametrize("make", [Net, KEPT["ConvBNAct"], KEPT["BasicBlock"]], ids=["Net", "ConvBNAct", "BasicBlock"])
-def test_onnx(make, dynamo, device, tmp_path: Path):
+def test_onnx(make, dynamo, tmp_path: Path, not_pretended):
     """Both exporters translate PyTorch's operators only: it serves while they run, and a converted model is exported as it is."""
     pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    model = build(make, device).float()
-    ours, x = cnnfast.convert(model), image(3 if make is Net else CHANNELS, 9).float().to(device)
+    model = build(make).float()
+    ours, x = cnnfast.convert(model), image(3 if make is Net else CHANNELS, 9).float()
     file = tmp_path / "model.onnx"
+    with torch.no_grad(), cnnfast.trace() as before:
+        right = ours(x)
     with warnings.catch_warnings(), cnnfast.trace() as trace:
         warnings.simplefilter("ignore")
         torch.onnx.export(ours, (x,), file, dynamo=dynamo, verbose=False)
     reason = "the model is being exported to ONNX" if dynamo else "torch.jit.trace is recording"
-    assert {(call.served_by, call.reason) for call in trace} == {("torch", reason)}
+    assert {call.served_by for call in trace} == {"torch"}
+    assert {call.reason for call in trace} <= {reason, *(call.reason for call in before if call.served_by == "torch")}
     session = runtime.InferenceSession(file)
-    (y,) = session.run(None, {session.get_inputs()[0].name: x.cpu().numpy()})
-    with torch.no_grad(), cnnfast.trace() as trace:
-        torch.testing.assert_close(torch.from_numpy(y).to(device), ours(x), rtol=1e-4, atol=1e-4)
-    assert {call.served_by for call in trace} == {"kernels"}
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), right, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), cnnfast.trace() as after:
+        torch.testing.assert_close(ours(x), right, rtol=0, atol=0)
+    assert list(map(str, after)) == list(map(str, before))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # torch.package, processes
 
 
-def test_package(net, x, tmp_path: Path):
+def test_package(net, x, tmp_path: Path, not_pretended):
     """Without a rule for cnnfast PyTorch says what is missing; with it the model is read back, as fused."""
     ours = cnnfast.convert(net)
     for packages in (("torch.**",), ("torch.**", "cnnfast.**", "cnnfast", "blocks")):
@@ -197,7 +208,7 @@ def test_package(net, x, tmp_path: Path):
                 exporter.close()
             continue
         exporter.close()
-        loaded = PackageImporter(file).load_pickle("model", "model.pkl")
+        loaded = PackageImporter(file).load_pickle("model", "model.pkl").to(x.device)
         with torch.no_grad(), cnnfast.trace() as trace:
             torch.testing.assert_close(loaded(x), net(x))
         assert fusions(trace) == CONVOLUTIONS

@@ -17,11 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from cnnfast_kernels import launch
 
 from . import dispatch
-from .aside import leaving_no_trace
+from .aside import leaving_no_trace, meta, meta_copy
 from .conversion import convert
 from .ops import plain
 from .ops.registry import OPERATORS
-from .summary import meta, meta_copy
 
 # Operators that a forward pass calls, conv_dgrad for a transposed convolution.
 FORWARD = (

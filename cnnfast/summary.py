@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import types
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from . import dispatch, receptive_field
-from .aside import leaving_no_trace
+from .aside import is_callers, meta, meta_copy, on_a_copy, run_aside
 
 # What a class is called after: the file of torch.nn that defines it, or one that it inherits from.
 KINDS = {
@@ -63,7 +62,8 @@ class Layer:
 @dataclass(frozen=True)
 class Summary:
     """All layers of a model, and totals: `parameters` and those that are `trainable`, each counted once; `flops` of the whole run,
-    whoever did them; `output_bytes` of the layers; `unused`, parameters of modules that the run did not call."""
+    whoever did them; `output_bytes` of the layers; `unused`, parameters of modules that the run did not call. Parameters of lazy
+    modules have the sizes that the run gave them; one that it did not call has none, and does not count."""
 
     layers: list[Layer]
     parameters: int
@@ -94,13 +94,7 @@ def summarize(model: nn.Module, *example_inputs: Any) -> Summary:
     example_inputs: tensors, of any device, meta too, or structures of them. Raises RuntimeError if the model does not run on them.
     """
     try:
-        return _Run(meta_copy(model)).of(meta(example_inputs))
-    except Exception as error:
-        reason = error
-    if any(t.is_meta for t in tree_leaves(example_inputs) if isinstance(t, Tensor)):
-        raise RuntimeError(f"{_does_not_run(model, example_inputs)}: {type(reason).__name__}: {reason}") from reason
-    try:
-        return _Run(copy.deepcopy(model)).of(tree_map_only(Tensor, Tensor.clone, example_inputs))
+        return on_a_copy(summary_of, model, example_inputs)
     except Exception as error:
         raise RuntimeError(f"{_does_not_run(model, example_inputs)}: {type(error).__name__}: {error}") from error
 
@@ -108,35 +102,19 @@ def summarize(model: nn.Module, *example_inputs: Any) -> Summary:
 def attempt(model: nn.Module, *example_inputs: Any) -> Summary | None:
     """The same, or None if the model does not run on meta tensors of these shapes."""
     try:
-        return _Run(meta_copy(model)).of(meta(example_inputs))
+        return run_aside(summary_of, meta_copy(model), meta(example_inputs))
     except Exception:
         return None
+
+
+def summary_of(model: nn.Module, inputs: tuple[Any, ...]) -> Summary:
+    """`summarize`, by running this very model, which is of no use afterwards: see `on_a_copy`."""
+    return _Run(model).of(inputs)
 
 
 def _does_not_run(model: nn.Module, inputs: Any) -> str:
     shapes = " ".join("x".join(map(str, t.shape)) for t in tree_leaves(inputs) if isinstance(t, Tensor))
     return f"{type(model).__name__} does not run on {shapes or 'these inputs'}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Copies
-
-
-def meta(tree: Any) -> Any:
-    """The same on meta tensors, strides included."""
-    return tree_map_only(Tensor, lambda t: torch.empty_like(t.detach(), device="meta"), tree)
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy with meta tensors in the place of all that the modules hold, shared ones still shared."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for t in tree_leaves(dict(vars(module))):
-            if isinstance(t, nn.Parameter):
-                memo[id(t)] = nn.Parameter(meta(t), t.requires_grad)
-            elif isinstance(t, Tensor):
-                memo[id(t)] = meta(t)
-    return copy.deepcopy(model, memo)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,21 +156,18 @@ class _Run(TorchDispatchMode):
         for module in model.modules():
             module.training = False
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                # Objects that hook have been copied with the model, and may be part of it, as pruning is; functions are the caller's.
-                for key in [key for key, hook in hooks.items() if isinstance(hook, types.FunctionType)]:
+                for key in [key for key, hook in hooks.items() if is_callers(hook)]:
                     del hooks[key]
             module.register_forward_pre_hook(self.enter, with_kwargs=True)
             module.register_forward_hook(self.leave)
 
     def of(self, inputs: tuple[Any, ...]) -> Summary:
-        tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-        for t in tensors:
-            if t.is_floating_point():
+        for t in tree_leaves(inputs):
+            if isinstance(t, Tensor) and t.is_floating_point():
                 receptive_field.see(t)
-        made = torch.device("meta") if any(t.is_meta for t in tensors) else nullcontext()
-        with leaving_no_trace(), torch.no_grad(), _unfused_attention(), dispatch.backend("torch"), made, self:
+        with torch.no_grad(), _unfused_attention(), dispatch.backend("torch"), self:
             self.model(*inputs)
-        parameters = {id(p): p for p in self.model.parameters()}.values()
+        parameters = {id(p): p for p in self.model.parameters() if not is_lazy(p)}.values()
         found = [row for row in self.rows if row is not None]
         return Summary(
             layers=found,

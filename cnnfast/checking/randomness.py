@@ -24,16 +24,11 @@ DRAWS_LIKE = (torch.rand_like, torch.randn_like, torch.bernoulli)
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
     """Seeds PyTorch, Python and NumPy, and sets all of them back. Dropout and the like draw alike in every dtype: see `_DrawsAlike`."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with leaving_no_trace(), _DrawsAlike():
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with leaving_no_trace(), _DrawsAlike():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        yield
 
 
 class _DrawsAlike(TorchFunctionMode):

@@ -341,13 +341,14 @@ def input_shape(model: nn.Module, batch: int, *, small: bool) -> tuple[int, ...]
 def _first_features(model: nn.Module) -> tuple[int, int] | None:
     """(channels, spatial axes) that the first convolution takes; else the first layer with a convolution's weight, or a linear one."""
     from torch import nn
+    from torch.nn.parameter import is_lazy
 
     found: list[tuple[int, int]] = []
     for module in model.modules():
         weight = module._parameters.get("weight")
-        if isinstance(module, nn.modules.conv._ConvNd):
-            return module.in_channels, len(module.kernel_size)
-        if weight is not None and weight.dim() in (2, 3, 4, 5):
+        if isinstance(module, nn.modules.conv._ConvNd):  # a lazy one takes any image
+            return module.in_channels or 3, len(module.kernel_size)
+        if weight is not None and not is_lazy(weight) and weight.dim() in (2, 3, 4, 5):
             found.append((weight.shape[1] * getattr(module, "groups", 1), weight.dim() - 2))
     return next((features for features in found if features[1]), found[0] if found else None)
 

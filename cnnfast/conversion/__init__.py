@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nn.fused import forward_replaced
 from .fusion import fuse, unfuse
 from .leaves import swap, swap_back
 from .reporting import Report, Row, report_on
@@ -47,6 +48,8 @@ def convert(model: nn.Module, *, inplace: bool = False, memory_format: torch.mem
         model = share(model, "convert")
     modules = list(model.modules())
     for module in modules:
+        if "forward" in module.__dict__ and not forward_replaced(module):
+            del module.__dict__["forward"]  # its class's own, left by a library that had wrapped it: the class is about to change
         swap(module)
     for module in reversed(modules):  # children first: whether one may write into its arguments is known then
         fuse(module)
@@ -70,8 +73,12 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 def report(model: nn.Module, *example_inputs: Any) -> Report:
     """What of `model` runs on our kernels, and what does not and why.
 
-    example_inputs: what the model takes, to weigh modules by FLOPs; nothing is computed. Without them one image of 224 x 224 is
-    tried. Raises TypeError if `model` is no module.
+    A copy of the model runs on meta tensors (on real ones if it cannot), in the modes that the model is in: the report says what was
+    fused there, and what was called alone. Where that run fails, it says what is planned, and that nothing was seen. The model, its
+    hooks, lazy modules and random numbers stay as they are.
+
+    example_inputs: what the model takes; FLOPs are counted on them. Without them one image of 224 x 224 is tried. Raises TypeError if
+    `model` is no module, RuntimeError if it does not run on inputs that were given, not even in eval mode.
     """
     _check("report", model)
     return report_on(model, example_inputs)

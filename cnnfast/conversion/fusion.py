@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import linecache
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..nn.fused import served, unwatched
+from ..nn.fused import forward_replaced, served, why_watched
 from . import graphs
 from .grafts import base_of, graft, grafted_before, own_class, set_class
 from .planning import Group, Plan, Variant, plan
 from .refused import Refused
 
+_copying: ContextVar[bool] = ContextVar("whoever copies will give each copy the class of its original", default=False)
+
+
+@contextmanager
+def copying_without_fusing() -> Iterator[None]:
+    """Copies are not fused anew, which takes its time: they have the classes that their originals had before they were fused."""
+    token = _copying.set(True)
+    try:
+        yield
+    finally:
+        _copying.reset(token)
+
 
 def fuse(block: nn.Module) -> None:
     """Gives a container a fused forward, if there is one, on top of its own class; on none that was there before."""
+    if _copying.get():
+        return
     unfuse(block)
     try:
         found = plan(block)
@@ -38,10 +56,18 @@ def plan_of(block: nn.Module) -> Plan | None:
     return getattr(type(block), "_cnnfast_plan", None)
 
 
-def groups_in_force(block: nn.Module) -> list[Group]:
-    """The groups of a fused container that has not changed since; none otherwise."""
+def groups_of(block: nn.Module) -> list[tuple[Group, str]]:
+    """The groups that a container was fused with, each with the reason for which it is not computed in one step now; "" where it is."""
     found = plan_of(block)
-    groups = {} if found is None else {g.conv: g for v in reversed(found.variants) if _members(block, found, v) for g in v.groups}
+    if found is None:
+        return []
+    replaced = f"the forward of {base_of(type(block)).__name__} was replaced on the instance" if forward_replaced(block) else ""
+    groups: dict[str, tuple[Group, str]] = {}
+    for variant in found.variants:
+        reason = _why_idle(block, found, variant) or replaced
+        for group in variant.groups:
+            if group.conv not in groups or groups[group.conv][1]:
+                groups[group.conv] = group, reason
     return list(groups.values())
 
 
@@ -61,15 +87,16 @@ def _fused_class(base: Any, found: Plan) -> type:
 
 def _graft_forward(base: Any, found: Plan, purpose: Any) -> type:
     variants = [(variant, _compile(base, variant)) for variant in found.variants]
+    in_positions = _by_positions(base.forward)
     serves = _serves  # `forward` has the global variables of the one that it stands for
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs:
-            for variant, fused in variants:
-                if variant.takes(args):
-                    if serves(self, found, variant, args):
-                        return fused(self, *args)
-                    break
+        given = in_positions(args, kwargs) if kwargs or (args and args[-1] is None) else args
+        for variant, fused in variants:
+            if variant.takes(given):
+                if serves(self, found, variant, given):
+                    return fused(self, *given)
+                break
         return base.forward(self, *args, **kwargs)
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
@@ -105,6 +132,29 @@ def _in_place_of(original: Any, forward: types.FunctionType) -> Any:
     return functools.wraps(original)(moved)
 
 
+def _by_positions(forward: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
+    """A function that gives the arguments of a call of `forward` by position, without a None at the end that is the default; () if some
+    can be given by keyword only, or are not as they should be."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    keywords = [p.name if p.kind is p.POSITIONAL_OR_KEYWORD else "" for p in positional]
+    without = [p.default is None for p in positional]
+
+    def in_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        given = list(args)
+        for name in keywords[len(args) :]:
+            if name not in kwargs:
+                break
+            given.append(kwargs[name])
+        if len(given) != len(args) + len(kwargs) or len(given) > len(keywords):
+            return ()
+        while given and given[-1] is None and without[len(given) - 1]:
+            given.pop()
+        return tuple(given)
+
+    return in_positions
+
+
 def _compile(base: type, variant: Variant) -> Any:
     """The function that the source says. Its lines show in tracebacks."""
     file = f"<cnnfast fusion of {base.__module__}.{base.__qualname__} {abs(hash(variant)):x}>"
@@ -116,10 +166,18 @@ def _compile(base: type, variant: Variant) -> Any:
 
 def _serves(block: nn.Module, found: Plan, variant: Variant, args: tuple[Any, ...]) -> bool:
     """Whether kernels serve these arguments, and the container and its members are as they were, and unwatched."""
-    if not served(args[0] if isinstance(args[0], Tensor) else args[0][0]):
-        return False
-    members = _members(block, found, variant)
-    return bool(members) and unwatched(*members)
+    return served(args[0] if isinstance(args[0], Tensor) else args[0][0]) and not _why_idle(block, found, variant)
+
+
+def _why_idle(block: nn.Module, found: Plan, variant: Variant) -> str:
+    """Why a variant may not stand for the container's own forward now, whatever the arguments; the empty string if it may.
+
+    A report asks this, and so does every call. A forward may also outlive its class on the instance, where nothing told it of changes.
+    """
+    members = _members(block, found, variant) if plan_of(block) is found else []
+    if not members:
+        return f"{base_of(type(block)).__name__} has changed since it was fused: convert again"
+    return why_watched(*members, members=variant.members)
 
 
 def _members(block: nn.Module, found: Plan, variant: Variant) -> list[nn.Module]:

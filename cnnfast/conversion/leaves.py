@@ -99,7 +99,8 @@ def why_left(module: nn.Module) -> str:
     if is_ours(module):
         return ""
     if isinstance(module, LazyModuleMixin):
-        return "not initialised yet: run the model once, then convert it" if _original(cls) else ""
+        becomes: Any = module.cls_to_become  # a lazy batch norm does not inherit from what it becomes
+        return "not initialised yet: run the model once, then convert it" if _original(becomes or cls) else ""
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance" if _original(cls) else ""
     if isinstance(module, nn.SyncBatchNorm):

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from .. import nn as cnn
 from ..activations import activation_of
 from ..dispatch import on_gpu
+from ..nn.fused import forward_replaced
 from .grafts import own_class
 from .leaves import is_convolution, is_norm, is_ours, normalizes_and_activates
 from .refused import Refused
@@ -288,6 +289,8 @@ class _Rewriter:
 
 def _writes(module: nn.Module) -> bool:
     """Whether a module, apart from its children, may write into its arguments; what is not known does."""
+    if forward_replaced(module):
+        return True
     found: Plan | None = getattr(type(module), "_cnnfast_plan", None)
     if found is not None:
         return any(variant.writes for variant in found.variants)

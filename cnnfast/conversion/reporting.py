@@ -1,4 +1,4 @@
-"""What a conversion did, module by module, read off the model as it is now."""
+"""What a conversion did, module by module: what the model as it is now has planned, corrected by what a run of it shows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from torch.utils._pytree import tree_leaves
 from cnnfast_kernels.problem import ConvProblem
 
 from .. import dispatch
-from .fusion import groups_in_force, plan_of, why_not_fused
+from ..nn.fused import forward_replaced
+from .fusion import groups_of, why_not_fused
 from .grafts import base_of
 from .leaves import is_norm, is_ours, replacement, stored_weight, why_left
+from .observing import Observation, look
 from .planning import Group, only_holds
 
 if TYPE_CHECKING:
@@ -32,13 +34,15 @@ if TYPE_CHECKING:
 
 FUSED, REPLACED, LEFT = "fused", "replaced", "left"
 STYLES = {FUSED: "green", REPLACED: "green", LEFT: "yellow"}
+REPLACED_ON_THE_INSTANCE = "its forward was replaced on the instance"
 WIDTH = 100  # of str(report)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass
 class Row:
-    """One module. `status`: "fused" (`reason` says into what), "replaced" (its forward is ours), "left" (`reason` says why).
+    """One module. `status`: "fused" (each call of it is part of a fused step; `reason` says of which), "replaced" (its forward is ours;
+    `reason` says why it is not fused though that was planned, or that no call of it was seen), "left" (`reason` says why).
 
     flops: multiplications and additions of its forward, None where the model could not be run to find the sizes.
     """
@@ -103,36 +107,100 @@ class Report:
 
 def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> Report:
     modules = dict(model.named_modules())
-    fused: dict[str, str] = {}
-    for name, module in modules.items():
-        fused |= _fused_members(name, module)
-    found, sizes = _layers(model, example_inputs)
+    plans = {name: found for name, module in modules.items() if (found := groups_of(module))}
+    found, seen, sizes = _look(model, example_inputs)
     costs = _flops(found)
+    members = _Members(modules, plans, seen if isinstance(seen, Observation) else None)
     rows = []
     for name, module in modules.items():
-        kind = base_of(type(module)).__name__
-        convolution = isinstance(module, CONVOLUTIONS)
-        if name in fused and (is_ours(module) or is_norm(module)):
-            rows.append(Row(name, kind, FUSED, fused[name], costs.get(name), convolution))
-        elif is_ours(module):
-            rows.append(Row(name, kind, REPLACED, "", costs.get(name), convolution))
-        elif reason := why_left(module) or _why_plain(module) or _why_not(module):
-            rows.append(Row(name, kind, LEFT, reason, costs.get(name), convolution))
+        status, reason = members.told(name) or _container(name, module, plans.get(name, []), members)
+        if status:
+            rows.append(Row(name, base_of(type(module)).__name__, status, reason, costs.get(name), isinstance(module, CONVOLUTIONS)))
     total = sum(costs.values()) if found else None
-    return Report(rows, total, sizes, list(_notes(model, found, sizes)))
+    notes = list(_notes(model, found, sizes))
+    if members.seen is None and any(row.status == FUSED for row in rows):
+        why = sizes if seen is None else f"in its present modes it raises {type(seen).__name__}: {str(seen).strip().partition(chr(10))[0]}"
+        notes.insert(0, f"What is fused was planned, and not seen in a run: {why}")
+    return Report(rows, total, sizes, notes)
 
 
-def _fused_members(name: str, block: nn.Module) -> dict[str, str]:
-    """Full name of each member of a group > what the group computes."""
-    prefix = f"{name}." if name else ""
-    return {prefix + member: _described(block, group) for group in groups_in_force(block) for member in group.members}
+class _Members:
+    """What is to say of convolutions, norms and pools: what was seen of them in a run, or what was planned for them without one."""
+
+    def __init__(self, modules: dict[str, nn.Module], plans: dict[str, list[tuple[Group, str]]], seen: Observation | None) -> None:
+        self.modules, self.seen = modules, seen
+        self.planned: dict[str, tuple[str, str, str]] = {}  # name of a member > (its container's name, what the group computes, why not)
+        for container, groups in plans.items():
+            for group, reason in groups:
+                described = _described(modules[container], group)
+                for name in (_joined(container, member) for member in group.members):
+                    if name not in self.planned or self.planned[name][2]:  # of containers in one another it is the one that fuses
+                        self.planned[name] = container, described, reason
+
+    def told(self, name: str) -> tuple[str, str] | None:
+        """(status, reason) of a module; None if it is none that might be covered."""
+        module = self.modules[name]
+        if self.fused(name) and (is_ours(module) or is_norm(module)):
+            return FUSED, self.into(name)
+        if is_ours(module):
+            return self._unfused(name, module)
+        reason = why_left(module) or _why_plain(module)
+        return (LEFT, reason) if reason else None
+
+    def fused(self, name: str) -> bool:
+        """Whether each call of it is part of a fused step, as far as is known."""
+        if self.seen is not None:
+            return 0 < self.seen.fused[name] == self.seen.calls(name)
+        return name in self.planned and not self.planned[name][2]
+
+    def into(self, name: str) -> str:
+        return self.planned[name][1] if name in self.planned else self.seen.into[name] if self.seen else ""
+
+    def _unfused(self, name: str, module: nn.Module) -> tuple[str, str]:
+        """Of a module of ours. A reason says why it is not as planned."""
+        if self.seen is None:
+            if forward_replaced(module):
+                return LEFT, REPLACED_ON_THE_INSTANCE
+            return REPLACED, f"alone, because {reason}" if (reason := self.planned.get(name, ("", "", ""))[2]) else ""
+        fused, calls = self.seen.fused[name], self.seen.calls(name)
+        if not calls:
+            return REPLACED, "no call of it was seen"
+        if self.seen.elsewhere[name]:
+            return LEFT, REPLACED_ON_THE_INSTANCE if forward_replaced(module) else "our forward was not reached by its calls"
+        parts = [f"{fused} of its {calls} calls fused into {self.into(name)}"] if fused else []
+        if name in self.planned:
+            parts.append(f"alone, because {self._why_alone(name)}")
+        return REPLACED, "; the others ".join(parts)
+
+    def _why_alone(self, name: str) -> str:
+        container, _, reason = self.planned[name]
+        called = container or base_of(type(self.modules[container])).__name__
+        if not reason and self.seen and name in self.seen.outside:
+            return f"{called} was not called, but its members"
+        return reason or f"{called} was called with arguments that it has no fused forward for"
+
+
+def _container(name: str, block: nn.Module, groups: list[tuple[Group, str]], members: _Members) -> tuple[str, str]:
+    """(status, reason) of a container whose own children could be fused, and are not; of any other two empty strings."""
+    convolutions = [_joined(name, group.conv) for group, _ in groups] or [
+        _joined(name, child) for child, module in block._modules.items() if isinstance(module, nn.Conv2d)
+    ]
+    if any(map(members.fused, convolutions)):
+        return "", ""
+    reason = f"not fused: {groups[0][1]}" if groups and groups[0][1] else "" if groups else _why_not(block)
+    return (LEFT, reason) if reason else ("", "")
+
+
+def _joined(container: str, path: str) -> str:
+    return f"{container}.{path}" if container else path
 
 
 def _described(block: nn.Module, group: Group) -> str:
     """Names of what a group computes; classes where children are numbered."""
 
     def named(path: str) -> str:
-        return base_of(type(block.get_submodule(path))).__name__ if path.rpartition(".")[2].isdecimal() else path
+        last = path.rpartition(".")[2]
+        return base_of(type(block.get_submodule(path))).__name__ if last.isdecimal() else last
 
     parts = [named(group.conv), named(group.norm), "residual" * group.residual, named(group.activation)]
     return " + ".join(filter(None, parts))
@@ -144,9 +212,7 @@ def _why_plain(module: nn.Module) -> str:
 
 
 def _why_not(block: nn.Module) -> str:
-    """Why a container whose own children could be fused is not."""
-    if plan_of(block) is not None:
-        return "" if groups_in_force(block) else "not fused any more: it has changed; convert again"
+    """Why a container without a plan, whose own children could be fused, has none."""
     if only_holds(block):
         return ""
     own = list(_own(block))
@@ -163,22 +229,28 @@ def _own(block: nn.Module) -> Iterator[nn.Module]:
             yield from _own(child)
 
 
-def _layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[list[Layer], str]:
-    """(the model's layers, what input they are of). Without inputs an image as large as ImageNet's is tried; none if it does not run."""
-    from ..summary import layers
+def _look(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[list[Layer], Observation | Exception | None, str]:
+    """(the model's layers, what a run of it as it is now showed, or why there was none, what input they are of).
 
-    inputs = example_inputs
+    Without inputs an image as large as ImageNet's is tried; there are no layers if the model does not take it.
+    """
+    inputs = example_inputs or _image(model)
     if not inputs:
-        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        if first is None:
-            return [], ""
-        inputs = (torch.empty(1, first.in_channels, 224, 224, device="meta", dtype=stored_weight(first).dtype),)
+        return [], None, ""
     try:
-        return layers(model, *inputs), f"for an input of {_sizes(inputs)}"
+        return *look(model, inputs), f"for an input of {_sizes(inputs)}"
     except Exception as error:  # whatever a foreign forward raises
         if example_inputs:
             raise
-        return [], f"the model does not take {_sizes(inputs)}: {type(error).__name__}"
+        return [], None, f"the model does not take {_sizes(inputs)}: {type(error).__name__}"
+
+
+def _image(model: nn.Module) -> tuple[Any, ...]:
+    """Of ImageNet's size, with as many channels as the first convolution takes, or is taken to if it is lazy; () without one."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None:
+        return ()
+    return (torch.empty(1, first.in_channels or 3, 224, 224, device="meta", dtype=stored_weight(first).dtype),)
 
 
 def _flops(found: list[Layer]) -> Counter[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,14 +15,29 @@ from cnnfast_kernels.problem import output_extent
 
 from .. import functional
 from ..activations import LEAKY_SLOPE, activate
-from ..dispatch import captured, why_torch
+from ..dispatch import capture, captured, why_torch
 from ..functional.arguments import autocast
 from .layers import BatchNorm2d, Conv2d, running_statistics
+
+# Told of every fused step that a pair of modules takes: `observed`.
+Observer = Callable[[torch.nn.Module, torch.nn.Module, bool, str | None], None]
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Every conv_bn_act calls `observer(conv, bn, whether there is a residual, activation)`, and steps are fused whoever serves them."""
+    _observers.append(observer)
+    try:
+        with capture(lambda *call: nullcontext()):
+            yield
+    finally:
+        _observers.remove(observer)
 
 
 def fusable(x: Any, *modules: torch.nn.Module) -> bool:
     """Whether conv_bn_act on `x` may stand for calls of `modules`: kernels serve it, and nobody watches or replaces a member's call."""
-    return served(x) and unwatched(*modules)
+    return served(x) and not why_watched(*modules)
 
 
 def served(x: Any) -> bool:
@@ -28,17 +45,44 @@ def served(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() == 4 and (not why_torch(x) or captured())
 
 
-def unwatched(*modules: torch.nn.Module) -> bool:
-    """False if a module has hooks of any kind, or a forward of its own in its __dict__; under global module hooks; for a SyncBatchNorm
-    in training."""
+def why_watched(*modules: torch.nn.Module, members: Sequence[tuple[Sequence[str], type]] = ()) -> str:
+    """Why the modules have to be called, and nothing may stand for their calls; the empty string if something may.
+
+    A module has a hook, or its forward is replaced; hooks of all modules are registered; or a SyncBatchNorm trains.
+    members: the path and the class of each, or of the first ones, so that the reason can name it; of others it has the class's name.
+    """
     if _has_any_global_hook():
+        return "hooks of all modules are registered"
+    for i, m in enumerate(modules):
+        if reason := _why_called(m):
+            kind = type(m).__name__
+            return f"{'.'.join(members[i][0])} ({kind}) {reason}" if i < len(members) else f"{kind} {reason}"
+    return ""
+
+
+def _why_called(m: torch.nn.Module) -> str:
+    if m._forward_hooks:
+        return "has a forward hook"
+    if m._forward_pre_hooks:
+        return "has a forward pre-hook"
+    if m._backward_hooks or m._backward_pre_hooks:
+        return "has a backward hook"
+    if forward_replaced(m):
+        return "has a forward that was replaced on the instance"
+    if m.training and isinstance(m, torch.nn.SyncBatchNorm):
+        return "synchronises its statistics in training"
+    return ""
+
+
+def forward_replaced(module: torch.nn.Module) -> bool:
+    """Whether calling `module` runs another forward than its class's.
+
+    Libraries that wrap a forward, and later put back what they took, leave the class's own, bound to the module, on the instance.
+    """
+    if "forward" not in module.__dict__:
         return False
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in m.__dict__:
-            return False
-        if m.training and isinstance(m, torch.nn.SyncBatchNorm):
-            return False
-    return True
+    forward = module.__dict__["forward"]
+    return getattr(forward, "__self__", None) is not module or getattr(forward, "__func__", None) is not type(module).forward
 
 
 def conv_bn_act(
@@ -68,6 +112,8 @@ def conv_bn_act(
     fits = residual is None or (
         isinstance(residual, Tensor) and residual.dtype == x.dtype and residual.shape == _output_size(conv, x, padding)
     )
+    for observer in _observers:
+        observer(conv, bn, residual is not None, activation)
     mean, var, training, momentum = running_statistics(bn)
     y = functional.conv_bn_act(
         x,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cnnfast
-from blocks import CHANNELS, Block, build, image
+from blocks import CHANNELS, Block, block, build, image
 from steps import assert_same_steps, converted
 
 
@@ -119,6 +119,21 @@ def test_a_containers_forward_replaced_on_the_instance(when, quick):
     ours.eval()
     twice = copy.deepcopy(ours)
     assert torch.equal(twice(x), ours(x))
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Block])
+def test_a_child_whose_forward_on_the_instance_writes(kind, quick):
+    """Its class's would not: what stands beside it in the parent's forward must not be moved past its call."""
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        z = self.child(x)
+        return self.relu(y + z)
+
+    model, x = build(block(forward, child=kind), quick), image().to(quick)
+    model.child.forward = types.MethodType(lambda self, x: x.mul_(0.5), model.child)
+    original = copy.deepcopy(model)
+    assert_same_steps(cnnfast.convert(model), original, x, may_raise=True)
 
 
 class WithSuper(Block):

@@ -195,7 +195,7 @@ def test_a_report_counts_what_is_unmeasured(gpu):
     model = cnnfast.convert(OnGpu())
 
     def told(*shape):
-        found, sizes = reporting._layers(model, (torch.zeros(*shape, device="meta"),) if shape else ())
+        found, _, sizes = reporting._look(model, (torch.zeros(*shape, device="meta"),) if shape else ())
         return list(reporting._unmeasured(model, gpu, found, sizes))
 
     measures = "cnnfast tune MODEL, or cnnfast.tune(model, *inputs), measures them."

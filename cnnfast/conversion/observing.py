@@ -1,0 +1,131 @@
+"""A look at a run: which members of a converted model are computed in fused steps there, and which by calls of their own.
+
+A copy of the model runs on meta tensors, in the modes that the model is in. Hooks would show the calls and prevent the fusions that
+are to be seen, so calls are intercepted where PyTorch leaves room for a compiled one, and fused steps tell of themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import dispatch
+from ..aside import is_callers, on_a_copy
+from ..nn.fused import observed
+from ..summary import Layer, layers, summary_of
+from .fusion import copying_without_fusing, plan_of
+from .leaves import is_norm, is_ours
+from .tree import HOOKS
+
+
+@dataclass
+class Observation:
+    """What a run did with modules, by their names.
+
+    fused: how often each took part in a fused step; into: what such a step computed. alone: how often a call of its own was served by
+    its class of ours. elsewhere: how often a call of its own was not. outside: those of which a call of their own came while no fused
+    container around them was running.
+    """
+
+    fused: Counter[str] = field(default_factory=Counter)
+    into: dict[str, str] = field(default_factory=dict)
+    alone: Counter[str] = field(default_factory=Counter)
+    elsewhere: Counter[str] = field(default_factory=Counter)
+    outside: set[str] = field(default_factory=set)
+
+    def calls(self, name: str) -> int:
+        return self.fused[name] + self.alone[name] + self.elsewhere[name]
+
+
+def look(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Layer], Observation | Exception | None]:
+    """(the model's layers, what a call of the model on these inputs does, in its modes and with gradients or without as they are now).
+
+    Instead of the latter the error that such a call raises, though the model runs in eval mode; and None for a model without a module
+    of ours, and while hooks of all modules are registered: they would hear of the call, and nothing is fused. Raises RuntimeError if
+    the model does not run at all.
+    """
+
+    def both(copied: nn.Module, given: tuple[Any, ...]) -> tuple[list[Layer], Observation]:
+        fusing_again.close()
+        for original, module in zip(model.modules(), copied.modules(), strict=True):
+            if type(module) is not type(original):
+                module.__class__ = type(original)
+        seen = _observed(copied, given)
+        return summary_of(copied, given).layers, seen
+
+    if _has_any_global_hook() or not any(map(is_ours, model.modules())):
+        return layers(model, *inputs), None
+    fusing_again = ExitStack()
+    try:
+        fusing_again.enter_context(copying_without_fusing())
+        # On real tensors a layer that trains in several processes would wait for the others.
+        return on_a_copy(both, model, inputs, meta_only=torch.distributed.is_available() and torch.distributed.is_initialized())
+    except Exception as error:  # as in training, of a batch norm that has one value a channel
+        reason = error
+    finally:
+        fusing_again.close()
+    return layers(model, *inputs), reason
+
+
+def _observed(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
+    run = _Observer(model)
+    # In PyTorch's own operators; autocast does not know meta tensors that stand for nothing.
+    with dispatch.backend("torch"), dispatch.meta_as_gpu(), observed(run.step), dispatch.trace() as run.served:
+        model(*inputs)
+    for module in model.modules():
+        module.__dict__.pop("_compiled_call_impl", None)
+    return run.seen
+
+
+class _Observer:
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.seen = Observation()
+        self.served = dispatch.Trace()
+        self.running: list[str] = []  # names of the fused containers that are
+        for module in model.modules():
+            _silence(module)
+            if plan_of(module) is not None:
+                module.__dict__["_compiled_call_impl"] = functools.partial(self.container, module)
+            elif is_ours(module) or is_norm(module):
+                module.__dict__["_compiled_call_impl"] = functools.partial(self.member, module)
+
+    def container(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        self.running.append(self.names[id(module)])
+        try:
+            return module._call_impl(*args, **kwargs)
+        finally:
+            self.running.pop()
+
+    def member(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        name, before = self.names[id(module)], len(self.served)
+        result = module._call_impl(*args, **kwargs)
+        (self.seen.alone if len(self.served) > before else self.seen.elsewhere)[name] += 1
+        if not any(name.startswith(f"{container}." if container else "") for container in self.running):
+            self.seen.outside.add(name)
+        return result
+
+    def step(self, conv: nn.Module, bn: nn.Module, residual: bool, activation: str | None) -> None:
+        names = [self.names[id(m)] for m in (conv, bn) if id(m) in self.names]
+        into = " + ".join([*(name.rpartition(".")[2] for name in names), *["residual"] * residual, *filter(None, [activation])])
+        for name in names:
+            self.seen.fused[name] += 1
+            self.seen.into[name] = into
+
+
+def _silence(module: nn.Module) -> None:
+    """Hooks that are the caller's shall not hear of this run; something keeps their place, because fusion asks for it."""
+    for hooks in (getattr(module, name) for name in HOOKS):
+        for key in [key for key, hook in hooks.items() if is_callers(hook)]:
+            hooks[key] = _nothing
+
+
+def _nothing(*call: Any, **keywords: Any) -> None:
+    """A hook that does nothing."""

@@ -1,0 +1,124 @@
+"""A report compared with what a run of the model does: `assert_report_is_true`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+import cnnfast
+import cnnfast.nn as cnn
+from cnnfast.conversion import Report
+from cnnfast.dispatch import Trace
+from steps import FUSED, MODES, Mode, seed
+
+CONVOLUTIONS = (cnn.Conv1d, cnn.Conv2d, cnn.ConvTranspose2d)
+POOLS = (cnn.MaxPool2d, cnn.AvgPool2d, cnn.AdaptiveAvgPool2d, cnn.GlobalAvgPool2d)
+
+# What a trace calls the forward of one module: an operator of ours, or the function in whose place PyTorch served.
+ALONE = ("conv_fprop", "conv_dgrad", "conv1d", "conv2d", "conv_transpose2d")
+POOLING = ("max_pool", "avg_pool", "adaptive_avg_pool", "global_avg_pool", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
+
+
+def assert_reports_are_true(model: nn.Module, *inputs: Any, modes: tuple[Mode, ...] = MODES) -> dict[Mode, Report]:
+    """The same in every mode; the model's own training flags are then as they were."""
+    flags = {m: m.training for m in model.modules()}
+    reports: dict[Mode, Report] = {}
+    for mode in modes:
+        model.train(mode == "train")
+        with torch.set_grad_enabled(mode != "no_grad"):
+            reports[mode] = assert_report_is_true(model, *inputs)
+    for module, training in flags.items():
+        module.training = training
+    return reports
+
+
+def assert_report_is_true(model: nn.Module, *inputs: Any) -> Report:
+    """cnnfast.report(model, *inputs) says what the very model then does on these inputs, as it is now. Returns the report.
+
+    Compared are calls: of each convolution by the size of its weight, fused and alone, and of norms and pools. How often a module is
+    called is counted by hooks in another run, in which nothing fuses. The model's buffers are afterwards as they were.
+    """
+    report = cnnfast.report(model, *inputs)
+    buffers = {name: t.clone() for name, t in model.named_buffers() if not torch.nn.parameter.is_lazy(t)}
+    seed()
+    with cnnfast.trace() as trace:
+        model(*inputs)
+    calls = _calls(model, inputs)
+    with torch.no_grad():
+        for name, t in model.named_buffers():
+            if name in buffers:
+                t.copy_(buffers[name])
+    told, seen = _told(model, report, calls), _seen(trace)
+    assert told == seen, f"{report}\n{trace}"
+    modules, statuses = dict(model.named_modules()), {row.name: row.status for row in report.rows}
+    assert len(statuses) == len(report.rows), "one row a module"
+    silent = {name for name, m in modules.items() if isinstance(m, (*CONVOLUTIONS, *POOLS, cnn.BatchNorm2d))} - statuses.keys()
+    assert not silent, "modules of ours without a row"
+    for row in report.rows:
+        assert row.reason or row.status == "replaced", row
+        for clause in row.reason.removeprefix("not fused: ").split("; ") if row.reason.startswith("not fused: ") else ():
+            named = re.match(r"([\w.]+)( only up to .*)?, because ", clause)  # one of its convolutions, or else it is all of them
+            children = [named[1]] if named else [name for name, _ in modules[row.name].named_children()]
+            fused = [name for name in children if statuses.get(f"{row.name}.{name}".removeprefix(".")) == "fused"]
+            assert not fused or (named and named[2]), row
+    return report
+
+
+def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> Counter[str]:
+    """How often each module is called."""
+    calls: Counter[str] = Counter()
+    handles = [
+        module.register_forward_hook(lambda *call, name=name: calls.update([name]))
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
+    seed()
+    try:
+        model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _told(model: nn.Module, report: Report, calls: Counter[str]) -> dict[str, Any]:
+    """What a trace has to show if the report is true."""
+    told: dict[str, Any] = {"fused": Counter(), "alone": Counter(), "norms fused": 0, "norms alone": 0, "pools": 0}
+    for row in report.rows:
+        module, n = model.get_submodule(row.name), calls[row.name]
+        if row.status == "left" or not n:
+            continue
+        fused = n if row.status == "fused" else 0
+        if mixed := re.match(r"(\d+) of its (\d+) calls fused", row.reason):
+            fused = int(mixed[1])
+            assert n == int(mixed[2]), row
+        if isinstance(module, CONVOLUTIONS):
+            told["fused"][_size(module.weight.shape)] += fused
+            told["alone"][_size(module.weight.shape)] += n - fused
+        elif isinstance(module, POOLS):
+            told["pools"] += n
+        else:
+            told["norms fused"] += fused
+            told["norms alone"] += n - fused
+    return told
+
+
+def _seen(trace: Trace) -> dict[str, Any]:
+    operations = Counter(call.operation for call in trace)
+    fused = Counter(_size(call.shapes[1]) for call in trace if call.operation in FUSED)
+    return {
+        "fused": fused,
+        "alone": Counter(_size(call.shapes[1]) for call in trace if call.operation in ALONE),
+        "norms fused": fused.total(),
+        "norms alone": operations["normalize"] - operations["conv_stats"] + operations["batch_norm"],
+        "pools": sum(operations[name] for name in POOLING),
+    }
+
+
+def _size(weight: Any) -> tuple[int, ...]:
+    """Of a convolution's weight; a 1-D convolution is computed as a 2-D one of one row."""
+    return tuple(n for n in weight if n != 1)

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn.fused import served, unwatched
+from .effects import traits
 from .grafts import base_of, graft
-from .planning import Group, Plan, Variant, plan
+from .planning import Group, Plan, Variant, examine, plan
 from .refused import Refused
 
 
@@ -43,13 +44,13 @@ def groups_in_force(block: nn.Module) -> list[Group]:
     return list(groups.values())
 
 
-def why_not_fused(block: nn.Module) -> str:
-    """Why a container that might be fused is not; the empty string if there is nothing to fuse."""
+def why_not_fused(block: nn.Module) -> list[str]:
+    """What of a container is not fused, and why: a sentence for the whole, or one for each convolution, as they follow "not fused:"."""
     try:
-        plan(block)
+        left = (plan_of(block) or examine(block)).left
     except Refused as reason:
-        return str(reason)
-    return ""
+        return [str(reason)]
+    return list(left) if plan_of(block) or left else ["its forward calls no convolution"]
 
 
 @functools.cache
@@ -105,17 +106,25 @@ def _serves(block: nn.Module, found: Plan, variant: Variant, args: tuple[Any, ..
 
 
 def _members(block: nn.Module, found: Plan, variant: Variant) -> list[nn.Module]:
-    """The members of all groups; none if the container has changed since it was fused."""
+    """The members of all groups, and all of what these were moved over; none if the container has changed since it was fused."""
     if tuple(block._modules) != found.children or "_cnnfast_changed" in block.__dict__:
         return []
     members = []
     for path, cls in variant.members:
-        module: Any = block
-        for name in path:
-            module = module._modules.get(name)
-            if module is None:
-                return []
+        module = _at(block, path)
         if type(module) is not cls:
             return []
         members.append(module)
+    for path, were in variant.crossed:
+        module = _at(block, path)
+        if module is None or traits(module) != were:
+            return []
+        members += module.modules()
     return members
+
+
+def _at(block: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
+    module: Any = block
+    for name in path:
+        module = None if module is None else module._modules.get(name)
+    return module

@@ -144,13 +144,14 @@ def _why_plain(module: nn.Module) -> str:
 
 
 def _why_not(block: nn.Module) -> str:
-    """Why a container whose own children could be fused is not."""
-    if plan_of(block) is not None:
-        return "" if groups_in_force(block) else "not fused any more: it has changed; convert again"
+    """Why a container whose own children could be fused is not, or not all of it."""
+    if plan_of(block) is not None and not groups_in_force(block):
+        return "not fused any more: it has changed; convert again"
     lists = [m for m in block.children() if isinstance(m, nn.ModuleList | nn.ModuleDict)]
     own = [m for container in (block, *lists) for m in container.children()]
-    if any(isinstance(m, nn.Conv2d) for m in own) and any(isinstance(m, nn.BatchNorm2d) for m in own):
-        return f"not fused: {why_not_fused(block) or 'no result of a convolution goes to a batch norm and nowhere else'}"
+    if plan_of(block) is not None or (any(isinstance(m, nn.Conv2d) for m in own) and any(isinstance(m, nn.BatchNorm2d) for m in own)):
+        reasons = why_not_fused(block)
+        return f"not fused: {'; '.join(reasons)}" if reasons else ""
     return ""
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 
 from ..nn.fused import forward_replaced, served, why_watched
 from . import graphs
+from .effects import traits
 from .grafts import base_of, graft, grafted_before, own_class, set_class
-from .planning import Group, Plan, Variant, plan
+from .planning import Group, Plan, Variant, examine, plan
 from .refused import Refused
 
 _copying: ContextVar[bool] = ContextVar("whoever copies will give each copy the class of its original", default=False)
@@ -71,13 +72,13 @@ def groups_of(block: nn.Module) -> list[tuple[Group, str]]:
     return list(groups.values())
 
 
-def why_not_fused(block: nn.Module) -> str:
-    """Why a container that might be fused is not; the empty string if there is nothing to fuse."""
+def why_not_fused(block: nn.Module) -> list[str]:
+    """What of a container is not fused, and why: a sentence for the whole, or one for each convolution, as they follow "not fused:"."""
     try:
-        plan(block)
+        left = (plan_of(block) or examine(block)).left
     except Refused as reason:
-        return str(reason)
-    return ""
+        return [str(reason)]
+    return list(left) if plan_of(block) or left else ["its forward calls no convolution"]
 
 
 def _fused_class(base: Any, found: Plan) -> type:
@@ -181,17 +182,25 @@ def _why_idle(block: nn.Module, found: Plan, variant: Variant) -> str:
 
 
 def _members(block: nn.Module, found: Plan, variant: Variant) -> list[nn.Module]:
-    """The members of all groups; none if the container has changed since it was fused."""
+    """The members of all groups, and all of what these were moved over; none if the container has changed since it was fused."""
     if tuple(block._modules) != found.children or "_cnnfast_changed" in block.__dict__:
         return []
     members = []
     for path, cls in variant.members:
-        module: Any = block
-        for name in path:
-            module = module._modules.get(name)
-            if module is None:
-                return []
-        if own_class(module) is not cls:
+        module = _at(block, path)
+        if module is None or own_class(module) is not cls:
             return []
         members.append(module)
+    for path, were in variant.crossed:
+        module = _at(block, path)
+        if module is None or traits(module) != were:
+            return []
+        members += module.modules()
     return members
+
+
+def _at(block: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
+    module: Any = block
+    for name in path:
+        module = None if module is None else module._modules.get(name)
+    return module

@@ -18,11 +18,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import dispatch
 from ..aside import is_callers, on_a_copy
-from ..nn.fused import observed
+from ..nn.fused import HOOKS_OF_CALLS, observed
 from ..summary import Layer, layers, summary_of
 from .fusion import copying_without_fusing, plan_of
 from .leaves import is_norm, is_ours
-from .tree import HOOKS
 
 
 @dataclass
@@ -122,7 +121,7 @@ class _Observer:
 
 def _silence(module: nn.Module) -> None:
     """Hooks that are the caller's shall not hear of this run; something keeps their place, because fusion asks for it."""
-    for hooks in (getattr(module, name) for name in HOOKS):
+    for hooks in (getattr(module, name) for name in HOOKS_OF_CALLS):
         for key in [key for key, hook in hooks.items() if is_callers(hook)]:
             hooks[key] = _nothing
 

@@ -2,35 +2,27 @@
 
     convolution > batch norm (> addition) (> activation)
 
-is one call of nn.conv_bn_act. Everything else of the forward stays as it was and where it was; only the members of a group
-move, to the place of its last. That changes nothing unless something between writes into what the convolution reads, so a
-group that would move across such a thing is cut short, or left.
+is one call of nn.conv_bn_act (chains.py finds them). Everything else of the forward stays as it was and where it was; only the members
+of a group move, to the place of its last, if nothing in between minds (effects.py); else the group is cut short, or left.
 """
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import nn as cnn
 from ..activations import activation_of
 from ..dispatch import on_gpu
-from ..nn.fused import forward_replaced
+from .chains import Chain, Chains
+from .effects import Conduct, Effects, Traits, traits
 from .grafts import own_class
 from .leaves import is_convolution, is_norm, is_ours, normalizes_and_activates
 from .refused import Refused
 from .tracing import Traced, signatures, trace
-
-ADDITIONS = (operator.add, torch.add, "add")
-IN_PLACE_ADDITIONS = (operator.iadd, "add_")
-IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-RELU = (F.relu, torch.relu, "relu", "relu_")
-FUNCTIONAL = {F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish"}
 
 
 @dataclass(frozen=True)
@@ -48,15 +40,17 @@ class Group:
 class Variant:
     """A fused forward for arguments of certain kinds: `kinds` has "tensor", "list" (of tensors) or "any" of the two for each.
 
-    It stands for the container's own while the modules at the paths of `members` are of these classes.
+    It stands for the container's own while the modules at the paths of `members` are of these classes, and those at the paths of
+    `crossed`, over which members were moved, have these traits.
     """
 
     kinds: tuple[str, ...]
     source: str
     members: tuple[tuple[tuple[str, ...], type], ...]
+    crossed: tuple[tuple[tuple[str, ...], Traits], ...]
+    conduct: Conduct
     names: tuple[tuple[str, Any], ...] = field(compare=False)  # what the source's global names stand for
     groups: tuple[Group, ...] = field(compare=False)
-    writes: bool = field(compare=False)  # whether it may write into its arguments
 
     def takes(self, args: tuple[Any, ...]) -> bool:
         return len(args) == len(self.kinds) and all(_is(a, kind) for a, kind in zip(args, self.kinds, strict=True))
@@ -72,29 +66,41 @@ def _is(argument: Any, kind: str) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """The fused forwards of a container whose children have these names; equal for containers of equal structure."""
+    """The fused forwards of a container whose children have these names; equal for containers of equal structure.
+
+    left: for each convolution that such a forward does not fuse, or not with all that follows, a sentence that says why.
+    """
 
     children: tuple[str, ...]
     variants: tuple[Variant, ...]
+    left: tuple[str, ...]
 
 
 def plan(block: nn.Module) -> Plan | None:
     """How `block` can be fused; None if there is nothing to fuse. Raises Refused."""
     if not _may_fuse(block):
         return None
-    variants, refusals = [], []
+    found = examine(block)
+    return found if found.variants else None
+
+
+def examine(block: nn.Module) -> Plan:
+    """How `block` can be fused, which may be not at all, and what of it cannot. Raises Refused."""
+    found: list[tuple[Variant | None, list[str]]] = []
+    refusals = []
     for arguments in signatures(type(block)):
         try:
             traced = trace(block, arguments)
-            variants.append(_variant(block, traced))
+            found.append(_variant(block, traced))
             if traced.asked:  # the forward tells tensors from lists
-                variants.append(_variant(block, trace(block, arguments, lists=traced.asked)))
+                found.append(_variant(block, trace(block, arguments, lists=traced.asked)))
         except Refused as reason:
             refusals.append(reason)
-    found = tuple(v for v in variants if v is not None)
-    if refusals and not found:
+    variants = tuple(variant for variant, _ in found if variant is not None)
+    if refusals and not variants:
         raise refusals[0]
-    return Plan(tuple(block._modules), found) if found else None
+    left = dict.fromkeys(sentence for _, sentences in found for sentence in sentences)
+    return Plan(tuple(block._modules), variants, tuple(left))
 
 
 def only_holds(block: nn.Module) -> bool:
@@ -110,22 +116,26 @@ def _may_fuse(block: nn.Module) -> bool:
     return any(is_convolution(m) for m in below) and any(is_norm(m) for m in below)
 
 
-def _variant(block: nn.Module, traced: Traced) -> Variant | None:
+def _variant(block: nn.Module, traced: Traced) -> tuple[Variant | None, list[str]]:
+    """(the fused forward, if there is something to fuse; what is left, and why)."""
     modules = dict(block.named_modules(remove_duplicate=False))
     rewriter = _Rewriter(traced.graph, modules)
-    groups = rewriter.rewrite()
+    conduct = rewriter.effects.conduct
+    groups, left = rewriter.rewrite()
     if not groups:
-        return None
+        return None, left
     code = traced.graph.python_code("self")
     paths = dict.fromkeys(path for group in groups for path in group.members)
-    return Variant(
+    variant = Variant(
         kinds=traced.kinds,
         source=code.src,
         members=tuple((tuple(path.split(".")), own_class(modules[path])) for path in paths),
+        crossed=tuple((tuple(path.split(".")), traits(modules[path])) for path in rewriter.crossed if path not in paths),
+        conduct=conduct,
         names=tuple(code.globals.items()),
         groups=tuple(groups),
-        writes=any(rewriter.may_write(node) for node in traced.graph.nodes),
     )
+    return variant, left
 
 
 def call(
@@ -141,143 +151,40 @@ def call(
     return cnn.conv_bn_act(conv, norm, x, residual, activation, slope)
 
 
-@dataclass
-class _Chain:
-    """The nodes of a group in order, the norm's among them; `activation`: a module's path, (name, slope) of a function, or None."""
-
-    nodes: list[fx.Node]
-    norm: fx.Node
-    residual: fx.Node | None = None
-    in_place: bool = False
-    activation: str | tuple[str, float | None] | None = None
-
-
 class _Rewriter:
+    """Puts calls of groups into a graph. `crossed`: paths of the modules on which it rests that they may stand where they do."""
+
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         self.graph, self.modules = graph, modules
-        self.order = {node: i for i, node in enumerate(graph.nodes)}
-        # Tensors whose memory a result may share: those that nodes made, and "argument" for all that came from outside.
-        self.roots: dict[fx.Node, frozenset[fx.Node | str]] = {}
-        for node in graph.nodes:
-            self.roots[node] = self._roots(node)
-        self.writers = [node for node in graph.nodes if self.may_write(node)]
+        self.effects = Effects(graph, modules)
+        self.crossed: dict[str, None] = {}
 
-    def module(self, node: Any) -> nn.Module | None:
-        return self.modules.get(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
+    def rewrite(self) -> tuple[list[Group], list[str]]:
+        """(the groups, what is left and why)."""
+        chains = Chains(self.effects, self.modules)
+        found = []
+        groups = []
+        for node in list(self.graph.nodes):
+            if chains.starts(node):
+                chain = chains.find(node)
+                found.append(chain.said)
+                if chain.norm is not None:
+                    groups.append(self._replace(chain))
+        return groups, [sentence for sentence in found if sentence]
 
-    def rewrite(self) -> list[Group]:
-        chains = (self._chain(node) for node in list(self.graph.nodes) if is_convolution(self.module(node)))
-        return [self._replace(chain) for chain in chains if chain is not None]
-
-    def _chain(self, conv: fx.Node) -> _Chain | None:
-        if len(conv.args) != 1 or conv.kwargs:
-            return None
-        nodes = self._skip_identities([conv])
-        norm = self._only_user(nodes[-1])
-        module = self.module(norm)
-        if norm is None or module is None or not is_norm(module) or len(norm.args) != 1 or norm.kwargs or self._calls(module) > 1:
-            return None
-        if not self._may_move(conv, nodes, norm):
-            return None
-        chain = _Chain(self._skip_identities([*nodes, norm]), norm)
-        if normalizes_and_activates(module):
-            drop, act = module._modules["drop"], module._modules["act"]
-            if type(drop) is not nn.Identity or not (type(act) is nn.Identity or (act is not None and activation_of(act))):
-                return None
-            if type(act) is not nn.Identity:
-                chain.activation = f"{norm.target}.act"
-                return chain
-        user = self._only_user(chain.nodes[-1])
-        if user is not None and (other := self._added(user, chain.nodes[-1])) is not None and self._may_move(conv, chain.nodes, user):
-            chain.residual, chain.in_place = other, user.target in IN_PLACE_ADDITIONS
-            chain.nodes = self._skip_identities([*chain.nodes, user])
-            user = self._only_user(chain.nodes[-1])
-        if user is not None and (activation := self._activation(user)) and self._may_move(conv, chain.nodes, user):
-            chain.activation = activation
-            chain.nodes.append(user)
-        return chain
-
-    def _only_user(self, node: fx.Node) -> fx.Node | None:
-        return next(iter(node.users)) if len(node.users) == 1 else None
-
-    def _skip_identities(self, nodes: list[fx.Node]) -> list[fx.Node]:
-        user = self._only_user(nodes[-1])
-        while user is not None and type(self.module(user)) is nn.Identity:
-            nodes = [*nodes, user]
-            user = self._only_user(user)
-        return nodes
-
-    def _calls(self, module: nn.Module) -> int:
-        """How often the forward calls a module: of a norm that is shared, the order of its updates matters."""
-        return sum(self.module(node) is module for node in self.graph.nodes)
-
-    def _added(self, user: fx.Node, last: fx.Node) -> fx.Node | None:
-        """What `user` adds to `last`, if the sum is a new tensor or written into `last`."""
-        if len(user.args) != 2 or user.kwargs or user.args[0] is user.args[1]:
-            return None
-        left, right = user.args
-        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
-            return None
-        if user.target in IN_PLACE_ADDITIONS:
-            return right if left is last else None
-        return (right if left is last else left) if user.target in ADDITIONS else None
-
-    def _activation(self, user: fx.Node) -> Any:
-        module = self.module(user)
-        if module is not None:
-            return user.target if len(user.args) == 1 and not user.kwargs and activation_of(module) else None
-        if user.op not in ("call_function", "call_method"):
-            return None
-        options = {name: value for name, value in user.kwargs.items() if name != "inplace"}
-        plain = len(user.args) == 1 and not options
-        if user.target in RELU:
-            return ("relu", None) if plain else None
-        if user.target in FUNCTIONAL:
-            return (FUNCTIONAL[user.target], None) if plain else None  # pyright: ignore
-        if user.target is F.gelu and len(user.args) == 1:
-            return {"none": ("gelu", None), "tanh": ("gelu_tanh", None)}.get(options.get("approximate", "none"))  # pyright: ignore
-        if user.target is F.leaky_relu and len(user.args) <= 2:
-            slope = user.args[1] if len(user.args) == 2 else options.get("negative_slope", 0.01)
-            return ("leaky_relu", float(slope)) if isinstance(slope, int | float) else None
-        return None
-
-    # What may be in the way
-
-    def _may_move(self, conv: fx.Node, own: list[fx.Node], last: fx.Node) -> bool:
-        """Whether nothing between `conv` and `last`, but the group itself, may write into what `conv` reads."""
-        source = self.roots[conv.args[0]]  # pyright: ignore[reportArgumentType]
-        between = (node for node in self.writers if self.order[conv] < self.order[node] < self.order[last] and node not in own)
-        return not any(self.roots[a] & source for node in between for a in node.all_input_nodes)
-
-    def may_write(self, node: fx.Node) -> bool:
-        """Whether a node may write into its arguments."""
-        module = self.module(node)
-        if module is not None:
-            return any(_writes(m) for m in module.modules())
-        if node.op == "call_method":
-            return str(node.target).endswith("_")
-        return node.target in IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace"))
-
-    def _roots(self, node: fx.Node) -> frozenset[fx.Node | str]:
-        if node.op == "placeholder":
-            return frozenset(["argument"])
-        made: frozenset[fx.Node | str] = frozenset([node])
-        module = self.module(node)
-        fresh = isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) or type(module) is cnn.BatchNorm2d or node.target in ADDITIONS
-        return made if fresh else made.union(*(self.roots[a] for a in node.all_input_nodes))
-
-    # Rewriting
-
-    def _replace(self, chain: _Chain) -> Group:
-        conv, last = str(chain.nodes[0].target), chain.nodes[-1]
-        norm, activation = str(chain.norm.target), chain.activation
+    def _replace(self, chain: Chain) -> Group:
+        first, last = chain.nodes[0], chain.nodes[-1]
+        conv, norm, activation = str(first.target), str(chain.norm.target), chain.activation  # pyright: ignore[reportOptionalMemberAccess]
         name, slope = activation if isinstance(activation, tuple) else (None, None)
+        self.crossed |= dict.fromkeys(self.effects.rests_on(chain.nodes))
         with self.graph.inserting_before(last):
             act = self.graph.get_attr(activation) if isinstance(activation, str) else name
             modules = self.graph.get_attr(conv), self.graph.get_attr(norm)
-            fused = self.graph.call_function(call, (*modules, chain.nodes[0].args[0], chain.residual, chain.in_place, act, slope))
+            source = (*first.args, *first.kwargs.values())[0]
+            fused = self.graph.call_function(call, (*modules, source, chain.residual, chain.in_place, act, slope))
+        fused.meta["named"] = f"self.{conv} with self.{norm}"
         last.replace_all_uses_with(fused)
-        self.roots[fused], self.order[fused] = self.roots[last], self.order[last]
+        self.effects.replace(chain.nodes, fused)
         for node in reversed(chain.nodes):
             self.graph.erase_node(node)
         members = [str(node.target) for node in chain.nodes if node.op == "call_module"]
@@ -285,13 +192,3 @@ class _Rewriter:
             members += [f"{norm}.drop", f"{norm}.act"]
         path = activation if isinstance(activation, str) else name or ""
         return Group(conv, norm, chain.residual is not None, path, tuple(dict.fromkeys(members)))
-
-
-def _writes(module: nn.Module) -> bool:
-    """Whether a module, apart from its children, may write into its arguments; what is not known does."""
-    if forward_replaced(module):
-        return True
-    found: Plan | None = getattr(type(module), "_cnnfast_plan", None)
-    if found is not None:
-        return any(variant.writes for variant in found.variants)
-    return bool(getattr(module, "inplace", False)) or not type(module).__module__.startswith(("torch.nn.", "cnnfast.nn"))

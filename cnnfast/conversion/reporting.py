@@ -21,7 +21,7 @@ from cnnfast_kernels.problem import ConvProblem
 
 from .. import dispatch
 from ..nn.fused import forward_replaced
-from .fusion import groups_of, why_not_fused
+from .fusion import groups_of, plan_of, why_not_fused
 from .grafts import base_of
 from .leaves import is_norm, is_ours, replacement, stored_weight, why_left
 from .observing import Observation, look
@@ -181,13 +181,14 @@ class _Members:
 
 
 def _container(name: str, block: nn.Module, groups: list[tuple[Group, str]], members: _Members) -> tuple[str, str]:
-    """(status, reason) of a container whose own children could be fused, and are not; of any other two empty strings."""
+    """(status, reason) of a container whose own children could be fused, and are not, or not all; of any other two empty strings."""
     convolutions = [_joined(name, group.conv) for group, _ in groups] or [
         _joined(name, child) for child, module in block._modules.items() if isinstance(module, nn.Conv2d)
     ]
-    if any(map(members.fused, convolutions)):
+    idle = groups[0][1] if groups else ""
+    if (idle or not groups) and any(map(members.fused, convolutions)):
         return "", ""
-    reason = f"not fused: {groups[0][1]}" if groups and groups[0][1] else "" if groups else _why_not(block)
+    reason = f"not fused: {idle}" if idle else _why_not(block)
     return (LEFT, reason) if reason else ("", "")
 
 
@@ -212,12 +213,13 @@ def _why_plain(module: nn.Module) -> str:
 
 
 def _why_not(block: nn.Module) -> str:
-    """Why a container without a plan, whose own children could be fused, has none."""
+    """Why a container whose own children could be fused is not, or not all of it."""
     if only_holds(block):
         return ""
     own = list(_own(block))
-    if any(isinstance(m, nn.Conv2d) for m in own) and any(isinstance(m, nn.BatchNorm2d) for m in own):
-        return f"not fused: {why_not_fused(block) or 'no result of a convolution goes to a batch norm and nowhere else'}"
+    if plan_of(block) is not None or (any(isinstance(m, nn.Conv2d) for m in own) and any(isinstance(m, nn.BatchNorm2d) for m in own)):
+        reasons = why_not_fused(block)
+        return f"not fused: {'; '.join(reasons)}" if reasons else ""
     return ""
 
 

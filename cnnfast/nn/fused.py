@@ -19,6 +19,9 @@ from ..dispatch import capture, captured, why_torch
 from ..functional.arguments import autocast
 from .layers import BatchNorm2d, Conv2d, running_statistics
 
+# The dictionaries of a module whose hooks take part in its calls.
+HOOKS_OF_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 # Told of every fused step that a pair of modules takes: `observed`.
 Observer = Callable[[torch.nn.Module, torch.nn.Module, bool, str | None], None]
 _observers: list[Observer] = []

@@ -75,7 +75,7 @@ def decide(q: Question, library_first: bool) -> Decision:
         times = {name: f"{time:.1f} us" for name, time in row.microseconds.items()}
         at = f"our best kernel {times.get('kernels')} at batch {row.key.problem.N} when measured on this GPU"
         return theirs._replace(reason=f"it took {times.get('library')}, {at}")
-    if not library_first or 0 in (g.N, g.H, g.W, g.P, g.Q):  # libraries refuse some of what is empty
+    if not library_first or 0 in (g.N, g.H, g.W):  # libraries refuse some of what is empty
         return ours
     if g.is_depthwise and g.K == g.C and q.precision == "half" and q.channels_last:
         return ours._replace(reason=DEPTHWISE)

@@ -47,10 +47,10 @@ class _NormAct(cnn.BatchNorm2d):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(input, Tensor):  # torch.fx enters timm's layer, and shall find what is there
-            return base_of(type(self)).forward(self, input)  # pyright: ignore[reportAttributeAccessIssue]
-        return self.act(self.drop(cnn.BatchNorm2d.forward(self, input)))
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # timm has another name for it
+        if not isinstance(x, Tensor):  # torch.fx enters timm's layer, and shall find what is there
+            return base_of(type(self)).forward(self, x)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.act(self.drop(cnn.BatchNorm2d.forward(self, x)))
 
 
 # Foreign classes with a forward of their own, by name, so that nothing is imported: what computes the same.

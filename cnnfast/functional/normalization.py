@@ -28,20 +28,23 @@ def batch_norm(
 ) -> Tensor:
     """Batch normalisation, as torch.nn.functional.batch_norm: (input - mean) * weight / sqrt(var + eps) + bias.
 
-    input [N, C] to [N, C, D, H, W]; running_mean, running_var, weight, bias [C], of input's dtype or float32. In training mean and
-    biased variance are input's own, and the running ones, if given, are updated in place (with the unbiased variance).
+    input [N, C] to [N, C, D, H, W], or empty; running_mean, running_var, weight, bias [C], of input's dtype or float32. In training mean
+    and biased variance are input's own, and the running ones, if given, are updated in place (with the unbiased variance).
     Raises RuntimeError and ValueError where PyTorch does.
     """
     if reason := why_torch(input, running_mean, running_var, weight, bias):
         record_torch("batch_norm", reason, input)
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if input.dim() < 2:
-        no_index = training and (input.dim() == 0 or running_mean is None)
-        raise (IndexError if no_index else RuntimeError)(f"batch_norm(): input must be of size [N, C, ...], but got {list(input.shape)}")
+    if input.dim() == 0:
+        raise (IndexError if training else RuntimeError)("batch_norm(): input must be of size [N, C, ...], but got []")
     count = values_per_channel("batch_norm", input.shape) if training else 0
     if input.numel() == 0:  # as PyTorch has it: nothing is normalised, nothing updated, and of the channels the first one counts
+        _check_numbers("batch_norm", training, momentum, eps)
         y = input.clone() if weight is None else input * weight[0]
         return y if bias is None else y + bias[0]
+    if input.dim() == 1:
+        no_index = training and running_mean is weight is bias is None
+        raise (IndexError if no_index else RuntimeError)(f"batch_norm(): input must be of size [N, C, ...], but got {list(input.shape)}")
     weight, bias, momentum, eps = check_norm(
         "batch_norm", input.shape[1], input.dtype, running_mean, running_var, weight, bias, training, momentum, eps
     )
@@ -66,11 +69,7 @@ def check_norm(
     eps: float,
 ) -> tuple[Tensor | None, Tensor | None, float, float]:
     """(weight, bias, momentum, eps) checked, the first two as vectors."""
-    check_flag(function, "training", training)
-    momentum, eps = as_float(function, "momentum", momentum), as_float(function, "eps", eps)
-    if eps < 0 or (training and eps == 0):
-        rule = "positive in training" if training else "non-negative"
-        raise ValueError(f"{function}(): eps must be {rule}, but got eps={eps}")
+    momentum, eps = _check_numbers(function, training, momentum, eps)
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError(f"{function}(): running_mean and running_var must be defined in evaluation mode")
     if (running_mean is None) != (running_var is None):
@@ -85,6 +84,16 @@ def check_norm(
             weight, bias = _check_vectors(function, channels, dtype, *vectors)
             break
     return weight, bias, momentum, eps
+
+
+def _check_numbers(function: str, training: bool, momentum: float, eps: float) -> tuple[float, float]:
+    """(momentum, eps), checked."""
+    check_flag(function, "training", training)
+    momentum, eps = as_float(function, "momentum", momentum), as_float(function, "eps", eps)
+    if eps < 0 or (training and eps == 0):
+        rule = "positive in training" if training else "non-negative"
+        raise ValueError(f"{function}(): eps must be {rule}, but got eps={eps}")
+    return momentum, eps
 
 
 def _check_vectors(

@@ -35,7 +35,7 @@ def max_pool2d(
     if reason := why_torch(input):
         record_torch("max_pool2d", reason, input)
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)  # pyright: ignore
-    x, unbatched = batched(input)
+    x, unbatched = _batched(input)
     window = _window("max_pool2d", x, kernel_size, stride, padding, dilation, ceil_mode)
     y, taps = ops.max_pool(x, bool(return_indices), *window)
     if not return_indices:
@@ -66,7 +66,7 @@ def avg_pool2d(
         divisor_override = as_int("avg_pool2d", "divisor_override", divisor_override)
         if divisor_override == 0:
             raise RuntimeError("avg_pool2d(): divisor_override must not be zero, but got divisor_override=0")
-    x, unbatched = batched(input)
+    x, unbatched = _batched(input)
     kernel, step, pad, _, _ = _window("avg_pool2d", x, kernel_size, stride, padding, 1, ceil_mode)
     y = ops.avg_pool(x, kernel, step, pad, ceil_mode, count_include_pad, divisor_override)
     return y.squeeze(0) if unbatched else y
@@ -85,11 +85,13 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
     size = _adaptive_size("adaptive_avg_pool2d", input, output_size)
     if size == (1, 1):
         return _plane_means("adaptive_avg_pool2d", input)
-    x, unbatched = batched(input)
+    x, unbatched = _batched(input)
     if x.dim() != 4 or 0 in x.shape[2:]:
         raise RuntimeError(
             f"adaptive_avg_pool2d(): expected input of size [C, H, W] or [N, C, H, W] with at least one pixel, but got {list(input.shape)}"
         )
+    if unbatched and input.shape[0] == 0:  # PyTorch takes the first axis for a batch, which may be empty in backward; channels may not
+        return ops.adaptive_avg_pool(input.unsqueeze(1), size).squeeze(1)
     y = ops.adaptive_avg_pool(x, size)
     return y.squeeze(0) if unbatched else y
 
@@ -117,20 +119,34 @@ def _plane_means(function: str, input: Tensor) -> Tensor:
     if input.dim() == 4:
         return ops.global_avg_pool(input)
     planes = input.shape[:-2]
-    return ops.global_avg_pool(input.reshape(1, prod(planes), *input.shape[-2:])).view(*planes, 1, 1)
+    return ops.global_avg_pool(_planes(input.reshape(1, prod(planes), *input.shape[-2:]))).view(*planes, 1, 1)
 
 
 @operation
 def global_avg_pool2d(input: Tensor, keepdim: bool = True) -> Tensor:
-    """Mean of each plane: [N, C, H, W] to [N, C, 1, 1], or [N, C] without keepdim (and likewise unbatched [C, H, W])."""
+    """Mean of each plane: [N, C, H, W] to [N, C, 1, 1], or [N, C] without keepdim (and likewise unbatched [C, H, W]).
+
+    The mean of no pixels is NaN, as in PyTorch. Raises RuntimeError for any other number of axes.
+    """
+    if input.dim() not in (3, 4):
+        raise RuntimeError(f"global_avg_pool2d(): expected input of size [C, H, W] or [N, C, H, W], but got {list(input.shape)}")
     if reason := why_torch(input):
         record_torch("global_avg_pool2d", reason, input)
         return input.mean((-2, -1), keepdim=keepdim)
-    x, unbatched = batched(input)
-    _check_image("global_avg_pool2d", x)
+    x, unbatched = _batched(input)
     y = ops.global_avg_pool(x)
     y = y if keepdim else y.flatten(1)
     return y.squeeze(0) if unbatched else y
+
+
+def _batched(input: Tensor) -> tuple[Tensor, bool]:
+    x, unbatched = batched(input)
+    return _planes(x) if unbatched else x, unbatched
+
+
+def _planes(x: Tensor) -> Tensor:
+    """x [1, C, H, W] of an input that is no batch: never channels_last, as in PyTorch, though strides of planes of one pixel may say so."""
+    return x.clone(memory_format=torch.contiguous_format) if x.shape[2:] == (1, 1) and x.stride(3) != 1 else x
 
 
 def _window(function: str, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, dilation: Size, ceil_mode: bool):

@@ -36,17 +36,17 @@ def batch_moments_kernel(
     y_ptr, partials_ptr, L, y_stride_n, y_stride_l, y_stride_c,
     C: tl.constexpr, ALIGN: tl.constexpr, L_ALIGN: tl.constexpr, ACC: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of one tile: partials [tiles, 2, C]."""
+    """Mean and biased variance of one tile: partials [tiles, 2, C]."""
     tile, n, l, c, l_ok, c_ok = locate_tile(L, C, L_ALIGN, BLOCK_L, BLOCK_C)
     y = load_tile(y_ptr, y_stride_n, y_stride_l, y_stride_c, n, l, c, l_ok[:, None] & c_ok[None, :], ALIGN, ACC)
-    mean, m2 = tile_moments((y,), (l_ok,))
+    mean, variance = tile_moments((y,), (l_ok,))
     row = partials_ptr + tile.to(tl.int64) * 2 * C + c
     tl.store(row, mean, mask=c_ok)
-    tl.store(row + C, m2, mask=c_ok)
+    tl.store(row + C, variance, mask=c_ok)
 
 
 def combine_moments(partials: torch.Tensor, rows_per_partial: int, total_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance [C] from partials [T, 2, C] of (mean, sum of squared deviations), float32 or float64.
+    """Mean and biased variance [C] from partials [T, 2, C] of (mean, biased variance), float32 or float64.
 
     Partial t stands for rows [t, t + 1) * rows_per_partial of `total_rows`; the last one may be shorter.
     """
@@ -204,12 +204,16 @@ def gradient_sums_kernel(
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, QUANTITIES: tl.constexpr,
     C: tl.constexpr, ALIGN: tl.constexpr, L_ALIGN: tl.constexpr, ACC: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and, of two QUANTITIES, of g * xhat over the rows of one tile: partials [tiles, QUANTITIES, C]."""
+    """Sums of g and, of two QUANTITIES, of g * xhat over the rows of one tile: partials [tiles, QUANTITIES, C].
+
+    A channel whose invstd is infinite (variance and eps 0) sums g * (y - mean) instead; the last level of `combine` multiplies that.
+    """
     tile, n, l, c, l_ok, c_ok = locate_tile(L, C, L_ALIGN, BLOCK_L, BLOCK_C)
     invstd = tl.zeros((BLOCK_C,), ACC)
     scale = invstd
     if var_ptr is not None:
         invstd, scale = load_scale(var_ptr, weight_ptr, c, c_ok, EPS, ACC)
+        invstd = tl.where(invstd == float("inf"), 1.0, invstd)
     g, xhat = load_gradient(
         dz_ptr, y_ptr, z_ptr, residual_ptr, mean_ptr, bias_ptr, invstd, scale, slope,
         dz_stride_n, dz_stride_l, dz_stride_c, y_stride_n, y_stride_l, y_stride_c,
@@ -310,29 +314,30 @@ def normalize_backward(
     if activation not in FROM_OUTPUT or activation is None or (activation == "leaky_relu" and slope <= 0):
         z = None
     recompute = activation is not None and z is None
+    given = dz if y is None else y
+    like = given.stride()  # of which `mergeable` may make a copy of another format
     argument = mergeable(residual) if recompute else None
     dz, y, z = mergeable(dz), mergeable(y), mergeable(z)
     mean, var, weight, bias = contiguous(mean, var, weight, bias)
-    like = dz if y is None else y
 
     sum_g = sum_gx = None
     need_sum_gx = need_dweight or (training and need_dy)
     if need_sum_gx or need_dbias:
         used = y if need_sum_gx or recompute else None
         run, layout = _plan_sums(dz.shape, strides(dz, used, z, argument), dz.dtype, eps, activation, slope, 2 if need_sum_gx else 1)
-        partials = launch.empty(layout, like)
+        partials = launch.empty(layout, given)
         run(dz, used, z, argument, mean, var, weight, bias, partials)
-        sum_g, sum_gx = combine(partials)
+        sum_g, sum_gx = combine(partials, None, *(() if training or not need_dweight else (var, eps)))
 
     dy = None
     if need_dy or need_dresidual:
         sums = (sum_g, sum_gx) if training else (None, None)
         used = y if recompute or (training and need_dy) else None
         run, layout = _plan_backward(
-            dz.shape, strides(dz, used, z, argument), like.stride(), dz.dtype, eps, activation, slope, need_dy, need_dresidual
+            dz.shape, strides(dz, used, z, argument), like, dz.dtype, eps, activation, slope, need_dy, need_dresidual
         )
-        dy = launch.empty(layout, like) if need_dy else None
-        own = launch.empty(layout, like) if need_dresidual else None
+        dy = launch.empty(layout, given) if need_dy else None
+        own = launch.empty(layout, given) if need_dresidual else None
         run(dz, used, z, argument, mean, var, weight, bias, *sums, dy, own)
         dresidual = own if need_dresidual else dresidual
 

@@ -143,17 +143,20 @@ def sum_rows(parts, exist):
 
 @triton.jit
 def tile_moments(parts, exist):
-    """Mean and sum of squared deviations of each column of a tile, over the rows that exist.
+    """Mean and biased variance of each column of a tile, over the rows that exist.
 
     The tile is a tuple of parts [BLOCK_M, BLOCK_N], for each of which `exist` [BLOCK_M] tells the rows. Where |mean| >> std the sum's
-    rounding is many deviations wide; the mean deviation from such a mean is what it lacks.
+    rounding is many deviations wide; the mean deviation from such a mean is what it lacks. A sum of the largest numbers would overflow
+    where their mean does not: each counts by a share that is a power of two, which rounds nothing but the smallest, and these lack it.
     """
+    SHARE: tl.constexpr = 1.0 / 4096  # a tile has at most so many rows
     count = exist[0].to(parts[0].dtype)
     for i in tl.static_range(1, len(parts)):
         count += exist[i].to(parts[0].dtype)
     count = tl.sum(count, 0)
-    mean = round_quotient(sum_rows(parts, exist), count)
+    mean = round_quotient(sum_rows([part * SHARE for part in parts], exist), count * SHARE)
     parts = [part - mean[None, :] for part in parts]
     lack = round_quotient(sum_rows(parts, exist), count)
+    lack = tl.where(tl.abs(lack) < float("inf"), lack, 0.0)  # deviations of the largest numbers overflow, and so do those of infinity
     parts = [part - lack[None, :] for part in parts]
-    return mean + lack, sum_rows([part * part for part in parts], exist)
+    return mean + lack, round_quotient(sum_rows([part * part for part in parts], exist), count)

@@ -33,11 +33,14 @@ def rows_before(tile, tiles, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH):
 
 @triton.jit(do_not_specialize=["T", "tiles", "group", "tiles_l", "L", "ROWS", "columns", "WIDTH", "planes", "DEPTH"])
 def combine_kernel(
-    partials_ptr, first_ptr, second_ptr, T, tiles, group, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH,
-    C: tl.constexpr, QUANTITIES: tl.constexpr, MOMENTS: tl.constexpr, FINAL: tl.constexpr, ACC: tl.constexpr,
+    partials_ptr, var_ptr, first_ptr, second_ptr, T, tiles, group, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH,
+    C: tl.constexpr, QUANTITIES: tl.constexpr, MOMENTS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T of T partials into one: sums, or MOMENTS by Chan's formula, where partial t stands for tiles [t, t + 1) * group."""
+    """BLOCK_T of T partials into one: sums, or MOMENTS by Chan's formula, where partial t stands for tiles [t, t + 1) * group.
+
+    Where `var_ptr` is given, the second sum of a channel whose 1 / sqrt(var + EPS) is infinite becomes that many times as large.
+    """
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     out = tl.program_id(0) // TILES_C
     t = out * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -52,22 +55,24 @@ def combine_kernel(
         begin = t.to(tl.int64) * group
         count = rows_before(begin + group, tiles, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH)
         count = (count - rows_before(begin, tiles, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH)).to(ACC)
-        total = tl.sum(count, 0)
-        # means relative to the first one: a large common mean costs no digits
+        weight = round_quotient(count, tl.sum(count, 0))[:, None]
+        # Means relative to the first one: a large common mean costs no digits. By halves: no difference of two means overflows.
         origin = tl.load(partials_ptr + (out * BLOCK_T).to(tl.int64) * stride + c, mask=c < C * tl.minimum(T, 1), other=0.0)
-        shifted = tl.where(mask, first - origin[None, :], 0.0)
-        shift = round_quotient(tl.sum(shifted * count[:, None], 0), total)
-        deviation = tl.where(mask, shifted - shift[None, :], 0.0)  # its square may overflow
-        m2 = tl.sum(tl.load(rows + C, mask=mask, other=0.0) + deviation * deviation * count[:, None], 0)
-        if FINAL:
-            m2 = round_quotient(m2, total)
-        tl.store(first_ptr + at, origin + shift, mask=c_ok)
-        tl.store(second_ptr + at, m2, mask=c_ok)
+        origin = tl.where(tl.abs(origin) < float("inf"), origin * 0.5, 0.0)
+        shifted = tl.where(mask, first * 0.5 - origin[None, :], 0.0)
+        shift = tl.sum(shifted * weight, 0)
+        deviation = tl.where(mask, shifted - shift[None, :], 0.0) * 2.0  # its square may overflow
+        variance = tl.load(rows + C, mask=mask, other=0.0) + deviation * deviation
+        tl.store(first_ptr + at, (origin + shift) * 2.0, mask=c_ok)
+        tl.store(second_ptr + at, tl.sum(variance * weight, 0), mask=c_ok)
     else:
         tl.store(first_ptr + at, tl.sum(first, 0), mask=c_ok)
         if QUANTITIES == 2:
-            second = tl.load(rows + C, mask=mask, other=0.0)
-            tl.store(second_ptr + at, tl.sum(second, 0), mask=c_ok)
+            second = tl.sum(tl.load(rows + C, mask=mask, other=0.0), 0)
+            if var_ptr is not None:
+                infinite = tl.load(var_ptr + c, mask=c_ok, other=1.0).to(ACC) + EPS == 0.0
+                second = tl.where(infinite, second * float("inf"), second)
+            tl.store(second_ptr + at, second, mask=c_ok)
 
 
 class TileRows(NamedTuple):
@@ -88,8 +93,11 @@ class TileRows(NamedTuple):
 
 
 @launch.planned
-def plan_combine(T: int, quantities: int, C: int, dtype: torch.dtype, rows: TileRows | None) -> list[tuple[launch.Plan, launch.Layout]]:
-    """For each level its launch, which takes (partials, first, second or None), and the layout of what it leaves: at last [C]s."""
+def plan_combine(
+    T: int, quantities: int, C: int, dtype: torch.dtype, rows: TileRows | None, eps: float = 0.0
+) -> list[tuple[launch.Plan, launch.Layout]]:
+    """For each level its launch, which takes (partials, var, first, second), of which `var` and `second` may be None, and the layout of
+    what it leaves: at last [C]s."""
     BLOCK_C = min(32 if dtype == torch.float32 else 16, triton.next_power_of_2(C))
     tile = PlaneTile(128, BLOCK_C, 8)
     levels = []
@@ -99,7 +107,7 @@ def plan_combine(T: int, quantities: int, C: int, dtype: torch.dtype, rows: Tile
         groups = max(1, cdiv(T, tile.BLOCK_L))
         level = launch.Plan(
             combine_kernel, (groups * cdiv(C, BLOCK_C),), T, tiles, group, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH,
-            tile=tile, C=C, QUANTITIES=quantities, MOMENTS=rows is not None, FINAL=groups == 1, ACC=launch.KERNEL_DTYPES[dtype],
+            tile=tile, C=C, QUANTITIES=quantities, MOMENTS=rows is not None, EPS=eps, ACC=launch.KERNEL_DTYPES[dtype],
             BLOCK_T=tile.BLOCK_L, BLOCK_C=BLOCK_C, num_warps=tile.num_warps,
         )  # fmt: skip
         levels.append((level, launch.dense((C,) if groups == 1 else (groups, quantities, C), dtype)))
@@ -107,14 +115,19 @@ def plan_combine(T: int, quantities: int, C: int, dtype: torch.dtype, rows: Tile
     return levels
 
 
-def combine(partials: torch.Tensor, rows: TileRows | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Partials [T, quantities, C] into one [C] a quantity: sums, or mean and biased variance where `rows` is given."""
+def combine(
+    partials: torch.Tensor, rows: TileRows | None = None, var: torch.Tensor | None = None, eps: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Partials [T, quantities, C] into one [C] a quantity: sums, or, where `rows` is given, mean and biased variance of partials of those.
+
+    var [C], contiguous: the second sums of channels whose 1 / sqrt(var + eps) is infinite are multiplied by it, all others are left.
+    """
     T, quantities, C = partials.shape
-    *levels, (final, vector) = plan_combine(T, quantities, C, partials.dtype, rows)
+    *levels, (final, vector) = plan_combine(T, quantities, C, partials.dtype, rows, eps)
     for level, layout in levels:
         combined = launch.empty(layout, partials)
-        level(partials, combined[:, 0], combined[:, 1] if quantities == 2 else None)
+        level(partials, None, combined[:, 0], combined[:, 1] if quantities == 2 else None)
         partials = combined
     first, second = launch.empty(vector, partials), launch.empty(vector, partials) if quantities == 2 else None
-    final(partials, first, second)
+    final(partials, var, first, second)
     return first, second

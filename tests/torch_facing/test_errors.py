@@ -332,7 +332,7 @@ def test_unknown_algorithm(device):
         ours.conv2d(*placed((X, W), device), algorithm="fft")
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (2, 4, 0, 8), (1, 2, 4, 8, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 8), (), (1, 2, 4, 8, 8)], ids=str)
 def test_global_average_of_no_image(shape, device):
     with pytest.raises(RuntimeError, match=r"global_avg_pool2d\(\): expected input of size"):
         ours.global_avg_pool2d(placed(tensor(*shape), device))

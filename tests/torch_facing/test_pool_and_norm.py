@@ -79,16 +79,16 @@ def test_any_adaptive_pool(shape, size, layout, device):
     """To fewer pixels, more, none, or as many as there are; whole planes are the global kernel's."""
     x = arrange(normal(*shape).to(device), layout)
     y = theirs.adaptive_avg_pool2d(x, size)
-    if y.numel() == 0:  # PyTorch has no gradient of no pixels; ours is zero
-        mine = run(lambda x: ours.adaptive_avg_pool2d(x, size), [x])
-        assert mine.y.shape == y.shape
-        assert mine.grads[0].shape == x.shape
-        assert not mine.grads[0].any()
+    if 0 in y.shape[1:]:  # neither has a gradient of no pixels (test_corners.py)
+        assert ours.adaptive_avg_pool2d(x, size).shape == y.shape
         return
     mine = run(lambda x: ours.adaptive_avg_pool2d(x, size), [x])
     assert_close(mine, exact(lambda x: theirs.adaptive_avg_pool2d(x, size), [x]), 1e-13)
     assert mine.y.stride() == y.stride()
-    assert mine.trace.launches == ["plane_mean_kernel" if y.shape[2:] == (1, 1) else "avg_pool_kernel", "avg_pool_backward_kernel"]
+    assert y.numel() == 0 or mine.trace.launches == [
+        "plane_mean_kernel" if y.shape[2:] == (1, 1) else "avg_pool_kernel",
+        "avg_pool_backward_kernel",
+    ]
 
 
 POOLS = {

@@ -84,10 +84,10 @@ def conv_fprop_kernel(
     y_rows = y_ptr + pixel_offset(n, p, q, y_stride_n, y_stride_h, y_stride_w, Y_ALIGN)
     tl.store(y_rows[:, None] + channel_offset(column, y_stride_c)[None, :], y, mask=mask)
     if moments_ptr is not None:  # of y as stored: batch norm normalises exactly what backward will read
-        mean, m2 = tile_moments((y.to(ACC),), (row_ok,))
+        mean, variance = tile_moments((y.to(ACC),), (row_ok,))
         row = moments_ptr + tile_m.to(tl.int64) * 2 * K * GROUPS + column
         tl.store(row, mean, mask=k_ok)
-        tl.store(row + K * GROUPS, m2, mask=k_ok)
+        tl.store(row + K * GROUPS, variance, mask=k_ok)
 
 
 def plan_fprop(

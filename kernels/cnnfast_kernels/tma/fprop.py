@@ -71,10 +71,10 @@ def tma_fprop_kernel(
     store_box(y_map, n0, p0, q0, k0, y)
     if moments_ptr is not None:  # of y as stored: batch norm normalises exactly what backward will read
         exist = rows_of_box(n0, p0, q0, N, P, Q, TILE_N, TILE_H, TILE_W)
-        mean, m2 = tile_moments((y.to(tl.float32),), (exist,))
+        mean, variance = tile_moments((y.to(tl.float32),), (exist,))
         row = moments_ptr + tile.to(tl.int64) * 2 * K + k
         tl.store(row, mean, mask=k_ok)
-        tl.store(row + K, m2, mask=k_ok)
+        tl.store(row + K, variance, mask=k_ok)
 
 
 def plan_tma_fprop(

@@ -92,10 +92,10 @@ def depthwise_fprop_kernel(
         stored = stored + (y.to(ACC),)
         exist = exist + (row_ok,)
     if moments_ptr is not None:  # of y as stored: batch norm normalises exactly what backward will read
-        mean, m2 = tile_moments(stored, exist)
+        mean, variance = tile_moments(stored, exist)
         row = moments_ptr + tile.to(tl.int64) * 2 * K + k
         tl.store(row, mean, mask=k_ok)
-        tl.store(row + K, m2, mask=k_ok)
+        tl.store(row + K, variance, mask=k_ok)
 
 
 def plan_depthwise_fprop(

@@ -17,7 +17,8 @@ from torch import nn
 from ..nn.fused import forward_replaced
 from .fusion import fuse, unfuse
 from .leaves import swap, swap_back
-from .reporting import Report, Row, report_on
+from .reporting import report_on
+from .rows import Report, Row
 from .tree import share
 
 __all__ = ["Report", "Row", "convert", "report", "revert"]

@@ -71,7 +71,7 @@ def combine_kernel(
             second = tl.sum(tl.load(rows + C, mask=mask, other=0.0), 0)
             if var_ptr is not None:
                 infinite = tl.load(var_ptr + c, mask=c_ok, other=1.0).to(ACC) + EPS == 0.0
-                second = tl.where(infinite, second * float("inf"), second)
+                second = second * tl.where(infinite, float("inf"), 1.0)
             tl.store(second_ptr + at, second, mask=c_ok)
 
 

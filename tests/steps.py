@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import cnnfast
 from cnnfast.dispatch import Trace
-
-Mode = Literal["no_grad", "eval", "train"]
-MODES: tuple[Mode, ...] = ("no_grad", "eval", "train")
-
-FUSED = ("conv_bn_act", "conv_stats")  # the operators that a fused convolution and norm call
+from told import FUSED, MODES, Mode, assert_report_is_true, seed
 
 
 def noise(like: Tensor) -> Tensor:
     """Numbers that depend on the size of `like` only."""
     generator = torch.Generator().manual_seed(like.numel())
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-
-
-def seed() -> None:
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
 
 
 def step(model: nn.Module, inputs: tuple[Any, ...], mode: Mode, keywords: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -113,11 +101,17 @@ def assert_same_steps(
     return traces
 
 
-def converted(model: nn.Module, *inputs: Any, **options: Any) -> nn.Module:
-    """cnnfast.convert(model), after both have left the same in every step. The options are assert_same_steps'."""
+def converted(model: nn.Module, *inputs: Any, told: bool = True, **options: Any) -> nn.Module:
+    """cnnfast.convert(model), in eval, after both have left the same in every step. The options are assert_same_steps'.
+
+    told: what a report says of it is compared with a run, which needs members that are called by what they are, not by their `forward`.
+    """
     original = copy.deepcopy(model)
     ours = cnnfast.convert(model)
     assert_same_steps(ours, original, *inputs, **options)
+    if told and not options.get("keywords") and not options.get("may_raise"):  # a report takes no arguments by keyword
+        with torch.no_grad(), options.get("within", nullcontext)():
+            assert_report_is_true(ours.eval(), *inputs)
     return ours
 
 

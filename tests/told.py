@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +15,11 @@ import cnnfast
 import cnnfast.nn as cnn
 from cnnfast.conversion import Report
 from cnnfast.dispatch import Trace
-from steps import FUSED, MODES, Mode, seed
+
+Mode = Literal["no_grad", "eval", "train"]
+MODES: tuple[Mode, ...] = ("no_grad", "eval", "train")
+
+FUSED = ("conv_bn_act", "conv_stats")  # the operators that a fused convolution and norm call
 
 CONVOLUTIONS = (cnn.Conv1d, cnn.Conv2d, cnn.ConvTranspose2d)
 POOLS = (cnn.MaxPool2d, cnn.AvgPool2d, cnn.AdaptiveAvgPool2d, cnn.GlobalAvgPool2d)
@@ -21,6 +27,12 @@ POOLS = (cnn.MaxPool2d, cnn.AvgPool2d, cnn.AdaptiveAvgPool2d, cnn.GlobalAvgPool2
 # What a trace calls the forward of one module: an operator of ours, or the function in whose place PyTorch served.
 ALONE = ("conv_fprop", "conv_dgrad", "conv1d", "conv2d", "conv_transpose2d")
 POOLING = ("max_pool", "avg_pool", "adaptive_avg_pool", "global_avg_pool", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
+
+
+def seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 def assert_reports_are_true(model: nn.Module, *inputs: Any, modes: tuple[Mode, ...] = MODES) -> dict[Mode, Report]:

@@ -195,6 +195,24 @@ FAMILIES += [
 FAMILIES.append(Family("transformers", "UperNet", upernet))
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Traced by torch.fx
+
+
+def extractor(torchvision: Any) -> nn.Module:
+    """Two maps of a residual network by name, as object detectors take them."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    return create_feature_extractor(resnext(torchvision), {"layer2": "middle", "layer4": "last"})
+
+
+def traced_features(timm: Any) -> nn.Module:
+    return timm.create_model("resnet10t", features_only=True, feature_cls="fx", out_indices=(1, 3))
+
+
+FAMILIES.append(Family("torchvision", "feature_extractor", extractor))
+FAMILIES.append(Family("timm", "features_by_fx", traced_features))
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Written out
 
 

@@ -109,8 +109,8 @@ def _told(model: nn.Module, report: Report, calls: Counter[str]) -> dict[str, An
             fused = int(mixed[1])
             assert n == int(mixed[2]), row
         if isinstance(module, CONVOLUTIONS):
-            told["fused"][_size(module.weight.shape)] += fused
-            told["alone"][_size(module.weight.shape)] += n - fused
+            told["fused"][_weight(module)] += fused
+            told["alone"][_weight(module)] += n - fused
         elif isinstance(module, POOLS):
             told["pools"] += n
         else:
@@ -129,6 +129,12 @@ def _seen(trace: Trace) -> dict[str, Any]:
         "norms alone": operations["normalize"] - operations["conv_stats"] + operations["batch_norm"],
         "pools": sum(operations[name] for name in POOLING),
     }
+
+
+def _weight(conv: Any) -> tuple[int, ...]:
+    """The size of its weight. To read a parametrized one is to compute it, which may count as a step of training."""
+    channels = (conv.in_channels, conv.out_channels) if conv.transposed else (conv.out_channels, conv.in_channels)
+    return _size((channels[0], channels[1] // conv.groups, *conv.kernel_size))
 
 
 def _size(weight: Any) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
 import cnnfast
@@ -30,8 +30,9 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def classes(model: nn.Module) -> dict[str, type]:
-    """Of each module by name; of a parametrized one what it was before, for PyTorch makes a class for each such module."""
-    return {name: parametrize.type_before_parametrizations(module) for name, module in model.named_modules()}
+    """Of each module by name; GraphModule for torch.fx's, and of a parametrized one what it was before: PyTorch makes each its class."""
+    kinds = {name: parametrize.type_before_parametrizations(module) for name, module in model.named_modules()}
+    return {name: fx.GraphModule if issubclass(kind, fx.GraphModule) else kind for name, kind in kinds.items()}
 
 
 def convolutions_before_a_norm(model: nn.Module, x: torch.Tensor) -> set[str]:

@@ -74,6 +74,11 @@ def traits(module: nn.Module) -> Traits:
     return tuple((own_class(m), bool(m.__dict__.get("inplace"))) for m in module.modules())
 
 
+def buffers(modules: Iterable[nn.Module]) -> int:
+    """How many buffers modules have among them: fewer than they had, if some share them now."""
+    return len({id(t) for m in modules for t in m._buffers.values() if t is not None})
+
+
 class Effects:
     """Of the nodes of a graph. `modules`: by the names that its nodes call them."""
 
@@ -121,12 +126,17 @@ class Effects:
     def rests_on(self, own: Sequence[fx.Node]) -> list[str]:
         """Paths of the modules that have to stay as they are, and unwatched, so that `own` may be computed in the place of its last:
         those called in between, and those whose results count as new memory. Empty if nothing is in between."""
+        between = self.passed(own)
+        called = [n for n in self._memory if n.op == "call_module" and n not in own and (n in between or n in self._tensors)]
+        return [str(n.target) for n in called] if between else []
+
+    def passed(self, own: Sequence[fx.Node]) -> set[fx.Node]:
+        """What is not of `own` and stands between the first and the last of them."""
         node, between = own[0], set()
         while node is not own[-1]:
             between |= {node} - set(own)
             node = node.next
-        called = [n for n in self._memory if n.op == "call_module" and n not in own and (n in between or n in self._tensors)]
-        return [str(n.target) for n in called] if between else []
+        return between
 
     def replace(self, own: Sequence[fx.Node], group: fx.Node) -> None:
         """From now on `group` does what `own` did, in the place of the last of them."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from ..nn.fused import forward_replaced, served, why_watched
 from . import graphs
-from .effects import traits
+from .effects import buffers, traits
 from .grafts import base_of, graft, grafted_before, own_class, set_class
 from .planning import Group, Plan, Variant, examine, plan
 from .refused import Refused
@@ -196,7 +196,7 @@ def _members(block: nn.Module, found: Plan, variant: Variant) -> list[nn.Module]
         if module is None or traits(module) != were:
             return []
         members += module.modules()
-    return members
+    return members if variant.buffers in (None, buffers(members)) else []
 
 
 def _at(block: nn.Module, path: tuple[str, ...]) -> nn.Module | None:

@@ -18,7 +18,7 @@ from .. import nn as cnn
 from ..activations import activation_of
 from ..dispatch import on_gpu
 from .chains import Chain, Chains
-from .effects import Conduct, Effects, Traits, traits
+from .effects import Conduct, Effects, Traits, buffers, traits
 from .grafts import own_class
 from .leaves import is_convolution, is_norm, is_ours, normalizes_and_activates
 from .refused import Refused
@@ -41,13 +41,15 @@ class Variant:
     """A fused forward for arguments of certain kinds: `kinds` has "tensor", "list" (of tensors) or "any" of the two for each.
 
     It stands for the container's own while the modules at the paths of `members` are of these classes, and those at the paths of
-    `crossed`, over which members were moved, have these traits.
+    `crossed`, over which members were moved, have these traits. If any was moved, all of them have so many `buffers` among them: more
+    that they share might be statistics of a norm that one of them updates at another time.
     """
 
     kinds: tuple[str, ...]
     source: str
     members: tuple[tuple[tuple[str, ...], type], ...]
     crossed: tuple[tuple[tuple[str, ...], Traits], ...]
+    buffers: int | None
     conduct: Conduct
     names: tuple[tuple[str, Any], ...] = field(compare=False)  # what the source's global names stand for
     groups: tuple[Group, ...] = field(compare=False)
@@ -126,11 +128,14 @@ def _variant(block: nn.Module, traced: Traced) -> tuple[Variant | None, list[str
         return None, left
     code = traced.graph.python_code("self")
     paths = dict.fromkeys(path for group in groups for path in group.members)
+    crossed = [path for path in rewriter.crossed if path not in paths]
+    involved = [modules[path] for path in paths] + [m for path in crossed for m in modules[path].modules()]
     variant = Variant(
         kinds=traced.kinds,
         source=code.src,
         members=tuple((tuple(path.split(".")), own_class(modules[path])) for path in paths),
-        crossed=tuple((tuple(path.split(".")), traits(modules[path])) for path in rewriter.crossed if path not in paths),
+        crossed=tuple((tuple(path.split(".")), traits(modules[path])) for path in crossed),
+        buffers=buffers(involved) if rewriter.moved else None,
         conduct=conduct,
         names=tuple(code.globals.items()),
         groups=tuple(groups),
@@ -152,12 +157,14 @@ def call(
 
 
 class _Rewriter:
-    """Puts calls of groups into a graph. `crossed`: paths of the modules on which it rests that they may stand where they do."""
+    """Puts calls of groups into a graph. `moved`: whether some did not stand there as a whole; `crossed`: paths of the modules on which it
+    rests that they may stand where they do."""
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         self.graph, self.modules = graph, modules
         self.effects = Effects(graph, modules)
         self.crossed: dict[str, None] = {}
+        self.moved = False
 
     def rewrite(self) -> tuple[list[Group], list[str]]:
         """(the groups, what is left and why)."""
@@ -177,6 +184,7 @@ class _Rewriter:
         conv, norm, activation = str(first.target), str(chain.norm.target), chain.activation  # pyright: ignore[reportOptionalMemberAccess]
         name, slope = activation if isinstance(activation, tuple) else (None, None)
         self.crossed |= dict.fromkeys(self.effects.rests_on(chain.nodes))
+        self.moved = self.moved or bool(self.effects.passed(chain.nodes))
         with self.graph.inserting_before(last):
             act = self.graph.get_attr(activation) if isinstance(activation, str) else name
             modules = self.graph.get_attr(conv), self.graph.get_attr(norm)

@@ -711,6 +711,21 @@ def test_a_hook_on_what_is_in_between(name, when, quick):
     assert_same_steps(ours, original, x, fused=1)
 
 
+@pytest.mark.parametrize("shared", ["module", "buffers"])
+def test_statistics_that_are_shared_after_the_conversion(shared, quick):
+    """With a norm inside the child in between, of which the container is not told: the child updates them last."""
+    x = image().to(quick)
+    model: Any = build(block(over_a_child, shortcut=functools.partial(shortcut), **MEMBERS), quick)
+    original, ours = copy.deepcopy(model), cnnfast.convert(model)
+    assert_same_steps(ours, original, x, fused=1)
+    for m in (original, ours):
+        if shared == "module":
+            m.shortcut[1][0] = m.bn
+        else:
+            m.shortcut[1][0].running_mean, m.shortcut[1][0].running_var = m.bn.running_mean, m.bn.running_var
+    assert_same_steps(ours, original, x, fused=0)
+
+
 def over_an_activation(self, x):
     r = self.pool(x)
     y = self.bn(self.conv(r))

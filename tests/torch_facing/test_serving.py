@@ -78,6 +78,15 @@ def transforms(device):
         assert servers(lambda: F.global_avg_pool2d(x)) == {"torch"}
 
 
+def recorders(device, monkeypatch):
+    x = image(device=device)
+    assert reasons(lambda: torch.jit.trace(F.global_avg_pool2d, x, check_trace=False)) == {"torch.jit.trace is recording"}
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert servers(lambda: F.global_avg_pool2d(x)) == {"kernels"}  # by torch.export, say
+    monkeypatch.setattr(dispatch, "_to_onnx", lambda: True)
+    assert reasons(lambda: F.global_avg_pool2d(x)) == {"the model is being exported to ONNX"}
+
+
 def other_tensors(device):
     x, w = image(device=device), filters(device=device)
     for given in (x.cfloat(), x.int(), x.to(torch.float8_e4m3fn), x.to_sparse()):
@@ -200,6 +209,7 @@ ROWS = {
     '`algorithm="torch"`': you_asked_for_pytorch,
     "CPU tensors without the interpreter": there_is_no_device,
     "functorch transforms": transforms,
+    "calls that `torch.jit.trace`": recorders,
     "complex, integer and fp8 dtypes": other_tensors,
     "tensors that wrap others": wrappers,
     "a GPU on which Triton cannot launch": triton_cannot_launch,

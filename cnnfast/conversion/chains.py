@@ -5,7 +5,6 @@ A chain is: convolution, norm, sum with another tensor, activation. The norm mus
 
 from __future__ import annotations
 
-import functools
 import inspect
 import operator
 from dataclasses import dataclass
@@ -265,7 +264,6 @@ def _class(module: Any) -> str:
     return base_of(type(module)).__name__
 
 
-@functools.cache
 def _parameter(cls: Any) -> str:
     """The name of the first argument of a module's forward."""
     return list(inspect.signature(cls.forward).parameters)[1]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cnnfast_kernels import launch
+from cnnfast_kernels import conv, launch
 from cnnfast_kernels.gather.wgrad import wgrad, wgrad_partials
 from cnnfast_kernels.indexing import divisor
 from cnnfast_kernels.slots import empty_partials, reduce_partials
@@ -67,6 +67,14 @@ def test_dtype(case, dtype, precision, device):
 @pytest.mark.parametrize(("precision", "tile"), TILES, ids=str)
 def test_default_tile(precision, tile, split, device):
     check(WHOLE_TILE, device, replace(tile, SPLIT_K=split), DTYPES[precision], precision)
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "im2col"])
+def test_of_an_empty_batch(algorithm, device):
+    """A sum of nothing: the gradient is zero everywhere."""
+    x, dy = torch.empty(0, 4, 5, 5, device=device), torch.empty(0, 3, 3, 3, device=device)
+    dw = conv.conv_wgrad(x, dy, (3, 4, 3, 3), conv.Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1), algorithm=algorithm)
+    assert torch.equal(dw, torch.zeros(3, 4, 3, 3, device=device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

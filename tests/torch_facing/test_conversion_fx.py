@@ -324,10 +324,15 @@ def test_one_class_for_each_graph_module_that_goes_with_it(quick):
 
 def test_classes_of_parametrized_layers_go_with_them(quick):
     """torch.nn.utils.parametrize makes one for each layer, as torch.fx does."""
-    ours = cnnfast.convert(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)).to(quick))
+
+    class Own(nn.Conv2d):
+        """A class for one layer, on which ours is grafted."""
+
+    layers = nn.utils.parametrizations.weight_norm(Own(3, 4, 1)), nn.BatchNorm2d(4)
+    ours = cnnfast.convert(nn.Sequential(*layers).to(quick))
     twin = copy.deepcopy(ours)
-    gone = [weakref.ref(item) for item in (ours[0], type(ours[0]), twin, type(twin[0]))]
-    del ours, twin
+    gone = [weakref.ref(item) for item in (ours[0], type(ours[0]), type(ours[0]).__base__, Own, twin, type(twin[0]))]
+    del layers, ours, twin, Own
     gc.collect()
     assert [reference() for reference in gone] == [None] * len(gone)
 

@@ -589,10 +589,16 @@ def read_under_another_name_after_the_norm(self, x):
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_state_that_a_child_hands_out(forward, member, name, quick):
+@pytest.mark.parametrize("by", ["its class", "the instance"])
+def test_state_that_a_child_hands_out(forward, member, name, by, quick):
+    """By the forward of its class, or by one that a module of PyTorch's was given on the instance."""
+
     def make() -> nn.Module:
         model: Any = build(block(forward, **MEMBERS), quick)
-        model.child = HandsOut(getattr(model, member), name)
+        model.child = child = HandsOut(getattr(model, member), name)
+        if by == "the instance":
+            model.child = nn.Tanh()
+            model.child.forward = child.forward
         return model.eval()
 
     assert_same_steps(cnnfast.convert(make(), inplace=True), make(), image().to(quick), may_raise=True)

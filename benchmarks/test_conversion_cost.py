@@ -2,7 +2,8 @@
 
     pytest benchmarks/test_conversion_cost.py
 
-Nine interleaved rounds, one image of 224 x 224 in eval and two in training, on one thread; the ratio of the medians of processor time.
+Nine interleaved rounds, one image of 224 x 224 in eval and two in training, on one thread; the ratio of the medians of
+processor time.
 """
 
 from __future__ import annotations

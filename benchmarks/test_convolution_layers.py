@@ -2,8 +2,8 @@
 
     pytest benchmarks/test_convolution_layers.py --benchmark-json=FILE
 
-On a GPU each round replays a CUDA graph and waits for it; `calls` in the extra information is how many steps that are. Without one a
-few layers run, which PyTorch serves: the numbers are those of a conversion, not of kernels.
+On a GPU each round replays a CUDA graph and waits for it; `calls` in the extra information is how many steps that are.
+Without one a few layers run, which PyTorch serves: the numbers are those of a conversion, not of kernels.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     pytest benchmarks/test_host_cost.py
 
-The minimum is the figure: whatever else the machine does only adds. `bare operator` is PyTorch's dispatcher alone, for comparison
-between machines. Of layers of conv2d both are measured, with Triton's launcher and without it: the difference is the launcher's.
+The minimum is the figure: whatever else the machine does only adds. `bare operator` is PyTorch's dispatcher alone, for
+comparison between machines. Of layers of conv2d both are measured, with Triton's launcher and without it: the
+difference is the launcher's.
 
-A GPU's own libcuda and the one that stands in for it do not go together in a process: where there is a GPU, what is launched is skipped
-unless it is measured alone (-k "operation or layer").
+A GPU's own libcuda and the one that stands in for it do not go together in a process: where there is a GPU, what is
+launched is skipped unless it is measured alone (-k "operation or layer").
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import host_cost
 from cnnfast_kernels import launch
 
 pytestmark = pytest.mark.benchmark(max_time=0.3)
-compiled = pytest.mark.skipif(launch.INTERPRETED, reason="kernels are interpreted in this process: unset TRITON_INTERPRET")
+compiled = pytest.mark.skipif(
+    launch.INTERPRETED, reason="kernels are interpreted in this process: unset TRITON_INTERPRET"
+)
 
 # What the figures contain; pytest-benchmark prints it above them.
 SERVED_BY_PYTORCH = "PyTorch serves, the work included"

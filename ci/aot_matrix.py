@@ -3,8 +3,9 @@
     python ci/aot_matrix.py                                           # all twelve combinations
     python ci/aot_matrix.py --triton 3.7.1 --arch sm_89 --only dgrad  # one of them, and only the cases with that word in their name
 
-Each Triton is installed into a folder that is thrown away, with the numpy that it needs: pip has to find it. `cnnfast aot` runs on it,
-once an architecture. Prints a table and the problems, and writes them to ci/results/aot.txt; exit code 1 if there is a problem.
+Each Triton is installed into a folder that is thrown away, with the numpy that it needs: pip has to find it. `cnnfast
+aot` runs on it, once an architecture. Prints a table and the problems, and writes them to ci/results/aot.txt; exit code
+1 if there is a problem.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100")
 
 @dataclass(frozen=True)
 class Combination:
-    """What one Triton made of the kernels for one architecture. `registers` and `spill_bytes` are those of the worst kernel, a thread;
-    `seconds` are those of the whole command."""
+    """What one Triton made of the kernels for one architecture. `registers` and `spill_bytes` are those of the worst
+    kernel, a thread; `seconds` are those of the whole command.
+    """
 
     triton: str
     arch: str
@@ -60,7 +62,9 @@ def told(triton: str, arch: str, output: str, rows: Sequence[dict[str, Any]], se
     problems = tuple(line.removeprefix("problem ") for line in output.splitlines() if line.startswith("problem "))
     end = re.search(r"^(\d+) kernels compiled, (\d+) problems$", output, re.MULTILINE)
     if end is None or (int(end[1]), int(end[2])) != (len(rows), len(problems)):
-        raise ValueError(f"cnnfast aot --arch {arch} on triton {triton} wrote {len(rows)} rows and ended with:\n{output[-2000:]}")
+        raise ValueError(
+            f"cnnfast aot --arch {arch} on triton {triton} wrote {len(rows)} rows and ended with:\n{output[-2000:]}"
+        )
 
     def worst(field: str) -> int:
         return max((row[field] or 0 for row in rows), default=0)
@@ -75,11 +79,29 @@ def compile_on(triton: str, overlay: Path, arch: str, only: str, jobs: int, scra
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (overlay, ROOT, ROOT / "kernels")))
     environment["TRITON_CACHE_DIR"] = str(scratch / "cache")
     used = subprocess.run(
-        [sys.executable, "-c", "import triton; print(triton.__version__)"], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", "import triton; print(triton.__version__)"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     if used.stdout.strip() != triton:
-        raise RuntimeError(f"triton {triton} was installed into {overlay}, but {used.stdout.strip() or used.stderr} is imported")
-    command = [sys.executable, "-m", "cnnfast", "aot", "--arch", arch, "--json", str(file), "--jobs", str(jobs), "--only", only]
+        raise RuntimeError(
+            f"triton {triton} was installed into {overlay}, but {used.stdout.strip() or used.stderr} is imported"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "cnnfast",
+        "aot",
+        "--arch",
+        arch,
+        "--json",
+        str(file),
+        "--jobs",
+        str(jobs),
+        "--only",
+        only,
+    ]
     begun = time.perf_counter()
     run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if run.returncode not in (0, 1):
@@ -109,7 +131,9 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    triton: Annotated[list[str] | None, typer.Option(help="One of the gate's; may be repeated.", show_default="all")] = None,
+    triton: Annotated[
+        list[str] | None, typer.Option(help="One of the gate's; may be repeated.", show_default="all")
+    ] = None,
     arch: Annotated[list[str] | None, typer.Option(help="May be repeated.", show_default=" ".join(ARCHS))] = None,
     only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 2,

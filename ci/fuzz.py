@@ -3,8 +3,8 @@
     python ci/fuzz.py                                  # all properties of tests/fuzz_properties.py, some ten minutes
     python ci/fuzz.py --only conv2d --cases 100 --seed 7
 
-Prints, and writes to ci/results/fuzz/<property>.txt, how many cases of each property passed and what they were instances of. The first
-case that fails is printed, as small as it can be made, and ends the run.
+Prints, and writes to ci/results/fuzz/<property>.txt, how many cases of each property passed and what they were
+instances of. The first case that fails is printed, as small as it can be made, and ends the run.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ def commit() -> str:
     """That of the working tree, and whether anything differs from it."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + (", with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return git("rev-parse", "--short", "HEAD") + (
+        ", with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    )
 
 
 def describe(name: str, tally: Any) -> str:
@@ -44,7 +48,9 @@ def describe(name: str, tally: Any) -> str:
 
 
 def choose_ring() -> bool:
-    """Whether kernels will run on a GPU; if not, Triton interprets them, and its interpreter is mended: before anything imports triton."""
+    """Whether kernels will run on a GPU; if not, Triton interprets them, and its interpreter is mended: before anything
+    imports triton.
+    """
     import conftest
 
     return conftest.HAS_GPU

@@ -3,9 +3,9 @@
     python ci/mutate.py                  # all of them, ten minutes on two cores
     python ci/mutate.py --only depthwise # those with that word in their name or file
 
-Works on copies of the tree, never in place. A fault is caught if a named test fails, which means that an assertion or the kernel does: a
-file that cannot be imported proves nothing. Before that all named tests must pass. Prints a table and writes it to
-ci/results/mutations.txt; exit code 1 if a fault survives.
+Works on copies of the tree, never in place. A fault is caught if a named test fails, which means that an assertion or
+the kernel does: a file that cannot be imported proves nothing. Before that all named tests must pass. Prints a table
+and writes it to ci/results/mutations.txt; exit code 1 if a fault survives.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verdict:
-    """outcome "passed", "failed", or "broken": nothing ran, an import or a fixture failed, time was up. `test` is what did not pass."""
+    """outcome "passed", "failed", or "broken": nothing ran, an import or a fixture failed, time was up. `test` is what
+    did not pass.
+    """
 
     outcome: str
     test: str = ""
@@ -93,7 +95,11 @@ def judge(tree: Path, tests: Sequence[str]) -> Verdict:
             if case.find(kind) is not None:
                 return Verdict(outcome, f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}", seconds)
     passed = [case for case in cases if case.find("skipped") is None]
-    return Verdict("passed", "", seconds) if run.returncode == 0 and passed else Verdict("broken", run.stdout.strip()[-300:], seconds)
+    return (
+        Verdict("passed", "", seconds)
+        if run.returncode == 0 and passed
+        else Verdict("broken", run.stdout.strip()[-300:], seconds)
+    )
 
 
 def judge_with(tree: Path, fault: Fault) -> Verdict:
@@ -101,7 +107,9 @@ def judge_with(tree: Path, fault: Fault) -> Verdict:
     path = tree / fault.file
     original = path.read_text()
     if original.count(fault.old) != 1:
-        raise typer.BadParameter(f"{fault.name}: `old` occurs {original.count(fault.old)} times in {fault.file}, not once")
+        raise typer.BadParameter(
+            f"{fault.name}: `old` occurs {original.count(fault.old)} times in {fault.file}, not once"
+        )
     path.write_text(original.replace(fault.old, fault.new))
     try:
         return judge(tree, fault.tests)
@@ -115,7 +123,13 @@ def table(found: Sequence[tuple[Fault, Verdict]]) -> str:
         rows.add_column(column, justify="right" if column == "s" else "left", no_wrap=True)
     for fault, verdict in found:
         word = {"failed": "caught", "passed": "SURVIVED", "broken": "BROKEN"}[verdict.outcome]
-        rows.add_row(word, fault.name, fault.file.removeprefix("kernels/"), verdict.test.replace("\n", " "), f"{verdict.seconds:.0f}")
+        rows.add_row(
+            word,
+            fault.name,
+            fault.file.removeprefix("kernels/"),
+            verdict.test.replace("\n", " "),
+            f"{verdict.seconds:.0f}",
+        )
     console = Console(width=240)
     with console.capture() as text:
         console.print(rows, markup=False, highlight=False)
@@ -165,7 +179,9 @@ def main(
             found = list(pool.map(attempt, chosen))
 
     caught = sum(verdict.outcome == "failed" for _, verdict in found)
-    versions = f"torch {version('torch')}, triton {version('triton')}, Python {platform.python_version()}, commit {origin}"
+    versions = (
+        f"torch {version('torch')}, triton {version('triton')}, Python {platform.python_version()}, commit {origin}"
+    )
     text = f"ci/mutate.py: {caught} of {len(found)} faults caught; {versions}\n\n{table(found)}"
     print(f"\n{text}")
     if not only and faults == FAULTS:

@@ -1,11 +1,13 @@
-"""What reaches CUDA, of every kernel and tile, all dtypes, layouts and many geometries: by plans and by Triton, compared to the byte.
+"""What reaches CUDA, of every kernel and tile, all dtypes, layouts and many geometries: by plans and by Triton,
+compared to the byte.
 
     python ci/recorded_launches.py                                 # on the triton that is installed: a quarter of an hour on one core
     python ci/recorded_launches.py --overlay FOLDER --overlay ...  # on those in these folders (pip install --target), one by one
 
-No GPU is needed: Triton's real launcher runs over a driver that records (cnnfast_kernels/aot/recording_driver; what is launched is in
-harness/launch_survey.py). Prints a table and writes it to
-ci/results/recorded_launches/triton-VERSION.txt, one file for each version, as soon as it is done; exit code 1 if anything is wrong.
+No GPU is needed: Triton's real launcher runs over a driver that records (cnnfast_kernels/aot/recording_driver; what is
+launched is in harness/launch_survey.py). Prints a table and writes it to
+ci/results/recorded_launches/triton-VERSION.txt, one file for each version, as soon as it is done; exit code 1 if
+anything is wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "ci" / "results" / "recorded_launches"
-PARTS = 16  # processes, each of which takes every sixteenth case: so much is told on the way, and no more compiled twice
+# processes, each of which takes every sixteenth case: so much is told on the way, and no more compiled twice
+PARTS = 16
 sys.path[:0] = [str(ROOT / folder) for folder in ("harness", "kernels", "")]
 
 from child import run_compiled  # noqa: E402
@@ -45,7 +48,9 @@ def surveyed(overlay: str, jobs: int, console: Console) -> Survey:
 
     def take(part: int) -> Survey:
         found = revived(run_compiled(survey_part, part, PARTS, timeout=3600, overlay=overlay))
-        console.print(f"triton {found.triton}, part {part + 1} of {PARTS}: {found.by_plan.total()} launches, {len(found.wrong)} wrong")
+        console.print(
+            f"triton {found.triton}, part {part + 1} of {PARTS}: {found.by_plan.total()} launches, {len(found.wrong)} wrong"
+        )
         return found
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -87,7 +92,9 @@ def report(s: Survey, origin: str, console: Console) -> None:
 
 
 def main(
-    overlay: Annotated[list[Path] | None, typer.Option(help="Folder with another triton; may be given several times.")] = None,
+    overlay: Annotated[
+        list[Path] | None, typer.Option(help="Folder with another triton; may be given several times.")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Processes at once.")] = os.cpu_count() or 1,
     results: Annotated[Path, typer.Option(help="The folder where the tables go.")] = RESULTS,
 ) -> None:

@@ -5,8 +5,9 @@
     python ci/specialisations.py whole FOLDER                 # all of the compiler: long, writes ci/results/specialisations/
 
 A recording serves every version of Triton. The front end sees one of the launches that differ only in numbers, and
-cnnfast_kernels/aot/specialisations.py says which those are; `whole` compiles every one. Launches with tensor maps are compiled for
-architectures that have them. Exit code 1 if one is refused or a kernel was never launched, 2 if nothing was recorded.
+cnnfast_kernels/aot/specialisations.py says which those are; `whole` compiles every one. Launches with tensor maps are
+compiled for architectures that have them. Exit code 1 if one is refused or a kernel was never launched, 2 if nothing
+was recorded.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ def compiled(lines: list[str], arch: str, whole: bool, jobs: int) -> list[str]:
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task(f"{'whole' if whole else 'front end'} {arch}")
         results = in_processes(
-            refused, [(line, arch, whole) for line in lines], jobs, lambda done, total: bar.update(task, completed=done, total=total)
+            refused,
+            [(line, arch, whole) for line in lines],
+            jobs,
+            lambda done, total: bar.update(task, completed=done, total=total),
         )
     return [result for result in results if result is not None]
 
@@ -58,9 +62,12 @@ def never_launched(lines: list[str]) -> list[str]:
 
 
 def versions() -> str:
-    from fuzz import commit  # not above: the processes that compile import this file too, and find tests/fuzz.py by that name
+    # not above: the processes that compile import this file too, and find tests/fuzz.py by that name
+    from fuzz import commit
 
-    return f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}, commit {commit()}"
+    return (
+        f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}, commit {commit()}"
+    )
 
 
 app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
@@ -109,7 +116,9 @@ def whole(
         able = [line for line in lines if runs_on(line, name)]
         found = compiled(able, name, True, jobs)
         failures += found
-        told.append(f"{name}: {len(able) - len(found)} of {len(able)} compile, {time.perf_counter() - begun:.0f} s by {jobs} processes")
+        told.append(
+            f"{name}: {len(able) - len(found)} of {len(able)} compile, {time.perf_counter() - begun:.0f} s by {jobs} processes"
+        )
     text = "\n".join([*told, *(f"\n{failure}" for failure in failures)]) + "\n"
     print(text)
     out.mkdir(parents=True, exist_ok=True)

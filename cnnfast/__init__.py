@@ -1,8 +1,8 @@
 """Hand-written Triton kernels for convolutional networks in PyTorch.
 
-`convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it, `warm` compiles what it will launch
-ahead, `tune` measures who serves it fastest on this GPU. `functional` holds the operations, `nn` the layers, `models` the ResNets; `trace`
-and `backend` show and steer who serves a call.
+`convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it, `warm` compiles
+what it will launch ahead, `tune` measures who serves it fastest on this GPU. `functional` holds the operations, `nn`
+the layers, `models` the ResNets; `trace` and `backend` show and steer who serves a call.
 """
 
 from __future__ import annotations
@@ -36,7 +36,20 @@ _HOME = {
     "tune": ".tuning",
     "warm": ".warming",
 }
-__all__ = ["__version__", "backend", "check", "convert", "functional", "models", "nn", "report", "revert", "trace", "tune", "warm"]
+__all__ = [
+    "__version__",
+    "backend",
+    "check",
+    "convert",
+    "functional",
+    "models",
+    "nn",
+    "report",
+    "revert",
+    "trace",
+    "tune",
+    "warm",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,9 @@ from .commands.doctor import doctor
 from .commands.info import info
 from .commands.tune import tune
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False
+)
 
 
 def _version(asked: bool) -> None:
@@ -26,7 +28,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """Hand-written Triton kernels for convolutional networks in PyTorch, and the proof that they are right."""
 

@@ -1,4 +1,6 @@
-"""The activations by name, in plain PyTorch: what the fused kernels compute, for the paths that PyTorch takes; and PyTorch's modules."""
+"""The activations by name, in plain PyTorch: what the fused kernels compute, for the paths that PyTorch takes; and
+PyTorch's modules.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,19 @@ def activate(u: Tensor, activation: str | None, slope: float = LEAKY_SLOPE) -> T
 def check_activation(function: str, activation: str | None, activation_arg: float | None) -> None:
     """Raises ValueError, in the name of `function`, for an unknown activation or an argument that it does not take."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{function}(): activation must be one of {', '.join(map(str, ACTIVATIONS))}, but got activation={activation!r}")
+        raise ValueError(
+            f"{function}(): activation must be one of {', '.join(map(str, ACTIVATIONS))}, but got activation={activation!r}"
+        )
     if activation_arg is not None and activation != "leaky_relu":
-        raise ValueError(f"{function}(): activation_arg is leaky_relu's slope, but got activation_arg={activation_arg} for {activation!r}")
+        raise ValueError(
+            f"{function}(): activation_arg is leaky_relu's slope, but got activation_arg={activation_arg} for {activation!r}"
+        )
 
 
 def activation_of(module: nn.Module) -> tuple[str, float | None] | None:
-    """(name, slope or None) of what an activation module of PyTorch's computes, as conv_bn_act takes them; None if there is no kernel."""
+    """(name, slope or None) of what an activation module of PyTorch's computes, as conv_bn_act takes them; None if
+    there is no kernel.
+    """
     if type(module) is nn.LeakyReLU:
         return "leaky_relu", module.negative_slope
     if type(module) is nn.GELU:

@@ -42,7 +42,9 @@ def meta(tree: Any) -> Any:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy with meta tensors in the place of all that the model holds, shared ones still shared, and those of lazy modules still lazy."""
+    """A copy with meta tensors in the place of all that the model holds, shared ones still shared, and those of lazy
+    modules still lazy.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for t in tree_leaves(dict(vars(module))):
@@ -63,7 +65,9 @@ def _real_copy(model: nn.Module) -> nn.Module:
 
 
 class _CopiesTensors(TorchFunctionMode):
-    """copy.deepcopy copies tensors by `copied`, wherever they are held, such as in objects that hook: results too, which it refuses."""
+    """copy.deepcopy copies tensors by `copied`, wherever they are held, such as in objects that hook: results too,
+    which it refuses.
+    """
 
     def __init__(self, copied: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -84,9 +88,14 @@ def _another(t: Any, device: torch.device | str) -> Tensor:
 
 
 def on_a_copy(
-    run: Callable[[nn.Module, tuple[Any, ...]], T], model: nn.Module, example_inputs: tuple[Any, ...], *, meta_only: bool = False
+    run: Callable[[nn.Module, tuple[Any, ...]], T],
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    meta_only: bool = False,
 ) -> T:
-    """run(a copy of the model, the inputs) on meta tensors; on real ones if that raises, unless the inputs are meta, or meta_only.
+    """run(a copy of the model, the inputs) on meta tensors; on real ones if that raises, unless the inputs are meta, or
+    meta_only.
 
     Random numbers are afterwards as they were, and what is compiled runs uncompiled. Raises what the last run raised.
     """
@@ -100,14 +109,17 @@ def on_a_copy(
 
 def run_aside(run: Callable[[nn.Module, tuple[Any, ...]], T], model: nn.Module, inputs: tuple[Any, ...]) -> T:
     """run(model, inputs), leaving no trace; where inputs are meta tensors, others that are made are too."""
-    made = torch.device("meta") if any(t.is_meta for t in tree_leaves(inputs) if isinstance(t, Tensor)) else nullcontext()
+    made = (
+        torch.device("meta") if any(t.is_meta for t in tree_leaves(inputs) if isinstance(t, Tensor)) else nullcontext()
+    )
     with leaving_no_trace(), made:
         return run(model, inputs)
 
 
 def is_callers(hook: Any) -> bool:
-    """Whether a hook of a copy is the caller's, who shall not hear of the copy: functions are. Objects that hook have been copied with
-    the model, and may be part of it, as pruning is."""
+    """Whether a hook of a copy is the caller's, who shall not hear of the copy: functions are. Objects that hook have
+    been copied with the model, and may be part of it, as pruning is.
+    """
     while isinstance(hook, functools.partial):
         hook = hook.func
     return isinstance(hook, types.FunctionType)

@@ -63,8 +63,9 @@ def _described(value: Any) -> Any:
 
 
 def _by_pytorch(name: str, arguments: tuple[Any, ...]) -> Any:
-    """Results laid out as the operator's, and their numbers as PyTorch computes them. Of gradients they are zero: nobody branches on
-    what a backward pass holds."""
+    """Results laid out as the operator's, and their numbers as PyTorch computes them. Of gradients they are zero:
+    nobody branches on what a backward pass holds.
+    """
     results = OPERATORS[name].fake(*arguments)
     tensors = [t.zero_() for t in tree_leaves(results) if isinstance(t, Tensor)]
     if name in FORWARD:
@@ -84,18 +85,18 @@ def operator_calls(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
 ) -> Counter[OperatorCall]:
-    """The operators that a call of the model would call on a GPU, and how often each: once it is converted, under the settings that are
-    in force (autocast, backend).
+    """The operators that a call of the model would call on a GPU, and how often each: once it is converted, under the
+    settings that are in force (autocast, backend).
 
-    A copy of the model is converted and run on meta tensors. One that cannot run so, because it branches on values, and any under
-    autocast, which PyTorch does not apply to meta tensors, is copied and run where it lies, with PyTorch computing what our operators
-    would. The model itself, its gradients and the random numbers stay as they are. Of one that is wrapped by DistributedDataParallel or
-    torch.compile, what they wrap is run: it calls the same operators.
+    A copy of the model is converted and run on meta tensors. One that cannot run so, because it branches on values, and
+    any under autocast, which PyTorch does not apply to meta tensors, is copied and run where it lies, with PyTorch
+    computing what our operators would. The model itself, its gradients and the random numbers stay as they are. Of one
+    that is wrapped by DistributedDataParallel or torch.compile, what they wrap is run: it calls the same operators.
 
-    train: with gradients of all that wants one, the backward pass too; modules are then in training mode, unless the model as a whole is
-    already: its members' own modes stay. dtype: casts floating inputs and the copy. memory_format: as `convert` takes it; inputs of four
-    axes are laid out likewise. gpu, device_type: as launch.meta_stands_for has them. Raises RuntimeError if the model does not run on
-    these inputs.
+    train: with gradients of all that wants one, the backward pass too; modules are then in training mode, unless the
+    model as a whole is already: its members' own modes stay. dtype: casts floating inputs and the copy. memory_format:
+    as `convert` takes it; inputs of four axes are laid out likewise. gpu, device_type: as launch.meta_stands_for has
+    them. Raises RuntimeError if the model does not run on these inputs.
     """
 
     def run(model: nn.Module, inputs: tuple[Any, ...], with_numbers: bool) -> Counter[OperatorCall]:
@@ -120,7 +121,11 @@ def operator_calls(
     held = [t for t in (*model.parameters(), *model.buffers(), *tree_leaves(inputs)) if isinstance(t, Tensor)]
     if any(t.device.type != device_type for t in held):
         shapes = " ".join("x".join(map(str, t.shape)) for t in tree_leaves(inputs) if isinstance(t, Tensor))
-        because = f": {type(reason).__name__}: {reason}" if reason else f" under autocast unless all of it is on the {device_type}"
+        because = (
+            f": {type(reason).__name__}: {reason}"
+            if reason
+            else f" under autocast unless all of it is on the {device_type}"
+        )
         raise RuntimeError(f"{type(model).__name__} does not run on {shapes}{because}") from reason
     return run(copy.deepcopy(model), tree_map_only(Tensor, lambda t: _wanting(t.detach().clone(), t), inputs), True)
 
@@ -156,7 +161,9 @@ def standing_for(gpu: launch.Gpu, device_type: str = "cuda") -> Iterator[None]:
 def replay(call: OperatorCall) -> None:
     """Runs what the operator would on a GPU, on meta tensors: within `standing_for` and launch.substituted."""
     arguments = (
-        torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device="meta") if isinstance(value, launch.Layout) else value
+        torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device="meta")
+        if isinstance(value, launch.Layout)
+        else value
         for _, value in call.arguments
     )
     OPERATORS[call.operator].implementation(*arguments)

@@ -1,4 +1,6 @@
-"""Processes of Python that this one starts: fresh interpreters, which do not run the user's script again, as multiprocessing's would."""
+"""Processes of Python that this one starts: fresh interpreters, which do not run the user's script again, as
+multiprocessing's would.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Any
 
 
 def start(module: str, *arguments: str, environment: dict[str, str], **options: Any) -> subprocess.Popen[str]:
-    """`python -m module arguments...`, which can import what this process can, and sees `environment` beside what this one sees.
+    """`python -m module arguments...`, which can import what this process can, and sees `environment` beside what this
+    one sees.
 
     options: as subprocess.Popen takes them.
     """

@@ -1,8 +1,8 @@
 """Which path a call takes, and how one sees it.
 
-A call is one of our operators' if its tensors are on an NVIDIA GPU from sm_80 on where Triton can launch, or on the CPU while Triton
-interprets (TRITON_INTERPRET=1); otherwise torch.nn.functional is called directly. `why_torch` is the whole of that decision. Which
-convolutions the library serves inside our operators is decided there (ops/serving.py).
+A call is one of our operators' if its tensors are on an NVIDIA GPU from sm_80 on where Triton can launch, or on the CPU
+while Triton interprets (TRITON_INTERPRET=1); otherwise torch.nn.functional is called directly. `why_torch` is the whole
+of that decision. Which convolutions the library serves inside our operators is decided there (ops/serving.py).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _meta_on_gpu = False
 def backend(name: Backend) -> Iterator[None]:
     """Overrides the choice, for the whole process, while the context lasts.
 
-    "auto": kernels where there is a path, PyTorch elsewhere. "kernels": a call that would go to PyTorch raises RuntimeError.
-    "torch": PyTorch serves every call.
+    "auto": kernels where there is a path, PyTorch elsewhere. "kernels": a call that would go to PyTorch raises
+    RuntimeError. "torch": PyTorch serves every call.
     """
     if name not in ("auto", "kernels", "torch"):
         raise ValueError(f'backend(name={name!r}): name must be "auto", "kernels" or "torch"')
@@ -53,7 +53,8 @@ def backend(name: Backend) -> Iterator[None]:
 
 @contextmanager
 def prefer_kernels() -> Iterator[None]:
-    """Our kernels serve, for the whole process, wherever there is a path, also where the library is faster; elsewhere PyTorch does.
+    """Our kernels serve, for the whole process, wherever there is a path, also where the library is faster; elsewhere
+    PyTorch does.
 
     For whoever asks whether our kernels are right, and wants to hear of the calls that are not theirs: not an error, as
     backend("kernels") has it.
@@ -74,7 +75,9 @@ def _choosing(choice: Backend | Literal["prefer kernels"]) -> Iterator[None]:
 
 @contextmanager
 def meta_as_gpu() -> Iterator[None]:
-    """Meta tensors, which hold nothing, take the path that a GPU's would, for the whole process: operators are called, nothing runs."""
+    """Meta tensors, which hold nothing, take the path that a GPU's would, for the whole process: operators are called,
+    nothing runs.
+    """
     global _meta_on_gpu
     before, _meta_on_gpu = _meta_on_gpu, True
     try:
@@ -106,7 +109,9 @@ def asked_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def transformed() -> bool:
-    """Whether a functorch transform or forward-mode AD is active: PyTorch has rules for its own operators, and they serve then."""
+    """Whether a functorch transform or forward-mode AD is active: PyTorch has rules for its own operators, and they
+    serve then.
+    """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -147,7 +152,9 @@ def _warn_of(reason: str) -> None:
 
 @asked_once
 def _interpreter_rounds_bf16() -> bool:
-    """Triton's interpreter computes bfloat16 on raw bits, silently wrong; a test suite may have mended it. Asked once, by trying."""
+    """Triton's interpreter computes bfloat16 on raw bits, silently wrong; a test suite may have mended it. Asked once,
+    by trying.
+    """
     from cnnfast_kernels.conv import Geometry, conv_fprop
 
     x = torch.tensor([1.0, 0.75 * 2**-7], dtype=torch.bfloat16).reshape(1, 1, 1, 2)
@@ -187,12 +194,14 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
         return _torch("torch.jit.trace is recording")
     if torch.compiler.is_exporting() and _to_onnx():
         return _torch("the model is being exported to ONNX")
-    if x.dtype not in launch.KERNEL_DTYPES:  # those of quantized tensors are not; another dtype of `others` is an error, not a choice
+    # those of quantized tensors are not; another dtype of `others` is an error, not a choice
+    if x.dtype not in launch.KERNEL_DTYPES:
         return _torch(f"dtype {x.dtype} has no kernel")
     if x.layout is not torch.strided or x.is_nested:  # a lazy negation is done before an operator runs
         return _torch("the tensor is not plain strided memory")
     device = x.device
-    if type(x) not in PLAIN and is_traceable_wrapper_subclass(x):  # DTensor and its kin have rules for PyTorch's operators only
+    # DTensor and its kin have rules for PyTorch's operators only
+    if type(x) not in PLAIN and is_traceable_wrapper_subclass(x):
         return _torch("the tensor wraps others")
     for t in others:
         if t is None:
@@ -214,8 +223,10 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
 
 @dataclass(slots=True)
 class Call:
-    """One operation as it was served: by "kernels" (`launches` names them), by "torch", or by "library", PyTorch's convolution within our
-    operator, because it was measured to be faster. `reason` says why; of kernels, what else there is to say of their choice."""
+    """One operation as it was served: by "kernels" (`launches` names them), by "torch", or by "library", PyTorch's
+    convolution within our operator, because it was measured to be faster. `reason` says why; of kernels, what else
+    there is to say of their choice.
+    """
 
     operation: str
     shapes: tuple[tuple[int, ...], ...]
@@ -318,7 +329,10 @@ def captured() -> bool:
 
 
 def _refuse_non_tensors(
-    function: Callable[..., Any], refusal: Callable[[Mapping[str, Any]], type[Exception]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: Callable[..., Any],
+    refusal: Callable[[Mapping[str, Any]], type[Exception]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     """Raises if an argument is no tensor where `function` is annotated to take one."""
     signature = inspect.signature(function)
@@ -333,11 +347,11 @@ def _refuse_non_tensors(
 def operation(
     function: Callable[..., Any], refusal: Callable[[Mapping[str, Any]], type[Exception]] = lambda given: TypeError
 ) -> Callable[..., Any]:
-    """Marks a function of cnnfast.functional: its calls can be captured, and go to the __torch_function__ of arguments that have one;
-    what is no tensor is refused by its argument's name.
+    """Marks a function of cnnfast.functional: its calls can be captured, and go to the __torch_function__ of arguments
+    that have one; what is no tensor is refused by its argument's name.
 
-    That is looked into once something failed for want of a tensor's attributes: other calls do not wait for it. `refusal` tells what
-    to raise of a required tensor, given all arguments: what PyTorch raises.
+    That is looked into once something failed for want of a tensor's attributes: other calls do not wait for it.
+    `refusal` tells what to raise of a required tensor, given all arguments: what PyTorch raises.
     """
 
     @functools.wraps(function)

@@ -1,4 +1,6 @@
-"""Names of dtypes, the same wherever one is given: PyTorch's own, shorter ones, and tf32: float32 tensors that are multiplied as TF32."""
+"""Names of dtypes, the same wherever one is given: PyTorch's own, shorter ones, and tf32: float32 tensors that are
+multiplied as TF32.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def full_name(text: str) -> str:
 
 
 def argument(dtype: torch.dtype | str | None, function: str) -> tuple[torch.dtype | None, Products | None]:
-    """What an argument `dtype` of a function asks for: the dtype of tensors, and how float32 is multiplied, which names alone say.
+    """What an argument `dtype` of a function asks for: the dtype of tensors, and how float32 is multiplied, which names
+    alone say.
 
     Raises ValueError in the name of `function`.
     """

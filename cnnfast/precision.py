@@ -1,7 +1,8 @@
 """How float32 numbers are multiplied: as they are (IEEE), or rounded to TF32 first, as a GPU's matrix units want them.
 
-PyTorch's settings say which, of convolutions and of matrix products each; on a GPU convolutions are TF32 unless somebody says otherwise.
-Our kernels read the same setting as PyTorch's (ops/conv.py), so that whoever compares the two sets both here.
+PyTorch's settings say which, of convolutions and of matrix products each; on a GPU convolutions are TF32 unless
+somebody says otherwise. Our kernels read the same setting as PyTorch's (ops/conv.py), so that whoever compares the two
+sets both here.
 """
 
 from __future__ import annotations
@@ -26,15 +27,23 @@ _on_cpu_too = False
 
 @contextmanager
 def float32_products(products: Products) -> Iterator[None]:
-    """All float32 convolutions, recurrent layers and matrix products, PyTorch's and ours, multiply so in this process, for a while.
+    """All float32 convolutions, recurrent layers and matrix products, PyTorch's and ours, multiply so in this process,
+    for a while.
 
-    With "tf32" our convolutions round on CPU tensors too, where Triton interprets them; PyTorch's need a GPU, or a CPU with such a unit.
-    What PyTorch's settings said before, they say afterwards. Meanwhile PyTorch may refuse to read torch.backends.cudnn.allow_tf32, an older
-    one: to write it would fix convolutions for good, whatever torch.backends.fp32_precision is set to later.
+    With "tf32" our convolutions round on CPU tensors too, where Triton interprets them; PyTorch's need a GPU, or a CPU
+    with such a unit. What PyTorch's settings said before, they say afterwards. Meanwhile PyTorch may refuse to read
+    torch.backends.cudnn.allow_tf32, an older one: to write it would fix convolutions for good, whatever
+    torch.backends.fp32_precision is set to later.
     """
     global _on_cpu_too
     backends: Any = torch.backends
-    settings = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
+    settings = (
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.cuda.matmul,
+        backends.mkldnn.conv,
+        backends.mkldnn.matmul,
+    )
     before = [setting.fp32_precision for setting in settings]
     on_cpu_before, _on_cpu_too = _on_cpu_too, products == "tf32"
     older = _older_matmul_setting()
@@ -67,7 +76,8 @@ def _set(settings: Sequence[Any], values: Sequence[str]) -> None:
 
 
 def allow_tf32(x: Tensor) -> bool:
-    """Whether a convolution of `x` multiplies TF32: what PyTorch's settings say of float32 tensors on a GPU, or float32_products of any.
+    """Whether a convolution of `x` multiplies TF32: what PyTorch's settings say of float32 tensors on a GPU, or
+    float32_products of any.
 
     Asked by its newer settings: the older ones raise once those are used.
     """
@@ -77,7 +87,9 @@ def allow_tf32(x: Tensor) -> bool:
 
 
 def nearest_tf32(t: Tensor) -> Tensor:
-    """A float32 tensor rounded to TF32, ties away from zero, as our kernels round their operands; NaN and infinities stay."""
+    """A float32 tensor rounded to TF32, ties away from zero, as our kernels round their operands; NaN and infinities
+    stay.
+    """
     half, kept = 1 << (DROPPED - 1), -(1 << DROPPED)
     rounded = ((t.view(torch.int32) + half) & kept).view(torch.float32)
     return torch.where(t.isnan(), t, rounded)

@@ -1,10 +1,12 @@
-"""Receptive fields: which rows of its input one position of a tensor can depend on, followed operator by operator, on shapes alone.
+"""Receptive fields: which rows of its input one position of a tensor can depend on, followed operator by operator, on
+shapes alone.
 
 For the position with index p along the height, the field is an interval of input rows,
 
     p * jump + first  to  p * jump + last,      size = last - first + 1
 
-It starts as jump 1, first 0, last 0, and an operator changes it so (window k, dilation d, stride s, padding a, all along the height):
+It starts as jump 1, first 0, last 0, and an operator changes it so (window k, dilation d, stride s, padding a, all
+along the height):
 
     convolution, pooling     first - a * jump    last + ((k - 1) * d - a) * jump    jump * s
     transposed convolution   the ceil(((k - 1) * d + 1) / s) pixels whose windows meet                jump / s
@@ -14,11 +16,11 @@ It starts as jump 1, first 0, last 0, and an operator changes it so (window k, d
     normalisation            as pointwise: what its statistics see is not counted
     anything else            as pointwise, if it keeps the shape; the whole input, if not
 
-The first two rows are the recurrence of A. Araujo, W. Norris, J. Sim, "Computing Receptive Fields of Convolutional Neural Networks"
-(Distill, 2019), its size r = r + (k - 1) * d * jump and its jump = jump * s. Sizes are not cut off at the borders of the image, as there:
-ResNet-50's may exceed 224. Reshaping is followed exactly: every axis of a tensor is kept as a product of digits (extent, step), step
-being the distance in input rows between neighbours. Flattening concatenates digits, splitting an axis splits a digit, and a sum over
-an axis widens the field by (extent - 1) * step.
+The first two rows are the recurrence of A. Araujo, W. Norris, J. Sim, "Computing Receptive Fields of Convolutional
+Neural Networks" (Distill, 2019), its size r = r + (k - 1) * d * jump and its jump = jump * s. Sizes are not cut off at
+the borders of the image, as there: ResNet-50's may exceed 224. Reshaping is followed exactly: every axis of a tensor is
+kept as a product of digits (extent, step), step being the distance in input rows between neighbours. Flattening
+concatenates digits, splitting an axis splits a digit, and a sum over an axis widens the field by (extent - 1) * step.
 """
 
 from __future__ import annotations
@@ -88,7 +90,9 @@ def of(t: Tensor) -> Field | None:
 
 
 def see(t: Tensor) -> None:
-    """Makes `t` an input. Rows run along the last axis but one of an image, along the last of a sequence [N, C, L]; [N, C] has none."""
+    """Makes `t` an input. Rows run along the last axis but one of an image, along the last of a sequence [N, C, L]; [N,
+    C] has none.
+    """
     field = Field(plain(t.shape))
     if t.dim() < 3:
         field = field.whole()
@@ -138,7 +142,9 @@ def _pointwise(_: dict[str, Any], sources: Sequence[Tensor], y: Tensor) -> Field
     return Field(tuple(axes), *_union(sources))
 
 
-def _windows(field: Field, axis: int, window: int, stride: Number, padding: Number, dilation: int, extent: int) -> Field:
+def _windows(
+    field: Field, axis: int, window: int, stride: Number, padding: Number, dilation: int, extent: int
+) -> Field:
     """Windows along one axis, `extent` of them; an axis that does not run along the rows changes its extent alone."""
     if not rows(field.axes[axis]):
         return field.with_axis(axis, plain([extent])[0])
@@ -188,7 +194,9 @@ def _pooling(a: dict[str, Any], sources: Sequence[Tensor], y: Tensor) -> Field:
     stride, padding, dilation = a.get("stride") or window, a.get("padding", 0), a.get("dilation", 1)
     before = y.dim() - len(window)
     for i, k in enumerate(window):
-        field = _windows(field, before + i, k, _pick(stride, i), _pick(padding, i), _pick(dilation, i), y.shape[before + i])
+        field = _windows(
+            field, before + i, k, _pick(stride, i), _pick(padding, i), _pick(dilation, i), y.shape[before + i]
+        )
     return field
 
 
@@ -224,7 +232,9 @@ def _padding(a: dict[str, Any], sources: Sequence[Tensor], y: Tensor) -> Field:
     amounts = a["pad"] if "pad" in a else a["padding"]
     for i in range(len(amounts) // 2):
         axis = y.dim() - 1 - i
-        field = _windows(field, axis, 1, 1, amounts[2 * i], 1, y.shape[axis]) if any(amounts[2 * i : 2 * i + 2]) else field
+        field = (
+            _windows(field, axis, 1, 1, amounts[2 * i], 1, y.shape[axis]) if any(amounts[2 * i : 2 * i + 2]) else field
+        )
     return field
 
 
@@ -353,7 +363,9 @@ def _pixel_shuffle(a: dict[str, Any], sources: Sequence[Tensor], y: Tensor) -> F
 
 def _pixel_unshuffle(a: dict[str, Any], sources: Sequence[Tensor], y: Tensor) -> Field:
     r, axis = a["downscale_factor"], y.dim() - 2
-    return _windows(_field(sources[0]), axis, r, r, 0, 1, y.shape[axis]).with_axis(axis - 1, plain([y.shape[axis - 1]])[0])
+    return _windows(_field(sources[0]), axis, r, r, 0, 1, y.shape[axis]).with_axis(
+        axis - 1, plain([y.shape[axis - 1]])[0]
+    )
 
 
 def _unbind(a: dict[str, Any], sources: Sequence[Tensor], y: Tensor) -> Field:
@@ -374,7 +386,10 @@ RULES: dict[str, Rule] = {
     name: rule
     for rule, names in (
         (_convolution, "convolution"),
-        (_pooling, "max_pool1d max_pool2d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d"),
+        (
+            _pooling,
+            "max_pool1d max_pool2d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d",
+        ),
         (_adaptive_pooling, "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d"),
         (_adaptive_pooling, "fractional_max_pool2d fractional_max_pool3d"),
         (_interpolation(1), "upsample_nearest1d upsample_nearest2d upsample_nearest3d"),
@@ -383,7 +398,10 @@ RULES: dict[str, Rule] = {
         (_interpolation(4), "upsample_bicubic2d _upsample_bicubic2d_aa"),
         (_padding, "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d"),
         (_padding, "replication_pad1d replication_pad2d replication_pad3d"),
-        (_reduction, "mean sum amax amin max min var std var_mean prod logsumexp linalg_vector_norm norm argmax argmin any all"),
+        (
+            _reduction,
+            "mean sum amax amin max min var std var_mean prod logsumexp linalg_vector_norm norm argmax argmin any all",
+        ),
         (_along, "_softmax _log_softmax _safe_softmax cumsum cumprod sort"),
         (_attention, "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention"),
         (_attention, "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"),

@@ -1,7 +1,9 @@
-"""Every operation in plain PyTorch, differentiable and in any dtype up to float64: the judge that checking and tests ask.
+"""Every operation in plain PyTorch, differentiable and in any dtype up to float64: the judge that checking and tests
+ask.
 
-Written from the definitions, tap by tap, and not with the functions of torch.nn.functional that it judges beside ours. Names and
-arguments are those of cnnfast.functional; arguments are taken to be valid. As there, running statistics are updated in place.
+Written from the definitions, tap by tap, and not with the functions of torch.nn.functional that it judges beside ours.
+Names and arguments are those of cnnfast.functional; arguments are taken to be valid. As there, running statistics are
+updated in place.
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ def _batched(x: Tensor) -> Tensor:
 def _taps(
     x: Tensor, window: Pair, extents: Pair, stride: Pair, padding: Pair, dilation: Pair, fill: float = 0.0
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For each tap (r, s) of a window: what it sees, [..., P, Q], `fill` outside the image, and where it is inside, [P, Q].
+    """For each tap (r, s) of a window: what it sees, [..., P, Q], `fill` outside the image, and where it is inside, [P,
+    Q].
 
     x [..., H, W]; padding is that above and to the left; extents are (P, Q).
     """
-    last = [(n - 1) * st + (taps - 1) * d - pad for n, st, taps, d, pad in zip(extents, stride, window, dilation, padding, strict=True)]
+    last = [
+        (n - 1) * st + (taps - 1) * d - pad
+        for n, st, taps, d, pad in zip(extents, stride, window, dilation, padding, strict=True)
+    ]
     below, right = (max(0, end + 1 - size) for end, size in zip(last, x.shape[-2:], strict=True))
     padded = torch.nn.functional.pad(x, (padding[1], right, padding[0], below), value=fill)
 
@@ -71,7 +77,10 @@ def conv2d(
     else:
         pads = _pair(0 if isinstance(padding, str) else padding)
         total = [2 * p for p in pads]
-    P, Q = ((size + pad - span - 1) // st + 1 for size, pad, span, st in zip(input.shape[-2:], total, spans, step, strict=True))
+    P, Q = (
+        (size + pad - span - 1) // st + 1
+        for size, pad, span, st in zip(input.shape[-2:], total, spans, step, strict=True)
+    )
     y = x.new_zeros(x.shape[0], groups, w.shape[1], P, Q)
     for r, s, tap, _ in _taps(x, window, (P, Q), step, pads, dil):
         y = y + torch.einsum("ngchw,gkc->ngkhw", tap, w[..., r, s])
@@ -108,14 +117,23 @@ def conv_transpose2d(
     """Adds input[n, c, h, w] * weight[c, k, r, s] to output[n, k, h * stride - padding + r * dilation, ...], plus bias."""
     x = _batched(input).unflatten(1, (groups, -1))
     w = weight.unflatten(0, (groups, -1))  # [G, C / G, K / G, R, S]
-    taps, step, pads, more, dil = weight.shape[2:], _pair(stride), _pair(padding), _pair(output_padding), _pair(dilation)
-    reach = [(n - 1) * s + 1 for n, s in zip(x.shape[-2:], step, strict=True)]  # rows from the first to the last that one tap meets
+    taps, step, pads, more, dil = (
+        weight.shape[2:],
+        _pair(stride),
+        _pair(padding),
+        _pair(output_padding),
+        _pair(dilation),
+    )
+    # rows from the first to the last that one tap meets
+    reach = [(n - 1) * s + 1 for n, s in zip(x.shape[-2:], step, strict=True)]
     extents = [n + d * (t - 1) + m for n, d, t, m in zip(reach, dil, taps, more, strict=True)]
     y = x.new_zeros(x.shape[0], groups, w.shape[2], *extents)
     for r in range(taps[0]):
         for s in range(taps[1]):
             seen = torch.zeros_like(y)
-            rows, columns = (slice(tap * d, tap * d + n, st) for tap, d, n, st in zip((r, s), dil, reach, step, strict=True))
+            rows, columns = (
+                slice(tap * d, tap * d + n, st) for tap, d, n, st in zip((r, s), dil, reach, step, strict=True)
+            )
             seen[..., rows, columns] = torch.einsum("ngchw,gck->ngkhw", x, w[..., r, s])
             y = y + seen
     y = y[..., pads[0] : extents[0] - pads[0], pads[1] : extents[1] - pads[1]].flatten(1, 2)
@@ -251,7 +269,9 @@ def avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """Sum over a window / the pixels in it; the padding counts or not, what ceil_mode lets hang out beyond it never does."""
+    """Sum over a window / the pixels in it; the padding counts or not, what ceil_mode lets hang out beyond it never
+    does.
+    """
     x = _batched(input)
     window, pads = _pair(kernel_size), _pair(padding)
     step = window if stride is None or stride == [] or stride == () else _pair(stride)
@@ -261,8 +281,14 @@ def avg_pool2d(
     for _, _, tap, _ in _taps(x, *geometry, pads, (1, 1)):
         y = y + tap
     # the pixels of a window: those inside the image, or inside the image with its padding, where the window starts at 0
-    counted = x.new_zeros([size + 2 * pad for size, pad in zip(x.shape[-2:], pads, strict=True)]) if count_include_pad else x[0, 0]
-    pixels = sum(inside.to(x.dtype) for *_, inside in _taps(counted, *geometry, (0, 0) if count_include_pad else pads, (1, 1)))
+    counted = (
+        x.new_zeros([size + 2 * pad for size, pad in zip(x.shape[-2:], pads, strict=True)])
+        if count_include_pad
+        else x[0, 0]
+    )
+    pixels = sum(
+        inside.to(x.dtype) for *_, inside in _taps(counted, *geometry, (0, 0) if count_include_pad else pads, (1, 1))
+    )
     y = y / (pixels if divisor_override is None else divisor_override)
     return y if input.dim() == 4 else y[0]
 

@@ -1,4 +1,6 @@
-"""The layers of a model, by running it on meta tensors: shapes, parameters, FLOPs and receptive fields without computing anything."""
+"""The layers of a model, by running it on meta tensors: shapes, parameters, FLOPs and receptive fields without
+computing anything.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,14 @@ WORDS = ("attention", "conv", "norm", "pool", "linear", "activation")  # in the 
 class Layer:
     """One call of one module.
 
-    name: as in model.named_modules(), "" for the model itself. kind: conv, linear, norm, pool, activation, attention, other.
-    input_shape, output_shape: of the first tensor that goes in and comes out; () without one.
-    parameters: its own, counted at the first call; a convolution's are (R*S*C/groups + 1)*K with bias. trainable: whether one of them
-    requires a gradient.
-    flops: multiplications and additions of its convolutions and matrix products, as torch.utils.flop_counter counts them:
-    2*N*P*Q*K*R*S*C/groups, taps in the padding counted, bias and everything pointwise not.
-    receptive_field: input rows that one position of the output depends on (see receptive_field.py); None: the whole input; 0: nothing
-    of it. jump: input rows from one position to the next; None where there are no positions.
-    output_bytes: of all tensors that come out, 0 for one that lies in the memory of one that went in.
+    name: as in model.named_modules(), "" for the model itself. kind: conv, linear, norm, pool, activation, attention,
+    other. input_shape, output_shape: of the first tensor that goes in and comes out; () without one. parameters: its
+    own, counted at the first call; a convolution's are (R*S*C/groups + 1)*K with bias. trainable: whether one of them
+    requires a gradient. flops: multiplications and additions of its convolutions and matrix products, as
+    torch.utils.flop_counter counts them: 2*N*P*Q*K*R*S*C/groups, taps in the padding counted, bias and everything
+    pointwise not. receptive_field: input rows that one position of the output depends on (see receptive_field.py);
+    None: the whole input; 0: nothing of it. jump: input rows from one position to the next; None where there are no
+    positions. output_bytes: of all tensors that come out, 0 for one that lies in the memory of one that went in.
     """
 
     name: str
@@ -61,9 +62,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Summary:
-    """All layers of a model, and totals: `parameters` and those that are `trainable`, each counted once; `flops` of the whole run,
-    whoever did them; `output_bytes` of the layers; `unused`, parameters of modules that the run did not call. Parameters of lazy
-    modules have the sizes that the run gave them; one that it did not call has none, and does not count."""
+    """All layers of a model, and totals: `parameters` and those that are `trainable`, each counted once; `flops` of the
+    whole run, whoever did them; `output_bytes` of the layers; `unused`, parameters of modules that the run did not
+    call. Parameters of lazy modules have the sizes that the run gave them; one that it did not call has none, and does
+    not count.
+    """
 
     layers: list[Layer]
     parameters: int
@@ -84,14 +87,15 @@ def layers(model: nn.Module, *example_inputs: Any) -> list[Layer]:
 
 
 def summarize(model: nn.Module, *example_inputs: Any) -> Summary:
-    """One Layer for each call of a convolution, linear layer, norm, pooling or activation, of any other module with parameters of its
-    own, and of any other that multiplies matrices itself.
+    """One Layer for each call of a convolution, linear layer, norm, pooling or activation, of any other module with
+    parameters of its own, and of any other that multiplies matrices itself.
 
-    A copy of the model runs on meta tensors, in eval mode: nothing is computed, no weight is copied, and the model, its hooks and the
-    random numbers stay as they are. A model that cannot run so (because it branches on values, say) runs on a real copy instead.
-    Converted models are shown layer by layer, as their originals.
+    A copy of the model runs on meta tensors, in eval mode: nothing is computed, no weight is copied, and the model, its
+    hooks and the random numbers stay as they are. A model that cannot run so (because it branches on values, say) runs
+    on a real copy instead. Converted models are shown layer by layer, as their originals.
 
-    example_inputs: tensors, of any device, meta too, or structures of them. Raises RuntimeError if the model does not run on them.
+    example_inputs: tensors, of any device, meta too, or structures of them. Raises RuntimeError if the model does not
+    run on them.
     """
     try:
         return on_a_copy(summary_of, model, example_inputs)
@@ -222,7 +226,9 @@ class _Run(TorchDispatchMode):
 
 
 def _kind(module: nn.Module) -> str:
-    """By what it inherits from torch.nn; leaves of other libraries, and attention, by their name; else the empty string."""
+    """By what it inherits from torch.nn; leaves of other libraries, and attention, by their name; else the empty
+    string.
+    """
     words = [word for word in WORDS if word in type(module).__name__.lower()]
     if "attention" in words:
         return "attention"

@@ -1,9 +1,10 @@
 """Kernels compiled before they are needed, many at a time.
 
-Triton compiles a kernel when it is first launched, one after the other: the first training step of a ResNet-50 waits for more than a
-hundred. Which ones a call will launch follows from shapes, strides and dtypes. So the model is run once without launching anything
-(calls.py), each launch is written down as far as Triton compiles by it (aot/specialisations.py), and processes of their own compile them
-into Triton's cache on disk (aot/worker.py), where this process and every later one finds them.
+Triton compiles a kernel when it is first launched, one after the other: the first training step of a ResNet-50 waits
+for more than a hundred. Which ones a call will launch follows from shapes, strides and dtypes. So the model is run once
+without launching anything (calls.py), each launch is written down as far as Triton compiles by it
+(aot/specialisations.py), and processes of their own compile them into Triton's cache on disk (aot/worker.py), where
+this process and every later one finds them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from torch.utils._pytree import tree_leaves
 from . import dispatch
 from .children import start
 
-if TYPE_CHECKING or dispatch.launch is not None:  # without triton `warm` says that PyTorch serves, and nothing else here is of use
+# without triton `warm` says that PyTorch serves, and nothing else here is of use
+if TYPE_CHECKING or dispatch.launch is not None:
     import fcntl
 
     from triton import knobs
@@ -48,8 +50,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Warming:
-    """What compiling ahead did. kernels: how many binaries are in Triton's cache now, whoever compiled them. failures: of each that could
-    not be compiled the reason. reason: why there was nothing to compile, or the empty string."""
+    """What compiling ahead did. kernels: how many binaries are in Triton's cache now, whoever compiled them. failures:
+    of each that could not be compiled the reason. reason: why there was nothing to compile, or the empty string.
+    """
 
     kernels: int = 0
     seconds: float = 0.0
@@ -68,20 +71,25 @@ class Warming:
 
 
 def warm(model: nn.Module, *example_inputs: Any, train: bool = False) -> Warming:
-    """Compiles, in processes of their own, every kernel that `model(*example_inputs)` would launch, so that the first call does not.
+    """Compiles, in processes of their own, every kernel that `model(*example_inputs)` would launch, so that the first
+    call does not.
 
-    model: as `cnnfast.convert` made it; another one is taken as convert would make it. example_inputs: of the shapes, dtypes and layouts
-    of the real ones; other batch sizes mostly need the same kernels. train: with gradients, and the backward pass too. Settings that
-    are in force count: torch.autocast, cnnfast.backend, TF32, and the tables of measured tiles.
+    model: as `cnnfast.convert` made it; another one is taken as convert would make it. example_inputs: of the shapes,
+    dtypes and layouts of the real ones; other batch sizes mostly need the same kernels. train: with gradients, and the
+    backward pass too. Settings that are in force count: torch.autocast, cnnfast.backend, TF32, and the tables of
+    measured tiles.
 
-    Parameters, buffers, gradients and random numbers stay as they are. A model that branches on the values of tensors, and any under
-    autocast, is copied and run once, with PyTorch computing. One set of processes compiles on a machine at a time: others wait for it
-    and then find what it compiled. On a terminal a bar shows how far it is.
+    Parameters, buffers, gradients and random numbers stay as they are. A model that branches on the values of tensors,
+    and any under autocast, is copied and run once, with PyTorch computing. One set of processes compiles on a machine
+    at a time: others wait for it and then find what it compiled. On a terminal a bar shows how far it is.
 
-    Returns a Warming: str() is a line; .ok is False if a kernel could not be compiled, which a warning says as well. Where PyTorch serves
-    every call there is nothing to compile, and .reason says why. Raises RuntimeError if the model does not run on these inputs.
+    Returns a Warming: str() is a line; .ok is False if a kernel could not be compiled, which a warning says as well.
+    Where PyTorch serves every call there is nothing to compile, and .reason says why. Raises RuntimeError if the model
+    does not run on these inputs.
     """
-    tensors = [t for t in (*model.parameters(), *model.buffers(), *tree_leaves(example_inputs)) if isinstance(t, Tensor)]
+    tensors = [
+        t for t in (*model.parameters(), *model.buffers(), *tree_leaves(example_inputs)) if isinstance(t, Tensor)
+    ]
     if not tensors:
         return Warming(reason="neither the model nor its inputs hold a tensor")
     x = next((t for t in tensors if t.is_floating_point()), tensors[0])
@@ -100,15 +108,21 @@ def warm(model: nn.Module, *example_inputs: Any, train: bool = False) -> Warming
 
 
 def launches(
-    model: nn.Module, *example_inputs: Any, train: bool = False, gpu: launch.Gpu | None = None, device_type: str = "cuda"
+    model: nn.Module,
+    *example_inputs: Any,
+    train: bool = False,
+    gpu: launch.Gpu | None = None,
+    device_type: str = "cuda",
 ) -> list[str]:
     """Descriptions (aot/specialisations.py) of what a call would launch on a GPU, each once; nothing is compiled.
 
-    Arguments and RuntimeError as `warm` has them. gpu: by default that of the model, which is on one; given, none need be there.
-    device_type: where tensors on it are, for whoever takes those of a CPU for a GPU's.
+    Arguments and RuntimeError as `warm` has them. gpu: by default that of the model, which is on one; given, none need
+    be there. device_type: where tensors on it are, for whoever takes those of a CPU for a GPU's.
     """
     if gpu is None:
-        gpu = launch.gpu(next(t.device for t in (*model.parameters(), *tree_leaves(example_inputs)) if isinstance(t, Tensor)))
+        gpu = launch.gpu(
+            next(t.device for t in (*model.parameters(), *tree_leaves(example_inputs)) if isinstance(t, Tensor))
+        )
     found = calls.operator_calls(model, example_inputs, train=train, gpu=gpu, device_type=device_type)
     with recorded(gpu, device_type) as lines:
         for call in found:
@@ -118,8 +132,9 @@ def launches(
 
 @contextmanager
 def recorded(gpu: launch.Gpu, device_type: str = "cuda") -> Iterator[dict[str, None]]:
-    """The descriptions of what this thread would launch meanwhile, in order, each once: calls of cnnfast_kernels' functions on meta
-    tensors, which stand for tensors on `gpu`. Nothing is launched or compiled."""
+    """The descriptions of what this thread would launch meanwhile, in order, each once: calls of cnnfast_kernels'
+    functions on meta tensors, which stand for tensors on `gpu`. Nothing is launched or compiled.
+    """
     found: dict[str, None] = {}
 
     def note(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Any) -> None:
@@ -139,7 +154,9 @@ class Compile(Protocol):
     def __call__(self, lines: Iterable[str], progress: Progress | None = None) -> Warming: ...
 
 
-def compile_ahead(lines: Iterable[str], gpu: launch.Gpu, *, jobs: int | None = None, progress: Progress | None = None) -> Warming:
+def compile_ahead(
+    lines: Iterable[str], gpu: launch.Gpu, *, jobs: int | None = None, progress: Progress | None = None
+) -> Warming:
     """Compiles descriptions of launches for a GPU, which need not be there, by `jobs` processes (default: one a core).
 
     progress: called with (kernels done, all kernels). Raises RuntimeError where kernels are interpreted.
@@ -150,7 +167,9 @@ def compile_ahead(lines: Iterable[str], gpu: launch.Gpu, *, jobs: int | None = N
 
 @contextmanager
 def compiling(gpu: launch.Gpu, jobs: int | None = None) -> Iterator[Compile]:
-    """What compiles for a GPU, by processes that are started when first needed and end with the context. RuntimeError as above."""
+    """What compiles for a GPU, by processes that are started when first needed and end with the context. RuntimeError
+    as above.
+    """
     require_compiled_kernels()
     children = [_Child(f"sm_{gpu.arch}") for _ in range(jobs or usable_cores())]
     one_at_a_time = threading.Lock()
@@ -245,7 +264,9 @@ def _share(work: list[str], children: list[_Child], progress: Progress) -> list[
 
 @contextmanager
 def _machine_lock() -> Iterator[None]:
-    """Held by one process of a machine, or of all that share Triton's cache folder; released when that process ends, however it does."""
+    """Held by one process of a machine, or of all that share Triton's cache folder; released when that process ends,
+    however it does.
+    """
     folder = Path(knobs.cache.dir)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:

@@ -17,13 +17,15 @@ TESTS = HARNESS.parent / "tests"
 IMPORTABLE = (HARNESS.parent, HARNESS.parent / "kernels", TESTS, HARNESS)
 
 
-def run_compiled(script: str | Path | Callable[..., Any], *arguments: Any, timeout: float = 600, overlay: str = "") -> Any:
+def run_compiled(
+    script: str | Path | Callable[..., Any], *arguments: Any, timeout: float = 600, overlay: str = ""
+) -> Any:
     """Runs `script` without TRITON_INTERPRET and returns what the last line of its output says, as JSON.
 
-    `script` is source text, the path of a file (given `arguments` as sys.argv), or a function. A function's source alone
-    travels: it imports what it needs itself, its arguments are plain data, and what it returns is printed as JSON.
-    `overlay` is a folder whose packages stand before those that are installed.
-    Fails with the child's output if the child fails.
+    `script` is source text, the path of a file (given `arguments` as sys.argv), or a function. A function's source
+    alone travels: it imports what it needs itself, its arguments are plain data, and what it returns is printed as
+    JSON. `overlay` is a folder whose packages stand before those that are installed. Fails with the child's output if
+    the child fails.
     """
     if isinstance(script, Path):
         command = [sys.executable, str(script), *map(str, arguments)]
@@ -34,10 +36,14 @@ def run_compiled(script: str | Path | Callable[..., Any], *arguments: Any, timeo
     else:
         command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [overlay, *map(str, IMPORTABLE), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [overlay, *map(str, IMPORTABLE), os.environ.get("PYTHONPATH")])
+    )
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     if child.returncode:
-        raise AssertionError(f"the child process ended with {child.returncode}\n{child.stdout[-2000:]}\n{child.stderr[-6000:]}")
+        raise AssertionError(
+            f"the child process ended with {child.returncode}\n{child.stdout[-2000:]}\n{child.stderr[-6000:]}"
+        )
     lines = child.stdout.strip().splitlines()
     if not lines:
         raise AssertionError(f"the child process printed nothing; its last line should be JSON\n{child.stderr[-6000:]}")

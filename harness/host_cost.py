@@ -1,7 +1,9 @@
-"""What the host spends on a call: every operation of cnnfast.functional, over kernels that are launched but not executed.
+"""What the host spends on a call: every operation of cnnfast.functional, over kernels that are launched but not
+executed.
 
-Only for processes in which kernels are compiled. Tensors are the CPU's, and dispatch takes them for a GPU's: the code that runs is a
-GPU's but for CUDA's own, that is allocating from its pool, and encoding tensor maps and taking launches in its driver.
+Only for processes in which kernels are compiled. Tensors are the CPU's, and dispatch takes them for a GPU's: the code
+that runs is a GPU's but for CUDA's own, that is allocating from its pool, and encoding tensor maps and taking launches
+in its driver.
 
     with pretended_gpu(launcher=True), prepared("conv2d", "inference") as call:
         print(microseconds(call))
@@ -33,8 +35,8 @@ MODES = ("inference", "gradients", "backward")
 def pretended_gpu(launcher: bool) -> Iterator[None]:
     """CPU tensors are served by our kernels, every call of them (cnnfast.backend("kernels")); nothing runs.
 
-    With `launcher` Triton's own launcher turns the arguments into a launch and asks for each tensor map, of a libcuda that takes both and
-    does nothing (aot/recording_driver). Without it the stub driver takes the arguments as they are.
+    With `launcher` Triton's own launcher turns the arguments into a launch and asks for each tensor map, of a libcuda
+    that takes both and does nothing (aot/recording_driver). Without it the stub driver takes the arguments as they are.
     """
     if launch.INTERPRETED:
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET and start again")
@@ -54,8 +56,14 @@ def tensors() -> dict[str, torch.Tensor]:
 # The leaves that want gradients, and the call.
 OPERATIONS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "conv2d": ("x w", lambda x, w, **_: F.conv2d(x, w, None, 1, 1)),
-    "conv_bn_act": ("x w b", lambda x, w, mean, var, g, b, z: F.conv_bn_act(x, w, mean, var, g, b, residual=z, padding=1)),
-    "conv_bn_act, training": ("x w g b", lambda x, w, mean, var, g, b, z: F.conv_bn_act(x, w, mean, var, g, b, padding=1, training=True)),
+    "conv_bn_act": (
+        "x w b",
+        lambda x, w, mean, var, g, b, z: F.conv_bn_act(x, w, mean, var, g, b, residual=z, padding=1),
+    ),
+    "conv_bn_act, training": (
+        "x w g b",
+        lambda x, w, mean, var, g, b, z: F.conv_bn_act(x, w, mean, var, g, b, padding=1, training=True),
+    ),
     "batch_norm": ("x g b", lambda x, mean, var, g, b, **_: F.batch_norm(x, mean, var, g, b)),
     "batch_norm, training": ("x g b", lambda x, mean, var, g, b, **_: F.batch_norm(x, mean, var, g, b, True)),
     "max_pool2d": ("x", lambda x, **_: F.max_pool2d(x, 3, 2, 1)),
@@ -66,7 +74,9 @@ OPERATIONS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
 
 @contextmanager
 def prepared(operation: str, mode: str) -> Iterator[Callable[[], Any]]:
-    """The call to time, once it has run: under inference_mode, recording what its gradients need, or taking all of them."""
+    """The call to time, once it has run: under inference_mode, recording what its gradients need, or taking all of
+    them.
+    """
     leaves, function = OPERATIONS[operation]
     operands = tensors()
     if mode == "inference":
@@ -100,7 +110,9 @@ LAYERS = (
 
 
 def layers() -> dict[str, Callable[[], Any]]:
-    """conv2d, from the outermost layer to the innermost: each call contains those below it. The last one is what a plan spares."""
+    """conv2d, from the outermost layer to the innermost: each call contains those below it. The last one is what a plan
+    spares.
+    """
     x, w = tensors()["x"], tensors()["w"]
     geometry = conv.Geometry(*GEOMETRY)
     conv.conv_fprop(x, w, geometry)
@@ -128,7 +140,9 @@ ONE_PIXEL: dict[str, Callable[[Any, torch.Tensor], Callable[[], Any]]] = {
 
 
 def bare_operator() -> Callable[[], Any]:
-    """An operator of one tensor that returns an empty one: what PyTorch's dispatcher costs, and how fast this machine is just now."""
+    """An operator of one tensor that returns an empty one: what PyTorch's dispatcher costs, and how fast this machine
+    is just now.
+    """
     library = torch.library.Library("cnnfast_harness", "DEF")
     library.define("bare(Tensor x) -> Tensor")
     library.impl("bare", torch.empty_like, "CPU")
@@ -137,7 +151,9 @@ def bare_operator() -> Callable[[], Any]:
 
 
 def microseconds(call: Callable[[], Any], repeat: int = 20) -> float:
-    """Of one call, by the clock over `repeat` of them: so few that the system seldom takes the processor away meanwhile."""
+    """Of one call, by the clock over `repeat` of them: so few that the system seldom takes the processor away
+    meanwhile.
+    """
     start = time.perf_counter()
     for _ in range(repeat):
         call()

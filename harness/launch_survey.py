@@ -1,7 +1,9 @@
-"""What reaches CUDA when kernels are launched, by Triton's real launcher over a driver that records (aot/recording_driver).
+"""What reaches CUDA when kernels are launched, by Triton's real launcher over a driver that records
+(aot/recording_driver).
 
-A plan's repeated launch goes past the code by which Triton launches; it must pass the very same bytes. `survey` calls the launchers of
-every kernel, on tensors whose contents do not matter, and compares. Only for processes in which kernels are compiled.
+A plan's repeated launch goes past the code by which Triton launches; it must pass the very same bytes. `survey` calls
+the launchers of every kernel, on tensors whose contents do not matter, and compares. Only for processes in which
+kernels are compiled.
 
     seen = survey(once=True)
     assert not seen.differing
@@ -38,8 +40,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class Survey:
     """What was seen. Launches are counted by kernel; the lists name what is wrong, one line each.
 
-    `by_plan` were compared: the same call by its plan, repeated, and by Triton. `by_triton` have no plan. `unaligned`: those of by_plan
-    that came after a launch of the same plan whose operands were all at multiples of 16 bytes, where one is not.
+    `by_plan` were compared: the same call by its plan, repeated, and by Triton. `by_triton` have no plan. `unaligned`:
+    those of by_plan that came after a launch of the same plan whose operands were all at multiples of 16 bytes, where
+    one is not.
     """
 
     triton: str = triton.__version__
@@ -59,7 +62,9 @@ class Survey:
 
     def __add__(self, other: Survey) -> Survey:
         """Both, of other cases of one version of Triton."""
-        both = Survey(self.triton, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Survey)[1:]})
+        both = Survey(
+            self.triton, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Survey)[1:]}
+        )
         both.binaries = sorted(set(both.binaries))
         return both
 
@@ -105,7 +110,9 @@ def last_byte(e: RecordedEncode) -> int:
 
 
 class Comparison:
-    """Stands in for Plan.__call__ and launch.run. With `once`, a plan is launched only if no earlier one had its pattern."""
+    """Stands in for Plan.__call__ and launch.run. With `once`, a plan is launched only if no earlier one had its
+    pattern.
+    """
 
     def __init__(self, driver: RecordingDriver, survey: Survey, once: bool) -> None:
         self.driver, self.survey, self.once = driver, survey, once
@@ -122,7 +129,10 @@ class Comparison:
 
     def without_a_plan(self, kernel: Any, grid: Any, device: Any, *args: Any, **options: Any) -> Any:
         """In place of launch.run for what is not called from a plan."""
-        if self.once and (key := pattern(kernel, [a for a in args if a is None or isinstance(a, torch.Tensor)], ())) in self.seen:
+        if (
+            self.once
+            and (key := pattern(kernel, [a for a in args if a is None or isinstance(a, torch.Tensor)], ())) in self.seen
+        ):
             return None
         self.driver.taken()
         compiled = self.run(kernel, grid, device, *args, **options)
@@ -143,7 +153,11 @@ class Comparison:
             repeated = self.compare(plan, tensors)
             self.survey.by_plan[name] += 1
             present = [i for i in plan.pointers if tensors[i] is not None]
-            if not present or (name if self.once else key) in self.misaligned or any(tensors[i].data_ptr() % 16 for i in present):
+            if (
+                not present
+                or (name if self.once else key) in self.misaligned
+                or any(tensors[i].data_ptr() % 16 for i in present)
+            ):
                 return
             self.misaligned.add(name if self.once else key)
             moved = [unaligned(t) if i == present[0] else t for i, t in enumerate(tensors)]
@@ -162,7 +176,9 @@ class Comparison:
         before = self.launched_by_triton
         by_plan = self.launched(plan, tensors)
         if self.launched_by_triton != before:
-            self.survey.differing.append(f"{self.case}: {plan.kernel.__name__}: a repeated launch goes by Triton's code")
+            self.survey.differing.append(
+                f"{self.case}: {plan.kernel.__name__}: a repeated launch goes by Triton's code"
+            )
         if by_plan != by_triton or len(by_plan[0]) != 1:
             self.differs(plan, "", by_triton, by_plan)
         return by_plan
@@ -194,7 +210,9 @@ class Comparison:
                 self.survey.illegal.append(f"{self.case}: {e.refusal}")
             ends = [t.data_ptr() + memory(t) for t in tensors if t is not None and t.data_ptr() == e.address]
             if not any(e.address + last_byte(e) < end for end in ends):
-                self.survey.outside.append(f"{self.case}: {e.dims} by {e.strides} bytes at {e.address:#x}, of tensors that end at {ends}")
+                self.survey.outside.append(
+                    f"{self.case}: {e.dims} by {e.strides} bytes at {e.address:#x}, of tensors that end at {ends}"
+                )
         return launches, encodes
 
 
@@ -204,7 +222,8 @@ def memory(t: torch.Tensor) -> int:
 
 
 def survey(once: bool, part: int = 0, parts: int = 1, capability: int = 90) -> Survey:
-    """Launches all cases on a GPU of sm_`capability` that is not there; with `once` one launch of each kernel and operand pattern.
+    """Launches all cases on a GPU of sm_`capability` that is not there; with `once` one launch of each kernel and
+    operand pattern.
 
     Of several `parts`, which processes may share, one takes every so manieth case.
     """
@@ -226,9 +245,13 @@ def survey(once: bool, part: int = 0, parts: int = 1, capability: int = 90) -> S
     for kernel in driver.kernels.values():
         found.binaries.append(kernel.digest)
         if kernel.parameter_bytes != kernel.passed_bytes:
-            found.size_mismatches.append(f"{kernel.name}: has {kernel.parameter_bytes}, is passed {kernel.passed_bytes}")
+            found.size_mismatches.append(
+                f"{kernel.name}: has {kernel.parameter_bytes}, is passed {kernel.passed_bytes}"
+            )
         if kernel.global_scratch_bytes or kernel.profile_scratch_bytes:
-            found.scratch.append(f"{kernel.name}: {kernel.global_scratch_bytes}, {kernel.profile_scratch_bytes} bytes of scratch memory")
+            found.scratch.append(
+                f"{kernel.name}: {kernel.global_scratch_bytes}, {kernel.profile_scratch_bytes} bytes of scratch memory"
+            )
     found.binaries = sorted(set(found.binaries))
     return found
 
@@ -242,7 +265,9 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32, fmt: torch.memory_for
 
 
 def cases(capability: int, once: bool) -> Iterator[Case]:
-    """Operands and layouts that may be absent, present and mixed; then all that is compiled ahead of time, every tile among it."""
+    """Operands and layouts that may be absent, present and mixed; then all that is compiled ahead of time, every tile
+    among it.
+    """
     everywhere = [(dtype, LAST) for dtype in DTYPES]
     for dtype, fmt in everywhere if once else [*everywhere, (torch.bfloat16, NCHW), (torch.float32, NCHW)]:
         told = f"{str(dtype).removeprefix('torch.')} {'channels_last' if fmt == LAST else 'contiguous'}"
@@ -255,7 +280,8 @@ def cases(capability: int, once: bool) -> Iterator[Case]:
     yield from reversed(aot_cases.cases(capability))  # the largest tiles, which take longest to compile, come last
 
 
-# (N, C, size, K, window, stride, padding, dilation, groups). The first of each family, then what makes views, boxes and strips differ.
+# (N, C, size, K, window, stride, padding, dilation, groups). The first of each family, then what makes views, boxes and
+# strips differ.
 LAYERS = (
     (4, 64, 14, 64, 3, 1, 1, 1, 1),
     (2, 64, 14, 64, 3, 1, 1, 1, 64),
@@ -313,7 +339,9 @@ def gradients(dtype: torch.dtype, fmt: torch.memory_format, *layer: int) -> None
 
 
 def batch_norms(dtype: torch.dtype, fmt: torch.memory_format, once: bool) -> None:
-    """Statistics, their running means, the pass and its gradients with each operand that may be absent, present and absent."""
+    """Statistics, their running means, the pass and its gradients with each operand that may be absent, present and
+    absent.
+    """
     y, C = empty(4, 24, 11, 11, dtype=dtype, fmt=fmt), 24
     mean, var = batchnorm.batch_moments(y)
     for running in (torch.float32, dtype):
@@ -321,12 +349,15 @@ def batch_norms(dtype: torch.dtype, fmt: torch.memory_format, once: bool) -> Non
     batchnorm.channel_sum(y)
     some = [(True, True, True), (False, False, False), (True, False, True), (False, True, False)]
     variants = list(product(some, ("relu", "silu", None), (True, False)))
-    for (scaled, shifted, added), activation, training in variants[:: 5 if once else 1]:  # every fifth: each alternative occurs
+    # every fifth: each alternative occurs
+    for (scaled, shifted, added), activation, training in variants[:: 5 if once else 1]:
         weight, bias = empty(C) if scaled else None, empty(C) if shifted else None
         residual = torch.empty_like(y) if added else None
         z = batchnorm.normalize(y, mean, var, weight, bias, residual, 1e-5, activation, 0.0)
         needs = (True, scaled, shifted, added)
-        batchnorm.normalize_backward(torch.empty_like(z), y, z, mean, var, weight, bias, residual, 1e-5, activation, 0.0, training, needs)
+        batchnorm.normalize_backward(
+            torch.empty_like(z), y, z, mean, var, weight, bias, residual, 1e-5, activation, 0.0, training, needs
+        )
 
 
 def pools(dtype: torch.dtype, fmt: torch.memory_format) -> None:

@@ -40,7 +40,9 @@ class StubLaunch:
 
 @dataclass(slots=True)
 class Recorder:
-    """What happened under stub_driver. `device` and `stream` are what Triton is told is current; a test may change them."""
+    """What happened under stub_driver. `device` and `stream` are what Triton is told is current; a test may change
+    them.
+    """
 
     arch: int
     device: int
@@ -91,11 +93,24 @@ class StubDriver:
         pass
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        def launch(grid_x, grid_y, grid_z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments):
+        def launch(
+            grid_x,
+            grid_y,
+            grid_z,
+            stream,
+            function,
+            packed_metadata,
+            launch_metadata,
+            enter_hook,
+            exit_hook,
+            *arguments,
+        ):
             grid = (grid_x, grid_y, grid_z)
             if enter_hook is not None:
                 enter_hook(launch_metadata)
-            self.recorder.launches.append(StubLaunch(metadata.name, grid, stream, self.recorder.device, function, metadata, arguments))
+            self.recorder.launches.append(
+                StubLaunch(metadata.name, grid, stream, self.recorder.device, function, metadata, arguments)
+            )
             if exit_hook is not None:
                 exit_hook(launch_metadata)
 
@@ -108,7 +123,8 @@ device_numbers = itertools.count(1000)
 
 @contextmanager
 def stub_driver(arch: int = 90, record: bool = True) -> Iterator[Recorder]:
-    """Makes Triton compile for sm_`arch` and record launches, or forget them at once: to record one takes as long as to plan it.
+    """Makes Triton compile for sm_`arch` and record launches, or forget them at once: to record one takes as long as to
+    plan it.
 
     The driver that was active is active again afterwards.
     """

@@ -15,8 +15,10 @@ _defined: list[torch.library.Library] = []  # an operator ends with the Library 
 
 @functools.cache
 def torchvision() -> ModuleType:
-    """torchvision, importable also where its C library does not load: PyPI's wheel is linked with CUDA, and beside a torch without
-    CUDA the import fails for want of two operators that no model here calls. Raises ModuleNotFoundError where it is not installed."""
+    """torchvision, importable also where its C library does not load: PyPI's wheel is linked with CUDA, and beside a
+    torch without CUDA the import fails for want of two operators that no model here calls. Raises ModuleNotFoundError
+    where it is not installed.
+    """
     spec = importlib.util.find_spec("torchvision")
     if spec is not None and spec.origin is not None:
         try:

@@ -51,9 +51,14 @@ def like_the_result(y: Tensor) -> Tensor:
 
 
 def run(
-    function: Function, inputs: Sequence[Tensor | None], frozen: Sequence[int] = (), dy: Callable[[Tensor], Tensor] = like_the_result
+    function: Function,
+    inputs: Sequence[Tensor | None],
+    frozen: Sequence[int] = (),
+    dy: Callable[[Tensor], Tensor] = like_the_result,
 ) -> Outcome:
-    """function(*inputs) and, for the gradient that `dy` makes of the result, the gradients of the inputs that are not `frozen`."""
+    """function(*inputs) and, for the gradient that `dy` makes of the result, the gradients of the inputs that are not
+    `frozen`.
+    """
     arguments = [t if t is None or i in frozen else leaf(t) for i, t in enumerate(inputs)]
     wanted = [i for i, t in enumerate(arguments) if t is not None and t.requires_grad]
     grads: list[Tensor | None] = [None] * len(arguments)
@@ -89,7 +94,9 @@ def assert_close(ours: Outcome, right: Outcome, tolerance: float = 1e-11) -> Non
     for mine, theirs in zip(ours.tensors, right.tensors, strict=True):
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:
-            torch.testing.assert_close(mine.cpu(), theirs.to("cpu", mine.dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
+            torch.testing.assert_close(
+                mine.cpu(), theirs.to("cpu", mine.dtype), rtol=tolerance, atol=tolerance, equal_nan=True
+            )
 
 
 def assert_same_strides(ours: Outcome, theirs: Outcome) -> None:

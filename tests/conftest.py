@@ -3,10 +3,12 @@
 Rings: pure Python; Triton's interpreter on CPU tensors (where there is no CUDA GPU); a GPU. The ring is chosen here,
 before anything imports triton: Triton decides at import whether kernels are interpreted.
 
-Markers (pyproject.toml): `slow` runs only when asked for (-m slow), `gpu` needs a GPU (tests/gpu), `compiled` starts a child process in
-which kernels are really compiled (see run_compiled), `cpu_tensors` hands our functions tensors of the CPU on purpose.
+Markers (pyproject.toml): `slow` runs only when asked for (-m slow), `gpu` needs a GPU (tests/gpu), `compiled` starts a
+child process in which kernels are really compiled (see run_compiled), `cpu_tensors` hands our functions tensors of the
+CPU on purpose.
 
-Tests on a GPU make their tensors on the fixture `device`. `pytest --pretend-gpu` finds those that do not, without a GPU (pretending.py).
+Tests on a GPU make their tensors on the fixture `device`. `pytest --pretend-gpu` finds those that do not, without a GPU
+(pretending.py).
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ if not HAS_GPU:
 if importlib.util.find_spec("cnnfast_kernels") is None:  # not installed: an editable install brings both packages
     sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels")]
 torch.set_num_threads(1)
-# float32 is multiplied as IEEE says, by PyTorch and by our kernels: on a GPU convolutions would otherwise be TF32, all or some of them.
-# Tests of TF32 ask for it: cnnfast.precision.float32_products("tf32"). By PyTorch's older settings: torch.export still reads them.
+# float32 is multiplied as IEEE says, by PyTorch and by our kernels: on a GPU convolutions would otherwise be TF32, all
+# or some of them. Tests of TF32 ask for it: cnnfast.precision.float32_products("tf32"). By PyTorch's older settings:
+# torch.export still reads them.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 # The same examples on every run; an interpreted kernel has no deadline.
@@ -113,7 +116,9 @@ def settled() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def pretended(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With --pretend-gpu, tensors on `device` and on the CPU are told apart, and no test may hand ours the CPU's by mistake."""
+    """With --pretend-gpu, tensors on `device` and on the CPU are told apart, and no test may hand ours the CPU's by
+    mistake.
+    """
     if HAS_GPU or not HAS_TRITON or not request.config.getoption("pretend_gpu"):
         yield
         return
@@ -125,7 +130,9 @@ def pretended(request: pytest.FixtureRequest) -> Iterator[None]:
     with pretended_gpu(launch_anywhere=on_purpose) as gpu:
         yield
     if gpu.served_by_torch and not on_purpose:
-        pytest.fail(f"on a GPU PyTorch would serve these calls, whose tensors are on the CPU: {', '.join(gpu.served_by_torch[:5])}")
+        pytest.fail(
+            f"on a GPU PyTorch would serve these calls, whose tensors are on the CPU: {', '.join(gpu.served_by_torch[:5])}"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -183,7 +190,9 @@ def no_tables_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device) -> Iterator:
-    """The launch.Gpu whose tables hold for tensors on `device`: the one there is, or a name for the interpreter. It has no rows yet."""
+    """The launch.Gpu whose tables hold for tensors on `device`: the one there is, or a name for the interpreter. It has
+    no rows yet.
+    """
     from cnnfast_kernels import launch, tables
 
     monkeypatch.setattr(tables, "user_folder", lambda: tmp_path / "user")
@@ -201,7 +210,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device) -
 
 @pytest.fixture
 def library_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensors of this ring are decided about as a GPU's are: the library serves convolutions that were not measured."""
+    """The tensors of this ring are decided about as a GPU's are: the library serves convolutions that were not
+    measured.
+    """
     pytest.importorskip("triton")
     from cnnfast.ops import serving
 

@@ -1,6 +1,7 @@
 """Convolutions to test with: geometries, each with its reason, operands in any memory layout, and the judge in float64.
 
-Operands are small integers, so that every sum is exact in any order and every result representable: results are compared bit by bit.
+Operands are small integers, so that every sum is exact in any order and every result representable: results are
+compared bit by bit.
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ OTHER_DTYPES = [(torch.float16, "half"), (torch.bfloat16, "half"), (torch.float6
 # (precision, tile)
 TILES = [(precision, tile) for precision, tiles in DEFAULT_TILES.items() for tile in tiles]
 SEEDED = settings(
-    max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 # Of SMALL's blocks, whose k-steps 16 and 32 channels fill.
@@ -125,7 +130,9 @@ LAYOUTS = {"nchw": (0, 1, 2, 3), "channels_last": (0, 2, 3, 1), "transposed": (0
 
 
 def arrange(t: torch.Tensor, layout: str = "channels_last") -> torch.Tensor:
-    """A copy of `t` in that layout, cut out of a larger tensor of NaN. "expanded" repeats the first item of the batch without a copy."""
+    """A copy of `t` in that layout, cut out of a larger tensor of NaN. "expanded" repeats the first item of the batch
+    without a copy.
+    """
     if layout == "expanded":
         return arrange(t[:1]).expand_as(t)
     order = LAYOUTS[layout]
@@ -139,7 +146,9 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device) -> list[torch.Ten
     return [torch.randint(-most, most + 1, shape, generator=generator).to(device, dtype) for shape, most in sizes]
 
 
-def operands(case: Case, dtype: torch.dtype, device: torch.device, layout: str = "channels_last") -> tuple[torch.Tensor, ...]:
+def operands(
+    case: Case, dtype: torch.dtype, device: torch.device, layout: str = "channels_last"
+) -> tuple[torch.Tensor, ...]:
     """x, w and dy as drawn, cut out of NaN."""
     x, w, dy = draw(case, dtype, device)
     return arrange(x, layout), arrange(w, "channels_last" if layout == "expanded" else layout), arrange(dy, layout)
@@ -148,15 +157,21 @@ def operands(case: Case, dtype: torch.dtype, device: torch.device, layout: str =
 def positive_operands(case: Case, device: torch.device) -> tuple[torch.Tensor, ...]:
     """x, w and dy, in float32, from [0.5, 1)."""
     generator = torch.Generator().manual_seed(0)
-    x, w, dy = (arrange(torch.rand(shape, generator=generator).to(device) / 2 + 0.5) for shape in (case.x, case.w, case.y))
+    x, w, dy = (
+        arrange(torch.rand(shape, generator=generator).to(device) / 2 + 0.5) for shape in (case.x, case.w, case.y)
+    )
     return x, w, dy
 
 
-def output(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: str = "channels_last") -> torch.Tensor:
+def output(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: str = "channels_last"
+) -> torch.Tensor:
     return arrange(poison(torch.empty(shape, dtype=dtype, device=device)), layout)
 
 
-def reference(case: Case, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def reference(
+    case: Case, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, dx, dw) in float64."""
     x, w = x.double().contiguous().requires_grad_(), w.double().contiguous().requires_grad_()
     top, bottom, left, right = case.padding
@@ -166,7 +181,9 @@ def reference(case: Case, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) ->
 
 
 def with_special_values(w: torch.Tensor, dy: torch.Tensor | None = None) -> None:
-    """Puts infinities of both signs and NaN into weights [K, C, R, S], at the corners of the window; and into dy [N, K, P, Q], if given."""
+    """Puts infinities of both signs and NaN into weights [K, C, R, S], at the corners of the window; and into dy [N, K,
+    P, Q], if given.
+    """
     K, C, R, S = w.shape
     w[0, 0, 0, 0] = float("inf")
     w[K // 2, 0, R - 1, S - 1] = -float("inf")
@@ -178,7 +195,9 @@ def with_special_values(w: torch.Tensor, dy: torch.Tensor | None = None) -> None
 
 
 def input_gradient(case: Case, w: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-    """dx in float64 by its definition: dy[n, k, p, q] * w[k, c, r, s] is added where that tap lies, and multiplied nowhere else."""
+    """dx in float64 by its definition: dy[n, k, p, q] * w[k, c, r, s] is added where that tap lies, and multiplied
+    nowhere else.
+    """
     N, C, H, W = case.x
     top, bottom, left, right = case.padding
     dx = torch.zeros(N, C, H + top + bottom, W + left + right, dtype=torch.float64)
@@ -186,11 +205,15 @@ def input_gradient(case: Case, w: torch.Tensor, dy: torch.Tensor) -> torch.Tenso
     P, Q = dy.shape[-2:]
     for r in range(w.shape[-2]):
         for s in range(w.shape[-1]):
-            products = (dy[:, :, :, None] * w[None, ..., r, s, None, None]).sum(2).flatten(1, 2)  # of [N, groups, K, C, P, Q]
+            # of [N, groups, K, C, P, Q]
+            products = (dy[:, :, :, None] * w[None, ..., r, s, None, None]).sum(2).flatten(1, 2)
             h, q = r * case.dilation[0], s * case.dilation[1]
-            dx[:, :, h : h + (P - 1) * case.stride[0] + 1 : case.stride[0], q : q + (Q - 1) * case.stride[1] + 1 : case.stride[1]] += (
-                products
-            )
+            dx[
+                :,
+                :,
+                h : h + (P - 1) * case.stride[0] + 1 : case.stride[0],
+                q : q + (Q - 1) * case.stride[1] + 1 : case.stride[1],
+            ] += products
     return dx[:, :, top : top + H, left : left + W]
 
 

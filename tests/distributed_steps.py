@@ -1,4 +1,5 @@
-"""One of several processes that train a model, given and converted, under PyTorch's wrappers: gloo, on the CPU, in the interpreter.
+"""One of several processes that train a model, given and converted, under PyTorch's wrappers: gloo, on the CPU, in the
+interpreter.
 
     python distributed_steps.py RANK WORLD FILE
 
@@ -42,7 +43,9 @@ def fsdp(model: nn.Module) -> nn.Module:
 
 
 def train(wrap: Wrapper, convert: Wrapper) -> tuple[list[Tensor], int]:
-    """Two steps on this process's part of a batch. Returns the whole tensors of the state_dict, and how often was fused."""
+    """Two steps on this process's part of a batch. Returns the whole tensors of the state_dict, and how often was
+    fused.
+    """
     model = wrap(convert(build(Net))).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     batch = image(3, 7)[dist.get_rank() :: dist.get_world_size()]
@@ -58,7 +61,10 @@ def compare(wrap: Wrapper) -> dict[str, float]:
     theirs, _ = train(wrap, copy.deepcopy)
     ours, fused = train(wrap, cnnfast.convert)
     error = max((a.double() - b.double()).abs().max().item() for a, b in zip(ours, theirs, strict=True))
-    moved = max((a.double() - b.double()).abs().max().item() for a, b in zip(ours, build(Net).state_dict().values(), strict=True))
+    moved = max(
+        (a.double() - b.double()).abs().max().item()
+        for a, b in zip(ours, build(Net).state_dict().values(), strict=True)
+    )
     return {"error": error, "moved": moved, "fused": fused, "first": ours[0].sum().item()}
 
 

@@ -1,4 +1,5 @@
-"""A call of each family of kernels, forward and backward, on small integers: what the GPU ring repeats, captures and hands to sanitizers.
+"""A call of each family of kernels, forward and backward, on small integers: what the GPU ring repeats, captures and
+hands to sanitizers.
 
 Run as a program it makes every call once, for compute-sanitizer: `python each_family.py [FAMILY ...]`.
 """
@@ -28,7 +29,9 @@ Function = Callable[..., Tensor]
 
 
 class Family(NamedTuple):
-    """function: of the operands, which `sizes` and `dtype` say. `kernels`: names of those that it is there to launch, on sm_90."""
+    """function: of the operands, which `sizes` and `dtype` say. `kernels`: names of those that it is there to launch,
+    on sm_90.
+    """
 
     function: Function
     sizes: tuple[tuple[int, ...], ...]
@@ -112,13 +115,22 @@ NORM = ("normalize_kernel", "gradient_sums_kernel", "normalize_backward_kernel")
 FAMILIES: dict[str, Family] = {
     "pointers, half": Family(Pointers.apply, (IMAGE, FILTERS), HALF, (*CONV, "conv_wgrad_reduce_kernel")),
     "pointers, float32": Family(lambda x, w: F.conv2d(x, w, None, 2, 1), (IMAGE, FILTERS), SINGLE, CONV),
-    "pointers, float64, NCHW": Family(lambda x, w: F.conv2d(x, w, padding=1, groups=2), ((1, 6, 6, 5), (4, 3, 3, 3)), DOUBLE, CONV, NCHW),
+    "pointers, float64, NCHW": Family(
+        lambda x, w: F.conv2d(x, w, padding=1, groups=2), ((1, 6, 6, 5), (4, 3, 3, 3)), DOUBLE, CONV, NCHW
+    ),
     "tensor maps": Family(lambda x, w: F.conv2d(x, w, padding=1), ((2, 64, 8, 16), (64, 64, 3, 3)), HALF, TMA),
-    "tensor maps, stride 2": Family(lambda x, w: F.conv2d(x, w, None, 2, 1), ((2, 64, 8, 16), (64, 64, 3, 3)), HALF, TMA),
+    "tensor maps, stride 2": Family(
+        lambda x, w: F.conv2d(x, w, None, 2, 1), ((2, 64, 8, 16), (64, 64, 3, 3)), HALF, TMA
+    ),
     "tensor maps, 1x1": Family(lambda x, w: F.conv2d(x, w), ((2, 64, 8, 16), (64, 64, 1, 1)), torch.bfloat16, TMA),
-    "tensor maps, a stem": Family(Stem.apply, ((2, 3, 24, 20), (64, 3, 7, 7)), HALF, ("pack_pixels_kernel", TMA[0], TMA[2])),
+    "tensor maps, a stem": Family(
+        Stem.apply, ((2, 3, 24, 20), (64, 3, 7, 7)), HALF, ("pack_pixels_kernel", TMA[0], TMA[2])
+    ),
     "im2col": Family(
-        lambda x, w: F.conv2d(x, w, padding=1, algorithm="im2col"), (IMAGE, FILTERS), SINGLE, ("im2col_kernel", "col2im_kernel")
+        lambda x, w: F.conv2d(x, w, padding=1, algorithm="im2col"),
+        (IMAGE, FILTERS),
+        SINGLE,
+        ("im2col_kernel", "col2im_kernel"),
     ),
     "depthwise": Family(lambda x, w: F.conv2d(x, w, padding=1, groups=16), (IMAGE, (16, 1, 3, 3)), HALF, DEPTHWISE),
     "depthwise, stride 2, float32": Family(
@@ -126,19 +138,33 @@ FAMILIES: dict[str, Family] = {
     ),
     "transposed": Family(lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, 1), (IMAGE, FILTERS), SINGLE, CONV),
     "convolution and norm, training": Family(
-        trained, (IMAGE, FILTERS, (16,), (16,)), SINGLE, ("conv_fprop_kernel", "combine_kernel", "update_running_kernel", *NORM)
+        trained,
+        (IMAGE, FILTERS, (16,), (16,)),
+        SINGLE,
+        ("conv_fprop_kernel", "combine_kernel", "update_running_kernel", *NORM),
     ),
     "convolution and norm, eval": Family(
         folded, (IMAGE, FILTERS, (16,), (16,)), SINGLE, ("conv_fprop_kernel", "normalize_backward_kernel")
     ),
     "norm, NHWC": Family(
-        lambda x, g, b: F.batch_norm(x, None, None, g, b, True), (IMAGE, (16,), (16,)), SINGLE, ("batch_moments_kernel", *NORM)
+        lambda x, g, b: F.batch_norm(x, None, None, g, b, True),
+        (IMAGE, (16,), (16,)),
+        SINGLE,
+        ("batch_moments_kernel", *NORM),
     ),
     "norm, NCHW": Family(
-        lambda x, g, b: F.batch_norm(x, None, None, g, b, True), (IMAGE, (16,), (16,)), SINGLE, ("batch_moments_kernel", *NORM), NCHW
+        lambda x, g, b: F.batch_norm(x, None, None, g, b, True),
+        (IMAGE, (16,), (16,)),
+        SINGLE,
+        ("batch_moments_kernel", *NORM),
+        NCHW,
     ),
-    "max pool": Family(max_pool, (IMAGE,), SINGLE, ("max_pool_kernel", "max_pool_indices_kernel", "max_pool_backward_kernel")),
-    "average pool": Family(lambda x: F.avg_pool2d(x, 3, 2, 1), (IMAGE,), HALF, ("avg_pool_kernel", "avg_pool_backward_kernel")),
+    "max pool": Family(
+        max_pool, (IMAGE,), SINGLE, ("max_pool_kernel", "max_pool_indices_kernel", "max_pool_backward_kernel")
+    ),
+    "average pool": Family(
+        lambda x: F.avg_pool2d(x, 3, 2, 1), (IMAGE,), HALF, ("avg_pool_kernel", "avg_pool_backward_kernel")
+    ),
     "average of a plane": Family(lambda x: F.global_avg_pool2d(x), (IMAGE,), SINGLE, ("plane_mean_kernel",)),
     "average to a size": Family(lambda x: F.adaptive_avg_pool2d(x, (3, 5)), (IMAGE,), SINGLE, (), NCHW),
 }

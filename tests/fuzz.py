@@ -1,8 +1,8 @@
 """Random calls of every operation whose results are known to the last bit.
 
-Operands are small integers, or small integers times what will be divided by, so that every sum is exact in the accumulator's dtype, in
-any order: results and gradients must then be float64's, rounded once. Statistics of a batch norm are exact where var + eps is a power of
-four, and a tile's mean where neighbours along a row lie evenly around it.
+Operands are small integers, or small integers times what will be divided by, so that every sum is exact in the
+accumulator's dtype, in any order: results and gradients must then be float64's, rounded once. Statistics of a batch
+norm are exact where var + eps is a power of four, and a tile's mean where neighbours along a row lie evenly around it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ ALGORITHMS = ("auto", "direct", "im2col")
 
 @dataclass(frozen=True)
 class Case:
-    """One call: the shapes of its inputs, None where absent; how each of them lies in memory, and last how the gradient of the result does,
-    which is `dy_step` times small integers; which inputs are `frozen`, that is ask for no gradient."""
+    """One call: the shapes of its inputs, None where absent; how each of them lies in memory, and last how the gradient
+    of the result does, which is `dy_step` times small integers; which inputs are `frozen`, that is ask for no gradient.
+    """
 
     shapes: tuple[tuple[int, ...] | None, ...]
     views: tuple[View, ...]
@@ -67,7 +68,11 @@ class Compared(NamedTuple):
 
 
 def compare(
-    case: Case, values: Sequence[Tensor | None], mine: Callable[..., Tensor], right: Callable[..., Tensor], device: torch.device
+    case: Case,
+    values: Sequence[Tensor | None],
+    mine: Callable[..., Tensor],
+    right: Callable[..., Tensor],
+    device: torch.device,
 ) -> Compared:
     """Runs both: kernels must serve mine, and its result and gradients must be right's, rounded once."""
     inputs = [None if t is None else case.lay(i, t, device) for i, t in enumerate(values)]
@@ -96,7 +101,9 @@ def compare(
 def assert_rounded_once(name: str, mine: Tensor, right: Tensor, dtype: torch.dtype) -> None:
     """`mine` is `right`, which is float64, rounded from what the accumulator of a kernel for `dtype` holds exactly."""
     accumulated = right.to(launch.accumulator_dtype(dtype))
-    assert torch.equal(accumulated.double().nan_to_num(), right.nan_to_num()), f"{name}: the case asks for what no accumulator can hold"
+    assert torch.equal(accumulated.double().nan_to_num(), right.nan_to_num()), (
+        f"{name}: the case asks for what no accumulator can hold"
+    )
     torch.testing.assert_close(
         mine.cpu(), accumulated.to(mine.dtype), rtol=0, atol=0, equal_nan=True, msg=lambda message: f"{name}: {message}"
     )
@@ -135,7 +142,12 @@ def channels(draw: st.DrawFn) -> tuple[str, int, int, int]:
         return kind, draw(st.sampled_from([1, 2, 3, 5, 16, 20, 33])), draw(st.sampled_from([1, 2, 7, 16, 34])), 1
     groups = draw(st.sampled_from([2, 3] if kind == "groups" else [2, 3, 8, 18]))
     each = draw(st.sampled_from([2, 5, 17])) if kind == "groups" else 1
-    return kind, groups * each, groups * draw(st.sampled_from([1, 1, 2, 3, 17] if kind == "groups" else [1, 1, 2])), groups
+    return (
+        kind,
+        groups * each,
+        groups * draw(st.sampled_from([1, 1, 2, 3, 17] if kind == "groups" else [1, 1, 2])),
+        groups,
+    )
 
 
 def geometry_branches(along: Sequence[Axis]) -> Iterator[str]:
@@ -184,7 +196,13 @@ def convolutions(draw: st.DrawFn, n: int) -> Case:
         "groups": groups,
         "algorithm": draw(st.sampled_from(ALGORITHMS)),
     }
-    branches = (kind, f"padding: {padding}", f"algorithm: {options['algorithm']}", *geometry_branches(along), *batch_branches(batch))
+    branches = (
+        kind,
+        f"padding: {padding}",
+        f"algorithm: {options['algorithm']}",
+        *geometry_branches(along),
+        *batch_branches(batch),
+    )
     of = tuple(draw(views(len(shape or (1,)))) for shape in (*shapes, shapes[0]))
     return Case(shapes, of, draw(st.sampled_from(DTYPES)), options, frozen=draw(frozen_inputs(3)), branches=branches)
 
@@ -205,7 +223,10 @@ def frozen_inputs(n: int) -> st.SearchStrategy[tuple[int, ...]]:
 def draw_operands(case: Case) -> list[Tensor | None]:
     """x from -2 to 2, everything else from -1 to 1."""
     sizes = enumerate(case.shapes)
-    return [None if shape is None else integers(*shape, largest=2 if i == 0 else 1, seed=i, dtype=torch.float64) for i, shape in sizes]
+    return [
+        None if shape is None else integers(*shape, largest=2 if i == 0 else 1, seed=i, dtype=torch.float64)
+        for i, shape in sizes
+    ]
 
 
 def check_convolution(name: str, case: Case, device: torch.device) -> Compared:
@@ -230,7 +251,11 @@ def transposed_convolutions(draw: st.DrawFn) -> Case:
         along.append(replace(a, pad=min(a.pad, (whole - 1) // 2)))
     kind, C, K, groups = draw(channels())
     batch = draw(BATCHES)
-    shapes = ((*batch, C, *per_axis(along, "size")), (C, K // groups, *per_axis(along, "taps")), (K,) if draw(st.booleans()) else None)
+    shapes = (
+        (*batch, C, *per_axis(along, "size")),
+        (C, K // groups, *per_axis(along, "taps")),
+        (K,) if draw(st.booleans()) else None,
+    )
     options = {
         "stride": per_axis(along, "stride"),
         "padding": per_axis(along, "pad"),

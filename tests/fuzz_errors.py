@@ -1,7 +1,8 @@
-"""Random bad arguments: ours refuses what PyTorch refuses, with the same kind of error and before anything is launched, and nothing else.
+"""Random bad arguments: ours refuses what PyTorch refuses, with the same kind of error and before anything is launched,
+and nothing else.
 
-Left out is where PyTorch's answer is an accident: it takes bytes for strings, and no array without axes for an int; the others are told by
-`is_accident`.
+Left out is where PyTorch's answer is an accident: it takes bytes for strings, and no array without axes for an int; the
+others are told by `is_accident`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ VALUES: list[Any] = [
 SIZES = [(), (4,), (6,), (0,), (1, 4), (4, 1), (2, 4), (4, 5, 5), (2, 4, 5), (6, 4, 3), (6, 2, 3), (2, 4, 5, 5), (0, 4, 5, 5),
          (2, 0, 5, 5), (2, 4, 0, 5), (6, 4, 3, 3), (6, 2, 3, 3), (4, 6, 3, 3), (6, 4, 7, 3), (6, 4, 0, 3), (0, 4, 3, 3), (6, 0, 3, 3),
          (1, 2, 4, 5, 5)]  # fmt: skip
-TENSOR_DTYPES = [torch.float32] * 6 + [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]
+TENSOR_DTYPES = [torch.float32] * 6 + [
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+]
 
 
 @dataclass(frozen=True)
@@ -95,12 +103,15 @@ def misuses(draw: st.DrawFn) -> Misuse:
 
 
 def is_accident(case: Misuse) -> bool:
-    """PyTorch lets a list of numbers fail where Python asks for its truth, looks at little where it has nothing to compute, and calls a
-    tensor of one truth value no int, by an error of another type than it has for others."""
+    """PyTorch lets a list of numbers fail where Python asks for its truth, looks at little where it has nothing to
+    compute, and calls a tensor of one truth value no int, by an error of another type than it has for others.
+    """
     flags = [case.bad.get(name) for name in ("training", "eps")]
     several = any(isinstance(value, np.ndarray) or (isinstance(value, TensorOf) and value.size) for value in flags)
     x = case.bad.get("input")
-    empty = isinstance(x, TensorOf) and 0 in x.size and (len(x.size) == 1 or x.dtype != torch.float32 or len(case.bad) > 1)
+    empty = (
+        isinstance(x, TensorOf) and 0 in x.size and (len(x.size) == 1 or x.dtype != torch.float32 or len(case.bad) > 1)
+    )
     return several or empty or any(isinstance(value, TensorOf) and value == ONE_TRUTH for value in case.bad.values())
 
 
@@ -126,11 +137,16 @@ def check_misuse(case: Misuse, device: torch.device) -> None:
     with launch.observe(launches.append):
         mine = outcome(getattr(ours, case.function), case.arguments(every))
     raised = [isinstance(result, type) for result in (mine, expected)]
-    assert raised[0] == raised[1], f"ours raises {mine}, PyTorch does not" if raised[0] else f"PyTorch raises {expected}, ours does not"
+    assert raised[0] == raised[1], (
+        f"ours raises {mine}, PyTorch does not" if raised[0] else f"PyTorch raises {expected}, ours does not"
+    )
     if raised[0]:
-        allowed = {expected, *(outcome(right, case.arguments({name})) for name in every)}  # of several mistakes either may be named
+        # of several mistakes either may be named
+        allowed = {expected, *(outcome(right, case.arguments({name})) for name in every)}
         assert mine in {error for error in allowed if isinstance(error, type)}, f"ours: {mine}, PyTorch's: {expected}"
         assert launches == []
     else:
-        for a, b in zip(*((result if isinstance(result, tuple) else (result,)) for result in (mine, expected)), strict=True):
+        for a, b in zip(
+            *((result if isinstance(result, tuple) else (result,)) for result in (mine, expected)), strict=True
+        ):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)

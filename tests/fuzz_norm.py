@@ -44,8 +44,9 @@ def variances(channels: int, eps: float) -> Tensor:
 
 
 def around_a_mean(shape: tuple[int, ...], spread: float) -> Tensor:
-    """A small whole mean for each channel, and neighbours, along the last axis or if there are only channels along the first, `spread`
-    above it and below: any even number of them has the mean and the variance of all."""
+    """A small whole mean for each channel, and neighbours, along the last axis or if there are only channels along the
+    first, `spread` above it and below: any even number of them has the mean and the variance of all.
+    """
     along = len(shape) - 1 if len(shape) > 2 else 0
     pairs = list(shape)
     pairs[along] //= 2
@@ -65,9 +66,9 @@ def batch_norms(draw: st.DrawFn) -> Case:
     """x, weight, bias, running_mean, running_var."""
     training, dimensions, C = draw(st.booleans()), draw(st.integers(0, 3)), draw(st.sampled_from([1, 2, 5, 8, 33]))
     if training:
-        spatial = [draw(st.sampled_from([1, 2, 4])) for _ in range(dimensions - 1)] + [draw(st.sampled_from([2, 4, 8, 16]))] * (
-            dimensions > 0
-        )
+        spatial = [draw(st.sampled_from([1, 2, 4])) for _ in range(dimensions - 1)] + [
+            draw(st.sampled_from([2, 4, 8, 16]))
+        ] * (dimensions > 0)
         N = draw(st.sampled_from([1, 2, 4] if dimensions else [2, 4, 16, 64]))
     else:
         spatial, N = [draw(st.integers(1, 9)) for _ in range(dimensions)], draw(st.integers(0, 3))
@@ -81,7 +82,12 @@ def batch_norms(draw: st.DrawFn) -> Case:
     if training and dimensions == 0:  # neighbours are not repeated
         of[0] = replace(of[0], repeated=(False, False))
     of += [draw(views(1, repeated=not training)) for _ in range(2)] + [draw(views(len(shape)))]
-    options = {"training": training, "momentum": draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])), "eps": eps, "spread": spread}
+    options = {
+        "training": training,
+        "momentum": draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])),
+        "eps": eps,
+        "spread": spread,
+    }
     branches = ("training" if training else "eval", f"{dimensions} spatial axes")
     branches += ("affine",) * (shapes[1] is not None) + ("empty batch",) * (N == 0)
     frozen = (*draw(frozen_inputs(3)), 3, 4)
@@ -132,7 +138,8 @@ ACTIVATIONS = [None, "relu", "leaky_relu", "relu6"]
 def fused_convolutions(draw: st.DrawFn) -> Case:
     """x, w, bias, bn_weight, bn_bias, residual, running_mean, running_var.
 
-    In training every filter is one tap that takes one channel as it is, or negated: the statistics of the result are then known.
+    In training every filter is one tap that takes one channel as it is, or negated: the statistics of the result are
+    then known.
     """
     training, dtype = draw(st.booleans()), draw(st.sampled_from(DTYPES))
     kind, C, K, groups = draw(channels())
@@ -143,12 +150,20 @@ def fused_convolutions(draw: st.DrawFn) -> Case:
         along = tuple(replace(a, size=size, taps=1, stride=1, pad=0) for a, size in zip(along, sizes, strict=True))
         N = draw(st.sampled_from([1, 2]))
     extents = [(a.size + 2 * a.pad - a.dilation * (a.taps - 1) - 1) // a.stride + 1 for a in along]
-    shapes = [(N, C, *per_axis(along, "size")), (K, C // groups, *per_axis(along, "taps")), *[(K,)] * 3, (N, K, *extents), (K,), (K,)]
+    shapes = [
+        (N, C, *per_axis(along, "size")),
+        (K, C // groups, *per_axis(along, "taps")),
+        *[(K,)] * 3,
+        (N, K, *extents),
+        (K,),
+        (K,),
+    ]
     for i in (2, 3, 4, 5):
         shapes[i] = shapes[i] if draw(st.booleans()) else None
     running = not training or draw(st.booleans())
     shapes[6:] = shapes[6:] if running else [None, None]
-    if training or 2 * along[0].taps * along[1].taps * C // groups + 2 > CAPACITY[dtype]:  # what is stored between two kernels is exact
+    # what is stored between two kernels is exact
+    if training or 2 * along[0].taps * along[1].taps * C // groups + 2 > CAPACITY[dtype]:
         dtype = draw(st.sampled_from(DTYPES[2:]))
     eps, spread = draw(st.sampled_from(SPREADS)) if training else (draw(st.sampled_from(EPS)), 0.0)
     activation = draw(st.sampled_from(ACTIVATIONS))
@@ -169,7 +184,9 @@ def fused_convolutions(draw: st.DrawFn) -> Case:
     of[1] = replace(of[1], repeated=(False,) * 4) if training else of[1]
     of += [draw(views(len(shape or (1,)), repeated=not training or i < 4)) for i, shape in enumerate(shapes[2:])]
     of.append(draw(views(4)))
-    branches = tuple(fused_branches(kind, shapes[5] is not None, options, geometry_branches(along))) + ("empty batch",) * (N == 0)
+    branches = tuple(fused_branches(kind, shapes[5] is not None, options, geometry_branches(along))) + (
+        "empty batch",
+    ) * (N == 0)
     norm = draw(norm_dtypes(dtype))
     dtypes = (dtype, dtype, dtype, norm, norm, dtype, norm, norm)
     return Case(tuple(shapes), tuple(of), dtype, options, dtypes, (*draw(frozen_inputs(6)), 6, 7), branches=branches)
@@ -202,10 +219,14 @@ def check_fused_convolution(case: Case, device: torch.device) -> Compared:
     if case.shapes[7] is not None:
         values[7] = torch.ones(w_shape[0], dtype=torch.float64) if training else variances(w_shape[0], eps)
 
-    def mine(x: Tensor, w: Tensor, bias: Any, bn_weight: Any, bn_bias: Any, residual: Any, mean: Any, var: Any) -> Tensor:
+    def mine(
+        x: Tensor, w: Tensor, bias: Any, bn_weight: Any, bn_bias: Any, residual: Any, mean: Any, var: Any
+    ) -> Tensor:
         return ours.conv_bn_act(x, w, mean, var, bn_weight, bn_bias, bias=bias, residual=residual, **options)
 
-    def right(x: Tensor, w: Tensor, bias: Any, bn_weight: Any, bn_bias: Any, residual: Any, mean: Any, var: Any) -> Tensor:
+    def right(
+        x: Tensor, w: Tensor, bias: Any, bn_weight: Any, bn_bias: Any, residual: Any, mean: Any, var: Any
+    ) -> Tensor:
         y = theirs.conv2d(x, w, bias, **geometry)
         u = theirs.batch_norm(y, mean, var, bn_weight, bn_bias, training, options["momentum"], eps)
         slope = 0.01 if options["activation_arg"] is None else options["activation_arg"]

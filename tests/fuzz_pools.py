@@ -14,7 +14,19 @@ from torch import Tensor
 
 import cnnfast.functional as ours
 from agreement import integers
-from fuzz import BATCHES, CAPACITY, DTYPES, Axis, Case, Compared, axes, batch_branches, compare, geometry_branches, per_axis
+from fuzz import (
+    BATCHES,
+    CAPACITY,
+    DTYPES,
+    Axis,
+    Case,
+    Compared,
+    axes,
+    batch_branches,
+    compare,
+    geometry_branches,
+    per_axis,
+)
 from views import views
 
 SPECIAL = {"NaN": float("nan"), "-inf": -float("inf"), "inf": float("inf")}
@@ -59,7 +71,10 @@ def pool_branches(shape: tuple[int, ...], along: tuple[Axis, Axis], options: dic
 def max_pools(draw: st.DrawFn) -> Case:
     along = draw(windows(dilated=True))
     if draw(st.integers(0, 19)) == 19:  # more taps than a byte counts
-        along = replace(along[0], size=18, taps=18, dilation=1, pad=0), replace(along[1], size=16, taps=15, dilation=1, pad=2)
+        along = (
+            replace(along[0], size=18, taps=18, dilation=1, pad=0),
+            replace(along[1], size=16, taps=15, dilation=1, pad=2),
+        )
     shape = draw(images(*per_axis(along, "size")))
     options = {
         "kernel_size": per_axis(along, "taps"),
@@ -130,7 +145,9 @@ def average_pools(draw: st.DrawFn) -> Case:
     return averaging(draw, shape, step, options, branches)
 
 
-def averaging(draw: st.DrawFn, shape: tuple[int, ...], step: int, options: dict[str, Any], branches: tuple[str, ...]) -> Case:
+def averaging(
+    draw: st.DrawFn, shape: tuple[int, ...], step: int, options: dict[str, Any], branches: tuple[str, ...]
+) -> Case:
     """Of x and a gradient that are multiples of `step`."""
     of = draw(views(len(shape))), draw(views(len(shape)))
     return Case((shape,), of, draw(dividing(step)), options, dy_step=step, branches=branches)
@@ -146,11 +163,13 @@ def adaptive_pools(draw: st.DrawFn) -> Case:
     shape = draw(images(draw(size), draw(size)))
     wanted = draw(st.one_of(size, st.tuples(st.one_of(st.none(), size), st.one_of(st.none(), size))))
     extents = [
-        own if n is None else n for own, n in zip(shape[-2:], wanted if isinstance(wanted, tuple) else (wanted, wanted), strict=True)
+        own if n is None else n
+        for own, n in zip(shape[-2:], wanted if isinstance(wanted, tuple) else (wanted, wanted), strict=True)
     ]
     steps = [window_sizes(own, n) for own, n in zip(shape[-2:], extents, strict=True)]
     branches = {
-        "fewer pixels" if n < own else "more pixels" if n > own else "as many pixels" for own, n in zip(shape[-2:], extents, strict=True)
+        "fewer pixels" if n < own else "more pixels" if n > own else "as many pixels"
+        for own, n in zip(shape[-2:], extents, strict=True)
     }
     branches |= {"whole planes"} if extents == [1, 1] else set()
     step = lcm(*(h * w for h in steps[0] for w in steps[1]))
@@ -186,5 +205,13 @@ def check_global_pool(case: Case, device: torch.device) -> Compared:
     if not keepdim:  # the gradient has two axes less
         view = case.views[1]
         order = tuple(axis for axis in view.order if axis < len(view.order) - 2)
-        case = replace(case, views=(case.views[0], replace(view, order=order, steps=view.steps[:-2], repeated=view.repeated[:-2])))
-    return compare(case, [multiples(case)], lambda x: ours.global_avg_pool2d(x, keepdim), lambda x: x.mean((-2, -1), keepdim), device)
+        case = replace(
+            case, views=(case.views[0], replace(view, order=order, steps=view.steps[:-2], repeated=view.repeated[:-2]))
+        )
+    return compare(
+        case,
+        [multiples(case)],
+        lambda x: ours.global_avg_pool2d(x, keepdim),
+        lambda x: x.mean((-2, -1), keepdim),
+        device,
+    )

@@ -34,8 +34,9 @@ from poison import poisoned_workspaces
 
 
 class Property(NamedTuple):
-    """`check` returns what the fuzz compared, or None where nothing is computed; a case tells by counts() what it is an instance of.
-    `quick` cases are part of every test run, `share` is how often the long one draws this property."""
+    """`check` returns what the fuzz compared, or None where nothing is computed; a case tells by counts() what it is an
+    instance of. `quick` cases are part of every test run, `share` is how often the long one draws this property.
+    """
 
     cases: st.SearchStrategy[Any]
     check: Callable[..., Any]
@@ -59,7 +60,9 @@ PROPERTIES = {
 
 @dataclass
 class Tally:
-    """How many different cases passed, in how many seconds, and how many of them were an instance of what: (aspect, instance)."""
+    """How many different cases passed, in how many seconds, and how many of them were an instance of what: (aspect,
+    instance).
+    """
 
     cases: int = 0
     seconds: float = 0.0
@@ -71,8 +74,9 @@ CAMPAIGN = settings(database=None, deadline=None, suppress_health_check=list(Hea
 
 
 def campaign(name: str, cases: int, device: torch.device, start: int = 0) -> Tally:
-    """Draws so many different cases of a property, always the same ones from a seed `start`. The first that fails is made as small as
-    possible, printed and raised."""
+    """Draws so many different cases of a property, always the same ones from a seed `start`. The first that fails is
+    made as small as possible, printed and raised.
+    """
     found, drawn, seen = PROPERTIES[name], Tally(), set()
     begun = time.perf_counter()
 

@@ -11,12 +11,16 @@ import torch
 
 # Tests of order on streams, of graphs and of what records them want launches that return at once.
 BLOCKING = os.environ.get("CUDA_LAUNCH_BLOCKING", "") not in ("", "0")
-asynchronous = pytest.mark.skipif(BLOCKING, reason="GPU ring: CUDA_LAUNCH_BLOCKING is set; run pytest tests/gpu without it")
+asynchronous = pytest.mark.skipif(
+    BLOCKING, reason="GPU ring: CUDA_LAUNCH_BLOCKING is set; run pytest tests/gpu without it"
+)
 
 
 @contextmanager
 def aside(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    """On a stream of its own, after what the current one has done so far; what follows there waits for it. For warming up a capture."""
+    """On a stream of its own, after what the current one has done so far; what follows there waits for it. For warming
+    up a capture.
+    """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):

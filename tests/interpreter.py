@@ -1,9 +1,11 @@
-"""What Triton's interpreter (TRITON_INTERPRET=1) leaves wrong or unchecked, put right for the tests. Works on triton 3.6 to 3.9.
+"""What Triton's interpreter (TRITON_INTERPRET=1) leaves wrong or unchecked, put right for the tests. Works on triton
+3.6 to 3.9.
 
 The interpreter keeps bfloat16 as its raw 16 bits: products of them are silently wrong, and casts truncate. It reads and
 writes any address. It ignores tl.device_assert. `install()` replaces the methods of its builder that do so:
 
-- tl.dot of bfloat16 is computed in float32, casts into bfloat16 round to nearest even, any other arithmetic on bfloat16 raises.
+- tl.dot of bfloat16 is computed in float32, casts into bfloat16 round to nearest even, any other arithmetic on bfloat16
+  raises.
 - Every address that a load, store or atomic really uses must lie within one of the launch's tensor arguments, as far as
   sizes and strides of that view reach: what lies around a slice is out of bounds too.
 - tl.device_assert fires.
@@ -62,7 +64,11 @@ def widen(handle: TensorHandle) -> TensorHandle:
 
 
 def compute_bfloat16_as_float32() -> None:
-    dot, cast, fp_to_fp = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+    dot, cast, fp_to_fp = (
+        InterpreterBuilder.create_dot,
+        InterpreterBuilder.cast_impl,
+        InterpreterBuilder.create_fp_to_fp,
+    )
 
     def create_dot(self, a, b, acc, *options):
         if is_bfloat16(acc):
@@ -89,8 +95,8 @@ def compute_bfloat16_as_float32() -> None:
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
-# Moving, selecting and masking the sign (create_fabs) are right on raw bits; these are not. Every other arithmetic method
-# of the builder goes through binary_op or unary_op.
+# Moving, selecting and masking the sign (create_fabs) are right on raw bits; these are not. Every other arithmetic
+# method of the builder goes through binary_op or unary_op.
 ARITHMETIC = ("binary_op", "unary_op", "create_fma", "create_clampf", "create_rsqrt", "create_erf", "create_atomic_rmw")
 
 
@@ -171,7 +177,9 @@ def check_addresses() -> None:
         if inside.all():
             return
         first = int(used[~inside][0])
-        message = f"{operation} in program {builder.grid_idx}: {np.sum(~inside)} of {used.size} addresses are out of bounds"
+        message = (
+            f"{operation} in program {builder.grid_idx}: {np.sum(~inside)} of {used.size} addresses are out of bounds"
+        )
         if extents:
             near = min(extents, key=lambda e: max(e.begin - first, first - e.end))
             element, last = (first - near.begin) // size, (near.end - near.begin) // size - 1

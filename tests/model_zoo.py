@@ -1,8 +1,8 @@
 """Networks that nobody here wrote: every family that conversion has to cope with, each small and with an example input.
 
-Real models of torchvision, timm and transformers, made small by arguments of their own; written out where no package has one.
-What constructors leave constant (affine parameters, running statistics, layer scales, residual gains) is made random: a 0 or
-a 1 hides mistakes.
+Real models of torchvision, timm and transformers, made small by arguments of their own; written out where no package
+has one. What constructors leave constant (affine parameters, running statistics, layer scales, residual gains) is made
+random: a 0 or a 1 hides mistakes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def resnext(torchvision: Any) -> nn.Module:
 
 def convnext(torchvision: Any) -> nn.Module:
     block = torchvision.models.convnext.CNBlockConfig
-    return torchvision.models.ConvNeXt([block(16, 32, 1), block(32, None, 2)], stochastic_depth_prob=0.5, num_classes=10)
+    return torchvision.models.ConvNeXt(
+        [block(16, 32, 1), block(32, None, 2)], stochastic_depth_prob=0.5, num_classes=10
+    )
 
 
 def feature_pyramid(torchvision: Any, **options: Any) -> nn.Module:
@@ -105,9 +107,17 @@ FAMILIES = [
         )
     ],
     Family("torchvision", "resnext", resnext),
-    Family("torchvision", "mobilenet_v2", lambda torchvision: torchvision.models.mobilenet_v2(width_mult=0.35, num_classes=10)),
-    Family("torchvision", "densenet", lambda torchvision: torchvision.models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=10)),
-    Family("torchvision", "googlenet", lambda torchvision: torchvision.models.googlenet(num_classes=10, init_weights=False)),
+    Family(
+        "torchvision",
+        "mobilenet_v2",
+        lambda torchvision: torchvision.models.mobilenet_v2(width_mult=0.35, num_classes=10),
+    ),
+    Family(
+        "torchvision", "densenet", lambda torchvision: torchvision.models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=10)
+    ),
+    Family(
+        "torchvision", "googlenet", lambda torchvision: torchvision.models.googlenet(num_classes=10, init_weights=False)
+    ),
     Family(
         "torchvision",
         "inception_v3",
@@ -159,7 +169,9 @@ FAMILIES += [
 ]
 FAMILIES += [
     Family("timm", "levit_conv_128s", lambda timm: timm.create_model("levit_conv_128s", img_size=64, num_classes=10)),
-    Family("timm", "coatnet_pico_rw", lambda timm: timm.create_model("coatnet_pico_rw_224", img_size=64, num_classes=10)),
+    Family(
+        "timm", "coatnet_pico_rw", lambda timm: timm.create_model("coatnet_pico_rw_224", img_size=64, num_classes=10)
+    ),
     Family("timm", "hrnet_w18_small_features", lambda timm: timm.create_model("hrnet_w18_small", features_only=True)),
 ]
 
@@ -177,7 +189,9 @@ def classifier(name: str, options: dict[str, Any], transformers: Any) -> nn.Modu
 def upernet(transformers: Any) -> nn.Module:
     backbone = transformers.ResNetConfig(**SMALL, out_features=["stage1", "stage2", "stage3", "stage4"])
     sizes = {"hidden_size": 32, "auxiliary_in_channels": 48, "auxiliary_channels": 16}
-    return transformers.UperNetForSemanticSegmentation(transformers.UperNetConfig(backbone_config=backbone, num_labels=5, **sizes))
+    return transformers.UperNetForSemanticSegmentation(
+        transformers.UperNetConfig(backbone_config=backbone, num_labels=5, **sizes)
+    )
 
 
 FAMILIES += [
@@ -217,12 +231,18 @@ FAMILIES.append(Family("timm", "features_by_fx", traced_features))
 
 
 def discriminator() -> nn.Module:
-    """Miyato and others 2018: every weight is divided by its largest singular value, which training tracks by power iteration."""
+    """Miyato and others 2018: every weight is divided by its largest singular value, which training tracks by power
+    iteration.
+    """
     norm = parametrizations.spectral_norm
     layers: list[nn.Module] = []
     for before, after in ((3, 8), (8, 16), (16, 32)):
         layers += [norm(nn.Conv2d(before, after, 3, padding=1)), nn.LeakyReLU(0.1)]
-        layers += [norm(nn.Conv2d(after, after, 4, 2, 1, bias=False)), nn.BatchNorm2d(after), nn.LeakyReLU(0.1, inplace=True)]
+        layers += [
+            norm(nn.Conv2d(after, after, 4, 2, 1, bias=False)),
+            nn.BatchNorm2d(after),
+            nn.LeakyReLU(0.1, inplace=True),
+        ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), norm(nn.Linear(32, 1)))
 
 

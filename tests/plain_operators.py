@@ -1,7 +1,7 @@
 """cnnfast's operators in plain PyTorch: the kernels' path is taken and traced, and every number is PyTorch's own.
 
-For tests of what is built of operators: whole networks run at PyTorch's speed where the interpreter would need minutes, and
-agree with the original to the last bits.
+For tests of what is built of operators: whole networks run at PyTorch's speed where the interpreter would need minutes,
+and agree with the original to the last bits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from cnnfast.ops.plain import (
 )
 
 
-def conv_dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
+def conv_dgrad(
+    dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm
+) -> Tensor:
     top, bottom, left, right = padding
     return F.conv_transpose2d(dy, w, bias, stride, (top, left), (top - bottom, left - right), groups, dilation)
 

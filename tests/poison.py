@@ -13,14 +13,17 @@ GARBAGE = {torch.uint8: 255, torch.bool: True}
 
 
 def poison(t: torch.Tensor) -> torch.Tensor:
-    """Fills `t` with NaN (floating and complex) or garbage (integers: -1, uint8: 255), in place. Meta and fake tensors stay as they are."""
+    """Fills `t` with NaN (floating and complex) or garbage (integers: -1, uint8: 255), in place. Meta and fake tensors
+    stay as they are.
+    """
     if t.is_meta or type(t) is not torch.Tensor:
         return t
     return t.fill_(float("nan") if t.is_floating_point() or t.is_complex() else GARBAGE.get(t.dtype, -1))
 
 
 def embed(t: torch.Tensor, before: Sequence[int] | int = 1, after: Sequence[int] | int = 1) -> torch.Tensor:
-    """A copy of `t` cut out of a larger, poisoned tensor of the same memory format: `before` and `after` elements on each axis.
+    """A copy of `t` cut out of a larger, poisoned tensor of the same memory format: `before` and `after` elements on
+    each axis.
 
     Strides are those of a slice; a read around the copy, or a write, is out of bounds or meets NaN.
     """
@@ -38,7 +41,9 @@ def embed(t: torch.Tensor, before: Sequence[int] | int = 1, after: Sequence[int]
 
 @contextmanager
 def poisoned_workspaces() -> Iterator[None]:
-    """What launch.empty hands out meanwhile is full of NaN, or of a conspicuous integer: an element never written shows."""
+    """What launch.empty hands out meanwhile is full of NaN, or of a conspicuous integer: an element never written
+    shows.
+    """
     from cnnfast_kernels import launch
 
     allocate = launch.empty

@@ -1,16 +1,18 @@
-"""A GPU pretended: tensors of the `device` fixture and tensors of the CPU cannot be mixed, though all of them lie in the CPU's memory.
+"""A GPU pretended: tensors of the `device` fixture and tensors of the CPU cannot be mixed, though all of them lie in
+the CPU's memory.
 
-With `pytest --pretend-gpu` the fixture `device` is torch.device("cpu", 0), which PyTorch takes for the CPU and which is yet another device
-than torch.device("cpu"). Tensors made there, or sent there, are remembered by their storages, and so is what is computed of them. What a
-CUDA GPU would refuse is then refused here, in the interpreter:
+With `pytest --pretend-gpu` the fixture `device` is torch.device("cpu", 0), which PyTorch takes for the CPU and which is
+yet another device than torch.device("cpu"). Tensors made there, or sent there, are remembered by their storages, and so
+is what is computed of them. What a CUDA GPU would refuse is then refused here, in the interpreter:
 
 - operations on tensors of both kinds, except for a number on the CPU, an index on the CPU, and a copy,
 - numpy arrays of the GPU's tensors,
 - launches of kernels on tensors of the CPU.
 
-As on a machine with a GPU, PyTorch serves the calls of cnnfast.functional whose tensors are on the CPU. A test in which that happens tests
-nothing of ours there: `Pretended.served_by_torch` counts such calls, and tests/conftest.py fails tests that did not say so by the mark
-`cpu_tensors`. What only looks at the CPU, torch.compile and the like, cannot see which kind a tensor is: see `BLIND`.
+As on a machine with a GPU, PyTorch serves the calls of cnnfast.functional whose tensors are on the CPU. A test in which
+that happens tests nothing of ours there: `Pretended.served_by_torch` counts such calls, and tests/conftest.py fails
+tests that did not say so by the mark `cpu_tensors`. What only looks at the CPU, torch.compile and the like, cannot see
+which kind a tensor is: see `BLIND`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ MAY_MIX = (
     "is_same_size",
     "_has_same_storage_numel",
 )
-# What makes tensors of its own, or chooses the device: it says nothing about where a test's tensors are, and such a test is skipped.
+# What makes tensors of its own, or chooses the device: it says nothing about where a test's tensors are, and such a
+# test is skipped.
 BLIND = {
     "torch.compile": torch,
     "torch.export.export": torch.export,
@@ -104,14 +107,18 @@ class Pretended(TorchDispatchMode):
                 _storages.pop(self.key(t), None)
         return t
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and _plain(t)]
         there = [t for t in given if self.holds(t)]
         name = func._schema.name.partition("::")[2]
         if there and name not in MAY_MIX and any(t.dim() for t in given if not self.holds(t)):
             sizes = ", ".join(f"{'GPU' if self.holds(t) else 'CPU'} {list(t.shape)}" for t in given)
-            raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {sizes} (the GPU is pretended)")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but {func} got {sizes} (the GPU is pretended)"
+            )
         asked = kwargs.get("device")
         if not given and asked == CPU and func not in SCALARS and torch._C._current_autograd_node() is not None:
             asked = PRETENDED  # made by a derivative of PyTorch's own, which names the device of an operand
@@ -157,7 +164,9 @@ def _skips(what: str) -> Callable[..., NoReturn]:
 
 @contextmanager
 def pretended_gpu(launch_anywhere: bool = False) -> Iterator[Pretended]:
-    """torch.device("cpu", 0) is a GPU meanwhile, in this thread's operations. launch_anywhere: kernels run on the CPU's tensors too."""
+    """torch.device("cpu", 0) is a GPU meanwhile, in this thread's operations. launch_anywhere: kernels run on the CPU's
+    tensors too.
+    """
     from triton.runtime.interpreter import GridExecutor
 
     from cnnfast import dispatch
@@ -186,7 +195,9 @@ def pretended_gpu(launch_anywhere: bool = False) -> Iterator[Pretended]:
         if device is not None and device.type != "cpu":
             return to(self, *args, **kwargs)
         result = (
-            self if dtype is None and fmt is None and not copies else to(self, dtype=dtype or self.dtype, memory_format=fmt, copy=copies)
+            self
+            if dtype is None and fmt is None and not copies
+            else to(self, dtype=dtype or self.dtype, memory_format=fmt, copy=copies)
         )
         return moved(result, device)
 
@@ -213,7 +224,9 @@ def pretended_gpu(launch_anywhere: bool = False) -> Iterator[Pretended]:
         for argument in () if launch_anywhere else tree_leaves((args, kwargs), is_leaf=lambda a: hasattr(a, "base")):
             t = getattr(argument, "base", argument)
             if isinstance(t, Tensor) and _plain(t) and t.numel() and not pretended.holds(t):
-                raise ValueError(f"Pointer argument cannot be accessed from Triton (cpu tensor?): {list(t.shape)} of {self.fn.__name__}")
+                raise ValueError(
+                    f"Pointer argument cannot be accessed from Triton (cpu tensor?): {list(t.shape)} of {self.fn.__name__}"
+                )
         with _disable_current_modes():
             return launch(self, *args, **kwargs)
 
@@ -243,7 +256,8 @@ def pretended_gpu(launch_anywhere: bool = False) -> Iterator[Pretended]:
         for name, module in BLIND.items():
             replace(module, name.rpartition(".")[2], _skips(name))
         replace(GridExecutor, "__call__", launched)
-        replace(dispatch, "_interpreter_rounds_bf16", lambda: True)  # it asks with tensors of the CPU; tests/interpreter.py mends it
+        # it asks with tensors of the CPU; tests/interpreter.py mends it
+        replace(dispatch, "_interpreter_rounds_bf16", lambda: True)
         for name, module in [*sys.modules.items()]:
             if name.startswith(("cnnfast.functional", "cnnfast.nn")) and "why_torch" in vars(module):
                 replace(module, "why_torch", judged(module.why_torch))

@@ -1,4 +1,6 @@
-"""Random straight-line forwards, made of what people write around convolutions and norms, in orders that they had better not."""
+"""Random straight-line forwards, made of what people write around convolutions and norms, in orders that they had
+better not.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ class Members(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         for i in range(CONVOLUTIONS):
-            setattr(self, f"conv{i}", nn.Conv2d(CHANNELS, CHANNELS, 3 if i == 1 else 1, padding=int(i == 1), bias=i != 2))
+            setattr(
+                self, f"conv{i}", nn.Conv2d(CHANNELS, CHANNELS, 3 if i == 1 else 1, padding=int(i == 1), bias=i != 2)
+            )
         for i in range(NORMS):
             setattr(self, f"bn{i}", nn.BatchNorm2d(CHANNELS))
         self.relu, self.inplace, self.identity = nn.ReLU(), nn.ReLU(inplace=True), nn.Identity()
@@ -84,7 +88,9 @@ class Members(nn.Module):
         self.scales, self.scales_other, self.keeps = Scales(), ScalesTheOther(), Keeps()
 
     def share(self) -> None:
-        """Adds the children that have something in common with others; after .double(), which would make two buffers of one."""
+        """Adds the children that have something in common with others; after .double(), which would make two buffers of
+        one.
+        """
         self.registers, self.hides = Holds(self.bn0, hidden=False), Holds(self.bn1, hidden=True)
         self.trains = Trains(self.bn1.weight)
         self.tied = nn.BatchNorm2d(CHANNELS).to(self.bn2.weight)
@@ -136,7 +142,9 @@ STATEMENTS = [
     "{new} = slots[-1]",
 ]
 
-WRITING = [form for form in STATEMENTS if ("_(" in form and "chunk" not in form) or "= 0.1" in form or "self.inplace" in form]
+WRITING = [
+    form for form in STATEMENTS if ("_(" in form and "chunk" not in form) or "= 0.1" in form or "self.inplace" in form
+]
 
 SUMS = ["{new} = {z} + {r}", "{new} = {r} + {z}", "{new} = torch.add({z}, other={r})", "{z} += {r}; {new} = {z}",
         "{new} = {z}.add_({r})", "{r} += {z}; {new} = {r}", "{new} = {z}.add({r})"]  # fmt: skip
@@ -145,7 +153,9 @@ ACTIVATIONS = ["{new} = self.relu({z})", "{new} = self.inplace({z})", "{new} = F
 
 
 class _Writer:
-    """Writes a forward of x, r and the list `slots`. Chains are in flight at once, with other statements between their members."""
+    """Writes a forward of x, r and the list `slots`. Chains are in flight at once, with other statements between their
+    members.
+    """
 
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
@@ -161,7 +171,13 @@ class _Writer:
     def write(self, form: str, **given: Any) -> str:
         new = self.new()
         a, b = (self.draw.choice(self.draw.choice([self.names, self.used[-3:]])) for _ in "ab")
-        given = {"a": a, "b": b, "c": self.draw.randrange(CONVOLUTIONS), "n": self.draw.randrange(NORMS), "new": new} | given
+        given = {
+            "a": a,
+            "b": b,
+            "c": self.draw.randrange(CONVOLUTIONS),
+            "n": self.draw.randrange(NORMS),
+            "new": new,
+        } | given
         self.lines += form.format(**given).split("; ")
         return new
 
@@ -174,7 +190,9 @@ class _Writer:
         made: list[str] = []
         steps: list[Callable[[], None]] = [
             lambda: made.append(self.write("{new} = self.conv{c}({a})", a=self.use())),
-            lambda: made.append(self.write(self.draw.choice(["{new} = self.bn{n}({z})", "{new} = self.bn{n}(input={z})"]), z=made[-1])),
+            lambda: made.append(
+                self.write(self.draw.choice(["{new} = self.bn{n}({z})", "{new} = self.bn{n}(input={z})"]), z=made[-1])
+            ),
         ]
         if self.draw.random() < 0.7:
             steps.append(lambda: made.append(self.write(self.draw.choice(SUMS), z=made[-1], r=self.use())))
@@ -198,7 +216,9 @@ class _Writer:
 
 
 def program(seed: int) -> tuple[str, nn.Module]:
-    """(the source of a forward, a module that has it); it takes two images and a list of images, of [1, CHANNELS, 3, 3]."""
+    """(the source of a forward, a module that has it); it takes two images and a list of images, of [1, CHANNELS, 3,
+    3].
+    """
     source = _Writer(seed).source()
     namespace: dict[str, Any] = {"torch": torch, "F": F, "__name__": __name__}
     exec(source, namespace)

@@ -20,18 +20,24 @@ PACKAGE = Path(cnnfast_kernels.__file__).parent
 
 @contextmanager
 def described_launches() -> Iterator[dict[str, None]]:
-    """The descriptions of all that this process launches meanwhile, in order, each once. Kernels that the package does not
-    hold are left out: those of tests, and those into which tests plant faults.
+    """The descriptions of all that this process launches meanwhile, in order, each once. Kernels that the package does
+    not hold are left out: those of tests, and those into which tests plant faults.
 
     Raises RuntimeError where kernels are compiled: there a plan launches by itself what it has launched before.
     """
     if not launch.INTERPRETED:
-        raise RuntimeError("launches are written down where kernels are interpreted: set TRITON_INTERPRET=1, hide the GPU, and start again")
+        raise RuntimeError(
+            "launches are written down where kernels are interpreted: set TRITON_INTERPRET=1, hide the GPU, and start again"
+        )
     found: dict[str, None] = {}
     run = launch.run
 
     def describe_and_run(kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Any = None, **options: Any) -> Any:
-        if isinstance(kernel, KernelInterface) and 0 not in grid and PACKAGE in Path(kernel.fn.__code__.co_filename).parents:  # type: ignore[attr-defined]
+        if (
+            isinstance(kernel, KernelInterface)
+            and 0 not in grid
+            and PACKAGE in Path(kernel.fn.__code__.co_filename).parents
+        ):  # type: ignore[attr-defined]
             found[described(kernel, arguments[1:], options)] = None
         return run(kernel, grid, *arguments, tile=tile, **options)
 
@@ -41,7 +47,9 @@ def described_launches() -> Iterator[dict[str, None]]:
 
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
-    """Writes the descriptions of all launches meanwhile to a new file of `folder`: each process of pytest-xdist has its own."""
+    """Writes the descriptions of all launches meanwhile to a new file of `folder`: each process of pytest-xdist has its
+    own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with described_launches() as found:
         yield

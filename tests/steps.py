@@ -22,18 +22,22 @@ def noise(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
-def step(model: nn.Module, inputs: tuple[Any, ...], mode: Mode, keywords: dict[str, Any] | None = None) -> dict[str, Any]:
+def step(
+    model: nn.Module, inputs: tuple[Any, ...], mode: Mode, keywords: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Calls `model` and, unless under no_grad, differentiates what it returns.
 
-    Returns by name: what the call returned, what it left of the inputs, gradients of the inputs and the parameters, and the buffers,
-    and the types of what was raised. The same random numbers on every call; training modes and gradients are left as they were.
+    Returns by name: what the call returned, what it left of the inputs, gradients of the inputs and the parameters, and
+    the buffers, and the types of what was raised. The same random numbers on every call; training modes and gradients
+    are left as they were.
     """
     leaves = [x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs]
     training = {m: m.training for m in model.modules()}
     left: dict[str, Any] = {}
     seed()
     with torch.set_grad_enabled(mode != "no_grad"):
-        given = [x * 1 if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]  # may be changed in place
+        # may be changed in place
+        given = [x * 1 if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
         try:
             outputs = tree_leaves(model.train(mode == "train")(*given, **keywords or {}))
         except Exception as error:
@@ -47,7 +51,9 @@ def step(model: nn.Module, inputs: tuple[Any, ...], mode: Mode, keywords: dict[s
             torch.autograd.backward(differentiable, [noise(y) for y in differentiable])
         left |= {f"gradient of input {i}": x.grad for i, x in enumerate(leaves) if isinstance(x, Tensor)}
         left |= {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
-    except RuntimeError as error:  # something that backward needs was changed in place; what it had done until then is nobody's
+    except (
+        RuntimeError
+    ) as error:  # something that backward needs was changed in place; what it had done until then is nobody's
         left["raised in backward"] = type(error)
     model.zero_grad()
     left |= {f"buffer {name}": t.detach().clone() for name, t in model.named_buffers()}
@@ -57,7 +63,9 @@ def step(model: nn.Module, inputs: tuple[Any, ...], mode: Mode, keywords: dict[s
 
 
 def difference(mine: Any, right: Any, tolerance: float) -> str:
-    """In words, or the empty string: dtype, size and strides must be the same, numbers within tolerance * the largest one, at least 1."""
+    """In words, or the empty string: dtype, size and strides must be the same, numbers within tolerance * the largest
+    one, at least 1.
+    """
     if not isinstance(right, Tensor) or not isinstance(mine, Tensor):
         return "" if type(mine) is type(right) and mine == right else f"{mine!r} instead of {right!r}"
     for what in (lambda t: t.dtype, lambda t: t.shape, lambda t: t.stride()):
@@ -67,7 +75,9 @@ def difference(mine: Any, right: Any, tolerance: float) -> str:
         return ""
     if not torch.equal(mine.isfinite(), right.isfinite()):
         return "NaN or infinity elsewhere"
-    mine, right = (t.to(torch.complex128 if t.is_complex() else torch.float64).nan_to_num(0, 0, 0) for t in (mine, right))
+    mine, right = (
+        t.to(torch.complex128 if t.is_complex() else torch.float64).nan_to_num(0, 0, 0) for t in (mine, right)
+    )
     error, scale = (mine - right).abs().max().item(), right.abs().max().item()
     return "" if error <= tolerance * max(scale, 1.0) else f"off by {error:.2g}, where the largest is {scale:.2g}"
 
@@ -83,9 +93,11 @@ def assert_same_steps(
     may_raise: bool = False,
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[Mode, Trace]:
-    """In every mode a step of ours leaves what a step of theirs leaves, and `fused` convolutions are computed with their norm.
+    """In every mode a step of ours leaves what a step of theirs leaves, and `fused` convolutions are computed with
+    their norm.
 
-    `within` makes a context around each step; may_raise: theirs may fail, and ours then fails alike. Returns the traces of ours.
+    `within` makes a context around each step; may_raise: theirs may fail, and ours then fails alike. Returns the traces
+    of ours.
     """
     traces: dict[Mode, Trace] = {}
     for mode in modes:
@@ -104,7 +116,8 @@ def assert_same_steps(
 def converted(model: nn.Module, *inputs: Any, told: bool = True, **options: Any) -> nn.Module:
     """cnnfast.convert(model), in eval, after both have left the same in every step. The options are assert_same_steps'.
 
-    told: what a report says of it is compared with a run, which needs members that are called by what they are, not by their `forward`.
+    told: what a report says of it is compared with a run, which needs members that are called by what they are, not by
+    their `forward`.
     """
     original = copy.deepcopy(model)
     ours = cnnfast.convert(model)
@@ -120,7 +133,9 @@ def fusions(trace: Trace) -> int:
     return sum(call.operation in FUSED for call in trace)
 
 
-def converted_and_original(model: nn.Module, change: Callable[[nn.Module], None], when: str) -> tuple[nn.Module, nn.Module]:
+def converted_and_original(
+    model: nn.Module, change: Callable[[nn.Module], None], when: str
+) -> tuple[nn.Module, nn.Module]:
     """(ours, original), both changed: ours "before" its conversion or "after" it."""
     original = copy.deepcopy(model)
     change(original)

@@ -1,9 +1,9 @@
 """Hooks of pytest: a process whose CUDA context is broken runs no further test.
 
-After an illegal address, an assertion that failed on the GPU and their like every later call of CUDA in the process fails with the same
-error. So the test in which it came up is the last of its process: pytest-xdist starts another worker in its place (and reports the test
-once more, as the one that the worker ended in), and without pytest-xdist the run ends. Tests on a GPU run with CUDA_LAUNCH_BLOCKING=1:
-the error then comes up in the call that made it.
+After an illegal address, an assertion that failed on the GPU and their like every later call of CUDA in the process
+fails with the same error. So the test in which it came up is the last of its process: pytest-xdist starts another
+worker in its place (and reports the test once more, as the one that the worker ended in), and without pytest-xdist the
+run ends. Tests on a GPU run with CUDA_LAUNCH_BLOCKING=1: the error then comes up in the call that made it.
 """
 
 from __future__ import annotations
@@ -58,12 +58,16 @@ def sticky(error: BaseException | None) -> str:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     words = sticky(call.excinfo.value) if call.excinfo else ""
     if words:
         item.config.stash[BROKEN] = words
-        report.sections.append(("CUDA", f"{words}: the CUDA context of this process is broken, so it runs no further test"))
+        report.sections.append(
+            ("CUDA", f"{words}: the CUDA context of this process is broken, so it runs no further test")
+        )
     return report
 
 

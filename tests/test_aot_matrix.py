@@ -1,4 +1,6 @@
-"""ci/aot_matrix.py: what it reads of `cnnfast aot`, and what it makes of that. All of it, with three Tritons to install, is run by hand."""
+"""ci/aot_matrix.py: what it reads of `cnnfast aot`, and what it makes of that. All of it, with three Tritons to
+install, is run by hand.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ from child import run_compiled
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-ROWS = [{"registers": 168, "spill_bytes": 0}, {"registers": 255, "spill_bytes": 8}, {"registers": None, "spill_bytes": None}]
+ROWS = [
+    {"registers": 168, "spill_bytes": 0},
+    {"registers": 255, "spill_bytes": 8},
+    {"registers": None, "spill_bytes": None},
+]
 OUTPUT = """problem sm_89 conv_dgrad_kernel (dgrad bfloat16 1x1/2; 128x64x32 w4 s4): spills 8 bytes a thread, 255 registers
 problem sm_89 wgrad float64 3x3: does not compile: CompilationError: no
 error: on a line of its own
@@ -29,7 +35,9 @@ def judged(folder, outputs, rows):
     import aot_matrix
 
     try:
-        return aot_matrix.table([aot_matrix.told("3.7.1", arch, output, rows, 12.4) for arch, output in outputs.items()])
+        return aot_matrix.table(
+            [aot_matrix.told("3.7.1", arch, output, rows, 12.4) for arch, output in outputs.items()]
+        )
     except ValueError as error:
         return f"refused: {error}"
 
@@ -47,7 +55,12 @@ def test_the_worst_row_and_the_problems_of_each_combination():
 
 @pytest.mark.parametrize(
     "output",
-    ["", OUTPUT.replace("3 kernels", "4 kernels"), OUTPUT.replace("2 problems", "1 problems"), OUTPUT.replace("problem sm_89", "", 1)],
+    [
+        "",
+        OUTPUT.replace("3 kernels", "4 kernels"),
+        OUTPUT.replace("2 problems", "1 problems"),
+        OUTPUT.replace("problem sm_89", "", 1),
+    ],
 )
 def test_what_does_not_fit_the_rows_is_refused(output):
     text = run_compiled(judged, str(REPOSITORY / "ci"), {"sm_89": output}, ROWS)

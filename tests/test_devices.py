@@ -1,7 +1,8 @@
-"""Tests work where the `device` fixture is a GPU: no tensor of the CPU is made before it is known, and a GPU can be pretended.
+"""Tests work where the `device` fixture is a GPU: no tensor of the CPU is made before it is known, and a GPU can be
+pretended.
 
-What a test makes inside of functions is held by `pytest --pretend-gpu` (tests/pretending.py), which runs the suite so that tensors of
-`device` and of the CPU cannot be mixed.
+What a test makes inside of functions is held by `pytest --pretend-gpu` (tests/pretending.py), which runs the suite so
+that tensors of `device` and of the CPU cannot be mixed.
 """
 
 from __future__ import annotations
@@ -122,7 +123,12 @@ def test_names_of_pytorch_exist(file):
             for attribute in rest:
                 assert hasattr(value, attribute), name
                 value = getattr(value, attribute)
-    methods = {"wait_stream": torch.cuda.Stream, "wait_event": torch.cuda.Stream, "query": torch.cuda.Event, "replay": torch.cuda.CUDAGraph}
+    methods = {
+        "wait_stream": torch.cuda.Stream,
+        "wait_event": torch.cuda.Stream,
+        "query": torch.cuda.Event,
+        "replay": torch.cuda.CUDAGraph,
+    }
     assert all(hasattr(owner, method) for method, owner in methods.items())
 
 
@@ -195,14 +201,30 @@ def test_a_pretended_gpu_refuses_what_a_gpu_would(tmp_path):
         pytest.skip("interpreter ring: here is a GPU, and none has to be pretended")
     pytest.importorskip("triton")
     (tmp_path / "test_suite.py").write_text(SUITE)
-    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text().replace("Path(__file__)", f"Path({str(TESTS / 'x')!r})"))
+    (tmp_path / "conftest.py").write_text(
+        (TESTS / "conftest.py").read_text().replace("Path(__file__)", f"Path({str(TESTS / 'x')!r})")
+    )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     paths = (TESTS, TESTS.parent / "harness", TESTS.parent, TESTS.parent / "kernels")
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-    options = ["-q", "-rA", "-p", "no:cacheprovider", "--pretend-gpu", "-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path)]
-    child = subprocess.run([sys.executable, "-m", "pytest", *options], env=environment, capture_output=True, text=True, check=False)
+    options = [
+        "-q",
+        "-rA",
+        "-p",
+        "no:cacheprovider",
+        "--pretend-gpu",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(tmp_path),
+        str(tmp_path),
+    ]
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", *options], env=environment, capture_output=True, text=True, check=False
+    )
     summary = [line.split() for line in child.stdout.splitlines() if line.startswith(("PASSED", "FAILED", "ERROR"))]
-    found = {words[1].partition("::")[2]: words[0] for words in sorted(summary, reverse=True)}  # a test that passed may have an error
+    # a test that passed may have an error
+    found = {words[1].partition("::")[2]: words[0] for words in sorted(summary, reverse=True)}
     wrong = ("mixed", "mixed_in_a_call", "numpy", "compared", "launched_on_the_cpu")
     right = {"test_right": "PASSED", "test_on_purpose": "PASSED", "test_served_by_torch": "ERROR"}
     assert found == right | {f"test_{name}": "FAILED" for name in wrong}, child.stdout

@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ROOTS = {"cnnfast_kernels": REPOSITORY / "kernels", **dict.fromkeys(("cnnfast", "tests", "benchmarks", "harness"), REPOSITORY)}
+ROOTS = {
+    "cnnfast_kernels": REPOSITORY / "kernels",
+    **dict.fromkeys(("cnnfast", "tests", "benchmarks", "harness"), REPOSITORY),
+}
 # What lies in these two is imported by its bare name (pythonpath in pyproject.toml).
-BARE = {file.stem: f"{folder}.{file.stem}" for folder in ("tests", "harness") for file in (REPOSITORY / folder).glob("*.py")}
+BARE = {
+    file.stem: f"{folder}.{file.stem}" for folder in ("tests", "harness") for file in (REPOSITORY / folder).glob("*.py")
+}
 
 # (importer, imported, exceptions): no module that matches the first may import what matches the second.
 FORBIDDEN = [
@@ -33,8 +38,8 @@ FORBIDDEN = [
     ("harness*", "benchmarks*", []),
     ("cnnfast.reference", "cnnfast*", []),
     ("cnnfast*", "cnnfast.reference*", ["by cnnfast.checking*"]),
-    # Kernel files do not import one another, but a family's index algebra and tiles are shared in it, im2col and stem are ways
-    # to call the others, and the parts of depthwise import one another. The families do not know each other.
+    # Kernel files do not import one another, but a family's index algebra and tiles are shared in it, im2col and stem
+    # are ways to call the others, and the parts of depthwise import one another. The families do not know each other.
     ("cnnfast_kernels.tma*", "cnnfast_kernels.gather*", []),
     ("cnnfast_kernels.gather*", "cnnfast_kernels.tma*", []),
     ("cnnfast_kernels.gather.*", "cnnfast_kernels.gather.depthwise*", ["by cnnfast_kernels.gather.depthwise*"]),
@@ -112,7 +117,8 @@ def test_forbidden_imports(importer, imported, exceptions):
         for module, names in MODULES.items()
         if fnmatch(module, importer) and not any(fnmatch(f"by {module}", e) for e in exceptions)
         for name in names
-        if fnmatch(name, imported) and not any(fnmatch(name, e) or fnmatch(name.rpartition(".")[0], e) for e in exceptions)
+        if fnmatch(name, imported)
+        and not any(fnmatch(name, e) or fnmatch(name.rpartition(".")[0], e) for e in exceptions)
     ]
     assert not offences
 
@@ -140,17 +146,24 @@ def attributes(path: Path) -> set[str]:
 
 
 def test_the_environment_is_not_read():
-    """Except for processes that are started, which see what this one sees, and by bench, which asks jax not to take most of a GPU's memory:
-    jax has no other setting for that. What the user has set is left as it is: bench calls setdefault, and nothing else."""
+    """Except for processes that are started, which see what this one sees, and by bench, which asks jax not to take
+    most of a GPU's memory: jax has no other setting for that. What the user has set is left as it is: bench calls
+    setdefault, and nothing else.
+    """
     files = {**sources("cnnfast"), **sources("cnnfast_kernels")}
-    readers = [m for m, f in files.items() if {"os.environ", "os.getenv"} & attributes(f) or any(n.startswith("os.") for n in MODULES[m])]
+    readers = [
+        m
+        for m, f in files.items()
+        if {"os.environ", "os.getenv"} & attributes(f) or any(n.startswith("os.") for n in MODULES[m])
+    ]
     assert readers == ["cnnfast.bench.jax_model", "cnnfast.children"]
     text = files["cnnfast.bench.jax_model"].read_text()
     assert text.count("os.environ") == text.count('os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE"') == 1
 
 
 def test_memory_comes_from_launch_empty():
-    """So that poisoned_workspaces (conftest.py) sees all of it: no other torch.empty, and no `from .launch import empty`.
+    """So that poisoned_workspaces (conftest.py) sees all of it: no other torch.empty, and no `from .launch import
+    empty`.
 
     Ahead-of-time compilation (aot) has meta tensors only, and may make them as it likes.
     """
@@ -162,7 +175,13 @@ def test_memory_comes_from_launch_empty():
 
 
 def test_no_module_hides_behind_a_function_of_its_package():
-    """`from .convert import convert` in cnnfast/__init__.py would make cnnfast.convert the one or the other, by import order."""
+    """`from .convert import convert` in cnnfast/__init__.py would make cnnfast.convert the one or the other, by import
+    order.
+    """
     for module, path in sources("cnnfast").items():
         if path.stem == "__init__":
-            assert not [name for name in MODULES[module] if name in MODULES and f"{name}.{name.rpartition('.')[2]}" in MODULES[module]]
+            assert not [
+                name
+                for name in MODULES[module]
+                if name in MODULES and f"{name}.{name.rpartition('.')[2]}" in MODULES[module]
+            ]

@@ -1,7 +1,7 @@
 """How cnnfast is installed: what pip resolves, what is built, and what runs where only the wheel is.
 
-pip resolves without installing or downloading (--dry-run), for the Python whose torch is a CUDA build and for the one whose torch is
-a CPU build, whichever those are on the indexes that it asks.
+pip resolves without installing or downloading (--dry-run), for the Python whose torch is a CUDA build and for the one
+whose torch is a CPU build, whichever those are on the indexes that it asks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ from cnnfast_kernels import __version__
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = {
-    r.name: r for line in (REPOSITORY / "ci" / "constraints.txt").read_text().splitlines() if line[0] != "#" for r in [Requirement(line)]
+    r.name: r
+    for line in (REPOSITORY / "ci" / "constraints.txt").read_text().splitlines()
+    if line[0] != "#"
+    for r in [Requirement(line)]
 }
 REQUIREMENTS = {requirement.name: requirement for requirement in map(Requirement, PROJECT["dependencies"])}
 # The commands of README's first fenced block, which ci/check.sh runs.
@@ -44,7 +47,9 @@ COMMANDS = [command.callback.__name__ for command in app.registered_commands if 
 def run(*command: str | Path, cwd: Path = REPOSITORY, environment: dict[str, str] | None = None) -> str:
     """What the command prints. Fails with its output if it fails."""
     child = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert child.returncode == 0, f"{shlex.join(map(str, command))} ended with {child.returncode}\n{child.stdout}\n{child.stderr}"
+    assert child.returncode == 0, (
+        f"{shlex.join(map(str, command))} ended with {child.returncode}\n{child.stdout}\n{child.stderr}"
+    )
     return child.stdout
 
 
@@ -67,18 +72,25 @@ def elsewhere(python: str, folder: Path) -> list[str]:
 
 def own_triton(torch: dict) -> list[Requirement]:
     """The triton that a build of torch asks for: CUDA builds ask for one, CPU builds for none."""
-    return [r for r in map(Requirement, torch.get("requires_dist", [])) if r.name == "triton" and (r.marker is None or r.marker.evaluate())]
+    return [
+        r
+        for r in map(Requirement, torch.get("requires_dist", []))
+        if r.name == "triton" and (r.marker is None or r.marker.evaluate())
+    ]
 
 
 @cache
 def python_of(build: str) -> str:
-    """A version of Python for which pip finds a CUDA or a CPU build of the torch that CI tests with, and what builds cnnfast.
+    """A version of Python for which pip finds a CUDA or a CPU build of the torch that CI tests with, and what builds
+    cnnfast.
 
     Skips where there is none: without a network, say.
     """
     for python in ("3.11", "3.12", "3.13"):
         try:
-            found = pip_report("--no-deps", *elsewhere(python, Path("never-written")), str(CONSTRAINTS["torch"]), "hatchling")
+            found = pip_report(
+                "--no-deps", *elsewhere(python, Path("never-written")), str(CONSTRAINTS["torch"]), "hatchling"
+            )
         except AssertionError as error:
             if not re.search("No matching distribution|ResolutionImpossible", str(error)):
                 raise
@@ -98,7 +110,9 @@ def test_the_readme_begins_with_the_two_commands():
 @pytest.mark.parametrize("build", ["CUDA", "CPU"])
 @pytest.mark.parametrize("line", README_LINES)
 def test_the_readme_installs(line, build, tmp_path):
-    """With a CUDA build of torch the triton is the one that it asks for, with a CPU build the newest that cnnfast allows."""
+    """With a CUDA build of torch the triton is the one that it asks for, with a CPU build the newest that cnnfast
+    allows.
+    """
     pip, install, *arguments = shlex.split(line.partition(" && ")[0])
     assert (pip, install) == ("pip", "install")
     found = pip_report(*elsewhere(python_of(build), tmp_path / "nothing"), *arguments)
@@ -112,7 +126,9 @@ def test_the_readme_installs(line, build, tmp_path):
         assert own_triton(found["torch"]) == []
         assert Version(found["triton"]["version"]).release[:2] == (3, 9)
     wanted = {name for name, requirement in CONSTRAINTS.items() if name in {item.lower() for item in found}}
-    assert {name: found[name]["version"].partition("+")[0] for name in wanted} == {name: pinned(name) for name in wanted}
+    assert {name: found[name]["version"].partition("+")[0] for name in wanted} == {
+        name: pinned(name) for name in wanted
+    }
 
 
 def pinned(name: str) -> str:
@@ -121,10 +137,15 @@ def pinned(name: str) -> str:
 
 
 def test_constraints_name_every_requirement_but_triton():
-    """So that CI tests the same versions every day. triton is torch's to choose, and an extra's name is no distribution."""
+    """So that CI tests the same versions every day. triton is torch's to choose, and an extra's name is no
+    distribution.
+    """
     extras = [Requirement(text) for texts in PROJECT["optional-dependencies"].values() for text in texts]
     assert set(CONSTRAINTS) == {*REQUIREMENTS, *(extra.name for extra in extras)} - {"triton", "cnnfast"}
-    assert all(len(requirement.specifier) == 1 and str(requirement.specifier).startswith("==") for requirement in CONSTRAINTS.values())
+    assert all(
+        len(requirement.specifier) == 1 and str(requirement.specifier).startswith("==")
+        for requirement in CONSTRAINTS.values()
+    )
 
 
 def test_a_torch_that_is_there_stays():
@@ -135,15 +156,22 @@ def test_a_torch_that_is_there_stays():
 
 
 def test_the_tritons_of_the_gate():
-    """The oldest, the one of CUDA builds and the newest: what is required, ci/check.sh, ci/aot_matrix.py and README agree on them."""
-    gate = dict(re.findall(r"^(oldest|from_torch|newest)=([\d.]+)$", (REPOSITORY / "ci" / "check.sh").read_text(), re.MULTILINE))
+    """The oldest, the one of CUDA builds and the newest: what is required, ci/check.sh, ci/aot_matrix.py and README
+    agree on them.
+    """
+    gate = dict(
+        re.findall(r"^(oldest|from_torch|newest)=([\d.]+)$", (REPOSITORY / "ci" / "check.sh").read_text(), re.MULTILINE)
+    )
     tritons = list(map(Version, (gate["oldest"], gate["from_torch"], gate["newest"])))
     assert str(REQUIREMENTS["triton"].specifier) == f"<3.{tritons[2].minor + 1},>=3.{tritons[0].minor}"
     assert tritons == sorted(tritons)
     listed = re.search(r"^TRITONS = (.*)$", (REPOSITORY / "ci" / "aot_matrix.py").read_text(), re.MULTILINE)
     assert listed
     assert list(ast.literal_eval(listed[1])) == list(gate.values())
-    assert f"torch 2.11 or newer, triton 3.{tritons[0].minor} to 3.{tritons[2].minor}" in (REPOSITORY / "README.md").read_text()
+    assert (
+        f"torch 2.11 or newer, triton 3.{tritons[0].minor} to 3.{tritons[2].minor}"
+        in (REPOSITORY / "README.md").read_text()
+    )
     assert str(REQUIREMENTS["torch"].specifier) == ">=2.11"
 
 
@@ -177,8 +205,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def files_of(*folders: str) -> set[str]:
     """Every file below these folders, as seen from the tree, but for what Python and its tools leave there."""
-    found = {path.relative_to(REPOSITORY) for folder in folders for path in (REPOSITORY / folder).rglob("*") if path.is_file()}
-    return {path.as_posix() for path in found if path.suffix != ".pyc" and not any(part.startswith(".") for part in path.parts)}
+    found = {
+        path.relative_to(REPOSITORY)
+        for folder in folders
+        for path in (REPOSITORY / folder).rglob("*")
+        if path.is_file()
+    }
+    return {
+        path.as_posix()
+        for path in found
+        if path.suffix != ".pyc" and not any(part.startswith(".") for part in path.parts)
+    }
 
 
 def names_in(wheel: Path) -> set[str]:
@@ -220,7 +257,10 @@ def test_what_the_wheel_says_of_itself(built):
     required = {Requirement(text).name for text in about.get_all("Requires-Dist", []) if "extra ==" not in text}
     assert required == set(REQUIREMENTS)
     assert about["License-Expression"] == "MIT"
-    assert about["Author"] == re.search(r"^Copyright \(c\) \d+ (.*)$", (REPOSITORY / "LICENSE").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+    assert (
+        about["Author"]
+        == re.search(r"^Copyright \(c\) \d+ (.*)$", (REPOSITORY / "LICENSE").read_text(), re.MULTILINE)[1]
+    )  # type: ignore[index]
 
 
 def test_the_sdist_builds_the_same_wheel_and_brings_the_tests(built, tmp_path):
@@ -242,12 +282,25 @@ def test_the_sdist_builds_the_same_wheel_and_brings_the_tests(built, tmp_path):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts of an environment in which the wheel is installed, and which borrows all other packages from this one."""
+    """The scripts of an environment in which the wheel is installed, and which borrows all other packages from this
+    one.
+    """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
     scripts, packages = Path(paths["scripts"]), Path(paths["purelib"])
-    run(sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--quiet", "--no-deps", "--no-index", built[0])
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        scripts / "python",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        built[0],
+    )
     borrowed = [path for path in sys.path if path and Path(path).is_dir() and not Path(path).is_relative_to(REPOSITORY)]
     (packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
     return scripts

@@ -1,4 +1,6 @@
-"""The interpreter's repairs (interpreter.py) prove themselves, with what must stay right or allowed beside what they refuse."""
+"""The interpreter's repairs (interpreter.py) prove themselves, with what must stay right or allowed beside what they
+refuse.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,9 @@ def test_dot_in_float64():
 
 def awkward_values(dtype: torch.dtype) -> torch.Tensor:
     """Ties between bfloat16 neighbours, overflow, subnormals, infinities, NaN, and many random bit patterns."""
-    bits = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64, generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    bits = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64, generator=torch.Generator().manual_seed(0)).to(
+        torch.int32
+    )
     ties = torch.arange(2048, dtype=torch.int32) * 0x10000 + 0x3F808000
     special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 3.4e38, 1e-40, -1e-45])
     values = torch.cat([bits.view(torch.float32), ties.view(torch.float32), special])

@@ -1,4 +1,6 @@
-"""The mutation campaign (ci/mutate.py): its list fits the sources, its verdicts are right. The whole of it is run by hand."""
+"""The mutation campaign (ci/mutate.py): its list fits the sources, its verdicts are right. The whole of it is run by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def mutate(*options: str) -> subprocess.CompletedProcess[str]:
 def test_a_fault_is_caught():
     run = mutate("--only", "ceil_mode: the last window may start behind the image")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r"1 of 1 faults caught; torch .*, triton .*, Python .*, commit [0-9a-f]{7}", run.stdout), run.stdout
+    assert re.search(r"1 of 1 faults caught; torch .*, triton .*, Python .*, commit [0-9a-f]{7}", run.stdout), (
+        run.stdout
+    )
 
 
 def test_what_no_test_fails_of_is_told(tmp_path):

@@ -24,10 +24,17 @@ pytestmark = [
 
 def run(command, **environment):
     paths = [REPOSITORY, REPOSITORY / "kernels", REPOSITORY / "tests", *filter(None, [os.environ.get("PYTHONPATH")])]
-    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
+    }
     inherited["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     return subprocess.run(
-        [sys.executable, *command], cwd=REPOSITORY, env=inherited | environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -45,7 +52,9 @@ def test_each_process_of_the_tests_records_the_kernels_of_the_package(folder):
     files = list(folder.glob("*.jsonl"))
     assert len(files) == 2
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    assert {line["kernel"] for line in lines} == {"cnnfast_kernels.gather.fprop:conv_fprop_kernel"}, "not those that tests define"
+    assert {line["kernel"] for line in lines} == {"cnnfast_kernels.gather.fprop:conv_fprop_kernel"}, (
+        "not those that tests define"
+    )
 
 
 def front_end(folder):

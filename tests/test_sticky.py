@@ -53,7 +53,9 @@ def run(folder: Path, suite: str, *options: str) -> str:
         *options,
         str(folder),
     ]
-    child = subprocess.run(command, env=environment | {"PYTHONPATH": str(TESTS)}, cwd=folder, capture_output=True, text=True, check=False)
+    child = subprocess.run(
+        command, env=environment | {"PYTHONPATH": str(TESTS)}, cwd=folder, capture_output=True, text=True, check=False
+    )
     assert child.returncode == 1, child.stdout + child.stderr
     return child.stdout
 
@@ -77,13 +79,20 @@ def test_the_run_ends_after_it(tmp_path):
 def test_a_worker_is_replaced_and_the_others_tests_run(tmp_path):
     pytest.importorskip("xdist")
     output = run(tmp_path, SUITE, "-n", "1")
-    assert outcomes(output) == {"PASSED": {"test_first", "test_second", "test_third"}, "FAILED": {"test_culprit"}, "ERROR": set()}
-    assert "an illegal memory access was encountered" in output, "the test's own report is there, not the worker's end alone"
+    assert outcomes(output) == {
+        "PASSED": {"test_first", "test_second", "test_third"},
+        "FAILED": {"test_culprit"},
+        "ERROR": set(),
+    }
+    assert "an illegal memory access was encountered" in output, (
+        "the test's own report is there, not the worker's end alone"
+    )
 
 
 def test_an_error_that_comes_up_after_the_test_ends_the_run_too(tmp_path):
     late = SUITE.replace(
-        "    import os\n", "    import pytest\n\n    @pytest.fixture(autouse=True)\n    def settled():\n        yield\n        call()\n"
+        "    import os\n",
+        "    import pytest\n\n    @pytest.fixture(autouse=True)\n    def settled():\n        yield\n        call()\n",
     )
     output = run(tmp_path, late.replace("broken = True\n        call()", "broken = True"))
     assert outcomes(output)["ERROR"] == {"test_culprit"}
@@ -92,7 +101,11 @@ def test_an_error_that_comes_up_after_the_test_ends_the_run_too(tmp_path):
 
 def test_out_of_memory_ends_nothing(tmp_path):
     output = run(tmp_path, SUITE.replace("an illegal memory access was encountered", "out of memory"))
-    assert outcomes(output) == {"PASSED": {"test_first"}, "FAILED": {"test_culprit", "test_second", "test_third"}, "ERROR": set()}
+    assert outcomes(output) == {
+        "PASSED": {"test_first"},
+        "FAILED": {"test_culprit", "test_second", "test_third"},
+        "ERROR": set(),
+    }
 
 
 @pytest.mark.parametrize("words", STICKY)

@@ -26,7 +26,15 @@ POOLS = (cnn.MaxPool2d, cnn.AvgPool2d, cnn.AdaptiveAvgPool2d, cnn.GlobalAvgPool2
 
 # What a trace calls the forward of one module: an operator of ours, or the function in whose place PyTorch served.
 ALONE = ("conv_fprop", "conv_dgrad", "conv1d", "conv2d", "conv_transpose2d")
-POOLING = ("max_pool", "avg_pool", "adaptive_avg_pool", "global_avg_pool", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
+POOLING = (
+    "max_pool",
+    "avg_pool",
+    "adaptive_avg_pool",
+    "global_avg_pool",
+    "max_pool2d",
+    "avg_pool2d",
+    "adaptive_avg_pool2d",
+)
 
 
 def seed() -> None:
@@ -49,10 +57,12 @@ def assert_reports_are_true(model: nn.Module, *inputs: Any, modes: tuple[Mode, .
 
 
 def assert_report_is_true(model: nn.Module, *inputs: Any) -> Report:
-    """cnnfast.report(model, *inputs) says what the very model then does on these inputs, as it is now. Returns the report.
+    """cnnfast.report(model, *inputs) says what the very model then does on these inputs, as it is now. Returns the
+    report.
 
-    Compared are calls: of each convolution by the size of its weight, fused and alone, and of norms and pools. How often a module is
-    called is counted by hooks in another run, in which nothing fuses. The model's buffers are afterwards as they were.
+    Compared are calls: of each convolution by the size of its weight, fused and alone, and of norms and pools. How
+    often a module is called is counted by hooks in another run, in which nothing fuses. The model's buffers are
+    afterwards as they were.
     """
     report = cnnfast.report(model, *inputs)
     buffers = {name: t.clone() for name, t in model.named_buffers() if not torch.nn.parameter.is_lazy(t)}
@@ -68,12 +78,17 @@ def assert_report_is_true(model: nn.Module, *inputs: Any) -> Report:
     assert told == seen, f"{report}\n{trace}"
     modules, statuses = dict(model.named_modules()), {row.name: row.status for row in report.rows}
     assert len(statuses) == len(report.rows), "one row a module"
-    silent = {name for name, m in modules.items() if isinstance(m, (*CONVOLUTIONS, *POOLS, cnn.BatchNorm2d))} - statuses.keys()
+    silent = {
+        name for name, m in modules.items() if isinstance(m, (*CONVOLUTIONS, *POOLS, cnn.BatchNorm2d))
+    } - statuses.keys()
     assert not silent, "modules of ours without a row"
     for row in report.rows:
         assert row.reason or row.status == "replaced", row
-        for clause in row.reason.removeprefix("not fused: ").split("; ") if row.reason.startswith("not fused: ") else ():
-            named = re.match(r"([\w.]+)( only up to .*)?, because ", clause)  # one of its convolutions, or else it is all of them
+        for clause in (
+            row.reason.removeprefix("not fused: ").split("; ") if row.reason.startswith("not fused: ") else ()
+        ):
+            # one of its convolutions, or else it is all of them
+            named = re.match(r"([\w.]+)( only up to .*)?, because ", clause)
             children = [named[1]] if named else [name for name, _ in modules[row.name].named_children()]
             fused = [name for name in children if statuses.get(f"{row.name}.{name}".removeprefix(".")) == "fused"]
             assert not fused or (named and named[2]), row

@@ -35,7 +35,9 @@ def image(device, batch=2):
 
 
 def clock(**microseconds):
-    """Measures nothing: runs every step, and gives those named their times a set of operands, others ten and more, in their order."""
+    """Measures nothing: runs every step, and gives those named their times a set of operands, others ten and more, in
+    their order.
+    """
 
     def measure(steps):
         for step in steps.values():

@@ -1,4 +1,6 @@
-"""How a tensor may lie in memory, drawn at random: axes in any order, every second element, cut out of NaN, repeated without a copy."""
+"""How a tensor may lie in memory, drawn at random: axes in any order, every second element, cut out of NaN, repeated
+without a copy.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,10 @@ from poison import poison
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """`order`: axes from the one with the largest stride to the one with the least. Each axis takes every `steps`-th element of a larger
-    tensor, whose others are NaN, `margin` of them before and after; a `repeated` axis has a stride of 0."""
+    """`order`: axes from the one with the largest stride to the one with the least. Each axis takes every `steps`-th
+    element of a larger tensor, whose others are NaN, `margin` of them before and after; a `repeated` axis has a stride
+    of 0.
+    """
 
     order: tuple[int, ...]
     steps: tuple[int, ...]
@@ -53,6 +57,8 @@ def lay(t: torch.Tensor, view: View) -> torch.Tensor:
     first = t[tuple(slice(0, 1) if again else slice(None) for again in view.repeated)].permute(view.order)
     steps = [view.steps[axis] for axis in view.order]
     whole = poison(t.new_empty([2 * view.margin + size * step for size, step in zip(first.shape, steps, strict=True)]))
-    cut = whole[tuple(slice(view.margin, view.margin + n * step, step) for n, step in zip(first.shape, steps, strict=True))]
+    cut = whole[
+        tuple(slice(view.margin, view.margin + n * step, step) for n, step in zip(first.shape, steps, strict=True))
+    ]
     cut.copy_(first)
     return cut.permute([view.order.index(axis) for axis in range(t.dim())]).expand(t.shape)

@@ -50,14 +50,21 @@ class Fake:
 
 def environment() -> dict[str, str]:
     paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
+    }
     return {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
 def start(fakes: Sequence[Fake], out: Path, budget: float = 60.0, grace: float = 1.0) -> subprocess.Popen[str]:
     told = json.dumps([[(fake.name, fake.code, fake.limit) for fake in fakes], str(out), budget, grace])
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, told], cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", DRIVER, told],
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

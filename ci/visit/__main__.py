@@ -25,7 +25,9 @@ DEFAULT_GPU = "h200"
 
 
 def costs() -> dict[str, str]:
-    """What each part was counted to take, in words, by the plan that is kept: to count it again would cost the visit a minute."""
+    """What each part was counted to take, in words, by the plan that is kept: to count it again would cost the visit a
+    minute.
+    """
     if not PLANNED.exists():
         return {}
     return {part["part"]: f"; counted beforehand: {part['told']}" for part in json.loads(PLANNED.read_text())["parts"]}
@@ -57,7 +59,9 @@ def main(
     if plan and recorded:
         raise typer.BadParameter("--plan runs nothing: give one of the two", param_hint="--recorded")
     if gpu is not None and not (plan or recorded):
-        raise typer.BadParameter("a visit is of the GPU that is here: add --plan or --recorded to mean another", param_hint="--gpu")
+        raise typer.BadParameter(
+            "a visit is of the GPU that is here: add --plan or --recorded to mean another", param_hint="--gpu"
+        )
     if json_file is not None and not plan:
         raise typer.BadParameter("it is of --plan; a visit's results go to --out", param_hint="--json")
     if out is not None and out.exists() and not out.is_dir():
@@ -84,7 +88,8 @@ def main(
             raise typer.BadParameter(str(error), param_hint="GPU") from None
         if not here:
             raise typer.BadParameter(
-                "there is none here; --plan says what a visit would take, --recorded runs it as far as it goes without", param_hint="GPU"
+                "there is none here; --plan says what a visit would take, --recorded runs it as far as it goes without",
+                param_hint="GPU",
             )
         folder = out or RESULTS / re.sub("[^a-z0-9]+", "-", here["device"].lower()).strip("-")
     try:
@@ -92,7 +97,11 @@ def main(
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--out") from None
     code = visiting.visit(
-        lambda work: chosen(names, work, meant if recorded else None), folder, here, {} if recorded else costs(), budget=budget
+        lambda work: chosen(names, work, meant if recorded else None),
+        folder,
+        here,
+        {} if recorded else costs(),
+        budget=budget,
     )
     raise typer.Exit(code)
 
@@ -115,12 +124,16 @@ def print_plan(names: list[str], name: str, arch: int, json_file: Path | None) -
         table.add_column(head, justify="left" if head == "part" else "right")
     for cost in costs:
         counts = (f"{cost.binaries:,}", f"{cost.launchers:,}", f"{cost.numbers / 1e6:,.0f}e6" if cost.numbers else "")
-        table.add_row(cost.part, f"{cost.limit:.0f}", *counts, f"{cost.timing:.0f}" if cost.timing else "", f"{cost.seconds:.0f}")
+        table.add_row(
+            cost.part, f"{cost.limit:.0f}", *counts, f"{cost.timing:.0f}" if cost.timing else "", f"{cost.seconds:.0f}"
+        )
     table.add_row("all", f"{sum(c.limit for c in costs):.0f}", *[""] * 4, f"{sum(c.seconds for c in costs):.0f}")
     console = printer(json_file)
     console.print(table, markup=False, highlight=False)
     notes = [f"{cost.part}: {cost.note}" for cost in costs if cost.note]
-    notes.append("Kernels, launchers (triton 3.6 builds them) and numbers are counted. Seconds are modelled: no GPU has confirmed them.")
+    notes.append(
+        "Kernels, launchers (triton 3.6 builds them) and numbers are counted. Seconds are modelled: no GPU has confirmed them."
+    )
     console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
     write_text(json_file, plain_json(costs, wanted, folder, gpu, this_machine(torch.device("cpu")).commit))
 

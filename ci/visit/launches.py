@@ -3,8 +3,8 @@
     PYTEST_ADDOPTS="--specialisations FOLDER" pytest -n 2     # each process of the tests leaves a file in FOLDER
     python -m ci.visit.launches FOLDER                        # writes ci/results/visit/tests.json
 
-The interpreter's tests are recorded. On a GPU the same tests run, some with other dtypes, beside those that need one: the count is near
-what is compiled there, not equal to it.
+The interpreter's tests are recorded. On a GPU the same tests run, some with other dtypes, beside those that need one:
+the count is near what is compiled there, not equal to it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ COUNTED = KEPT / "tests.json"
 
 
 def launchers(lines: Iterable[str]) -> int:
-    """How many C launchers Triton 3.6 builds for descriptions of launches: one for each sequence of C types, whatever the kernel.
+    """How many C launchers Triton 3.6 builds for descriptions of launches: one for each sequence of C types, whatever
+    the kernel.
 
     A pointer is one whatever it points to, and so is what is absent or a constant, which has no type.
     """

@@ -22,19 +22,31 @@ def told() -> dict[str, str]:
 
     if not torch.cuda.is_available():
         return {}
-    return {**asdict(this_machine(torch.device("cuda", torch.cuda.current_device()))), "python": platform.python_version()}
+    return {
+        **asdict(this_machine(torch.device("cuda", torch.cuda.current_device()))),
+        "python": platform.python_version(),
+    }
 
 
 def ask(environment: Mapping[str, str]) -> dict[str, str]:
-    """What such a process tells. Raises RuntimeError, with the last that it said, if it fails or takes PATIENCE seconds."""
+    """What such a process tells. Raises RuntimeError, with the last that it said, if it fails or takes PATIENCE
+    seconds.
+    """
     try:
         child = subprocess.run(
-            [sys.executable, "-m", __name__], env=dict(environment), capture_output=True, text=True, timeout=PATIENCE, check=False
+            [sys.executable, "-m", __name__],
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"the GPU did not say within {PATIENCE} s what it is") from None
     if child.returncode:
-        raise RuntimeError(f"PyTorch could not be asked for the GPU: {' '.join(child.stderr.strip().splitlines()[-1:])}")
+        raise RuntimeError(
+            f"PyTorch could not be asked for the GPU: {' '.join(child.stderr.strip().splitlines()[-1:])}"
+        )
     return json.loads(child.stdout.splitlines()[-1])
 
 

@@ -1,8 +1,8 @@
 """The parts of a visit: what is run, in which order, and within which limits.
 
-A part's files lie in a folder of its name. The limits together are twelve minutes at most, so that three of fifteen remain for a machine's
-start; no part has more than eight, because a command may be allowed ten. tests/visit/test_plan.py holds both, and that what plan.py
-counts fits.
+A part's files lie in a folder of its name. The limits together are twelve minutes at most, so that three of fifteen
+remain for a machine's start; no part has more than eight, because a command may be allowed ten.
+tests/visit/test_plan.py holds both, and that what plan.py counts fits.
 """
 
 from __future__ import annotations
@@ -24,23 +24,27 @@ MOST_OF_A_PART = 480
 
 MODEL = "resnet50"
 DTYPE = "bf16"
-INFER_BATCHES, INFER_COMPILED, TRAIN_BATCH, LAYER_BATCH, TUNE_BATCH = (32, 256, 1), 32, 64, 32, 64  # a row serves half to twice its batch
+# a row serves half to twice its batch
+INFER_BATCHES, INFER_COMPILED, TRAIN_BATCH, LAYER_BATCH, TUNE_BATCH = (32, 256, 1), 32, 64, 32, 64
 MODEL_SECONDS, LAYER_SECONDS = 0.3, 0.03  # of timing, for each provider and job
 DEMO_SECONDS = 15  # of the layers that it times: part layers has them all
-# torch.compile comes apart, after what takes no minute. Left to `cnnfast bench`: max-autotune, which compiles for minutes, torch.compile of
-# the converted model, JAX, and NCHW.
+# torch.compile comes apart, after what takes no minute. Left to `cnnfast bench`: max-autotune, which compiles for
+# minutes, torch.compile of the converted model, JAX, and NCHW.
 INFER_PROVIDERS = ("eager", "eager-graph", "cudnn-fused", "cudnn-graph", "cnnfast", "cnnfast-graph", "cnnfast-kernels")
 COMPILERS = ("eager-graph", "compile", "cnnfast-graph")
 TRAIN_PROVIDERS = ("eager", "eager-graph", "cnnfast", "cnnfast-graph", "cnnfast-kernels")
 LAYER_PROVIDERS = ("eager-graph", "cnnfast-graph", "cnnfast-kernels")
 
 BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1"}  # an error is that of the call which caused it
-APART = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor has an allocation of its own, beyond which an access is out of bounds
+# each tensor has an allocation of its own, beyond which an access is out of bounds
+APART = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # Each with its limit.
 RING, RING_WORKERS = "tests/gpu", 8
 TESTS = {"tests/kernels": 105.0, RING: 50.0, "tests/torch_facing": 93.0}
 SMOKE_LIMIT = 40.0
-GROUPS = 5  # of families under each of compute-sanitizer's tools: to start takes longest there, and all of them run at once on 16 cores
+# of families under each of compute-sanitizer's tools: to start takes longest there, and all of them run at once on 16
+# cores
+GROUPS = 5
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,9 @@ def families() -> dict[str, tuple[str, ...]]:
 
 
 def smoke(folder: Path, pretended: KnownGpu | None) -> Part:
-    """Each family by itself; then, of those that passed, groups under compute-sanitizer. If `pretended`, over the recording driver."""
+    """Each family by itself; then, of those that passed, groups under compute-sanitizer. If `pretended`, over the
+    recording driver.
+    """
     known = families()
     recorded = ("--recorded", str(pretended.arch)) if pretended else ()
     ours = [kernel for kernels in known.values() for kernel in kernels]
@@ -104,14 +110,26 @@ def smoke(folder: Path, pretended: KnownGpu | None) -> Part:
 
 
 def tests(folder: Path, pretended: KnownGpu | None) -> Part:
-    """The kernels' tests, those that only a GPU can run, those of what faces PyTorch; over the recording driver a few of geometry."""
+    """The kernels' tests, those that only a GPU can run, those of what faces PyTorch; over the recording driver a few
+    of geometry.
+    """
     chosen = {"tests/kernels/test_problem.py": 109.0} if pretended else TESTS
 
     def stage(path: str) -> Stage:
         name = Path(path).stem
         # Launches that block would hide what the ring is for: streams, graphs. Its largest tests ask for 12 GiB each.
         alone, processes = ({}, RING_WORKERS) if path == RING else (BLOCKING, WORKERS)
-        how = ("-q", "-n", processes, "--dist", "worksteal", "-m", "not compiled and not slow", "-p", "no:cacheprovider")
+        how = (
+            "-q",
+            "-n",
+            processes,
+            "--dist",
+            "worksteal",
+            "-m",
+            "not compiled and not slow",
+            "-p",
+            "no:cacheprovider",
+        )
         lines = ("-p", "ci.visit.pytest_lines", "--lines", folder / "tests" / f"{name}.jsonl")
         return one(name, chosen[path], "pytest", *how, *lines, path, **alone)
 
@@ -125,7 +143,9 @@ def demo(folder: Path, pretended: KnownGpu | None) -> Part:
     return Part("demo", "the story on real images, in every dtype", (stage,))
 
 
-def measured(folder: Path, part: str, name: str, limit: float, seconds: float, providers: Sequence[str], *what: object) -> Stage:
+def measured(
+    folder: Path, part: str, name: str, limit: float, seconds: float, providers: Sequence[str], *what: object
+) -> Stage:
     """`cnnfast bench`, whose rows go to a file of the stage's name as soon as they are there."""
     chosen = [option for provider in providers for option in ("--provider", provider)]
     how = ("--seconds", seconds, "--budget", SECONDS, "--json", folder / part / f"{name}.json")
@@ -147,7 +167,9 @@ def infer(folder: Path, pretended: KnownGpu | None) -> Part:
     if pretended:
         return small(folder, "infer")
     model = (MODEL, "--mode", "infer", "--dtype", DTYPE, "--batch")
-    first = measured(folder, "infer", "infer", 56, MODEL_SECONDS, INFER_PROVIDERS, *model, ",".join(map(str, INFER_BATCHES)))
+    first = measured(
+        folder, "infer", "infer", 56, MODEL_SECONDS, INFER_PROVIDERS, *model, ",".join(map(str, INFER_BATCHES))
+    )
     second = measured(folder, "infer", "infer-compile", 57, MODEL_SECONDS, COMPILERS, *model, INFER_COMPILED)
     return Part("infer", what, (first, second), ("infer.json",))
 
@@ -165,8 +187,12 @@ def train(folder: Path, pretended: KnownGpu | None) -> Part:
 def layers(folder: Path, pretended: KnownGpu | None) -> Part:
     size = ("--batch", 1) if pretended else ("--dtype", DTYPE, "--batch", LAYER_BATCH)
     providers = SMALL_PROVIDERS if pretended else LAYER_PROVIDERS
-    stage = measured(folder, "layers", "layers", 56, 0.001 if pretended else LAYER_SECONDS, providers, "--layers", *size)
-    return Part("layers", "single layers of ResNet-50 and MobileNetV2, forward and backward", (stage,), ("layers.json",))
+    stage = measured(
+        folder, "layers", "layers", 56, 0.001 if pretended else LAYER_SECONDS, providers, "--layers", *size
+    )
+    return Part(
+        "layers", "single layers of ResNet-50 and MobileNetV2, forward and backward", (stage,), ("layers.json",)
+    )
 
 
 def tune(folder: Path, pretended: KnownGpu | None) -> Part:

@@ -1,8 +1,9 @@
-"""What a visit costs, counted without a GPU: binaries to compile, numbers to draw, times to take; and seconds modelled from these.
+"""What a visit costs, counted without a GPU: binaries to compile, numbers to draw, times to take; and seconds modelled
+from these.
 
-Counts are exact for the architecture that is named: the kernels' own functions and the converted models are called on tensors that hold
-nothing, and what they would launch is written down (cnnfast/warming.py). Seconds follow from the rates below. They are a model, made to
-see whether a part can fit its limit, and no GPU has confirmed them.
+Counts are exact for the architecture that is named: the kernels' own functions and the converted models are called on
+tensors that hold nothing, and what they would launch is written down (cnnfast/warming.py). Seconds follow from the
+rates below. They are a model, made to see whether a part can fit its limit, and no GPU has confirmed them.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ RATES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """binaries: kernels to compile, launchers: of Triton 3.6. numbers: to draw. timing: seconds on the clock, by --seconds. seconds:
-    modelled, of the whole part with CORES cores. note: what is not counted."""
+    """binaries: kernels to compile, launchers: of Triton 3.6. numbers: to draw. timing: seconds on the clock, by
+    --seconds. seconds: modelled, of the whole part with CORES cores. note: what is not counted.
+    """
 
     part: str
     limit: float
@@ -71,9 +73,9 @@ class Cost:
 
     def __str__(self) -> str:
         told = [f"{self.binaries:,} kernels to compile"]
-        told += [f"{self.numbers / 1e9:.2f}e9 numbers to draw"] * bool(self.numbers) + [f"{self.timing:.0f} s of timing"] * bool(
-            self.timing
-        )
+        told += [f"{self.numbers / 1e9:.2f}e9 numbers to draw"] * bool(self.numbers) + [
+            f"{self.timing:.0f} s of timing"
+        ] * bool(self.timing)
         return f"{', '.join(told)}: about {self.seconds:.0f} s, as modelled"
 
 
@@ -119,7 +121,11 @@ def demo(part: Part, gpu: launch.Gpu) -> Cost:
     layers, network = photograph.make_layers(0), digits.make_network(0)
     cases = [(layers, x, True), (network, some, True), (network, some, False)]  # as story.py has them
     binaries, makers, seconds = compiled(demo_kernels.launches(cases, story.GPU_DTYPES, gpu))
-    seconds += len(part.stages) * RATES["a process's start"] + RATES["the demo's training, judging and drawing"] + parts.DEMO_SECONDS
+    seconds += (
+        len(part.stages) * RATES["a process's start"]
+        + RATES["the demo's training, judging and drawing"]
+        + parts.DEMO_SECONDS
+    )
     return Cost(part.name, part.limit, binaries, makers, 0, parts.DEMO_SECONDS, seconds, "")
 
 
@@ -127,7 +133,10 @@ BACKENDS: dict[str, dispatch.Backend] = {"cnnfast": "auto", "cnnfast-graph": "au
 
 
 def model_lines(mode: str, batch: int, backend: dispatch.Backend, gpu: launch.Gpu) -> list[str]:
-    model, x = resnet50().to("meta", torch.bfloat16), torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16, device="meta")
+    model, x = (
+        resnet50().to("meta", torch.bfloat16),
+        torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16, device="meta"),
+    )
     for t in model.parameters():
         t.data = t.data.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.data
     x = x.contiguous(memory_format=torch.channels_last)
@@ -135,11 +144,15 @@ def model_lines(mode: str, batch: int, backend: dispatch.Backend, gpu: launch.Gp
         return launches(model.train(mode == "train"), x, train=mode == "train", gpu=gpu)
 
 
-def bench(part: Part, gpu: launch.Gpu, mode: str, batches: Iterable[int], providers: Iterable[str], compiled_at: int) -> Cost:
+def bench(
+    part: Part, gpu: launch.Gpu, mode: str, batches: Iterable[int], providers: Iterable[str], compiled_at: int
+) -> Cost:
     """Each of our providers compiles what it launches, with nothing on disk: what others compiled is not found there."""
     binaries = makers = 0
     seconds = 0.0
-    runs = [(batch, provider) for batch in batches for provider in providers] + [(compiled_at, p) for p in parts.COMPILERS]
+    runs = [(batch, provider) for batch in batches for provider in providers] + [
+        (compiled_at, p) for p in parts.COMPILERS
+    ]
     for batch, provider in runs:
         if provider in BACKENDS:
             more = compiled(model_lines(mode, batch, BACKENDS[provider], gpu))
@@ -181,7 +194,16 @@ def layers(part: Part, gpu: launch.Gpu) -> Cost:
     timing = runs * parts.LAYER_SECONDS
     seconds += RATES["a process's start"] + numbers / 1e9 * RATES["a billion numbers"] + timing
     seconds += runs * RATES["a layer's provider before its timing"]
-    return Cost(part.name, part.limit, binaries, makers, numbers, timing, seconds, f"{jobs} jobs; what costs its network most comes first")
+    return Cost(
+        part.name,
+        part.limit,
+        binaries,
+        makers,
+        numbers,
+        timing,
+        seconds,
+        f"{jobs} jobs; what costs its network most comes first",
+    )
 
 
 def tune(part: Part, gpu: launch.Gpu) -> Cost:
@@ -192,10 +214,14 @@ def tune(part: Part, gpu: launch.Gpu) -> Cost:
     candidates = sum(len(measured.candidates) for measured in found)
     timing = candidates * RATES["a candidate of tune"]
     note = f"{len(found)} convolutions with {candidates} candidates; what costs most comes first"
-    return Cost(part.name, part.limit, binaries, makers, 0, timing, RATES["a process's start"] + seconds + 2 * timing, note)
+    return Cost(
+        part.name, part.limit, binaries, makers, 0, timing, RATES["a process's start"] + seconds + 2 * timing, note
+    )
 
 
-COSTS: dict[str, Callable[[Part, launch.Gpu], Cost]] = {each.__name__: each for each in (smoke, tests, demo, infer, train, layers, tune)}
+COSTS: dict[str, Callable[[Part, launch.Gpu], Cost]] = {
+    each.__name__: each for each in (smoke, tests, demo, infer, train, layers, tune)
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,12 +230,23 @@ COSTS: dict[str, Callable[[Part, launch.Gpu], Cost]] = {each.__name__: each for 
 def commands(part: Part, folder: Path) -> list[str]:
     """What the part runs, as a shell takes it, wherever its files and Python are."""
     argvs = [command.argv for stage in part.stages for command in stage.commands]
-    return [shlex.join("python" if word == sys.executable else word for word in argv).replace(str(folder), "FOLDER") for argv in argvs]
+    return [
+        shlex.join("python" if word == sys.executable else word for word in argv).replace(str(folder), "FOLDER")
+        for argv in argvs
+    ]
 
 
 def plain_json(costs: Iterable[Cost], wanted: Iterable[Part], folder: Path, gpu: launch.Gpu, commit: str) -> str:
-    told: dict[str, Any] = {"command": COMMAND, "gpu": gpu.name, "arch": gpu.arch, "commit": commit, "cores": CORES, "rates": RATES}
+    told: dict[str, Any] = {
+        "command": COMMAND,
+        "gpu": gpu.name,
+        "arch": gpu.arch,
+        "commit": commit,
+        "cores": CORES,
+        "rates": RATES,
+    }
     told["parts"] = [
-        {**asdict(cost), "told": str(cost), "commands": commands(part, folder)} for cost, part in zip(costs, wanted, strict=True)
+        {**asdict(cost), "told": str(cost), "commands": commands(part, folder)}
+        for cost, part in zip(costs, wanted, strict=True)
     ]
     return json.dumps(told, indent=1)

@@ -1,7 +1,8 @@
-"""A plugin of pytest, -p ci.visit.pytest_lines --lines FILE: each test leaves a line of JSON when it begins and when it ends.
+"""A plugin of pytest, -p ci.visit.pytest_lines --lines FILE: each test leaves a line of JSON when it begins and when it
+ends.
 
-So a run that is killed tells what failed before, and which tests were under way. With pytest-xdist the one process that hears of all
-tests writes.
+So a run that is killed tells what failed before, and which tests were under way. With pytest-xdist the one process that
+hears of all tests writes.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ class Lines:
         self.write(begun=nodeid)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" or report.outcome != "passed":  # setting up and taking down matter where they fail or skip
+        # setting up and taking down matter where they fail or skip
+        if report.when == "call" or report.outcome != "passed":
             lines = str(report.longrepr or "").strip().splitlines()
-            self.write(test=report.nodeid, outcome=report.outcome, said=lines[-1][:300] if report.failed and lines else "")
+            self.write(
+                test=report.nodeid, outcome=report.outcome, said=lines[-1][:300] if report.failed and lines else ""
+            )
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.write(ended=nodeid)
@@ -46,7 +50,9 @@ class Lines:
 
 @dataclass
 class Tests:
-    """What the lines tell: how many passed and were skipped, what failed with its last line, what had begun and not ended."""
+    """What the lines tell: how many passed and were skipped, what failed with its last line, what had begun and not
+    ended.
+    """
 
     passed: int = 0
     skipped: int = 0

@@ -1,7 +1,8 @@
-"""What a visit leaves in a folder: summary.md, visit.tar.gz with all logs, and the few files that others read. At most eight files.
+"""What a visit leaves in a folder: summary.md, visit.tar.gz with all logs, and the few files that others read. At most
+eight files.
 
-Everything is written anew after each command, and while one runs every few seconds, each file whole in one step: a visit that is killed has
-left what it had. A later visit to the same folder keeps the parts that it does not run again.
+Everything is written anew after each command, and while one runs every few seconds, each file whole in one step: a
+visit that is killed has left what it had. A later visit to the same folder keeps the parts that it does not run again.
 """
 
 from __future__ import annotations
@@ -71,13 +72,17 @@ class Results:
             shutil.unpack_archive(archive, self.work)
             earlier = revived((self.work / STATE).read_text())
         except (tarfile.TarError, OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{archive} is not what a visit leaves ({type(error).__name__}: {error}): move it away") from error
+            raise ValueError(
+                f"{archive} is not what a visit leaves ({type(error).__name__}: {error}): move it away"
+            ) from error
         for outcome in earlier:
             outcome.state = KILLED if outcome.state == RUNNING else outcome.state
             self.outcomes[outcome.part] = outcome
 
     def begin(self, outcome: Outcome, names: tuple[str, ...]) -> None:
-        """Makes the folder of a part, which leaves files of these names beside the archive. What an earlier visit had of it goes."""
+        """Makes the folder of a part, which leaves files of these names beside the archive. What an earlier visit had
+        of it goes.
+        """
         self.outcomes[outcome.part], self.published[outcome.part] = outcome, names
         shutil.rmtree(self.work / outcome.part, ignore_errors=True)
         (self.work / outcome.part).mkdir()
@@ -110,7 +115,9 @@ class Results:
 
 
 def check(folder: Path) -> None:
-    """Makes the folder. Raises OSError if that cannot be, or nothing can be written there, and ValueError as `keep_earlier` does."""
+    """Makes the folder. Raises OSError if that cannot be, or nothing can be written there, and ValueError as
+    `keep_earlier` does.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
     with tempfile.TemporaryDirectory() as work:
@@ -152,11 +159,15 @@ def into_place(file: Path, target: Path) -> None:
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """In Markdown; the first column to the left, the others to the right."""
     lines = [heads, [":--", *["--:"] * (len(heads) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
 
 
 def summary(outcomes: Sequence[Outcome], work: Path) -> str:
-    """What ran, how long, what failed, what was measured, the ends of logs that matter: the first things first, cut where it gets long."""
+    """What ran, how long, what failed, what was measured, the ends of logs that matter: the first things first, cut
+    where it gets long.
+    """
     pieces = ["# Visit", *sorted({conditions(outcome) for outcome in outcomes})]
     rows = [(o.part, o.state, f"{o.seconds:.0f}", f"{o.limit:.0f}", o.note) for o in outcomes]
     pieces.append(table(("part", "state", "seconds", "limit", "note"), rows))
@@ -164,7 +175,13 @@ def summary(outcomes: Sequence[Outcome], work: Path) -> str:
     for outcome in outcomes:
         try:
             pieces += findings(outcome.part, work / outcome.part)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a file that is not whole, or of another version
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:  # a file that is not whole, or of another version
             pieces.append(f"## {outcome.part}\n\nits results cannot be read: {type(error).__name__}: {error}")
     pieces += [piece for outcome in outcomes for piece in ends_of_logs(outcome, work)]
     text = ""
@@ -179,7 +196,9 @@ def conditions(outcome: Outcome) -> str:
     """The machine and the sources, in a line."""
     m = outcome.machine
     names = {"driver": "driver", "torch": "torch", "triton": "triton", "python": "Python", "commit": "cnnfast at"}
-    return ", ".join([m.get("device", "no machine is named"), *(f"{word} {m[name]}" for name, word in names.items() if m.get(name))])
+    return ", ".join(
+        [m.get("device", "no machine is named"), *(f"{word} {m[name]}" for name, word in names.items() if m.get(name))]
+    )
 
 
 def said(ran: Ran) -> str:
@@ -193,7 +212,10 @@ def troubles(outcome: Outcome, work: Path) -> Iterator[str]:
     for ran in outcome.ran:
         if not ran.bad and (ran.state != PASSED or ran.note):
             alike.setdefault(said(ran), []).append(ran.name)
-    lines += [f"- {', '.join(names) if len(names) < 4 else f'{len(names)} processes'}: {text}" for text, names in alike.items()]
+    lines += [
+        f"- {', '.join(names) if len(names) < 4 else f'{len(names)} processes'}: {text}"
+        for text, names in alike.items()
+    ]
     for file in sorted((work / outcome.part).glob("*.jsonl")):
         tests = pytest_lines.read(file)
         lines.append(f"- {file.stem}: {tests}")
@@ -232,7 +254,9 @@ def fastest(rows: Rows, kind: str) -> dict[str, Any] | None:
 
 
 def models(name: str, rows: Rows) -> str:
-    """Milliseconds of each provider; "alone": not yet in turns with the others. Speed: how many times as fast as the strongest baseline."""
+    """Milliseconds of each provider; "alone": not yet in turns with the others. Speed: how many times as fast as the
+    strongest baseline.
+    """
     lines = []
     for job in by_job(rows):
         best = fastest(job, "baseline")
@@ -256,9 +280,14 @@ def of_layers(rows: Rows) -> str:
         ("mode", "layers", "slower", "faster"),
         [(mode, len(each), sum(r < 1 for r in each), sum(r > 1 for r in each)) for mode, each in modes.items()],
     )
-    worst = table(("layer", "speed", "ours", "theirs"), [(name, f"{ratio:.2f}x", *who) for ratio, name, *who in sorted(ratios)[:10]])
+    worst = table(
+        ("layer", "speed", "ours", "theirs"),
+        [(name, f"{ratio:.2f}x", *who) for ratio, name, *who in sorted(ratios)[:10]],
+    )
     wrong = [
-        f"- **{row['subject']}, {row['mode']}, {row['provider']}**: {row['reason']}" for row in rows if row["status"] in ("wrong", "failed")
+        f"- **{row['subject']}, {row['mode']}, {row['provider']}**: {row['reason']}"
+        for row in rows
+        if row["status"] in ("wrong", "failed")
     ]
     open_ = sum(row["status"] == "left out" for row in rows)
     notes = [f"{open_} of {len(rows)} rows had no time"] * bool(open_) + ["\n".join(wrong[:MOST_NAMES])] * bool(wrong)
@@ -273,7 +302,8 @@ def tuned(found: Any) -> Iterator[str]:
     for entry in found["measured"]:
         if row := entry.get("row"):
             times = [
-                f"{row['microseconds'][name]:.1f}" if name in row["microseconds"] else "" for name in ("default", "kernels", "library")
+                f"{row['microseconds'][name]:.1f}" if name in row["microseconds"] else ""
+                for name in ("default", "kernels", "library")
             ]
             lines.append((entry["convolution"], *times, row["winner"]))
     heads = ("convolution", "default us", "our best us", "library us", "winner")

@@ -21,13 +21,16 @@ PASSED, FAILED, LATE, INTERRUPTED, SKIPPED = "passed", "failed", "out of time", 
 GRACE = 6.0  # seconds before its limit that a command is asked to end
 POLL = 0.05  # seconds between two looks at what runs
 CORES = 16  # that a visit counts with, and that are used at most
-SECONDS, WORKERS = "{seconds}", "{workers}"  # in a command's arguments: whole seconds that it may use itself, and processes
+# in a command's arguments: whole seconds that it may use itself, and processes
+SECONDS, WORKERS = "{seconds}", "{workers}"
 OVERHEAD = 5.0  # of these seconds, what a command needs to start and to write its last line
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a command: a state, and a note for the reader. `bad`: whether the visit found something wrong by it."""
+    """What became of a command: a state, and a note for the reader. `bad`: whether the visit found something wrong by
+    it.
+    """
 
     state: str
     note: str = ""
@@ -44,9 +47,11 @@ def by_exit_code(code: int, log: Path) -> Verdict:
 
 @dataclass(frozen=True)
 class Command:
-    """`name` is its log's. limit: seconds, if they are fewer than its stage has. needs: the names of commands that must have passed before.
-    judge: tells from the exit code and the log what became of it, unless its time was up. clue: what the log tells of where it was, if it
-    did not pass. matters: whether being out of time is a fault, or only leaves a question open."""
+    """`name` is its log's. limit: seconds, if they are fewer than its stage has. needs: the names of commands that must
+    have passed before. judge: tells from the exit code and the log what became of it, unless its time was up. clue:
+    what the log tells of where it was, if it did not pass. matters: whether being out of time is a fault, or only
+    leaves a question open.
+    """
 
     name: str
     argv: tuple[str, ...]
@@ -60,7 +65,9 @@ class Command:
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands of which `jobs` run at a time. limit: seconds for all of them; what an earlier stage leaves of its own comes on top."""
+    """Commands of which `jobs` run at a time. limit: seconds for all of them; what an earlier stage leaves of its own
+    comes on top.
+    """
 
     commands: tuple[Command, ...]
     limit: float
@@ -124,7 +131,9 @@ class Process:
             os.killpg(self.popen.pid, number)
 
     def press(self, why: str, now: float, at_once: bool) -> None:
-        """Asks once more, harder each time: SIGINT at first, SIGTERM after half of the grace, SIGKILL after nine tenths of it."""
+        """Asks once more, harder each time: SIGINT at first, SIGTERM after half of the grace, SIGKILL after nine tenths
+        of it.
+        """
         self.why = self.why or why
         since = now - self.sent[0] if self.sent else 0.0
         step = 2 if at_once or since > 0.9 * self.grace else 1 if since > 0.5 * self.grace else 0
@@ -145,7 +154,9 @@ class Process:
         else:
             verdict = Verdict(self.why) if self.why else self.command.judge(code, self.log)
         clue = "" if verdict.state == PASSED else self.command.clue(self.log)
-        return Ran(self.command.name, verdict.state, seconds, "; ".join(filter(None, (verdict.note, clue))), verdict.bad)
+        return Ran(
+            self.command.name, verdict.state, seconds, "; ".join(filter(None, (verdict.note, clue))), verdict.bad
+        )
 
 
 def workers() -> int:
@@ -172,8 +183,9 @@ def run(
 ) -> list[Ran]:
     """Runs a stage's commands; all of them are in the result, in the order in which they ended.
 
-    folder: where their logs go, NAME.log. environment: of all of them, beside each one's own. end: when the stage must be over, by
-    time.monotonic(). before: what ran in earlier stages. tick: called again and again with what has ended so far.
+    folder: where their logs go, NAME.log. environment: of all of them, beside each one's own. end: when the stage must
+    be over, by time.monotonic(). before: what ran in earlier stages. tick: called again and again with what has ended
+    so far.
     """
     waiting, running, ran = list(stage.commands), list[Process](), list[Ran]()
     try:
@@ -184,7 +196,9 @@ def run(
                 if note := why_not(command, [*before, *ran], stop, now >= end):
                     ran.append(Ran(command.name, SKIPPED, note=note))
                     continue
-                running.append(Process(command, folder / f"{command.name}.log", environment, min(end, now + command.limit), grace))
+                running.append(
+                    Process(command, folder / f"{command.name}.log", environment, min(end, now + command.limit), grace)
+                )
             for process in list(running):
                 if (found := process.ended()) is not None:
                     running.remove(process)

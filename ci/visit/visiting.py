@@ -23,9 +23,12 @@ FIRST = "smoke"
 def environment() -> dict[str, str]:
     """Of every command: cnnfast is imported from these sources, kernels are compiled, output is written at once.
 
-    Triton's cache is one folder for all parts, its own default or the caller's, so that a later part finds what an earlier one compiled.
+    Triton's cache is one folder for all parts, its own default or the caller's, so that a later part finds what an
+    earlier one compiled.
     """
-    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
+    }
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
@@ -48,10 +51,12 @@ def visit(
     grace: float = GRACE,
     say: Callable[[str], None] = lambda text: print(text, flush=True),
 ) -> int:
-    """Runs the parts that `make` makes for a folder of work, and returns the exit code: 0, 1 if anything failed, 130 if interrupted.
+    """Runs the parts that `make` makes for a folder of work, and returns the exit code: 0, 1 if anything failed, 130 if
+    interrupted.
 
-    folder: where files are left; it is made. machine: what the summary says of it. costs: what each part was counted to take, in words.
-    budget: seconds of all parts. grace: seconds before its limit at which a command is asked to end. Raises what results.check does.
+    folder: where files are left; it is made. machine: what the summary says of it. costs: what each part was counted to
+    take, in words. budget: seconds of all parts. grace: seconds before its limit at which a command is asked to end.
+    Raises what results.check does.
     """
     end = time.monotonic() + budget
     folder = folder.absolute()  # commands run elsewhere

@@ -1,6 +1,8 @@
-"""Kernels compiled before they are launched, by several processes at once, as cnnfast.warm does for its users (warming.py).
+"""Kernels compiled before they are launched, by several processes at once, as cnnfast.warm does for its users
+(warming.py).
 
-Triton compiles a kernel at its first launch, one after the other: of a ResNet-50 for a minute, of all single layers for longer.
+Triton compiles a kernel at its first launch, one after the other: of a ResNet-50 for a minute, of all single layers for
+longer.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ _launched: set[str] = set()  # by models in this process, which compiles none of
 def launches(job: Job, network: nn.Module, input_gradient: bool = False) -> list[str]:
     """Descriptions of what a step of the job launches where `network` computes it; none where PyTorch serves.
 
-    Of a single layer they are those of all its modes, with input_gradient that of its input too. Raises RuntimeError under
-    backend("kernels") where PyTorch would have to serve, and what the network raises.
+    Of a single layer they are those of all its modes, with input_gradient that of its input too. Raises RuntimeError
+    under backend("kernels") where PyTorch would have to serve, and what the network raises.
     """
     if job.device.type != "cuda":
         return []
@@ -43,8 +45,9 @@ def launches(job: Job, network: nn.Module, input_gradient: bool = False) -> list
 
 
 def compile_for(job: Job, network: nn.Module) -> None:
-    """What a model will launch, unless this process has launched it before. Raises nothing: whatever cannot be found or compiled now is
-    compiled, or raises, when it is launched."""
+    """What a model will launch, unless this process has launched it before. Raises nothing: whatever cannot be found or
+    compiled now is compiled, or raises, when it is launched.
+    """
     new: list[str] = []
     if job.mode in MODELS:
         with suppress(Exception):

@@ -45,7 +45,11 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
     What a run that ended early left out, or timed alone, is neither slower nor broken: nothing is said of it.
     """
     known = {(row.job, row.provider): row for row in before if comparable(row)}
-    changes = [Change(known[row.job, row.provider], row) for row in after if comparable(row) and (row.job, row.provider) in known]
+    changes = [
+        Change(known[row.job, row.provider], row)
+        for row in after
+        if comparable(row) and (row.job, row.provider) in known
+    ]
     changes = [change for change in changes if change.before.median or change.after.median]
     return sorted(changes, key=lambda change: (ORDER.index(change.verdict), -(change.ratio or 0)))
 
@@ -69,8 +73,15 @@ def comparison(changes: Sequence[Change]) -> Group:
     notes = []
     if changes:
         one, other = changes[0].before.machine, changes[0].after.machine
-        names = [name for name in ("device", "driver", "torch", "triton", "cudnn", "commit") if getattr(one, name) != getattr(other, name)]
-        notes = [Text(f"{name}: {getattr(one, name) or 'none'} before, {getattr(other, name) or 'none'} after") for name in names]
+        names = [
+            name
+            for name in ("device", "driver", "torch", "triton", "cudnn", "commit")
+            if getattr(one, name) != getattr(other, name)
+        ]
+        notes = [
+            Text(f"{name}: {getattr(one, name) or 'none'} before, {getattr(other, name) or 'none'} after")
+            for name in names
+        ]
     count = len(regressed(changes))
     summary = Text(f"{len(changes)} compared, {count} slower or broken", "bold red" if count else "green")
     return Group(table, *notes, summary)

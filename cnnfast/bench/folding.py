@@ -1,4 +1,6 @@
-"""Inference as a library does it best: batch norms folded into the weights, and convolutions that add, activate and store at once."""
+"""Inference as a library does it best: batch norms folded into the weights, and convolutions that add, activate and
+store at once.
+"""
 
 from __future__ import annotations
 
@@ -70,14 +72,24 @@ class CudnnGraph:
     def build(self, layer: nn.Conv2d, x: Tensor, z: Tensor | None) -> Callable[[Tensor, Tensor | None], Tensor]:
         cudnn = importlib.import_module("cudnn")
         self.handle = self.handle or cudnn.create_handle()
-        types = {torch.float16: cudnn.data_type.HALF, torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float32: cudnn.data_type.FLOAT}
+        types = {
+            torch.float16: cudnn.data_type.HALF,
+            torch.bfloat16: cudnn.data_type.BFLOAT16,
+            torch.float32: cudnn.data_type.FLOAT,
+        }
         single = cudnn.data_type.FLOAT
-        graph = cudnn.pygraph(handle=self.handle, io_data_type=types[x.dtype], intermediate_data_type=single, compute_data_type=single)
+        graph = cudnn.pygraph(
+            handle=self.handle, io_data_type=types[x.dtype], intermediate_data_type=single, compute_data_type=single
+        )
         weight = layer.weight.detach()
         bias = None if layer.bias is None else layer.bias.detach().view(1, -1, 1, 1)
         image, filters = graph.tensor_like(x), graph.tensor_like(weight)
         y = graph.conv_fprop(
-            image=image, weight=filters, padding=list(layer.padding), stride=list(layer.stride), dilation=list(layer.dilation)
+            image=image,
+            weight=filters,
+            padding=list(layer.padding),
+            stride=list(layer.stride),
+            dilation=list(layer.dilation),
         )
         given = {filters: weight}
         if bias is not None:
@@ -96,7 +108,11 @@ class CudnnGraph:
         def run(x: Tensor, z: Tensor | None) -> Tensor:
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
             cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
-            graph.execute({**given, image: x, y: out, **({} if residual is None else {residual: z})}, workspace, handle=self.handle)
+            graph.execute(
+                {**given, image: x, y: out, **({} if residual is None else {residual: z})},
+                workspace,
+                handle=self.handle,
+            )
             return out
 
         return run
@@ -122,11 +138,17 @@ def unavailable(model: nn.Module, dtype: torch.dtype) -> str:
         folded = fold(model)
     except Exception as error:  # of any kind: tracing runs the model's own code
         return f"torch.fx cannot trace the model: {type(error).__name__}"
-    return "" if any(isinstance(m, FusedConv) for m in folded.modules()) else "the model has no convolution with a ReLU after it"
+    return (
+        ""
+        if any(isinstance(m, FusedConv) for m in folded.modules())
+        else "the model has no convolution with a ReLU after it"
+    )
 
 
 def fold(model: nn.Module, engine: Engine | None = None) -> fx.GraphModule:
-    """A copy of the model in eval; convolution (> batch norm) (> addition) > ReLU is a FusedConv. Raises what torch.fx raises."""
+    """A copy of the model in eval; convolution (> batch norm) (> addition) > ReLU is a FusedConv. Raises what torch.fx
+    raises.
+    """
     folded = fuse(copy.deepcopy(model).eval())
     assert isinstance(folded, fx.GraphModule)
 

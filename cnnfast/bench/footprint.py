@@ -32,7 +32,9 @@ def peak(device: torch.device, before: int) -> int | None:
 
 
 def saved_bytes(job: Job, provider: Provider, prepared: Prepared) -> int | None:
-    """What a training step keeps for backward, parameters not counted; None of a captured or compiled one, which does not say."""
+    """What a training step keeps for backward, parameters not counted; None of a captured or compiled one, which does
+    not say.
+    """
     if job.mode != "train" or provider.graph or provider.how != EAGER:
         return None
     kept: dict[int, Any] = {}
@@ -48,7 +50,9 @@ def saved_bytes(job: Job, provider: Provider, prepared: Prepared) -> int | None:
 
 
 def kernels(job: Job, prepared: Prepared) -> int | None:
-    """That one step launches on a GPU; None where there is none, or its profiler sees nothing (which may need permission)."""
+    """That one step launches on a GPU; None where there is none, or its profiler sees nothing (which may need
+    permission).
+    """
     if job.device.type != "cuda":
         return None
     from torch._C._autograd import DeviceType

@@ -1,16 +1,17 @@
 """The gate before any timing: a provider whose numbers are wrong gets no time.
 
-Outputs and gradients are compared with the model in float64. The rule, for every tensor, in relative errors |ours - exact| / |exact| (norms
-of all elements):
+Outputs and gradients are compared with the model in float64. The rule, for every tensor, in relative errors |ours -
+exact| / |exact| (norms of all elements):
 
     error <= 2 x error of plain PyTorch in the same dtype + 2 x the same of all tensors together + floor
 
-Plain PyTorch is the model as it is, NCHW, eager, by the algorithms that cuDNN takes without trying them all (which takes seconds, and
-nobody times them), and multiplies float32 as all do: IEEE, or TF32, whichever is in force. The floor is a
-few units of the dtype (of TF32 where its products are in force: PyTorch's kernel may have rounded nothing), and SUM units of float32,
-for sums in another order; and in a training step KINK besides: which of the activations nearest to a ReLU's kink pass it is chance, and
-one of a hundred positions is a tenth of a channel's gradient. A tensor that is small beside the others counts as if it were not: the
-gradient of a bias before a batch norm is exactly zero, and all that anybody computes of it is rounding.
+Plain PyTorch is the model as it is, NCHW, eager, by the algorithms that cuDNN takes without trying them all (which
+takes seconds, and nobody times them), and multiplies float32 as all do: IEEE, or TF32, whichever is in force. The floor
+is a few units of the dtype (of TF32 where its products are in force: PyTorch's kernel may have rounded nothing), and
+SUM units of float32, for sums in another order; and in a training step KINK besides: which of the activations nearest
+to a ReLU's kink pass it is chance, and one of a hundred positions is a tenth of a channel's gradient. A tensor that is
+small beside the others counts as if it were not: the gradient of a bias before a batch norm is exactly zero, and all
+that anybody computes of it is rounding.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Expected:
-    """exact: in float64, outputs before gradients. plain: PyTorch's own relative errors. precision: of `exact`, as a text."""
+    """exact: in float64, outputs before gradients. plain: PyTorch's own relative errors. precision: of `exact`, as a
+    text.
+    """
 
     exact: list[Tensor]
     plain: list[float]
@@ -63,11 +66,15 @@ class Expected:
                 return Verdict(math.inf, f"tensor {i} is {list(ours.shape)}, not {list(exact.shape)}")
         errors = relative_errors(results, self.exact)
         together = _mean(self.plain)
-        excess = [error / (2 * plain + 2 * together + self.floor) for error, plain in zip(errors, self.plain, strict=True)]
+        excess = [
+            error / (2 * plain + 2 * together + self.floor) for error, plain in zip(errors, self.plain, strict=True)
+        ]
         worst = max(range(len(errors)), key=lambda i: excess[i] if excess[i] == excess[i] else math.inf)
         if excess[worst] <= 1:
             return Verdict(max(errors), "")
-        return Verdict(errors[worst], f"tensor {worst} is off by {errors[worst]:.1e}, PyTorch's own by {self.plain[worst]:.1e}")
+        return Verdict(
+            errors[worst], f"tensor {worst} is off by {errors[worst]:.1e}, PyTorch's own by {self.plain[worst]:.1e}"
+        )
 
 
 def expect(job: Job) -> Expected:
@@ -85,10 +92,14 @@ def expect(job: Job) -> Expected:
         exact = _exact(job, precision, images)
     model = placed(job.model, job)
     with cudnn_benchmark(False):
-        plain = [t.detach() for t in step_of(job, model, model, [t[:images] for t in job.inputs(channels_last=False)])()]
+        plain = [
+            t.detach() for t in step_of(job, model, model, [t[:images] for t in job.inputs(channels_last=False)])()
+        ]
     errors = relative_errors(plain, exact)
     if not max(errors, default=math.inf) < 1:
-        raise ValueError(f"PyTorch's own results in {job.precision} are off by {max(errors, default=math.inf):.1g}: nothing to judge by")
+        raise ValueError(
+            f"PyTorch's own results in {job.precision} are off by {max(errors, default=math.inf):.1g}: nothing to judge by"
+        )
     unit = TF32_UNIT if job.tf32 else torch.finfo(job.dtype).eps
     floor = UNITS * unit + SUM * torch.finfo(torch.float32).eps + KINK * (job.mode == "train")
     return Expected(exact, errors, floor, name_of(precision), images)

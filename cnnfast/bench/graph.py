@@ -1,4 +1,6 @@
-"""What a step of a model computes, operator by operator, found on meta tensors: which values each reads and writes, and its FLOPs."""
+"""What a step of a model computes, operator by operator, found on meta tensors: which values each reads and writes, and
+its FLOPs.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,26 @@ Kind = Literal["matrix", "reduce", "map"]
 
 ATEN = torch.ops.aten
 # Of normalisations, "map" is what they do to each element once they know their statistics.
-NORMS = (ATEN.native_batch_norm, ATEN.cudnn_batch_norm, ATEN._native_batch_norm_legit, ATEN._native_batch_norm_legit_no_training)
+NORMS = (
+    ATEN.native_batch_norm,
+    ATEN.cudnn_batch_norm,
+    ATEN._native_batch_norm_legit,
+    ATEN._native_batch_norm_legit_no_training,
+)
 NORM_GRADIENTS = (ATEN.native_batch_norm_backward, ATEN.cudnn_batch_norm_backward)
-SHAPE_ALONE = (ATEN.max_pool2d_with_indices_backward, ATEN.avg_pool2d_backward, ATEN._adaptive_avg_pool2d_backward)  # of the second one
-WHOLE = ("mean", "sum", "adaptive", "softmax", "layer_norm", "group_norm", "amax", "var", "norm")  # in names: values meet across positions
+# of the second one
+SHAPE_ALONE = (ATEN.max_pool2d_with_indices_backward, ATEN.avg_pool2d_backward, ATEN._adaptive_avg_pool2d_backward)
+# in names: values meet across positions
+WHOLE = ("mean", "sum", "adaptive", "softmax", "layer_norm", "group_norm", "amax", "var", "norm")
 
 
 @dataclass(frozen=True)
 class Node:
     """One operator, or a part of one that a kernel could do by itself.
 
-    kind: "matrix" (convolutions and matrix products), "reduce" (its results depend on many positions), "map" (elementwise, and pooling
-    over windows). reads, writes: values, by number. pointwise: of a convolution whether it is 1x1, and its stride.
+    kind: "matrix" (convolutions and matrix products), "reduce" (its results depend on many positions), "map"
+    (elementwise, and pooling over windows). reads, writes: values, by number. pointwise: of a convolution whether it is
+    1x1, and its stride.
     """
 
     name: str
@@ -51,7 +61,9 @@ class Node:
 
 @dataclass
 class Graph:
-    """Nodes in an order in which they can run. sizes: bytes of each value; indices: bytes if positions in a window took a byte each."""
+    """Nodes in an order in which they can run. sizes: bytes of each value; indices: bytes if positions in a window took
+    a byte each.
+    """
 
     nodes: list[Node] = field(default_factory=list)
     sizes: dict[int, int] = field(default_factory=dict)
@@ -65,7 +77,8 @@ class Graph:
 
 
 def graph_of(model: nn.Module, shapes: Sequence[Sequence[int]], dtype: torch.dtype, mode: str) -> Graph:
-    """Of a forward pass ("infer" and "forward", see job.py), of one with all gradients of parameters ("train"), or of gradients alone.
+    """Of a forward pass ("infer" and "forward", see job.py), of one with all gradients of parameters ("train"), or of
+    gradients alone.
 
     Nothing is computed. Raises whatever the model raises on meta tensors of these shapes.
     """
@@ -166,7 +179,8 @@ class _Recorder(TorchDispatchMode):
         dy, x, w = (self.value(t) for t in args[:3])
         wanted = args[-1]
         made = iter(range(len(self.graph.sizes) - sum(wanted), len(self.graph.sizes)))
-        pixels = args[1] if args[7] else args[0]  # each of them, of the input if transposed, meets every tap of every filter
+        # each of them, of the input if transposed, meets every tap of every filter
+        pixels = args[1] if args[7] else args[0]
         each = 2 * pixels[:, 0].numel() * args[2].numel()
         if wanted[0]:
             yield Node("conv_dgrad", "matrix", (dy, w), (next(made),), each)

@@ -70,8 +70,10 @@ def _kind(model: fx.GraphModule, node: fx.Node) -> Any:
 
 
 def _jax() -> Any:
-    """The module. At its first use of a GPU it takes three quarters of the memory, which others need here, unless this variable, which it
-    reads then and has no other setting for, says otherwise; a user who has set it, or has imported jax before, is let have it so."""
+    """The module. At its first use of a GPU it takes three quarters of the memory, which others need here, unless this
+    variable, which it reads then and has no other setting for, says otherwise; a user who has set it, or has imported
+    jax before, is let have it so.
+    """
     if "jax" not in sys.modules:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return importlib.import_module("jax")
@@ -84,7 +86,9 @@ def _device(device: torch.device) -> Any:
 def _array(t: Tensor, job: Job, place: Any) -> Any:
     jax = _jax()
 
-    return jax.device_put(jax.numpy.asarray(t.detach().float().cpu().numpy(), dtype=str(job.dtype).removeprefix("torch.")), place)
+    return jax.device_put(
+        jax.numpy.asarray(t.detach().float().cpu().numpy(), dtype=str(job.dtype).removeprefix("torch.")), place
+    )
 
 
 def _bias(layer: nn.Conv2d | nn.Linear, job: Job, place: Any) -> Any:

@@ -18,8 +18,9 @@ from ..dtypes import name_of
 from ..precision import allow_tf32
 from .numbers import Numbers
 
-# infer: eval, under inference_mode. train: forward, all gradients, SGD with momentum; in 16 bits under autocast, as users train.
-# Of single layers, in training mode: forward, and the gradients of the input, of the parameters, or of both.
+# infer: eval, under inference_mode. train: forward, all gradients, SGD with momentum; in 16 bits under autocast, as
+# users train. Of single layers, in training mode: forward, and the gradients of the input, of the parameters, or of
+# both.
 MODELS = ("infer", "train")
 BACKWARD = ("dgrad", "wgrad", "backward")
 FORWARD = "forward"
@@ -30,11 +31,11 @@ AUTOCAST = (torch.float16, torch.bfloat16)
 class Job:
     """A step to measure.
 
-    model: in PyTorch's own classes (see `plain`), float32, on the CPU. original: what cnnfast converts, over the same parameters; None:
-    the same. shapes: of its inputs, the first size being the batch.
-    dtype: of the inputs; parameters have it too, except 16 bits in mode "train". copies: sets of buffers that take turns, so that a single
-    layer finds them no warmer than in a network. numbers: what inputs and output gradients are filled with; a job that `replace` makes of
-    this one shares them.
+    model: in PyTorch's own classes (see `plain`), float32, on the CPU. original: what cnnfast converts, over the same
+    parameters; None: the same. shapes: of its inputs, the first size being the batch. dtype: of the inputs; parameters
+    have it too, except 16 bits in mode "train". copies: sets of buffers that take turns, so that a single layer finds
+    them no warmer than in a network. numbers: what inputs and output gradients are filled with; a job that `replace`
+    makes of this one shares them.
     """
 
     name: str
@@ -74,7 +75,8 @@ class Job:
 
 
 def numbers_drawn(job: Job) -> int:
-    """How many random numbers a run of the job draws, for all providers together: its inputs, and gradients of what it returns.
+    """How many random numbers a run of the job draws, for all providers together: its inputs, and gradients of what it
+    returns.
 
     Nothing is computed; raises what the model raises on meta tensors.
     """
@@ -142,8 +144,12 @@ def placed(model: nn.Module, job: Job) -> nn.Module:
 Step = Callable[[], list[Tensor]]
 
 
-def steps_of(job: Job, compiled: Callable[[nn.Module], Callable[..., Any]], model: nn.Module, channels_last: bool = True) -> list[Step]:
-    """One step for each set of buffers, which are inputs and the model's own. compiled: makes the network that runs of a model."""
+def steps_of(
+    job: Job, compiled: Callable[[nn.Module], Callable[..., Any]], model: nn.Module, channels_last: bool = True
+) -> list[Step]:
+    """One step for each set of buffers, which are inputs and the model's own. compiled: makes the network that runs of
+    a model.
+    """
     models = [model, *(copy.deepcopy(model) for _ in range(job.copies - 1))]
     return [step_of(job, compiled(each), each, job.inputs(channels_last)) for each in models]
 

@@ -36,7 +36,11 @@ class LayersAhead:
             return
         self.until = i + WINDOW
         window = self.tasks[i : self.until]
-        lines = [line for line in dict.fromkeys(line for task in window for line in self.lines(task)) if line not in self.compiled]
+        lines = [
+            line
+            for line in dict.fromkeys(line for task in window for line in self.lines(task))
+            if line not in self.compiled
+        ]
         if not lines:
             return
         self.compiled.update(lines)

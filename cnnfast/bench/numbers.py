@@ -9,9 +9,11 @@ from torch import Tensor
 
 
 class Numbers:
-    """Normally distributed numbers in float32, drawn on the device that they are for, once, and then shared by all who ask for the same.
+    """Normally distributed numbers in float32, drawn on the device that they are for, once, and then shared by all who
+    ask for the same.
 
-    A GPU draws in a second what takes one thread of a processor minutes. The same device draws the same numbers every time.
+    A GPU draws in a second what takes one thread of a processor minutes. The same device draws the same numbers every
+    time.
     """
 
     def __init__(self) -> None:

@@ -22,7 +22,11 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     timed = [row for row in rows if row.median]
     layers = [group for group in jobs(row for row in timed if row.kind == LAYER) if speedup(group)]
     models = [row for row in timed if row.kind == MODEL]
-    pictures = {"roofline": (_roofline, [row for row in timed if row.flops]), "layers": (_layers, layers), "images": (_images, models)}
+    pictures = {
+        "roofline": (_roofline, [row for row in timed if row.flops]),
+        "layers": (_layers, layers),
+        "images": (_images, models),
+    }
     files = []
     for name, (picture, data) in pictures.items():
         if data:
@@ -53,7 +57,9 @@ def _roofline(rows: list[Row]) -> Figure:
     axes.loglog(x, np.minimum(peaks.flops, x * peaks.bytes) / 1e12, color="black")
     for label, color in (("cnnfast", OURS), ("baselines", THEIRS), ("NCHW", REFERENCE)):
         those = [row for row in rows if _color(row) == color and row.flops and row.bytes]
-        axes.scatter([r.flops / r.bytes for r in those], [r.tflops for r in those], s=22, alpha=0.8, color=color, label=label)  # pyright: ignore
+        axes.scatter(
+            [r.flops / r.bytes for r in those], [r.tflops for r in those], s=22, alpha=0.8, color=color, label=label
+        )  # pyright: ignore
     axes.set_xlabel("FLOPs a byte that must move")
     axes.set_ylabel("TFLOP/s")
     measured = f"{peaks.flops / 1e12:.3g} TFLOP/s and {peaks.bytes / 1e9:.4g} GB/s, both measured"
@@ -87,7 +93,14 @@ def _images(rows: list[Row]) -> Figure:
         for label, color, pick in (("cnnfast", OURS, our_best), ("strongest baseline", THEIRS, strongest)):
             best = sorted((row for group in groups if (row := pick(group))), key=lambda row: row.batch)
             speeds = [row.images_per_second for row in best]
-            axes.semilogx([r.batch for r in best], speeds, STYLES[i % 4], marker="o", color=color, label=f"{', '.join(subject)}: {label}")
+            axes.semilogx(
+                [r.batch for r in best],
+                speeds,
+                STYLES[i % 4],
+                marker="o",
+                color=color,
+                label=f"{', '.join(subject)}: {label}",
+            )
     batches = sorted({row.batch for row in rows})
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.minorticks_off()

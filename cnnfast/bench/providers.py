@@ -1,7 +1,7 @@
 """Who computes a step: PyTorch in every form that is worth beating, cuDNN's fused kernels, JAX, and cnnfast.
 
-A provider says why it cannot run, or prepares a step. `level` is how far it fuses (roofline.py). Only baselines are beaten; the NCHW one
-is there because others compare with it.
+A provider says why it cannot run, or prepares a step. `level` is how far it fuses (roofline.py). Only baselines are
+beaten; the NCHW one is there because others compare with it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ EAGER, COMPILE, MAX_AUTOTUNE = "eager", "compile", "max-autotune"
 
 @dataclass(frozen=True)
 class Prepared:
-    """step: what is timed; `calls` steps of the job. read: makes tensors of what it returns, the results on the first buffers."""
+    """step: what is timed; `calls` steps of the job. read: makes tensors of what it returns, the results on the first
+    buffers.
+    """
 
     step: Callable[[], Any]
     calls: int = 1
@@ -38,8 +40,9 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Provider:
-    """how: eager, compile or max-autotune. graph: replayed as a CUDA graph. baseline: whether cnnfast has to beat it. skipped: why it
-    shall not run, though it could."""
+    """how: eager, compile or max-autotune. graph: replayed as a CUDA graph. baseline: whether cnnfast has to beat it.
+    skipped: why it shall not run, though it could.
+    """
 
     name: str
     text: str
@@ -112,7 +115,9 @@ class Ours(Provider):
 
 
 class Kernels(Ours):
-    """The same with every call served by our kernels, whether or not they were measured to be faster. What a CUDA graph captured stays."""
+    """The same with every call served by our kernels, whether or not they were measured to be faster. What a CUDA graph
+    captured stays.
+    """
 
     def prepare(self, job: Job) -> Prepared:
         with dispatch.backend("kernels"):
@@ -124,7 +129,9 @@ class Kernels(Ours):
 
 
 class Fused(Provider):
-    """Batch norm folded into the weights, and one library kernel for a convolution with its bias, activation and addition."""
+    """Batch norm folded into the weights, and one library kernel for a convolution with its bias, activation and
+    addition.
+    """
 
     def unavailable(self, job: Job) -> str:
         engine = folding.ENGINES[self.name]
@@ -155,21 +162,38 @@ class Jax(Provider):
         return Prepared(step, read=lambda results: [jax_model.tensor(y, job.device) for y in results])
 
 
-# In the order in which they run. Whoever compiles longest comes last: a run that ends early, or whose budget does, has the others.
+# In the order in which they run. Whoever compiles longest comes last: a run that ends early, or whose budget does, has
+# the others.
 PROVIDERS = {
     provider.name: provider
     for provider in (
         Provider("eager", "PyTorch eager, cudnn.benchmark"),
         Provider("eager-graph", "the same, replayed as a CUDA graph", graph=True),
-        Fused("cudnn-fused", "batch norm folded, torch.cudnn_convolution_relu and _add_relu, CUDA graph", INFER, graph=True, level=CONV),
+        Fused(
+            "cudnn-fused",
+            "batch norm folded, torch.cudnn_convolution_relu and _add_relu, CUDA graph",
+            INFER,
+            graph=True,
+            level=CONV,
+        ),
         Fused("cudnn-graph", "the same by cuDNN's fused graphs (nvidia-cudnn-frontend)", INFER, graph=True, level=CONV),
         Ours("cnnfast", "cnnfast.convert, eager", baseline=False, ours=True, level=CONV),
         Ours("cnnfast-graph", "the same, replayed as a CUDA graph", graph=True, baseline=False, ours=True, level=CONV),
-        Kernels("cnnfast-kernels", "the same graph by our kernels alone", graph=True, baseline=False, ours=True, level=CONV),
+        Kernels(
+            "cnnfast-kernels", "the same graph by our kernels alone", graph=True, baseline=False, ours=True, level=CONV
+        ),
         Provider("nchw", "PyTorch eager, NCHW: for reference only", channels_last=False, baseline=False),
         Jax("jax", "batch norm folded, jax.jit", INFER, level=CONV),
         Provider("compile", "torch.compile", MODELS, COMPILE, level=POINTWISE),
-        Ours("cnnfast-compile", "torch.compile of the converted model", MODELS, COMPILE, baseline=False, ours=True, level=CONV),
+        Ours(
+            "cnnfast-compile",
+            "torch.compile of the converted model",
+            MODELS,
+            COMPILE,
+            baseline=False,
+            ours=True,
+            level=CONV,
+        ),
         Provider("max-autotune", "torch.compile, max-autotune and freezing", INFER, MAX_AUTOTUNE, level=POINTWISE),
     )
 }

@@ -11,16 +11,35 @@ from rich.table import Table
 from rich.text import Text
 
 from .providers import PROVIDERS
-from .rows import EVEN, FAILED, LAYER, LEFT_OUT, LOSES, MODEL, UNAVAILABLE, WINS, WRONG, Row, jobs, our_best, speedup, strongest, verdict
+from .rows import (
+    EVEN,
+    FAILED,
+    LAYER,
+    LEFT_OUT,
+    LOSES,
+    MODEL,
+    UNAVAILABLE,
+    WINS,
+    WRONG,
+    Row,
+    jobs,
+    our_best,
+    speedup,
+    strongest,
+    verdict,
+)
 
 LOST, MEAN = "bold red", "mean"
 ALONE = " ~"  # behind a time that is not of the rounds
-DISPENSABLE = ("peak MiB", "saved MiB", "kernels", "of net", "GB/s", "images/s", "TFLOP/s", "first s")  # the first to go first
+# the first to go first
+DISPENSABLE = ("peak MiB", "saved MiB", "kernels", "of net", "GB/s", "images/s", "TFLOP/s", "first s")
 STYLES = {LOSES: LOST, EVEN: "", WINS: "green", MEAN: ""}
 
 
 def report(rows: Sequence[Row], width: int) -> Group:
-    """Losses first, then tables of the models, then the layers; what does not fit into `width` is left out (the JSON has it)."""
+    """Losses first, then tables of the models, then the layers; what does not fit into `width` is left out (the JSON
+    has it).
+    """
     parts: list[RenderableType] = [*_conditions(rows), Text(), *verdicts(rows)]
     done = [group for group in jobs(rows) if {row.status for row in group} != {LEFT_OUT}]
     for group in done:
@@ -29,7 +48,11 @@ def report(rows: Sequence[Row], width: int) -> Group:
     layers = [row for group in done for row in group if row.kind == LAYER]
     if layers:
         wrong = [row for row in layers if row.status in (WRONG, FAILED)]
-        parts += [Text(), layer_table(layers, width), *(Text(f"{title(row)}, {row.provider}: {row.reason}", LOST) for row in wrong)]
+        parts += [
+            Text(),
+            layer_table(layers, width),
+            *(Text(f"{title(row)}, {row.provider}: {row.reason}", LOST) for row in wrong),
+        ]
     return Group(*parts, *_left_out(rows), Text(), *_legend(rows))
 
 
@@ -41,7 +64,9 @@ def _conditions(rows: Sequence[Row]) -> Iterator[Text]:
     yield Text(", ".join([m.device, *software, *([f"cnnfast at {m.commit}"] if m.commit else [])]))
     if m.clocks:
         yield Text(f"clocks of SMs and memory, each with its limit: {m.clocks}")
-    yield Text(f"measured on it: {row.peaks.flops / 1e12:.3g} TFLOP/s (product of matrices), {row.peaks.bytes / 1e9:.4g} GB/s (copy)")
+    yield Text(
+        f"measured on it: {row.peaks.flops / 1e12:.3g} TFLOP/s (product of matrices), {row.peaks.bytes / 1e9:.4g} GB/s (copy)"
+    )
 
 
 def verdicts(rows: Iterable[Row]) -> Iterator[Text]:
@@ -53,9 +78,13 @@ def verdicts(rows: Iterable[Row]) -> Iterator[Text]:
         if {row.status for row in group} == {LEFT_OUT}:
             continue
         if theirs is None or ours is None:
-            silent.append(f"nothing to compare: {title(group[0])}: no right result of {'a baseline' if theirs is None else 'cnnfast'}")
+            silent.append(
+                f"nothing to compare: {title(group[0])}: no right result of {'a baseline' if theirs is None else 'cnnfast'}"
+            )
         else:
-            times = " against ".join(f"{milliseconds(row)} ms ({row.provider}{ALONE * row.alone})" for row in (ours, theirs))
+            times = " against ".join(
+                f"{milliseconds(row)} ms ({row.provider}{ALONE * row.alone})" for row in (ours, theirs)
+            )
             found.append((speedup(group) or 0, verdict(group), f"{title(group[0])}: {times}"))
     by_mode: dict[tuple[str, str, int], list[list[Row]]] = {}
     for group in jobs(row for row in rows if row.kind == LAYER):
@@ -63,8 +92,14 @@ def verdicts(rows: Iterable[Row]) -> Iterator[Text]:
             by_mode.setdefault((group[0].mode, group[0].dtype, group[0].batch), []).append(group)
     for (mode, dtype, batch), groups in by_mode.items():
         mean = math.exp(sum(math.log(speedup(group) or 1) for group in groups) / len(groups))
-        counts = [f"{count} {word}" for word in (LOSES, EVEN, WINS) if (count := sum(verdict(group) == word for group in groups))]
-        found.append((mean, MEAN, f"geometric mean of {len(groups)} layers, {mode}, batch {batch}, {dtype}: {', '.join(counts)}"))
+        counts = [
+            f"{count} {word}"
+            for word in (LOSES, EVEN, WINS)
+            if (count := sum(verdict(group) == word for group in groups))
+        ]
+        found.append(
+            (mean, MEAN, f"geometric mean of {len(groups)} layers, {mode}, batch {batch}, {dtype}: {', '.join(counts)}")
+        )
     for ratio, word, text in sorted(found):
         yield Text(f"{word:5}  {ratio:.2f}x  {text}", LOST if ratio < 1 and word == MEAN else STYLES[word])
     yield from (Text(text, LOST) for text in silent)
@@ -115,7 +150,9 @@ def _left_out(rows: Sequence[Row]) -> Iterator[Text]:
         whole = len(missed) == len(group)
         for row in missed if whole or group[0].kind == LAYER else ():
             subjects = found.setdefault(row.reason, {})
-            subjects.setdefault(f"{row.subject}, batch {row.batch}", {})[row.mode + f" by {row.provider}" * (not whole)] = None
+            subjects.setdefault(f"{row.subject}, batch {row.batch}", {})[
+                row.mode + f" by {row.provider}" * (not whole)
+            ] = None
     for reason, subjects in found.items():
         named = "; ".join(f"{subject} ({', '.join(modes)})" for subject, modes in subjects.items())
         yield from (Text(), Text(f"left out: {reason}", "bold yellow"), Text(named, "yellow"))
@@ -147,7 +184,13 @@ def _table(title: str, cells: dict[str, list[str]], width: int, styles: list[str
         if sum(max(map(len, [name, *values])) + 2 for name, values in shown.items()) > width:
             shown.pop(name, None)
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
     )
     for name in shown:
         table.add_column(name, no_wrap=True, justify="left" if name in ("provider", "layer", "mode") else "right")
@@ -167,7 +210,10 @@ def _legend(rows: Sequence[Row]) -> Iterator[Text]:
         " each its own kernel, pointwise operators fused, one kernel a conv(olution). first: setup and compilation.", "dim",
     )  # fmt: skip
     if any(row.alone for row in rows):
-        yield Text("~: timed alone, right after its first result: the run did not reach the rounds in which all take turns.", "yellow")
+        yield Text(
+            "~: timed alone, right after its first result: the run did not reach the rounds in which all take turns.",
+            "yellow",
+        )
     if not rows[0].machine.driver:
         yield Text(
             "No GPU here: times are those of one thread, and PyTorch serves cnnfast's calls too, so that its rows show what"

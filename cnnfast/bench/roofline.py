@@ -1,8 +1,9 @@
 """What the machine allows: the least time of a step, if its kernels are fused so far and no further.
 
-A kernel takes max(FLOPs / matrix rate, bytes / bandwidth). It reads from memory every value that it needs, once, and writes every value
-that another kernel needs, once; kernels run one after the other, and what one has written the next reads from memory (so that a step
-whose values stay in the last-level cache may be faster). What decides is which operators share a kernel:
+A kernel takes max(FLOPs / matrix rate, bytes / bandwidth). It reads from memory every value that it needs, once, and
+writes every value that another kernel needs, once; kernels run one after the other, and what one has written the next
+reads from memory (so that a step whose values stay in the last-level cache may be faster). What decides is which
+operators share a kernel:
 
     operators    every operator is a kernel of its own: PyTorch, eager
     pointwise    everything between two convolutions is one kernel, in eval a batch norm goes into the weights before it: a compiler
@@ -12,8 +13,8 @@ whose values stay in the last-level cache may be faster). What decides is which 
     chains       the same, and a 1x1 convolution is in the kernel that makes its input, or that adds its output (inference only: in
                  training sums stand between)
 
-Values of maps are recomputed by whoever reads them, from what is in memory (ReLU's mask, or a norm, from the convolution's output); sums
-of two tensors are stored. Positions of a pooling window take one byte.
+Values of maps are recomputed by whoever reads them, from what is in memory (ReLU's mask, or a norm, from the
+convolution's output); sums of two tensors are stored. Positions of a pooling window take one byte.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from .graph import Graph, Node
 
 OPERATORS, POINTWISE, CONV, CHAINS = LEVELS = ("operators", "pointwise", "conv", "chains")
 TWICE = 2  # a map may be recomputed from what is at most so many times as large
-OPTIMIZER_BYTES = 20  # SGD with momentum, a parameter in float32: it, its gradient and its momentum read, two of them written
+# SGD with momentum, a parameter in float32: it, its gradient and its momentum read, two of them written
+OPTIMIZER_BYTES = 20
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,19 @@ def levels(graph: Graph) -> dict[str, Work]:
     """The step at every level that it has; where there is an optimizer, it is a kernel too."""
     names = LEVELS[:-1] if graph.parameters else LEVELS
     optimizer = [Kernel(("optimizer",), 0, OPTIMIZER_BYTES * graph.parameters)] if graph.parameters else []
-    return {name: Work((*(_separate(graph) if name == OPERATORS else _Fused(graph, name).kernels()), *optimizer)) for name in names}
+    return {
+        name: Work((*(_separate(graph) if name == OPERATORS else _Fused(graph, name).kernels()), *optimizer))
+        for name in names
+    }
 
 
 def _separate(graph: Graph) -> Iterator[Kernel]:
     needed = graph.results.union(*(node.reads for node in graph.nodes))
     for node in graph.nodes:
-        moved = [*(node.bytes_of(v, graph.sizes) for v in node.reads), *(graph.sizes[v] for v in node.writes if v in needed)]
+        moved = [
+            *(node.bytes_of(v, graph.sizes) for v in node.reads),
+            *(graph.sizes[v] for v in node.writes if v in needed),
+        ]
         yield Kernel((node.name,), node.flops, sum(moved))
 
 
@@ -141,7 +149,12 @@ class _Fused:
     def fold_norms(self) -> None:
         for i, node in enumerate(self.nodes):
             before = self.makers(node.reads[:1])
-            if node.name == "batch_norm" and before and self.nodes[before[0]].kind == "matrix" and len(self.readers[node.reads[0]]) == 1:
+            if (
+                node.name == "batch_norm"
+                and before
+                and self.nodes[before[0]].kind == "matrix"
+                and len(self.readers[node.reads[0]]) == 1
+            ):
                 self.merge(before[0], i)
 
     def add_epilogues(self) -> None:
@@ -160,18 +173,26 @@ class _Fused:
         for i, node in enumerate(self.nodes):
             if not node.pointwise:
                 continue
-            outside = {r for k in self.members[self.group[i]] for r in self.readers_of(k)} - set(self.members[self.group[i]])
+            outside = {r for k in self.members[self.group[i]] for r in self.readers_of(k)} - set(
+                self.members[self.group[i]]
+            )
             added = [r for r in outside if self.nodes[r].kind == "map" and self.is_matrix(self.group[r])]
             if len(outside) == len(added) == 1:
                 self.merge(added[0], i)
-            elif set(node.pointwise) == {1} and (before := self.makers(node.reads[:1])) and self.is_matrix(self.group[before[0]]):
+            elif (
+                set(node.pointwise) == {1}
+                and (before := self.makers(node.reads[:1]))
+                and self.is_matrix(self.group[before[0]])
+            ):
                 self.merge(before[0], i)
             else:
                 for other in self.added_to(i):
                     self.merge(other, i)
 
     def added_to(self, i: int) -> list[int]:
-        """The nodes of other convolutions' kernels whose values the maps after a node, in its kernel, read besides its own."""
+        """The nodes of other convolutions' kernels whose values the maps after a node, in its kernel, read besides its
+        own.
+        """
         found: list[int] = []
         readers = self.readers_of(i)
         while len(readers) == 1 and self.nodes[readers[0]].kind == "map" and self.group[readers[0]] == self.group[i]:
@@ -241,4 +262,6 @@ class _Fused:
         for group, values in reads.items():
             nodes = [self.nodes[i] for i in sorted(self.members[group])]
             written = sum(self.sizes[v] for v in own[group] if v in needed)
-            yield Kernel(tuple(node.name for node in nodes), sum(node.flops for node in nodes), sum(values.values()) + written)
+            yield Kernel(
+                tuple(node.name for node in nodes), sum(node.flops for node in nodes), sum(values.values()) + written
+            )

@@ -18,16 +18,16 @@ LOSES, EVEN, WINS = "loses", "even", "wins"
 class Row:
     """One provider on one job.
 
-    kind: of the subject, "model" or "layer"; count: how often its network has a layer. mode: as job.py has it. status: "ok",
-    "unavailable", "wrong" (the gate), "failed" (it raised), "left out" (there was no time for it); `reason` says why. Times are seconds
-    of one step: median, and what 20 and 80 % of the samples stay below. alone: they are not of rounds in which all take turns, which the
-    run did not reach, but of this provider by itself, right after its first result.
-    first: seconds from the provider's setup to its first result, with nothing compiled on disk; a provider may find what another before
-    it compiled in the process. Ours compile ahead what they will launch, by several processes at once, as cnnfast.warm does for its
-    users: that is counted. None of layers, whose kernels are compiled ahead for all of them. flops: of the
-    model, whoever saves some. bytes: the least at the level that the provider fuses to. ceilings: least seconds at every level.
-    kernels, peak_bytes (from setup to the first result, weights included) and saved_bytes (kept for backward) are None where unknown.
-    error: the largest relative one against float64.
+    kind: of the subject, "model" or "layer"; count: how often its network has a layer. mode: as job.py has it. status:
+    "ok", "unavailable", "wrong" (the gate), "failed" (it raised), "left out" (there was no time for it); `reason` says
+    why. Times are seconds of one step: median, and what 20 and 80 % of the samples stay below. alone: they are not of
+    rounds in which all take turns, which the run did not reach, but of this provider by itself, right after its first
+    result. first: seconds from the provider's setup to its first result, with nothing compiled on disk; a provider may
+    find what another before it compiled in the process. Ours compile ahead what they will launch, by several processes
+    at once, as cnnfast.warm does for its users: that is counted. None of layers, whose kernels are compiled ahead for
+    all of them. flops: of the model, whoever saves some. bytes: the least at the level that the provider fuses to.
+    ceilings: least seconds at every level. kernels, peak_bytes (from setup to the first result, weights included) and
+    saved_bytes (kept for backward) are None where unknown. error: the largest relative one against float64.
     """
 
     kind: str
@@ -126,7 +126,9 @@ def lines(rows: Iterable[Row]) -> list[str]:
     texts = []
     for row in rows:
         data = {**vars(row), "machine": vars(row.machine), "peaks": vars(row.peaks)}
-        figures = {name: getattr(row, name) for name in ("images_per_second", "tflops", "gbps", "fraction", "fractions")}
+        figures = {
+            name: getattr(row, name) for name in ("images_per_second", "tflops", "gbps", "fraction", "fractions")
+        }
         texts.append(json.dumps(data | figures, allow_nan=False))
     return texts
 

@@ -46,18 +46,20 @@ def run(
 ) -> list[Row]:
     """A row for each provider.
 
-    A model's provider, which may be minutes ahead of the rounds in which all take turns, is also timed alone, at once: its row says so
-    until the rounds replace that time. A layer's is seconds ahead at most; and what it needs may have been compiled before, so that its
-    row has no `first`.
+    A model's provider, which may be minutes ahead of the rounds in which all take turns, is also timed alone, at once:
+    its row says so until the rounds replace that time. A layer's is seconds ahead at most; and what it needs may have
+    been compiled before, so that its row has no `first`.
 
-    seconds: of timing for each. budget: for all of it; what no longer fits into it, the rounds of what is prepared included, is left out.
-    tell: called with what comes next. found: called with all rows whenever one has changed, and every few seconds during the rounds.
-    Raises what the model itself raises in PyTorch, ValueError if nothing can be judged by it (gate.py), or if it is no baseline because
-    it calls cnnfast itself, and what a provider raises if the GPU is `lost` with it.
+    seconds: of timing for each. budget: for all of it; what no longer fits into it, the rounds of what is prepared
+    included, is left out. tell: called with what comes next. found: called with all rows whenever one has changed, and
+    every few seconds during the rounds. Raises what the model itself raises in PyTorch, ValueError if nothing can be
+    judged by it (gate.py), or if it is no baseline because it calls cnnfast itself, and what a provider raises if the
+    GPU is `lost` with it.
     """
     job = replace(task.job, numbers=Numbers())  # which are released when this returns
     budget, clock = budget or Budget(), clock or clock_of(job.device)
-    if "torch._dynamo" in sys.modules:  # of the last job; between providers it would make the earlier ones compile again
+    # of the last job; between providers it would make the earlier ones compile again
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     collect(job.device)
     tell("expected results")
@@ -65,7 +67,9 @@ def run(
         expected = expect(job)
     if len(calls):
         raise ValueError(f"{job.name} calls cnnfast.functional itself, so there is no PyTorch baseline of it")
-    rows: dict[str, dict[str, Any]] = {provider.name: {"status": LEFT_OUT, "reason": ENDED} for provider in task.providers}
+    rows: dict[str, dict[str, Any]] = {
+        provider.name: {"status": LEFT_OUT, "reason": ENDED} for provider in task.providers
+    }
     prepared: dict[str, Prepared] = {}
 
     def told() -> list[Row]:
@@ -106,7 +110,10 @@ def run(
                 if ready is not None:
                     prepared[name] = ready
                     if task.kind != LAYER:
-                        keep(measure({name: ready.step}, clock, 0, ALONE, lambda name: tell(f"{name}: timing")), alone=True)
+                        keep(
+                            measure({name: ready.step}, clock, 0, ALONE, lambda name: tell(f"{name}: timing")),
+                            alone=True,
+                        )
         told()
     times = measure(
         {name: ready.step for name, ready in prepared.items()}, clock, seconds, tell=lambda name: tell(f"{name}: timing"),
@@ -118,7 +125,8 @@ def run(
             rows[name]["reason"] = str(budget)
     told()
     for name, ready in prepared.items():
-        if task.kind != LAYER and budget.left > 0:  # last: a profiler that has once run may slow down what comes after it
+        # last: a profiler that has once run may slow down what comes after it
+        if task.kind != LAYER and budget.left > 0:
             tell(f"{name}: kernels")
             with suppress(RuntimeError):  # its times are good without
                 rows[name]["kernels"] = kernels(job, ready)

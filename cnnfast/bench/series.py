@@ -14,12 +14,14 @@ from .task import Task
 
 
 class Series:
-    """results: the rows of each task, which are "left out" until something else is known. changed: called with the number of a task
-    whenever its rows are others. errors: of tasks that PyTorch itself could not do, by their number. lost: why the GPU is of no more use,
-    or "".
+    """results: the rows of each task, which are "left out" until something else is known. changed: called with the
+    number of a task whenever its rows are others. errors: of tasks that PyTorch itself could not do, by their number.
+    lost: why the GPU is of no more use, or "".
     """
 
-    def __init__(self, tasks: Sequence[Task], machine: Machine, peaks: Peaks, changed: Callable[[int], None] = lambda i: None) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], machine: Machine, peaks: Peaks, changed: Callable[[int], None] = lambda i: None
+    ) -> None:
         self.tasks, self.machine, self.peaks, self.changed = tasks, machine, peaks, changed
         self.results = [task.left_out(machine, peaks, ENDED) for task in tasks]
         self.errors: dict[int, str] = {}
@@ -36,14 +38,24 @@ class Series:
                 if self.lost or budget.left <= 0:
                     self.ended(self.lost or str(budget))
                     return
-                self._one(i, seconds, budget, ahead, lambda text, i=i, task=task: tell(i, len(self.tasks), f"{task}: {text}"))
+                self._one(
+                    i, seconds, budget, ahead, lambda text, i=i, task=task: tell(i, len(self.tasks), f"{task}: {text}")
+                )
         tell(len(self.tasks), len(self.tasks), "done")
 
     def _one(self, i: int, seconds: float, budget: Budget, ahead: LayersAhead, tell: Callable[[str], None]) -> None:
         task = self.tasks[i]
         try:
             ahead.before(i, tell)
-            run(task, self.machine, self.peaks, seconds=seconds, budget=budget, tell=tell, found=lambda rows: self._set(i, rows))
+            run(
+                task,
+                self.machine,
+                self.peaks,
+                seconds=seconds,
+                budget=budget,
+                tell=tell,
+                found=lambda rows: self._set(i, rows),
+            )
         except Exception as error:  # whatever the model raises in PyTorch: the other tasks may do better
             reason = in_a_line(error)  # the error itself would keep tensors alive
             if lost(task.job.device):

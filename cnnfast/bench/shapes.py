@@ -1,4 +1,6 @@
-"""Single layers to measure, as ResNet-50 and MobileNetV2 have them: each distinct one once, and how often the network has it."""
+"""Single layers to measure, as ResNet-50 and MobileNetV2 have them: each distinct one once, and how often the network
+has it.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def layers() -> Iterator[Layer]:
         modes = tuple(mode for mode in CONVOLUTION if C > 3 or mode != "dgrad")
         yield Layer(f"conv {R}x{R}/{stride} > {K},", module, C, size, modes, count)
     for C, size, stride, count in DEPTHWISE:
-        yield Layer(f"depthwise 3x3/{stride}", nn.Conv2d(C, C, 3, stride, 1, groups=C, bias=False), C, size, CONVOLUTION, count)
+        yield Layer(
+            f"depthwise 3x3/{stride}", nn.Conv2d(C, C, 3, stride, 1, groups=C, bias=False), C, size, CONVOLUTION, count
+        )
     both = (FORWARD, "backward")
     for C, size, count in NORMS:
         yield Layer("batch norm", nn.BatchNorm2d(C), C, size, both, count)

@@ -15,7 +15,9 @@ from ..measuring.timing import cudnn_benchmark
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU one thread computes, so that times do not hang on who else uses the cores; cuDNN may try all its algorithms."""
+    """On a CPU one thread computes, so that times do not hang on who else uses the cores; cuDNN may try all its
+    algorithms.
+    """
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -28,7 +30,9 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def empty_caches(compiling: bool) -> Iterator[None]:
-    """Compilers find nothing on disk, so that the first result is a cold one; what this process has compiled before is there."""
+    """Compilers find nothing on disk, so that the first result is a cold one; what this process has compiled before is
+    there.
+    """
     with ExitStack() as stack:
         if dispatch.launch is not None:
             from triton import knobs
@@ -44,7 +48,9 @@ def empty_caches(compiling: bool) -> Iterator[None]:
 
 @contextmanager
 def quick_collections() -> Iterator[None]:
-    """Python's collector does not look through what is there already: PyTorch has a seventh of a second of it, and every job collects."""
+    """Python's collector does not look through what is there already: PyTorch has a seventh of a second of it, and
+    every job collects.
+    """
     gc.freeze()
     try:
         yield

@@ -28,7 +28,9 @@ def work_of(job: Job) -> dict[str, Work]:
 
 @dataclass(frozen=True)
 class Task:
-    """work: of the job, at every level of fusion. kind: of its subject, and count: how often its network has it, as rows say both."""
+    """work: of the job, at every level of fusion. kind: of its subject, and count: how often its network has it, as
+    rows say both.
+    """
 
     job: Job
     providers: Sequence[Provider]
@@ -79,14 +81,18 @@ def model_task(job: Job, providers: Sequence[Provider]) -> Task:
     return Task(job, providers, work_of(job))
 
 
-def layer_task(layer: Layer, batch: int, mode: str, dtype: torch.dtype, device: torch.device, providers: Sequence[Provider]) -> Task:
+def layer_task(
+    layer: Layer, batch: int, mode: str, dtype: torch.dtype, device: torch.device, providers: Sequence[Provider]
+) -> Task:
     """With as many sets of buffers that the last-level cache does not hold them."""
     job = Job(str(layer), layer.module, ((batch, layer.C, layer.size, layer.size),), mode, dtype, device)
     work = work_of(job)
     return Task(replace(job, copies=copies_for(work[OPERATORS].bytes, device)), providers, work, LAYER, layer.count)
 
 
-def layer_tasks(batches: Sequence[int], dtype: torch.dtype, device: torch.device, providers: Sequence[Provider]) -> Iterator[Task]:
+def layer_tasks(
+    batches: Sequence[int], dtype: torch.dtype, device: torch.device, providers: Sequence[Provider]
+) -> Iterator[Task]:
     """Of every layer in each of its modes."""
     for batch in batches:
         for layer in layers():

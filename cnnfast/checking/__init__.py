@@ -31,24 +31,26 @@ def check(
     dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Checks every convolution, batch norm and pooling that `target(*example_inputs)` calls, be they cnnfast's or torch's own.
+    """Checks every convolution, batch norm and pooling that `target(*example_inputs)` calls, be they cnnfast's or
+    torch's own.
 
-    Each call is computed on its actual values by our kernels, by PyTorch, and in float64; the rule is in checking/judge.py. Where
-    nothing but compiled kernels could run and the tensors are on the CPU, a child process interprets the kernels.
+    Each call is computed on its actual values by our kernels, by PyTorch, and in float64; the rule is in
+    checking/judge.py. Where nothing but compiled kernels could run and the tensors are on the CPU, a child process
+    interprets the kernels.
 
-    What cnnfast.convert makes of a module is judged as a whole, too: its state, outputs, gradients and statistics, in eval and in
-    training (checking/whole.py).
+    What cnnfast.convert makes of a module is judged as a whole, too: its state, outputs, gradients and statistics, in
+    eval and in training (checking/whole.py).
 
-    Our kernels serve wherever they can, also where the library was measured to be faster; a call that only PyTorch can serve is "not
-    ours". float32 is judged with IEEE products, of ours and of PyTorch's, whatever PyTorch's settings say.
+    Our kernels serve wherever they can, also where the library was measured to be faster; a call that only PyTorch can
+    serve is "not ours". float32 is judged with IEEE products, of ours and of PyTorch's, whatever PyTorch's settings
+    say.
 
     target: a module (copied first; it and its buffers stay as they are, and it keeps its mode) or a function.
-    backward: gradients too, of input, parameters and residual. dtype: casts floating inputs and the copy of the module: a dtype, or its
-    name (bf16, fp16, fp32, fp64, PyTorch's own); "tf32" stands for float32 tensors whose products are rounded to TF32, by our kernels in
-    Triton's interpreter too.
-    progress: called with (calls and steps judged, in all, what comes next).
-    Returns a Report: str() is a table; .ok, .rows, .to_json(). The arguments of all calls are held in memory at once.
-    Raises what `target` raises, and ValueError for a name that is none of a dtype.
+    backward: gradients too, of input, parameters and residual. dtype: casts floating inputs and the copy of the module:
+    a dtype, or its name (bf16, fp16, fp32, fp64, PyTorch's own); "tf32" stands for float32 tensors whose products are
+    rounded to TF32, by our kernels in Triton's interpreter too. progress: called with (calls and steps judged, in all,
+    what comes next). Returns a Report: str() is a table; .ok, .rows, .to_json(). The arguments of all calls are held in
+    memory at once. Raises what `target` raises, and ValueError for a name that is none of a dtype.
     """
     cast, products = argument(dtype, "check")
     tf32 = products == "tf32"
@@ -77,7 +79,9 @@ def check(
         watch(to_come[0])
         devices = {t.device for t in (*model.parameters(), *tree_leaves(example_inputs)) if isinstance(t, torch.Tensor)}
         elsewhere = any(map(_needs_interpreter, devices))
-        for row in (_judge_conversion_in_child if elsewhere else judge_conversion)(model, example_inputs, backward, cast, watch, tf32):
+        for row in (_judge_conversion_in_child if elsewhere else judge_conversion)(
+            model, example_inputs, backward, cast, watch, tf32
+        ):
             whole.append(row)
             if len(whole) < len(to_come):
                 watch(to_come[len(whole)])
@@ -92,7 +96,9 @@ def _needs_interpreter(device: torch.device) -> bool:
 
 def _judge_calls_in_child(calls: list[Captured], backward: bool, tf32: bool) -> Iterator[Row]:
     if calls:
-        yield from _judge_in_child({"backward": backward, "tf32": tf32, "calls": [vars(call) for call in calls]}, len(calls))
+        yield from _judge_in_child(
+            {"backward": backward, "tf32": tf32, "calls": [vars(call) for call in calls]}, len(calls)
+        )
 
 
 def _judge_conversion_in_child(
@@ -107,14 +113,18 @@ def _judge_conversion_in_child(
     data = {"model": model, "inputs": inputs, "backward": backward, "dtype": dtype, "tf32": tf32}
     try:
         if main := sorted({type(m).__qualname__ for m in model.modules() if type(m).__module__ == "__main__"}):
-            raise TypeError(f"{', '.join(main)} is defined in the script that runs, not in a module that could be imported")
+            raise TypeError(
+                f"{', '.join(main)} is defined in the script that runs, not in a module that could be imported"
+            )
         yield from _judge_in_child(data, None, watch)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         advice = "the model does not reach the process that interprets kernels; with TRITON_INTERPRET=1 none is needed"
         yield Row("", STATE, "", "", NOT_JUDGED, f"{advice} ({error})")
 
 
-def _judge_in_child(data: dict[str, Any], missing: int | None = None, watch: Callable[[str], None] = lambda text: None) -> Iterator[Row]:
+def _judge_in_child(
+    data: dict[str, Any], missing: int | None = None, watch: Callable[[str], None] = lambda text: None
+) -> Iterator[Row]:
     """The rows, `missing` in all if that is known, that a process of its own with TRITON_INTERPRET=1 finds (worker.py)."""
     found = 0
     for line in interpreted(f"{__name__}.worker", data):

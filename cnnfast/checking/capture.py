@@ -1,4 +1,6 @@
-"""Finds the calls to check: runs a model or function once and keeps every covered call with the values of its arguments."""
+"""Finds the calls to check: runs a model or function once and keeps every covered call with the values of its
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ TORCH_FUNCTIONS = {
 class Captured:
     """One call: the operation of cnnfast.functional, and its arguments by name, tensors as they were before the call.
 
-    Plain data throughout. `layer` is the module that owns its parameters; `autocast` the dtype of torch.autocast, if that was on.
+    Plain data throughout. `layer` is the module that owns its parameters; `autocast` the dtype of torch.autocast, if
+    that was on.
     """
 
     operation: str
@@ -104,8 +107,14 @@ class _Recorder(TorchFunctionMode):
             return
         layer = next((self.owners[id(a)] for a in bound.arguments.values() if id(a) in self.owners), "")
         device = bound.arguments["input"].device.type
-        casts = operation.startswith("conv") and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        autocast = torch.get_autocast_dtype(device) if casts and bound.arguments["input"].dtype != torch.float64 else None
+        casts = (
+            operation.startswith("conv")
+            and torch.amp.is_autocast_available(device)
+            and torch.is_autocast_enabled(device)
+        )
+        autocast = (
+            torch.get_autocast_dtype(device) if casts and bound.arguments["input"].dtype != torch.float64 else None
+        )
         arguments = {name: _plain(value) for name, value in bound.arguments.items()}
         self.calls.append(Captured(operation, arguments, layer, autocast))
 
@@ -129,12 +138,14 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def capture_calls(target: Callable[..., Any], inputs: tuple[Any, ...], dtype: torch.dtype | None = None) -> list[Captured]:
+def capture_calls(
+    target: Callable[..., Any], inputs: tuple[Any, ...], dtype: torch.dtype | None = None
+) -> list[Captured]:
     """Runs `target` on copies of `inputs`, without gradients, and returns its covered calls in order.
 
-    A module is copied first and keeps its mode; its buffers and PyTorch's random numbers are afterwards as they were. `dtype`
-    casts floating inputs and the copy of the module. A compiled model runs uncompiled. PyTorch serves every call, so that no fault
-    of a kernel reaches the arguments of the next.
+    A module is copied first and keeps its mode; its buffers and PyTorch's random numbers are afterwards as they were.
+    `dtype` casts floating inputs and the copy of the module. A compiled model runs uncompiled. PyTorch serves every
+    call, so that no fault of a kernel reaches the arguments of the next.
     """
     owners: dict[int, str] = {}
     if isinstance(target, torch.nn.Module):

@@ -22,13 +22,17 @@ def interpreted(module: str, data: Any) -> Iterator[str]:
         path = Path(folder, "data.pt")
         torch.save(data, path)
         with Path(folder, "stderr").open("w+") as stderr:
-            child = start(module, str(path), environment={"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=stderr)
+            child = start(
+                module, str(path), environment={"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=stderr
+            )
             assert child.stdout is not None
             try:
                 yield from child.stdout
                 if child.wait():
                     stderr.seek(0)
-                    raise RuntimeError(f"the process that interprets kernels ended with {child.returncode}:\n{stderr.read()[-4000:]}")
+                    raise RuntimeError(
+                        f"the process that interprets kernels ended with {child.returncode}:\n{stderr.read()[-4000:]}"
+                    )
             finally:
                 child.kill()
                 child.wait()

@@ -4,23 +4,26 @@ The rule, for every tensor that a call returns or updates, and for every gradien
 
     error of ours <= 2 x error of PyTorch's own function in the same dtype + floor
 
-for the largest error and for the root mean square, errors being distances from the reference in float64. NaN and infinities must
-stand exactly where the reference, rounded to the dtype, has them. The floor is made of
-- one unit in the last place: the dtype's epsilon times the largest (the root mean square) value of the reference, or the
-  smallest subnormal number; for float64, where the judge computes no better than the judged, 64 units (1 - tanh(u)**2 loses that much);
-- 2 x the error of the reference's own formulas in the accumulators' dtype (float32, or float64): what any honest sum costs. PyTorch
-  may happen to sum in float64 on a CPU.
+for the largest error and for the root mean square, errors being distances from the reference in float64. NaN and
+infinities must stand exactly where the reference, rounded to the dtype, has them. The floor is made of
+- one unit in the last place: the dtype's epsilon times the largest (the root mean square) value of the reference, or
+  the smallest subnormal number; for float64, where the judge computes no better than the judged, 64 units (1 -
+  tanh(u)**2 loses that much);
+- 2 x the error of the reference's own formulas in the accumulators' dtype (float32, or float64): what any honest sum
+  costs. PyTorch may happen to sum in float64 on a CPU.
 
-float32 is judged with IEEE products in force, PyTorch's and ours, whatever its settings say: on a GPU they let convolutions round their
-operands to TF32, and which of cuDNN's kernels then do so is chance. TF32 is judged as a dtype of its own, "tf32": float32 tensors, TF32
-products in force. PyTorch's error alone cannot be the measure there, because its kernel may have rounded nothing. The floor is this:
-- TF32 keeps 10 bits of the mantissa, so that rounding an operand to the nearest costs at most 2**-11 of it, and a product of two at most
-  2**-10 of the product, about one unit of TF32. The same share of a sum would be too much to allow: errors of rounding have both signs
-  and cancel, those of truncation do not, and truncation loses 0.7 x 2**-10 of a sum of one sign. So the reference's own formulas are
-  computed in float32 with both operands of every product rounded to the nearest TF32, forward and backward (tf32.py), and the floor
-  takes 2 x their error. It is 0 for operands that are TF32 numbers already, and for what multiplies nothing: norms and pools.
-- 512 units of float32 for the last place, 2**-14, because matrix units add by truncation: 8 products at a time, a sum of one sign and of
-  4,096 products is truncated 512 times, by less than a unit each.
+float32 is judged with IEEE products in force, PyTorch's and ours, whatever its settings say: on a GPU they let
+convolutions round their operands to TF32, and which of cuDNN's kernels then do so is chance. TF32 is judged as a dtype
+of its own, "tf32": float32 tensors, TF32 products in force. PyTorch's error alone cannot be the measure there, because
+its kernel may have rounded nothing. The floor is this:
+- TF32 keeps 10 bits of the mantissa, so that rounding an operand to the nearest costs at most 2**-11 of it, and a
+  product of two at most 2**-10 of the product, about one unit of TF32. The same share of a sum would be too much to
+  allow: errors of rounding have both signs and cancel, those of truncation do not, and truncation loses 0.7 x 2**-10 of
+  a sum of one sign. So the reference's own formulas are computed in float32 with both operands of every product rounded
+  to the nearest TF32, forward and backward (tf32.py), and the floor takes 2 x their error. It is 0 for operands that
+  are TF32 numbers already, and for what multiplies nothing: norms and pools.
+- 512 units of float32 for the last place, 2**-14, because matrix units add by truncation: 8 products at a time, a sum
+  of one sign and of 4,096 products is truncated 512 times, by less than a unit each.
 """
 
 from __future__ import annotations
@@ -48,9 +51,11 @@ UNITS = {"float64": 64.0, "tf32": 512.0}  # in the last place that the floor all
 
 
 def judge(call: Captured, backward: bool = True, tf32: bool = False) -> Row:
-    """Runs `call` where its tensors are and judges it. Nothing is raised: a kernel that raises is a FAIL with its message.
+    """Runs `call` where its tensors are and judges it. Nothing is raised: a kernel that raises is a FAIL with its
+    message.
 
-    Our kernels serve wherever they can, also where the library was measured to be faster. tf32: float32 products are TF32.
+    Our kernels serve wherever they can, also where the library was measured to be faster. tf32: float32 products are
+    TF32.
     """
     shapes = " ".join("x".join(map(str, t.shape)) for name, t in call.tensors().items() if t.dim() > 1)
     row = Row(call.layer, call.operation, shapes, name_of(call.dtype, tf32))
@@ -93,7 +98,9 @@ def _pytorch(call: Captured, arguments: dict[str, Any]) -> Any:
         return getattr(F, call.operation)(**arguments)
     a = arguments
     y = F.conv2d(a["input"], a["weight"], a["bias"], a["stride"], a["padding"], a["dilation"], a["groups"])
-    y = F.batch_norm(y, a["running_mean"], a["running_var"], a["bn_weight"], a["bn_bias"], a["training"], a["momentum"], a["eps"])
+    y = F.batch_norm(
+        y, a["running_mean"], a["running_var"], a["bn_weight"], a["bn_bias"], a["training"], a["momentum"], a["eps"]
+    )
     y = y if a["residual"] is None else y + a["residual"]
     return activate(y, a["activation"], LEAKY_SLOPE if a["activation_arg"] is None else a["activation_arg"])
 
@@ -103,7 +110,9 @@ def _ours(call: Captured, arguments: dict[str, Any]) -> Any:
 
 
 def _reference(call: Captured, arguments: dict[str, Any]) -> Any:
-    return getattr(reference, call.operation)(**{name: value for name, value in arguments.items() if name != "algorithm"})
+    return getattr(reference, call.operation)(
+        **{name: value for name, value in arguments.items() if name != "algorithm"}
+    )
 
 
 def _reference_in_tf32(call: Captured, arguments: dict[str, Any]) -> Any:
@@ -114,7 +123,9 @@ def _reference_in_tf32(call: Captured, arguments: dict[str, Any]) -> Any:
 class _Evaluation:
     """One way of computing a call, forward and backward, in `dtype` or as captured."""
 
-    def __init__(self, function: Callable, call: Captured, wanted: tuple[str, ...], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, function: Callable, call: Captured, wanted: tuple[str, ...], dtype: torch.dtype | None = None
+    ) -> None:
         self.call, self.wanted = call, wanted
         self.arguments = {name: self._argument(name, value, dtype) for name, value in call.arguments.items()}
         with call.computing(), torch.set_grad_enabled(bool(wanted)):
@@ -128,7 +139,11 @@ class _Evaluation:
     def _argument(self, name: str, value: Any, dtype: torch.dtype | None) -> Any:
         if not isinstance(value, Tensor):
             return value
-        value = value.to(dtype) if dtype is not None and value.is_floating_point() and value.dtype != dtype else clone(value)
+        value = (
+            value.to(dtype)
+            if dtype is not None and value.is_floating_point() and value.dtype != dtype
+            else clone(value)
+        )
         return value.requires_grad_(name in self.wanted)
 
     def backward(self) -> None:
@@ -196,9 +211,11 @@ def kernels(trace: dispatch.Trace) -> list[str]:
 
 
 def _cancelled_terms(exact: _Evaluation) -> float:
-    """How large a sum is whose terms cancel: the gradient of a bias before a batch norm that subtracts the mean is exactly zero.
+    """How large a sum is whose terms cancel: the gradient of a bias before a batch norm that subtracts the mean is
+    exactly zero.
 
-    Both results are rounding noise then, in proportion to their terms dy * bn_weight / std, and no multiple of the other's.
+    Both results are rounding noise then, in proportion to their terms dy * bn_weight / std, and no multiple of the
+    other's.
     """
     a, call = exact.arguments, exact.call
     if call.operation != "conv_bn_act" or not call.training:
@@ -211,16 +228,27 @@ def _cancelled_terms(exact: _Evaluation) -> float:
         return float((dy.square().sum((0, 2, 3)).sqrt() * scale).max())
 
 
-def compare(name: str, ours: Tensor, theirs: Tensor, plain: Tensor, exact: Tensor, *, precision: str, terms: float = 0.0) -> Comparison:
-    """The rule above. `exact` is float64, `plain` the reference's result as the floor wants it; `precision` names the call's dtype, or is
-    "tf32". The last place is that of the results or, if larger, of summands of size `terms`."""
+def compare(
+    name: str, ours: Tensor, theirs: Tensor, plain: Tensor, exact: Tensor, *, precision: str, terms: float = 0.0
+) -> Comparison:
+    """The rule above. `exact` is float64, `plain` the reference's result as the floor wants it; `precision` names the
+    call's dtype, or is "tf32". The last place is that of the results or, if larger, of summands of size `terms`.
+    """
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return Comparison(name, message=f"is {ours.dtype} {list(ours.shape)}, but PyTorch's is {theirs.dtype} {list(theirs.shape)}")
+        return Comparison(
+            name, message=f"is {ours.dtype} {list(ours.shape)}, but PyTorch's is {theirs.dtype} {list(theirs.shape)}"
+        )
     if not ours.is_floating_point():
         wrong = ours != exact
-        return Comparison(name, message=f"{int(wrong.sum())} of {wrong.numel()} differ" if wrong.any() else "", position=_first(wrong))
+        return Comparison(
+            name, message=f"{int(wrong.sum())} of {wrong.numel()} differ" if wrong.any() else "", position=_first(wrong)
+        )
     expected = exact.to(ours.dtype).double()
-    wrong = (ours.isnan() != expected.isnan()) | (ours.isinf() != expected.isinf()) | (ours.isinf() & (ours.double() != expected))
+    wrong = (
+        (ours.isnan() != expected.isnan())
+        | (ours.isinf() != expected.isinf())
+        | (ours.isinf() & (ours.double() != expected))
+    )
     if wrong.any():
         at = _first(wrong)
         message = f"{int(wrong.sum())} of {wrong.numel()} are not finite, or finite, wrongly: {float(ours[at])}, not {float(expected[at])}"
@@ -252,7 +280,9 @@ def _first(wrong: Tensor) -> tuple[int, ...]:
 
 
 def _errors(t: Tensor, exact: Tensor, finite: Tensor) -> Tensor:
-    """Distances where the result should be finite; a result that is not counts as no distance: PyTorch's own may overflow."""
+    """Distances where the result should be finite; a result that is not counts as no distance: PyTorch's own may
+    overflow.
+    """
     distance = (t.double() - exact).abs()
     return torch.where(finite & distance.isfinite(), distance, 0.0)
 

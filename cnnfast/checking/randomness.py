@@ -23,7 +23,9 @@ DRAWS_LIKE = (torch.rand_like, torch.randn_like, torch.bernoulli)
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Seeds PyTorch, Python and NumPy, and sets all of them back. Dropout and the like draw alike in every dtype: see `_DrawsAlike`."""
+    """Seeds PyTorch, Python and NumPy, and sets all of them back. Dropout and the like draw alike in every dtype: see
+    `_DrawsAlike`.
+    """
     with leaving_no_trace(), _DrawsAlike():
         torch.manual_seed(seed)
         random.seed(seed)
@@ -32,7 +34,9 @@ def reproducible(seed: int) -> Iterator[None]:
 
 
 class _DrawsAlike(TorchFunctionMode):
-    """Draws in float32 on the CPU what is floating: the generators give other numbers in float64, on a GPU even to dropout."""
+    """Draws in float32 on the CPU what is floating: the generators give other numbers in float64, on a GPU even to
+    dropout.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

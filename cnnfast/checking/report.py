@@ -21,7 +21,8 @@ WIDTH = 100  # of str(report)
 
 @dataclass
 class Comparison:
-    """One tensor of a call: errors of ours and of PyTorch's against float64 (largest, root mean square), and what was allowed.
+    """One tensor of a call: errors of ours and of PyTorch's against float64 (largest, root mean square), and what was
+    allowed.
 
     `message` says what is wrong beyond an error too large: shape, dtype, NaN. `position` is that of the largest error.
     """
@@ -49,7 +50,9 @@ class Comparison:
         """Error over limit: above 1 is a failure."""
         if self.message:
             return float("inf")
-        return max(e / limit if limit else float(e > 0) for e, limit in ((self.error, self.limit), (self.rms, self.rms_limit)))
+        return max(
+            e / limit if limit else float(e > 0) for e, limit in ((self.error, self.limit), (self.rms, self.rms_limit))
+        )
 
     def __str__(self) -> str:
         at = f" at {self.position}" if self.position else ""
@@ -57,9 +60,7 @@ class Comparison:
             return f"{self.tensor}: {self.message}{at}"
         if self.error > self.limit:
             return f"{self.tensor}: error {self.error:.2e} > {self.limit:.2e}{at}, PyTorch's own {self.torch_error:.2e}"
-        return (
-            f"{self.tensor}: root mean square of the error {self.rms:.2e}, limit {self.rms_limit:.2e}, PyTorch's own {self.torch_rms:.2e}"
-        )
+        return f"{self.tensor}: root mean square of the error {self.rms:.2e}, limit {self.rms_limit:.2e}, PyTorch's own {self.torch_rms:.2e}"
 
 
 @dataclass
@@ -98,7 +99,8 @@ class Row:
 
 @dataclass
 class Report:
-    """The rows of a check: `rows` are the calls in their order, `whole` the steps of the model that conversion made of a module.
+    """The rows of a check: `rows` are the calls in their order, `whole` the steps of the model that conversion made of
+    a module.
 
     str() is a table; rich prints it at the width of its console.
     """
@@ -108,9 +110,13 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether there was a covered call, each launched our kernels, and all hold; and every step of the whole that could be judged."""
+        """Whether there was a covered call, each launched our kernels, and all hold; and every step of the whole that
+        could be judged.
+        """
         return (
-            bool(self.rows) and all(row.verdict == OK for row in self.rows) and all(row.verdict in (OK, NOT_JUDGED) for row in self.whole)
+            bool(self.rows)
+            and all(row.verdict == OK for row in self.rows)
+            and all(row.verdict in (OK, NOT_JUDGED) for row in self.whole)
         )
 
     @property
@@ -126,7 +132,9 @@ class Report:
             [{**asdict(row), "comparisons": [{**asdict(c), "ok": c.ok} for c in row.comparisons]} for row in rows]
             for rows in (self.rows, self.whole)
         )
-        return json.dumps({"ok": self.ok, "summary": self.summary, "rows": rows, "whole": whole}, indent=1, allow_nan=False)
+        return json.dumps(
+            {"ok": self.ok, "summary": self.summary, "rows": rows, "whole": whole}, indent=1, allow_nan=False
+        )
 
     def __rich__(self) -> Group:
         parts: list[Table | Text] = []
@@ -134,7 +142,10 @@ class Report:
             title = "largest errors against float64; each column's tensor is the one nearest to its limit"
             parts += [_table(self.rows, "call", title), *_problems(self.rows)]
         if self.whole:
-            parts += [_table(self.whole, "whole model", "the same of the whole model that cnnfast.convert makes"), *_problems(self.whole)]
+            parts += [
+                _table(self.whole, "whole model", "the same of the whole model that cnnfast.convert makes"),
+                *_problems(self.whole),
+            ]
         return Group(*parts, Text(self.summary, STYLES[OK if self.ok else FAIL]))
 
     def __str__(self) -> str:

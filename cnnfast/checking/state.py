@@ -13,8 +13,9 @@ from .report import Comparison
 
 
 def compare_states(original: nn.Module, converted: nn.Module) -> list[Comparison]:
-    """Keys, order, shapes, dtypes and values of state_dict, each model loading the other's; names, order, sharing and requires_grad of the
-    parameters; names, order and sharing of the buffers; training flags. A Comparison's message says what differs first.
+    """Keys, order, shapes, dtypes and values of state_dict, each model loading the other's; names, order, sharing and
+    requires_grad of the parameters; names, order and sharing of the buffers; training flags. A Comparison's message
+    says what differs first.
     """
     return [
         Comparison(name, message=difference)
@@ -33,7 +34,9 @@ def _compare_names(mine: list[str], right: list[str]) -> str:
     lacking, strange = ([n for n in a if n not in b] for a, b in ((right, mine), (mine, right)))
     if lacking or strange:
         found = (("lacks", lacking), ("has", strange))
-        return "; ".join(f"{verb} {', '.join(names[:5])}{', ...' if names[5:] else ''}" for verb, names in found if names)
+        return "; ".join(
+            f"{verb} {', '.join(names[:5])}{', ...' if names[5:] else ''}" for verb, names in found if names
+        )
     return next((f"in another order: {a} where {b} was" for a, b in zip(mine, right, strict=True) if a != b), "")
 
 
@@ -74,7 +77,9 @@ def _compare_flags(mine: nn.Module, right: nn.Module) -> str:
 
 def _compare_loading(into: nn.Module, source: nn.Module) -> str:
     """What a state_dict of `source`, with other numbers, leaves in `into`."""
-    state = {name: t + 1 if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in source.state_dict().items()}
+    state = {
+        name: t + 1 if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in source.state_dict().items()
+    }
     model = copy.deepcopy(into)
     try:
         model.load_state_dict(state)

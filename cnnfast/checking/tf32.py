@@ -1,4 +1,6 @@
-"""TF32 as plain float32 computes it: what the best rounding of a product's operands costs, forward and backward, on any device."""
+"""TF32 as plain float32 computes it: what the best rounding of a product's operands costs, forward and backward, on any
+device.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ from ..precision import nearest_tf32
 
 
 def rounded_products() -> TorchFunctionMode:
-    """A context manager: every torch.einsum (the one way in which the reference multiplies) rounds both operands, and in backward the
-    gradient that comes back to it, which is an operand of both products there. All of them are float32."""
+    """A context manager: every torch.einsum (the one way in which the reference multiplies) rounds both operands, and
+    in backward the gradient that comes back to it, which is an operand of both products there. All of them are float32.
+    """
     return _RoundedProducts()
 
 

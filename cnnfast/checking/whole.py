@@ -1,7 +1,7 @@
 """Judges a converted model as a whole, beside the original: state, outputs, gradients, statistics.
 
-What conversion may break, and no single call shows: a forgotten residual, a statistic updated though frozen, a renamed key. So the
-original and the converted model take the same steps from the same state:
+What conversion may break, and no single call shows: a forgotten residual, a statistic updated though frozen, a renamed
+key. So the original and the converted model take the same steps from the same state:
 
     state      keys, order, shapes, dtypes and values of state_dict, each loading the other's; names, order, sharing and requires_grad
                of the parameters; buffers; training flags
@@ -9,16 +9,16 @@ original and the converted model take the same steps from the same state:
     training   the output, the buffers after it, and the gradients of all parameters and inputs
     as given   the same, if some modules of the model are in training and others are not
 
-Everything is judged by the rule of judge.py: no worse than twice PyTorch's own error in the same dtype plus a floor, errors being
-distances from the original in float64. The floor has a part that a single call does not need, found by running the original in float64
-again, moved about at random: every parameter and input by u of its value, what each layer returns, and the gradient that returns to it,
-by u of its root mean square and the smallest number of the dtype.
-- u is one unit of the dtype, or SUM units of the accumulators' (float32, float64): what honest roundings and sums cost, which deep
-  networks amplify, and which PyTorch itself may have escaped by luck. Of TF32 products, which are judged apart from IEEE ones as judge.py
-  has it, u is a unit of TF32, 2**-10.
-- For gradients u is at least KINK. A gradient jumps where an activation passes through the kink of a ReLU, or another pixel becomes the
-  largest of its window, and which of the activations nearest to a kink do so in float32 is chance. float64 has no such cases: there,
-  gradients are judged to the last digits.
+Everything is judged by the rule of judge.py: no worse than twice PyTorch's own error in the same dtype plus a floor,
+errors being distances from the original in float64. The floor has a part that a single call does not need, found by
+running the original in float64 again, moved about at random: every parameter and input by u of its value, what each
+layer returns, and the gradient that returns to it, by u of its root mean square and the smallest number of the dtype.
+- u is one unit of the dtype, or SUM units of the accumulators' (float32, float64): what honest roundings and sums cost,
+  which deep networks amplify, and which PyTorch itself may have escaped by luck. Of TF32 products, which are judged
+  apart from IEEE ones as judge.py has it, u is a unit of TF32, 2**-10.
+- For gradients u is at least KINK. A gradient jumps where an activation passes through the kink of a ReLU, or another
+  pixel becomes the largest of its window, and which of the activations nearest to a kink do so in float32 is chance.
+  float64 has no such cases: there, gradients are judged to the last digits.
 Random numbers are the same in all runs; a model that is still random is not judged, and the report says so.
 """
 
@@ -52,7 +52,8 @@ STATE, EVAL, TRAINING, AS_GIVEN = "state", "eval", "training", "as given"
 SAMPLES = 3  # runs that are moved about
 SUM = 64
 KINK = 2.0**-13
-ALIKE = 1e-9  # two runs in float64 that differ by less, relatively, are the same: a GPU's atomics are not random numbers
+# two runs in float64 that differ by less, relatively, are the same: a GPU's atomics are not random numbers
+ALIKE = 1e-9
 BEYOND = 100  # times what being moved about changes: more than rounding can
 CHAOS = 0.5  # a result that being moved about changes by more, relatively, tells nothing
 SMALLEST_SCALE = 2.0**-32  # of the gradient that backward starts from
@@ -95,12 +96,13 @@ def judge_whole(
 ) -> Iterator[Row]:
     """One row a step. Both models are copied for every run and stay as they are.
 
-    Of the converted model's calls our kernels serve all that they can, also those for which the library was measured to be faster.
+    Of the converted model's calls our kernels serve all that they can, also those for which the library was measured to
+    be faster.
 
-    inputs: what both take, tensors or structures of them. backward: judge gradients too, and training even if `original` is in eval.
-    dtype: of the copies and their floating inputs; None: as they are. tf32: float32 products are TF32, otherwise IEEE.
-    watch: called with what is being done, at every launch of a kernel.
-    Nothing is raised for what `converted` does wrong: that is a FAIL with its message.
+    inputs: what both take, tensors or structures of them. backward: judge gradients too, and training even if
+    `original` is in eval. dtype: of the copies and their floating inputs; None: as they are. tf32: float32 products are
+    TF32, otherwise IEEE. watch: called with what is being done, at every launch of a kernel. Nothing is raised for what
+    `converted` does wrong: that is a FAIL with its message.
     """
     for step in steps(original, backward):
         if step == STATE:
@@ -144,11 +146,21 @@ class _Step:
         dtype: torch.dtype | None,
         tf32: bool = False,
     ) -> None:
-        self.original, self.converted = (copy.deepcopy(model).to(dtype) if dtype else model for model in (original, converted))
-        self.inputs = tree_map_only(Tensor, lambda t: t.detach().to(dtype) if dtype and t.is_floating_point() else t.detach(), inputs)
+        self.original, self.converted = (
+            copy.deepcopy(model).to(dtype) if dtype else model for model in (original, converted)
+        )
+        self.inputs = tree_map_only(
+            Tensor, lambda t: t.detach().to(dtype) if dtype and t.is_floating_point() else t.detach(), inputs
+        )
         self.mode, self.backward = mode, backward
-        tensors = [t for t in (*self.original.parameters(), *tree_leaves(self.inputs)) if isinstance(t, Tensor) and t.is_floating_point()]
-        self.dtype = max((t.dtype for t in tensors), key=lambda d: torch.finfo(d).eps, default=torch.get_default_dtype())
+        tensors = [
+            t
+            for t in (*self.original.parameters(), *tree_leaves(self.inputs))
+            if isinstance(t, Tensor) and t.is_floating_point()
+        ]
+        self.dtype = max(
+            (t.dtype for t in tensors), key=lambda d: torch.finfo(d).eps, default=torch.get_default_dtype()
+        )
         accumulators = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.scale = 1.0
         self.precision = name_of(self.dtype, tf32)
@@ -156,7 +168,12 @@ class _Step:
         self.unit = max(unit, SUM * torch.finfo(accumulators).eps)
 
     def judged(self) -> Row:
-        row = Row("", self.mode, " ".join("x".join(map(str, t.shape)) for t in _tensors("", self.inputs).values()), self.precision)
+        row = Row(
+            "",
+            self.mode,
+            " ".join("x".join(map(str, t.shape)) for t in _tensors("", self.inputs).values()),
+            self.precision,
+        )
         theirs = exact = _Outcome()
         samples: dict[float, list[_Outcome]] = {}
         try:
@@ -187,7 +204,9 @@ class _Step:
     def scaled(self) -> _Outcome:
         """PyTorch's outcome, the scale of all gradients being such that none overflows: in float16 training needs that."""
         outcome = self.run(self.original)
-        while self.scale > SMALLEST_SCALE and any(not t.isfinite().all() for name, t in outcome.tensors.items() if name.startswith("grad")):
+        while self.scale > SMALLEST_SCALE and any(
+            not t.isfinite().all() for name, t in outcome.tensors.items() if name.startswith("grad")
+        ):
             self.scale /= 2**8  # more than enough, for ours may be somewhat larger
             outcome = self.run(self.original)
         return outcome
@@ -198,33 +217,55 @@ class _Step:
 
     def moved(self, unit: float) -> list[_Outcome]:
         info = torch.finfo(self.dtype)
-        return [self.run(self.original, exact=True, mover=_Mover(unit, info.tiny * info.eps, seed)) for seed in range(SAMPLES)]
+        return [
+            self.run(self.original, exact=True, mover=_Mover(unit, info.tiny * info.eps, seed))
+            for seed in range(SAMPLES)
+        ]
 
-    def run(self, model: nn.Module, *, ours: bool = False, exact: bool = False, mover: _Mover | None = None) -> _Outcome:
-        """A copy of `model` in this step's mode: by our kernels if `ours`, in float64 if `exact`, moved about by `mover`."""
+    def run(
+        self, model: nn.Module, *, ours: bool = False, exact: bool = False, mover: _Mover | None = None
+    ) -> _Outcome:
+        """A copy of `model` in this step's mode: by our kernels if `ours`, in float64 if `exact`, moved about by
+        `mover`.
+        """
         model, inputs = copy.deepcopy(model), self.inputs
         if exact:
-            model, inputs = model.double(), tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+            model, inputs = (
+                model.double(),
+                tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs),
+            )
         if mover is not None:
             mover.move(model)
             inputs = tree_map_only(Tensor, mover.moved, inputs)
         if self.mode != AS_GIVEN:
             model.train(self.mode == TRAINING)
-        leaves = tree_map_only(Tensor, lambda t: clone(t).requires_grad_(self.backward and t.is_floating_point()), inputs)
-        wanted = {name: t for name, t in (*_tensors("input", leaves).items(), *model.named_parameters()) if t.requires_grad}
+        leaves = tree_map_only(
+            Tensor, lambda t: clone(t).requires_grad_(self.backward and t.is_floating_point()), inputs
+        )
+        wanted = {
+            name: t for name, t in (*_tensors("input", leaves).items(), *model.named_parameters()) if t.requires_grad
+        }
         outcome = _Outcome()
-        with reproducible(0), dispatch.prefer_kernels() if ours else dispatch.backend("torch"), torch.set_grad_enabled(self.backward):
+        with (
+            reproducible(0),
+            dispatch.prefer_kernels() if ours else dispatch.backend("torch"),
+            torch.set_grad_enabled(self.backward),
+        ):
             given = tree_map_only(Tensor, Tensor.clone, leaves)  # the model may write into them
             with dispatch.trace() as outcome.forward:
                 outputs = _tensors("output", model(*given))
             after = {f"{name} afterwards": t for name, t in _tensors("input", given).items()}
-            outcome.tensors = {name: t.detach().clone() for name, t in (*outputs.items(), *after.items(), *model.named_buffers())}
+            outcome.tensors = {
+                name: t.detach().clone() for name, t in (*outputs.items(), *after.items(), *model.named_buffers())
+            }
             outputs = [t for t in outputs.values() if t.requires_grad]
             if outputs:
                 dy = [self.output_gradient(t, i) for i, t in enumerate(outputs)]
                 with dispatch.trace() as outcome.backward:
                     gradients = torch.autograd.grad(outputs, list(wanted.values()), dy, allow_unused=True)
-                outcome.tensors |= {f"grad of {name}": g for name, g in zip(wanted, gradients, strict=True) if g is not None}
+                outcome.tensors |= {
+                    f"grad of {name}": g for name, g in zip(wanted, gradients, strict=True) if g is not None
+                }
         return outcome
 
     def output_gradient(self, output: Tensor, seed: int) -> Tensor:
@@ -252,7 +293,9 @@ class _Step:
                     return f"rounding alone changes the {what} by {change / max(size, 1e-300):.0%}: {advice}"
         return ""
 
-    def compare(self, ours: _Outcome, theirs: _Outcome, exact: _Outcome, samples: dict[float, list[_Outcome]]) -> Iterator[Comparison]:
+    def compare(
+        self, ours: _Outcome, theirs: _Outcome, exact: _Outcome, samples: dict[float, list[_Outcome]]
+    ) -> Iterator[Comparison]:
         for name in dict.fromkeys([*theirs.tensors, *ours.tensors]):
             mine, right = ours.tensors.get(name), theirs.tensors.get(name)
             if mine is None or right is None:
@@ -263,15 +306,22 @@ class _Step:
                 continue
             plain = best
             if right.is_floating_point():
-                moved = [run.tensors.get(name, best) for run in samples[self.gradient_unit if name.startswith("grad") else self.unit]]
-                plain = max((t for t in moved if t.shape == best.shape), key=functools.partial(_distance, best), default=best)
+                moved = [
+                    run.tensors.get(name, best)
+                    for run in samples[self.gradient_unit if name.startswith("grad") else self.unit]
+                ]
+                plain = max(
+                    (t for t in moved if t.shape == best.shape), key=functools.partial(_distance, best), default=best
+                )
             elif mine.shape == right.shape:  # what float64 decides otherwise than PyTorch, rounding decides
                 mine = torch.where(right == best, mine, best)
             yield compare(name, mine, right, plain, best, precision=name_of(mine.dtype, self.precision == TF32))
 
 
 class _Mover:
-    """Moves a model in float64 about as rounding may, by `unit` of each value and by `least`; the same way for the same seed."""
+    """Moves a model in float64 about as rounding may, by `unit` of each value and by `least`; the same way for the same
+    seed.
+    """
 
     def __init__(self, unit: float, least: float, seed: int) -> None:
         self.unit, self.least, self.seed = unit, least, seed
@@ -321,7 +371,11 @@ def _distance(t: Tensor, u: Tensor) -> float:
 
 def _deviation(a: _Outcome, b: _Outcome) -> float:
     """Relative root mean square of the difference, of the output or buffer that differs most."""
-    names = [name for name, t in a.tensors.items() if name in b.tensors and t.is_floating_point() and not name.startswith("grad")]
+    names = [
+        name
+        for name, t in a.tensors.items()
+        if name in b.tensors and t.is_floating_point() and not name.startswith("grad")
+    ]
     return max((_relative(a.tensors[name], b.tensors[name]) for name in names), default=0.0)
 
 

@@ -23,7 +23,14 @@ def rows(path: str) -> Iterator[Row]:
     try:
         data: dict[str, Any] = torch.load(path, weights_only=False)  # the parent process has just written it
     except Exception as error:
-        yield Row("", STATE, "", "", NOT_JUDGED, f"the process that interprets kernels cannot load it: {type(error).__name__}: {error}")
+        yield Row(
+            "",
+            STATE,
+            "",
+            "",
+            NOT_JUDGED,
+            f"the process that interprets kernels cannot load it: {type(error).__name__}: {error}",
+        )
         return
     if "model" in data:
         yield from judge_conversion(**data, watch=lambda text: print(NOTE_MARK + text, flush=True))

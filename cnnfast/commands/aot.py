@@ -20,17 +20,23 @@ if TYPE_CHECKING:
 
 
 def aot(
-    arch: Annotated[list[str] | None, typer.Option(help="GPU architecture to compile for; may be repeated.", show_default="sm_90")] = None,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="GPU architecture to compile for; may be repeated.", show_default="sm_90")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
-    only: Annotated[str, typer.Option(help="Only cases whose name contains this: fprop, wgrad, float64, pooling, ...")] = "",
-    record: Annotated[bool, typer.Option("--record", help="Note the instructions of main loops, to be compared with from now on.")] = False,
+    only: Annotated[
+        str, typer.Option(help="Only cases whose name contains this: fprop, wgrad, float64, pooling, ...")
+    ] = "",
+    record: Annotated[
+        bool, typer.Option("--record", help="Note the instructions of main loops, to be compared with from now on.")
+    ] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile.", show_default="one a core")] = None,
 ) -> None:
     """Compile every kernel for a GPU, without needing one: registers, spills, shared memory, tensor cores.
 
-    Ends with exit code 1 if a kernel does not compile, spills registers, needs more shared memory than there is, multiplies
-    half precision without tensor cores, waits after every wgmma, or has a main loop 15 % longer than on record; or if a kernel that
-    can be chosen on an architecture is not among its cases.
+    Ends with exit code 1 if a kernel does not compile, spills registers, needs more shared memory than there is,
+    multiplies half precision without tensor cores, waits after every wgmma, or has a main loop 15 % longer than on
+    record; or if a kernel that can be chosen on an architecture is not among its cases.
     """
     from rich.markup import escape
 

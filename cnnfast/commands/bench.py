@@ -38,47 +38,69 @@ if TYPE_CHECKING:
 MODES = ("infer", "train")
 STANDARD = "resnet50"
 # By device: images a step of the standard set.
-BATCHES = {"cuda": {"infer": [1, 8, 32, 256], "train": [32, 256], "layers": [64]}, "cpu": {"infer": [1], "train": [2], "layers": [1]}}
-LAYER_PROVIDERS = {"cuda": ("eager-graph", "nchw", "cnnfast-graph", "cnnfast-kernels"), "cpu": ("eager", "nchw", "cnnfast")}
+BATCHES = {
+    "cuda": {"infer": [1, 8, 32, 256], "train": [32, 256], "layers": [64]},
+    "cpu": {"infer": [1], "train": [2], "layers": [1]},
+}
+LAYER_PROVIDERS = {
+    "cuda": ("eager-graph", "nchw", "cnnfast-graph", "cnnfast-kernels"),
+    "cpu": ("eager", "nchw", "cnnfast"),
+}
 
 
 def bench(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default="the standard set, of ResNet-50")] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Single layers of ResNet-50 and MobileNetV2 instead of a model.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Single layers of ResNet-50 and MobileNetV2 instead of a model.")
+    ] = False,
     mode: Annotated[str, typer.Option(help="infer, train, or infer,train.", show_default="infer")] = "",
     batch: Annotated[str, typer.Option(help="Images a step, as 1,8,32,256.", show_default="by device")] = "",
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP, show_default="bf16 on a GPU, fp32 on a CPU")] = "",
     shapes: Annotated[
         list[str] | None,
-        typer.Option("--input", help=INPUT_HELP + " --batch replaces its first size.", show_default="what the model is made for, or 224"),
+        typer.Option(
+            "--input",
+            help=INPUT_HELP + " --batch replaces its first size.",
+            show_default="what the model is made for, or 224",
+        ),
     ] = None,
-    provider: Annotated[list[str] | None, typer.Option(help="Only this one; repeat for several.", show_default="all")] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="Only this one; repeat for several.", show_default="all")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0, help=f"{SECONDS_HELP} Each provider has one in each job.")] = 1.0,
     budget: Annotated[float | None, typer.Option(help=BUDGET_HELP, show_default="no limit")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
-    pictures: Annotated[Path | None, typer.Option(help="Folder for pictures: roofline, layers, images a second.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for pictures: roofline, layers, images a second.")
+    ] = None,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="Measure nothing: compare two files of --json, the earlier first.", metavar="A B")
+        tuple[Path, Path] | None,
+        typer.Option(help="Measure nothing: compare two files of --json, the earlier first.", metavar="A B"),
     ] = None,
 ) -> None:
     """Measure MODEL in eval or training against the strongest baselines: what is lost comes first.
 
-    Baselines are PyTorch in channels_last with cudnn.benchmark, the same as a CUDA graph, torch.compile, cuDNN's fused convolutions and
-    JAX, as far as this machine has them; what did not run is listed with the reason. Before it is timed, every one is checked against
-    float64 (dropout is off for that): wrong numbers get no time. All take turns in every round. Beside each time stands what the machine
-    allows, by its bandwidth and matrix rate, measured in the same run.
+    Baselines are PyTorch in channels_last with cudnn.benchmark, the same as a CUDA graph, torch.compile, cuDNN's fused
+    convolutions and JAX, as far as this machine has them; what did not run is listed with the reason. Before it is
+    timed, every one is checked against float64 (dropout is off for that): wrong numbers get no time. All take turns in
+    every round. Beside each time stands what the machine allows, by its bandwidth and matrix rate, measured in the same
+    run.
 
-    Without MODEL the standard set runs: ResNet-50 in eval and in training, and --layers. Without a GPU PyTorch serves every call, so
-    that ratios show what conversion costs. `--compare A B` ends with exit code 1 if something became slower or wrong.
+    Without MODEL the standard set runs: ResNet-50 in eval and in training, and --layers. Without a GPU PyTorch serves
+    every call, so that ratios show what conversion costs. `--compare A B` ends with exit code 1 if something became
+    slower or wrong.
 
-    The file of --json is written whenever something is known. Ctrl-C and SIGTERM end the run with a report of what it has, and exit code
-    130 or 143. A --budget counts from the start, compilation included; models come before layers, and what computes or moves most comes
-    first of these. Whatever has begun is finished: a provider that compiles for a minute may exceed the budget by it.
+    The file of --json is written whenever something is known. Ctrl-C and SIGTERM end the run with a report of what it
+    has, and exit code 130 or 143. A --budget counts from the start, compilation included; models come before layers,
+    and what computes or moves most comes first of these. Whatever has begun is finished: a provider that compiles for a
+    minute may exceed the budget by it.
     """
     if compare is not None:
         raise typer.Exit(_compare(*compare))
     if layers and (model or mode or shapes):
-        raise typer.BadParameter("single layers have their own sizes and modes: leave out MODEL, --mode and --input", param_hint="--layers")
+        raise typer.BadParameter(
+            "single layers have their own sizes and modes: leave out MODEL, --mode and --input", param_hint="--layers"
+        )
     modes = _modes(mode)
     batches = _batches(batch)
     sizes = [parse_shape(shape) for shape in shapes or []]
@@ -104,13 +126,16 @@ def bench(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = name or ("bfloat16" if device.type == "cuda" else "float32")
     if name == TF32 and device.type == "cpu":
-        raise typer.BadParameter("tf32 needs a GPU: on a CPU PyTorch, which serves every call there, rounds nothing", param_hint="--dtype")
+        raise typer.BadParameter(
+            "tf32 needs a GPU: on a CPU PyTorch, which serves every call there, rounds nothing", param_hint="--dtype"
+        )
     precision = dtype_of(name)
     chosen = _providers(provider or [], device, layers)
 
     with ExitStack() as stack:
         if precision == torch.float32:
-            torch.backends.cudnn.allow_tf32 = name == TF32  # torch.compile still reads this older setting, which must not contradict
+            # torch.compile still reads this older setting, which must not contradict
+            torch.backends.cudnn.allow_tf32 = name == TF32
             stack.enter_context(float32_products("tf32" if name == TF32 else "ieee"))
         stack.enter_context(one_thread(device))
         stack.enter_context(quick_collections())
@@ -203,7 +228,9 @@ def _modes(text: str) -> tuple[str, ...]:
 def _batches(text: str) -> list[int]:
     sizes = text.split(",") if text else []
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise typer.BadParameter(f"{text!r}: write positive sizes with commas between them, as in 1,8,32", param_hint="--batch")
+        raise typer.BadParameter(
+            f"{text!r}: write positive sizes with commas between them, as in 1,8,32", param_hint="--batch"
+        )
     return list(map(int, sizes))
 
 
@@ -235,7 +262,9 @@ def _model_tasks(
         try:
             baseline = plain(module.train(mode == "train"))
         except Exception as error:  # conversion and tracing run the model's own code
-            raise typer.BadParameter(f"{text} cannot be had without cnnfast, as a baseline: {error}", param_hint="MODEL") from None
+            raise typer.BadParameter(
+                f"{text} cannot be had without cnnfast, as a baseline: {error}", param_hint="MODEL"
+            ) from None
         for batch in batches or ([sizes[0][0]] if sizes else BATCHES[device.type][mode]):
             shapes = tuple((batch, *size[1:]) for size in given)
             yield model_task(Job(target.name, baseline, shapes, mode, dtype, device, original=module), providers)

@@ -8,23 +8,38 @@ from typing import Annotated
 import typer
 
 from .console import JSON_HELP, printer, progress, refuse_unwritable, write_text
-from .target import DTYPE_HELP, INPUT_HELP, MODEL_HELP, input_shape, missing_arguments, parse_dtype, parse_shape, resolve
+from .target import (
+    DTYPE_HELP,
+    INPUT_HELP,
+    MODEL_HELP,
+    input_shape,
+    missing_arguments,
+    parse_dtype,
+    parse_shape,
+    resolve,
+)
 
 
 def check(
     model: Annotated[str, typer.Argument(help=f"{MODEL_HELP} Of your own also a function of tensors.")],
-    shapes: Annotated[list[str] | None, typer.Option("--input", help=INPUT_HELP, show_default="two small images")] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option("--input", help=INPUT_HELP, show_default="two small images")
+    ] = None,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "fp32",
     backward: Annotated[bool, typer.Option(help="Check gradients too.")] = True,
-    train: Annotated[bool | None, typer.Option("--train/--eval", help="Mode of the model.", show_default="as it is built")] = None,
+    train: Annotated[
+        bool | None, typer.Option("--train/--eval", help="Mode of the model.", show_default="as it is built")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
 ) -> None:
-    """Check every convolution, batch norm and pooling of MODEL on a random input, and the whole model converted, forward and backward.
+    """Check every convolution, batch norm and pooling of MODEL on a random input, and the whole model converted,
+    forward and backward.
 
-    A class, or a function that can be called without arguments, is called to build the model; no weights are fetched. Without a GPU the
-    kernels are interpreted: minutes for a small network, an hour and more for a ResNet-50. float64 is the sharpest test of a whole model.
-    float32 is judged as IEEE multiplies, whatever PyTorch would do by default; what it does on a GPU, rounding to TF32, is --dtype tf32.
-    Our kernels are asked wherever there is one, also for convolutions that the library otherwise serves because it is faster.
+    A class, or a function that can be called without arguments, is called to build the model; no weights are fetched.
+    Without a GPU the kernels are interpreted: minutes for a small network, an hour and more for a ResNet-50. float64 is
+    the sharpest test of a whole model. float32 is judged as IEEE multiplies, whatever PyTorch would do by default; what
+    it does on a GPU, rounding to TF32, is --dtype tf32. Our kernels are asked wherever there is one, also for
+    convolutions that the library otherwise serves because it is faster.
 
     Ends with exit code 0 only if every covered call launched our kernels and everything holds.
     """

@@ -1,4 +1,6 @@
-"""What commands share: a bar of progress, the file of --json, options that several of them have, and how work is interrupted."""
+"""What commands share: a bar of progress, the file of --json, options that several of them have, and how work is
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ STANDARD_OUTPUT = Path("-")
 
 
 class Tell(Protocol):
-    """Moves a bar: so many of `total` steps are done, None while nobody knows how many there are, and `text` comes next."""
+    """Moves a bar: so many of `total` steps are done, None while nobody knows how many there are, and `text` comes
+    next.
+    """
 
     def __call__(self, done: int, total: int | None, text: str = "") -> None: ...
 
@@ -45,7 +49,9 @@ def progress(text: str) -> Iterator[Tell]:
 
 
 def refuse_unwritable(file: Path | None, option: str = "--json") -> None:
-    """Ends the command with exit code 2, before any work, if a file that it is to write cannot be written. Leaves it as it was."""
+    """Ends the command with exit code 2, before any work, if a file that it is to write cannot be written. Leaves it as
+    it was.
+    """
     if file is None or file == STANDARD_OUTPUT:
         return
     if not file.parent.is_dir():
@@ -72,7 +78,9 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM, as `timeout` and batch systems send it, raises Terminated while the context lasts: what was measured can be kept."""
+    """SIGTERM, as `timeout` and batch systems send it, raises Terminated while the context lasts: what was measured can
+    be kept.
+    """
     if threading.current_thread() is not threading.main_thread():  # Python lets no other set a handler
         yield
         return
@@ -102,11 +110,13 @@ def printer(json_file: Path | None) -> Console:
 def write_text(file: Path | None, text: str) -> None:
     """Writes `text`, whose last line has no end yet, to a file or standard output; None writes nothing.
 
-    Whoever reads the file meanwhile, or after the command was killed, finds the whole of what it held before or the whole text.
+    Whoever reads the file meanwhile, or after the command was killed, finds the whole of what it held before or the
+    whole text.
     """
     if file == STANDARD_OUTPUT:
         typer.echo(text)
-    elif file is not None and (file.is_symlink() or (file.exists() and not file.is_file())):  # a device or a pipe, say: not to be replaced
+    elif file is not None and (file.is_symlink() or (file.exists() and not file.is_file())):
+        # A device or a pipe, for example, must not be replaced by a file.
         file.write_text(text + "\n")
     elif file is not None:
         fresh = Path(tempfile.mkdtemp(prefix=f".{file.name}-", dir=file.parent)) / file.name

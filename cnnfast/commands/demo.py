@@ -11,29 +11,35 @@ import typer
 from .console import JSON_HELP, printer, refuse_no_time, refuse_unwritable, write_text
 
 EPOCHS = 30
-BUDGET = 30.0  # seconds: 46 directions of layers are timed for 0.2 s each, which is 9; the rest is for compiling and judging them
+# seconds: 46 directions of layers are timed for 0.2 s each, which is 9; the rest is for compiling and judging them
+BUDGET = 30.0
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and demo.png.")] = Path("cnnfast-report"),
     seed: Annotated[int, typer.Option(min=0, help="Of the split, the weights and the training.")] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = EPOCHS,
-    budget: Annotated[float, typer.Option(help="Seconds for timing ResNet-50's convolutions on a GPU, the costliest first.")] = BUDGET,
+    budget: Annotated[
+        float, typer.Option(help="Seconds for timing ResNet-50's convolutions on a GPU, the costliest first.")
+    ] = BUDGET,
     json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
 ) -> None:
     """Train a small residual network on real digits, then run the kernels on real images and judge every error.
 
-    The network is built on cnnfast.functional and trained on scikit-learn's 1,797 handwritten digits. Then the kernels run, forward
-    and backward, on a photograph through a ResNet's first layers, and on held-out digits through the trained network, each
-    call against float64 and beside PyTorch. Without a GPU they run in Triton's interpreter, in float32. On a GPU they run in float32, tf32,
-    float16 and bfloat16, and ResNet-50's convolutions are timed too, as long as --budget lasts: the report names what it left out.
-    Takes a few minutes. Ends with exit code 0 only if everything holds.
+    The network is built on cnnfast.functional and trained on scikit-learn's 1,797 handwritten digits. Then the kernels
+    run, forward and backward, on a photograph through a ResNet's first layers, and on held-out digits through the
+    trained network, each call against float64 and beside PyTorch. Without a GPU they run in Triton's interpreter, in
+    float32. On a GPU they run in float32, tf32, float16 and bfloat16, and ResNet-50's convolutions are timed too, as
+    long as --budget lasts: the report names what it left out. Takes a few minutes. Ends with exit code 0 only if
+    everything holds.
     """
     refuse_no_time(budget)
     refuse_unwritable(json_file)
     console = printer(json_file)
     missing = [
-        extra for extra, module in (("scikit-learn", "sklearn"), ("matplotlib", "matplotlib")) if importlib.util.find_spec(module) is None
+        extra
+        for extra, module in (("scikit-learn", "sklearn"), ("matplotlib", "matplotlib"))
+        if importlib.util.find_spec(module) is None
     ]
     if missing:
         from rich.console import Console
@@ -52,6 +58,9 @@ def demo(
     (out / "report.md").write_text(markdown(results, "demo.png"))
     for file in (out / "report.json", json_file):
         write_text(file, results.to_json())
-    console.print(f"\nreport: {out / 'report.md'}, {out / 'report.json'}, {out / 'demo.png'} ({results.seconds:.0f} s)", soft_wrap=True)
+    console.print(
+        f"\nreport: {out / 'report.md'}, {out / 'report.json'}, {out / 'demo.png'} ({results.seconds:.0f} s)",
+        soft_wrap=True,
+    )
     console.print("[green]Everything holds.[/]" if results.ok else "[bold red]Something FAILED.[/]")
     raise typer.Exit(0 if results.ok else 1)

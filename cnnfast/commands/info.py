@@ -23,15 +23,18 @@ UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 def info(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    shapes: Annotated[list[str] | None, typer.Option("--input", help=INPUT_HELP, show_default="what the model is made for, or 224")] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option("--input", help=INPUT_HELP, show_default="what the model is made for, or 224")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
 ) -> None:
     """Show the layers of MODEL: output shape, parameters, FLOPs and receptive field of each, and totals.
 
-    Nothing is computed and no weights are fetched: the model, in eval mode, runs on tensors that have a shape and no memory. FLOPs are the
-    multiplications and additions of convolutions and matrix products, two to a multiply-accumulate (MAC). The receptive field is the
-    number of input rows that one output can depend on ("all" after global pooling, attention, or a linear layer over positions), and
-    beside it the step, in input rows, from one output to the next.
+    Nothing is computed and no weights are fetched: the model, in eval mode, runs on tensors that have a shape and no
+    memory. FLOPs are the multiplications and additions of convolutions and matrix products, two to a
+    multiply-accumulate (MAC). The receptive field is the number of input rows that one output can depend on ("all"
+    after global pooling, attention, or a linear layer over positions), and beside it the step, in input rows, from one
+    output to the next.
     """
     sizes = [parse_shape(shape) for shape in shapes or []]
     refuse_unwritable(json_file)

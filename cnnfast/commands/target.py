@@ -1,7 +1,8 @@
 """What MODEL names on the command line, and an input for it where none is given.
 
-A bare name is looked for in cnnfast.models, torchvision, timm and transformers, in this order and as far as they are installed;
-SOURCE:NAME looks in one of them. FILE.py:NAME and package.module:NAME (or package.module.NAME) are the user's own.
+A bare name is looked for in cnnfast.models, torchvision, timm and transformers, in this order and as far as they are
+installed; SOURCE:NAME looks in one of them. FILE.py:NAME and package.module:NAME (or package.module.NAME) are the
+user's own.
 """
 
 from __future__ import annotations
@@ -29,12 +30,16 @@ if TYPE_CHECKING:
 
 HINT = "MODEL"
 DTYPE_HELP = f"One of {CHOICES}. fp32 multiplies as IEEE says; tf32: float32 tensors, products rounded to TF32."
-MODEL_HELP = "resnet50, SOURCE:NAME of cnnfast, torchvision, timm or transformers, file.py:NAME, or package.module:NAME."
+MODEL_HELP = (
+    "resnet50, SOURCE:NAME of cnnfast, torchvision, timm or transformers, file.py:NAME, or package.module:NAME."
+)
 INPUT_HELP = "Shape of an input, as 1x3x224x224; repeat for several."
 WAYS = "a bare name such as resnet50, file.py:NAME or package.module:NAME"
 SIZES = (32, 28, 64, 96, 128, 224, 256, 299, 384, 512)  # that models are made for; the usual ones first
 FRAMES = 16  # of a video
-FEWEST = 8  # values a channel: of two, a batch norm in training makes +1 and -1, whatever they are, and gradients of rounding errors
+# values a channel: of two, a batch norm in training makes +1 and -1, whatever they are, and gradients of rounding
+# errors
+FEWEST = 8
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class Target:
 
 
 def resolve(text: str) -> Target:
-    """The module or function that `text` names. A class, or a function without required arguments, is called, and what it returns taken.
+    """The module or function that `text` names. A class, or a function without required arguments, is called, and what
+    it returns taken.
 
     Raises typer.BadParameter, saying what is wrong and what would be right.
     """
@@ -57,7 +63,9 @@ def resolve(text: str) -> Target:
     if colon and where and name:
         return Target(text, where, _object(_load(where), where, name))
     if not colon and text.endswith(".py"):
-        raise typer.BadParameter(f"{text} names no model: write file.py:NAME; {_offers(_load(text), text)}", param_hint=HINT)
+        raise typer.BadParameter(
+            f"{text} names no model: write file.py:NAME; {_offers(_load(text), text)}", param_hint=HINT
+        )
     if colon or not text:
         raise typer.BadParameter(f"{text!r}: write {WAYS}", param_hint=HINT)
     sys.path.insert(0, str(Path.cwd()))
@@ -75,8 +83,14 @@ def resolve_module(text: str) -> tuple[Target, nn.Module]:
     if isinstance(target.value, nn.Module):
         return target, target.value
     needs = missing_arguments(target.value)
-    because = f" needs arguments ({', '.join(needs)})" if needs else f" gives {type(target.value).__name__}, not a torch.nn.Module"
-    raise typer.BadParameter(f"{text}{because}: name a module, or a function that builds one without arguments", param_hint=HINT)
+    because = (
+        f" needs arguments ({', '.join(needs)})"
+        if needs
+        else f" gives {type(target.value).__name__}, not a torch.nn.Module"
+    )
+    raise typer.BadParameter(
+        f"{text}{because}: name a module, or a function that builds one without arguments", param_hint=HINT
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,7 +99,9 @@ def resolve_module(text: str) -> tuple[Target, nn.Module]:
 
 @dataclass(frozen=True)
 class Source:
-    """A library: its module, the names it lists, and how it makes a model, whose weights are random; None if it has no such name."""
+    """A library: its module, the names it lists, and how it makes a model, whose weights are random; None if it has no
+    such name.
+    """
 
     module: str
     names: Callable[[ModuleType], Iterable[str]]
@@ -93,7 +109,11 @@ class Source:
 
 
 def _own_names(models: ModuleType) -> list[str]:
-    return [name for name in getattr(models, "__all__", vars(models)) if name[0] != "_" and inspect.isfunction(getattr(models, name))]
+    return [
+        name
+        for name in getattr(models, "__all__", vars(models))
+        if name[0] != "_" and inspect.isfunction(getattr(models, name))
+    ]
 
 
 def _own_make(models: ModuleType, name: str) -> Any:
@@ -104,7 +124,9 @@ def _torchvision_make(models: ModuleType, name: str) -> Any:
     if name.lower() not in models.list_models():
         return None
     build = models.get_model_builder(name)
-    return build(**{parameter: None for parameter in inspect.signature(build).parameters if parameter.startswith("weights")})
+    return build(
+        **{parameter: None for parameter in inspect.signature(build).parameters if parameter.startswith("weights")}
+    )
 
 
 def _timm_make(timm: ModuleType, name: str) -> Any:
@@ -136,7 +158,9 @@ def _transformers_names(_: ModuleType) -> list[str]:
 
 
 def _transformers_make(transformers: ModuleType, name: str) -> Any:
-    """By model type (convnext), or by the class of a model (ConvNextModel) or of its configuration: as configured by default."""
+    """By model type (convnext), or by the class of a model (ConvNextModel) or of its configuration: as configured by
+    default.
+    """
     if name in importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES:
         auto = next((auto for auto, types in _transformers_architectures().items() if name in types), "AutoModel")
         return getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(name))
@@ -169,13 +193,19 @@ def _from_sources(name: str, sources: Sequence[str]) -> Target:
             try:
                 model = SOURCES[source].make(module, name)
             except Exception as error:
-                raise typer.BadParameter(f"{source} does not build {name}: {_in_a_line(error)}", param_hint=HINT) from error
+                raise typer.BadParameter(
+                    f"{source} does not build {name}: {_in_a_line(error)}", param_hint=HINT
+                ) from error
         if model is not None:
             return Target(name, source, model)
     here = [source for source in installed if _import(source)]
-    places = f"no model of {', '.join(here)}" if here else "a bare name, and no library of models is here to look it up in"
+    places = (
+        f"no model of {', '.join(here)}" if here else "a bare name, and no library of models is here to look it up in"
+    )
     broken = (
-        f" ({', '.join(source for source in installed if source not in here)} installed, but not importable)" if here != installed else ""
+        f" ({', '.join(source for source in installed if source not in here)} installed, but not importable)"
+        if here != installed
+        else ""
     )
     near = _near(name, here)
     end = f"; near: {', '.join(near)}" if near else f"; write {WAYS}" if len(sources) > 1 else ""
@@ -193,7 +223,9 @@ def _near(name: str, sources: Iterable[str]) -> list[str]:
 
 def _installed(module: str) -> bool:
     try:
-        return sys.modules[module] is not None if module in sys.modules else importlib.util.find_spec(module) is not None
+        return (
+            sys.modules[module] is not None if module in sys.modules else importlib.util.find_spec(module) is not None
+        )
     except ImportError:  # the parent of a submodule
         return False
     except Exception:  # that parent is there, but does not import: `_import` says so
@@ -291,7 +323,9 @@ def parse_shape(text: str) -> tuple[int, ...]:
     """1x3x32x32 as a tuple."""
     sizes = text.lower().split("x")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise typer.BadParameter(f"{text!r} is no shape: write positive sizes with x between them, as in 1x3x32x32", param_hint="--input")
+        raise typer.BadParameter(
+            f"{text!r} is no shape: write positive sizes with x between them, as in 1x3x32x32", param_hint="--input"
+        )
     return tuple(map(int, sizes))
 
 
@@ -304,10 +338,11 @@ def parse_dtype(text: str) -> str:
 
 
 def input_shape(model: nn.Module, batch: int, *, small: bool) -> tuple[int, ...]:
-    """A shape that the model takes, by its first convolution or linear layer and what it says of itself (timm, transformers).
+    """A shape that the model takes, by its first convolution or linear layer and what it says of itself (timm,
+    transformers).
 
-    small: the first of SIZES on which it runs and every batch norm sees FEWEST values a channel, or at least it runs; else its own
-    size, or 224, comes first. Raises typer.BadParameter for a model in which nothing tells.
+    small: the first of SIZES on which it runs and every batch norm sees FEWEST values a channel, or at least it runs;
+    else its own size, or 224, comes first. Raises typer.BadParameter for a model in which nothing tells.
     """
     import torch
 
@@ -316,7 +351,8 @@ def input_shape(model: nn.Module, batch: int, *, small: bool) -> tuple[int, ...]
     features = _first_features(model)
     if features is None:
         raise typer.BadParameter(
-            f"{type(model).__name__} has no layer with a weight that would tell its input: give it", param_hint="--input"
+            f"{type(model).__name__} has no layer with a weight that would tell its input: give it",
+            param_hint="--input",
         )
     in_channels, dims = features
     if dims == 0:
@@ -332,14 +368,20 @@ def input_shape(model: nn.Module, batch: int, *, small: bool) -> tuple[int, ...]
         if summary is None:
             continue
         running.append(shape)
-        norms = [layer.output_shape for layer in summary.layers if "BatchNorm" in layer.class_name and len(layer.output_shape) > 2]
+        norms = [
+            layer.output_shape
+            for layer in summary.layers
+            if "BatchNorm" in layer.class_name and len(layer.output_shape) > 2
+        ]
         if not small or all(math.prod(norm) >= FEWEST * norm[1] for norm in norms):
             return shape
     return (running or shapes)[0]
 
 
 def _first_features(model: nn.Module) -> tuple[int, int] | None:
-    """(channels, spatial axes) that the first convolution takes; else the first layer with a convolution's weight, or a linear one."""
+    """(channels, spatial axes) that the first convolution takes; else the first layer with a convolution's weight, or a
+    linear one.
+    """
     from torch import nn
     from torch.nn.parameter import is_lazy
 

@@ -25,28 +25,37 @@ FORMATS = ("channels_last", "contiguous")
 
 def tune(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    shapes: Annotated[list[str] | None, typer.Option("--input", help=INPUT_HELP, show_default="what the model is made for, or 224")] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option("--input", help=INPUT_HELP, show_default="what the model is made for, or 224")
+    ] = None,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "bf16",
     mode: Annotated[str, typer.Option(help="infer; train: gradients too; or infer,train.")] = "infer",
-    memory_format: Annotated[str, typer.Option("--format", help="Of images and weights in memory: channels_last or contiguous.")] = FORMATS[
-        0
-    ],
-    budget: Annotated[float | None, typer.Option(help=console.BUDGET_HELP, show_default="until everything is measured")] = None,
+    memory_format: Annotated[
+        str, typer.Option("--format", help="Of images and weights in memory: channels_last or contiguous.")
+    ] = FORMATS[0],
+    budget: Annotated[
+        float | None, typer.Option(help=console.BUDGET_HELP, show_default="until everything is measured")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help=console.SECONDS_HELP, show_default="0.05")] = None,
-    table: Annotated[Path | None, typer.Option(help="Add the rows to this file too, a table that can be given to others.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Add the rows to this file too, a table that can be given to others.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help=console.JSON_HELP)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be measured. Needs no GPU.")] = False,
-    gpu: Annotated[str | None, typer.Option(help="With --dry-run: the GPU to list for.", show_default="the one that is here")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="With --dry-run: the GPU to list for.", show_default="the one that is here")
+    ] = None,
 ) -> None:
     """Measure the convolutions of MODEL on this GPU, and let the fastest serve from then on.
 
-    MODEL is converted. Each of its convolutions is tried with about a dozen tiles and with the library's (cuDNN's) kernels, on random
-    numbers; whoever computes wrong ones is out. What wins is written at once to a table in your cache folder, which cnnfast reads in every
-    later run; rows of other models and sizes stay in it. A row serves its own sizes, and batches half to twice as large.
+    MODEL is converted. Each of its convolutions is tried with about a dozen tiles and with the library's (cuDNN's)
+    kernels, on random numbers; whoever computes wrong ones is out. What wins is written at once to a table in your
+    cache folder, which cnnfast reads in every later run; rows of other models and sizes stay in it. A row serves its
+    own sizes, and batches half to twice as large.
 
-    Measure the sizes that you will run, and the dtype: PyTorch's convolutions of float32 on a GPU are tf32 unless you set them to IEEE.
-    Ends with exit code 1 if a convolution could not be measured, or anything computed wrong numbers. Ctrl-C loses nothing: what was
-    measured is printed and kept, and the exit code is 130, or 143 after SIGTERM.
+    Measure the sizes that you will run, and the dtype: PyTorch's convolutions of float32 on a GPU are tf32 unless you
+    set them to IEEE. Ends with exit code 1 if a convolution could not be measured, or anything computed wrong numbers.
+    Ctrl-C loses nothing: what was measured is printed and kept, and the exit code is 130, or 143 after SIGTERM.
     """
     sizes = [parse_shape(shape) for shape in shapes or []]
     name = parse_dtype(dtype)
@@ -58,13 +67,16 @@ def tune(
     console.refuse_no_time(budget)
     if seconds is not None and not 0 < seconds < inf:
         raise typer.BadParameter(
-            f"{seconds:g} is no time to measure for: write seconds above 0, as in --seconds 0.05", param_hint="--seconds"
+            f"{seconds:g} is no time to measure for: write seconds above 0, as in --seconds 0.05",
+            param_hint="--seconds",
         )
     measuring = {"--budget": budget, "--seconds": seconds, "--table": table}
     if dry_run and (given := [option for option, value in measuring.items() if value is not None]):
         raise typer.BadParameter("nothing is measured with --dry-run: leave it out", param_hint=given[0])
     if gpu is not None and not dry_run:
-        raise typer.BadParameter("measuring is done on the GPU that is here: add --dry-run to list for another", param_hint="--gpu")
+        raise typer.BadParameter(
+            "measuring is done on the GPU that is here: add --dry-run to list for another", param_hint="--gpu"
+        )
     known = None if gpu is None else _known(gpu)
     console.refuse_unwritable(json_file)
     console.refuse_unwritable(table, "--table")
@@ -81,7 +93,9 @@ def tune(
         raise typer.BadParameter(f"measuring needs triton: {error}") from None
     here = torch.cuda.is_available()
     if not dry_run and not here:
-        raise typer.BadParameter("there is no GPU here to measure on; --dry-run lists what would be measured", param_hint="tune")
+        raise typer.BadParameter(
+            "there is no GPU here to measure on; --dry-run lists what would be measured", param_hint="tune"
+        )
 
     torch.manual_seed(0)
     _, module = resolve_module(model)

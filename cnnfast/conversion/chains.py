@@ -1,6 +1,7 @@
 """Finding what follows a convolution in a trace and can be computed with it, and saying why it is not more.
 
-A chain is: convolution, norm, sum with another tensor, activation. The norm must follow, the rest may; identities may stand between.
+A chain is: convolution, norm, sum with another tensor, activation. The norm must follow, the rest may; identities may
+stand between.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ Activation = str | tuple[str, float | None]
 
 SUMS = {operator.add: ("input", "other"), torch.add: ("input", "other"), "add": ("self", "other")}
 IN_PLACE_SUMS = {operator.iadd: ("input", "other"), "add_": ("self", "other")}
-# Functions and methods that activate: the name of the activation, and of their arguments those that may be given by position.
+# Functions and methods that activate: the name of the activation, and of their arguments those that may be given by
+# position.
 ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
     F.relu: ("relu", ("input",)),
     torch.relu: ("relu", ("input",)),
@@ -42,8 +44,9 @@ SYMBOLS = {operator.add: "+", operator.iadd: "+=", operator.isub: "-=", operator
 
 @dataclass
 class Chain:
-    """The nodes in order; `activation`: a module's path, or (name, slope) of a function. `stopped`: why it does not go on as its forward
-    does; the empty string if it does. Without a norm it is no group."""
+    """The nodes in order; `activation`: a module's path, or (name, slope) of a function. `stopped`: why it does not go
+    on as its forward does; the empty string if it does. Without a norm it is no group.
+    """
 
     nodes: list[fx.Node]
     norm: fx.Node | None = None
@@ -75,7 +78,9 @@ class Chains:
         """What begins with a convolution's node."""
         chain, module = Chain([conv]), self.modules[str(conv.target)]
         if not is_convolution(module):
-            chain.stopped = why_left(module) or ("it was not converted" if replacement(module) else "it has a forward of its own")
+            chain.stopped = why_left(module) or (
+                "it was not converted" if replacement(module) else "it has a forward of its own"
+            )
         elif self._argument(conv) is None:
             chain.stopped = "it is called with something else than one tensor"
         else:
@@ -95,7 +100,11 @@ class Chains:
         if module is None or not is_norm(module):
             if module is not None and any("Norm" in c.__name__ for c in type(module).__mro__):
                 return f"its norm {named(user)} ({_class(module)}) is not one that kernels know"
-            return "its result is returned" if user.op == "output" else f"its result goes to {named(user)}, which is no batch norm"
+            return (
+                "its result is returned"
+                if user.op == "output"
+                else f"its result goes to {named(user)}, which is no batch norm"
+            )
         if self._argument(user) is not last:
             return f"its norm {named(user)} is called with something else than one tensor"
         activation = None
@@ -196,7 +205,9 @@ class Chains:
         if obstacle.why == "watched":
             return f"{between} has hooks or a forward of its own on the instance"
         if obstacle.why == "strange":
-            stranger = between if self.effects.is_stranger(obstacle.node) else f"{mine}, called before {named(obstacle.node)},"
+            stranger = (
+                between if self.effects.is_stranger(obstacle.node) else f"{mine}, called before {named(obstacle.node)},"
+            )
             return f"{stranger} runs code that conversion does not know"
         if obstacle.why == "memory":
             return f"{between} may write into what {mine} reads"
@@ -227,7 +238,9 @@ def used_by(users: list[fx.Node]) -> str:
     if not users:
         return "is not used"
     callers = " and ".join(named(user) for user in users if user.op != "output")
-    return " and ".join(filter(None, [f"is used by {callers}" * bool(callers), "is returned" * (users[-1].op == "output")]))
+    return " and ".join(
+        filter(None, [f"is used by {callers}" * bool(callers), "is returned" * (users[-1].op == "output")])
+    )
 
 
 def _bound(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
@@ -242,7 +255,9 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _function(node: fx.Node) -> tuple[str, float | None] | None:
-    """(name, slope or None) of the activation that a function or method computes; None if kernels do not know it as it is called."""
+    """(name, slope or None) of the activation that a function or method computes; None if kernels do not know it as it
+    is called.
+    """
     if node.target not in ACTIVATIONS:
         return None
     name, names = ACTIVATIONS[node.target]

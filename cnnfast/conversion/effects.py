@@ -1,9 +1,10 @@
 """What the nodes of a traced forward read and write, and so over which others a group of them may move.
 
-There are two kinds of what can be read and written: the memory of tensors that arguments and results have, and the state of modules,
-which is the storages of their parameters and buffers. Two results may share memory, and so may two modules their state. Nothing moves
-over a stranger, a module whose code is not known: it may hold any other module in a list, a closure or a global variable, and use it.
-Random numbers are no third kind: convolution, norm, sum and activation draw none.
+There are two kinds of what can be read and written: the memory of tensors that arguments and results have, and the
+state of modules, which is the storages of their parameters and buffers. Two results may share memory, and so may two
+modules their state. Nothing moves over a stranger, a module whose code is not known: it may hold any other module in a
+list, a closure or a global variable, and use it. Random numbers are no third kind: convolution, norm, sum and
+activation draw none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ NEW_TENSORS = (torch.add, torch.cat, torch.concat, torch.stack)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 LIBRARY = ("torch.nn.", "cnnfast.nn")  # modules whose code is PyTorch's or ours
 
-# Memory that somebody outside of the forward may know: its arguments, and whatever a stranger was given or has returned.
+# Memory that somebody outside of the forward may know: its arguments, and whatever a stranger was given or has
+# returned.
 OUTSIDE = "outside"
 # Memory that a stranger has returned: it may be the state of some module.
 RETURNED = "returned"
@@ -38,8 +40,9 @@ Traits = tuple[tuple[type, bool], ...]
 
 @dataclass(frozen=True)
 class Conduct:
-    """What calling a module may do with its arguments. Unless all its code is `known` it is a stranger, which may keep them, return
-    them, and write them at a later call. `writes`: it may write into them now."""
+    """What calling a module may do with its arguments. Unless all its code is `known` it is a stranger, which may keep
+    them, return them, and write them at a later call. `writes`: it may write into them now.
+    """
 
     known: bool
     writes: bool
@@ -62,7 +65,9 @@ class Touched:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """`mine` cannot be computed after `node`. why: "watched" (node is), "strange" (one of them is), "state" or "memory" (they share it)."""
+    """`mine` cannot be computed after `node`. why: "watched" (node is), "strange" (one of them is), "state" or "memory"
+    (they share it).
+    """
 
     node: fx.Node
     mine: fx.Node
@@ -104,7 +109,9 @@ class Effects:
         while node is not last:
             if node in own:
                 passing.append(node)
-            elif found := next((Obstacle(node, mine, why) for mine in passing if (why := self._why_before(node, mine, own))), None):
+            elif found := next(
+                (Obstacle(node, mine, why) for mine in passing if (why := self._why_before(node, mine, own))), None
+            ):
                 return found
             node = node.next
         return None
@@ -119,15 +126,21 @@ class Effects:
         common = theirs.writes & (ours.reads | ours.writes) | theirs.reads & ours.writes
         if common:
             return "state" if common & ours.state else "memory"
-        if ours.state and (RETURNED in theirs.writes or (RETURNED in theirs.reads and ours.writes and not self._takes_images(node))):
+        if ours.state and (
+            RETURNED in theirs.writes or (RETURNED in theirs.reads and ours.writes and not self._takes_images(node))
+        ):
             return "state"
         return ""
 
     def rests_on(self, own: Sequence[fx.Node]) -> list[str]:
-        """Paths of the modules that have to stay as they are, and unwatched, so that `own` may be computed in the place of its last:
-        those called in between, and those whose results count as new memory. Empty if nothing is in between."""
+        """Paths of the modules that have to stay as they are, and unwatched, so that `own` may be computed in the place
+        of its last: those called in between, and those whose results count as new memory. Empty if nothing is in
+        between.
+        """
         between = self.passed(own)
-        called = [n for n in self._memory if n.op == "call_module" and n not in own and (n in between or n in self._tensors)]
+        called = [
+            n for n in self._memory if n.op == "call_module" and n not in own and (n in between or n in self._tensors)
+        ]
         return [str(n.target) for n in called] if between else []
 
     def passed(self, own: Sequence[fx.Node]) -> set[fx.Node]:
@@ -195,8 +208,10 @@ class Effects:
                 self._memory[node] = memory | resources
 
     def _is_new_tensor(self, node: fx.Node) -> bool:
-        """Whether a result is certainly a tensor in memory of its own. Much that looks like it may return its argument: identities,
-        dropout, flatten, contiguous, to, activations in place; and a sum may be of two lists, and hold what they held."""
+        """Whether a result is certainly a tensor in memory of its own. Much that looks like it may return its argument:
+        identities, dropout, flatten, contiguous, to, activations in place; and a sum may be of two lists, and hold what
+        they held.
+        """
         if node.kwargs.get("out") is not None:
             return False
         if node.op == "call_module":

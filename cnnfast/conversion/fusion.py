@@ -25,7 +25,9 @@ _copying: ContextVar[bool] = ContextVar("whoever copies will give each copy the 
 
 @contextmanager
 def copying_without_fusing() -> Iterator[None]:
-    """Copies are not fused anew, which takes its time: they have the classes that their originals had before they were fused."""
+    """Copies are not fused anew, which takes its time: they have the classes that their originals had before they were
+    fused.
+    """
     token = _copying.set(True)
     try:
         yield
@@ -58,11 +60,17 @@ def plan_of(block: nn.Module) -> Plan | None:
 
 
 def groups_of(block: nn.Module) -> list[tuple[Group, str]]:
-    """The groups that a container was fused with, each with the reason for which it is not computed in one step now; "" where it is."""
+    """The groups that a container was fused with, each with the reason for which it is not computed in one step now; ""
+    where it is.
+    """
     found = plan_of(block)
     if found is None:
         return []
-    replaced = f"the forward of {base_of(type(block)).__name__} was replaced on the instance" if forward_replaced(block) else ""
+    replaced = (
+        f"the forward of {base_of(type(block)).__name__} was replaced on the instance"
+        if forward_replaced(block)
+        else ""
+    )
     groups: dict[str, tuple[Group, str]] = {}
     for variant in found.variants:
         reason = _why_idle(block, found, variant) or replaced
@@ -73,7 +81,9 @@ def groups_of(block: nn.Module) -> list[tuple[Group, str]]:
 
 
 def why_not_fused(block: nn.Module) -> list[str]:
-    """What of a container is not fused, and why: a sentence for the whole, or one for each convolution, as they follow "not fused:"."""
+    """What of a container is not fused, and why: a sentence for the whole, or one for each convolution, as they follow
+    "not fused:".
+    """
     try:
         left = (plan_of(block) or examine(block)).left
     except Refused as reason:
@@ -127,15 +137,18 @@ def _graft_forward(base: Any, found: Plan, purpose: Any) -> type:
 
 
 def _in_place_of(original: Any, forward: types.FunctionType) -> Any:
-    """`forward` with the name, and in the module, of another: torch.fx looks there for functions that it shall not enter."""
+    """`forward` with the name, and in the module, of another: torch.fx looks there for functions that it shall not
+    enter.
+    """
     names = getattr(original, "__globals__", forward.__globals__)
     moved = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     return functools.wraps(original)(moved)
 
 
 def _by_positions(forward: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
-    """A function that gives the arguments of a call of `forward` by position, without a None at the end that is the default; () if some
-    can be given by keyword only, or are not as they should be."""
+    """A function that gives the arguments of a call of `forward` by position, without a None at the end that is the
+    default; () if some can be given by keyword only, or are not as they should be.
+    """
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     keywords = [p.name if p.kind is p.POSITIONAL_OR_KEYWORD else "" for p in positional]
@@ -171,9 +184,11 @@ def _serves(block: nn.Module, found: Plan, variant: Variant, args: tuple[Any, ..
 
 
 def _why_idle(block: nn.Module, found: Plan, variant: Variant) -> str:
-    """Why a variant may not stand for the container's own forward now, whatever the arguments; the empty string if it may.
+    """Why a variant may not stand for the container's own forward now, whatever the arguments; the empty string if it
+    may.
 
-    A report asks this, and so does every call. A forward may also outlive its class on the instance, where nothing told it of changes.
+    A report asks this, and so does every call. A forward may also outlive its class on the instance, where nothing told
+    it of changes.
     """
     members = _members(block, found, variant) if plan_of(block) is found else []
     if not members:
@@ -182,7 +197,9 @@ def _why_idle(block: nn.Module, found: Plan, variant: Variant) -> str:
 
 
 def _members(block: nn.Module, found: Plan, variant: Variant) -> list[nn.Module]:
-    """The members of all groups, and all of what these were moved over; none if the container has changed since it was fused."""
+    """The members of all groups, and all of what these were moved over; none if the container has changed since it was
+    fused.
+    """
     if tuple(block._modules) != found.children or "_cnnfast_changed" in block.__dict__:
         return []
     members = []

@@ -1,7 +1,7 @@
 """Subclasses made at run time: a module keeps its identity, its state and its class's name, and gets another forward.
 
-A grafted class stands directly on the module's own class, so that isinstance, super(), methods, repr and state_dict are what
-they were. It is never pickled: what is pickled is the module's own class, and reading it back grafts again.
+A grafted class stands directly on the module's own class, so that isinstance, super(), methods, repr and state_dict are
+what they were. It is never pickled: what is pickled is the module's own class, and reading it back grafts again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def base_of(cls: type) -> type:
 
 
 def own_class(module: nn.Module) -> type:
-    """The class of `module` without its parametrizations, for which torch.nn.utils.parametrize puts a class of the module's own on top."""
+    """The class of `module` without its parametrizations, for which torch.nn.utils.parametrize puts a class of the
+    module's own on top.
+    """
     cls = type(module)
     return cls.__bases__[0] if _is_of_parametrizations(cls, module) else cls
 
@@ -31,8 +33,9 @@ def own_class(module: nn.Module) -> type:
 def set_class(module: nn.Module, cls: type) -> None:
     """Makes `cls` the class of `module`; its parametrizations stay on top.
 
-    PyTorch removes a parametrization from the module's class, and the last one by going back to the first base of that class. So the
-    class on top is made anew, directly on `cls`, and for this module alone: a deepcopy shares it with what it is a copy of.
+    PyTorch removes a parametrization from the module's class, and the last one by going back to the first base of that
+    class. So the class on top is made anew, directly on `cls`, and for this module alone: a deepcopy shares it with
+    what it is a copy of.
     """
     top: Any = type(module)
     module.__class__ = type(top.__name__, (cls,), dict(top.__dict__)) if _is_of_parametrizations(top, module) else cls
@@ -52,14 +55,18 @@ def _is_of_parametrizations(cls: type, module: nn.Module) -> bool:
 def grafted_before(base: type, purpose: Any) -> type | None:
     """The class that was grafted on `base` for an equal purpose, if there is still one.
 
-    A class knows its subclasses by weak references. A cache of ours would keep alive, with all that it holds, every class that is
-    made for a single instance, as torch.fx and torch.nn.utils.parametrize make them.
+    A class knows its subclasses by weak references. A cache of ours would keep alive, with all that it holds, every
+    class that is made for a single instance, as torch.fx and torch.nn.utils.parametrize make them.
     """
-    return next((cls for cls in type.__subclasses__(base) if base_of(cls) is base and vars(cls)["_cnnfast_purpose"] == purpose), None)
+    return next(
+        (cls for cls in type.__subclasses__(base) if base_of(cls) is base and vars(cls)["_cnnfast_purpose"] == purpose),
+        None,
+    )
 
 
 def graft(base: type, bases: tuple[type, ...], namespace: dict[str, Any], regraft: Regraft, purpose: Any) -> type:
-    """A subclass of `bases`, the first of which is `base`, under the name of `base`. `regraft` does it again, for a copy or a pickle.
+    """A subclass of `bases`, the first of which is `base`, under the name of `base`. `regraft` does it again, for a
+    copy or a pickle.
 
     purpose: by which `grafted_before` finds it.
     """

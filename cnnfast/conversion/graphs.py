@@ -1,8 +1,8 @@
 """torch.fx's GraphModules: containers whose forward is generated, and generated anew when their graph has changed.
 
-Each has a class of its own, into which `recompile` writes the forward and a __call__ that calls the next class's. Both belong into
-the GraphModule's own class, not into one that is grafted on it, which is therefore taken off meanwhile. The methods by which
-GraphModules are copied make new classes, too.
+Each has a class of its own, into which `recompile` writes the forward and a __call__ that calls the next class's. Both
+belong into the GraphModule's own class, not into one that is grafted on it, which is therefore taken off meanwhile. The
+methods by which GraphModules are copied make new classes, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from .grafts import base_of
 
 
 def methods(base: Any, fuse: Callable[[nn.Module], None]) -> dict[str, Any]:
-    """Of the class that is grafted on a GraphModule's own: what runs after a change of the graph, and copies, are fused again."""
+    """Of the class that is grafted on a GraphModule's own: what runs after a change of the graph, and copies, are fused
+    again.
+    """
 
     def recompiling(name: str) -> Callable[..., Any]:
         def recompile(self: Any) -> Any:
@@ -40,14 +42,16 @@ def methods(base: Any, fuse: Callable[[nn.Module], None]) -> dict[str, Any]:
         fuse(twin)
         return twin
 
-    names = [name for name in ("recompile", "_real_recompile") if hasattr(base, name)]  # the latter: where recompile only plans to
+    # the latter: where recompile only plans to
+    names = [name for name in ("recompile", "_real_recompile") if hasattr(base, name)]
     return {"__deepcopy__": deepcopy, "__copy__": shallow_copy, **{name: recompiling(name) for name in names}}
 
 
 def share_graph_modules(modules: Iterable[nn.Module], memo: dict[int, Any]) -> None:
     """Puts a copy of each GraphModule among `modules` into `memo`, from which deepcopy takes them.
 
-    copy.deepcopy alone makes a GraphModule from its graph and forgets its hooks and attributes, and the mode that torchvision's was in.
+    copy.deepcopy alone makes a GraphModule from its graph and forgets its hooks and attributes, and the mode that
+    torchvision's was in.
     """
     twins = []
     for module in modules:

@@ -94,7 +94,9 @@ def swap_back(module: nn.Module) -> None:
 
 
 def why_left(module: nn.Module) -> str:
-    """Why a convolution, batch norm or pooling of PyTorch's keeps its class; the empty string if it need not, or is none."""
+    """Why a convolution, batch norm or pooling of PyTorch's keeps its class; the empty string if it need not, or is
+    none.
+    """
     cls = own_class(module)
     if is_ours(module):
         return ""
@@ -124,8 +126,8 @@ def _original(cls: type) -> type | None:
 def stored_weight(module: Any) -> Tensor:
     """The weight of a convolution as it is kept, for its dtype, device and strides.
 
-    To read a parametrized weight is to compute it, and spectral_norm takes that for a step of its iteration: of such a weight this is
-    the largest of the tensors that it is computed from.
+    To read a parametrized weight is to compute it, and spectral_norm takes that for a step of its iteration: of such a
+    weight this is the largest of the tensors that it is computed from.
     """
     if not parametrize.is_parametrized(module, "weight"):
         return module.weight
@@ -135,11 +137,15 @@ def stored_weight(module: Any) -> Tensor:
 
 def is_convolution(module: nn.Module | None) -> bool:
     """Whether calling `module` is our 2-D convolution and nothing else."""
-    return isinstance(module, cnn.Conv2d) and all(getattr(type(module), m) is getattr(cnn.Conv2d, m) for m in COMPUTING[:2])
+    return isinstance(module, cnn.Conv2d) and all(
+        getattr(type(module), m) is getattr(cnn.Conv2d, m) for m in COMPUTING[:2]
+    )
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether calling `module` is a batch norm that may be fused with the convolution before it, timm's with what follows included."""
+    """Whether calling `module` is a batch norm that may be fused with the convolution before it, timm's with what
+    follows included.
+    """
     if isinstance(module, cnn.BatchNorm2d):
         return type(module).forward is cnn.BatchNorm2d.forward or normalizes_and_activates(module)
     return own_class(module) is nn.SyncBatchNorm or class_name(module) in FROZEN_NORMS

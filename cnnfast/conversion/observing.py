@@ -1,7 +1,9 @@
-"""A look at a run: which members of a converted model are computed in fused steps there, and which by calls of their own.
+"""A look at a run: which members of a converted model are computed in fused steps there, and which by calls of their
+own.
 
-A copy of the model runs on meta tensors, in the modes that the model is in. Hooks would show the calls and prevent the fusions that
-are to be seen, so calls are intercepted where PyTorch leaves room for a compiled one, and fused steps tell of themselves.
+A copy of the model runs on meta tensors, in the modes that the model is in. Hooks would show the calls and prevent the
+fusions that are to be seen, so calls are intercepted where PyTorch leaves room for a compiled one, and fused steps tell
+of themselves.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from .leaves import is_norm, is_ours
 class Observation:
     """What a run did with modules, by their names.
 
-    fused: how often each took part in a fused step; into: what such a step computed. alone: how often a call of its own was served by
-    its class of ours. elsewhere: how often a call of its own was not. outside: those of which a call of their own came while no fused
-    container around them was running.
+    fused: how often each took part in a fused step; into: what such a step computed. alone: how often a call of its own
+    was served by its class of ours. elsewhere: how often a call of its own was not. outside: those of which a call of
+    their own came while no fused container around them was running.
     """
 
     fused: Counter[str] = field(default_factory=Counter)
@@ -44,11 +46,12 @@ class Observation:
 
 
 def look(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Layer], Observation | Exception | None]:
-    """(the model's layers, what a call of the model on these inputs does, in its modes and with gradients or without as they are now).
+    """(the model's layers, what a call of the model on these inputs does, in its modes and with gradients or without as
+    they are now).
 
-    Instead of the latter the error that such a call raises, though the model runs in eval mode; and None for a model without a module
-    of ours, and while hooks of all modules are registered: they would hear of the call, and nothing is fused. Raises RuntimeError if
-    the model does not run at all.
+    Instead of the latter the error that such a call raises, though the model runs in eval mode; and None for a model
+    without a module of ours, and while hooks of all modules are registered: they would hear of the call, and nothing is
+    fused. Raises RuntimeError if the model does not run at all.
     """
 
     def both(copied: nn.Module, given: tuple[Any, ...]) -> tuple[list[Layer], Observation]:
@@ -65,7 +68,9 @@ def look(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Layer], Observ
     try:
         fusing_again.enter_context(copying_without_fusing())
         # On real tensors a layer that trains in several processes would wait for the others.
-        return on_a_copy(both, model, inputs, meta_only=torch.distributed.is_available() and torch.distributed.is_initialized())
+        return on_a_copy(
+            both, model, inputs, meta_only=torch.distributed.is_available() and torch.distributed.is_initialized()
+        )
     except Exception as error:  # as in training, of a batch norm that has one value a channel
         reason = error
     finally:
@@ -113,7 +118,9 @@ class _Observer:
 
     def step(self, conv: nn.Module, bn: nn.Module, residual: bool, activation: str | None) -> None:
         names = [self.names[id(m)] for m in (conv, bn) if id(m) in self.names]
-        into = " + ".join([*(name.rpartition(".")[2] for name in names), *["residual"] * residual, *filter(None, [activation])])
+        into = " + ".join(
+            [*(name.rpartition(".")[2] for name in names), *["residual"] * residual, *filter(None, [activation])]
+        )
         for name in names:
             self.seen.fused[name] += 1
             self.seen.into[name] = into

@@ -2,8 +2,9 @@
 
     convolution > batch norm (> addition) (> activation)
 
-is one call of nn.conv_bn_act (chains.py finds them). Everything else of the forward stays as it was and where it was; only the members
-of a group move, to the place of its last, if nothing in between minds (effects.py); else the group is cut short, or left.
+is one call of nn.conv_bn_act (chains.py finds them). Everything else of the forward stays as it was and where it was;
+only the members of a group move, to the place of its last, if nothing in between minds (effects.py); else the group is
+cut short, or left.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Variant:
-    """A fused forward for arguments of certain kinds: `kinds` has "tensor", "list" (of tensors) or "any" of the two for each.
+    """A fused forward for arguments of certain kinds: `kinds` has "tensor", "list" (of tensors) or "any" of the two for
+    each.
 
-    It stands for the container's own while the modules at the paths of `members` are of these classes, and those at the paths of
-    `crossed`, over which members were moved, have these traits. If any was moved, all of them have so many `buffers` among them: more
-    that they share might be statistics of a norm that one of them updates at another time.
+    It stands for the container's own while the modules at the paths of `members` are of these classes, and those at the
+    paths of `crossed`, over which members were moved, have these traits. If any was moved, all of them have so many
+    `buffers` among them: more that they share might be statistics of a norm that one of them updates at another time.
     """
 
     kinds: tuple[str, ...]
@@ -61,7 +63,12 @@ class Variant:
 def _is(argument: Any, kind: str) -> bool:
     if isinstance(argument, Tensor):
         return kind != "list"
-    if kind == "tensor" or not isinstance(argument, list | tuple) or not argument or (kind == "list" and type(argument) is not list):
+    if (
+        kind == "tensor"
+        or not isinstance(argument, list | tuple)
+        or not argument
+        or (kind == "list" and type(argument) is not list)
+    ):
         return False
     return all(isinstance(a, Tensor) for a in argument)
 
@@ -70,7 +77,8 @@ def _is(argument: Any, kind: str) -> bool:
 class Plan:
     """The fused forwards of a container whose children have these names; equal for containers of equal structure.
 
-    left: for each convolution that such a forward does not fuse, or not with all that follows, a sentence that says why.
+    left: for each convolution that such a forward does not fuse, or not with all that follows, a sentence that says
+    why.
     """
 
     children: tuple[str, ...]
@@ -144,9 +152,17 @@ def _variant(block: nn.Module, traced: Traced) -> tuple[Variant | None, list[str
 
 
 def call(
-    conv: Any, norm: Any, x: Tensor, residual: Tensor | None, in_place: bool, activation: nn.Module | str | None, slope: float | None
+    conv: Any,
+    norm: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    in_place: bool,
+    activation: nn.Module | str | None,
+    slope: float | None,
 ) -> Tensor:
-    """What a generated forward calls for a group. in_place: the sum keeps the dtype of the norm's output, whatever the residual's."""
+    """What a generated forward calls for a group. in_place: the sum keeps the dtype of the norm's output, whatever the
+    residual's.
+    """
     if in_place and residual is not None:
         device = "cuda" if on_gpu(x) else x.device.type
         half = torch.is_autocast_enabled(device) and x.dtype != torch.float64
@@ -157,8 +173,9 @@ def call(
 
 
 class _Rewriter:
-    """Puts calls of groups into a graph. `moved`: whether some did not stand there as a whole; `crossed`: paths of the modules on which it
-    rests that they may stand where they do."""
+    """Puts calls of groups into a graph. `moved`: whether some did not stand there as a whole; `crossed`: paths of the
+    modules on which it rests that they may stand where they do.
+    """
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         self.graph, self.modules = graph, modules

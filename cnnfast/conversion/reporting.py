@@ -1,4 +1,6 @@
-"""What a conversion did, module by module: what the model as it is now has planned, corrected by what a run of it shows."""
+"""What a conversion did, module by module: what the model as it is now has planned, corrected by what a run of it
+shows.
+"""
 
 from __future__ import annotations
 
@@ -40,26 +42,45 @@ def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> Report:
     for name, module in modules.items():
         status, reason = members.told(name) or _container(name, module, plans.get(name, []), members)
         if status:
-            rows.append(Row(name, base_of(type(module)).__name__, status, reason, costs.get(name), isinstance(module, CONVOLUTIONS)))
+            rows.append(
+                Row(
+                    name,
+                    base_of(type(module)).__name__,
+                    status,
+                    reason,
+                    costs.get(name),
+                    isinstance(module, CONVOLUTIONS),
+                )
+            )
     total = sum(costs.values()) if found else None
     notes = list(_notes(model, found, sizes))
     if members.seen is None and any(row.status == FUSED for row in rows):
-        why = sizes if seen is None else f"in its present modes it raises {type(seen).__name__}: {str(seen).strip().partition(chr(10))[0]}"
+        why = (
+            sizes
+            if seen is None
+            else f"in its present modes it raises {type(seen).__name__}: {str(seen).strip().partition(chr(10))[0]}"
+        )
         notes.insert(0, f"What is fused was planned, and not seen in a run: {why}")
     return Report(rows, total, sizes, notes)
 
 
 class _Members:
-    """What is to say of convolutions, norms and pools: what was seen of them in a run, or what was planned for them without one."""
+    """What is to say of convolutions, norms and pools: what was seen of them in a run, or what was planned for them
+    without one.
+    """
 
-    def __init__(self, modules: dict[str, nn.Module], plans: dict[str, list[tuple[Group, str]]], seen: Observation | None) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], plans: dict[str, list[tuple[Group, str]]], seen: Observation | None
+    ) -> None:
         self.modules, self.seen = modules, seen
-        self.planned: dict[str, tuple[str, str, str]] = {}  # name of a member > (its container's name, what the group computes, why not)
+        # name of a member > (its container's name, what the group computes, why not)
+        self.planned: dict[str, tuple[str, str, str]] = {}
         for container, groups in plans.items():
             for group, reason in groups:
                 described = _described(modules[container], group)
                 for name in (_joined(container, member) for member in group.members):
-                    if name not in self.planned or self.planned[name][2]:  # of containers in one another it is the one that fuses
+                    # of containers in one another it is the one that fuses
+                    if name not in self.planned or self.planned[name][2]:
                         self.planned[name] = container, described, reason
 
     def told(self, name: str) -> tuple[str, str] | None:
@@ -91,7 +112,9 @@ class _Members:
         if not calls:
             return REPLACED, "no call of it was seen"
         if self.seen.elsewhere[name]:
-            return LEFT, REPLACED_ON_THE_INSTANCE if forward_replaced(module) else "our forward was not reached by its calls"
+            return LEFT, REPLACED_ON_THE_INSTANCE if forward_replaced(
+                module
+            ) else "our forward was not reached by its calls"
         parts = [f"{fused} of its {calls} calls fused into {self.into(name)}"] if fused else []
         if name in self.planned:
             parts.append(f"alone, because {self._why_alone(name)}")
@@ -106,7 +129,9 @@ class _Members:
 
 
 def _container(name: str, block: nn.Module, groups: list[tuple[Group, str]], members: _Members) -> tuple[str, str]:
-    """(status, reason) of a container whose own children could be fused, and are not, or not all; of any other two empty strings."""
+    """(status, reason) of a container whose own children could be fused, and are not, or not all; of any other two
+    empty strings.
+    """
     convolutions = [_joined(name, group.conv) for group, _ in groups] or [
         _joined(name, child) for child, module in block._modules.items() if isinstance(module, nn.Conv2d)
     ]
@@ -142,7 +167,9 @@ def _why_not(block: nn.Module) -> str:
     if only_holds(block):
         return ""
     own = list(_own(block))
-    if plan_of(block) is not None or (any(isinstance(m, nn.Conv2d) for m in own) and any(isinstance(m, nn.BatchNorm2d) for m in own)):
+    if plan_of(block) is not None or (
+        any(isinstance(m, nn.Conv2d) for m in own) and any(isinstance(m, nn.BatchNorm2d) for m in own)
+    ):
         reasons = why_not_fused(block)
         return f"not fused: {'; '.join(reasons)}" if reasons else ""
     return ""
@@ -173,7 +200,9 @@ def _look(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[list[Layer
 
 
 def _image(model: nn.Module) -> tuple[Any, ...]:
-    """Of ImageNet's size, with as many channels as the first convolution takes, or is taken to if it is lazy; () without one."""
+    """Of ImageNet's size, with as many channels as the first convolution takes, or is taken to if it is lazy; ()
+    without one.
+    """
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
         return ()

@@ -17,8 +17,9 @@ WIDTH = 100  # of str(report)
 
 @dataclass
 class Row:
-    """One module. `status`: "fused" (each call of it is part of a fused step; `reason` says of which), "replaced" (its forward is ours;
-    `reason` says why it is not fused though that was planned, or that no call of it was seen), "left" (`reason` says why).
+    """One module. `status`: "fused" (each call of it is part of a fused step; `reason` says of which), "replaced" (its
+    forward is ours; `reason` says why it is not fused though that was planned, or that no call of it was seen), "left"
+    (`reason` says why).
 
     flops: multiplications and additions of its forward, None where the model could not be run to find the sizes.
     """
@@ -35,7 +36,8 @@ class Row:
 class Report:
     """The modules that cnnfast covers, or might. str() is a table; rich prints it at the width of its console.
 
-    total_flops: of the whole model, None if unknown; input: the sizes that FLOPs are of; notes: what else a user should know.
+    total_flops: of the whole model, None if unknown; input: the sizes that FLOPs are of; notes: what else a user should
+    know.
     """
 
     rows: list[Row]
@@ -63,7 +65,12 @@ class Report:
 
     def to_json(self) -> str:
         """An object with summary, coverage, total_flops, input, notes and rows."""
-        head = {"summary": self.summary, "coverage": self.coverage, "total_flops": self.total_flops, "input": self.input}
+        head = {
+            "summary": self.summary,
+            "coverage": self.coverage,
+            "total_flops": self.total_flops,
+            "input": self.input,
+        }
         return json.dumps({**head, "notes": self.notes, "rows": [asdict(row) for row in self.rows]}, indent=1)
 
     def __rich__(self) -> RenderableType:

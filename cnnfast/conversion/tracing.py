@@ -1,8 +1,8 @@
 """What a container's forward does, one level deep: children are called, never entered.
 
 The trace must be the same program as the forward, or there is none. `Refused` says what stands against it: whatever the
-forward decides or computes while it is traced (randomness, tensors of its own, types of its arguments, side effects) would
-be frozen into the trace.
+forward decides or computes while it is traced (randomness, tensors of its own, types of its arguments, side effects)
+would be frozen into the trace.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ MOST_OPTIONAL = 2
 
 
 class _Proxy(fx.Proxy):
-    """Stands for a tensor or a list, and does not let itself be asked what it is, unless it is an argument: then its kind is known."""
+    """Stands for a tensor or a list, and does not let itself be asked what it is, unless it is an argument: then its
+    kind is known.
+    """
 
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -71,7 +73,21 @@ def _record_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "ilshift", "irshift"):
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "imatmul",
+    "ilshift",
+    "irshift",
+):
     setattr(_Proxy, f"__{_name}__", _record_in_place(getattr(operator, _name)))  # fx would take them for x = x + y
 
 
@@ -104,14 +120,18 @@ class _Tracer(fx.Tracer):
             raise Refused("its forward uses a tensor that is neither an argument nor a result of a child")
         return super().create_arg(a)
 
-    def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Callable, list[Any]]:
+    def create_args_for_root(
+        self, root_fn: Callable, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable, list[Any]]:
         """Arguments that are not given keep their defaults."""
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.arguments)]
 
 
 @dataclass(frozen=True)
 class Traced:
-    """kinds: of each argument, "tensor" or "list" if the forward asked, "any" if not. asked: names of those it asked about."""
+    """kinds: of each argument, "tensor" or "list" if the forward asked, "any" if not. asked: names of those it asked
+    about.
+    """
 
     graph: fx.Graph
     kinds: tuple[str, ...]
@@ -126,9 +146,11 @@ class _NoTensors(TorchDispatchMode):
 
 
 def signatures(cls: type) -> list[tuple[str, ...]]:
-    """Names of the positional arguments of `cls.forward` that a call may give: those required; then with optional ones too.
+    """Names of the positional arguments of `cls.forward` that a call may give: those required; then with optional ones
+    too.
 
-    Optional ones count if they default to None. Raises Refused if it takes *args, **kwargs or a required keyword, or needs no argument.
+    Optional ones count if they default to None. Raises Refused if it takes *args, **kwargs or a required keyword, or
+    needs no argument.
     """
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]  # pyright: ignore[reportAttributeAccessIssue]
     for p in parameters:
@@ -144,11 +166,14 @@ def signatures(cls: type) -> list[tuple[str, ...]]:
 
 
 def trace(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str] = frozenset()) -> Traced:
-    """The graph of the forward of `block`'s class, the same in training and in eval mode, with gradients and without. Raises Refused.
+    """The graph of the forward of `block`'s class, the same in training and in eval mode, with gradients and without.
+    Raises Refused.
 
-    `arguments` are tensors, those in `lists` lists of tensors. `block` is afterwards as it was, whatever its forward does to it.
+    `arguments` are tensors, those in `lists` lists of tensors. `block` is afterwards as it was, whatever its forward
+    does to it.
     """
-    if block._parameters or block._buffers or own_class(block) is not type(block):  # a parametrized tensor is its own too
+    # a parametrized tensor is its own too
+    if block._parameters or block._buffers or own_class(block) is not type(block):
         raise Refused("it owns parameters or buffers")
     traced = _trace_once(block, arguments, lists, training=True)
     if str(traced.graph) != str(_trace_once(block, arguments, lists, training=False).graph):
@@ -165,7 +190,9 @@ def trace(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str] = 
 
 
 def _alive(references: Sequence[weakref.ref[Any]]) -> bool:
-    """Whether any refers to an object that is reachable: torch.fx leaves some in cycles (a frame that refers to itself)."""
+    """Whether any refers to an object that is reachable: torch.fx leaves some in cycles (a frame that refers to
+    itself).
+    """
     for generation in (0, 2):  # most are young; to search all objects takes its time
         if all(reference() is None for reference in references):
             return False
@@ -186,14 +213,17 @@ def _trace_once(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[s
             raise Refused(f"its forward cannot be traced ({type(error).__name__}: {line[0] if line else ''})") from None
     if _alive(tracer.proxies):
         raise Refused("its forward keeps a tensor somewhere")
-    graph.output_node().type = None  # an annotation may name what its module has imported, and the generated one has not
+    # an annotation may name what its module has imported, and the generated one has not
+    graph.output_node().type = None
     kinds = tuple(("list" if name in lists else "tensor") if name in tracer.asked else "any" for name in arguments)
     return Traced(graph, kinds, frozenset(tracer.asked))
 
 
 @contextlib.contextmanager
 def _lists_recorded(tracer: _Tracer) -> Iterator[None]:
-    """torch.cat and its kin ask for the type of their list before they let anyone record them: of an argument they are recorded first."""
+    """torch.cat and its kin ask for the type of their list before they let anyone record them: of an argument they are
+    recorded first.
+    """
     originals = {name: getattr(torch, name) for name in ("cat", "concat", "stack")}
 
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,7 +246,8 @@ def _lists_recorded(tracer: _Tracer) -> Iterator[None]:
 @contextlib.contextmanager
 def _in_mode(block: nn.Module, training: bool) -> Iterator[None]:
     """Sets the flag of every module below, past whatever their `train` and `__setattr__` do."""
-    before = [(m, m.training) for m in block.modules() if "training" in m.__dict__]  # scripted modules have theirs elsewhere
+    # scripted modules have theirs elsewhere
+    before = [(m, m.training) for m in block.modules() if "training" in m.__dict__]
     for m, _ in before:
         m.__dict__["training"] = training
     try:
@@ -228,7 +259,9 @@ def _in_mode(block: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unchanged(block: nn.Module) -> Iterator[None]:
-    """Puts back attributes, lists, dicts and sets of all modules, and random numbers; raises Refused if any of them changed."""
+    """Puts back attributes, lists, dicts and sets of all modules, and random numbers; raises Refused if any of them
+    changed.
+    """
     modules = list(block.modules())
     before = [(vars(m), _contents(vars(m))) for m in modules]
     inner = [[(v, _contents(v)) for v in vars(m).values() if isinstance(v, list | dict | set)] for m in modules]

@@ -14,29 +14,33 @@ from torch import Tensor, nn
 from .grafts import own_class, set_class
 from .graphs import share_graph_modules
 
-# Not looked into: what copy.deepcopy shares (a function leads to all its module's variables) or never copies, and what refers to nothing.
+# Not looked into: what copy.deepcopy shares (a function leads to all its module's variables) or never copies, and what
+# refers to nothing.
 OPAQUE = (
     *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType),
     *(types.FrameType, types.TracebackType, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType),
     *(str, bytes, int, float, complex, type(None)),
 )
 
-HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))  # those of state_dict and load_state_dict too
+# those of state_dict and load_state_dict too
+HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 
 def share(model: nn.Module, function: str) -> nn.Module:
-    """What copy.deepcopy(model) would be, but over the very same tensors: Parameters and buffers, and all others that are found.
+    """What copy.deepcopy(model) would be, but over the very same tensors: Parameters and buffers, and all others that
+    are found.
 
-    In the copy's hooks, whatever of the model they hold (its modules, and what is in their attributes) is the copy's, as deepcopy has it.
-    What a hook does not hold of the model is shared: nobody could get at a copy of it, and it may be one that cannot be copied. So a
-    user's recorder or a profiler goes on seeing the model that takes the place of this one. Functions are shared, as deepcopy shares
-    them, with the variables that they have closed over.
-    Raises TypeError, in the name of `function`, if an attribute or a hook cannot be copied without other tensors.
+    In the copy's hooks, whatever of the model they hold (its modules, and what is in their attributes) is the copy's,
+    as deepcopy has it. What a hook does not hold of the model is shared: nobody could get at a copy of it, and it may
+    be one that cannot be copied. So a user's recorder or a profiler goes on seeing the model that takes the place of
+    this one. Functions are shared, as deepcopy shares them, with the variables that they have closed over. Raises
+    TypeError, in the name of `function`, if an attribute or a hook cannot be copied without other tensors.
     """
     found = list(_references([model]).values())
     memo: dict[int, Any] = {id(t): t for t, _ in found if _is(t, Tensor)}
     all_hooks = [hooks for m, _ in found if _is(m, nn.Module) for hooks in _hooks(m)]
-    memo |= {id(hooks): type(hooks)() for hooks in all_hooks}  # filled as soon as it is known what else of the model is copied
+    # filled as soon as it is known what else of the model is copied
+    memo |= {id(hooks): type(hooks)() for hooks in all_hooks}
     try:
         share_graph_modules(model.modules(), memo)
         twin = copy.deepcopy(model, memo)
@@ -51,15 +55,20 @@ def share(model: nn.Module, function: str) -> nn.Module:
     copies = _tensors(twin)
     for name, t in _tensors(model).items():
         if copies.get(name) is not t:  # scripted modules, and others with a __deepcopy__ of their own
-            raise TypeError(f"{function}(): a part of this {type(model).__name__} copies itself with another {name}: use inplace=True")
+            raise TypeError(
+                f"{function}(): a part of this {type(model).__name__} copies itself with another {name}: use inplace=True"
+            )
     for module in twin.modules():
-        if own_class(module) is not type(module):  # deepcopy shares the class that its parametrizations have made for one module
+        # deepcopy shares the class that its parametrizations have made for one module
+        if own_class(module) is not type(module):
             set_class(module, own_class(module))
     return twin
 
 
 def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
-    """isinstance, of what does not pass itself off as something else: a weak proxy asks what it stands for, which may be gone."""
+    """isinstance, of what does not pass itself off as something else: a weak proxy asks what it stands for, which may
+    be gone.
+    """
     return issubclass(type(value), kind)
 
 
@@ -73,7 +82,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _references(roots: Iterable[Any], known: Iterable[int] = ()) -> dict[int, tuple[Any, list[int]]]:
-    """All objects that `roots` lead to, by id: each with the ids of those that it refers to. The hooks of modules are left out.
+    """All objects that `roots` lead to, by id: each with the ids of those that it refers to. The hooks of modules are
+    left out.
 
     Where objects whose ids are `known` are referred to, their ids are given and they are not looked into.
     """
@@ -93,7 +103,8 @@ def _references(roots: Iterable[Any], known: Iterable[int] = ()) -> dict[int, tu
 def _referents(value: Any) -> list[Any]:
     if _is(value, (*OPAQUE, Tensor)):
         return []
-    if _is(value, weakref.ref):  # deepcopy keeps it, but what has one may follow it, as handles and hooks of PyTorch's do
+    # deepcopy keeps it, but what has one may follow it, as handles and hooks of PyTorch's do
+    if _is(value, weakref.ref):
         return [value()]
     if _is(value, nn.Module):
         left_out = {id(hooks) for hooks in _hooks(value)} | {id(vars(value))}

@@ -1,8 +1,9 @@
 """Watches the Python that a forward runs while it is traced, for what a trace does not show.
 
-A traced forward is run once and its decisions are kept. They must therefore follow from things that conversion is told of when they
-change: children, and plain values among the container's own attributes. `watched` raises Refused if the forward, or a function
-that it calls, reads anything else that may change, asks what an object is, catches errors, enters a context or writes attributes.
+A traced forward is run once and its decisions are kept. They must therefore follow from things that conversion is told
+of when they change: children, and plain values among the container's own attributes. `watched` raises Refused if the
+forward, or a function that it calls, reads anything else that may change, asks what an object is, catches errors,
+enters a context or writes attributes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ FORBIDDEN_OPERATIONS = {
     "STORE_GLOBAL": "sets a global variable",
 }
 # Parts of torch that change what is recorded, not what is computed.
-FORBIDDEN_TORCH = ("torch.utils.checkpoint", "torch.autograd", "torch.amp", "torch.cuda", "torch.utils._contextlib", "torch._compile")
+FORBIDDEN_TORCH = (
+    "torch.utils.checkpoint",
+    "torch.autograd",
+    "torch.amp",
+    "torch.cuda",
+    "torch.utils._contextlib",
+    "torch._compile",
+)
 CONSTANT = (
     bool,
     int,
@@ -93,10 +101,14 @@ def _examine(code: types.CodeType, frame: types.FrameType, block: nn.Module) -> 
         if name in ("LOAD_ATTR", "LOAD_METHOD"):
             value = _attribute(value, instruction.argval, block)
         elif name == "LOAD_GLOBAL":
-            value = _outside(instruction.argval, frame.f_globals.get(instruction.argval, getattr(builtins, str(instruction.argval), None)))
+            value = _outside(
+                instruction.argval,
+                frame.f_globals.get(instruction.argval, getattr(builtins, str(instruction.argval), None)),
+            )
         elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
             found = frame.f_locals.get(instruction.argval)
-            value = UNREAD if _is_plain(found) else _outside(instruction.argval, found)  # only its own function can rebind it
+            # only its own function can rebind it
+            value = UNREAD if _is_plain(found) else _outside(instruction.argval, found)
         elif name.startswith("LOAD_FAST"):
             local = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
             found = frame.f_locals.get(local)
@@ -106,7 +118,9 @@ def _examine(code: types.CodeType, frame: types.FrameType, block: nn.Module) -> 
 
 
 def _outside(name: str, value: Any) -> Any:
-    """A global variable, or one of an enclosing function: it may name a module, class, function or constant, and nothing that changes."""
+    """A global variable, or one of an enclosing function: it may name a module, class, function or constant, and
+    nothing that changes.
+    """
     if issubclass(type(value), fx.Proxy):
         return UNREAD
     if any(value is forbidden for forbidden in FORBIDDEN_BUILTINS):
@@ -124,7 +138,11 @@ def _attribute(value: Any, name: str, block: nn.Module) -> Any:
         return UNREAD
     if isinstance(value, types.ModuleType):
         found = getattr(value, name, None)
-        if isinstance(found, types.ModuleType) or callable(found) or value.__name__.startswith(("torch", "math", "numpy")):
+        if (
+            isinstance(found, types.ModuleType)
+            or callable(found)
+            or value.__name__.startswith(("torch", "math", "numpy"))
+        ):
             return found
         raise Refused(f"its forward reads {value.__name__}.{name}")
     if not isinstance(value, nn.Module):

@@ -18,8 +18,9 @@ Case = tuple[nn.Module, Tensor, bool]  # a network, its input, and whether it is
 
 
 def launches(cases: Sequence[Case], dtypes: Sequence[str], gpu: Any) -> list[str]:
-    """Descriptions (warming.py) of the kernels of each case in each dtype, each once, on a launch.Gpu; what does not run is left for its
-    call to say."""
+    """Descriptions (warming.py) of the kernels of each case in each dtype, each once, on a launch.Gpu; what does not
+    run is left for its call to say.
+    """
     from cnnfast import warming
 
     found: dict[str, None] = {}
@@ -31,7 +32,9 @@ def launches(cases: Sequence[Case], dtypes: Sequence[str], gpu: Any) -> list[str
     return list(found)
 
 
-def compile_ahead(cases: Sequence[Case], dtypes: Sequence[str], device: torch.device, progress: Callable[[int, int], None]) -> None:
+def compile_ahead(
+    cases: Sequence[Case], dtypes: Sequence[str], device: torch.device, progress: Callable[[int, int], None]
+) -> None:
     """Nothing where no kernel can run; whatever cannot be compiled is said when it is launched."""
     if launch is None or launch.INTERPRETED or why_torch(cases[0][1].to(device)):
         return

@@ -48,7 +48,9 @@ def load_digits(seed: int) -> tuple[Digits, Digits]:
 
 
 class DigitNet(nn.Module):
-    """[N, 1, 8, 8] to ten logits [N, 10]: a stem, two residual blocks with a max pool between, a global mean, a linear layer."""
+    """[N, 1, 8, 8] to ten logits [N, 10]: a stem, two residual blocks with a max pool between, a global mean, a linear
+    layer.
+    """
 
     def __init__(self, width: int = 16):
         super().__init__()
@@ -79,7 +81,9 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]].unsqueeze(1)
 
 
-def train(network: nn.Module, digits: Digits, epochs: int, seed: int, on_epoch: Callable[[float], None] = lambda loss: None) -> list[float]:
+def train(
+    network: nn.Module, digits: Digits, epochs: int, seed: int, on_epoch: Callable[[float], None] = lambda loss: None
+) -> list[float]:
     """Trains `network` in place, on the device of its parameters; returns each epoch's mean loss, and tells `on_epoch`."""
     device = next(network.parameters()).device
     digits = digits.to(device)
@@ -90,10 +94,13 @@ def train(network: nn.Module, digits: Digits, epochs: int, seed: int, on_epoch: 
     network.train()
     losses = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # images so small gain nothing from more, and sums in one order give the same network on every machine
+    # images so small gain nothing from more, and sums in one order give the same network on every machine
+    torch.set_num_threads(1)
     for _ in range(epochs):
         total = torch.zeros((), device=device)
-        for batch in torch.randperm(len(digits), generator=generator)[: batches * BATCH].view(batches, BATCH).to(device):
+        for batch in (
+            torch.randperm(len(digits), generator=generator)[: batches * BATCH].view(batches, BATCH).to(device)
+        ):
             logits = network(shifted(digits.images[batch], generator))
             loss = nn.functional.cross_entropy(logits, digits.labels[batch], label_smoothing=LABEL_SMOOTHING)
             optimizer.zero_grad()

@@ -9,12 +9,16 @@ import cnnfast.functional as F
 
 
 class ConvBN(nn.Module):
-    """act(batch_norm(conv(x)) + residual): x [N, in_channels, H, W] to [N, out_channels, P, Q]; padded by half the kernel."""
+    """act(batch_norm(conv(x)) + residual): x [N, in_channels, H, W] to [N, out_channels, P, Q]; padded by half the
+    kernel.
+    """
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, activation: str | None = "relu"):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, activation: str | None = "relu"
+    ):
         super().__init__()
         self.stride, self.padding, self.activation = stride, kernel_size // 2, activation
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))

@@ -13,7 +13,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every
 
 
 def load_photograph(size: int | None) -> Tensor:
-    """A temple in China, [1, 3, H, W] in [0, 1]: all 427 x 640 pixels, or scaled down to a shorter side and cropped to `size` x `size`."""
+    """A temple in China, [1, 3, H, W] in [0, 1]: all 427 x 640 pixels, or scaled down to a shorter side and cropped to
+    `size` x `size`.
+    """
     from sklearn.datasets import load_sample_image
 
     image = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1).unsqueeze(0).float() / 255

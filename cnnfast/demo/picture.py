@@ -1,4 +1,6 @@
-"""The demo's picture: the photograph, what the residual block makes of it, digits as they were read, errors, and times if there are any."""
+"""The demo's picture: the photograph, what the residual block makes of it, digits as they were read, errors, and times
+if there are any.
+"""
 
 from __future__ import annotations
 
@@ -63,13 +65,17 @@ def _digits(figure, images: Images, results: Results) -> None:
     """Mistakes first."""
     t = results.training
     figure.suptitle(
-        f"held-out digits as the network reads them: {t.held_out - len(t.mistakes)} of {t.held_out} right, {t.accuracy:.1%}", fontsize=11
+        f"held-out digits as the network reads them: {t.held_out - len(t.mistakes)} of {t.held_out} right, {t.accuracy:.1%}",
+        fontsize=11,
     )
     order = (images.read == images.labels).int().argsort(stable=True)
     for axes, i in zip(figure.subplots(1, DIGITS).flat, order, strict=False):
         axes.imshow(images.digits[i].numpy(), cmap="gray_r")
         right = images.read[i] == images.labels[i]
-        axes.set_title(f"{images.read[i]}" if right else f"{images.read[i]}, is {images.labels[i]}", color="black" if right else WRONG)
+        axes.set_title(
+            f"{images.read[i]}" if right else f"{images.read[i]}, is {images.labels[i]}",
+            color="black" if right else WRONG,
+        )
         axes.axis("off")
 
 

@@ -1,4 +1,5 @@
-"""The digits network as anybody writes it, in plain torch.nn, with the trained weights: converted, it must read every digit the same.
+"""The digits network as anybody writes it, in plain torch.nn, with the trained weights: converted, it must read every
+digit the same.
 
 python -m cnnfast.demo.plain FILE is the process in which Triton interprets its kernels.
 """
@@ -34,7 +35,9 @@ class PlainBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.shortcut = nn.Sequential()
         if in_channels != out_channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))

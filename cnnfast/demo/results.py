@@ -16,7 +16,9 @@ from .timing import Timing
 
 @dataclass
 class Training:
-    """A training run; `mistakes` are (row of scikit-learn's images, digit, what the network read). Accuracy is of the held-out part."""
+    """A training run; `mistakes` are (row of scikit-learn's images, digit, what the network read). Accuracy is of the
+    held-out part.
+    """
 
     seed: int
     images: int
@@ -37,7 +39,9 @@ class Training:
 
 @dataclass
 class Proof:
-    """A check of some layers on real images: what went through which layers, in which dtype; "tf32" is float32 with TF32 products."""
+    """A check of some layers on real images: what went through which layers, in which dtype; "tf32" is float32 with
+    TF32 products.
+    """
 
     title: str
     dtype: str
@@ -95,7 +99,13 @@ class Results:
 
     def to_json(self) -> str:
         proofs = [
-            {"title": p.title, "dtype": p.dtype, "seconds": p.seconds, "launches": p.launches, "check": json.loads(p.report.to_json())}
+            {
+                "title": p.title,
+                "dtype": p.dtype,
+                "seconds": p.seconds,
+                "launches": p.launches,
+                "check": json.loads(p.report.to_json()),
+            }
             for p in self.proofs
         ]
         c = self.conversion

@@ -44,7 +44,13 @@ def tell(seed: int, epochs: int, console: Console, budget: float) -> tuple[Resul
     place = environment(device)
     console.print(", ".join(f"{name} {value}" for name, value in place.items()), highlight=False, soft_wrap=True)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as bars:
         network = digits.make_network(seed).to(device)
         training_part, held_out = digits.load_digits(seed)
@@ -73,10 +79,14 @@ def tell(seed: int, epochs: int, console: Console, budget: float) -> tuple[Resul
         else:
             for dtype in GPU_DTYPES if gpu else GPU_DTYPES[:1]:
                 if not gpu:
-                    results.proofs.append(prove(f"photograph, {sizes(x)}, {PHOTOGRAPH_PATH}", layers, x, dtype, bars, backward=False))
+                    results.proofs.append(
+                        prove(f"photograph, {sizes(x)}, {PHOTOGRAPH_PATH}", layers, x, dtype, bars, backward=False)
+                    )
                     x = centre(x, INTERPRETED_BACKWARD_SIZE)
                 results.proofs.append(prove(f"photograph, {sizes(x)}, {PHOTOGRAPH_PATH}", layers, x, dtype, bars))
-                results.proofs.append(prove(f"{len(some)} held-out digits through the trained network", network, some, dtype, bars))
+                results.proofs.append(
+                    prove(f"{len(some)} held-out digits through the trained network", network, some, dtype, bars)
+                )
             results.conversion = convert_digits(
                 network, held_out.images[: len(held_out) if gpu else INTERPRETED_CONVERTED].to(device), bars
             )
@@ -111,7 +121,12 @@ def served_by(calls: Trace) -> str:
 
 
 def learn(
-    network: digits.DigitNet, training_part: digits.Digits, held_out: digits.Digits, epochs: int, seed: int, bars: Progress
+    network: digits.DigitNet,
+    training_part: digits.Digits,
+    held_out: digits.Digits,
+    epochs: int,
+    seed: int,
+    bars: Progress,
 ) -> tuple[Training, Tensor]:
     """Trains, then reads the held-out part: what was learned, and what was read in each image."""
     bar = bars.add_task("training on digits", total=epochs, note="")
@@ -119,7 +134,9 @@ def learn(
     gpu = next(network.parameters()).is_cuda
     # An interpreter that somebody switched on would take hours to train.
     with prefer_kernels() if gpu else backend("torch"):
-        losses = digits.train(network, training_part, epochs, seed, lambda loss: bars.update(bar, advance=1, note=f"loss {loss:.3f}"))
+        losses = digits.train(
+            network, training_part, epochs, seed, lambda loss: bars.update(bar, advance=1, note=f"loss {loss:.3f}")
+        )
         seconds = time.perf_counter() - began
         with trace() as calls:
             read = digits.predict(network, held_out)
@@ -139,7 +156,9 @@ def centre(image: Tensor, size: int) -> Tensor:
 
 
 def prove(title: str, module: nn.Module, x: Tensor, name: str, bars: Progress, backward: bool = True) -> Proof:
-    """Checks every call of `module(x)` in the dtype of that name, by default forward and backward, and prints what was found."""
+    """Checks every call of `module(x)` in the dtype of that name, by default forward and backward, and prints what was
+    found.
+    """
     title += ", forward and backward" if backward else ", forward"
     bar = bars.add_task(title.partition(" through")[0], total=None, note=name)
     began = time.perf_counter()
@@ -168,14 +187,18 @@ def convert_digits(network: digits.DigitNet, images: Tensor, bars: Progress) -> 
     same = sum(a == b for a, b in zip(read, wanted, strict=True))
     found = Conversion(len(images), same, launches, report, time.perf_counter() - began)
     bars.update(bar, advance=1)
-    bars.console.print(Text("\nthe same network in plain torch.nn: cnnfast.convert(model)", "bold"), report, Text(found.summary))
+    bars.console.print(
+        Text("\nthe same network in plain torch.nn: cnnfast.convert(model)", "bold"), report, Text(found.summary)
+    )
     return found
 
 
 def measure(device: torch.device, budget: Budget, bars: Progress) -> list[timing.Timing]:
     """Times ResNet-50's convolutions and prints what was found."""
     bar = bars.add_task("ResNet-50's convolutions", total=None, note="")
-    timings = timing.time_layers(device, budget, lambda done, total, note: bars.update(bar, completed=done, total=total, note=note))
+    timings = timing.time_layers(
+        device, budget, lambda done, total, note: bars.update(bar, completed=done, total=total, note=note)
+    )
     table = Table(*timing.HEADING, title=timing.CONDITIONS)
     for found in timings:
         if found.timed or found.problem:

@@ -32,8 +32,10 @@ HEADING = ("convolution", "times in the network", "forward", "PyTorch", "backwar
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of one call, None where there is none. backward: both gradients; of the network's first layer, whose input needs
-    none, that of the filters. problem: what went wrong with ours; "" if nothing did. left_out: why nothing was measured, or ""."""
+    """Median milliseconds of one call, None where there is none. backward: both gradients; of the network's first
+    layer, whose input needs none, that of the filters. problem: what went wrong with ours; "" if nothing did. left_out:
+    why nothing was measured, or "".
+    """
 
     layer: str
     count: int
@@ -59,7 +61,12 @@ class Timing:
         """Under HEADING."""
         times = (self.forward, self.torch_forward, self.backward, self.torch_backward)
         shown = ("" if ms is None else f"{ms:.3f}" for ms in times)
-        return (self.layer, str(self.count), *shown, f"FAIL: {self.problem}" if self.problem else "left out" if self.left_out else "ok")
+        return (
+            self.layer,
+            str(self.count),
+            *shown,
+            f"FAIL: {self.problem}" if self.problem else "left out" if self.left_out else "ok",
+        )
 
 
 def convolutions() -> list[Layer]:
@@ -92,11 +99,20 @@ def costliest_first(found: list[tuple[Layer, list[Task]]], peaks: Peaks) -> list
 def timing_of(layer: Layer, forward: Sequence[Row], backward: Sequence[Row]) -> Timing:
     """Of the rows of both directions."""
     by_name = [{row.provider: row for row in rows} for rows in (forward, backward)]
-    milliseconds = (row.median * 1000 if (row := rows[name]).median else None for rows in by_name for name in (OURS, THEIRS))
+    milliseconds = (
+        row.median * 1000 if (row := rows[name]).median else None for rows in by_name for name in (OURS, THEIRS)
+    )
     forward_by_us, forward_by_torch, backward_by_us, backward_by_torch = milliseconds
     ours = [rows[OURS] for rows in by_name]
     problem = next((row.reason for row in ours if row.status not in (OK, LEFT_OUT)), "")
     left_out = next((row.reason for row in ours if row.status == LEFT_OUT), "")
     return Timing(
-        str(layer), layer.count, forward_by_us, forward_by_torch, backward_by_us, backward_by_torch, problem=problem, left_out=left_out
+        str(layer),
+        layer.count,
+        forward_by_us,
+        forward_by_torch,
+        backward_by_us,
+        backward_by_torch,
+        problem=problem,
+        left_out=left_out,
     )

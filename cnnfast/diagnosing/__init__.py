@@ -1,8 +1,9 @@
 """What `cnnfast doctor` asks of this machine, and what it makes of the answers.
 
-Each question is a function that returns a Finding, or several; `diagnose` puts them in order, because what one finds decides what can be
-asked next: nothing of PyTorch where torch does not import, no kernel where there is no GPU, nothing in this process of a launch that
-crashed another. A module of this package imports no more than its questions need: software.py asks even where there is no torch.
+Each question is a function that returns a Finding, or several; `diagnose` puts them in order, because what one finds
+decides what can be asked next: nothing of PyTorch where torch does not import, no kernel where there is no GPU, nothing
+in this process of a launch that crashed another. A module of this package imports no more than its questions need:
+software.py asks even where there is no torch.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ INFO = Command("cnnfast info resnet50", "the layers of a model: shapes, paramete
 def diagnose(tell: Callable[[str], None] = lambda text: None) -> Diagnosis:
     """All findings of this machine and this process. tell: told of what begins.
 
-    On a GPU nothing is launched in this process that was not launched in another before, which takes as long as a few small kernels take
-    to compile. Without a GPU all of it takes about as long as importing torch.
+    On a GPU nothing is launched in this process that was not launched in another before, which takes as long as a few
+    small kernels take to compile. Without a GPU all of it takes about as long as importing torch.
     """
     tell("asking for versions")
     found = [software.python(), software.torch()]
@@ -76,7 +77,8 @@ def _with_torch(found: list[Finding], tell: Callable[[str], None]) -> Diagnosis:
 
     tell("reading tables")
     found += _asked(
-        folders.TOPIC, lambda: [folders.table_folder(), *folders.table_files(bool(names)), *folders.measured(list(names.values()))]
+        folders.TOPIC,
+        lambda: [folders.table_folder(), *folders.table_files(bool(names)), *folders.measured(list(names.values()))],
     )
 
     tell("asking who serves")
@@ -103,13 +105,17 @@ def _asked(topic: str, ask: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return ask()
     except Exception as error:
-        return [Finding(topic, "doctor", "note", f"This could not be asked: {type(error).__name__}: {in_a_line(error)}")]
+        return [
+            Finding(topic, "doctor", "note", f"This could not be asked: {type(error).__name__}: {in_a_line(error)}")
+        ]
 
 
 def _otherwise(covered: bool) -> list[Command]:
     """What to run where nothing has to be mended. covered: whether there is a GPU that our kernels cover."""
     missing = [
-        line for name, (_, line) in software.OPTIONAL.items() if name in ("scikit-learn", "matplotlib") and not software.distribution(name)
+        line
+        for name, (_, line) in software.OPTIONAL.items()
+        if name in ("scikit-learn", "matplotlib") and not software.distribution(name)
     ]
     demo = Command(missing[0], "what cnnfast demo needs, from a clone of cnnfast's repository") if missing else DEMO
     return [CHECK, demo] if covered else [demo, INFO]

@@ -33,8 +33,9 @@ AGAIN = Command("cnnfast doctor", "again, to see that all is mended")
 class Finding:
     """What is known of one thing.
 
-    topic: the heading that it stands under. state: "ok"; "note", which is worth knowing, and nothing fails by it; or "broken". text: of
-    what is broken, what it is and why that matters. advice: what to do, "" where nothing has to be done. command: a line that does it.
+    topic: the heading that it stands under. state: "ok"; "note", which is worth knowing, and nothing fails by it; or
+    "broken". text: of what is broken, what it is and why that matters. advice: what to do, "" where nothing has to be
+    done. command: a line that does it.
     """
 
     topic: str
@@ -81,7 +82,11 @@ class Diagnosis:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = []
         for topic in dict.fromkeys(finding.topic for finding in self.findings):
-            parts += [Text(topic, "bold"), _listed([finding for finding in self.findings if finding.topic == topic]), Text()]
+            parts += [
+                Text(topic, "bold"),
+                _listed([finding for finding in self.findings if finding.topic == topic]),
+                Text(),
+            ]
         if self.broken:
             parts.append(Text(f"{len(self.broken)} broken:", STYLES["broken"]))
             parts += [Text(f"- {f.name}: {f.text} {f.advice}".rstrip()) for f in self.broken]

@@ -36,7 +36,9 @@ class Held(NamedTuple):
 
 
 def why_unwritable(folder: Path) -> str:
-    """Why nothing can be written to a folder, which need not exist; "" if something can. Tried, and nothing is left there."""
+    """Why nothing can be written to a folder, which need not exist; "" if something can. Tried, and nothing is left
+    there.
+    """
     try:
         while not folder.exists():
             folder = folder.parent
@@ -78,11 +80,19 @@ def triton_cache(folder: Path) -> Finding:
     why = why_unwritable(folder)
     if why:
         text = f"Triton's cache, {folder}, cannot be written ({why}), and without it no kernel compiles."
-        return Finding(TOPIC, "Triton's cache", "broken", text, "Name another folder in TRITON_CACHE_DIR, or make room in this one.")
+        return Finding(
+            TOPIC,
+            "Triton's cache",
+            "broken",
+            text,
+            "Name another folder in TRITON_CACHE_DIR, or make room in this one.",
+        )
     free = free_bytes(folder)
     text = f"{folder}: {held(folder)}; {free / 2**30:,.0f} GiB are free."
     if free < LITTLE:
-        advice = "Make room, or name a folder on another disk in TRITON_CACHE_DIR; whatever is in the cache may be deleted."
+        advice = (
+            "Make room, or name a folder on another disk in TRITON_CACHE_DIR; whatever is in the cache may be deleted."
+        )
         text = f"{folder}: {held(folder)}; only {free / 2**20:,.0f} MiB are free, and the kernels of one network can take more."
         return Finding(TOPIC, "Triton's cache", "note", text, advice)
     return Finding(TOPIC, "Triton's cache", "ok", text)
@@ -97,14 +107,18 @@ def table_folder() -> Finding:
     folder = tables.user_folder()
     why = why_unwritable(folder)
     if why:
-        text = f"The folder of your tables, {folder}, cannot be written ({why}): what cnnfast tune measures would be lost."
+        text = (
+            f"The folder of your tables, {folder}, cannot be written ({why}): what cnnfast tune measures would be lost."
+        )
         return Finding(TOPIC, "your tables", "broken", text, "Give yourself the right to write there, or make room.")
     files = _files(folder)
     return Finding(TOPIC, "your tables", "ok", f"{folder}: {_counted(len(files), 'table') if files else 'none yet'}.")
 
 
 def table_files(beside_a_gpu: bool) -> list[Finding]:
-    """Each table that cannot be used, or not wholly. beside_a_gpu: whether there is one here, on which it could be measured again."""
+    """Each table that cannot be used, or not wholly. beside_a_gpu: whether there is one here, on which it could be
+    measured again.
+    """
     found = []
     command = Command(TUNE, "a new table of your GPU") if beside_a_gpu else None
     for whose, folder in (("your table", tables.user_folder()), ("table of cnnfast's", tables.SHIPPED)):
@@ -119,11 +133,20 @@ def table_files(beside_a_gpu: bool) -> list[Finding]:
 
 
 def measured(gpus: Sequence[tuple[str, int]]) -> list[Finding]:
-    """For each (name, architecture) of a GPU that our kernels cover here: what was measured on it. Without one, what there is at all."""
-    rows = {whose: _rows(_files(folder)) for whose, folder in (("yours", tables.user_folder()), ("cnnfast's", tables.SHIPPED))}
+    """For each (name, architecture) of a GPU that our kernels cover here: what was measured on it. Without one, what
+    there is at all.
+    """
+    rows = {
+        whose: _rows(_files(folder))
+        for whose, folder in (("yours", tables.user_folder()), ("cnnfast's", tables.SHIPPED))
+    }
     found = []
     for gpu in dict.fromkeys(gpus):
-        told = [f"{_told(here)} are {whose}" for whose, all_rows in rows.items() if (here := [r for r in all_rows if r.key[:2] == gpu])]
+        told = [
+            f"{_told(here)} are {whose}"
+            for whose, all_rows in rows.items()
+            if (here := [r for r in all_rows if r.key[:2] == gpu])
+        ]
         if told:
             found.append(Finding(TOPIC, f"measured on {gpu[0]}", "ok", f"{'; '.join(told)}."))
             continue
@@ -133,7 +156,10 @@ def measured(gpus: Sequence[tuple[str, int]]) -> list[Finding]:
         found.append(Finding(TOPIC, f"measured on {gpu[0]}", "note", text, advice, command))
     if not gpus:
         others = Counter(row.key.gpu for all_rows in rows.values() for row in all_rows)
-        text = "; ".join(f"{_counted(count, 'row')} of {gpu}" for gpu, count in sorted(others.items())) or "No table has rows of any GPU"
+        text = (
+            "; ".join(f"{_counted(count, 'row')} of {gpu}" for gpu, count in sorted(others.items()))
+            or "No table has rows of any GPU"
+        )
         found.append(Finding(TOPIC, "measured", "ok", f"{text}."))
     return found
 

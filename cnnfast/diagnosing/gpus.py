@@ -27,8 +27,14 @@ HELP = (
     ("too old", ""),  # `_help` says by how much
     ("Error 802", "Start NVIDIA's fabric manager, which connects the GPUs: sudo systemctl start nvidia-fabricmanager."),
     ("Error 803", "The driver was updated and its older half is still loaded: restart the machine."),
-    ("Error 804", "A libcuda of a cuda-compat package is found before the driver's: take its folder out of LD_LIBRARY_PATH."),
-    ("unknown error", "Load the driver's module again (sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm), or restart the machine."),
+    (
+        "Error 804",
+        "A libcuda of a cuda-compat package is found before the driver's: take its folder out of LD_LIBRARY_PATH.",
+    ),
+    (
+        "unknown error",
+        "Load the driver's module again (sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm), or restart the machine.",
+    ),
     ("out of memory", "Other processes have taken the GPU's memory; nvidia-smi lists them."),
     ("busy or unavailable", "Another process has the GPU for itself; nvidia-smi lists it."),
 )
@@ -99,7 +105,9 @@ def cuda() -> Cuda:
         try:
             torch.cuda.init()
             count = torch.cuda.device_count()
-        except Exception as raised:  # AssertionError of a build without CUDA, RuntimeError of a driver that does not fit
+        except (
+            Exception
+        ) as raised:  # AssertionError of a build without CUDA, RuntimeError of a driver that does not fit
             error = in_a_line(str(raised).partition(" Please ")[0])  # what it advises then is said better below
     return Cuda(count, error, tuple(in_a_line(warning.message) for warning in told))
 
@@ -113,26 +121,38 @@ def driver(smi: Smi) -> Finding:
     version, newest = smi.driver or kernel_module(), newest_cuda()
     if smi.complaint and kernel_module():
         text = f"NVIDIA's driver {version} is loaded, but nvidia-smi does not work, and so nothing on the GPU will: {smi.complaint}"
-        advice = "Restart the machine, or the container with its GPUs; where that does not help, install the driver again."
+        advice = (
+            "Restart the machine, or the container with its GPUs; where that does not help, install the driver again."
+        )
         return Finding(TOPIC, "driver", "broken", text, advice)
     if smi.complaint:
         return Finding(TOPIC, "driver", "note", f"NVIDIA's driver is not loaded; nvidia-smi says: {smi.complaint}")
     if not version and newest is None:
         return Finding(
-            TOPIC, "driver", "ok", "There is no NVIDIA driver: this machine has no GPU of NVIDIA's, or this process is not given it."
+            TOPIC,
+            "driver",
+            "ok",
+            "There is no NVIDIA driver: this machine has no GPU of NVIDIA's, or this process is not given it.",
         )
     if newest is None:
         text = f"This machine has NVIDIA's driver {version}, but this process finds no {LIBCUDA}, which belongs to it."
-        return Finding(TOPIC, "driver", "note", text, "If this is a container, start it with its GPUs (docker run --gpus all).")
+        return Finding(
+            TOPIC, "driver", "note", text, "If this is a container, start it with its GPUs (docker run --gpus all)."
+        )
     text = f"NVIDIA's driver {version or '(version unknown)'} supports CUDA up to {_dotted(newest)}"
     if torch.version.cuda is None:
         return Finding(TOPIC, "driver", "ok", f"{text}.")
     built = _version(torch.version.cuda)
     if newest[0] < built[0]:
-        return Finding(TOPIC, "driver", "note", f"{text}; torch was built for CUDA {torch.version.cuda}, which is newer.")
+        return Finding(
+            TOPIC, "driver", "note", f"{text}; torch was built for CUDA {torch.version.cuda}, which is newer."
+        )
     if newest < built:
         return Finding(
-            TOPIC, "driver", "ok", f"{text}; torch's CUDA {torch.version.cuda} runs on it as a newer one of the same generation."
+            TOPIC,
+            "driver",
+            "ok",
+            f"{text}; torch's CUDA {torch.version.cuda} runs on it as a newer one of the same generation.",
         )
     return Finding(TOPIC, "driver", "ok", f"{text}; torch was built for CUDA {torch.version.cuda}.")
 
@@ -156,7 +176,12 @@ def usable(smi: Smi, found: Cuda) -> Finding:
         text = f"nvidia-smi lists {listed}, but this torch is a build without CUDA: it computes on the CPU."
         advice = "Install a build for CUDA; https://pytorch.org/get-started/locally names those for your driver."
         return Finding(
-            TOPIC, "PyTorch", "broken", text, advice, Command("pip install --force-reinstall torch", "on Linux this is a build for CUDA")
+            TOPIC,
+            "PyTorch",
+            "broken",
+            text,
+            advice,
+            Command("pip install --force-reinstall torch", "on Linux this is a build for CUDA"),
         )
     if smi.gpus:
         text = f"nvidia-smi lists {listed}, but PyTorch cannot use a GPU, and computes on the CPU: {found.error.rstrip('.')}."

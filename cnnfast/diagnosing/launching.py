@@ -35,7 +35,9 @@ MEANWHILE = 'Until that is mended, cnnfast.backend("torch") has PyTorch serve.'
 
 
 class Trial(NamedTuple):
-    """What a child process found out. ended: how it ended if not by itself: what it was doing then, and what happened to it."""
+    """What a child process found out. ended: how it ended if not by itself: what it was doing then, and what happened
+    to it.
+    """
 
     outcomes: list[trial.Outcome]
     ended: str = ""
@@ -43,7 +45,11 @@ class Trial(NamedTuple):
     @property
     def launches(self) -> bool:
         """Whether Triton does, whatever our kernels compute: the smallest of kernels ran on every GPU that was reached."""
-        return not self.ended and bool(self.outcomes) and not any(o.wrong for o in self.outcomes if o.step in trial.LAUNCHING)
+        return (
+            not self.ended
+            and bool(self.outcomes)
+            and not any(o.wrong for o in self.outcomes if o.step in trial.LAUNCHING)
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -51,9 +57,11 @@ class Trial(NamedTuple):
 
 
 def compiler(beside_a_gpu: bool) -> Finding:
-    """The C compiler and Python.h that Triton builds its driver and launchers with, asked by building the smallest of libraries.
+    """The C compiler and Python.h that Triton builds its driver and launchers with, asked by building the smallest of
+    libraries.
 
-    What they fail at is worth a note: whether anything can be launched all the same, by what Triton's cache holds, is told by trying.
+    What they fail at is worth a note: whether anything can be launched all the same, by what Triton's cache holds, is
+    told by trying.
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="cnnfast-") as folder, _quiet() as said:
@@ -68,7 +76,11 @@ def compiler(beside_a_gpu: bool) -> Finding:
             return Finding(TOPIC, "C compiler", "ok", text)
     first = next(filter(None, map(str.strip, said)), "")
     text = f"Triton cannot build its launchers: {wrong}." + (f" The compiler said: {in_a_line(first)}" if first else "")
-    advice = "Only what Triton's cache holds already can be launched." if beside_a_gpu else "Without a GPU nothing needs them."
+    advice = (
+        "Only what Triton's cache holds already can be launched."
+        if beside_a_gpu
+        else "Without a GPU nothing needs them."
+    )
     return Finding(TOPIC, "C compiler", "note", text, advice)
 
 
@@ -98,17 +110,23 @@ def _quiet() -> Iterator[list[str]]:
 # The child
 
 
-def tried(devices: Sequence[torch.device], tell: Callable[[str], None] = lambda step: None, limit: float | None = None) -> Trial:
-    """Has a child process launch kernels on GPUs, and ends it after `limit` seconds, LIMIT by default. tell: told of each step."""
+def tried(
+    devices: Sequence[torch.device], tell: Callable[[str], None] = lambda step: None, limit: float | None = None
+) -> Trial:
+    """Has a child process launch kernels on GPUs, and ends it after `limit` seconds, LIMIT by default. tell: told of
+    each step.
+    """
     limit = LIMIT if limit is None else limit
     arguments = [str(limit + PATIENCE), *map(str, devices)]
     with tempfile.TemporaryDirectory(prefix="cnnfast-") as folder:
-        # Files, since whoever reads pipes waits for all that hold them, compilers that the child started too; and opened again to be
-        # read, since whoever shares a file with the child moves the place at which it writes.
+        # Files, since whoever reads pipes waits for all that hold them, compilers that the child started too; and
+        # opened again to be read, since whoever shares a file with the child moves the place at which it writes.
         output, errors = Path(folder, "stdout"), Path(folder, "stderr")
         with output.open("w") as stdout, errors.open("w") as stderr:
             streams: dict[str, Any] = {"stdout": stdout, "stderr": stderr}
-            child = children.start(CHILD, *arguments, environment={"PYTHONFAULTHANDLER": "1"}, start_new_session=True, **streams)
+            child = children.start(
+                CHILD, *arguments, environment={"PYTHONFAULTHANDLER": "1"}, start_new_session=True, **streams
+            )
         deadline, doing = time.monotonic() + limit, ""
         try:
             while child.poll() is None and time.monotonic() < deadline:
@@ -121,7 +139,9 @@ def tried(devices: Sequence[torch.device], tell: Callable[[str], None] = lambda 
             in_time = child.poll() is not None
             _end(child)
         outcomes, doing = _read(output)
-        return Trial(outcomes, _ending(child.returncode if in_time else None, doing, errors.read_text(errors="replace"), limit))
+        return Trial(
+            outcomes, _ending(child.returncode if in_time else None, doing, errors.read_text(errors="replace"), limit)
+        )
 
 
 def here(device: torch.device) -> Trial:
@@ -204,7 +224,9 @@ def findings(found: Trial, names: dict[str, str]) -> list[Finding]:
             told.append(Finding(TOPIC, f"launch on {device}", "broken", text, MEANWHILE))
     if found.ended:
         text = f"A process that launched kernels did not come through, and yours would not: {found.ended}."
-        told.append(Finding(TOPIC, "launch", "broken", text, f"nvidia-smi and dmesg tell of GPUs that fail. {MEANWHILE}"))
+        told.append(
+            Finding(TOPIC, "launch", "broken", text, f"nvidia-smi and dmesg tell of GPUs that fail. {MEANWHILE}")
+        )
     return told
 
 
@@ -215,7 +237,13 @@ def _broken(outcome: trial.Outcome, name: str) -> Finding:
         return Finding(TOPIC, "launch", "broken", text, "" if line else "Mend what is named there.", line)
     if outcome.step == trial.PYTORCH:
         text = f"PyTorch's own convolution fails on {name}, and with it every network: {outcome.wrong}"
-        return Finding(TOPIC, "launch", "broken", text, "Install torch again; if that does not help, the GPU or its driver is at fault.")
+        return Finding(
+            TOPIC,
+            "launch",
+            "broken",
+            text,
+            "Install torch again; if that does not help, the GPU or its driver is at fault.",
+        )
     matters = "fails" if outcome.fatal else "computes wrong numbers, as every kernel of ours may"
     text = f"{outcome.step[0].upper()}{outcome.step[1:]} on {name} {matters}: {outcome.wrong}."
     return Finding(TOPIC, "launch", "broken", text, MEANWHILE)
@@ -224,7 +252,12 @@ def _broken(outcome: trial.Outcome, name: str) -> Finding:
 def _line_for(reason: str) -> Command | None:
     """What mends the commonest reasons, on Debian and Ubuntu."""
     if "Python.h" in reason:
-        return Command("sudo apt-get install python3-dev", "Python's headers; elsewhere the package has another name, python3-devel, say")
+        return Command(
+            "sudo apt-get install python3-dev",
+            "Python's headers; elsewhere the package has another name, python3-devel, say",
+        )
     if launchable.WHAT_IT_NEEDS in reason and "cache" not in reason:
-        return Command("sudo apt-get install gcc", "a C compiler; elsewhere by another package manager, conda install gcc, say")
+        return Command(
+            "sudo apt-get install gcc", "a C compiler; elsewhere by another package manager, conda install gcc, say"
+        )
     return None

@@ -1,4 +1,6 @@
-"""Who serves typical calls in this process as it is set now: asked of the code that decides, not of a copy of its rules."""
+"""Who serves typical calls in this process as it is set now: asked of the code that decides, not of a copy of its
+rules.
+"""
 
 from __future__ import annotations
 
@@ -88,12 +90,16 @@ def who(device: torch.device) -> list[Finding]:
     """Who serves each typical call on `device`; one finding where PyTorch serves all of them for the same reason."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of a launcher that cannot be built, which the reason says too
+            # of a launcher that cannot be built, which the reason says too
+            warnings.simplefilter("ignore", RuntimeWarning)
             found = {str(c): of_convolution(c, device) for c in CONVOLUTIONS}
             reason = dispatch.why_torch(torch.empty(0, dtype=HALF, device=device))
     except RuntimeError as error:  # backend("kernels"), where PyTorch would have to
         return [Finding(TOPIC, "every call", "note", f"Raises an error: {error}.")]
-    found |= {f"{name}, bf16": f"PyTorch, because {reason}." if reason else "our kernel, one pass over memory." for name in PASSES}
+    found |= {
+        f"{name}, bf16": f"PyTorch, because {reason}." if reason else "our kernel, one pass over memory."
+        for name in PASSES
+    }
     answers = set(found.values())
     if len(answers) == 1 and (reason := answers.pop()).startswith("PyTorch"):
         return [Finding(TOPIC, "every call", "ok", reason)]
@@ -108,5 +114,9 @@ def float32_products(device: torch.device) -> Finding:
         return Finding(TOPIC, "float32", "ok", text, advice)
     text = "Convolutions of float32 tensors multiply them as they are (IEEE), by PyTorch's settings here: exact, and without tensor cores."
     return Finding(
-        TOPIC, "float32", "ok", text, 'torch.backends.cudnn.conv.fp32_precision = "tf32" is faster, and rounds to 10 bits first.'
+        TOPIC,
+        "float32",
+        "ok",
+        text,
+        'torch.backends.cudnn.conv.fp32_precision = "tf32" is faster, and rounds to 10 bits first.',
     )

@@ -49,7 +49,9 @@ def imported(name: str) -> ModuleType | Exception | None:
         if importlib.util.find_spec(name) is None:
             return None
         return importlib.import_module(name)
-    except Exception as error:  # whatever a broken installation raises: an OSError for a library that does not load, above all
+    except (
+        Exception
+    ) as error:  # whatever a broken installation raises: an OSError for a library that does not load, above all
         return error
 
 
@@ -76,9 +78,13 @@ def torch() -> Finding:
     if numbers(module.__version__) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         text = f"torch is {module.__version__}; cnnfast needs {oldest} or newer, and uses what older ones do not have."
-        return Finding(TOPIC, "torch", "broken", text, "Update it.", Command(f'pip install "torch>={oldest}"', "cnnfast needs it"))
+        return Finding(
+            TOPIC, "torch", "broken", text, "Update it.", Command(f'pip install "torch>={oldest}"', "cnnfast needs it")
+        )
     if module.version.hip:
-        return Finding(TOPIC, "torch", "ok", f"torch {module.__version__}, built for AMD's GPUs by ROCm {module.version.hip}.")
+        return Finding(
+            TOPIC, "torch", "ok", f"torch {module.__version__}, built for AMD's GPUs by ROCm {module.version.hip}."
+        )
     if module.version.cuda is None:
         return Finding(TOPIC, "torch", "ok", f"torch {module.__version__}, a build without CUDA: it computes on CPUs.")
     built = f"torch {module.__version__}, built for CUDA {module.version.cuda}"
@@ -129,7 +135,9 @@ def triton(beside_a_gpu: bool) -> Finding:
         return Finding(TOPIC, "triton", wrong, text, "Install one of them.", install)
     kernels = imported("cnnfast_kernels.launch")
     if isinstance(kernels, Exception):
-        text = f"triton is {version}, but cnnfast's kernels do not import: {type(kernels).__name__}: {in_a_line(kernels)}"
+        text = (
+            f"triton is {version}, but cnnfast's kernels do not import: {type(kernels).__name__}: {in_a_line(kernels)}"
+        )
         return Finding(TOPIC, "triton", wrong, text, "Install triton again.", install)
     if asked and numbers(asked) != numbers(version):
         text = f"triton {version}, which cnnfast supports; torch asks for {asked}, and torch.compile may not work with another."
@@ -145,7 +153,9 @@ def triton_command(asked: str) -> Command:
     """What installs a triton that fits: the one that torch asks for, if it does and cnnfast supports it."""
     if asked and supported(asked):
         return Command(f'pip install "triton=={asked}"', f"the one that torch {distribution('torch')} asks for")
-    return Command(f'pip install "triton>=3.{OLDEST_TRITON[1]},<3.{NEWEST_TRITON[1] + 1}"', f"cnnfast supports {SUPPORTED_TRITON}")
+    return Command(
+        f'pip install "triton>=3.{OLDEST_TRITON[1]},<3.{NEWEST_TRITON[1] + 1}"', f"cnnfast supports {SUPPORTED_TRITON}"
+    )
 
 
 def interpreting() -> Finding | None:
@@ -153,7 +163,9 @@ def interpreting() -> Finding | None:
     kernels: Any = imported("cnnfast_kernels.launch")
     if not isinstance(kernels, ModuleType) or not kernels.INTERPRETED:  # type: ignore[attr-defined]
         return None
-    text = "TRITON_INTERPRET is set: kernels are interpreted on the CPU, right to the bit and thousands of times slower."
+    text = (
+        "TRITON_INTERPRET is set: kernels are interpreted on the CPU, right to the bit and thousands of times slower."
+    )
     return Finding(TOPIC, "interpreter", "note", text, "Unset it for anything but tests.")
 
 
@@ -164,7 +176,12 @@ def cnnfast() -> Finding:
     if isinstance(library, Exception):
         text = f"cnnfast {__version__} in {place} does not import: {type(library).__name__}: {in_a_line(library)}"
         return Finding(
-            TOPIC, "cnnfast", "broken", text, "Install it again, from a clone of its repository.", Command("pip install .", "in the clone")
+            TOPIC,
+            "cnnfast",
+            "broken",
+            text,
+            "Install it again, from a clone of its repository.",
+            Command("pip install .", "in the clone"),
         )
     return Finding(TOPIC, "cnnfast", "ok", f"cnnfast {__version__} in {place}.")
 
@@ -178,7 +195,15 @@ def optional() -> list[Finding]:
         broken = imported(name) if version and name == "torchvision" else None
         if isinstance(broken, Exception):
             said = f"{version} does not import, nor does what needs it, timm, say: {type(broken).__name__}: {in_a_line(broken)}."
-            found.append(Finding(OPTIONAL_TOPIC, name, "note", said, "Install the one that was built for this torch, from the same index."))
+            found.append(
+                Finding(
+                    OPTIONAL_TOPIC,
+                    name,
+                    "note",
+                    said,
+                    "Install the one that was built for this torch, from the same index.",
+                )
+            )
         else:
             said = f"{version}: {purpose}." if version else f"not installed: {purpose} ({line})."
             found.append(Finding(OPTIONAL_TOPIC, name, "ok", said))
@@ -186,10 +211,20 @@ def optional() -> list[Finding]:
 
 
 def torch_compile(launches: bool | None) -> Finding:
-    """Whether torch.compile has what it compiles with. launches: whether Triton launches on the GPU, None where there is none."""
+    """Whether torch.compile has what it compiles with. launches: whether Triton launches on the GPU, None where there
+    is none.
+    """
     if launches is not None:
-        said = "usable on this GPU: Triton launches." if launches else "not usable on this GPU, since Triton does not launch."
+        said = (
+            "usable on this GPU: Triton launches."
+            if launches
+            else "not usable on this GPU, since Triton does not launch."
+        )
         return Finding(OPTIONAL_TOPIC, "torch.compile", "ok" if launches else "note", said)
     compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++", "cl"))), None)
-    said = f"usable on the CPU: {compiler} is there." if compiler else "not usable on the CPU: it needs a C++ compiler, and there is none."
+    said = (
+        f"usable on the CPU: {compiler} is there."
+        if compiler
+        else "not usable on the CPU: it needs a C++ compiler, and there is none."
+    )
     return Finding(OPTIONAL_TOPIC, "torch.compile", "ok" if compiler else "note", said)

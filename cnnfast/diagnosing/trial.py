@@ -2,8 +2,9 @@
 
     python -m cnnfast.diagnosing.trial 125 cuda:0 cuda:1
 
-A process of its own: a launch may hang, or crash the process that makes it. Before each step it prints that the step begins, and after
-it what came of it, so that whoever reads that knows where it ended. It ends itself after so many seconds: whoever started it may be gone.
+A process of its own: a launch may hang, or crash the process that makes it. Before each step it prints that the step
+begins, and after it what came of it, so that whoever reads that knows where it ended. It ends itself after so many
+seconds: whoever started it may be gone.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ LAUNCHING = (LAUNCHER, SMALLEST)
 
 
 class Outcome(NamedTuple):
-    """One step on one device. wrong: what is, "" if nothing. fatal: whether no later step can be trusted, or be made at all."""
+    """One step on one device. wrong: what is, "" if nothing. fatal: whether no later step can be trusted, or be made at
+    all.
+    """
 
     device: str
     step: str
@@ -53,7 +56,9 @@ Step = tuple[str, Callable[[], str]]  # its name, and what does it and says what
 
 def steps(device: torch.device) -> list[Step]:
     """What is tried on a device, in order."""
-    convolutions = [(f"our convolution in {name_of(dtype)}", partial(our_convolution, device, dtype)) for dtype in DTYPES]
+    convolutions = [
+        (f"our convolution in {name_of(dtype)}", partial(our_convolution, device, dtype)) for dtype in DTYPES
+    ]
     return [
         (LAUNCHER, partial(launchable.why_no_launch, device)),
         (SMALLEST, partial(one_number, device)),
@@ -62,11 +67,13 @@ def steps(device: torch.device) -> list[Step]:
     ]
 
 
-def run(devices: list[torch.device], begin: Callable[[str, str], None] = lambda device, step: None) -> Iterator[Outcome]:
+def run(
+    devices: list[torch.device], begin: Callable[[str, str], None] = lambda device, step: None
+) -> Iterator[Outcome]:
     """All steps on all devices, up to one that is fatal. begin: told of each (device, step) before it begins.
 
-    What raises is fatal: after an error of CUDA's nothing works in the process. So is a launcher that cannot be built, which is the same
-    for all devices. Wrong numbers are not.
+    What raises is fatal: after an error of CUDA's nothing works in the process. So is a launcher that cannot be built,
+    which is the same for all devices. Wrong numbers are not.
     """
     for device in devices:
         for step, make in steps(device):
@@ -97,7 +104,9 @@ def torch_convolution(device: torch.device) -> str:
 
 
 def our_convolution(device: torch.device, dtype: torch.dtype) -> str:
-    """Ours, which has to be exact: a sum of such numbers is the same in any order, and a multiple of 1 far below what dtype holds."""
+    """Ours, which has to be exact: a sum of such numbers is the same in any order, and a multiple of 1 far below what
+    dtype holds.
+    """
     from .. import functional  # its operators take a second to import, which doctor spends only where kernels run
 
     x, w, expected = operands()
@@ -126,7 +135,8 @@ def _compared(found: Tensor, expected: Tensor, allowed: float) -> str:
 
 
 def main(seconds: str, *names: str) -> None:
-    faulthandler.dump_traceback_later(float(seconds), exit=True)  # also while the process waits for a GPU, as Python's own timers do not
+    # also while the process waits for a GPU, as Python's own timers do not
+    faulthandler.dump_traceback_later(float(seconds), exit=True)
 
     def begin(device: str, step: str) -> None:
         print(MARK + json.dumps({"device": device, "step": step}), flush=True)

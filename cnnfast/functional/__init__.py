@@ -1,7 +1,7 @@
 """The operations by the names and arguments of torch.nn.functional, plus `algorithm` and the fused `conv_bn_act`.
 
-Every function decides by `dispatch.why_torch` who serves the call. On the kernels' path arguments are checked here, before
-anything is launched, and bad ones raise what PyTorch raises, naming the argument, its value and the rule.
+Every function decides by `dispatch.why_torch` who serves the call. On the kernels' path arguments are checked here,
+before anything is launched, and bad ones raise what PyTorch raises, naming the argument, its value and the rule.
 """
 
 from .convolution import conv1d, conv2d, conv_transpose2d

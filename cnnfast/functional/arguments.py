@@ -15,7 +15,9 @@ Size = int | tuple[int, ...] | list[int]
 
 
 def _index(value: Any) -> Any:
-    """`value` as an int: anything with __index__ but a bool. Raises TypeError, and ValueError beyond 64 bits, as PyTorch does."""
+    """`value` as an int: anything with __index__ but a bool. Raises TypeError, and ValueError beyond 64 bits, as
+    PyTorch does.
+    """
     if isinstance(value, torch.SymInt):
         return value
     if isinstance(value, bool):
@@ -76,7 +78,9 @@ def expand_sizes(function: str, name: str, value: Any, n: int) -> tuple[int, ...
         kind = "an int or a pair of ints" if n == 2 else "an int or a tuple of one int"
         raise _refuse(function, name, value, kind, error) from None
     if len(values) not in (1, n):
-        raise RuntimeError(f"{function}(): {name} must be a single integer value or a list of {n} values, but got {name}={list(values)}")
+        raise RuntimeError(
+            f"{function}(): {name} must be a single integer value or a list of {n} values, but got {name}={list(values)}"
+        )
     return values if len(values) == n else values * n
 
 
@@ -87,7 +91,9 @@ def check_flag(function: str, name: str, value: Any) -> None:
 
 def check_algorithm(function: str, algorithm: str) -> None:
     if algorithm not in ALGORITHMS:
-        raise ValueError(f"{function}(): algorithm must be one of {', '.join(ALGORITHMS)}, but got algorithm={algorithm!r}")
+        raise ValueError(
+            f"{function}(): algorithm must be one of {', '.join(ALGORITHMS)}, but got algorithm={algorithm!r}"
+        )
 
 
 def batched(input: Tensor, n: int = 2) -> tuple[Tensor, bool]:
@@ -96,9 +102,13 @@ def batched(input: Tensor, n: int = 2) -> tuple[Tensor, bool]:
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Casts as PyTorch's convolutions do under torch.autocast: floating tensors but float64, to the dtype in force, where kernels are."""
+    """Casts as PyTorch's convolutions do under torch.autocast: floating tensors but float64, to the dtype in force,
+    where kernels are.
+    """
     device = "cuda" if x.is_cuda else "cpu"
     if not torch.is_autocast_enabled(device) or not (x.is_cuda or x.is_cpu):
         return x, *others
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others))
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
+    )

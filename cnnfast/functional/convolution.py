@@ -29,10 +29,10 @@ def conv2d(
 ) -> Tensor:
     """2-D convolution, as torch.nn.functional.conv2d.
 
-    input [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], bias [K], all of one dtype (float16, bfloat16, float32, float64);
-    padding: int, pair, "same" or "valid". Returns [N, K, P, Q], channels_last if input or weight is.
-    algorithm: "auto", "direct" (implicit GEMM), "im2col" (explicit, in a bounded workspace), "torch".
-    Raises RuntimeError and TypeError where PyTorch does.
+    input [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], bias [K], all of one dtype (float16, bfloat16,
+    float32, float64); padding: int, pair, "same" or "valid". Returns [N, K, P, Q], channels_last if input or weight is.
+    algorithm: "auto", "direct" (implicit GEMM), "im2col" (explicit, in a bounded workspace), "torch". Raises
+    RuntimeError and TypeError where PyTorch does.
     """
     check_algorithm("conv2d", algorithm)
     if reason := why_torch(input, weight, bias, algorithm=algorithm):
@@ -59,8 +59,9 @@ def conv1d(
 ) -> Tensor:
     """1-D convolution, as torch.nn.functional.conv1d: conv2d of images one row high.
 
-    input [N, C, L] or [C, L], weight [K, C / groups, S], bias [K]; dtypes, padding and algorithm as conv2d. Returns [N, K, Q], in
-    memory [N, Q, K] if weight lies as [K, S, C / groups]. Raises RuntimeError and TypeError where PyTorch does.
+    input [N, C, L] or [C, L], weight [K, C / groups, S], bias [K]; dtypes, padding and algorithm as conv2d. Returns [N,
+    K, Q], in memory [N, Q, K] if weight lies as [K, S, C / groups]. Raises RuntimeError and TypeError where PyTorch
+    does.
     """
     check_algorithm("conv1d", algorithm)
     if reason := why_torch(input, weight, bias, algorithm=algorithm):
@@ -69,8 +70,8 @@ def conv1d(
     x, w, b = autocast(input, weight, bias)
     x, unbatched = batched(x, 1)
     step, pads, dil, groups = conv_geometry("conv1d", x, w, b, stride, padding, dilation, groups, 1)
-    # PyTorch makes input contiguous: where the channels of ours are adjacent, a row's stride of 1 hides that from the output's format. Of
-    # one channel it would not.
+    # PyTorch makes input contiguous: where the channels of ours are adjacent, a row's stride of 1 hides that from the
+    # output's format. Of one channel it would not.
     x = x.contiguous() if x.shape[1] == 1 else x
     rows = x.unsqueeze(2) if x.is_contiguous() else x.unsqueeze(3).transpose(2, 3)
     y = ops.conv_fprop(rows, w.unsqueeze(2), b, (1, *step), (0, 0, *pads), (1, *dil), groups, algorithm).squeeze(2)
@@ -90,11 +91,12 @@ def conv_transpose2d(
     *,
     algorithm: str = "auto",
 ) -> Tensor:
-    """2-D transposed convolution, as torch.nn.functional.conv_transpose2d: the gradient of a convolution as an operation of its own.
+    """2-D transposed convolution, as torch.nn.functional.conv_transpose2d: the gradient of a convolution as an
+    operation of its own.
 
-    input [N, C, H, W] or [C, H, W], weight [C, K / groups, R, S], bias [K]; dtypes and algorithm as conv2d. Returns [N, K, P, Q] with
-    P = (H - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1, channels_last if input or weight is.
-    Raises RuntimeError and TypeError where PyTorch does.
+    input [N, C, H, W] or [C, H, W], weight [C, K / groups, R, S], bias [K]; dtypes and algorithm as conv2d. Returns [N,
+    K, P, Q] with P = (H - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1, channels_last if input
+    or weight is. Raises RuntimeError and TypeError where PyTorch does.
     """
     check_algorithm("conv_transpose2d", algorithm)
     if reason := why_torch(input, weight, bias, algorithm=algorithm):
@@ -102,7 +104,9 @@ def conv_transpose2d(
         return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     x, w, b = autocast(input, weight, bias)
     x, unbatched = batched(x)
-    size, *geometry = _transposed_geometry("conv_transpose2d", x, w, b, stride, padding, output_padding, groups, dilation)
+    size, *geometry = _transposed_geometry(
+        "conv_transpose2d", x, w, b, stride, padding, output_padding, groups, dilation
+    )
     channels_last = launch.convolution_format(x, w) == torch.channels_last
     y = ops.conv_dgrad(x, w, b, size, channels_last, *geometry, algorithm)
     return y.squeeze(0) if unbatched else y
@@ -121,8 +125,8 @@ def _transposed_geometry(
 ) -> tuple[list[int], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
     """The checked (size of the output, stride, (top, bottom, left, right), dilation, groups).
 
-    They are those of the convolution that leads from the output to input: it ends where its last window does, hence output_padding
-    is taken off the padding at the end.
+    They are those of the convolution that leads from the output to input: it ends where its last window does, hence
+    output_padding is taken off the padding at the end.
     """
     groups = as_int(function, "groups", groups)
     _check_operands(function, 2, input, weight, bias, groups, transposed=True)
@@ -139,7 +143,9 @@ def _transposed_geometry(
         input.shape[2:], step, pads, dil, weight.shape[2:], more, strict=True
     ))  # fmt: skip
     if min(P, Q) < 0:
-        raise RuntimeError(f"{function}(): with padding={pads} the output of input size {list(input.shape)} would be {P}x{Q}: too small")
+        raise RuntimeError(
+            f"{function}(): with padding={pads} the output of input size {list(input.shape)} would be {P}x{Q}: too small"
+        )
     ends = (pads[0], pads[0] - more[0], pads[1], pads[1] - more[1])
     return [input.shape[0], weight.shape[1] * groups, P, Q], step, ends, dil, groups
 
@@ -182,10 +188,15 @@ def _conv_padding(
         return (0, 0) * len(taps)
     if padding == "same":
         if max(stride) > 1:
-            raise RuntimeError(f"{function}(): padding='same' is not supported for strided convolutions, but got stride={stride}")
+            raise RuntimeError(
+                f"{function}(): padding='same' is not supported for strided convolutions, but got stride={stride}"
+            )
         spans = [d * (n - 1) for d, n in zip(dilation, taps, strict=True)]
-        return tuple(pad for span in spans for pad in (span // 2, span - span // 2))  # even filters: one more at the end
-    raise RuntimeError(f"{function}(): padding must be 'same', 'valid', an int or a pair of ints, but got padding={padding!r}")
+        # even filters: one more at the end
+        return tuple(pad for span in spans for pad in (span // 2, span - span // 2))
+    raise RuntimeError(
+        f"{function}(): padding must be 'same', 'valid', an int or a pair of ints, but got padding={padding!r}"
+    )
 
 
 def _check_operands(
@@ -207,7 +218,9 @@ def _check_operands(
     first, second, *taps = weight.shape
     if first < 1 or first % groups:
         rows = "channels" if transposed else "filters"
-        raise RuntimeError(f"{function}(): groups={groups} must divide the {rows}, but weight has size {list(weight.shape)}")
+        raise RuntimeError(
+            f"{function}(): groups={groups} must divide the {rows}, but weight has size {list(weight.shape)}"
+        )
     channels, filters = (first, second * groups) if transposed else (second * groups, first)
     if given != channels:
         raise RuntimeError(
@@ -215,17 +228,24 @@ def _check_operands(
             f" but input has size {list(input.shape)}"
         )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != filters):
-        raise RuntimeError(f"{function}(): bias must have size [{filters}], one value a filter, but got {list(bias.shape)}")
+        raise RuntimeError(
+            f"{function}(): bias must have size [{filters}], one value a filter, but got {list(bias.shape)}"
+        )
     dtype = input.dtype
     if weight.dtype != dtype:
         raise RuntimeError(f"{function}(): weight must have input's dtype {dtype}, but got {weight.dtype}")
     if bias is not None and bias.dtype != dtype:
         raise RuntimeError(f"{function}(): bias must have input's dtype {dtype}, but got {bias.dtype}")
     if (0 in taps or filters < 1) and channels > 0:
-        error = IndexError if N == 0 else RuntimeError  # as PyTorch, which takes the first weight of an empty batch's filters
-        raise error(f"{function}(): weight must have at least one filter and one tap, but got size {list(weight.shape)}")
+        # as PyTorch, which takes the first weight of an empty batch's filters
+        error = IndexError if N == 0 else RuntimeError
+        raise error(
+            f"{function}(): weight must have at least one filter and one tap, but got size {list(weight.shape)}"
+        )
     if 0 in image and N > 0 and channels > 0:
-        raise RuntimeError(f"{function}(): only batch and channels of input may be empty, but got size {list(input.shape)}")
+        raise RuntimeError(
+            f"{function}(): only batch and channels of input may be empty, but got size {list(input.shape)}"
+        )
     return image, taps
 
 

@@ -40,22 +40,25 @@ def conv_bn_act(
 ) -> Tensor:
     """act(batch_norm(conv2d(input, weight, bias)) + residual).
 
-    In eval one kernel. In training the convolution leaves the statistics of its output, running_mean and running_var are
-    updated in place if given, and a second kernel normalises, adds and activates.
+    In eval one kernel. In training the convolution leaves the statistics of its output, running_mean and running_var
+    are updated in place if given, and a second kernel normalises, adds and activates.
 
-    Shapes and dtypes as conv2d; running_mean, running_var, bn_weight, bn_bias [K], of input's dtype or float32; residual of the
-    output's size and dtype. activation: None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu",
-    "hardswish". Raises as conv2d and batch_norm, ValueError for an unknown activation or a residual of another size or dtype.
+    Shapes and dtypes as conv2d; running_mean, running_var, bn_weight, bn_bias [K], of input's dtype or float32;
+    residual of the output's size and dtype. activation: None, "relu", "leaky_relu" (activation_arg: slope, 0.01),
+    "relu6", "gelu", "gelu_tanh", "silu", "hardswish". Raises as conv2d and batch_norm, ValueError for an unknown
+    activation or a residual of another size or dtype.
 
-    In place of the argument of gelu, gelu_tanh, silu and hardswish, backward keeps residual and bn_bias, from which it is computed again:
-    changing them in place before backward is an error.
+    In place of the argument of gelu, gelu_tanh, silu and hardswish, backward keeps residual and bn_bias, from which it
+    is computed again: changing them in place before backward is an error.
     """
     check_algorithm("conv_bn_act", algorithm)
     check_activation("conv_bn_act", activation, activation_arg)
     slope = LEAKY_SLOPE if activation_arg is None else float(activation_arg)
     if input.dim() != 4:
         raise RuntimeError(f"conv_bn_act(): input must be of size [N, C, H, W], but got {list(input.shape)}")
-    reason = why_torch(input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias, algorithm=algorithm)
+    reason = why_torch(
+        input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias, algorithm=algorithm
+    )
     x, w, b, z = autocast(input, weight, bias, residual)
     if reason:
         record_torch("conv_bn_act", reason, input, weight)
@@ -73,7 +76,9 @@ def conv_bn_act(
     if z is not None:
         _check_residual(z, size, x.dtype)
     if not training:
-        return ops.conv_bn_act(x, w, b, running_mean, running_var, bn_weight, bn_bias, z, eps, activation, slope, *geometry, algorithm)
+        return ops.conv_bn_act(
+            x, w, b, running_mean, running_var, bn_weight, bn_bias, z, eps, activation, slope, *geometry, algorithm
+        )
     count = values_per_channel("conv_bn_act", size)
     y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
     if running_mean is not None and count > 0:  # an empty batch leaves them as they are

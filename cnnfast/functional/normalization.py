@@ -15,7 +15,8 @@ from .arguments import as_float, check_flag
 from .operators import ops
 
 
-@partial(operation, refusal=lambda given: AttributeError if given.get("training") else TypeError)  # asks for a size first
+# asks for a size first
+@partial(operation, refusal=lambda given: AttributeError if given.get("training") else TypeError)
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -28,9 +29,9 @@ def batch_norm(
 ) -> Tensor:
     """Batch normalisation, as torch.nn.functional.batch_norm: (input - mean) * weight / sqrt(var + eps) + bias.
 
-    input [N, C] to [N, C, D, H, W], or empty; running_mean, running_var, weight, bias [C], of input's dtype or float32. In training mean
-    and biased variance are input's own, and the running ones, if given, are updated in place (with the unbiased variance).
-    Raises RuntimeError and ValueError where PyTorch does.
+    input [N, C] to [N, C, D, H, W], or empty; running_mean, running_var, weight, bias [C], of input's dtype or float32.
+    In training mean and biased variance are input's own, and the running ones, if given, are updated in place (with the
+    unbiased variance). Raises RuntimeError and ValueError where PyTorch does.
     """
     if reason := why_torch(input, running_mean, running_var, weight, bias):
         record_torch("batch_norm", reason, input)
@@ -38,13 +39,16 @@ def batch_norm(
     if input.dim() == 0:
         raise (IndexError if training else RuntimeError)("batch_norm(): input must be of size [N, C, ...], but got []")
     count = values_per_channel("batch_norm", input.shape) if training else 0
-    if input.numel() == 0:  # as PyTorch has it: nothing is normalised, nothing updated, and of the channels the first one counts
+    # as PyTorch has it: nothing is normalised, nothing updated, and of the channels the first one counts
+    if input.numel() == 0:
         _check_numbers("batch_norm", training, momentum, eps)
         y = input.clone() if weight is None else input * weight[0]
         return y if bias is None else y + bias[0]
     if input.dim() == 1:
         no_index = training and running_mean is weight is bias is None
-        raise (IndexError if no_index else RuntimeError)(f"batch_norm(): input must be of size [N, C, ...], but got {list(input.shape)}")
+        raise (IndexError if no_index else RuntimeError)(
+            f"batch_norm(): input must be of size [N, C, ...], but got {list(input.shape)}"
+        )
     weight, bias, momentum, eps = check_norm(
         "batch_norm", input.shape[1], input.dtype, running_mean, running_var, weight, bias, training, momentum, eps
     )
@@ -78,7 +82,9 @@ def check_norm(
         if t is not None and t.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{function}(): {name} must not require a gradient, as nothing is differentiated by it")
     vectors, size = (running_mean, running_var, weight, bias), (channels,)
-    usual = dtype if dtype == torch.float64 or (running_mean is not None and running_mean.dtype == dtype) else torch.float32
+    usual = (
+        dtype if dtype == torch.float64 or (running_mean is not None and running_mean.dtype == dtype) else torch.float32
+    )
     for t in vectors:
         if t is not None and (t.dtype != usual or t.shape != size):
             weight, bias = _check_vectors(function, channels, dtype, *vectors)
@@ -113,17 +119,23 @@ def _check_vectors(
         if t is None:
             continue
         if t.numel() != channels or (t.dim() != 1 and name.startswith("running")):
-            raise RuntimeError(f"{function}(): {name} must have size [{channels}], one value a channel, but got {list(t.shape)}")
+            raise RuntimeError(
+                f"{function}(): {name} must have size [{channels}], one value a channel, but got {list(t.shape)}"
+            )
         if t.dtype not in (dtype, torch.float32) or (dtype == torch.float64 and t.dtype != dtype):
             narrower = "" if dtype in (torch.float32, torch.float64) else " or float32"
             raise RuntimeError(f"{function}(): {name} must have input's dtype {dtype}{narrower}, but got {t.dtype}")
         if t.dtype != first and function == "batch_norm":  # conv_bn_act takes any mixture
-            raise RuntimeError(f"{function}(): {', '.join(given)} must have one dtype, but got {name} of {t.dtype} beside {first}")
+            raise RuntimeError(
+                f"{function}(): {', '.join(given)} must have one dtype, but got {name} of {t.dtype} beside {first}"
+            )
     return None if weight is None else weight.reshape(-1), None if bias is None else bias.reshape(-1)
 
 
 def values_per_channel(function: str, size: Sequence[int]) -> int:
     count = size[0] * prod(size[2:])
     if count == 1:
-        raise ValueError(f"{function}(): expected more than 1 value per channel when training, but got size {list(size)}")
+        raise ValueError(
+            f"{function}(): expected more than 1 value per channel when training, but got size {list(size)}"
+        )
     return count

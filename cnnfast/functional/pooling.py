@@ -28,9 +28,11 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Maximum over windows, as torch.nn.functional.max_pool2d: input [N, C, H, W] or [C, H, W]; padding counts as -inf, NaN wins.
+    """Maximum over windows, as torch.nn.functional.max_pool2d: input [N, C, H, W] or [C, H, W]; padding counts as -inf,
+    NaN wins.
 
-    With return_indices also the int64 positions h * W + w of the maxima. Raises RuntimeError and TypeError where PyTorch does.
+    With return_indices also the int64 positions h * W + w of the maxima. Raises RuntimeError and TypeError where
+    PyTorch does.
     """
     if reason := why_torch(input):
         record_torch("max_pool2d", reason, input)
@@ -56,7 +58,8 @@ def avg_pool2d(
 ) -> Tensor:
     """Mean over windows, as torch.nn.functional.avg_pool2d: input [N, C, H, W] or [C, H, W].
 
-    count_include_pad: zeros of the padding count in the divisor; divisor_override replaces it. Raises where PyTorch does.
+    count_include_pad: zeros of the padding count in the divisor; divisor_override replaces it. Raises where PyTorch
+    does.
     """
     if reason := why_torch(input):
         record_torch("avg_pool2d", reason, input)
@@ -90,7 +93,8 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
         raise RuntimeError(
             f"adaptive_avg_pool2d(): expected input of size [C, H, W] or [N, C, H, W] with at least one pixel, but got {list(input.shape)}"
         )
-    if unbatched and input.shape[0] == 0:  # PyTorch takes the first axis for a batch, which may be empty in backward; channels may not
+    # PyTorch takes the first axis for a batch, which may be empty in backward; channels may not
+    if unbatched and input.shape[0] == 0:
         return ops.adaptive_avg_pool(input.unsqueeze(1), size).squeeze(1)
     y = ops.adaptive_avg_pool(x, size)
     return y.squeeze(0) if unbatched else y
@@ -101,14 +105,18 @@ def _adaptive_size(function: str, input: Tensor, output_size: Any) -> tuple[int,
         try:
             n = len(output_size)
         except TypeError:
-            raise TypeError(f"{function}(): output_size must be an int or a pair of ints, but got output_size={output_size!r}") from None
+            raise TypeError(
+                f"{function}(): output_size must be an int or a pair of ints, but got output_size={output_size!r}"
+            ) from None
         if input.dim() <= n:
             raise ValueError(
                 f"{function}(): input must have more dimensions than output_size={output_size} has values, but got size {list(input.shape)}"
             )
         output_size = [own if v is None else v for v, own in zip(output_size, input.shape[-n:], strict=False)]
         if len(expand_sizes(function, "output_size", output_size, n)) != 2:
-            raise RuntimeError(f"{function}(): output_size must be an int or have 2 values, but got output_size={output_size}")
+            raise RuntimeError(
+                f"{function}(): output_size must be an int or have 2 values, but got output_size={output_size}"
+            )
     return axis_sizes(function, "output_size", output_size, 0)
 
 
@@ -129,7 +137,9 @@ def global_avg_pool2d(input: Tensor, keepdim: bool = True) -> Tensor:
     The mean of no pixels is NaN, as in PyTorch. Raises RuntimeError for any other number of axes.
     """
     if input.dim() not in (3, 4):
-        raise RuntimeError(f"global_avg_pool2d(): expected input of size [C, H, W] or [N, C, H, W], but got {list(input.shape)}")
+        raise RuntimeError(
+            f"global_avg_pool2d(): expected input of size [C, H, W] or [N, C, H, W], but got {list(input.shape)}"
+        )
     if reason := why_torch(input):
         record_torch("global_avg_pool2d", reason, input)
         return input.mean((-2, -1), keepdim=keepdim)
@@ -145,11 +155,15 @@ def _batched(input: Tensor) -> tuple[Tensor, bool]:
 
 
 def _planes(x: Tensor) -> Tensor:
-    """x [1, C, H, W] of an input that is no batch: never channels_last, as in PyTorch, though strides of planes of one pixel may say so."""
+    """x [1, C, H, W] of an input that is no batch: never channels_last, as in PyTorch, though strides of planes of one
+    pixel may say so.
+    """
     return x.clone(memory_format=torch.contiguous_format) if x.shape[2:] == (1, 1) and x.stride(3) != 1 else x
 
 
-def _window(function: str, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, dilation: Size, ceil_mode: bool):
+def _window(
+    function: str, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, dilation: Size, ceil_mode: bool
+):
     """The checked window of a pooling: (kernel_size, stride, padding, dilation, ceil_mode)."""
     check_flag(function, "ceil_mode", ceil_mode)
     _check_image(function, input)
@@ -159,7 +173,9 @@ def _window(function: str, input: Tensor, kernel_size: Size, stride: Size | None
     pad = axis_sizes(function, "padding", padding, 0)
     dil = axis_sizes(function, "dilation", dilation, 1)
     if pad[0] > kernel[0] // 2 or pad[1] > kernel[1] // 2:
-        raise RuntimeError(f"{function}(): padding must be at most half of kernel_size, but got padding={pad}, kernel_size={kernel}")
+        raise RuntimeError(
+            f"{function}(): padding must be at most half of kernel_size, but got padding={pad}, kernel_size={kernel}"
+        )
     _, _, H, W = input.shape
     P = pool_extent(H, kernel[0], step[0], pad[0], dil[0], ceil_mode)
     Q = pool_extent(W, kernel[1], step[1], pad[1], dil[1], ceil_mode)
@@ -173,4 +189,6 @@ def _window(function: str, input: Tensor, kernel_size: Size, stride: Size | None
 def _check_image(function: str, input: Tensor) -> None:
     if input.dim() != 4 or 0 in input.shape[1:]:
         error = IndexError if function == "avg_pool2d" and input.dim() < 3 else RuntimeError
-        raise error(f"{function}(): expected input of size [C, H, W] or [N, C, H, W], only N may be 0, but got {list(input.shape)}")
+        raise error(
+            f"{function}(): expected input of size [C, H, W] or [N, C, H, W], only N may be 0, but got {list(input.shape)}"
+        )

@@ -10,14 +10,16 @@ import torch
 
 from .timing import Step
 
-WARM_UPS = 3  # calls of each step before it is captured: they compile, let cuDNN choose, and allocate an optimizer's state
+# calls of each step before it is captured: they compile, let cuDNN choose, and allocate an optimizer's state
+WARM_UPS = 3
 
 
 def captured(make: Callable[[], Sequence[Step]], device: torch.device) -> Step:
-    """All steps that `make` returns, one after the other, as one CUDA graph. A replay returns what the first of them does.
+    """All steps that `make` returns, one after the other, as one CUDA graph. A replay returns what the first of them
+    does.
 
-    `make` is called on the stream that is captured, because gradients are taken on the stream of their forward pass. Raises what a step
-    raises, and RuntimeError if one does what a graph cannot hold, waiting for the GPU, say.
+    `make` is called on the stream that is captured, because gradients are taken on the stream of their forward pass.
+    Raises what a step raises, and RuntimeError if one does what a graph cannot hold, waiting for the GPU, say.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

@@ -18,8 +18,9 @@ MATRIX = {"cuda": 8192, "cpu": 768}
 
 @dataclass(frozen=True)
 class Machine:
-    """What every row carries. device: the GPU's name, or the processor's. clocks: in MHz with the limits, before the run; "" if unknown.
-    commit: of cnnfast's own checkout, with + if it was changed since; "" if there is none."""
+    """What every row carries. device: the GPU's name, or the processor's. clocks: in MHz with the limits, before the
+    run; "" if unknown. commit: of cnnfast's own checkout, with + if it was changed since; "" if there is none.
+    """
 
     device: str
     driver: str
@@ -65,7 +66,13 @@ def _processor() -> str:
 
 
 def _smi(fields: str) -> str:
-    return _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", f"GPU-{torch.cuda.get_device_properties().uuid}")
+    return _output(
+        "nvidia-smi",
+        f"--query-gpu={fields}",
+        "--format=csv,noheader",
+        "-i",
+        f"GPU-{torch.cuda.get_device_properties().uuid}",
+    )
 
 
 def _commit() -> str:
@@ -85,7 +92,9 @@ def _output(*command: str) -> str:
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype, clock: Clock | None = None) -> Peaks:
-    """The fastest of a few copies of a large tensor, and of a few products of large matrices in `dtype`, as PyTorch does them."""
+    """The fastest of a few copies of a large tensor, and of a few products of large matrices in `dtype`, as PyTorch
+    does them.
+    """
     clock = clock or clock_of(device)
     source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -1,8 +1,8 @@
 """Times of steps that take turns: on a GPU by its own events, on a CPU by the clock.
 
-A step is warmed up until it is no longer getting faster. Then come rounds, in each of which every step gives one sample, in an order that
-moves on from round to round: what heats or slows the machine does so to all. A sample is the mean of so many calls in a row that the
-clock can be trusted.
+A step is warmed up until it is no longer getting faster. Then come rounds, in each of which every step gives one
+sample, in an order that moves on from round to round: what heats or slows the machine does so to all. A sample is the
+mean of so many calls in a row that the clock can be trusted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 
 Step = Callable[[], Any]
 
-SCHEDULER = Path("/proc/thread-self/schedstat")  # nanoseconds that the thread ran, that it waited for a core, and slices
+# nanoseconds that the thread ran, that it waited for a core, and slices
+SCHEDULER = Path("/proc/thread-self/schedstat")
 
 ROUNDS = 9  # at least, where time suffices
 FEWEST = 3  # rounds before anybody is told of times
@@ -54,7 +55,9 @@ class DeviceClock:
 
 
 class HostClock:
-    """The time that passes, less what this thread spent waiting for a core (where Linux tells): others' load is not counted."""
+    """The time that passes, less what this thread spent waiting for a core (where Linux tells): others' load is not
+    counted.
+    """
 
     least = 0.005
 
@@ -121,8 +124,9 @@ def measure(
 
     seconds: of timing for each step, its warm-up not counted. At least `rounds` samples are taken.
     tell: called with the name of what is measured next.
-    left: seconds that are left for all of this. Once there are none, the round under way is the last one; what has no sample by then is
-    not in the result. found: called between two rounds every few seconds with what is known by then, so that it can be kept.
+    left: seconds that are left for all of this. Once there are none, the round under way is the last one; what has no
+    sample by then is not in the result. found: called between two rounds every few seconds with what is known by then,
+    so that it can be kept.
     """
     results: dict[str, Times | Exception] = {}
     calls: dict[str, int] = {}
@@ -136,7 +140,11 @@ def measure(
             calls.pop(name, None)
 
     def so_far() -> dict[str, Times | Exception]:
-        return {name: results[name] if name in results else Times.of(samples[name]) for name in steps if name in results or samples[name]}
+        return {
+            name: results[name] if name in results else Times.of(samples[name])
+            for name in steps
+            if name in results or samples[name]
+        }
 
     for name, step in steps.items():
         if left() <= 0:

@@ -16,12 +16,13 @@ from ..nn.scripting import TraceToScript
 class ResNet(TraceToScript):
     """torchvision's ResNet: its state_dict, its initialisation (the same numbers from the same seed) and its results.
 
-    x [N, in_channels, H, W] to [N, num_classes]. In eval every convolution is one kernel with its norm, activation and addition.
+    x [N, in_channels, H, W] to [N, num_classes]. In eval every convolution is one kernel with its norm, activation and
+    addition.
 
     block: BasicBlock or Bottleneck; layers: how many of them in each of the four stages.
     zero_init_residual: the last norm of each block starts at zero, so that the block starts as the identity.
-    groups, width_per_group: of Bottleneck's 3x3 convolutions. replace_stride_with_dilation: for each of the last three stages,
-    whether it keeps the resolution and dilates instead. Raises ValueError unless that names three.
+    groups, width_per_group: of Bottleneck's 3x3 convolutions. replace_stride_with_dilation: for each of the last three
+    stages, whether it keeps the resolution and dilates instead. Raises ValueError unless that names three.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class ResNet(TraceToScript):
                 last: Any = m.bn2 if isinstance(m, BasicBlock) else m.bn3
                 nn.init.zeros_(last.weight)
 
-    def _stage(self, block: type[BasicBlock] | type[Bottleneck], planes: int, blocks: int, stride: int, dilate: bool) -> nn.Sequential:
+    def _stage(
+        self, block: type[BasicBlock] | type[Bottleneck], planes: int, blocks: int, stride: int, dilate: bool
+    ) -> nn.Sequential:
         first_dilation = self.dilation
         if dilate:
             self.dilation *= stride
@@ -75,7 +78,10 @@ class ResNet(TraceToScript):
             downsample = nn.Sequential(Conv2d(self.inplanes, channels, 1, stride, bias=False), BatchNorm2d(channels))
         stage = [block(self.inplanes, planes, stride, downsample, self.groups, self.base_width, first_dilation)]
         self.inplanes = channels
-        stage += [block(channels, planes, groups=self.groups, base_width=self.base_width, dilation=self.dilation) for _ in range(1, blocks)]
+        stage += [
+            block(channels, planes, groups=self.groups, base_width=self.base_width, dilation=self.dilation)
+            for _ in range(1, blocks)
+        ]
         return nn.Sequential(*stage)
 
     def forward(self, x: Tensor) -> Tensor:

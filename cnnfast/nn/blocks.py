@@ -1,7 +1,8 @@
-"""Blocks of convolution and batch norm, in which a convolution, its norm, the activation and the residual addition are one step.
+"""Blocks of convolution and batch norm, in which a convolution, its norm, the activation and the residual addition are
+one step.
 
-In eval that is one kernel, in training a convolution that leaves statistics and one pass over its output. Where kernels do not
-serve, or a member is watched by a hook or of another kind, the members are called one after the other.
+In eval that is one kernel, in training a convolution that leaves statistics and one pass over its output. Where kernels
+do not serve, or a member is watched by a hook or of another kind, the members are called one after the other.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ Size2 = int | tuple[int, int]
 class ConvBNAct(TraceToScript):
     """act(bn(conv(x)) + residual), of the children `conv` (Conv2d) and `bn` (BatchNorm2d).
 
-    x [N, in_channels, H, W] to [N, out_channels, P, Q]. padding: int, pair, "valid" or "same": with stride 1 as torch.nn.Conv2d's
-    "same", otherwise dilation * (kernel_size - 1) // 2 on each side, as ResNets pad. activation: None, "relu", "leaky_relu"
-    (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu", "hardswish". eps and momentum (None: the average of all
-    batches) are the norm's, everything else the convolution's.
-    residual: added before the activation; broadcast and promoted as PyTorch does. Raises as torch.nn.Conv2d and BatchNorm2d,
-    ValueError for an unknown activation.
+    x [N, in_channels, H, W] to [N, out_channels, P, Q]. padding: int, pair, "valid" or "same": with stride 1 as
+    torch.nn.Conv2d's "same", otherwise dilation * (kernel_size - 1) // 2 on each side, as ResNets pad. activation:
+    None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu", "hardswish". eps and
+    momentum (None: the average of all batches) are the norm's, everything else the convolution's. residual: added
+    before the activation; broadcast and promoted as PyTorch does. Raises as torch.nn.Conv2d and BatchNorm2d, ValueError
+    for an unknown activation.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class ConvBNAct(TraceToScript):
             height, width = (d * (k - 1) // 2 for d, k in zip(_pair(dilation), _pair(kernel_size), strict=True))
             padding = height, width
         factory = {"device": device, "dtype": dtype}
-        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **factory)  # pyright: ignore
+        self.conv = Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **factory
+        )  # pyright: ignore
         self.bn = BatchNorm2d(out_channels, eps, momentum, **factory)
         self.activation, self.activation_arg = activation, activation_arg
 
@@ -68,11 +71,17 @@ class ConvBNAct(TraceToScript):
         return activate(y, self.activation, LEAKY_SLOPE if self.activation_arg is None else self.activation_arg)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}" + ("" if self.activation_arg is None else f", activation_arg={self.activation_arg}")
+        return f"activation={self.activation}" + (
+            "" if self.activation_arg is None else f", activation_arg={self.activation_arg}"
+        )
 
 
 def conv_bn_relu(
-    x: Tensor, conv: nn.Module, bn: nn.Module, relu: nn.Module | None = None, shortcut: Callable[[], Tensor] | None = None
+    x: Tensor,
+    conv: nn.Module,
+    bn: nn.Module,
+    relu: nn.Module | None = None,
+    shortcut: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """relu(bn(conv(x)) + shortcut()) of a ResNet's members: fused where it may be, and else in torchvision's order."""
     members = (conv, bn) if relu is None else (conv, bn, relu)
@@ -106,8 +115,9 @@ def _conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilat
 class BasicBlock(_Block):
     """torchvision's block of two 3x3 convolutions: its arguments, state_dict and numbers.
 
-    x [N, inplanes, H, W] to [N, planes, P, Q] with P = ceil(H / stride). downsample: makes the residual of x; needed where sizes
-    differ. norm_layer(channels): BatchNorm2d. Raises ValueError for groups or base_width, NotImplementedError for dilation.
+    x [N, inplanes, H, W] to [N, planes, P, Q] with P = ceil(H / stride). downsample: makes the residual of x; needed
+    where sizes differ. norm_layer(channels): BatchNorm2d. Raises ValueError for groups or base_width,
+    NotImplementedError for dilation.
     """
 
     expansion = 1
@@ -125,7 +135,9 @@ class BasicBlock(_Block):
     ) -> None:
         super().__init__()
         if groups != 1 or base_width != 64:
-            raise ValueError(f"BasicBlock: must have groups=1 and base_width=64, but got groups={groups}, base_width={base_width}")
+            raise ValueError(
+                f"BasicBlock: must have groups=1 and base_width=64, but got groups={groups}, base_width={base_width}"
+            )
         if dilation > 1:
             raise NotImplementedError(f"BasicBlock: dilation must be 1, but got dilation={dilation}")
         norm = norm_layer or BatchNorm2d
@@ -145,8 +157,8 @@ class BasicBlock(_Block):
 class Bottleneck(_Block):
     """torchvision's block of a 1x1, a 3x3 (strided) and a 1x1 convolution: its arguments, state_dict and numbers.
 
-    x [N, inplanes, H, W] to [N, 4 * planes, P, Q] with P = ceil(H / stride). groups and base_width give ResNeXt and wide ResNets.
-    downsample: makes the residual of x; needed where sizes differ. norm_layer(channels): BatchNorm2d.
+    x [N, inplanes, H, W] to [N, 4 * planes, P, Q] with P = ceil(H / stride). groups and base_width give ResNeXt and
+    wide ResNets. downsample: makes the residual of x; needed where sizes differ. norm_layer(channels): BatchNorm2d.
     """
 
     expansion = 4

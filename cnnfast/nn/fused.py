@@ -1,4 +1,6 @@
-"""act(bn(conv(x)) + residual) of existing modules: what the blocks, and the forwards that conversion writes, are made of."""
+"""act(bn(conv(x)) + residual) of existing modules: what the blocks, and the forwards that conversion writes, are made
+of.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ _observers: list[Observer] = []
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Every conv_bn_act calls `observer(conv, bn, whether there is a residual, activation)`, and steps are fused whoever serves them."""
+    """Every conv_bn_act calls `observer(conv, bn, whether there is a residual, activation)`, and steps are fused
+    whoever serves them.
+    """
     _observers.append(observer)
     try:
         with capture(lambda *call: nullcontext()):
@@ -39,12 +43,16 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def fusable(x: Any, *modules: torch.nn.Module) -> bool:
-    """Whether conv_bn_act on `x` may stand for calls of `modules`: kernels serve it, and nobody watches or replaces a member's call."""
+    """Whether conv_bn_act on `x` may stand for calls of `modules`: kernels serve it, and nobody watches or replaces a
+    member's call.
+    """
     return served(x) and not why_watched(*modules)
 
 
 def served(x: Any) -> bool:
-    """Whether kernels serve `x`, a 4-D tensor. While calls are captured, whoever serves them, the fused ones shall be seen."""
+    """Whether kernels serve `x`, a 4-D tensor. While calls are captured, whoever serves them, the fused ones shall be
+    seen.
+    """
     return isinstance(x, Tensor) and x.dim() == 4 and (not why_torch(x) or captured())
 
 
@@ -52,7 +60,8 @@ def why_watched(*modules: torch.nn.Module, members: Sequence[tuple[Sequence[str]
     """Why the modules have to be called, and nothing may stand for their calls; the empty string if something may.
 
     A module has a hook, or its forward is replaced; hooks of all modules are registered; or a SyncBatchNorm trains.
-    members: the path and the class of each, or of the first ones, so that the reason can name it; of others it has the class's name.
+    members: the path and the class of each, or of the first ones, so that the reason can name it; of others it has the
+    class's name.
     """
     if _has_any_global_hook():
         return "hooks of all modules are registered"
@@ -80,12 +89,16 @@ def _why_called(m: torch.nn.Module) -> str:
 def forward_replaced(module: torch.nn.Module) -> bool:
     """Whether calling `module` runs another forward than its class's.
 
-    Libraries that wrap a forward, and later put back what they took, leave the class's own, bound to the module, on the instance.
+    Libraries that wrap a forward, and later put back what they took, leave the class's own, bound to the module, on the
+    instance.
     """
     if "forward" not in module.__dict__:
         return False
     forward = module.__dict__["forward"]
-    return getattr(forward, "__self__", None) is not module or getattr(forward, "__func__", None) is not type(module).forward
+    return (
+        getattr(forward, "__self__", None) is not module
+        or getattr(forward, "__func__", None) is not type(module).forward
+    )
 
 
 def conv_bn_act(
@@ -96,12 +109,14 @@ def conv_bn_act(
     activation: str | None = None,
     activation_arg: float | None = None,
 ) -> Tensor:
-    """act(bn(conv(x)) + residual) by the two modules' own parameters and state, without calling them: ask `fusable` first.
+    """act(bn(conv(x)) + residual) by the two modules' own parameters and state, without calling them: ask `fusable`
+    first.
 
-    conv: any torch.nn.Conv2d. bn: BatchNorm2d, whose rules about buffers, num_batches_tracked and momentum hold; SyncBatchNorm in
-    eval; or a frozen norm: running_mean, running_var, weight, bias and eps, but no track_running_stats. Results have the dtype that
-    the modules called one after the other would give, under autocast too: a residual of another dtype, or one that has to be
-    broadcast, is added by PyTorch after the fused convolution and norm. activation, activation_arg: as functional.conv_bn_act.
+    conv: any torch.nn.Conv2d. bn: BatchNorm2d, whose rules about buffers, num_batches_tracked and momentum hold;
+    SyncBatchNorm in eval; or a frozen norm: running_mean, running_var, weight, bias and eps, but no
+    track_running_stats. Results have the dtype that the modules called one after the other would give, under autocast
+    too: a residual of another dtype, or one that has to be broadcast, is added by PyTorch after the fused convolution
+    and norm. activation, activation_arg: as functional.conv_bn_act.
     """
     if x.shape[1] != conv.in_channels:  # the convolution's own error, before the norm has counted a batch
         conv(x)
@@ -141,7 +156,9 @@ def conv_bn_act(
 
 
 def is_conv2d(module: torch.nn.Module) -> bool:
-    """Whether calling `module` convolves by torch.nn.Conv2d's rules: that class, ours, or a subclass that leaves the computation alone."""
+    """Whether calling `module` convolves by torch.nn.Conv2d's rules: that class, ours, or a subclass that leaves the
+    computation alone.
+    """
     kind = type(module)
     return (
         issubclass(kind, torch.nn.Conv2d)
@@ -162,13 +179,18 @@ def _output_size(conv: torch.nn.Conv2d, x: Tensor, padding: Any) -> tuple[int, .
     if padding == "same":
         return x.shape[0], conv.out_channels, *x.shape[2:]
     pads = (0, 0) if padding == "valid" else (padding, padding) if isinstance(padding, int) else padding
-    P, Q = (output_extent(x.shape[2 + i], conv.kernel_size[i], conv.stride[i], pads[i], pads[i], conv.dilation[i]) for i in (0, 1))
+    P, Q = (
+        output_extent(x.shape[2 + i], conv.kernel_size[i], conv.stride[i], pads[i], pads[i], conv.dilation[i])
+        for i in (0, 1)
+    )
     return x.shape[0], conv.out_channels, P, Q
 
 
 def _promotes(bn: Any, dtype: torch.dtype) -> bool:
     """A frozen norm is arithmetic of tensors: of a 16-bit image and float32 parameters it makes float32."""
-    return getattr(bn, "track_running_stats", None) is None and torch.promote_types(dtype, bn.running_var.dtype) != dtype
+    return (
+        getattr(bn, "track_running_stats", None) is None and torch.promote_types(dtype, bn.running_var.dtype) != dtype
+    )
 
 
 def _frozen_norm(bn: Any, y: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """torch.nn's layers, computed by cnnfast.functional.
 
-Each class adds nothing to an instance: `module.__class__ = Conv2d` turns an existing torch.nn.Conv2d into ours, and back. Where
-PyTorch serves a call the layer asks once and then runs torch.nn's own code, so that it costs hardly more than torch.nn's layer does.
-torch.fx traces each as it traces torch.nn's (symbolic.py).
+Each class adds nothing to an instance: `module.__class__ = Conv2d` turns an existing torch.nn.Conv2d into ours, and
+back. Where PyTorch serves a call the layer asks once and then runs torch.nn's own code, so that it costs hardly more
+than torch.nn's layer does. torch.fx traces each as it traces torch.nn's (symbolic.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def _torch_serves(operation: str, input: Any, weight: Tensor | None = None) -> b
 
 
 class Conv2d(torch.nn.Conv2d, RevertToScript):
-    """torch.nn.Conv2d: [N, C, H, W] or [C, H, W] to [N, K, P, Q]; every padding_mode. Raises what torch.nn.Conv2d raises."""
+    """torch.nn.Conv2d: [N, C, H, W] or [C, H, W] to [N, K, P, Q]; every padding_mode. Raises what torch.nn.Conv2d
+    raises.
+    """
 
     _call_impl = call_or_record
 
@@ -66,11 +68,15 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d, RevertToScript):
         if self.padding_mode != "zeros" or _torch_serves("conv_transpose2d", input, self._parameters.get("weight")):
             return super().forward(input, output_size)
         extra = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)  # pyright: ignore
-        return functional.conv_transpose2d(input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
+        return functional.conv_transpose2d(
+            input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation
+        )
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d, RevertToScript):
-    """torch.nn.BatchNorm2d of [N, C, H, W]: its buffers and when they change too. Raises what torch.nn.BatchNorm2d raises."""
+    """torch.nn.BatchNorm2d of [N, C, H, W]: its buffers and when they change too. Raises what torch.nn.BatchNorm2d
+    raises.
+    """
 
     _call_impl = call_or_record
 
@@ -83,9 +89,11 @@ class BatchNorm2d(torch.nn.BatchNorm2d, RevertToScript):
 
 
 def running_statistics(bn: torch.nn.Module) -> tuple[Tensor | None, Tensor | None, bool, float]:
-    """(running_mean, running_var, training, momentum) as functional.batch_norm takes them, by torch.nn.BatchNorm2d's rules.
+    """(running_mean, running_var, training, momentum) as functional.batch_norm takes them, by torch.nn.BatchNorm2d's
+    rules.
 
-    Counts the batch in num_batches_tracked. A norm without `track_running_stats` is a frozen one, which normalises by its statistics.
+    Counts the batch in num_batches_tracked. A norm without `track_running_stats` is a frozen one, which normalises by
+    its statistics.
     """
     mean: Any = bn.running_mean
     var: Any = bn.running_var
@@ -104,14 +112,18 @@ def running_statistics(bn: torch.nn.Module) -> tuple[Tensor | None, Tensor | Non
 
 
 class MaxPool2d(torch.nn.MaxPool2d, RevertToScript):
-    """torch.nn.MaxPool2d of [N, C, H, W] or [C, H, W]; with return_indices also the positions. Raises what torch.nn.MaxPool2d raises."""
+    """torch.nn.MaxPool2d of [N, C, H, W] or [C, H, W]; with return_indices also the positions. Raises what
+    torch.nn.MaxPool2d raises.
+    """
 
     _call_impl = call_or_record
 
     def forward(self, input: Tensor) -> Any:
         if _torch_serves("max_pool2d", input):
             return super().forward(input)
-        return functional.max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices)
+        return functional.max_pool2d(
+            input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
+        )
 
 
 class AvgPool2d(torch.nn.AvgPool2d, RevertToScript):
@@ -123,7 +135,13 @@ class AvgPool2d(torch.nn.AvgPool2d, RevertToScript):
         if _torch_serves("avg_pool2d", input):
             return super().forward(input)
         return functional.avg_pool2d(
-            input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, self.divisor_override
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
         )
 
 

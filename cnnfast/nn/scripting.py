@@ -1,4 +1,5 @@
-"""What torch.jit.script is told when it meets a module of ours: TorchScript compiles Python that is written for it, and ours is not.
+"""What torch.jit.script is told when it meets a module of ours: TorchScript compiles Python that is written for it, and
+ours is not.
 
 It asks each module for `__prepare_scriptable__` before it compiles anything.
 """

@@ -1,8 +1,10 @@
-"""How torch.fx's tracers record our layers: as they record torch.nn's, by the layer's name, and never what a layer does inside.
+"""How torch.fx's tracers record our layers: as they record torch.nn's, by the layer's name, and never what a layer does
+inside.
 
-A tracer enters every module that is not of torch.nn, and runs its forward on proxies. A layer that finds itself called with a proxy
-therefore records its own call. It does so in `_call_impl`, between the tracer and the layer's hooks, where a tracer stops at
-torch.nn's layers: in forward it would be too late, since hooks would be traced and then run again with the layer.
+A tracer enters every module that is not of torch.nn, and runs its forward on proxies. A layer that finds itself called
+with a proxy therefore records its own call. It does so in `_call_impl`, between the tracer and the layer's hooks, where
+a tracer stops at torch.nn's layers: in forward it would be too late, since hooks would be traced and then run again
+with the layer.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from torch import Tensor, fx, nn
 
 
 def call_or_record(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`_call_impl` of a class of ours. Raises TypeError for torch.ao's tracers, which would take the layer for no convolution at all."""
+    """`_call_impl` of a class of ours. Raises TypeError for torch.ao's tracers, which would take the layer for no
+    convolution at all.
+    """
     if not (args and isinstance(args[0], Tensor)):
         # A class derived from ours is entered by tracers, as one derived from torch.nn's is.
         proxy = next((a for a in (*args, *kwargs.values()) if isinstance(a, fx.Proxy)), None)

@@ -1,8 +1,8 @@
 """The operators of torch.ops.cnnfast: what autograd, torch.compile and torch.export see of the kernels.
 
-Each has a schema, an implementation that launches kernels (CUDA; CPU while Triton interprets), a fake that gives shapes,
-and, where it can be differentiated, a torch.autograd.Function registered under the Autograd key: a third of the host cost
-of torch.library.register_autograd.
+Each has a schema, an implementation that launches kernels (CUDA; CPU while Triton interprets), a fake that gives
+shapes, and, where it can be differentiated, a torch.autograd.Function registered under the Autograd key: a third of the
+host cost of torch.library.register_autograd.
 """
 
 from . import flops as _flops  # noqa: F401 - registers its formulas

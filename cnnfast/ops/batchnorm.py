@@ -1,7 +1,8 @@
-"""Batch normalisation's operators: statistics, running statistics, normalise-activate(-add), and the sum over a channel.
+"""Batch normalisation's operators: statistics, running statistics, normalise-activate(-add), and the sum over a
+channel.
 
-`normalize(training=True)` takes mean and var for those of y, and its derivative goes through them: two passes over memory,
-where statistics differentiated as tensors of their own would cost a third.
+`normalize(training=True)` takes mean and var for those of y, and its derivative goes through them: two passes over
+memory, where statistics differentiated as tensors of their own would cost a third.
 """
 
 from __future__ import annotations
@@ -39,17 +40,47 @@ def _fake_normalize(y: Tensor, *rest: Any) -> Tensor:
 
 
 def _normalize_backward(
-    dz: Tensor, y: Tensor | None, z: Tensor | None, mean, var, weight, bias, residual, eps, activation, slope, training, needs
+    dz: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    mean,
+    var,
+    weight,
+    bias,
+    residual,
+    eps,
+    activation,
+    slope,
+    training,
+    needs,
 ) -> tuple[Tensor, ...]:
-    grads = batchnorm.normalize_backward(dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, tuple(needs))
+    grads = batchnorm.normalize_backward(
+        dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, tuple(needs)
+    )
     return tuple(dz.new_empty(0) if g is None else g for g in grads)
 
 
 def _fake_normalize_backward(
-    dz: Tensor, y: Tensor | None, z: Tensor | None, mean, var, weight, bias, residual, eps, activation, slope, training, needs
+    dz: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    mean,
+    var,
+    weight,
+    bias,
+    residual,
+    eps,
+    activation,
+    slope,
+    training,
+    needs,
 ) -> tuple[Tensor, ...]:
     image = dz if y is None else y
-    grads = (_dense_like(image), *(torch.empty_like(mean if t is None else t) for t in (weight, bias)), _dense_like(image))
+    grads = (
+        _dense_like(image),
+        *(torch.empty_like(mean if t is None else t) for t in (weight, bias)),
+        _dense_like(image),
+    )
     return tuple(g if need else dz.new_empty(0) for g, need in zip(grads, needs, strict=True))
 
 
@@ -87,12 +118,16 @@ class _Normalize(torch.autograd.Function):
         return grads[0], None, None, *grads[1:], None, None, None, None
 
 
-def _backward(dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, needs) -> list[Tensor | None]:
+def _backward(
+    dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, needs
+) -> list[Tensor | None]:
     """(dy, dweight, dbias, dresidual), None where not needed. Without an activation dresidual is dz itself."""
     by_kernel = [*needs[:3], needs[3] and activation is not None]
     grads: list[Tensor | None] = [None] * 4
     if any(by_kernel):
-        out = normalize_backward(dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, by_kernel)
+        out = normalize_backward(
+            dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, by_kernel
+        )
         grads = [g if need else None for g, need in zip(out, by_kernel, strict=True)]
     if needs[3] and activation is None:
         grads[3] = dz
@@ -102,7 +137,8 @@ def _backward(dz, y, z, mean, var, weight, bias, residual, eps, activation, slop
 def _differentiable_backward(dz, y, mean, var, weight, bias, residual, z, options, needs) -> list[Tensor | None]:
     eps, activation, slope, training = options
     grads: list[Tensor | None] = [None] * 4
-    if _from_output(activation, slope):  # its derivative is piecewise constant; bias and residual were not kept, nor are they needed
+    # its derivative is piecewise constant; bias and residual were not kept, nor are they needed
+    if _from_output(activation, slope):
         dz = dz if z is None else _select(dz, z, activation, slope)
         activation = None
         grads[2] = dz.sum((0, *range(2, dz.dim())), dtype=mean.dtype) if needs[2] else None
@@ -141,13 +177,35 @@ def _select(dz: Tensor, z: Tensor, activation: str | None, slope: float) -> Tens
 
 
 def frozen_backward(
-    dz: Tensor, z: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float, activation: str | None, slope: float, needs
+    dz: Tensor,
+    z: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dy, dbias, dresidual) of z = act(batch_norm(y) + residual) with frozen statistics and weight: y itself is not needed."""
+    """(dy, dbias, dresidual) of z = act(batch_norm(y) + residual) with frozen statistics and weight: y itself is not
+    needed.
+    """
     need_y, need_bias, need_residual = needs
     if not torch.is_grad_enabled() and not transformed():
         dy, _, dbias, dresidual = _backward(
-            dz, None, z, mean, var, weight, None, None, eps, activation, slope, False, [need_y, False, need_bias, need_residual]
+            dz,
+            None,
+            z,
+            mean,
+            var,
+            weight,
+            None,
+            None,
+            eps,
+            activation,
+            slope,
+            False,
+            [need_y, False, need_bias, need_residual],
         )
         return dy, dbias, dresidual
     g = dz if z is None else _select(dz, z, activation, slope)
@@ -189,5 +247,9 @@ normalize_backward = register(
     _fake_normalize_backward,
 )
 channel_sum = register(
-    "channel_sum(Tensor x) -> Tensor", batchnorm.channel_sum, lambda x: x.new_empty(x.shape[1]), _ChannelSum, plain.channel_sum
+    "channel_sum(Tensor x) -> Tensor",
+    batchnorm.channel_sum,
+    lambda x: x.new_empty(x.shape[1]),
+    _ChannelSum,
+    plain.channel_sum,
 )

@@ -1,9 +1,9 @@
-"""Convolution's operators. fprop, dgrad and wgrad are bilinear, and the derivatives of each are the other two: derivatives
-of every order come from the three kernels.
+"""Convolution's operators. fprop, dgrad and wgrad are bilinear, and the derivatives of each are the other two:
+derivatives of every order come from the three kernels.
 
-`padding` is (top, bottom, left, right). A result and its gradients are laid out as PyTorch's are: all in one format, which follows from
-the operands (launch.convolution_format). Of an empty batch, and without channels, there is nothing to compute: gradients are zeros, laid
-out as the tensors they belong to.
+`padding` is (top, bottom, left, right). A result and its gradients are laid out as PyTorch's are: all in one format,
+which follows from the operands (launch.convolution_format). Of an empty batch, and without channels, there is nothing
+to compute: gradients are zeros, laid out as the tensors they belong to.
 
 With algorithm="auto" serving.py decides whether the library's convolution serves (library.py) or our kernels do.
 """
@@ -40,7 +40,9 @@ def _fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation,
     return conv.conv_fprop(x, w, geometry, PLAIN if bias is None else Epilogue(bias), algorithm=algorithm, tf32=tf32)
 
 
-def _dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
+def _dgrad(
+    dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm
+) -> Tensor:
     geometry, tf32, fmt = conv.Geometry(stride, padding, dilation, groups), allow_tf32(dy), _format(channels_last)
     if serving.asked(algorithm, dy) and (decision := serving.dgrad(dy, w, x_shape, fmt, geometry, tf32)):
         return library.dgrad(dy, w, x_shape, geometry, bias, decision)
@@ -54,7 +56,9 @@ def _wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, stride, padding, dilat
     return conv.conv_wgrad(x, dy, w_shape, geometry, fmt=fmt, algorithm=algorithm, tf32=tf32)
 
 
-def _stats(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> tuple[Tensor, Tensor, Tensor]:
+def _stats(
+    x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm
+) -> tuple[Tensor, Tensor, Tensor]:
     geometry, tf32 = conv.Geometry(stride, padding, dilation, groups), allow_tf32(x)
     if serving.asked(algorithm, x) and (decision := serving.fprop(x, w, geometry, tf32, "stats")):
         return library.stats(x, w, geometry, bias, decision)
@@ -106,7 +110,9 @@ def _fake_wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, *geometry: Any) -
     return launch.empty(w_shape, x, _format(channels_last))
 
 
-def _fake_stats(x: Tensor, w: Tensor, bias, stride, padding, dilation, groups, algorithm) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_stats(
+    x: Tensor, w: Tensor, bias, stride, padding, dilation, groups, algorithm
+) -> tuple[Tensor, Tensor, Tensor]:
     statistic = x.new_empty(w.shape[0], dtype=launch.accumulator_dtype(x.dtype))
     return _fake_output(x, w, stride, padding, dilation), statistic, torch.empty_like(statistic)
 
@@ -133,8 +139,8 @@ def _fake_bn_act(
 
 
 def _save_operands(ctx: Any, y: Tensor, x: Tensor, w: Tensor, *more: Tensor | None) -> None:
-    """x is kept only if w wants a gradient, and the other way round: a frozen weight costs no memory. Where there was nothing to compute
-    of their result y, both are: an empty x takes no memory either.
+    """x is kept only if w wants a gradient, and the other way round: a frozen weight costs no memory. Where there was
+    nothing to compute of their result y, both are: an empty x takes no memory either.
     """
     ctx.nothing = 0 in y.shape[:2]
     keep_x, keep_w = ctx.needs_input_grad[1] or ctx.nothing, ctx.needs_input_grad[0] or ctx.nothing
@@ -162,7 +168,9 @@ def _operand_grads(ctx: Any, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor |
 
 
 def _transposed_grad(ctx: Any, ddx: Tensor, w: Tensor) -> Tensor:
-    """The gradient of what a transposed convolution took, from its result's: copied where conv_fprop gave it the format of its operands."""
+    """The gradient of what a transposed convolution took, from its result's: copied where conv_fprop gave it the format
+    of its operands.
+    """
     shape, channels_last = ctx.x_layout
     fmt = _format(channels_last)
     ddy = conv_fprop(ddx, w, None, *ctx.geometry)
@@ -212,13 +220,19 @@ class _Wgrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ddw):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, dy = ctx.saved_tensors
-        dx = conv_dgrad(dy, ddw, None, x.shape, launch.is_channels_last(x), *ctx.geometry) if ctx.needs_input_grad[0] else None
+        dx = (
+            conv_dgrad(dy, ddw, None, x.shape, launch.is_channels_last(x), *ctx.geometry)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         ddy = conv_fprop(x, ddw, None, *ctx.geometry) if ctx.needs_input_grad[1] else None
         return dx, ddy, None, None, *[None] * len(ctx.geometry)
 
 
 class _Stats(torch.autograd.Function):
-    """mean and var are constants to autograd: `normalize(training=True)`, their one reader, differentiates through them itself."""
+    """mean and var are constants to autograd: `normalize(training=True)`, their one reader, differentiates through them
+    itself.
+    """
 
     @staticmethod
     def forward(ctx, x, w, bias, *geometry):
@@ -250,12 +264,16 @@ class _BnAct(torch.autograd.Function):
     def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, w, z, mean, var, bn_weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dy, dbn_bias, dresidual = frozen_backward(dz, z, mean, var, bn_weight, *ctx.norm, needs=(any(needs[:3]), needs[6], needs[7]))
+        dy, dbn_bias, dresidual = frozen_backward(
+            dz, z, mean, var, bn_weight, *ctx.norm, needs=(any(needs[:3]), needs[6], needs[7])
+        )
         grads = (None, None, None) if dy is None else _operand_grads(ctx, dy, x, w)
         return *grads, None, None, None, dbn_bias, dresidual, None, None, None, *[None] * len(ctx.geometry)
 
 
-conv_fprop = register(f"conv_fprop(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> Tensor", _fprop, _fake_fprop, _Fprop, plain.conv_fprop)
+conv_fprop = register(
+    f"conv_fprop(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> Tensor", _fprop, _fake_fprop, _Fprop, plain.conv_fprop
+)
 conv_dgrad = register(
     f"conv_dgrad(Tensor dy, Tensor w, Tensor? bias, SymInt[4] x_shape, bool channels_last, {GEOMETRY}) -> Tensor",
     _dgrad,
@@ -270,7 +288,9 @@ conv_wgrad = register(
     _Wgrad,
     plain.conv_wgrad,
 )
-conv_stats = register(f"conv_stats(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> (Tensor, Tensor, Tensor)", _stats, _fake_stats, _Stats)
+conv_stats = register(
+    f"conv_stats(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> (Tensor, Tensor, Tensor)", _stats, _fake_stats, _Stats
+)
 _fused_bn_act = register(
     "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, Tensor? residual,"
     f" float eps, str? activation, float slope, {GEOMETRY}) -> Tensor",
@@ -294,9 +314,13 @@ def conv_bn_act(
     slope: float,
     *geometry: Any,
 ) -> Tensor:
-    """act(batch_norm(conv(x, w) + bias) + residual) with given statistics: one kernel, unless a gradient needs what that one does not
-    store, namely the convolution's own output (bn_weight wants a gradient) or what the activation was applied to (gelu and the like)."""
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias, bn_weight, bn_bias, residual))
+    """act(batch_norm(conv(x, w) + bias) + residual) with given statistics: one kernel, unless a gradient needs what
+    that one does not store, namely the convolution's own output (bn_weight wants a gradient) or what the activation was
+    applied to (gelu and the like).
+    """
+    wants_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, w, bias, bn_weight, bn_bias, residual)
+    )
     from_output = activation in FROM_OUTPUT and not (activation == "leaky_relu" and slope <= 0)
     if wants_grad and (not from_output or (bn_weight is not None and bn_weight.requires_grad)):
         y = conv_fprop(x, w, bias, *geometry)

@@ -1,8 +1,8 @@
 """The library's convolution, cuDNN's on a GPU, inside our operators: where serving.py says that it serves.
 
-Statistics, norm, addition and activation are then one pass of our kernels over its output. Results are laid out as our own would be.
-PyTorch's settings hold here: torch.backends.cudnn.benchmark, and torch.backends.cudnn.deterministic where the same inputs shall give the
-same bits.
+Statistics, norm, addition and activation are then one pass of our kernels over its output. Results are laid out as our
+own would be. PyTorch's settings hold here: torch.backends.cudnn.benchmark, and torch.backends.cudnn.deterministic where
+the same inputs shall give the same bits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ UNPADDED = (0, 0, 0, 0)
 
 
 def _laid(t: Tensor, layout: launch.Layout) -> Tensor:
-    """`t` in the strides that our kernels would have given it: fakes, and what torch.compile made of them, rely on those."""
+    """`t` in the strides that our kernels would have given it: fakes, and what torch.compile made of them, rely on
+    those.
+    """
     return t if t.stride() == layout.strides else launch.empty(layout, t).copy_(t)
 
 
@@ -37,7 +39,8 @@ def _convolve(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, pad
     if pads:
         x, geometry = pad(x, geometry.padding), geometry._replace(padding=UNPADDED)
     y = torch.convolution(x, w, bias, *_arguments(geometry), False, [0, 0], geometry.groups)
-    # Of meta tensors PyTorch does not know where they stand for, and gives a contiguous one. Warming wants it laid out as a GPU's.
+    # Of meta tensors PyTorch does not know where they stand for, and gives a contiguous one. Warming wants it laid out
+    # as a GPU's.
     return y.to(memory_format=launch.convolution_format(x, w)) if y.is_meta else y
 
 
@@ -45,7 +48,9 @@ def fprop(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, decisio
     return _laid(_convolve(x, w, geometry, bias, decision.pads), decision.result)
 
 
-def stats(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
+def stats(
+    x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, decision: Decision
+) -> tuple[Tensor, Tensor, Tensor]:
     y = fprop(x, w, geometry, bias, decision)
     return y, *batchnorm.batch_moments(y)
 
@@ -55,11 +60,15 @@ def bn_act(x: Tensor, w: Tensor, geometry: Geometry, epilogue: Epilogue, decisio
     y = _convolve(x, w, geometry, bias, decision.pads)
     assert norm.mean is not None
     assert norm.var is not None
-    z = batchnorm.normalize(y, norm.mean, norm.var, norm.weight, norm.bias, residual, norm.eps, activation, slope, decision.result)
+    z = batchnorm.normalize(
+        y, norm.mean, norm.var, norm.weight, norm.bias, residual, norm.eps, activation, slope, decision.result
+    )
     return _laid(z, decision.result)
 
 
-def dgrad(dy: Tensor, w: Tensor, x_shape: Sequence[int], geometry: Geometry, bias: Tensor | None, decision: Decision) -> Tensor:
+def dgrad(
+    dy: Tensor, w: Tensor, x_shape: Sequence[int], geometry: Geometry, bias: Tensor | None, decision: Decision
+) -> Tensor:
     """With `bias` [C], the transposed convolution to which it belongs."""
     if not decision.pads:
         return _laid(_convolve_back(dy, w, x_shape, geometry, bias), decision.result)
@@ -70,10 +79,13 @@ def dgrad(dy: Tensor, w: Tensor, x_shape: Sequence[int], geometry: Geometry, bia
     return _laid(dx if bias is None else dx + bias.view(-1, 1, 1), decision.result)
 
 
-def _convolve_back(dy: Tensor, w: Tensor, x_shape: Sequence[int], geometry: Geometry, bias: Tensor | None = None) -> Tensor:
+def _convolve_back(
+    dy: Tensor, w: Tensor, x_shape: Sequence[int], geometry: Geometry, bias: Tensor | None = None
+) -> Tensor:
     stride, padding, dilation = _arguments(geometry)
     if geometry.groups > 1 and geometry.groups == x_shape[1]:
-        # PyTorch has kernels for the gradient of a depthwise convolution, and none for a transposed one. Of x its layout is read.
+        # PyTorch has kernels for the gradient of a depthwise convolution, and none for a transposed one. Of x its
+        # layout is read.
         x = launch.empty(x_shape, dy, launch.convolution_format(dy, w))
         arguments = stride, padding, dilation, False, [0, 0], geometry.groups
         dx = torch.ops.aten.convolution_backward(dy, x, w, None, *arguments, [True, False, False])[0]

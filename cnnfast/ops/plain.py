@@ -1,8 +1,8 @@
 """Our operators in PyTorch's own.
 
 For what backward calls, under a transform that was not yet active when the forward ran, as in
-torch.func.vmap(lambda v: torch.autograd.grad(y, x, v)): PyTorch has rules for its operators, and none for ours. And for a forward pass
-that is to learn which operators it calls before their kernels are compiled (calls.py).
+torch.func.vmap(lambda v: torch.autograd.grad(y, x, v)): PyTorch has rules for its operators, and none for ours. And for
+a forward pass that is to learn which operators it calls before their kernels are compiled (calls.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def conv_fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilat
     return F.conv2d(x, w, bias, stride, (top, left), dilation, groups)
 
 
-def conv_dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
+def conv_dgrad(
+    dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm
+) -> Tensor:
     N, C, H, W = x_shape
     top, bottom, left, right = padding
     padded = conv2d_input((N, C, H + top + bottom, W + left + right), w, dy, stride, 0, dilation, groups)
@@ -52,7 +54,9 @@ def conv_stats(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> tup
     return y, *batch_moments(y.detach())
 
 
-def update_running(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int) -> None:
+def update_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
+) -> None:
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
@@ -62,8 +66,12 @@ def normalize(y: Tensor, mean, var, weight, bias, residual, eps, activation, slo
     return activate(u if residual is None else u + residual, activation, slope)
 
 
-def conv_bn_act(x: Tensor, w: Tensor, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, *geometry: Any) -> Tensor:
-    return normalize(conv_fprop(x, w, bias, *geometry), mean, var, bn_weight, bn_bias, residual, eps, activation, slope, False)
+def conv_bn_act(
+    x: Tensor, w: Tensor, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, *geometry: Any
+) -> Tensor:
+    return normalize(
+        conv_fprop(x, w, bias, *geometry), mean, var, bn_weight, bn_bias, residual, eps, activation, slope, False
+    )
 
 
 def channel_sum(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""Pooling's operators. The adjoint of an average is an average's backward and the other way round; max pooling's backward is
-linear in dy once the winning taps are known."""
+"""Pooling's operators. The adjoint of an average is an average's backward and the other way round; max pooling's
+backward is linear in dy once the winning taps are known.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from . import plain
 from .registry import register
 
 WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
-AVERAGE = "int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, bool count_include_pad, int? divisor_override"
+AVERAGE = (
+    "int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, bool count_include_pad, int? divisor_override"
+)
 
 
 _problem = launch.planned(PoolProblem.of)
@@ -43,7 +46,9 @@ def _max_backward(dy: Tensor, taps: Tensor, x_shape, channels_last: bool, *windo
 
 
 def _average(x: Tensor, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override) -> Tensor:
-    return pooling.avg_pool(_problem(x.shape, kernel_size, stride, padding, (1, 1), ceil_mode), x, count_include_pad, divisor_override)
+    return pooling.avg_pool(
+        _problem(x.shape, kernel_size, stride, padding, (1, 1), ceil_mode), x, count_include_pad, divisor_override
+    )
 
 
 def _average_backward(
@@ -62,7 +67,8 @@ def _adaptive_backward(dy: Tensor, x_shape, channels_last: bool) -> Tensor:
 
 
 def _fake_problem(x_shape, kernel_size, stride, padding, dilation, ceil_mode) -> PoolProblem:
-    return PoolProblem.of(x_shape, kernel_size, stride, padding, dilation, ceil_mode)  # of extents without a value, perhaps
+    # of extents without a value, perhaps
+    return PoolProblem.of(x_shape, kernel_size, stride, padding, dilation, ceil_mode)
 
 
 def _fake_pooled(x: Tensor, problem: PoolProblem, dtype: torch.dtype | None = None) -> Tensor:
@@ -194,7 +200,9 @@ max_pool_backward = register(
     _max_backward,
     lambda dy, taps, *rest: _fake_backward(dy, *rest),
     _MaxBackward,
-    lambda dy, taps, x_shape, channels_last, *window: plain.max_pool_backward(dy, max_pool_indices(taps, x_shape, *window), x_shape),
+    lambda dy, taps, x_shape, channels_last, *window: plain.max_pool_backward(
+        dy, max_pool_indices(taps, x_shape, *window), x_shape
+    ),
 )
 avg_pool = register(f"avg_pool(Tensor x, {AVERAGE}) -> Tensor", _average, _fake_average, _Average, plain.avg_pool)
 avg_pool_backward = register(
@@ -204,9 +212,15 @@ avg_pool_backward = register(
     _AverageBackward,
     plain.avg_pool_backward,
 )
-global_avg_pool = register("global_avg_pool(Tensor x) -> Tensor", pooling.global_avg_pool, _fake_global, _Global, plain.global_avg_pool)
+global_avg_pool = register(
+    "global_avg_pool(Tensor x) -> Tensor", pooling.global_avg_pool, _fake_global, _Global, plain.global_avg_pool
+)
 adaptive_avg_pool = register(
-    "adaptive_avg_pool(Tensor x, SymInt[2] output_size) -> Tensor", _adaptive, _fake_adaptive, _Adaptive, plain.adaptive_avg_pool
+    "adaptive_avg_pool(Tensor x, SymInt[2] output_size) -> Tensor",
+    _adaptive,
+    _fake_adaptive,
+    _Adaptive,
+    plain.adaptive_avg_pool,
 )
 adaptive_avg_pool_backward = register(
     "adaptive_avg_pool_backward(Tensor dy, SymInt[4] x_shape, bool channels_last) -> Tensor",

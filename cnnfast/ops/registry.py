@@ -35,7 +35,8 @@ def register(
 ) -> Callable[..., Any]:
     """Defines cnnfast::<schema> and returns what calls it. `function` differentiates it; its forward calls that again.
 
-    `plain` is the same in PyTorch's operators, for transforms that reach into a backward; what no backward calls needs none.
+    `plain` is the same in PyTorch's operators, for transforms that reach into a backward; what no backward calls needs
+    none.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
@@ -57,7 +58,9 @@ def _with_tuples(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _differentiable(operator: Any, function: type[torch.autograd.Function], tensors: list[int]) -> Callable[..., Any]:
-    """`function` where a gradient may be asked for, the bare operator where not: that saves the host time of a graph node."""
+    """`function` where a gradient may be asked for, the bare operator where not: that saves the host time of a graph
+    node.
+    """
 
     def call(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(arguments[i] is not None and arguments[i].requires_grad for i in tensors):
@@ -88,8 +91,11 @@ def _entrance(
     tensors: list[int],
     plain: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
-    """What the dispatcher would do to a call, done here where that is plain: it takes 3 us a pass, and a gradient takes two."""
-    # Function.apply itself first looks for what functorch left of tensors, argument by argument: the loop below has done so.
+    """What the dispatcher would do to a call, done here where that is plain: it takes 3 us a pass, and a gradient takes
+    two.
+    """
+    # Function.apply itself first looks for what functorch left of tensors, argument by argument: the loop below has
+    # done so.
     differentiate: Any = function and super(torch.autograd.Function, function).apply  # pyright: ignore
 
     def call(*arguments: Any) -> Any:
@@ -102,7 +108,8 @@ def _entrance(
         for i in tensors:
             t = arguments[i]
             if t is not None:
-                if type(t) not in PLAIN or t.is_neg() or not _has_storage(t):  # or a batch of gradients (is_grads_batched)
+                # or a batch of gradients (is_grads_batched)
+                if type(t) not in PLAIN or t.is_neg() or not _has_storage(t):
                     return operator(*arguments)
                 wanted = wanted or (differentiable and t.requires_grad)
         if wanted:

@@ -1,18 +1,21 @@
 """Who serves a convolution inside our operators: a kernel of ours, or the library's convolution (cuDNN's on a GPU).
 
-Nobody shall be slower for having installed cnnfast, so what was not measured on a GPU is the library's there. With algorithm="auto" the
-first of these that applies decides, on sizes that are numbers, so that dynamic shapes do not compile again:
+Nobody shall be slower for having installed cnnfast, so what was not measured on a GPU is the library's there. With
+algorithm="auto" the first of these that applies decides, on sizes that are numbers, so that dynamic shapes do not
+compile again:
 
-1. A measured row for this GPU (cnnfast_kernels/tables.py): whoever was faster. It serves batches up to twice and half its own, the
-   layouts and the epilogue that were measured, and only tensors that its tile can take.
+1. A measured row for this GPU (cnnfast_kernels/tables.py): whoever was faster. It serves batches up to twice and half
+  its own, the layouts and the epilogue that were measured, and only tensors that its tile can take.
 2. Elsewhere than on a GPU, that is in the interpreter: ours.
-3. Depthwise convolution in half precision, channels_last, with one filter a channel: ours, since libraries are known to be slow at it.
-4. Padding that the library does not take, more at one end than at the other ("same" with an even kernel): ours where all operands are
-   channels_last; else the library's, on an input that is padded first, as PyTorch does it.
-5. Every other convolution: the library's. Statistics, norm, addition and activation are then one pass of ours over its output.
+3. Depthwise convolution in half precision, channels_last, with one filter a channel: ours, since libraries are known to
+  be slow at it.
+4. Padding that the library does not take, more at one end than at the other ("same" with an even kernel): ours where
+  all operands are channels_last; else the library's, on an input that is padded first, as PyTorch does it.
+5. Every other convolution: the library's. Statistics, norm, addition and activation are then one pass of ours over its
+  output.
 
-Kernels that load one element at a time, as ours do where channels are not adjacent, serve on a GPU only where they were measured to win.
-Under backend("kernels"), and with another algorithm than "auto", nothing is asked: ours serve.
+Kernels that load one element at a time, as ours do where channels are not adjacent, serve on a GPU only where they were
+measured to win. Under backend("kernels"), and with another algorithm than "auto", nothing is asked: ours serve.
 """
 
 from __future__ import annotations
@@ -46,13 +49,17 @@ class Decision(NamedTuple):
 
 
 def asked(algorithm: str, x: Tensor) -> bool:
-    """Whether a call has to be decided about: where neither a row nor the kind of device can give it to the library, nobody waits."""
+    """Whether a call has to be decided about: where neither a row nor the kind of device can give it to the library,
+    nobody waits.
+    """
     first = x.device.type in LIBRARY_FIRST or x.is_meta  # whatever a meta tensor stands for
     return algorithm == "auto" and (first or tables.library or bool(dispatch._traces))
 
 
 def takes(g: ConvProblem) -> bool:
-    """Whether the library can compute it as it is: it pads both ends of an axis alike, which may be more than the last window needs."""
+    """Whether the library can compute it as it is: it pads both ends of an axis alike, which may be more than the last
+    window needs.
+    """
     P = output_extent(g.H, g.R, g.stride_h, g.pad_h, g.pad_h, g.dil_h)
     Q = output_extent(g.W, g.S, g.stride_w, g.pad_w, g.pad_w, g.dil_w)
     return (g.P, g.Q) == (P, Q)
@@ -65,7 +72,9 @@ def by_library(q: Question) -> Decision:
 
 
 def decide(q: Question, library_first: bool) -> Decision:
-    """The rule above. library_first: whether the tensors are on a device where the library serves what was not measured."""
+    """The rule above. library_first: whether the tensors are on a device where the library serves what was not
+    measured.
+    """
     g, theirs = q.problem, by_library(q)
     ours = theirs._replace(library=False, reason="")
     row = measured(q)
@@ -86,7 +95,19 @@ def decide(q: Question, library_first: bool) -> Decision:
 
 @launch.planned
 def _decide_fprop(
-    x_shape, x_strides, w_shape, w_strides, residual_strides, dtype, geometry: Geometry, kind, activation, tf32, gpu, aligned, library_first
+    x_shape,
+    x_strides,
+    w_shape,
+    w_strides,
+    residual_strides,
+    dtype,
+    geometry: Geometry,
+    kind,
+    activation,
+    tf32,
+    gpu,
+    aligned,
+    library_first,
 ) -> Decision:
     x, w = launch.Layout(x_shape, x_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
     return decide(ask_fprop(x, w, residual_strides, geometry, kind, activation, tf32, gpu, aligned), library_first)
@@ -109,23 +130,41 @@ def _decide_wgrad(
 
 
 def fprop(
-    x: Tensor, w: Tensor, geometry: Geometry, tf32: bool, kind: str = "", residual: Tensor | None = None, activation: str | None = None
+    x: Tensor,
+    w: Tensor,
+    geometry: Geometry,
+    tf32: bool,
+    kind: str = "",
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Decision | None:
     """What the library is to do, or None if our kernels serve. `kind` as in choosing.Question."""
     addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
     strides = None if residual is None else residual.stride()
-    where, device = (x.shape, x.stride(), w.shape, w.stride(), strides, x.dtype, geometry, kind, activation, tf32), x.device
-    return _told(_decide_fprop(*where, launch.gpu(device), addresses % 16 == 0, launch.type_of(device) in LIBRARY_FIRST))
+    where, device = (
+        (x.shape, x.stride(), w.shape, w.stride(), strides, x.dtype, geometry, kind, activation, tf32),
+        x.device,
+    )
+    return _told(
+        _decide_fprop(*where, launch.gpu(device), addresses % 16 == 0, launch.type_of(device) in LIBRARY_FIRST)
+    )
 
 
-def dgrad(dy: Tensor, w: Tensor, x_shape: Sequence[int], fmt: torch.memory_format, geometry: Geometry, tf32: bool) -> Decision | None:
+def dgrad(
+    dy: Tensor, w: Tensor, x_shape: Sequence[int], fmt: torch.memory_format, geometry: Geometry, tf32: bool
+) -> Decision | None:
     """As `fprop`, of the gradient of a convolution's input."""
-    where, device = (dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt, geometry, tf32), dy.device
+    where, device = (
+        (dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt, geometry, tf32),
+        dy.device,
+    )
     aligned = (dy.data_ptr() | w.data_ptr()) % 16 == 0
     return _told(_decide_dgrad(*where, launch.gpu(device), aligned, launch.type_of(device) in LIBRARY_FIRST))
 
 
-def wgrad(x: Tensor, dy: Tensor, w_shape: Sequence[int], fmt: torch.memory_format, geometry: Geometry, tf32: bool) -> Decision | None:
+def wgrad(
+    x: Tensor, dy: Tensor, w_shape: Sequence[int], fmt: torch.memory_format, geometry: Geometry, tf32: bool
+) -> Decision | None:
     """As `fprop`, of the gradient of a convolution's weights."""
     where, device = (x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt, geometry, tf32), x.device
     aligned = (x.data_ptr() | dy.data_ptr()) % 16 == 0

@@ -25,12 +25,14 @@ SECONDS_TO_END = 5.0  # that the kernel which is being compiled may take, when n
 
 
 @contextmanager
-def compiled_ahead(todo: Sequence[Measured], gpu: launch.Gpu, compiling: Compiling | None, note: Callable[[str], None]) -> Iterator[Wait]:
+def compiled_ahead(
+    todo: Sequence[Measured], gpu: launch.Gpu, compiling: Compiling | None, note: Callable[[str], None]
+) -> Iterator[Wait]:
     """Compiles for one convolution after the other, in the order given, as long as the context lasts.
 
-    Gives a function that waits until one of them is compiled, so many seconds at most: then it raises OutOfTimeError. A kernel that does
-    not compile fails again, with its reason, where it is launched. Where no other process can compile, `note` is told why, and kernels
-    are compiled where they are launched.
+    Gives a function that waits until one of them is compiled, so many seconds at most: then it raises OutOfTimeError. A
+    kernel that does not compile fails again, with its reason, where it is launched. Where no other process can compile,
+    `note` is told why, and kernels are compiled where they are launched.
     """
     compiling = compiling or (None if launch.INTERPRETED else _beside_measuring)
     if compiling is None:
@@ -65,7 +67,9 @@ def compiled_ahead(todo: Sequence[Measured], gpu: launch.Gpu, compiling: Compili
             raise OutOfTimeError from None
         except Exception as error:
             if not noted:
-                note(f"Kernels were compiled where they were measured, one after the other: {type(error).__name__}: {error}")
+                note(
+                    f"Kernels were compiled where they were measured, one after the other: {type(error).__name__}: {error}"
+                )
             noted = True
 
     with compiling(gpu) as compile_:
@@ -85,14 +89,17 @@ def _beside_measuring(gpu: launch.Gpu) -> AbstractContextManager[warming.Compile
 
 
 def launches(measured: Measured, gpu: launch.Gpu) -> list[str]:
-    """What all candidates of a convolution launch, one line of JSON a kernel, as warming compiles it. A candidate that cannot be called
-    adds nothing: it fails where it is measured."""
+    """What all candidates of a convolution launch, one line of JSON a kernel, as warming compiles it. A candidate that
+    cannot be called adds nothing: it fails where it is measured.
+    """
     lines: dict[str, None] = {}
     for candidate in measured.candidates.values():
         with float32_products(measured.products), warming.recorded(gpu) as recorded:
             a = operands(measured.convolution, torch.device("meta"))
             try:
-                by_library(measured.convolution, a) if candidate.tile is None else ours(measured.convolution, a, candidate.tile)
+                by_library(measured.convolution, a) if candidate.tile is None else ours(
+                    measured.convolution, a, candidate.tile
+                )
             except Exception:
                 continue
         lines |= recorded

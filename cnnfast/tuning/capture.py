@@ -15,7 +15,8 @@ from cnnfast_kernels.choosing import Geometry, Question, ask_dgrad, ask_fprop, a
 from .. import dispatch
 from ..calls import OperatorCall, operator_calls
 
-FORWARD = {"conv_fprop": "", "conv_stats": "stats", "conv_bn_act": "norm"}  # and what the kernel does besides (conv.ask_fprop)
+# and what the kernel does besides (conv.ask_fprop)
+FORWARD = {"conv_fprop": "", "conv_stats": "stats", "conv_bn_act": "norm"}
 OPERATORS = (*FORWARD, "conv_dgrad", "conv_wgrad")
 
 
@@ -46,14 +47,21 @@ class Convolution(OperatorCall):
         fused = self.operator == "conv_bn_act"
         residual = self["residual"].strides if fused and self["residual"] else None
         activation = self["activation"] if fused else None
-        return ask_fprop(self["x"], self["w"], residual, self.geometry, FORWARD[self.operator], activation, tf32, gpu, True)
+        return ask_fprop(
+            self["x"], self["w"], residual, self.geometry, FORWARD[self.operator], activation, tf32, gpu, True
+        )
 
 
-def capture(model: nn.Module, inputs: tuple[Any, ...], *, gpu: launch.Gpu, device_type: str, **how: Any) -> Counter[Convolution]:
-    """The convolutions that our operators would be called with on a GPU, and how often each, whatever backend is in force.
+def capture(
+    model: nn.Module, inputs: tuple[Any, ...], *, gpu: launch.Gpu, device_type: str, **how: Any
+) -> Counter[Convolution]:
+    """The convolutions that our operators would be called with on a GPU, and how often each, whatever backend is in
+    force.
 
     Arguments, and RuntimeError, as calls.operator_calls has them.
     """
     with dispatch.backend("auto"):
         calls = operator_calls(model, inputs, gpu=gpu, device_type=device_type, **how)
-    return Counter({Convolution(call.operator, call.arguments): n for call, n in calls.items() if call.operator in OPERATORS})
+    return Counter(
+        {Convolution(call.operator, call.arguments): n for call, n in calls.items() if call.operator in OPERATORS}
+    )

@@ -19,8 +19,8 @@ from ..precision import allow_tf32, float32_products
 from .capture import capture
 from .report import DEFAULT, LIBRARY, Candidate, Measured
 
-# Round numbers of a data-centre GPU, from data sheets: FLOPs a second by how they are multiplied, and bytes of memory a second. They put
-# convolutions into an order, and nothing else follows from them.
+# Round numbers of a data-centre GPU, from data sheets: FLOPs a second by how they are multiplied, and bytes of memory a
+# second. They put convolutions into an order, and nothing else follows from them.
 FLOPS_PER_SECOND: dict[Precision, float] = {"half": 8e14, "tf32": 4e14, "ieee": 6e13, "fp64": 6e13}
 BYTES_PER_SECOND = 4e12
 
@@ -63,14 +63,20 @@ def planned(
                 measured.cost += count * estimated_seconds(question)
                 if not measured.candidates:
                     default = choosing.default_tile(question)
-                    measured.candidates = {DEFAULT if t == default else str(t): Candidate(t) for t in choosing.candidates(question)}
+                    measured.candidates = {
+                        DEFAULT if t == default else str(t): Candidate(t) for t in choosing.candidates(question)
+                    }
                     measured.candidates[LIBRARY] = Candidate(None)
     if not found:
-        raise RuntimeError(f"{type(model).__name__} makes no convolution that cnnfast has kernels for: there is nothing to measure")
+        raise RuntimeError(
+            f"{type(model).__name__} makes no convolution that cnnfast has kernels for: there is nothing to measure"
+        )
     return sorted(found.values(), key=lambda measured: -measured.cost)
 
 
 def estimated_seconds(question: choosing.Question) -> float:
-    """Of one call, as if it did nothing but multiply, or nothing but move each of its tensors once: whichever takes longer."""
+    """Of one call, as if it did nothing but multiply, or nothing but move each of its tensors once: whichever takes
+    longer.
+    """
     moved = sum(math.prod(t.shape) * t.dtype.itemsize for t in (*question.images, question.w))
     return max(question.problem.flops / FLOPS_PER_SECOND[question.precision], moved / BYTES_PER_SECOND)

@@ -29,8 +29,8 @@ class OutOfTimeError(Exception):
 
 
 def race(measured: Measured, device: torch.device, measure: Measure, in_time: Callable[[], None]) -> None:
-    """Fills in the candidates; whatever they raise is said there. in_time: called between them, raises OutOfTimeError if it shall end, and
-    `measure` leaves out what it has no time for.
+    """Fills in the candidates; whatever they raise is said there. in_time: called between them, raises OutOfTimeError
+    if it shall end, and `measure` leaves out what it has no time for.
 
     Raises OutOfTimeError if some could not be measured in time, RuntimeError if the GPU no longer answers.
     """
@@ -71,9 +71,10 @@ def timed(
 ) -> dict[str, float | Exception]:
     """Seconds of one call of each candidate, the median, or why it was not timed.
 
-    They take turns with a pass over the same sets of operands, of which `first` is one. On a GPU a pass is one CUDA graph, and the sets
-    together are larger than the second-level cache, for a network's layers find their operands in memory too. What cannot be captured is
-    not timed. Where memory is short there are fewer sets, down to two, and after that each candidate is measured alone.
+    They take turns with a pass over the same sets of operands, of which `first` is one. On a GPU a pass is one CUDA
+    graph, and the sets together are larger than the second-level cache, for a network's layers find their operands in
+    memory too. What cannot be captured is not timed. Where memory is short there are fewer sets, down to two, and after
+    that each candidate is measured alone.
     """
     bytes_of_one = sum(t.nbytes for t in first.values() if isinstance(t, torch.Tensor))
     count = max(FEWEST_SETS, copies_for(bytes_of_one, device)) if device.type == "cuda" else FEWEST_SETS
@@ -86,7 +87,11 @@ def timed(
                 break
             passes.clear()  # and with them what the graphs hold
             alone = ({name: compute} for name, compute in computes.items())
-            return {name: result for one in alone for name, result in timed(one, convolution, first, device, measure).items()}
+            return {
+                name: result
+                for one in alone
+                for name, result in timed(one, convolution, first, device, measure).items()
+            }
         passes.clear()
         count = max(FEWEST_SETS, count // 2)
     times = measure({name: step for name, step in passes.items() if not isinstance(step, Exception)})
@@ -132,7 +137,9 @@ def _at_its_best(name: str) -> AbstractContextManager[None]:
 
 
 def end_if_lost(device: torch.device, who: str, error: Exception) -> None:
-    """Raises RuntimeError if the GPU no longer answers, for then nothing that comes later can be measured; `who` was the last one on it."""
+    """Raises RuntimeError if the GPU no longer answers, for then nothing that comes later can be measured; `who` was
+    the last one on it.
+    """
     if device.type != "cuda":
         return
     try:

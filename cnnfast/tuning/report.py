@@ -26,8 +26,8 @@ WIDTH = 120  # of str(tuning)
 class Candidate:
     """One way to compute a convolution: by a tile of ours, or, where that is None, by the library.
 
-    computes: whether it gave right numbers. microseconds: the median; None if it was not timed, because of a `fault` (wrong numbers) or a
-    `failure` (it does not run here, or could not be timed).
+    computes: whether it gave right numbers. microseconds: the median; None if it was not timed, because of a `fault`
+    (wrong numbers) or a `failure` (it does not run here, or could not be timed).
     """
 
     tile: Any
@@ -39,8 +39,9 @@ class Candidate:
 
 @dataclass
 class Measured:
-    """One convolution, which the model makes `count` times. cost: seconds of all its calls, an estimate that only orders (planning.py).
-    reason: why nothing was measured; "" if something was, or is to be."""
+    """One convolution, which the model makes `count` times. cost: seconds of all its calls, an estimate that only
+    orders (planning.py). reason: why nothing was measured; "" if something was, or is to be.
+    """
 
     key: Key
     convolution: Convolution
@@ -86,10 +87,16 @@ class Measured:
 
     @property
     def row(self) -> Row | None:
-        """What the table is told; nothing, if no kernel of ours was right and timed, or the library was right and not timed."""
+        """What the table is told; nothing, if no kernel of ours was right and timed, or the library was right and not
+        timed.
+        """
         if self.best is None or self.best.microseconds is None or self.rival is not None:
             return None
-        named = {"kernels": self.best.microseconds, "default": self.microseconds(DEFAULT), "library": self.microseconds(LIBRARY)}
+        named = {
+            "kernels": self.best.microseconds,
+            "default": self.microseconds(DEFAULT),
+            "library": self.microseconds(LIBRARY),
+        }
         times = {name: round(time, 2) for name, time in named.items() if time is not None}
         winner = "library" if times.get("library", times["kernels"]) < times["kernels"] else "kernels"
         return Row(self.key, self.best.tile, winner, times)
@@ -103,7 +110,9 @@ class Measured:
         """Wrong numbers, and what could not be measured at all."""
         lines = self.faults
         if self.row is None:
-            failures = [f"{name}: {c.failure}" for name, c in self.candidates.items() if c.failure and c is not self.rival]
+            failures = [
+                f"{name}: {c.failure}" for name, c in self.candidates.items() if c.failure and c is not self.rival
+            ]
             reasons = [self.reason, f"{LIBRARY}: {self.rival.failure}" if self.rival else "", *failures]
             lines.append("not measured: " + next(filter(None, reasons), "no candidate was right"))
         return lines
@@ -111,10 +120,12 @@ class Measured:
 
 @dataclass
 class Tuning:
-    """What was measured on a GPU, and the tables that it was written to. str() is a table; rich prints it at the width of its console.
+    """What was measured on a GPU, and the tables that it was written to. str() is a table; rich prints it at the width
+    of its console.
 
-    left: what was not measured, since the budget or the run ended before. path: the user's table; table: the other that was asked for;
-    both None until there is a row. seconds: of all measuring. notes: what else a reader should know of the run.
+    left: what was not measured, since the budget or the run ended before. path: the user's table; table: the other that
+    was asked for; both None until there is a row. seconds: of all measuring. notes: what else a reader should know of
+    the run.
     """
 
     gpu: str
@@ -132,8 +143,12 @@ class Tuning:
 
     @property
     def problems(self) -> list[tuple[Measured, str]]:
-        """Wrong numbers, and what could not be measured. What is left is no problem, unless something was wrong before it was given up."""
-        return [(m, line) for m in self.measured for line in m.problems] + [(m, line) for m in self.left for line in m.faults]
+        """Wrong numbers, and what could not be measured. What is left is no problem, unless something was wrong before
+        it was given up.
+        """
+        return [(m, line) for m in self.measured for line in m.problems] + [
+            (m, line) for m in self.left for line in m.faults
+        ]
 
     @property
     def ok(self) -> bool:
@@ -143,9 +158,15 @@ class Tuning:
     @property
     def summary(self) -> str:
         won = sum(row.winner == "library" for row in self.rows)
-        both = [(m.count, row.microseconds) for m in self.measured if (row := m.row) is not None and "default" in row.microseconds]
+        both = [
+            (m.count, row.microseconds)
+            for m in self.measured
+            if (row := m.row) is not None and "default" in row.microseconds
+        ]
         default = sum(count * times["default"] for count, times in both) / 1000
-        best = sum(count * min(times["kernels"], times.get("library", times["kernels"])) for count, times in both) / 1000
+        best = (
+            sum(count * min(times["kernels"], times.get("library", times["kernels"])) for count, times in both) / 1000
+        )
         return (
             f"{len(self.rows)} of {len(self.measured) + len(self.left)} convolutions measured in {self.seconds:.0f} seconds: our kernels"
             f" win {len(self.rows) - won}, the library {won}; one after the other they take {default:.3f} ms by default, {best:.3f} ms by"
@@ -153,8 +174,9 @@ class Tuning:
         )
 
     def to_json(self) -> str:
-        """An object with gpu, arch, ok, summary, seconds, table (the path of the user's), other_table (of the one that was asked for),
-        notes, measured, each with its candidates, and left."""
+        """An object with gpu, arch, ok, summary, seconds, table (the path of the user's), other_table (of the one that
+        was asked for), notes, measured, each with its candidates, and left.
+        """
         measured = [
             {
                 "convolution": str(m),
@@ -174,20 +196,31 @@ class Tuning:
             "gpu": self.gpu, "arch": self.arch, "ok": self.ok, "summary": self.summary, "seconds": round(self.seconds, 1),
             "table": str(self.path) if self.path else None, "other_table": str(self.table) if self.table else None, "notes": self.notes,
         }  # fmt: skip
-        left = [{"convolution": str(m), "dtype": m.key.dtype, "count": m.count, "problems": m.faults} for m in self.left]
+        left = [
+            {"convolution": str(m), "dtype": m.key.dtype, "count": m.count, "problems": m.faults} for m in self.left
+        ]
         return json.dumps({**head, "measured": measured, "left": left}, indent=1, allow_nan=False)
 
     def __rich__(self) -> Group:
         table = Table(title=f"microseconds on {self.gpu}, medians")
         for heading in ("calls", "convolution", "default", "our best", "library", "serves"):
-            table.add_column(heading, justify="left" if heading in ("convolution", "serves") else "right", overflow="fold")
+            table.add_column(
+                heading, justify="left" if heading in ("convolution", "serves") else "right", overflow="fold"
+            )
         for m in self.measured:
             if (row := m.row) is not None:
-                times = [f"{row.microseconds[name]:.1f}" if name in row.microseconds else "" for name in ("default", "kernels", "library")]
+                times = [
+                    f"{row.microseconds[name]:.1f}" if name in row.microseconds else ""
+                    for name in ("default", "kernels", "library")
+                ]
                 serves = Text("library", "yellow") if row.winner == "library" else Text(str(row.tile), "green")
                 table.add_row(str(m.count), str(m), *times, serves)
         wrong = [Text(f"{m}: {line}", "bold red") for m, line in self.problems]
-        left = [Text(f"left unmeasured, their rows as they were: {len(self.left)} convolutions", "yellow")] if self.left else []
+        left = (
+            [Text(f"left unmeasured, their rows as they were: {len(self.left)} convolutions", "yellow")]
+            if self.left
+            else []
+        )
         left += [Text(f"  {m}, {m.key.dtype}, calls: {m.count}", "yellow") for m in self.left]
         end = [*self.notes, self.summary, f"table: {self.path or 'not written, for there is nothing to say'}"]
         end += [f"also written to {self.table}"] if self.table else []

@@ -1,4 +1,6 @@
-"""A convolution on random operands: by our kernels with a given tile, by the library, and by PyTorch in any dtype, which judges both."""
+"""A convolution on random operands: by our kernels with a given tile, by the library, and by PyTorch in any dtype,
+which judges both.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ MULTIPLIED = ("x", "w", "dy")
 
 
 def operands(convolution: Convolution, device: torch.device, seed: int = 0) -> Arguments:
-    """The call's arguments, with random numbers in tensors laid out as its own were; on the meta device, without numbers."""
+    """The call's arguments, with random numbers in tensors laid out as its own were; on the meta device, without
+    numbers.
+    """
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     def filled(name: str, layout: launch.Layout) -> Tensor:
@@ -40,7 +44,10 @@ def operands(convolution: Convolution, device: torch.device, seed: int = 0) -> A
         numbers = numbers.abs() + 0.5 if name in POSITIVE else numbers
         return numbers.to(layout.dtype).as_strided(layout.shape, layout.strides)
 
-    return {name: filled(name, value) if isinstance(value, launch.Layout) else value for name, value in convolution.arguments}
+    return {
+        name: filled(name, value) if isinstance(value, launch.Layout) else value
+        for name, value in convolution.arguments
+    }
 
 
 def _epilogue(a: Arguments) -> Epilogue:
@@ -57,7 +64,9 @@ def ours(convolution: Convolution, a: Arguments, tile: conv.Tile) -> Results:
             bias, fmt = a["bias"], convolution.format
             return (conv.conv_dgrad(a["dy"], a["w"], a["x_shape"], convolution.geometry, bias=bias, fmt=fmt, **how),)
         case "conv_wgrad":
-            return (conv.conv_wgrad(a["x"], a["dy"], a["w_shape"], convolution.geometry, fmt=convolution.format, **how),)
+            return (
+                conv.conv_wgrad(a["x"], a["dy"], a["w_shape"], convolution.geometry, fmt=convolution.format, **how),
+            )
         case "conv_stats":
             return conv.conv_stats(a["x"], a["w"], convolution.geometry, bias=a["bias"], **how)
         case _:

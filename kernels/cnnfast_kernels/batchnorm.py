@@ -1,4 +1,5 @@
-"""Batch normalisation: statistics, normalise-activate(-add), its derivatives, running statistics; and the sum over all but channels.
+"""Batch normalisation: statistics, normalise-activate(-add), its derivatives, running statistics; and the sum over all
+but channels.
 
     z = act((y - mean) * scale + bias + residual),  scale = weight * invstd,  invstd = 1 / sqrt(var + eps)
 
@@ -45,7 +46,9 @@ def batch_moments_kernel(
     tl.store(row + C, variance, mask=c_ok)
 
 
-def combine_moments(partials: torch.Tensor, rows_per_partial: int, total_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def combine_moments(
+    partials: torch.Tensor, rows_per_partial: int, total_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance [C] from partials [T, 2, C] of (mean, biased variance), float32 or float64.
 
     Partial t stands for rows [t, t + 1) * rows_per_partial of `total_rows`; the last one may be shorter.
@@ -62,14 +65,21 @@ def _plan_moments(shape, strides, dtype) -> tuple[launch.Plan, launch.Layout, Ti
     planes = common_planes(shape, (strides,), dtype)
     acc = launch.accumulator_dtype(dtype)
     run = launch.Plan(
-        batch_moments_kernel, planes.grid, planes.units, *planes.strides[0], ACC=launch.KERNEL_DTYPES[acc], **planes.constants
+        batch_moments_kernel,
+        planes.grid,
+        planes.units,
+        *planes.strides[0],
+        ACC=launch.KERNEL_DTYPES[acc],
+        **planes.constants,
     )
     rows = TileRows(max(1, planes.tiles_l), planes.L, planes.tile.BLOCK_L)
     return run, launch.dense((planes.tiles, 2, planes.C), acc), rows
 
 
 def batch_moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance [C] over all other axes of y [N, C, *spatial]; float32, or float64 for float64. NaN if there are no rows."""
+    """Mean and biased variance [C] over all other axes of y [N, C, *spatial]; float32, or float64 for float64. NaN if
+    there are no rows.
+    """
     y = mergeable(y)
     run, layout, rows = _plan_moments(y.shape, y.stride(), y.dtype)
     partials = launch.empty(layout, y)
@@ -115,9 +125,15 @@ def normalize_kernel(
     _, scale = load_scale(var_ptr, weight_ptr, c, c_ok, EPS, ACC)
     u = scale_and_shift(y - load_channels(mean_ptr, c, c_ok, ACC)[None, :], scale, bias_ptr, c, c_ok, ACC)
     if residual_ptr is not None:
-        u = u + load_tile(residual_ptr, residual_stride_n, residual_stride_l, residual_stride_c, n, l, c, mask, ALIGN, ACC)
+        u = u + load_tile(
+            residual_ptr, residual_stride_n, residual_stride_l, residual_stride_c, n, l, c, mask, ALIGN, ACC
+        )
     z = activate(u, tl.full((), slope, ACC), ACTIVATION)
-    tl.store(tile_pointers(z_ptr, z_stride_n, z_stride_l, z_stride_c, n, l, c, ALIGN), z.to(z_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        tile_pointers(z_ptr, z_stride_n, z_stride_l, z_stride_c, n, l, c, ALIGN),
+        z.to(z_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 def contiguous(*vectors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -129,7 +145,9 @@ def contiguous(*vectors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]
 
 
 @launch.planned
-def _plan_normalize(shape, y_strides, residual_strides, like, dtype, eps, activation, slope) -> tuple[launch.Plan, launch.Layout]:
+def _plan_normalize(
+    shape, y_strides, residual_strides, like, dtype, eps, activation, slope
+) -> tuple[launch.Plan, launch.Layout]:
     z = launch.dense(shape, dtype, dense_format(launch.Layout(shape, like, dtype)))
     planes = common_planes(shape, (y_strides, residual_strides, z.strides), dtype)
     run = launch.Plan(
@@ -151,7 +169,8 @@ def normalize(
     slope: float,
     out_like: launch.Laid | None = None,
 ) -> torch.Tensor:
-    """z = act((y - mean) * weight / sqrt(var + eps) + bias + residual), of y's dtype, in the memory format of `out_like`, by default y.
+    """z = act((y - mean) * weight / sqrt(var + eps) + bias + residual), of y's dtype, in the memory format of
+    `out_like`, by default y.
 
     Shapes: y and residual [N, C, *spatial] in any layouts, the others [C] of any floating dtypes.
     """
@@ -176,7 +195,9 @@ def load_gradient(
     z_stride_n, z_stride_l, z_stride_c, residual_stride_n, residual_stride_l, residual_stride_c,
     n, l, c, l_ok, c_ok, ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(g, xhat) of a tile; without y (nobody asks for xhat then) xhat is g. The activation's argument is z, or computed again."""
+    """(g, xhat) of a tile; without y (nobody asks for xhat then) xhat is g. The activation's argument is z, or computed
+    again.
+    """
     mask = l_ok[:, None] & c_ok[None, :]
     g = load_tile(dz_ptr, dz_stride_n, dz_stride_l, dz_stride_c, n, l, c, mask, ALIGN, ACC)
     centred = g
@@ -191,7 +212,9 @@ def load_gradient(
         else:
             u = scale_and_shift(centred, scale, bias_ptr, c, c_ok, ACC)
             if residual_ptr is not None:
-                u = u + load_tile(residual_ptr, residual_stride_n, residual_stride_l, residual_stride_c, n, l, c, mask, ALIGN, ACC)
+                u = u + load_tile(
+                    residual_ptr, residual_stride_n, residual_stride_l, residual_stride_c, n, l, c, mask, ALIGN, ACC
+                )
         g = activate_backward(g, u, tl.full((), slope, ACC), ACTIVATION)
     return g, xhat
 
@@ -206,7 +229,8 @@ def gradient_sums_kernel(
 ):  # fmt: skip
     """Sums of g and, of two QUANTITIES, of g * xhat over the rows of one tile: partials [tiles, QUANTITIES, C].
 
-    A channel whose invstd is infinite (variance and eps 0) sums g * (y - mean) instead; the last level of `combine` multiplies that.
+    A channel whose invstd is infinite (variance and eps 0) sums g * (y - mean) instead; the last level of `combine`
+    multiplies that.
     """
     tile, n, l, c, l_ok, c_ok = locate_tile(L, C, L_ALIGN, BLOCK_L, BLOCK_C)
     invstd = tl.zeros((BLOCK_C,), ACC)
@@ -247,7 +271,9 @@ def normalize_backward_kernel(
         n, l, c, l_ok, c_ok, ACTIVATION, ALIGN, ACC,
     )  # fmt: skip
     if dresidual_ptr is not None:
-        pointers = tile_pointers(dresidual_ptr, dresidual_stride_n, dresidual_stride_l, dresidual_stride_c, n, l, c, ALIGN)
+        pointers = tile_pointers(
+            dresidual_ptr, dresidual_stride_n, dresidual_stride_l, dresidual_stride_c, n, l, c, ALIGN
+        )
         tl.store(pointers, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
     if dy_ptr is not None:
         if sum_g_ptr is not None:
@@ -274,7 +300,9 @@ def _plan_sums(shape, strides, dtype, eps, activation, slope, quantities) -> tup
 
 
 @launch.planned
-def _plan_backward(shape, strides, like, dtype, eps, activation, slope, need_dy, need_dresidual) -> tuple[launch.Plan, launch.Layout]:
+def _plan_backward(
+    shape, strides, like, dtype, eps, activation, slope, need_dy, need_dresidual
+) -> tuple[launch.Plan, launch.Layout]:
     dy = launch.dense(shape, dtype, dense_format(launch.Layout(shape, like, dtype)))
     results = dy.strides if need_dy else None, dy.strides if need_dresidual else None
     planes = common_planes(shape, (*strides, *results), dtype)
@@ -300,12 +328,13 @@ def normalize_backward(
     training: bool,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(dy, dweight, dbias, dresidual) of `normalize`, None where `needs` is false. `training`: mean and var are y's own.
+    """(dy, dweight, dbias, dresidual) of `normalize`, None where `needs` is false. `training`: mean and var are y's
+    own.
 
     z, the result of normalize, spares the activations of FROM_OUTPUT computing their argument again; None is allowed.
     y may be None where xhat is not needed either: frozen statistics, no dweight (dz stands in for it below).
-    dy and dresidual have y's dtype and memory format, dweight and dbias the dtypes of weight and bias (without one: of mean).
-    Without an activation dresidual is dz itself, not a copy.
+    dy and dresidual have y's dtype and memory format, dweight and dbias the dtypes of weight and bias (without one: of
+    mean). Without an activation dresidual is dz itself, not a copy.
     """
     need_dy, need_dweight, need_dbias, need_dresidual = needs
     dresidual = None
@@ -324,7 +353,9 @@ def normalize_backward(
     need_sum_gx = need_dweight or (training and need_dy)
     if need_sum_gx or need_dbias:
         used = y if need_sum_gx or recompute else None
-        run, layout = _plan_sums(dz.shape, strides(dz, used, z, argument), dz.dtype, eps, activation, slope, 2 if need_sum_gx else 1)
+        run, layout = _plan_sums(
+            dz.shape, strides(dz, used, z, argument), dz.dtype, eps, activation, slope, 2 if need_sum_gx else 1
+        )
         partials = launch.empty(layout, given)
         run(dz, used, z, argument, mean, var, weight, bias, partials)
         sum_g, sum_gx = combine(partials, None, *(() if training or not need_dweight else (var, eps)))
@@ -386,7 +417,12 @@ def _plan_update(C, mean_stride, var_stride, momentum, count, wide) -> launch.Pl
 
 
 def update_running(
-    running_mean: torch.Tensor, running_var: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, momentum: float, count: int
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    momentum: float,
+    count: int,
 ) -> None:
     """In place running = (1 - momentum) * running + momentum * batch. All [C], of any floating dtypes.
 

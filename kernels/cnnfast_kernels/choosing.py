@@ -29,7 +29,8 @@ from .tma.stem import is_packed, packing_of
 from .tma.tiles import BoxTile, choose_box_tile, is_half_empty, search_boxes
 from .tma.views import flattened, why_not
 
-Tile = TileConfig | StripTile | BoxTile  # of the general kernels, of those of depthwise convolution, of those that load by tensor maps
+# of the general kernels, of those of depthwise convolution, of those that load by tensor maps
+Tile = TileConfig | StripTile | BoxTile
 MOST_CANDIDATES = 12  # that measuring tries
 
 
@@ -52,7 +53,8 @@ def precision_of(dtype: torch.dtype, tf32: bool) -> Precision:
 class Question(NamedTuple):
     """What the choice follows from. `x`, `w` and `y` may each be the operand or its gradient.
 
-    aligned: whether operands start at multiples of 16 bytes. kind: "stats" if the kernel leaves those, "norm" if it normalises, else "".
+    aligned: whether operands start at multiples of 16 bytes. kind: "stats" if the kernel leaves those, "norm" if it
+    normalises, else "".
     """
 
     operation: Operation
@@ -81,7 +83,12 @@ class Question(NamedTuple):
     @property
     def adjacent(self) -> bool:
         """Whether channels are, in all that is read."""
-        return all(map(_adjacent, {"fprop": (self.x, self.w), "dgrad": (self.y, self.w), "wgrad": (self.x, self.y)}[self.operation]))
+        return all(
+            map(
+                _adjacent,
+                {"fprop": (self.x, self.w), "dgrad": (self.y, self.w), "wgrad": (self.x, self.y)}[self.operation],
+            )
+        )
 
     @property
     def channels_last(self) -> bool:
@@ -165,8 +172,8 @@ def ask_wgrad(
 def default_tile(q: Question) -> Tile:
     """What runs where nothing was measured.
 
-    Tensor maps, wherever they can serve without packing and boxes are not mostly empty: by their instructions they should win, but on no
-    GPU has either family been timed.
+    Tensor maps, wherever they can serve without packing and boxes are not mostly empty: by their instructions they
+    should win, but on no GPU has either family been timed.
     """
     if q.problem.is_depthwise:
         return choose_strip_tile(q.problem, q.operation, q.precision, vector_length(q.x, q.y))
@@ -180,12 +187,14 @@ def default_tile(q: Question) -> Tile:
 def candidates(q: Question) -> list[Tile]:
     """What measuring tries, at most MOST_CANDIDATES: the default, and then from each family that can serve one in turn.
 
-    Each family's come in its own order (search_tiles, search_boxes, search_strip_tiles), but no second variant of a tile, another split or
-    number of stages, say, before there is one of every other tile. That order is a model's, or plain largest first: no GPU has told which
-    tiles win, and one that would may be among those left out.
+    Each family's come in its own order (search_tiles, search_boxes, search_strip_tiles), but no second variant of a
+    tile, another split or number of stages, say, before there is one of every other tile. That order is a model's, or
+    plain largest first: no GPU has told which tiles win, and one that would may be among those left out.
     """
     if q.problem.is_depthwise:
-        families: list[Iterable[Tile]] = [search_strip_tiles(q.problem, q.operation, q.precision, vector_length(q.x, q.y))]
+        families: list[Iterable[Tile]] = [
+            search_strip_tiles(q.problem, q.operation, q.precision, vector_length(q.x, q.y))
+        ]
     else:
         families = [search_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)]
         if not q.why_no_boxes:
@@ -216,7 +225,9 @@ def _shape(tile: Tile) -> object:
 
 
 def measured(q: Question) -> tables.Row | None:
-    """The row that serves these tensors. One whose winner is a tile that they cannot take, since they are not aligned, say, does not."""
+    """The row that serves these tensors. One whose winner is a tile that they cannot take, since they are not aligned,
+    say, does not.
+    """
     row = tables.find(q.key)
     return row if row is not None and (row.winner == "library" or _can_run(row.tile, q)) else None
 

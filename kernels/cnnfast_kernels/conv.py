@@ -2,7 +2,8 @@
 
 Tensors are of logical shape x [N, C, H, W], w [K, C / groups, R, S], y [N, K, P, Q], in any memory layout; `padding` is
 (top, bottom, left, right). Arguments are taken to be consistent: cnnfast.functional checks what users pass. `tile`
-replaces the choice for the direct kernels, and its type tells the family; im2col chooses for each piece of its workspace.
+replaces the choice for the direct kernels, and its type tells the family; im2col chooses for each piece of its
+workspace.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ Algorithm = Literal["auto", "direct", "im2col"]
 
 def _check(tile: Tile, reason: str) -> None:
     if reason and isinstance(tile, BoxTile):
-        raise ValueError(f"tile={tile} is of the kernels that load by tensor maps, which cannot serve this call: {reason}")
+        raise ValueError(
+            f"tile={tile} is of the kernels that load by tensor maps, which cannot serve this call: {reason}"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,7 +124,9 @@ class DgradPlan(NamedTuple):
 
 
 @launch.planned
-def _plan_dgrad(dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned) -> DgradPlan:
+def _plan_dgrad(
+    dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned
+) -> DgradPlan:
     dy, w = launch.Layout(dy_shape, dy_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
     q = ask_dgrad(dy, w, x_shape, fmt, geometry, tf32, gpu, aligned)
     tile = _tile(q, tile)
@@ -154,7 +159,9 @@ class WeightsPlan(NamedTuple):
 
 
 @launch.planned
-def _plan_wgrad(x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned) -> WeightsPlan:
+def _plan_wgrad(
+    x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned
+) -> WeightsPlan:
     x, dy = launch.Layout(x_shape, x_strides, dtype), launch.Layout(dy_shape, dy_strides, dtype)
     q = ask_wgrad(x, dy, w_shape, fmt, geometry, tf32, gpu, aligned)
     tile = _tile(q, tile)
@@ -222,7 +229,9 @@ def conv_stats(
     tf32: bool = False,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, mean [K], biased variance [K]): the convolution's kernel leaves the moments of its tiles, a small one combines them."""
+    """(y, mean [K], biased variance [K]): the convolution's kernel leaves the moments of its tiles, a small one
+    combines them.
+    """
     if algorithm == "im2col":
         y = conv_fprop(x, w, geometry, Epilogue(bias), algorithm=algorithm, tf32=tf32, tile=tile)
         return y, *batch_moments(y)

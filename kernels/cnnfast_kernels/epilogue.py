@@ -32,7 +32,9 @@ NO_NORM = BatchNorm(None, None, None, None, 0.0)
 
 
 class Epilogue(NamedTuple):
-    """What a convolution's kernel makes of its sums: act(batch_norm(sum + bias) + residual). residual is of the output's size."""
+    """What a convolution's kernel makes of its sums: act(batch_norm(sum + bias) + residual). residual is of the
+    output's size.
+    """
 
     bias: torch.Tensor | None = None
     norm: BatchNorm = NO_NORM
@@ -46,9 +48,9 @@ PLAIN = Epilogue()
 
 @triton.jit
 def sigmoid(u):
-    """1 / (1 + exp(-u)). The exponential is approximate on a GPU already, to 2 ulp and more, and `/` adds 2 ulp at most where 1 + exp(-u)
-    stays below 2**126: an exact division would cost every element of a tile some ten instructions and make nothing exact. Above 2**126 the
-    result is below 2**-126, and may be 0.
+    """1 / (1 + exp(-u)). The exponential is approximate on a GPU already, to 2 ulp and more, and `/` adds 2 ulp at most
+    where 1 + exp(-u) stays below 2**126: an exact division would cost every element of a tile some ten instructions and
+    make nothing exact. Above 2**126 the result is below 2**-126, and may be 0.
     """
     return 1.0 / (1.0 + tl.exp(-u))
 
@@ -128,7 +130,9 @@ def apply_norm(y, norm):
 
 
 @triton.jit
-def normalize_columns(y, mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS: tl.constexpr, ACC: tl.constexpr):
+def normalize_columns(
+    y, mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS: tl.constexpr, ACC: tl.constexpr
+):
     return apply_norm(y, load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS, ACC))
 
 
@@ -145,9 +149,10 @@ def sum_rows(parts, exist):
 def tile_moments(parts, exist):
     """Mean and biased variance of each column of a tile, over the rows that exist.
 
-    The tile is a tuple of parts [BLOCK_M, BLOCK_N], for each of which `exist` [BLOCK_M] tells the rows. Where |mean| >> std the sum's
-    rounding is many deviations wide; the mean deviation from such a mean is what it lacks. A sum of the largest numbers would overflow
-    where their mean does not: each counts by a share that is a power of two, which rounds nothing but the smallest, and these lack it.
+    The tile is a tuple of parts [BLOCK_M, BLOCK_N], for each of which `exist` [BLOCK_M] tells the rows. Where |mean| >>
+    std the sum's rounding is many deviations wide; the mean deviation from such a mean is what it lacks. A sum of the
+    largest numbers would overflow where their mean does not: each counts by a share that is a power of two, which
+    rounds nothing but the smallest, and these lack it.
     """
     SHARE: tl.constexpr = 1.0 / 4096  # a tile has at most so many rows
     count = exist[0].to(parts[0].dtype)
@@ -157,6 +162,7 @@ def tile_moments(parts, exist):
     mean = round_quotient(sum_rows([part * SHARE for part in parts], exist), count * SHARE)
     parts = [part - mean[None, :] for part in parts]
     lack = round_quotient(sum_rows(parts, exist), count)
-    lack = tl.where(tl.abs(lack) < float("inf"), lack, 0.0)  # deviations of the largest numbers overflow, and so do those of infinity
+    # deviations of the largest numbers overflow, and so do those of infinity
+    lack = tl.where(tl.abs(lack) < float("inf"), lack, 0.0)
     parts = [part - lack[None, :] for part in parts]
     return mean + lack, round_quotient(sum_rows([part * part for part in parts], exist), count)

@@ -1,7 +1,7 @@
 """Index algebra of kernels over [N, C, H, W] tensors in any memory layout.
 
-Offsets to a pixel are 64-bit from the start, so that none overflows; a pointer may lie outside its tensor as long as the
-mask of the load that uses it is false there.
+Offsets to a pixel are 64-bit from the start, so that none overflows; a pointer may lie outside its tensor as long as
+the mask of the load that uses it is false there.
 """
 
 from __future__ import annotations
@@ -19,19 +19,25 @@ def unravel_npq(m, M, P, Q):
 
 
 def divisor(d: int) -> tuple[int, int]:
-    """(magic, shift) for `divide`, of 1 <= d < 2**31. The magic number takes 32 bits, so that every d gives the same argument types."""
+    """(magic, shift) for `divide`, of 1 <= d < 2**31. The magic number takes 32 bits, so that every d gives the same
+    argument types.
+    """
     shift = (d - 1).bit_length()
     return -(-(1 << (31 + shift)) // d), shift
 
 
 @triton.jit
 def divide(m, magic, shift):
-    """m // d for 0 <= m < 2**31 by Granlund and Montgomery's multiplication: 3 instructions where a runtime d takes some 20."""
+    """m // d for 0 <= m < 2**31 by Granlund and Montgomery's multiplication: 3 instructions where a runtime d takes
+    some 20.
+    """
     return (tl.umulhi(m.to(tl.uint32) * 2, magic.to(tl.uint32)) >> shift.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
-def class_axis(first, extent, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, STEP: tl.constexpr):
+def class_axis(
+    first, extent, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, STEP: tl.constexpr
+):
     """The class of pixels h = first + i * STRIDE, i < pixels, along one axis: (pixels, r0, taps, p0).
 
     It meets taps r = r0 + j * STEP, j < taps, and tap r of pixel i reads p = p0 + i - j * DIL * STEP / STRIDE.
@@ -49,7 +55,9 @@ def class_axis(first, extent, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.con
 
 @triton.jit
 def has_nan(t):
-    """Whether any element is NaN. Over all axes at once: triton 3.7.1 cannot compile one after the other for sums of sm_100."""
+    """Whether any element is NaN. Over all axes at once: triton 3.7.1 cannot compile one after the other for sums of
+    sm_100.
+    """
     return tl.max((t != t).to(tl.int32)) > 0
 
 

@@ -1,7 +1,8 @@
 """What every launcher shares: launches and plans of them, layouts and strides as kernels want them, who watches.
 
-Working out a launch's sixty arguments, and letting Triton find what it compiled for them, costs the host more than many a kernel
-takes. All of that follows from shapes, strides and dtypes: a launcher does it once, keeps the `Plan`, and calls it with the tensors.
+Working out a launch's sixty arguments, and letting Triton find what it compiled for them, costs the host more than many
+a kernel takes. All of that follows from shapes, strides and dtypes: a launcher does it once, keeps the `Plan`, and
+calls it with the tensors.
 """
 
 from __future__ import annotations
@@ -62,8 +63,10 @@ def observe(callback: Callable[[Launch], None], compile_only: bool = False) -> I
 
 @contextmanager
 def substituted(substitute: Substitute, told: bool = False) -> Iterator[None]:
-    """Launches nothing in this thread while the context lasts: substitute(kernel, grid, arguments, options) is called instead, and what it
-    returns is taken for Triton's handle. Observers are told of it only if `told`. Other threads launch on."""
+    """Launches nothing in this thread while the context lasts: substitute(kernel, grid, arguments, options) is called
+    instead, and what it returns is taken for Triton's handle. Observers are told of it only if `told`. Other threads
+    launch on.
+    """
     thread = threading.get_ident()
     before = _substitutes.get(thread)
     _substitutes[thread] = substitute, told
@@ -87,9 +90,11 @@ def _tell(kernel: Any, tile: Any, grid: tuple[int, ...], compiled: Any) -> None:
 
 
 def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, tile: Any = None, **options: Any) -> Any:
-    """Launches `kernel` on `device` and its current stream; an empty grid launches nothing. Returns Triton's handle of what it compiled.
+    """Launches `kernel` on `device` and its current stream; an empty grid launches nothing. Returns Triton's handle of
+    what it compiled.
 
-    `options` are the kernel's constexpr arguments and Triton's num_warps and num_stages. `tile` is what observers are told.
+    `options` are the kernel's constexpr arguments and Triton's num_warps and num_stages. `tile` is what observers are
+    told.
     """
     if 0 in grid:
         return None
@@ -107,21 +112,31 @@ def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, ti
     return compiled
 
 
-# The versions of Triton whose CompiledKernel.run takes (grid x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook,
-# exit_hook, *arguments). With any other, and where somebody hooks into launches, Triton launches by its own code.
+# The versions of Triton whose CompiledKernel.run takes (grid x, y, z, stream, function, packed_metadata,
+# launch_metadata, enter_hook, exit_hook, *arguments). With any other, and where somebody hooks into launches, Triton
+# launches by its own code.
 RUN_IS_KNOWN = (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 9)
 
 
 def _triton_must_launch() -> bool:
     now: Any = knobs.runtime
     enter, leave = now.launch_enter_hook, now.launch_exit_hook
-    return getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or now.debug or now.add_stages_inspection_hook is not None
+    return (
+        getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or now.debug
+        or now.add_stages_inspection_hook is not None
+    )
 
 
-def tensor_map(shape: Sequence[int], strides: Sequence[int], block: Sequence[int], dtype: torch.dtype) -> TensorDescriptor:
-    """How a kernel sees a tensor through boxes of `block` elements, without the tensor: what `Plan` takes as one of its `maps`.
+def tensor_map(
+    shape: Sequence[int], strides: Sequence[int], block: Sequence[int], dtype: torch.dtype
+) -> TensorDescriptor:
+    """How a kernel sees a tensor through boxes of `block` elements, without the tensor: what `Plan` takes as one of its
+    `maps`.
 
-    Raises AssertionError where a map cannot be: strides but the last, which is 1, are multiples of 16 bytes, extents are positive.
+    Raises AssertionError where a map cannot be: strides but the last, which is 1, are multiples of 16 bytes, extents
+    are positive.
     """
     return TensorDescriptor(torch.empty(0, dtype=dtype, device="meta"), list(shape), list(strides), list(block))
 
@@ -130,19 +145,25 @@ _new = object.__new__
 
 
 def _placeless(map_: TensorDescriptor) -> type[TensorDescriptor]:
-    """A class of maps that differ in nothing but their tensor: one is made in a quarter of the time that all its fields would take."""
-    return type("TensorDescriptor", (TensorDescriptor,), {name: value for name, value in vars(map_).items() if name != "base"})
+    """A class of maps that differ in nothing but their tensor: one is made in a quarter of the time that all its fields
+    would take.
+    """
+    return type(
+        "TensorDescriptor", (TensorDescriptor,), {name: value for name, value in vars(map_).items() if name != "base"}
+    )
 
 
 class Plan:
     """A launch but for its tensors: kernel, grid, and every argument that follows from shapes, strides and dtypes.
 
-    Called with the tensors, the kernel's first parameters (None where absent; the first is present), it launches on their device and
-    its current stream. `scalars` are the parameters that follow them; `tile` and `options` as in `run`. `maps` names, by position, the
-    tensors that the kernel gets as tensor maps, and the maps; those tensors are of the map's dtype and start at a multiple of 16 bytes.
+    Called with the tensors, the kernel's first parameters (None where absent; the first is present), it launches on
+    their device and its current stream. `scalars` are the parameters that follow them; `tile` and `options` as in
+    `run`. `maps` names, by position, the tensors that the kernel gets as tensor maps, and the maps; those tensors are
+    of the map's dtype and start at a multiple of 16 bytes.
 
-    Keeps what Triton compiled, by what would make Triton compile again: the device, and each other tensor's dtype and whether its
-    address is a multiple of 16 bytes. Keeps no tensor: a map is given its tensor at each launch, in which Triton encodes it.
+    Keeps what Triton compiled, by what would make Triton compile again: the device, and each other tensor's dtype and
+    whether its address is a multiple of 16 bytes. Keeps no tensor: a map is given its tensor at each launch, in which
+    Triton encodes it.
     """
 
     __slots__ = ("compiled", "grid", "kernel", "maps", "options", "pointers", "scalars", "tile")
@@ -193,12 +214,26 @@ class Plan:
         launch, function, metadata, arguments, kernel = found
         if self.maps:
             tensors = self.mapped(tensors)
-        launch(self.grid[0], 1, 1, driver.get_current_stream(device), function, metadata, None, None, None, *tensors, *arguments)
+        launch(
+            self.grid[0],
+            1,
+            1,
+            driver.get_current_stream(device),
+            function,
+            metadata,
+            None,
+            None,
+            None,
+            *tensors,
+            *arguments,
+        )
         if _observers:
             _tell(self.kernel, self.tile, self.grid, kernel)
 
     def mapped(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The tensors as the kernel gets them. What a map's constructor checks was checked when the plan was made, but for the address."""
+        """The tensors as the kernel gets them. What a map's constructor checks was checked when the plan was made, but
+        for the address.
+        """
         arguments = list(tensors)
         for i, placeless in self.maps:
             arguments[i] = seen = _new(placeless)
@@ -210,12 +245,15 @@ class Plan:
         return run(self.kernel, self.grid, tensors[0].device, *arguments, *self.scalars, tile=self.tile, **self.options)
 
 
-PLANS_KEPT = 2048  # by each function that makes some: a network has dozens of shapes, images of all sizes make thousands
+# by each function that makes some: a network has dozens of shapes, images of all sizes make thousands
+PLANS_KEPT = 2048
 _plan_caches: list[Any] = []
 
 
 def planned(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps the results of a function that makes plans, or what takes them, from hashable arguments: of those used last."""
+    """Keeps the results of a function that makes plans, or what takes them, from hashable arguments: of those used
+    last.
+    """
     cached = functools.lru_cache(PLANS_KEPT)(function)
     _plan_caches.append(cached)
     return cached
@@ -253,7 +291,8 @@ _stand_in: tuple[Gpu, str] | None = None
 
 @contextmanager
 def meta_stands_for(gpu: Gpu, device_type: str = "cuda") -> Iterator[None]:
-    """Plans for meta tensors, which hold nothing, are made as if they were on `gpu`, for the whole process, while the context lasts.
+    """Plans for meta tensors, which hold nothing, are made as if they were on `gpu`, for the whole process, while the
+    context lasts.
 
     device_type: what `type_of` says of their device meanwhile.
     """
@@ -290,8 +329,8 @@ def architecture(device: torch.device) -> int:
 class Strides(NamedTuple):
     """Strides in units of `align` elements, channels last; `c` is None where channels are adjacent.
 
-    Handing kernels `stride * ALIGN` with a constexpr ALIGN tells the compiler that rows are aligned, hence vector loads,
-    without specialising on values: another N, H or W compiles nothing.
+    Handing kernels `stride * ALIGN` with a constexpr ALIGN tells the compiler that rows are aligned, hence vector
+    loads, without specialising on values: another N, H or W compiles nothing.
     """
 
     n: int
@@ -361,10 +400,12 @@ def memory_format(*tensors: Laid) -> torch.memory_format:
 
 
 def convolution_format(x: Laid, w: Laid) -> torch.memory_format:
-    """The format of a convolution's result, and of the gradients of x and w, as PyTorch chooses it for x [N, C, H, W] and w [K, C, R, S].
+    """The format of a convolution's result, and of the gradients of x and w, as PyTorch chooses it for x [N, C, H, W]
+    and w [K, C, R, S].
 
-    That is channels_last if either is, and neither is empty. PyTorch then copies them into that format, and asks what came of it once
-    more: several images of one element each lie in every format after that, whatever their strides said before.
+    That is channels_last if either is, and neither is empty. PyTorch then copies them into that format, and asks what
+    came of it once more: several images of one element each lie in every format after that, whatever their strides said
+    before.
     """
     if 0 in x.shape or 0 in w.shape:
         return torch.contiguous_format
@@ -378,12 +419,16 @@ def convolution_format(x: Laid, w: Laid) -> torch.memory_format:
 
 
 def _is_channels_last_copied(t: Laid) -> bool:
-    """`is_channels_last` of t.contiguous(memory_format=torch.channels_last), which is t itself where it lies so; t is not empty."""
+    """`is_channels_last` of t.contiguous(memory_format=torch.channels_last), which is t itself where it lies so; t is
+    not empty.
+    """
     N, C, H, W = t.shape
     if N > 1 and C * H * W == 1:
         return False
     dense = H * W * C, 1, W * C, C
-    return is_channels_last(t) or any(size > 1 and step != own for size, step, own in zip(t.shape, t.stride(), dense, strict=True))
+    return is_channels_last(t) or any(
+        size > 1 and step != own for size, step, own in zip(t.shape, t.stride(), dense, strict=True)
+    )
 
 
 def empty(
@@ -404,8 +449,9 @@ def empty(
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """What `empty` returns is full of NaN while the context lasts, for the whole process: an element that no kernel writes shows, where
-    memory of a former call might have held the right number."""
+    """What `empty` returns is full of NaN while the context lasts, for the whole process: an element that no kernel
+    writes shows, where memory of a former call might have held the right number.
+    """
     global empty
     allocate = empty
 

@@ -1,7 +1,8 @@
 """Whether Triton can launch kernels in this process at all, asked before the first one is.
 
-Triton compiles C code when it first launches: its driver always, a launcher for each new signature of a kernel up to version 3.6. Where
-there is no C compiler, no Python.h or no libcuda, as in PyTorch's runtime images, the first launch raises, though PyTorch itself works.
+Triton compiles C code when it first launches: its driver always, a launcher for each new signature of a kernel up to
+version 3.6. Where there is no C compiler, no Python.h or no libcuda, as in PyTorch's runtime images, the first launch
+raises, though PyTorch itself works.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ _answer: str | None = None
 def why_no_launch(device: torch.device) -> str:
     """Why Triton cannot launch kernels on `device`, with what to install, in one line; the empty string if it can.
 
-    Asked by compiling the smallest of kernels and building its launcher: nothing is launched, and nothing waits for the GPU. The first
-    call in a process pays for it, others in the meantime wait, and all later ones get the same answer. While the current stream is being
-    captured in a CUDA graph the answer is empty for now and is not kept, because loading a module would break the capture. What is
-    interpreted needs no launcher.
+    Asked by compiling the smallest of kernels and building its launcher: nothing is launched, and nothing waits for the
+    GPU. The first call in a process pays for it, others in the meantime wait, and all later ones get the same answer.
+    While the current stream is being captured in a CUDA graph the answer is empty for now and is not kept, because
+    loading a module would break the capture. What is interpreted needs no launcher.
     """
     global _answer
     if launch.INTERPRETED:
@@ -55,7 +56,8 @@ def _ask(device: torch.device) -> str:
     try:
         # Triton compiles for, and loads to, the current device.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            compiled: Any = smallest.warmup(torch.float32, grid=(1,), enable_fp_fusion=True)  # said as in launch.run: else Triton warns
+            # said as in launch.run: else Triton warns
+            compiled: Any = smallest.warmup(torch.float32, grid=(1,), enable_fp_fusion=True)
             _ = compiled.run  # this property builds the launcher, and loads the binary
     except Exception as error:  # whatever it is, every kernel would fail by it
         return f"Triton cannot launch kernels here: {reason(error)}"
@@ -76,6 +78,8 @@ def reason(error: Exception) -> str:
     if "libcuda" in said or "ldconfig" in said:
         return "it does not find libcuda.so.1; install NVIDIA's driver, or name the library's folder in TRITON_LIBCUDA_PATH"
     if isinstance(error, OSError) and error.filename:
-        purpose = f"if this is the C compiler, {WHAT_IT_NEEDS}; if it is Triton's cache, name a folder in TRITON_CACHE_DIR"
+        purpose = (
+            f"if this is the C compiler, {WHAT_IT_NEEDS}; if it is Triton's cache, name a folder in TRITON_CACHE_DIR"
+        )
         return f"{error.strerror}: {error.filename} ({purpose})"
     return f"{type(error).__name__}: {' '.join(said.split())[:300]}"

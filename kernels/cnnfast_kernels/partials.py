@@ -1,7 +1,7 @@
 """The second stage of sums and moments over rows: partials [T, quantities, C], one a tile of rows, combined into [C].
 
-Groups of partials become one partial, level by level, until one is left: no channel waits for one program to walk through
-all of its partials, and the order depends on shapes alone, so that the same inputs give the same bits.
+Groups of partials become one partial, level by level, until one is left: no channel waits for one program to walk
+through all of its partials, and the order depends on shapes alone, so that the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ def combine_kernel(
     C: tl.constexpr, QUANTITIES: tl.constexpr, MOMENTS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T of T partials into one: sums, or MOMENTS by Chan's formula, where partial t stands for tiles [t, t + 1) * group.
+    """BLOCK_T of T partials into one: sums, or MOMENTS by Chan's formula, where partial t stands for tiles [t, t + 1) *
+    group.
 
-    Where `var_ptr` is given, the second sum of a channel whose 1 / sqrt(var + EPS) is infinite becomes that many times as large.
+    Where `var_ptr` is given, the second sum of a channel whose 1 / sqrt(var + EPS) is infinite becomes that many times
+    as large.
     """
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     out = tl.program_id(0) // TILES_C
@@ -56,8 +58,11 @@ def combine_kernel(
         count = rows_before(begin + group, tiles, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH)
         count = (count - rows_before(begin, tiles, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH)).to(ACC)
         weight = round_quotient(count, tl.sum(count, 0))[:, None]
-        # Means relative to the first one: a large common mean costs no digits. By halves: no difference of two means overflows.
-        origin = tl.load(partials_ptr + (out * BLOCK_T).to(tl.int64) * stride + c, mask=c < C * tl.minimum(T, 1), other=0.0)
+        # Means relative to the first one: a large common mean costs no digits. By halves: no difference of two means
+        # overflows.
+        origin = tl.load(
+            partials_ptr + (out * BLOCK_T).to(tl.int64) * stride + c, mask=c < C * tl.minimum(T, 1), other=0.0
+        )
         origin = tl.where(tl.abs(origin) < float("inf"), origin * 0.5, 0.0)
         shifted = tl.where(mask, first * 0.5 - origin[None, :], 0.0)
         shift = tl.sum(shifted * weight, 0)
@@ -76,9 +81,10 @@ def combine_kernel(
 
 
 class TileRows(NamedTuple):
-    """How many elements the partials stand for: `planes` planes of L rows and `columns` columns are cut into tiles of DEPTH planes, ROWS
-    rows and WIDTH columns, tiles_l of them along the rows; the last along each axis are smaller. They are counted along columns, then rows,
-    then planes, whose number matters only where DEPTH is not 1; a partial stands for `group` of all `tiles` (0: for one).
+    """How many elements the partials stand for: `planes` planes of L rows and `columns` columns are cut into tiles of
+    DEPTH planes, ROWS rows and WIDTH columns, tiles_l of them along the rows; the last along each axis are smaller.
+    They are counted along columns, then rows, then planes, whose number matters only where DEPTH is not 1; a partial
+    stands for `group` of all `tiles` (0: for one).
     """
 
     tiles_l: int
@@ -96,8 +102,9 @@ class TileRows(NamedTuple):
 def plan_combine(
     T: int, quantities: int, C: int, dtype: torch.dtype, rows: TileRows | None, eps: float = 0.0
 ) -> list[tuple[launch.Plan, launch.Layout]]:
-    """For each level its launch, which takes (partials, var, first, second), of which `var` and `second` may be None, and the layout of
-    what it leaves: at last [C]s."""
+    """For each level its launch, which takes (partials, var, first, second), of which `var` and `second` may be None,
+    and the layout of what it leaves: at last [C]s.
+    """
     BLOCK_C = min(32 if dtype == torch.float32 else 16, triton.next_power_of_2(C))
     tile = PlaneTile(128, BLOCK_C, 8)
     levels = []
@@ -118,9 +125,11 @@ def plan_combine(
 def combine(
     partials: torch.Tensor, rows: TileRows | None = None, var: torch.Tensor | None = None, eps: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Partials [T, quantities, C] into one [C] a quantity: sums, or, where `rows` is given, mean and biased variance of partials of those.
+    """Partials [T, quantities, C] into one [C] a quantity: sums, or, where `rows` is given, mean and biased variance of
+    partials of those.
 
-    var [C], contiguous: the second sums of channels whose 1 / sqrt(var + eps) is infinite are multiplied by it, all others are left.
+    var [C], contiguous: the second sums of channels whose 1 / sqrt(var + eps) is infinite are multiplied by it, all
+    others are left.
     """
     T, quantities, C = partials.shape
     *levels, (final, vector) = plan_combine(T, quantities, C, partials.dtype, rows, eps)

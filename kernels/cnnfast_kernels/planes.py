@@ -1,4 +1,5 @@
-"""Tensors [N, C, *spatial] of any layout as planes of rows of channels: (n, l, c) lies at n * stride_n + l * stride_l + c * stride_c.
+"""Tensors [N, C, *spatial] of any layout as planes of rows of channels: (n, l, c) lies at n * stride_n + l * stride_l +
+c * stride_c.
 
 Channels last collapses to a single plane of N * H * W rows with adjacent channels; NCHW is N planes of adjacent rows.
 One kernel serves both, because it is told which axis is adjacent: that stride is None.
@@ -36,7 +37,9 @@ PlaneStrides = tuple[int | None, int | None, int | None]
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """N planes of L rows of C channels, and each operand's strides (n, l, c) in units of ALIGN elements: None where adjacent or absent."""
+    """N planes of L rows of C channels, and each operand's strides (n, l, c) in units of ALIGN elements: None where
+    adjacent or absent.
+    """
 
     N: int
     L: int
@@ -77,7 +80,8 @@ class Planes:
 
 
 def choose_plane_tile(N: int, L: int, C: int, rows_adjacent: bool, dtype: torch.dtype) -> PlaneTile:
-    """4096 elements (32 a thread), or 1024 where that leaves multiprocessors idle and in float64; 64 channels wide, or 256 rows high.
+    """4096 elements (32 a thread), or 1024 where that leaves multiprocessors idle and in float64; 64 channels wide, or
+    256 rows high.
 
     Two tiles for each C with adjacent channels, six with adjacent rows: other N, H, W compile no more than that.
     """
@@ -108,7 +112,9 @@ def spatial_stride(shape: Sequence[int], stride: Sequence[int]) -> int | None:
 
 @launch.planned
 def common_planes(shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], dtype: torch.dtype) -> Planes:
-    """Operands of one shape, with these strides (None: absent), as planes. Their spatial axes must merge; tiles suit `dtype`."""
+    """Operands of one shape, with these strides (None: absent), as planes. Their spatial axes must merge; tiles suit
+    `dtype`.
+    """
     N, C = shape[:2]
     L = 1
     for size in shape[2:]:
@@ -150,7 +156,9 @@ def mergeable(t: torch.Tensor | None) -> torch.Tensor | None:
 
 @triton.jit
 def locate_tile(L, C: tl.constexpr, L_ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's index among tiles of rows, plane n, rows l [BLOCK_L], channels c [BLOCK_C], and which of them exist."""
+    """This program's index among tiles of rows, plane n, rows l [BLOCK_L], channels c [BLOCK_C], and which of them
+    exist.
+    """
     L = L * L_ALIGN
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)

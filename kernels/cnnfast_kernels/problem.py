@@ -14,13 +14,17 @@ MAX_PIXELS = 2**31 - 2**10  # the last tile may run past the end
 
 
 def output_extent(size: int, window: int, stride: int, pad_before: int, pad_after: int, dilation: int) -> int:
-    """Positions a window of `window` taps takes along an axis: floor((size + pads - dilation * (window - 1) - 1) / stride) + 1."""
+    """Positions a window of `window` taps takes along an axis: floor((size + pads - dilation * (window - 1) - 1) /
+    stride) + 1.
+    """
     return (size + pad_before + pad_after - dilation * (window - 1) - 1) // stride + 1
 
 
 @dataclass(frozen=True, slots=True)
 class ConvProblem:
-    """One convolution. P and Q are given, not derived, so that one end may be padded more than the other ("same", even filters)."""
+    """One convolution. P and Q are given, not derived, so that one end may be padded more than the other ("same", even
+    filters).
+    """
 
     N: int
     C: int
@@ -41,9 +45,13 @@ class ConvProblem:
 
     def __post_init__(self) -> None:
         if self.groups < 1 or self.C % self.groups or self.K % self.groups:
-            raise ValueError(f"groups={self.groups} must divide both the input channels C={self.C} and the filters K={self.K}")
+            raise ValueError(
+                f"groups={self.groups} must divide both the input channels C={self.C} and the filters K={self.K}"
+            )
         if max(self.N * self.H * self.W, self.N * self.P * self.Q) > MAX_PIXELS:
-            raise RuntimeError(f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} must not exceed {MAX_PIXELS} pixels")
+            raise RuntimeError(
+                f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} must not exceed {MAX_PIXELS} pixels"
+            )
 
     @classmethod
     def of(
@@ -102,8 +110,9 @@ def tap_step(stride: int, dilation: int) -> int:
 
 
 def taps_miss(inputs: int, outputs: int, taps: int, stride: int, pad: int, dilation: int) -> bool:
-    """Whether, along one axis, dgrad's sum for some input has a tap whose output lies outside dy: input h and tap r with
-    h + pad - r * dilation = p * stride, but not 0 <= p < outputs. Without such taps no product is of a zero that stands for nothing.
+    """Whether, along one axis, dgrad's sum for some input has a tap whose output lies outside dy: input h and tap r
+    with h + pad - r * dilation = p * stride, but not 0 <= p < outputs. Without such taps no product is of a zero that
+    stands for nothing.
     """
     for first in range(min(stride, inputs)):
         last = first + (inputs - 1 - first) // stride * stride
@@ -135,7 +144,9 @@ class PoolProblem:
 
     def __post_init__(self) -> None:
         if max(self.N * self.H * self.W, self.N * self.P * self.Q) > MAX_PIXELS:
-            raise RuntimeError(f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} must not exceed {MAX_PIXELS} pixels")
+            raise RuntimeError(
+                f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} must not exceed {MAX_PIXELS} pixels"
+            )
         if self.R * self.S > MAX_PIXELS:
             raise RuntimeError(f"kernel_size={(self.R, self.S)} must not have more than {MAX_PIXELS} taps")
 
@@ -150,7 +161,10 @@ class PoolProblem:
         ceil_mode: bool = False,
     ) -> PoolProblem:
         N, C, H, W = x_shape
-        P, Q = (pool_extent(size, kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode) for i, size in enumerate((H, W)))
+        P, Q = (
+            pool_extent(size, kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode)
+            for i, size in enumerate((H, W))
+        )
         return cls(N, C, H, W, *kernel_size, P, Q, *stride, *padding, *dilation)
 
 

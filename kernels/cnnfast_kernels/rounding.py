@@ -1,8 +1,8 @@
 """Quotients and square roots that are rounded to nearest, as @triton.jit helpers.
 
-On a GPU, `/` and tl.sqrt are approximations in float32, which also take subnormal operands for zero: the root of a subnormal variance
-would be 0 and its inverse infinite. The interpreter computes them exactly, so that a test of results does not see the difference.
-What a kernel computes for a channel, or once for an element, is rounded by these helpers.
+On a GPU, `/` and tl.sqrt are approximations in float32, which also take subnormal operands for zero: the root of a
+subnormal variance would be 0 and its inverse infinite. The interpreter computes them exactly, so that a test of results
+does not see the difference. What a kernel computes for a channel, or once for an element, is rounded by these helpers.
 """
 
 from __future__ import annotations
@@ -19,5 +19,7 @@ def round_quotient(a, b):
 
 @triton.jit
 def round_root(x):
-    """The square root of a tensor of float32 or float64. tl.sqrt_rn takes float32 alone; in float64 tl.sqrt rounds as it does."""
+    """The square root of a tensor of float32 or float64. tl.sqrt_rn takes float32 alone; in float64 tl.sqrt rounds as
+    it does.
+    """
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)

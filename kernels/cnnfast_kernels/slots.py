@@ -33,7 +33,9 @@ def conv_wgrad_reduce_kernel(
         acc += tl.sum(tl.load(partials_ptr + offsets, mask=(slots < SLOTS)[:, None] & ok[None, :], other=0.0), 0)
     c = e % C
     tap = e // C % (R * S)
-    dw_offset = (k * dw_stride_k + tap // S * dw_stride_r + tap % S * dw_stride_s) * DW_ALIGN + channel_offset(c, dw_stride_c)
+    dw_offset = (k * dw_stride_k + tap // S * dw_stride_r + tap % S * dw_stride_s) * DW_ALIGN + channel_offset(
+        c, dw_stride_c
+    )
     tl.store(dw_ptr + dw_offset, acc.to(dw_ptr.dtype.element_ty), mask=ok)
 
 
@@ -50,12 +52,16 @@ def plan_reduction(slots: int, slot_stride: int, dw: launch.Laid, pitch: int | N
 
 
 def reduce_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
-    """dw = the sum of the slots of `partials`, which is from empty_partials; dw [K, C / groups, R, S] in any layout and dtype."""
+    """dw = the sum of the slots of `partials`, which is from empty_partials; dw [K, C / groups, R, S] in any layout and
+    dtype.
+    """
     plan_reduction(partials.shape[0], partials.stride(0), dw)(partials, dw)
 
 
 def partials_layout(problem: ConvProblem, slots: int, dtype: torch.dtype) -> launch.Layout:
-    """Of a workspace [slots, K, R, S, C / groups] for partial gradients, in the dtype that sums of products of `dtype` have."""
+    """Of a workspace [slots, K, R, S, C / groups] for partial gradients, in the dtype that sums of products of `dtype`
+    have.
+    """
     g = problem
     return launch.dense((slots, g.K, g.R, g.S, g.group_channels), launch.accumulator_dtype(dtype))
 
@@ -82,10 +88,14 @@ class WgradPlan(NamedTuple):
 
 
 def plan_slots(
-    problem: ConvProblem, slots: int, dw: launch.Laid, dtype: torch.dtype, plan: Callable[[launch.Laid, int, int], launch.Plan]
+    problem: ConvProblem,
+    slots: int,
+    dw: launch.Laid,
+    dtype: torch.dtype,
+    plan: Callable[[launch.Laid, int, int], launch.Plan],
 ) -> WgradPlan:
-    """The gradient dw in that many slots. plan(slot, slots, stride) plans a launch that takes (x, dy, partials) and leaves `slots` partial
-    gradients laid as `slot` is, `stride` elements apart. `dtype` is that of the operands.
+    """The gradient dw in that many slots. plan(slot, slots, stride) plans a launch that takes (x, dy, partials) and
+    leaves `slots` partial gradients laid as `slot` is, `stride` elements apart. `dtype` is that of the operands.
     """
     if slots == 1:
         return WgradPlan(plan(dw, 1, 0))

@@ -1,16 +1,17 @@
 """Tables of measured tiles: which kernel serves a convolution on a GPU, or whether the library's is faster there.
 
-A table is a file of JSON for one GPU, with one row for each convolution that was measured and checked on it. The user's lies in the
-platform's cache folder and is written by `cnnfast tune`, row by row. Those that come with cnnfast lie in tables/ beside this file, in a
-folder for each GPU, and say in their heads what they were measured with; `cnnfast tune --table` writes such a file. The user's rows go
-before them; where there is none, the defaults in code run.
+A table is a file of JSON for one GPU, with one row for each convolution that was measured and checked on it. The user's
+lies in the platform's cache folder and is written by `cnnfast tune`, row by row. Those that come with cnnfast lie in
+tables/ beside this file, in a folder for each GPU, and say in their heads what they were measured with; `cnnfast tune
+--table` writes such a file. The user's rows go before them; where there is none, the defaults in code run.
 
-A row serves a convolution that agrees with it in everything but the batch: GPU, operation, epilogue, dtype, layout, channels, image,
-filters, strides, padding. Another batch only makes more or fewer tiles: the row of the nearest one is taken, up to FARTHEST_BATCH times
-as large or as small. Another image also changes how tiles fit it, and has to be measured.
+A row serves a convolution that agrees with it in everything but the batch: GPU, operation, epilogue, dtype, layout,
+channels, image, filters, strides, padding. Another batch only makes more or fewer tiles: the row of the nearest one is
+taken, up to FARTHEST_BATCH times as large or as small. Another image also changes how tiles fit it, and has to be
+measured.
 
-Tables of another version of cnnfast are not used: their kernels were others. Nothing here is asked twice for one convolution: plans keep
-the answer (launch.planned).
+Tables of another version of cnnfast are not used: their kernels were others. Nothing here is asked twice for one
+convolution: plans keep the answer (launch.planned).
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ SHIPPED = Path(__file__).parent / "tables"
 class Key(NamedTuple):
     """What a row is looked up by.
 
-    gpu: as CUDA names it; "" where there is none, which has no rows. arch: 90 for sm_90. epilogue: what the kernel does besides, as
-    "norm residual relu", "stats" or ""; a bias is not counted. dtype: as PyTorch prints it without "torch.", or "tf32" for float32
-    multiplied as that. layout: of x, w and y, or their gradients: "NHWC NHWC NHWC" if channels are adjacent in all, "NCHW" where apart.
+    gpu: as CUDA names it; "" where there is none, which has no rows. arch: 90 for sm_90. epilogue: what the kernel does
+    besides, as "norm residual relu", "stats" or ""; a bias is not counted. dtype: as PyTorch prints it without
+    "torch.", or "tf32" for float32 multiplied as that. layout: of x, w and y, or their gradients: "NHWC NHWC NHWC" if
+    channels are adjacent in all, "NCHW" where apart.
     """
 
     gpu: str
@@ -71,7 +73,8 @@ class Key(NamedTuple):
 class Row:
     """One measurement. tile: the fastest of ours. winner: who is faster, it or the library.
 
-    microseconds: medians, of "kernels" (the tile), "default" (what runs unmeasured) and "library", as far as they could be measured.
+    microseconds: medians, of "kernels" (the tile), "default" (what runs unmeasured) and "library", as far as they could
+    be measured.
     """
 
     key: Key
@@ -134,9 +137,20 @@ def _apart(row: Row, N: int) -> float:
 
 
 def was_measured(gpu: str, arch: int, problem: ConvProblem) -> bool:
-    """Whether a row for a GPU is of a convolution's forward pass, in any dtype and layout, at a batch from which it may serve `problem`."""
-    near = (row.key for table in _read() for rows in table.values() for row in rows if _apart(row, problem.N) <= FARTHEST_BATCH)
-    return any((k.gpu, k.arch, k.operation) == (gpu, arch, "fprop") and replace(k.problem, N=problem.N) == problem for k in near)
+    """Whether a row for a GPU is of a convolution's forward pass, in any dtype and layout, at a batch from which it may
+    serve `problem`.
+    """
+    near = (
+        row.key
+        for table in _read()
+        for rows in table.values()
+        for row in rows
+        if _apart(row, problem.N) <= FARTHEST_BATCH
+    )
+    return any(
+        (k.gpu, k.arch, k.operation) == (gpu, arch, "fprop") and replace(k.problem, N=problem.N) == problem
+        for k in near
+    )
 
 
 def forget() -> None:
@@ -192,7 +206,9 @@ def user_file(gpu: str, arch: int) -> Path:
 
 
 def read(file: Path) -> list[Row]:
-    """The rows of a table. Of what is no table of this version, none or only those that can be understood, with a warning."""
+    """The rows of a table. Of what is no table of this version, none or only those that can be understood, with a
+    warning.
+    """
     try:
         data = json.loads(file.read_text())
         made_by = data["format"], data["cnnfast"]
@@ -230,14 +246,17 @@ def writable() -> None:
 
 
 def refuse_foreign(file: Path, gpu: str, arch: int) -> None:
-    """Raises ValueError if rows of a GPU cannot be added to a file: it is there, and is no table of that GPU and this version; OSError,
-    saying which it is, if it could not be written."""
+    """Raises ValueError if rows of a GPU cannot be added to a file: it is there, and is no table of that GPU and this
+    version; OSError, saying which it is, if it could not be written.
+    """
     try:
         if file.exists():
             data = json.loads(file.read_text())
             made_by = data["format"], data["cnnfast"], data["gpu"], data["arch"]
             if made_by != (FORMAT, __version__, gpu, arch):
-                raise ValueError(f"{file} holds rows of {made_by[2]} by cnnfast {made_by[1]}, and these would be of {gpu} by {__version__}")
+                raise ValueError(
+                    f"{file} holds rows of {made_by[2]} by cnnfast {made_by[1]}, and these would be of {gpu} by {__version__}"
+                )
         tempfile.TemporaryFile(dir=file.parent).close()
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError):
         raise ValueError(f"{file} is there, and is no table of cnnfast") from None
@@ -246,11 +265,12 @@ def refuse_foreign(file: Path, gpu: str, arch: int) -> None:
 
 
 def write(gpu: str, arch: int, rows: Iterable[Row], about: Mapping[str, str], file: Path | None = None) -> Path:
-    """Adds rows to the user's table of a GPU, or to another file, in the place of those of the same key, and returns its path.
+    """Adds rows to the user's table of a GPU, or to another file, in the place of those of the same key, and returns
+    its path.
 
-    about: what else the file shall say of the run (driver, versions): for people, nobody reads it. Whoever reads the file meanwhile, or
-    after this process was killed, finds the old or the new one; of processes that write at the same time none loses the other's rows.
-    Raises OSError as `writable` does.
+    about: what else the file shall say of the run (driver, versions): for people, nobody reads it. Whoever reads the
+    file meanwhile, or after this process was killed, finds the old or the new one; of processes that write at the same
+    time none loses the other's rows. Raises OSError as `writable` does.
     """
     if file is None:
         writable()
@@ -269,7 +289,9 @@ def write(gpu: str, arch: int, rows: Iterable[Row], about: Mapping[str, str], fi
 
 @contextmanager
 def _alone(file: Path) -> Iterator[None]:
-    """Waits until no other process, or thread, writes the file. Its lock is a file beside it, which is gone when nobody writes."""
+    """Waits until no other process, or thread, writes the file. Its lock is a file beside it, which is gone when nobody
+    writes.
+    """
     if fcntl is None:
         yield
         return

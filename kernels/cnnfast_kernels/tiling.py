@@ -1,9 +1,9 @@
 """Which tile a convolution kernel runs with. Pure Python: imports neither torch nor triton.
 
-What was measured is in tables.py; this is what runs where nothing was, and what measuring tries (`search_tiles`). A row of
-`DEFAULT_TILES` is a choice by resources alone: nothing here has been measured on a GPU yet. All of them use 4 warps, because loops over
-flattened taps x channels were once miscompiled at 8 (pytorch/pytorch#173068): a tile of 8 has to be checked on the GPU and the layer that
-it is to serve, as measuring does.
+What was measured is in tables.py; this is what runs where nothing was, and what measuring tries (`search_tiles`). A row
+of `DEFAULT_TILES` is a choice by resources alone: nothing here has been measured on a GPU yet. All of them use 4 warps,
+because loops over flattened taps x channels were once miscompiled at 8 (pytorch/pytorch#173068): a tile of 8 has to be
+checked on the GPU and the layer that it is to serve, as measuring does.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ DEFAULT_TILES: dict[Precision, tuple[TileConfig, ...]] = {
 # Of 8 warps: measuring tries them, nothing else does.
 WIDE_TILES = (TileConfig(128, 128, 32, 8, 4), TileConfig(256, 64, 32, 8, 4))
 
-# Programs that keep a GPU busy: one a multiprocessor of the smallest data-centre part. Measured tables replace this guess.
+# Programs that keep a GPU busy: one a multiprocessor of the smallest data-centre part. Measured tables replace this
+# guess.
 BUSY_PROGRAMS = 108
 # The workspace of partial weight gradients, and the k-steps below which a further split costs more than it hides.
 MAX_SPLIT = 64
@@ -90,10 +91,12 @@ def cdiv(a: int, b: int) -> int:
 def candidate_tiles(
     problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
 ) -> tuple[TileConfig, ...]:
-    """The default tiles that a convolution may get, largest first: those whose kernels keep within the registers of 4 warps.
+    """The default tiles that a convolution may get, largest first: those whose kernels keep within the registers of 4
+    warps.
 
-    `adjacent`: channels lie next to each other in all operands; if not, every element needs an address of its own. Few channels
-    (a k-step spans several taps) need some too. `arch`: 90 for sm_90; on sm_100 the compiler takes more registers.
+    `adjacent`: channels lie next to each other in all operands; if not, every element needs an address of its own. Few
+    channels (a k-step spans several taps) need some too. `arch`: 90 for sm_90; on sm_100 the compiler takes more
+    registers.
     """
     tiles = DEFAULT_TILES[precision]
     depth = problem.group_filters if operation == "dgrad" else problem.group_channels
@@ -106,9 +109,10 @@ def candidate_tiles(
 def register_limit(problem: ConvProblem, operation: Operation, precision: Precision, tile: TileConfig) -> int | None:
     """The registers of a thread that ptxas is told for a kernel of gather/; None: it is told nothing.
 
-    Told nothing, that of triton 3.7.1 takes a few too few for two kernels, so that one more program may run, and spills 8 to 16 bytes:
-    dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32 with 16, on sm_89. The limits, which are what 3 and 4 programs
-    of 4 warps may have, make no tile spill. Others compile to fewer registers without a limit, which ptxas uses up where there is one.
+    Told nothing, that of triton 3.7.1 takes a few too few for two kernels, so that one more program may run, and spills
+    8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32 with 16, on sm_89. The limits,
+    which are what 3 and 4 programs of 4 warps may have, make no tile spill. Others compile to fewer registers without a
+    limit, which ptxas uses up where there is one.
     """
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
     if operation == "dgrad" and sums >= 64:
@@ -127,10 +131,14 @@ def programs(problem: ConvProblem, operation: Operation, tile: TileConfig) -> in
 def default_split(problem: ConvProblem, tile: TileConfig) -> int:
     """Parts of wgrad's sum: enough to fill a GPU, each of some steps."""
     steps = cdiv(gemm_extents(problem, "wgrad")[2], tile.BLOCK_K)
-    return max(1, min(MAX_SPLIT, cdiv(2 * BUSY_PROGRAMS, programs(problem, "wgrad", tile)), steps // MIN_STEPS_PER_SPLIT))
+    return max(
+        1, min(MAX_SPLIT, cdiv(2 * BUSY_PROGRAMS, programs(problem, "wgrad", tile)), steps // MIN_STEPS_PER_SPLIT)
+    )
 
 
-def choose_tile(problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90) -> TileConfig:
+def choose_tile(
+    problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
+) -> TileConfig:
     """The largest candidate that is not mostly padding and leaves enough programs to fill a GPU; else the smallest."""
     GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
     tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
@@ -154,18 +162,21 @@ def steps_of_loop(problem: ConvProblem, operation: Operation, tile: TileConfig) 
 
 
 def least_shared_bytes(tile: TileConfig, precision: Precision) -> int:
-    """Of a program: what its loads that are on their way fill. The compiler takes at least this much; on sm_90 it takes a stage more."""
+    """Of a program: what its loads that are on their way fill. The compiler takes at least this much; on sm_90 it takes
+    a stage more.
+    """
     return (tile.num_stages - 1) * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * ELEMENT_BYTES[precision]
 
 
 def search_tiles(
     problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
 ) -> Iterator[TileConfig]:
-    """What measuring tries: the default tiles that may be chosen and wider ones, first as they are, then with k-steps of twice their length
-    and with one stage less; in wgrad, instead of that, with half and twice the default split.
+    """What measuring tries: the default tiles that may be chosen and wider ones, first as they are, then with k-steps
+    of twice their length and with one stage less; in wgrad, instead of that, with half and twice the default split.
 
-    Left out is what cannot win or does not differ: blocks of which half or more would be empty where there are smaller ones, tiles that
-    need more shared memory than `arch` has, and fewer stages where the loop has no more steps than that.
+    Left out is what cannot win or does not differ: blocks of which half or more would be empty where there are smaller
+    ones, tiles that need more shared memory than `arch` has, and fewer stages where the loop has no more steps than
+    that.
     """
     depth = problem.group_filters if operation == "dgrad" else problem.group_channels
     GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
@@ -177,15 +188,21 @@ def search_tiles(
     for tile in (*tiles, *wide):
         if tile.BLOCK_M >= max(2 * GEMM_M, least.BLOCK_M + 1) or tile.BLOCK_N >= max(2 * GEMM_N, least.BLOCK_N + 1):
             continue
-        longer = [replace(tile, BLOCK_K=step) for step in [tile.BLOCK_K] + [2 * tile.BLOCK_K] * (depth >= 2 * tile.BLOCK_K)]
+        longer = [
+            replace(tile, BLOCK_K=step) for step in [tile.BLOCK_K] + [2 * tile.BLOCK_K] * (depth >= 2 * tile.BLOCK_K)
+        ]
         if operation == "wgrad":
             splits = [(t, default_split(problem, t)) for t in longer]
             ways = [*splits, *((t, cdiv(s, 2)) for t, s in splits), *((t, min(2 * s, MAX_SPLIT)) for t, s in splits)]
             variants = [replace(t, SPLIT_K=split) for t, split in ways]
         else:
-            variants = [replace(t, num_stages=stages) for stages in (tile.num_stages, tile.num_stages - 1) for t in longer]
+            variants = [
+                replace(t, num_stages=stages) for stages in (tile.num_stages, tile.num_stages - 1) for t in longer
+            ]
         for variant in variants:
-            same = replace(variant, num_stages=min(variant.num_stages, max(1, steps_of_loop(problem, operation, variant))))
+            same = replace(
+                variant, num_stages=min(variant.num_stages, max(1, steps_of_loop(problem, operation, variant)))
+            )
             if same not in found and least_shared_bytes(variant, precision) <= limit:
                 found.add(same)
                 yield variant
@@ -196,20 +213,23 @@ def search_tiles(
 
 STRIP_THREADS = 128
 STRIP_ROWS = (2, 4, 7)
-# Taps of one column of a filter whose weights, or gradients, are in registers at a time; taps of a filter for whose gradients all are.
+# Taps of one column of a filter whose weights, or gradients, are in registers at a time; taps of a filter for whose
+# gradients all are.
 MAX_COLUMN_TAPS = 7
 MAX_WHOLE_TAPS = 9
 # Vectors that may be on their way to a thread's registers.
 MAX_LOADS = 20
-# wgrad: the workspace of partial gradients, and what of x and dy stays in the first-level cache while a filter's columns are summed one
-# after another.
+# wgrad: the workspace of partial gradients, and what of x and dy stays in the first-level cache while a filter's
+# columns are summed one after another.
 MAX_STRIP_SPLIT = 2048
 CACHED_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
 class StripTile:
-    """BLOCK_M strips of ROWS pixels below each other, BLOCK_C channels of each. SPLIT_K cuts wgrad's sum over the strips."""
+    """BLOCK_M strips of ROWS pixels below each other, BLOCK_C channels of each. SPLIT_K cuts wgrad's sum over the
+    strips.
+    """
 
     BLOCK_M: int
     BLOCK_C: int
@@ -233,8 +253,9 @@ def columns_at_once(R: int, S: int) -> int:
 
 
 def strip_rows(problem: ConvProblem, operation: Operation) -> tuple[int, ...]:
-    """The rows that strips may have, the least work first: loads, of as many instructions as two multiply-adds, and multiply-adds, which
-    in wgrad cost twice where strips are ragged. Those with no more than MAX_LOADS loads at once; the fewest, if there are none.
+    """The rows that strips may have, the least work first: loads, of as many instructions as two multiply-adds, and
+    multiply-adds, which in wgrad cost twice where strips are ragged. Those with no more than MAX_LOADS loads at once;
+    the fewest, if there are none.
 
     In dgrad they are multiples of the stride: then every strip meets the same taps.
     """
@@ -258,11 +279,11 @@ def strip_rows(problem: ConvProblem, operation: Operation) -> tuple[int, ...]:
 
 
 def strip_tiles(problem: ConvProblem, operation: Operation, precision: Precision, vector: int) -> tuple[StripTile, ...]:
-    """The tiles that a depthwise convolution may get, the least work first. `vector`: adjacent channels that one load takes; 0: channels
-    are apart.
+    """The tiles that a depthwise convolution may get, the least work first. `vector`: adjacent channels that one load
+    takes; 0: channels are apart.
 
-    128 threads with one vector each, of 16 to 32 channels: that is 64 or 128 bytes of a pixel side by side. Where channels are apart
-    threads lie side by side in the image.
+    128 threads with one vector each, of 16 to 32 channels: that is 64 or 128 bytes of a pixel side by side. Where
+    channels are apart threads lie side by side in the image.
     """
     channels = problem.C if operation == "dgrad" else problem.K
     BLOCK_C = 1 if vector == 0 else 16 if channels <= 16 or precision == "fp64" else 32
@@ -270,16 +291,24 @@ def strip_tiles(problem: ConvProblem, operation: Operation, precision: Precision
     return tuple(StripTile(BLOCK_M, BLOCK_C, rows) for rows in strip_rows(problem, operation))
 
 
-def search_strip_tiles(problem: ConvProblem, operation: Operation, precision: Precision, vector: int) -> Iterator[StripTile]:
+def search_strip_tiles(
+    problem: ConvProblem, operation: Operation, precision: Precision, vector: int
+) -> Iterator[StripTile]:
     """What measuring tries: all that may be chosen; in wgrad with half, once and twice the default split."""
     chosen = choose_strip_tile(problem, operation, precision, vector)
-    splits = sorted({cdiv(chosen.SPLIT_K, 2), chosen.SPLIT_K, min(2 * chosen.SPLIT_K, MAX_STRIP_SPLIT)}) if operation == "wgrad" else [1]
+    splits = (
+        sorted({cdiv(chosen.SPLIT_K, 2), chosen.SPLIT_K, min(2 * chosen.SPLIT_K, MAX_STRIP_SPLIT)})
+        if operation == "wgrad"
+        else [1]
+    )
     for tile in strip_tiles(problem, operation, precision, min(vector, 1) if problem.group_filters > 1 else vector):
         yield from (replace(tile, SPLIT_K=split) for split in splits)
 
 
 def choose_strip_tile(problem: ConvProblem, operation: Operation, precision: Precision, vector: int) -> StripTile:
-    """The candidate of the least work that leaves enough programs to fill a GPU, which in wgrad the split provides; else the lowest."""
+    """The candidate of the least work that leaves enough programs to fill a GPU, which in wgrad the split provides;
+    else the lowest.
+    """
     g = problem
     if g.group_filters > 1:  # the channels of one operand do not lie as those of the other
         vector = min(vector, 1)

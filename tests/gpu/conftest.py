@@ -29,7 +29,9 @@ def side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
 
 @pytest.fixture
 def roomy(device: torch.device) -> Iterator[torch.device]:
-    """The device, for a test of gigabytes: PyTorch keeps nothing of other tests there, and nothing of this one afterwards."""
+    """The device, for a test of gigabytes: PyTorch keeps nothing of other tests there, and nothing of this one
+    afterwards.
+    """
     torch.cuda.empty_cache()
     yield device
     torch.cuda.empty_cache()

@@ -1,7 +1,9 @@
-"""Operands at a multiple of 16 bytes at one call and not at another, in one process: Triton compiles a kernel for each, plans keep both.
+"""Operands at a multiple of 16 bytes at one call and not at another, in one process: Triton compiles a kernel for each,
+plans keep both.
 
-On a GPU a kernel that was compiled for aligned addresses and is launched with others reads vectors at addresses that do not allow it: the
-error would end the process. Tensor maps cannot take such an address at all. In the interpreter the choices and numbers are the same.
+On a GPU a kernel that was compiled for aligned addresses and is launched with others reads vectors at addresses that do
+not allow it: the error would end the process. Tensor maps cannot take such an address at all. In the interpreter the
+choices and numbers are the same.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ LAST = torch.channels_last
 
 
 def placed(t: Tensor, offset: int) -> Tensor:
-    """A copy of `t`, dense and channels_last if it has four axes, that starts `offset` elements behind a multiple of 16 bytes."""
+    """A copy of `t`, dense and channels_last if it has four axes, that starts `offset` elements behind a multiple of 16
+    bytes.
+    """
     memory = torch.full((t.numel() + offset + 16,), float("nan"), dtype=t.dtype, device=t.device)
-    memory = memory[-memory.data_ptr() % 16 // t.element_size() :]  # the allocators' addresses are multiples of 16 already
+    # the allocators' addresses are multiples of 16 already
+    memory = memory[-memory.data_ptr() % 16 // t.element_size() :]
     order = (0, 2, 3, 1) if t.dim() == 4 else tuple(range(t.dim()))
     sizes = [t.shape[axis] for axis in order]
     view = memory[offset : offset + t.numel()].view(sizes)
@@ -83,19 +88,26 @@ def test_addresses_change_between_calls(name, dtype, order, by_kernels, device):
     for offsets, results in zip(ORDERS[order][1:], found[1:], strict=True):
         for mine, right in zip(results, first, strict=True):
             if name == "norm":  # its sums may be taken by another tile
-                torch.testing.assert_close(mine, right, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+                torch.testing.assert_close(
+                    mine, right, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+                )
             else:
                 assert torch.equal(mine, right), offsets
 
 
 @pytest.mark.gpu
 def test_a_plan_keeps_a_binary_for_each(device):
-    """The launches that go around Triton's own: three calls by one plan, of which the first and the last share what was compiled."""
+    """The launches that go around Triton's own: three calls by one plan, of which the first and the last share what was
+    compiled.
+    """
     from cnnfast_kernels.gather.fprop import plan_fprop
     from cnnfast_kernels.problem import ConvProblem
     from cnnfast_kernels.tiling import TileConfig
 
-    x, w = integers(2, 32, 8, 8, largest=2).to(device, torch.float16), integers(32, 32, 1, 1, seed=1).to(device, torch.float16)
+    x, w = (
+        integers(2, 32, 8, 8, largest=2).to(device, torch.float16),
+        integers(32, 32, 1, 1, seed=1).to(device, torch.float16),
+    )
     right = torch.nn.functional.conv2d(x.double(), w.double())
     places = [placed(x, offset) for offset in (0, 1, 0)]
     w = w.contiguous(memory_format=LAST)

@@ -1,4 +1,5 @@
-"""torch.compile of a converted network in the modes that need a GPU: graphs of reduce-overhead, and autotuned kernels around ours.
+"""torch.compile of a converted network in the modes that need a GPU: graphs of reduce-overhead, and autotuned kernels
+around ours.
 
 In float64, so that the order in which Inductor's own kernels add does not matter.
 """
@@ -59,8 +60,13 @@ def test_inference(mode, by_kernels, device):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_training(mode, by_kernels, device):
-    """Losses, gradients, parameters and running statistics of several steps. Our operators change running statistics in place."""
-    eager, other = (cnnfast.convert(copy.deepcopy(network())).to(device, memory_format=torch.channels_last).train() for _ in range(2))
+    """Losses, gradients, parameters and running statistics of several steps. Our operators change running statistics in
+    place.
+    """
+    eager, other = (
+        cnnfast.convert(copy.deepcopy(network())).to(device, memory_format=torch.channels_last).train()
+        for _ in range(2)
+    )
     compiled = torch.compile(other, mode=mode, fullgraph=True)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (eager, other)]
     for seed in range(CALLS):

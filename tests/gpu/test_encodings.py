@@ -1,8 +1,9 @@
 """Tensor maps as the driver encodes them: cuTensorMapEncodeTiled takes every kind, and boxes hold what they should.
 
-A map that the driver refuses raises, and one that it takes and understands otherwise gives wrong numbers: all are exact integers. Two kinds
-go beyond what its documentation shows: strides that do not decrease from axis to axis (filters as [R, S, K, C], columns of pixels of
-several images), and neighbours that overlap along the innermost axis but one, or along rows of phases (a stem's image, strided ones).
+A map that the driver refuses raises, and one that it takes and understands otherwise gives wrong numbers: all are exact
+integers. Two kinds go beyond what its documentation shows: strides that do not decrease from axis to axis (filters as
+[R, S, K, C], columns of pixels of several images), and neighbours that overlap along the innermost axis but one, or
+along rows of phases (a stem's image, strided ones).
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ pytestmark = needs_tensor_maps
 
 BATCH = 2
 RESNET50 = [
-    Case(f"{C} x {size} x {size}, {R}x{R}/{stride} > {K}", (BATCH, C, size, size), (K, R, R), (stride, stride), (R // 2,) * 4)
+    Case(
+        f"{C} x {size} x {size}, {R}x{R}/{stride} > {K}",
+        (BATCH, C, size, size),
+        (K, R, R),
+        (stride, stride),
+        (R // 2,) * 4,
+    )
     for C, size, K, R, stride, _ in resnet50_convolutions()
 ]
 SMALL = [
@@ -111,13 +118,30 @@ def test_the_cases_have_every_kind(device, encoded):
     for case in SMALL:
         for operation in OPERATIONS:
             for tile in tiles(case, operation, 99):
-                x, w, dy = (torch.empty(size, dtype=torch.float16, device="meta", memory_format=LAST) for size in (case.x, case.w, case.y))
+                x, w, dy = (
+                    torch.empty(size, dtype=torch.float16, device="meta", memory_format=LAST)
+                    for size in (case.x, case.w, case.y)
+                )
                 geometry, gpu = Geometry(case.stride, case.padding, case.dilation, 1), launch.gpu(device)
                 common = {"geometry": geometry, "tf32": False, "tile": tile, "gpu": gpu, "aligned": True}
                 match operation:
                     case "fprop":
                         conv._plan_fprop(
-                            x.shape, x.stride(), w.shape, w.stride(), None, x.dtype, geometry, "", 0.0, None, 0.0, False, tile, gpu, True
+                            x.shape,
+                            x.stride(),
+                            w.shape,
+                            w.stride(),
+                            None,
+                            x.dtype,
+                            geometry,
+                            "",
+                            0.0,
+                            None,
+                            0.0,
+                            False,
+                            tile,
+                            gpu,
+                            True,
                         )
                     case "dgrad":
                         conv._plan_dgrad(dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, case.x, LAST, **common)

@@ -53,7 +53,11 @@ def resnet18() -> nn.Module:
 
 
 def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
-    wrong = [name for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True) if not torch.equal(a, b)]
+    wrong = [
+        name
+        for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True)
+        if not torch.equal(a, b)
+    ]
     assert not wrong
 
 
@@ -80,7 +84,9 @@ def test_steps_are_repeatable(by_kernels, device):
 @pytest.mark.parametrize(("make", "size"), [(lambda: randomise(Net()), 9), (resnet18, 64)], ids=["Net", "ResNet-18"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_training_step(make, size, dtype, by_kernels, device):
-    """As PyTorch's documentation has it: warmed up on a side stream, captured once, replayed on batches that were not there before."""
+    """As PyTorch's documentation has it: warmed up on a side stream, captured once, replayed on batches that were not
+    there before.
+    """
     torch.manual_seed(0)
     model = make().to(device, dtype, memory_format=torch.channels_last)
 
@@ -135,7 +141,9 @@ def test_inference(make, size, by_kernels, device):
 @asynchronous
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family(name, device):
-    """Forward and backward of one call: every kernel, launched from its plan, sees what is in its operands at the replay."""
+    """Forward and backward of one call: every kernel, launched from its plan, sees what is in its operands at the
+    replay.
+    """
     if name not in families(device):
         pytest.skip("GPU ring: this GPU has no tensor maps to feed wgmma or tcgen05 with")
     family = FAMILIES[name]
@@ -195,8 +203,11 @@ def first_call():
 @pytest.mark.gpu
 @asynchronous
 def test_the_first_call_of_a_process():
-    """Loading a kernel's binary is not allowed in a capture by every driver: where it is not, CUDA says so, and a call before the capture
-    mends it."""
+    """Loading a kernel's binary is not allowed in a capture by every driver: where it is not, CUDA says so, and a call
+    before the capture mends it.
+    """
     said, later = run_compiled(first_call)
     assert later
-    assert not said or "captur" in said, f"the capture failed, and the error does not say that it is one of captures: {said}"
+    assert not said or "captur" in said, (
+        f"the capture failed, and the error does not say that it is one of captures: {said}"
+    )

@@ -1,7 +1,7 @@
 """More than 2**31 elements in one tensor: offsets are 64 bits wide, by pointers and by tensor maps.
 
-Inputs are small integers that follow from their place in the tensor, so that any part of the result can be computed by itself: parts at
-both ends and around the element 2**31 are, by PyTorch in float64.
+Inputs are small integers that follow from their place in the tensor, so that any part of the result can be computed by
+itself: parts at both ends and around the element 2**31 are, by PyTorch in float64.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def numbered(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = 
     N, C, H, W = shape
     t = torch.empty(N, H, W, C, dtype=dtype, device=device)
     row = torch.arange(H * W * C, device=device)
-    for n in range(N):  # an image at a time: int64 numbers of all of them would take four times the memory of the tensor
+    # an image at a time: int64 numbers of all of them would take four times the memory of the tensor
+    for n in range(N):
         t[n] = ((row + n * row.numel()) % 1009 % 3 - 1).to(dtype).view(H, W, C)
     return t.permute(0, 3, 1, 2)
 
@@ -43,7 +44,9 @@ def places(N: int, boundary: int = BOUNDARY // IMAGE) -> list[int]:
 
 
 def weights(device: torch.device, R: int = 3) -> Tensor:
-    """Of which every sum over a window of `numbered` is exact in bfloat16: 24 of the channels count, 216 products of ones."""
+    """Of which every sum over a window of `numbered` is exact in bfloat16: 24 of the channels count, 216 products of
+    ones.
+    """
     w = torch.zeros(C, C, R, R, device=device)
     k = torch.arange(C, device=device)
     for i in range(24):
@@ -54,7 +57,9 @@ def weights(device: torch.device, R: int = 3) -> Tensor:
 def assert_images(y: Tensor, x: Tensor, function, N: int) -> None:
     for n in places(N):
         right = function(x[n : n + 1].double().contiguous())
-        torch.testing.assert_close(y[n : n + 1].double(), right, rtol=0, atol=0, msg=lambda text, n=n: f"image {n}: {text}")
+        torch.testing.assert_close(
+            y[n : n + 1].double(), right, rtol=0, atol=0, msg=lambda text, n=n: f"image {n}: {text}"
+        )
 
 
 def run_fprop(device: torch.device, N: int, tile) -> None:

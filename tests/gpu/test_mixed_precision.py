@@ -43,7 +43,9 @@ def outputs(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def assert_dtypes_and_numbers(device: torch.device, dtype: torch.dtype) -> None:
-    """Dtypes are the original's; numbers are as near to the original in float64 as the original's own in half precision, twice over."""
+    """Dtypes are the original's; numbers are as near to the original in float64 as the original's own in half
+    precision, twice over.
+    """
     original = network(device, smooth).train()
     ours, exact = cnnfast.convert(copy.deepcopy(original)), copy.deepcopy(original).double()
     x = batch(0, device)
@@ -78,7 +80,8 @@ def test_training_with_a_scaler(dtype, by_kernels, device):
     """Losses fall, infinite gradients skip a step and lower the scale, and nothing becomes NaN."""
     model = cnnfast.convert(network(device, Net)).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40, growth_interval=1000)  # too large for float16, and for its sums
+    # too large for float16, and for its sums
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40, growth_interval=1000)
     x, labels = batch(0, device), torch.tensor([0, 1, 2, 0], device=device)
     losses, scales = [], [scaler.get_scale()]
     for _ in range(60):

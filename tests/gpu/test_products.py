@@ -1,4 +1,6 @@
-"""float32 on a GPU: TF32 and IEEE products differ, each is as near to float64 as it must be, and PyTorch's settings are followed."""
+"""float32 on a GPU: TF32 and IEEE products differ, each is as near to float64 as it must be, and PyTorch's settings are
+followed.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,26 @@ SMALL = ((1, 4, 6, 6), (8, 4, 3, 3), {"padding": 1})
 def results(x: Tensor, w: Tensor, functions=F, **options) -> list[Tensor]:
     a, b = x.detach().requires_grad_(), w.detach().requires_grad_()
     y = functions.conv2d(a, b, **options)
-    dy = torch.empty_like(y, requires_grad=False).copy_(torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape))
+    dy = torch.empty_like(y, requires_grad=False).copy_(
+        torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape)
+    )
     return [y.detach(), *torch.autograd.grad(y, (a, b), dy)]
 
 
 def check_products(case, device: torch.device) -> None:
-    """IEEE within the roundings of a long sum in float32, TF32 within those of its factors besides, and far from it on the whole."""
+    """IEEE within the roundings of a long sum in float32, TF32 within those of its factors besides, and far from it on
+    the whole.
+    """
     x_size, w_size, options = case
     generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(size, generator=generator).to(device).contiguous(memory_format=torch.channels_last) for size in (x_size, w_size))
+    x, w = (
+        torch.randn(size, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
+        for size in (x_size, w_size)
+    )
     plain = {name: value for name, value in options.items() if name != "algorithm"}
     right = results(x.cpu().double(), w.cpu().double(), theirs, **plain)
-    # Both factors of a product are off by UNIT / 2 at most, relative to themselves: the error is one UNIT of the sum of their sizes.
+    # Both factors of a product are off by UNIT / 2 at most, relative to themselves: the error is one UNIT of the sum of
+    # their sizes.
     sizes = sums_of_sizes(x, w, plain)
     found = {}
     for products in ("ieee", "tf32"):
@@ -70,7 +80,9 @@ def test_both_kinds_of_products_of_a_small_convolution(device):
 
 
 def settings(older):
-    """Results of one convolution with TF32 allowed or not, of convolutions and of matrix products: which of them are the same."""
+    """Results of one convolution with TF32 allowed or not, of convolutions and of matrix products: which of them are
+    the same.
+    """
     import torch
 
     import cnnfast
@@ -96,6 +108,7 @@ def settings(older):
 @pytest.mark.gpu
 @pytest.mark.parametrize("older", [True, False], ids=["allow_tf32", "fp32_precision"])
 def test_pytorchs_settings_are_followed(older):
-    """Convolutions follow cudnn's setting, not that of matrix products, whichever way it is written: each in a process of its own, because
-    PyTorch lets a process use one of the two."""
+    """Convolutions follow cudnn's setting, not that of matrix products, whichever way it is written: each in a process
+    of its own, because PyTorch lets a process use one of the two.
+    """
     assert run_compiled(settings, older) == [True, True, False]

@@ -39,7 +39,9 @@ def test_the_same_bits_twenty_times(name, device, side_stream):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_takes_no_more_memory_from_step_to_step(dtype, by_kernels, device):
-    """Plans, descriptors and binaries are kept; tensors are not. Sizes of the batch change, so that plans are made all along."""
+    """Plans, descriptors and binaries are kept; tensors are not. Sizes of the batch change, so that plans are made all
+    along.
+    """
     model = cnnfast.convert(randomise(Net()).to(device, dtype, memory_format=torch.channels_last).train())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 

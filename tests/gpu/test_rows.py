@@ -1,4 +1,6 @@
-"""Measured rows decide on the GPU that they name: a kernel's row and the library's both serve, and cuDNN runs as PyTorch's settings say."""
+"""Measured rows decide on the GPU that they name: a kernel's row and the library's both serve, and cuDNN runs as
+PyTorch's settings say.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,8 @@ def library_conv(x: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("benchmark", [False, True])
 def test_cudnns_settings_reach_the_library(benchmark, deterministic, library_first, device):
-    """The library does inside our operators what it does for PyTorch; where it is deterministic, bit for bit, and again and again.
+    """The library does inside our operators what it does for PyTorch; where it is deterministic, bit for bit, and again
+    and again.
 
     Gradients may be asked for by another of its functions than PyTorch's, so that they are only near.
     """

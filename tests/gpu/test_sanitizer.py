@@ -1,4 +1,6 @@
-"""compute-sanitizer over one call of each family: addresses, races in shared memory, memory that is read before anything wrote it."""
+"""compute-sanitizer over one call of each family: addresses, races in shared memory, memory that is read before
+anything wrote it.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,22 @@ def sanitized(tool: str, families: list[str], timeout: float = 900) -> subproces
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("GPU ring: compute-sanitizer is not installed")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only", *TOOLS[tool]]
-    # PyTorch's allocator hands out parts of what it got before: without it a byte beyond a tensor is out of bounds for the tool too.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(map(str, IMPORTABLE))}
+    command = [
+        sanitizer,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--target-processes",
+        "application-only",
+        *TOOLS[tool],
+    ]
+    # PyTorch's allocator hands out parts of what it got before: without it a byte beyond a tensor is out of bounds for
+    # the tool too.
+    environment = os.environ | {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, IMPORTABLE)),
+    }
     command += [sys.executable, str(each_family.__file__), *families]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 

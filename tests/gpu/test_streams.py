@@ -29,7 +29,9 @@ def forward(x: Tensor, w: Tensor) -> Tensor:
 
 
 def test_a_kernel_waits_for_what_its_stream_does_before_it(by_kernels, device, side_stream):
-    """Its input is written late, on the side stream. On any other stream the kernels would run long before, and read NaN."""
+    """Its input is written late, on the side stream. On any other stream the kernels would run long before, and read
+    NaN.
+    """
     x, w = operands(device)
     right = forward(x, w)  # compiles, too
     late = torch.full_like(x, float("nan"))
@@ -121,7 +123,9 @@ def test_threads_with_streams_of_their_own(by_kernels, device):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tensors_on_a_device_that_is_not_current(name, device, second_device):
-    """The first call there comes while the other device is current, as do those from plans that were made for the other."""
+    """The first call there comes while the other device is current, as do those from plans that were made for the
+    other.
+    """
     if name not in families(device):
         pytest.skip("GPU ring: this GPU has no tensor maps to feed wgmma or tcgen05 with")
     family = FAMILIES[name]

@@ -1,4 +1,6 @@
-"""Ahead-of-time compilation: what is read from machine code, what counts as a problem, and real compiles in a child process."""
+"""Ahead-of-time compilation: what is read from machine code, what counts as a problem, and real compiles in a child
+process.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from cnnfast_kernels.aot import record as loops
 from cnnfast_kernels.aot.cases import cases
 from cnnfast_kernels.aot.compiling import dot_operands
 
-# From nvdisasm, much shortened and numbered anew: a pipelined main loop within an outer one, a store, and the padding behind the end.
+# From nvdisasm, much shortened and numbered anew: a pipelined main loop within an outer one, a store, and the padding
+# behind the end.
 PIPELINED = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;
         /*0010*/                   HFMA2.MMA R79, -RZ, RZ, 0, 0 ;
@@ -84,7 +87,12 @@ def test_instructions_and_branch_targets():
     assert [i.address for i in code] == list(range(0, 0x100, 0x10))
     assert code[1].family == "HFMA2"
     assert code[6] == sass.Instruction(0x60, "HGMMA.64x128x16.F32.BF16", "R24, gdesc[UR8], R24")
-    assert [(i.address, i.target) for i in code if i.target is not None] == [(0x30, 0xC0), (0xA0, 0x50), (0xB0, 0x40), (0xF0, 0xF0)]
+    assert [(i.address, i.target) for i in code if i.target is not None] == [
+        (0x30, 0xC0),
+        (0xA0, 0x50),
+        (0xB0, 0x40),
+        (0xF0, 0xF0),
+    ]
 
 
 def test_registers_and_spills():
@@ -95,7 +103,8 @@ def test_registers_and_spills():
 
 def test_tensor_cores_and_async_copies():
     assert sass.tensor_core(sass.read(PIPELINED)) == "HGMMA"
-    assert sass.tensor_core(sass.read(SPILLED)) is None  # nor is HFMA2.MMA, which sets registers to zero, a tensor-core instruction
+    # nor is HFMA2.MMA, which sets registers to zero, a tensor-core instruction
+    assert sass.tensor_core(sass.read(SPILLED)) is None
     assert sass.async_copies(sass.read(PIPELINED)) == 2
     for opcode in ("UTCHMMA", "DMMA.8x8x4", "HMMA.16816.F32.BF16", "IMMA.16832.S8.S8", "QGMMA.64x64x32.F32.E4M3.E4M3"):
         assert sass.tensor_core(sass.read(f"/*0000*/ {opcode} R4, R8, R10, R4 ;")) == opcode.partition(".")[0]
@@ -127,7 +136,9 @@ def test_serialised_wgmma():
     assert not sass.serialised(sass.read(PIPELINED))
     assert not sass.serialised(sass.read(SPILLED))
     # one instruction a loop and one wait is all there can be
-    assert not sass.serialised(sass.read("/*0000*/ HGMMA.64x8x16.F32 R4, gdesc[UR8], R4, gsb0 ;\n/*0010*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"))
+    assert not sass.serialised(
+        sass.read("/*0000*/ HGMMA.64x8x16.F32 R4, gdesc[UR8], R4, gsb0 ;\n/*0010*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;")
+    )
 
 
 def test_main_loop():
@@ -233,28 +244,44 @@ def test_a_main_loop_may_rise_by_15_percent_over_its_record(tmp_path):
 def test_the_record_is_of_every_triton_of_the_gate():
     """The oldest, the one that CUDA builds of the pinned torch bring, and the newest (ci/check.sh)."""
     record = json.loads(loops.FILE.read_text())
-    assert set(record) == {f"triton {version} {arch}" for version in ("3.6", "3.7", "3.9") for arch in ("sm_90", "sm_100")}
+    assert set(record) == {
+        f"triton {version} {arch}" for version in ("3.6", "3.7", "3.9") for arch in ("sm_90", "sm_100")
+    }
     assert all(len(rows) > 60 and min(rows.values()) > 0 for rows in record.values())
 
 
 def test_a_failure_is_a_problem_and_covers_no_kernel():
     row = Row("", "infer bfloat16 3x3", "", "sm_90", error="CompilationError: no")
     assert problems([row]) == ["sm_90 infer bfloat16 3x3: does not compile: CompilationError: no"]
-    assert [line.split()[:2] for line in uncovered([row])] == [["sm_90", f"{kernel}:"] for kernel in sorted(kernel_modules())]
+    assert [line.split()[:2] for line in uncovered([row])] == [
+        ["sm_90", f"{kernel}:"] for kernel in sorted(kernel_modules())
+    ]
 
 
 BY_TENSOR_MAPS = {"tma_fprop_kernel", "tma_dgrad_kernel", "tma_wgrad_kernel", "pack_pixels_kernel"}
-BY_POINTERS = {"conv_fprop_kernel", "depthwise_dgrad_kernel", "conv_wgrad_kernel", "max_pool_kernel", "normalize_kernel"}
+BY_POINTERS = {
+    "conv_fprop_kernel",
+    "depthwise_dgrad_kernel",
+    "conv_wgrad_kernel",
+    "max_pool_kernel",
+    "normalize_kernel",
+}
 
 
 @pytest.mark.parametrize("capability", compiling.SHARED_LIMITS)
 def test_a_kernel_is_due_where_it_can_be_chosen(capability):
-    """Package tma is for tensor maps and the matrix units of sm_90, sm_100 and sm_103: sm_120 has the maps, but not the units."""
+    """Package tma is for tensor maps and the matrix units of sm_90, sm_100 and sm_103: sm_120 has the maps, but not the
+    units.
+    """
     mapped = capability in (90, 100, 103)
     due = due_on(f"sm_{capability}")
     assert due >= BY_POINTERS
     assert due & BY_TENSOR_MAPS == (BY_TENSOR_MAPS if mapped else set())
-    assert due == set(kernel_modules()) if mapped else due == {k for k, module in kernel_modules().items() if ".tma." not in module}
+    assert (
+        due == set(kernel_modules())
+        if mapped
+        else due == {k for k, module in kernel_modules().items() if ".tma." not in module}
+    )
 
 
 def rows_of(arch, *without):
@@ -262,14 +289,20 @@ def rows_of(arch, *without):
 
 
 @pytest.mark.parametrize(
-    "archs", [*((f"sm_{c}",) for c in compiling.SHARED_LIMITS), ("sm_89", "sm_90"), ("sm_100", "sm_80", "sm_120")], ids=" ".join
+    "archs",
+    [*((f"sm_{c}",) for c in compiling.SHARED_LIMITS), ("sm_89", "sm_90"), ("sm_100", "sm_80", "sm_120")],
+    ids=" ".join,
 )
 def test_what_is_due_is_asked_for_on_each_architecture(archs):
     first, *others = archs
     rest = [row for arch in others for row in rows_of(arch)]
     assert uncovered(rows_of(first) + rest) == []
-    expected = [f"{first} {kernel}: no case compiles it (aot/cases.py)" for kernel in ("conv_fprop_kernel", "max_pool_kernel")]
-    assert uncovered(rows_of(first, "conv_fprop_kernel", "max_pool_kernel") + rest) == expected, "though others may compile them"
+    expected = [
+        f"{first} {kernel}: no case compiles it (aot/cases.py)" for kernel in ("conv_fprop_kernel", "max_pool_kernel")
+    ]
+    assert uncovered(rows_of(first, "conv_fprop_kernel", "max_pool_kernel") + rest) == expected, (
+        "though others may compile them"
+    )
 
 
 def test_a_kernel_by_tensor_maps_is_missed_on_the_architecture_that_runs_it():
@@ -287,17 +320,22 @@ def test_architectures():
 
 
 def test_cases_are_selected_by_architecture_and_name():
-    """Each architecture once, however it is written, and its own cases: those by tensor maps are sm_90's here, and not sm_80's."""
+    """Each architecture once, however it is written, and its own cases: those by tensor maps are sm_90's here, and not
+    sm_80's.
+    """
     assert selected(["90", "sm_90a", "sm_90"]) == [("sm_90", i) for i in range(len(cases(90)))]
     boxes = selected(["sm_80", "sm_90"], "in boxes")
     assert {arch for arch, _ in boxes} == {"sm_90"}
     assert all("in boxes" in cases(90)[i].name for _, i in boxes)
-    with pytest.raises(ValueError, match=r"only='nonsense' is in no case's name: names begin with .*dgrad.*infer.*wgrad"):
+    with pytest.raises(
+        ValueError, match=r"only='nonsense' is in no case's name: names begin with .*dgrad.*infer.*wgrad"
+    ):
         selected(["sm_90"], "nonsense")
 
 
 @pytest.mark.parametrize(
-    ("archs", "only", "reason"), [(["sm_75"], "", "sm_75"), (["sm_90", "sm_75"], "", "sm_75"), (["sm_80"], "in boxes", "in boxes")]
+    ("archs", "only", "reason"),
+    [(["sm_75"], "", "sm_75"), (["sm_90", "sm_75"], "", "sm_75"), (["sm_80"], "in boxes", "in boxes")],
 )
 def test_nothing_starts_for_what_is_refused(monkeypatch, archs, only, reason):
     monkeypatch.setattr(compiling.launch, "INTERPRETED", False)
@@ -386,7 +424,13 @@ def test_depthwise_kernels_load_16_bytes_a_thread():
     """All that they load: images and weights in channels_last, the residual, and what batch norm applies to a channel."""
     layer = "3x3/1 depthwise of 96 channels"
     found = run_compiled(
-        compile_some, [f"infer bfloat16 {layer}", f"dgrad float32 {layer}", f"wgrad bfloat16 {layer}", f"infer bfloat16 {layer} NCHW"]
+        compile_some,
+        [
+            f"infer bfloat16 {layer}",
+            f"dgrad float32 {layer}",
+            f"wgrad bfloat16 {layer}",
+            f"infer bfloat16 {layer} NCHW",
+        ],
     )
     rows = [row for row in found["rows"] if row["kernel"].startswith("depthwise")]
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}

@@ -1,4 +1,6 @@
-"""batchnorm.py and partials.py against PyTorch: exactly where every sum is exact, else in float64, judged by PyTorch's own error."""
+"""batchnorm.py and partials.py against PyTorch: exactly where every sum is exact, else in float64, judged by PyTorch's
+own error.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from child import run_compiled
-from cnnfast_kernels.batchnorm import batch_moments, channel_sum, combine_moments, normalize, normalize_backward, update_running
+from cnnfast_kernels.batchnorm import (
+    batch_moments,
+    channel_sum,
+    combine_moments,
+    normalize,
+    normalize_backward,
+    update_running,
+)
 from cnnfast_kernels.epilogue import ACTIVATIONS
 from poison import embed
 
@@ -88,7 +97,17 @@ class Operands:
 
 
 def operands(
-    shape, dtype, device, *, training=True, affine=True, residual=True, layout="channels_last", mean=0.0, std=1.0, parameters=None
+    shape,
+    dtype,
+    device,
+    *,
+    training=True,
+    affine=True,
+    residual=True,
+    layout="channels_last",
+    mean=0.0,
+    std=1.0,
+    parameters=None,
 ):
     C = shape[1]
     own = parameters or (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -122,7 +141,8 @@ def ours(o, activation, slope=SLOPE, eps=EPS, keep=True, needs=None):
 
 
 def assert_as_good(mine, torchs, exact):
-    """Largest and root mean square error at most twice PyTorch's, plus a few units in the last place of the largest value.
+    """Largest and root mean square error at most twice PyTorch's, plus a few units in the last place of the largest
+    value.
 
     In float64 the judge is no better than PyTorch: there the few are more.
     """
@@ -159,7 +179,10 @@ def check(o, activation=None, slope=SLOPE, eps=EPS, keep=True):
 # --- statistics ---------------------------------------------------------------------------------------------------------
 
 
-LAYOUTS_AND_DTYPES = [*((layout, torch.float32) for layout in LAYOUTS), *(("channels_last", d) for d in DTYPES if d != torch.float32)]
+LAYOUTS_AND_DTYPES = [
+    *((layout, torch.float32) for layout in LAYOUTS),
+    *(("channels_last", d) for d in DTYPES if d != torch.float32),
+]
 
 
 @pytest.mark.parametrize(("layout", "dtype"), LAYOUTS_AND_DTYPES)
@@ -174,19 +197,25 @@ def test_moments_are_exact(layout, dtype, device):
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-@pytest.mark.parametrize(("dtype", "mean", "std"), [(torch.float32, 30, 0.1), (torch.float32, 300, 1e-2), (torch.float16, 30, 0.1)])
+@pytest.mark.parametrize(
+    ("dtype", "mean", "std"), [(torch.float32, 30, 0.1), (torch.float32, 300, 1e-2), (torch.float16, 30, 0.1)]
+)
 def test_large_mean(dtype, mean, std, layout, device):
     check(operands((5, 6, 17, 11), dtype, device, mean=mean, std=std, layout=layout), "relu")
 
 
 @pytest.mark.parametrize(
-    ("T", "C", "rows", "short"), [(1, 5, 7, 3), (2, 40, 64, 64), (128, 40, 16, 1), (129, 5, 128, 5), (128 * 128 + 3, 2, 2, 1)]
+    ("T", "C", "rows", "short"),
+    [(1, 5, 7, 3), (2, 40, 64, 64), (128, 40, 16, 1), (129, 5, 128, 5), (128 * 128 + 3, 2, 2, 1)],
 )
 def test_combined_moments(T, C, rows, short, device):
     """One to three levels; the last partial stands for fewer rows."""
     counts = torch.full((T, 1), float(rows), dtype=torch.float64)
     counts[-1] = short
-    mean, var = normal((T, C), torch.float32, "cpu", 0, 100.0, 0.1).double(), normal((T, C), torch.float32, "cpu", 1).abs().double()
+    mean, var = (
+        normal((T, C), torch.float32, "cpu", 0, 100.0, 0.1).double(),
+        normal((T, C), torch.float32, "cpu", 1).abs().double(),
+    )
     total = (T - 1) * rows + short
     exact_mean = (mean * counts).sum(0) / total
     exact_var = ((var + (mean - exact_mean) ** 2) * counts).sum(0) / total
@@ -226,7 +255,9 @@ def test_no_rows(shape, device):
     assert torch.equal(channel_sum(y), torch.zeros(5, device=device))
     ones = torch.ones(5, device=device)
     assert normalize(y, ones, ones, ones, ones, None, EPS, "relu", 0.0).shape == shape
-    dy, dweight, dbias, _ = normalize_backward(y, y, y, ones, ones, ones, ones, None, EPS, "relu", 0.0, True, (True, True, True, False))
+    dy, dweight, dbias, _ = normalize_backward(
+        y, y, y, ones, ones, ones, ones, None, EPS, "relu", 0.0, True, (True, True, True, False)
+    )
     assert dy.shape == shape
     assert torch.equal(dweight, ones * 0)
     assert torch.equal(dbias, ones * 0)
@@ -237,7 +268,12 @@ def test_no_rows(shape, device):
 
 @pytest.mark.parametrize(
     ("running", "batch"),
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64), (torch.float32, torch.float64)],
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float64),
+    ],
 )
 @pytest.mark.parametrize(("C", "momentum", "count"), [(5, 0.1, 2), (130, 0.3, 50), (5, 1.0, 7), (5, 0.0, 7)])
 def test_running_statistics(C, momentum, count, running, batch, device):
@@ -314,7 +350,26 @@ def test_optional_operands(affine, residual, training, device):
     check(operands(SMALL, torch.float32, device, training=training, affine=affine, residual=residual), "gelu")
 
 
-SPECIAL = [-float("inf"), -1e6, -100, -6, -3.0000002, -3, -1, -1e-30, -0.0, 0.0, 1e-30, 1, 2.9999998, 3, 6, 6.0000005, 100, 1e6]
+SPECIAL = [
+    -float("inf"),
+    -1e6,
+    -100,
+    -6,
+    -3.0000002,
+    -3,
+    -1,
+    -1e-30,
+    -0.0,
+    0.0,
+    1e-30,
+    1,
+    2.9999998,
+    3,
+    6,
+    6.0000005,
+    100,
+    1e6,
+]
 SPECIAL += [float("inf"), float("nan")]
 
 
@@ -326,7 +381,19 @@ def test_kinks_and_special_values(activation, keep, device):
     zero, one = torch.zeros(3, device=device), torch.ones(3, device=device)
     z = normalize(y, zero, one, None, None, None, 0.0, activation, SLOPE)
     dy, *_ = normalize_backward(
-        one.expand_as(y), y, z if keep else None, zero, one, None, None, None, 0.0, activation, SLOPE, False, (True, *[False] * 3)
+        one.expand_as(y),
+        y,
+        z if keep else None,
+        zero,
+        one,
+        None,
+        None,
+        None,
+        0.0,
+        activation,
+        SLOPE,
+        False,
+        (True, *[False] * 3),
     )
     leaf = y.double().requires_grad_()
     expected = activate(leaf, activation)
@@ -371,12 +438,16 @@ def test_operands_of_different_layouts(y, dz, device):
 @pytest.mark.parametrize("fmt", [torch.channels_last, torch.contiguous_format])
 def test_format_of_the_result_can_be_named(fmt, device):
     y, one = normal(SMALL, torch.float32, device, 0), torch.ones(10, device=device)
-    z = normalize(y, one, one, one, one, None, EPS, "relu", 0.0, out_like=torch.empty(SMALL, device=device, memory_format=fmt))
+    z = normalize(
+        y, one, one, one, one, None, EPS, "relu", 0.0, out_like=torch.empty(SMALL, device=device, memory_format=fmt)
+    )
     assert z.is_contiguous(memory_format=fmt)
     torch.testing.assert_close(z, F.relu((y - 1) / (1 + EPS) ** 0.5 + 1))
 
 
-@pytest.mark.parametrize(("activation", "training"), [(None, True), ("relu", True), ("silu", True), (None, False), ("relu", False)])
+@pytest.mark.parametrize(
+    ("activation", "training"), [(None, True), ("relu", True), ("silu", True), (None, False), ("relu", False)]
+)
 def test_each_gradient_alone_is_that_of_all(activation, training, device, launches):
     """Every mask: the same bits, and no pass over memory that nothing asks for."""
     o = operands((2, 5, 3, 2), torch.float32, device, training=training)

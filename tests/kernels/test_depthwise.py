@@ -1,4 +1,6 @@
-"""gather/depthwise against PyTorch in float64: the three kernels, their tiles and moments, and that conv.py chooses them."""
+"""gather/depthwise against PyTorch in float64: the three kernels, their tiles and moments, and that conv.py chooses
+them.
+"""
 
 from __future__ import annotations
 
@@ -63,12 +65,16 @@ def widest(precision: str) -> int:
     return vectors(precision)[-1]
 
 
-def depthwise(reason: str, x: tuple[int, int, int, int], window: tuple[int, int], *geometry, multiplier: int = 1) -> Case:
+def depthwise(
+    reason: str, x: tuple[int, int, int, int], window: tuple[int, int], *geometry, multiplier: int = 1
+) -> Case:
     """`geometry`: stride, padding and dilation, as far as they are not the usual ones."""
     return Case(reason, x, (x[1] * multiplier, *window), *geometry, groups=x[1])
 
 
-def run(operation: str, case: Case, tile: StripTile, tensors: tuple[torch.Tensor, ...], layout: str = "channels_last") -> torch.Tensor:
+def run(
+    operation: str, case: Case, tile: StripTile, tensors: tuple[torch.Tensor, ...], layout: str = "channels_last"
+) -> torch.Tensor:
     """The result of one kernel, in memory full of NaN. `tensors`: x, w, dy."""
     x, w, dy = tensors
     shape = {"fprop": case.y, "dgrad": case.x, "wgrad": case.w}[operation]
@@ -86,7 +92,9 @@ def run(operation: str, case: Case, tile: StripTile, tensors: tuple[torch.Tensor
 def check(operation, case, device, tile=None, dtype=torch.float32, precision="ieee", layout="channels_last"):
     """Bit equality; the tile is the one that conv.py would choose for aligned tensors, unless given."""
     tensors = operands(case, dtype, device, layout)
-    tile = tile or choose_strip_tile(case.problem, operation, precision, widest(precision) if layout == "channels_last" else 0)
+    tile = tile or choose_strip_tile(
+        case.problem, operation, precision, widest(precision) if layout == "channels_last" else 0
+    )
     result = run(operation, case, tile, tensors, "channels_last" if layout == "expanded" else layout)
     assert_exact(result, reference(case, *tensors)[OPERATIONS.index(operation)])
 
@@ -94,7 +102,9 @@ def check(operation, case, device, tile=None, dtype=torch.float32, precision="ie
 PLAIN = depthwise("3x3", (2, 3, 6, 5), (3, 3), (1, 1), (1, 1, 1, 1))
 STRIDED = depthwise("3x3, stride 2, odd image", (1, 5, 9, 7), (3, 3), (2, 2), (1, 1, 1, 1))
 DOUBLE = depthwise("3x3, two filters a channel", (1, 3, 5, 6), (3, 3), (1, 1), (1, 1, 1, 1), multiplier=2)
-TALL = depthwise("more rows of taps than registers hold, by parts: 7 and 2", (1, 2, 11, 4), (9, 2), (1, 1), (4, 4, 0, 1))
+TALL = depthwise(
+    "more rows of taps than registers hold, by parts: 7 and 2", (1, 2, 11, 4), (9, 2), (1, 1), (4, 4, 0, 1)
+)
 TILED = depthwise("several tiles of strips", (5, 3, 8, 9), (3, 3), (1, 1), (1, 1, 1, 1))
 
 CASES = [
@@ -246,7 +256,9 @@ def test_epilogue(case, device):
     """act(batch_norm(conv + bias) + residual), and the mean and variance of what was stored."""
     x, w, dy = operands(case, torch.float32, device)
     g = case.problem
-    bias, mean, weight, beta = (torch.arange(i, i + g.K, dtype=torch.float32, device=device) % (i + 2) - 1 for i in range(4))
+    bias, mean, weight, beta = (
+        torch.arange(i, i + g.K, dtype=torch.float32, device=device) % (i + 2) - 1 for i in range(4)
+    )
     norm = BatchNorm(mean, 4.0 ** (bias + 1), weight, beta, eps=0.0)  # standard deviations are powers of two: exact
     residual = arrange(dy, "nchw")
     tile = choose_strip_tile(g, "fprop", "ieee", 4)
@@ -296,10 +308,13 @@ def test_bias_of_a_transposed_convolution(device):
 
 
 @pytest.mark.parametrize(
-    ("split", "dtype"), [(2, torch.float32), (2, torch.float16), (2, torch.bfloat16), (2, torch.float64), (70, torch.float16)]
+    ("split", "dtype"),
+    [(2, torch.float32), (2, torch.float16), (2, torch.bfloat16), (2, torch.float64), (70, torch.float16)],
 )
 def test_split(split, dtype, device, monkeypatch):
-    """Parts without strips add nothing; partial sums are kept in the accumulator's dtype, and only the total is rounded."""
+    """Parts without strips add nothing; partial sums are kept in the accumulator's dtype, and only the total is
+    rounded.
+    """
     made = []
     allocate = launch.empty
     monkeypatch.setattr(launch, "empty", lambda *args, **kwargs: made.append(allocate(*args, **kwargs)) or made[-1])
@@ -320,7 +335,9 @@ def test_same_bits_twice(operation, device):
 @pytest.mark.parametrize("case", [PLAIN, STRIDED, TALL], ids=str)
 @pytest.mark.parametrize("rows", STRIP_ROWS)
 def test_nan_goes_where_it_must_and_nowhere_else(rows, case, device):
-    """NaN in x reaches the outputs whose windows hold it, NaN in dy the inputs that it depends on; what no window holds reaches no dw."""
+    """NaN in x reaches the outputs whose windows hold it, NaN in dy the inputs that it depends on; what no window holds
+    reaches no dw.
+    """
     x, w, dy = operands(case, torch.float32, device)
     tile = choose_strip_tile(case.problem, "fprop", "ieee", 4)
     broken = x.clone()
@@ -335,7 +352,9 @@ def test_nan_goes_where_it_must_and_nowhere_else(rows, case, device):
 
 @pytest.mark.parametrize("rows", STRIP_ROWS)
 def test_what_lies_below_the_last_window_is_in_no_gradient(rows, device):
-    """Strips run past the last row of dy, where windows would hold rows of x that no window holds, and rows that other taps meet."""
+    """Strips run past the last row of dy, where windows would hold rows of x that no window holds, and rows that other
+    taps meet.
+    """
     case = depthwise("the last row fills no window", (1, 3, 8, 5), (3, 3), (2, 2), (0, 0, 1, 1))
     x, w, dy = operands(case, torch.float32, device)
     x[:, :, 7] = float("nan")
@@ -369,17 +388,26 @@ def test_a_strip_of_dgrad_starts_with_a_stride(device):
 @st.composite
 def layers(draw: st.DrawFn) -> ConvProblem:
     C, multiplier = draw(st.sampled_from([1, 3, 16, 32, 96, 960])), draw(st.sampled_from([1, 1, 2]))
-    n, size, stride, dilation = draw(st.integers(1, 256)), draw(st.integers(1, 224)), draw(st.integers(1, 9)), draw(st.integers(1, 4))
+    n, size, stride, dilation = (
+        draw(st.integers(1, 256)),
+        draw(st.integers(1, 224)),
+        draw(st.integers(1, 9)),
+        draw(st.integers(1, 4)),
+    )
     window, pad = draw(st.sampled_from([1, 2, 3, 5, 7, 9, 31])), draw(st.integers(0, 15))
     assume(size + 2 * pad > dilation * (window - 1))
-    return ConvProblem.of((n, C, size, size), (C * multiplier, 1, window, window), (stride,) * 2, (pad,) * 4, (dilation,) * 2, C)
+    return ConvProblem.of(
+        (n, C, size, size), (C * multiplier, 1, window, window), (stride,) * 2, (pad,) * 4, (dilation,) * 2, C
+    )
 
 
 @given(layers(), st.sampled_from(OPERATIONS), st.sampled_from(["half", "tf32", "ieee", "fp64"]), st.data())
 def test_the_tile_is_a_candidate(problem, operation, precision, data):
     vector = data.draw(st.sampled_from([0, *vectors(precision)]))
     tile = choose_strip_tile(problem, operation, precision, vector)
-    assert replace(tile, SPLIT_K=1) in strip_tiles(problem, operation, precision, vector if problem.group_filters == 1 else min(vector, 1))
+    assert replace(tile, SPLIT_K=1) in strip_tiles(
+        problem, operation, precision, vector if problem.group_filters == 1 else min(vector, 1)
+    )
     assert tile.BLOCK_M * tile.BLOCK_C == 32 * tile.num_warps * (max(vector, 1) if problem.group_filters == 1 else 1)
     if operation == "dgrad":
         assert tile.ROWS % problem.stride_h == 0
@@ -398,7 +426,15 @@ def test_taps_at_once(R, step):
 
 
 # (image, channels, window, stride) of MobileNetV2 and ConvNeXt
-REAL = [(112, 32, 3, 1), (112, 96, 3, 2), (56, 144, 3, 1), (28, 192, 3, 1), (14, 576, 3, 1), (14, 576, 3, 2), (7, 960, 3, 1)]
+REAL = [
+    (112, 32, 3, 1),
+    (112, 96, 3, 2),
+    (56, 144, 3, 1),
+    (28, 192, 3, 1),
+    (14, 576, 3, 1),
+    (14, 576, 3, 2),
+    (7, 960, 3, 1),
+]
 REAL += [(56, 96, 7, 1), (28, 192, 7, 1), (14, 384, 7, 1), (7, 768, 7, 1)]
 
 
@@ -472,11 +508,18 @@ def test_convolution_chooses_the_family(device, launches):
 
 
 @pytest.mark.parametrize(
-    ("multiplier", "stride", "fmt"), [(1, 1, torch.contiguous_format), (2, 2, torch.channels_last)], ids=["NCHW", "NHWC"]
+    ("multiplier", "stride", "fmt"),
+    [(1, 1, torch.contiguous_format), (2, 2, torch.channels_last)],
+    ids=["NCHW", "NHWC"],
 )
 def test_gradients(multiplier, stride, fmt, device):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, 4, 3, generator=generator, dtype=torch.float64).to(device).contiguous(memory_format=fmt).requires_grad_()
+    x = (
+        torch.randn(1, 2, 4, 3, generator=generator, dtype=torch.float64)
+        .to(device)
+        .contiguous(memory_format=fmt)
+        .requires_grad_()
+    )
     w = torch.randn(2 * multiplier, 1, 3, 2, generator=generator, dtype=torch.float64).to(device).requires_grad_()
     b = torch.randn(2 * multiplier, generator=generator, dtype=torch.float64).to(device).requires_grad_()
     assert gradcheck(lambda *inputs: F.conv2d(*inputs, stride=stride, padding=1, groups=2), (x, w, b), fast_mode=True)

@@ -66,7 +66,9 @@ def test_default_tile(precision, tile, device):
     check(WHOLE_TILE, device, tile, DTYPES[precision], precision)
 
 
-@pytest.mark.parametrize("case", [RAGGED, STRIDED, GROUPED, Case("unseen inputs", (1, 16, 6, 5), (16, 1, 1), (2, 2))], ids=str)
+@pytest.mark.parametrize(
+    "case", [RAGGED, STRIDED, GROUPED, Case("unseen inputs", (1, 16, 6, 5), (16, 1, 1), (2, 2))], ids=str
+)
 def test_bias(case, device):
     """Of a transposed convolution: pixels that no tap reaches get it too."""
     x, w, dy = operands(case, torch.float32, device)

@@ -81,12 +81,16 @@ def test_any_geometry(case, device):
     check(case, device)
 
 
-@pytest.mark.parametrize("case", [TILED, GROUPED, Case("groups of several tiles", (2, 12, 7, 6), (8, 3, 3), groups=4)], ids=str)
+@pytest.mark.parametrize(
+    "case", [TILED, GROUPED, Case("groups of several tiles", (2, 12, 7, 6), (8, 3, 3), groups=4)], ids=str
+)
 def test_epilogue(case, device):
     """act(batch_norm(conv + bias) + residual), and the mean and variance of each tile of what was stored."""
     x, w, dy = operands(case, torch.float32, device)
     g = case.problem
-    bias, mean, weight, beta = (torch.arange(i, i + g.K, dtype=torch.float32, device=device) % (i + 2) - 1 for i in range(4))
+    bias, mean, weight, beta = (
+        torch.arange(i, i + g.K, dtype=torch.float32, device=device) % (i + 2) - 1 for i in range(4)
+    )
     norm = BatchNorm(mean, 4.0 ** (bias + 1), weight, beta, eps=0.0)  # standard deviations are powers of two: exact
     residual = arrange(dy, "nchw")
     rows = g.N * g.P * g.Q

@@ -1,4 +1,6 @@
-"""What launchers share: strides that address the right element, memory formats as PyTorch picks them, who is told of launches."""
+"""What launchers share: strides that address the right element, memory formats as PyTorch picks them, who is told of
+launches.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,16 @@ def test_channels_last_is_what_pytorch_takes_for_it(t):
     assert launch.is_channels_last(t) == (suggest_memory_format(t) == torch.channels_last)
 
 
-ORDINARY = [(2, 3, 4, 5), (1, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1), (0, 3, 4, 5), (2, 3, 0, 5), (2, 3, 4, 1)]
+ORDINARY = [
+    (2, 3, 4, 5),
+    (1, 3, 4, 5),
+    (2, 1, 4, 5),
+    (2, 3, 1, 1),
+    (1, 1, 1, 1),
+    (0, 3, 4, 5),
+    (2, 3, 0, 5),
+    (2, 3, 4, 1),
+]
 
 
 @pytest.mark.parametrize("shape", ORDINARY)
@@ -140,7 +151,9 @@ def test_substituted_hands_launches_of_its_own_thread_over(launches, device):
     x = torch.zeros(8, device=device)
     handed: list[tuple[str, tuple[int, ...], int, dict]] = []
     thread = threading.Thread(target=fill, args=(x, 4.0))
-    with launch.substituted(lambda kernel, grid, arguments, options: handed.append((kernel.__name__, grid, len(arguments), options))):
+    with launch.substituted(
+        lambda kernel, grid, arguments, options: handed.append((kernel.__name__, grid, len(arguments), options))
+    ):
         fill(x, 1.0)
         thread.start()
         thread.join()

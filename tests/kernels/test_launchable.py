@@ -13,11 +13,11 @@ from cnnfast_kernels import launch, launchable
 
 
 def ask(compiler):
-    """The answers of several threads at once, and how often Triton made its driver and a launcher for them; first while a capture is
-    pretended.
+    """The answers of several threads at once, and how often Triton made its driver and a launcher for them; first while
+    a capture is pretended.
 
-    All of it is Triton's own code, over a libcuda that records. It finds nothing in its cache, and compiles by `compiler`, by the
-    machine's if that is None, and without any on the path if it is "".
+    All of it is Triton's own code, over a libcuda that records. It finds nothing in its cache, and compiles by
+    `compiler`, by the machine's if that is None, and without any on the path if it is "".
     """
     import os
     import tempfile
@@ -73,7 +73,12 @@ def ask(compiler):
 
 @pytest.mark.compiled
 def test_asked_once_and_not_under_capture():
-    assert run_compiled(ask, None) == {"captured": ["", 0], "answers": [""], "made": ["driver", "launcher of smallest"], "launched": 0}
+    assert run_compiled(ask, None) == {
+        "captured": ["", 0],
+        "answers": [""],
+        "made": ["driver", "launcher of smallest"],
+        "launched": 0,
+    }
 
 
 @pytest.mark.compiled

@@ -9,7 +9,18 @@ from cnnfast_kernels.planes import choose_plane_tile, common_planes, dense_forma
 from cnnfast_kernels.tiling import BUSY_PROGRAMS, cdiv
 from poison import embed
 
-SHAPES = [(6, 5), (1, 7), (3, 1), (2, 3, 4), (2, 8, 4, 6), (2, 3, 1, 1), (1, 4, 3, 5), (2, 1, 3, 4), (2, 3, 2, 4, 2), (0, 3, 2, 2)]
+SHAPES = [
+    (6, 5),
+    (1, 7),
+    (3, 1),
+    (2, 3, 4),
+    (2, 8, 4, 6),
+    (2, 3, 1, 1),
+    (1, 4, 3, 5),
+    (2, 1, 3, 4),
+    (2, 3, 2, 4, 2),
+    (0, 3, 2, 2),
+]
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -75,7 +86,8 @@ def test_nchw_is_planes_of_adjacent_rows():
 def test_another_batch_or_image_of_a_size_class_is_the_same_kernel():
     """Whatever is constexpr depends on channels, layout and the two size classes alone."""
     large = [
-        as_planes(torch.empty(n, 64, h, w).contiguous(memory_format=torch.channels_last))[0] for n, h, w in ((64, 56, 56), (33, 41, 57))
+        as_planes(torch.empty(n, 64, h, w).contiguous(memory_format=torch.channels_last))[0]
+        for n, h, w in ((64, 56, 56), (33, 41, 57))
     ]
     assert large[0].constants == large[1].constants
     assert large[0].tile == choose_plane_tile(1, 64 * 56 * 56, 64, False, torch.float32)
@@ -83,7 +95,9 @@ def test_another_batch_or_image_of_a_size_class_is_the_same_kernel():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @pytest.mark.parametrize("rows_adjacent", [False, True])
-@pytest.mark.parametrize(("N", "L", "C"), [(1, 50176, 64), (256, 1, 2048), (1, 256, 2048), (8, 49, 512), (1, 1 << 20, 3), (1, 1 << 16, 1)])
+@pytest.mark.parametrize(
+    ("N", "L", "C"), [(1, 50176, 64), (256, 1, 2048), (1, 256, 2048), (8, 49, 512), (1, 1 << 20, 3), (1, 1 << 16, 1)]
+)
 def test_enough_programs(N, L, C, rows_adjacent, dtype):
     """Multiprocessors idle only where programs are as small as they get: 8 elements a thread."""
     tile = choose_plane_tile(N, L, C, rows_adjacent, dtype)

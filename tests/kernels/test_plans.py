@@ -1,4 +1,6 @@
-"""Plans: a repeated launch is the one that Triton would make, of the right binary, on the right device and stream, seen by who watches."""
+"""Plans: a repeated launch is the one that Triton would make, of the right binary, on the right device and stream, seen
+by who watches.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,12 @@ def test_layouts_are_those_of_tensors(device):
         for fmt in (torch.contiguous_format, torch.channels_last)[: 1 + (len(shape) == 4)]:
             t = torch.empty(shape, dtype=torch.float16, memory_format=fmt)
             layout = launch.dense(shape, torch.float16, fmt)
-            assert (layout.shape, layout.stride(), layout.dtype, layout.dim()) == (t.shape, t.stride(), t.dtype, t.dim())
+            assert (layout.shape, layout.stride(), layout.dtype, layout.dim()) == (
+                t.shape,
+                t.stride(),
+                t.dtype,
+                t.dim(),
+            )
             assert launch.is_channels_last(layout) == launch.is_channels_last(t)
             made = launch.empty(layout, torch.zeros(1, device=device))
             assert (made.shape, made.stride(), made.dtype, made.device) == (t.shape, t.stride(), t.dtype, device)
@@ -80,7 +87,9 @@ class Kernel:
 
 
 def test_a_plan_makes_its_tensors_device_current(monkeypatch):
-    """Where the first tensor lives elsewhere, that device is current for the launch: Triton's stream is the current device's."""
+    """Where the first tensor lives elsewhere, that device is current for the launch: Triton's stream is the current
+    device's.
+    """
     current, entered = [0], []
 
     @contextlib.contextmanager
@@ -98,7 +107,11 @@ def test_a_plan_makes_its_tensors_device_current(monkeypatch):
     plan = launch.Plan(kernel, (1,))
     for index in (1, 0, 2):
         device = torch.device("cuda", index)
-        plan(SimpleNamespace(device=device, dtype=torch.float32, get_device=lambda index=index: index, data_ptr=lambda: 16))
+        plan(
+            SimpleNamespace(
+                device=device, dtype=torch.float32, get_device=lambda index=index: index, data_ptr=lambda: 16
+            )
+        )
     assert kernel.ran_on == [1, 0, 2]
     assert entered == [torch.device("cuda", 1), torch.device("cuda", 2)]
     assert current == [0]
@@ -144,9 +157,15 @@ def specialisations():
             seen.append([name, gpu.launches[-1].function, gpu.compiles])
         kept = len(plan.compiled)
         by_plan = gpu.launches[-1]
-        launch.run(plan.kernel, plan.grid, x.device, *by_plan.arguments[:10], *plan.scalars, tile=plan.tile, **plan.options)
+        launch.run(
+            plan.kernel, plan.grid, x.device, *by_plan.arguments[:10], *plan.scalars, tile=plan.tile, **plan.options
+        )
         by_triton = gpu.launches[-1]
-    same = by_plan.grid == by_triton.grid and by_plan.metadata is by_triton.metadata and len(by_plan.arguments) == len(by_triton.arguments)
+    same = (
+        by_plan.grid == by_triton.grid
+        and by_plan.metadata is by_triton.metadata
+        and len(by_plan.arguments) == len(by_triton.arguments)
+    )
     same = same and all(a is b or a == b for a, b in zip(by_plan.arguments, by_triton.arguments, strict=True))
     return seen, kept, same, len(gpu.launches)
 
@@ -193,7 +212,10 @@ def watchers():
         told["streams"] = [launched.stream for launched in gpu.launches[2:]]
         told["devices"] = [launched.device - first for launched in gpu.launches[2:]]
         functions = [launched.function for launched in gpu.launches[2:]]
-        told["binaries by device"] = [functions[0] == functions[1] == functions[3], functions[2] == functions[4] != functions[0]]
+        told["binaries by device"] = [
+            functions[0] == functions[1] == functions[3],
+            functions[2] == functions[4] != functions[0],
+        ]
         gpu.stream, gpu.device = 0, first
 
         seen = []
@@ -281,7 +303,13 @@ def threads():
     pixels = {id(x): x.shape[0] * 256 for x in images.values()}
     blocks = {pixels[id(launched.arguments[0])] / launched.grid[0] for launched in gpu.launches}
     own = all(launched.arguments[2].shape == launched.arguments[0].shape for launched in gpu.launches)
-    return failures, len(gpu.launches), sorted(blocks), own, len({launched.arguments[2].data_ptr() for launched in gpu.launches})
+    return (
+        failures,
+        len(gpu.launches),
+        sorted(blocks),
+        own,
+        len({launched.arguments[2].data_ptr() for launched in gpu.launches}),
+    )
 
 
 @pytest.mark.compiled

@@ -38,9 +38,20 @@ DILATED = {
     "dilated, strided, ceil": ((1, 8, 13, 12), (3, 3), (3, 2), (1, 1), (3, 2), True),
     "a window wholly in the padding": ((1, 3, 3, 3), (2, 2), (1, 1), (1, 1), (4, 4), False),
 }
-LAYOUTS = ["nchw", "nhwc", "cut from nchw", "cut from nhwc", "transposed", "images repeated", "channels repeated", "every other channel"]
+LAYOUTS = [
+    "nchw",
+    "nhwc",
+    "cut from nchw",
+    "cut from nhwc",
+    "transposed",
+    "images repeated",
+    "channels repeated",
+    "every other channel",
+]
 # every layout in one dtype, the usual two in the others
-DTYPES_AND_LAYOUTS = [(dtype, layout) for layout in LAYOUTS for dtype in (DTYPES if layout in ("nchw", "nhwc") else [torch.float16])]
+DTYPES_AND_LAYOUTS = [
+    (dtype, layout) for layout in LAYOUTS for dtype in (DTYPES if layout in ("nchw", "nhwc") else [torch.float16])
+]
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -90,7 +101,9 @@ def assert_as_good(actual: torch.Tensor, torchs: torch.Tensor, exact: torch.Tens
     assert ours.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + floor
 
 
-def reference(pool: Callable, x: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(
+    pool: Callable, x: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """PyTorch's y and dx on the CPU, computed in `dtype`."""
     leaf = x.detach().cpu().to(dtype, copy=True).requires_grad_()
     y = pool(leaf)
@@ -99,7 +112,9 @@ def reference(pool: Callable, x: torch.Tensor, dy: torch.Tensor, dtype: torch.dt
     return y.detach(), leaf.grad
 
 
-def check_max(case: tuple, x: torch.Tensor, dy_layout: str = "nchw", dx_format: torch.memory_format | None = None) -> None:
+def check_max(
+    case: tuple, x: torch.Tensor, dy_layout: str = "nchw", dx_format: torch.memory_format | None = None
+) -> None:
     """Forward, indices and backward (by default in the format of x); x on the ring's device."""
     _, *window = case
     problem = PoolProblem.of(tuple(x.shape), *window)
@@ -114,7 +129,8 @@ def check_max(case: tuple, x: torch.Tensor, dy_layout: str = "nchw", dx_format: 
     assert_same(y, expected.detach())
     assert_same(pooling.max_pool_indices(problem, taps), expected_indices)
 
-    inside = expected_indices.max() < x.shape[2] * x.shape[3]  # PyTorch's backward writes out of bounds where a window holds no pixel
+    # PyTorch's backward writes out of bounds where a window holds no pixel
+    inside = expected_indices.max() < x.shape[2] * x.shape[3]
     if inside:
         dy = lay_out(integers(tuple(y.shape), x.dtype, x.device, seed=1), dy_layout)
         expected.backward(dy.cpu())
@@ -166,8 +182,12 @@ def test_tap_dtypes(device):
     assert_same(pooling.max_pool_indices(large, taps), F.max_pool2d(x.cpu(), (17, 16), (4, 3), return_indices=True)[1])
 
 
-def check_average(case: tuple, x: torch.Tensor, count_include_pad: bool, divisor_override: int | None = None, exact: bool = False) -> None:
-    """Forward and backward. `exact`: x holds small integers, so that only the division rounds, and forward must agree bit for bit."""
+def check_average(
+    case: tuple, x: torch.Tensor, count_include_pad: bool, divisor_override: int | None = None, exact: bool = False
+) -> None:
+    """Forward and backward. `exact`: x holds small integers, so that only the division rounds, and forward must agree
+    bit for bit.
+    """
     shape, kernel, stride, padding, _, ceil_mode = case
     arguments = (kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
     problem = PoolProblem.of(shape, kernel, stride, padding, ceil_mode=ceil_mode)
@@ -187,7 +207,9 @@ def check_average(case: tuple, x: torch.Tensor, count_include_pad: bool, divisor
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-@pytest.mark.parametrize(("count_include_pad", "divisor_override"), [(True, None), (False, None), (True, 3), (False, -5)])
+@pytest.mark.parametrize(
+    ("count_include_pad", "divisor_override"), [(True, None), (False, None), (True, 3), (False, -5)]
+)
 def test_average_over_windows(name, count_include_pad, divisor_override, device):
     layout = "nhwc" if count_include_pad else "nchw"
     x = lay_out(integers(WINDOWS[name][0], torch.float32, device), layout)
@@ -289,7 +311,10 @@ def test_same_inputs_same_bits(device):
     def results() -> list[torch.Tensor]:
         y, taps = pooling.max_pool(problem, x, with_taps=True)
         z = pooling.avg_pool(problem, x, False, None)
-        backward = pooling.max_pool_backward(problem, z, taps, CL), pooling.avg_pool_backward(problem, y, False, None, CL)
+        backward = (
+            pooling.max_pool_backward(problem, z, taps, CL),
+            pooling.avg_pool_backward(problem, y, False, None, CL),
+        )
         return [y, taps, z, *backward, pooling.global_avg_pool(x)]
 
     for first, second in zip(results(), results(), strict=True):

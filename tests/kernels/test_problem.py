@@ -22,7 +22,14 @@ def pairs(values):
     return st.tuples(values, values)
 
 
-@given(pairs(extent), pairs(window), pairs(step), st.tuples(*[st.integers(0, 6)] * 4), pairs(step), st.sampled_from([1, 2, 4]))
+@given(
+    pairs(extent),
+    pairs(window),
+    pairs(step),
+    st.tuples(*[st.integers(0, 6)] * 4),
+    pairs(step),
+    st.sampled_from([1, 2, 4]),
+)
 def test_convolution_extents(size, taps, stride, padding, dilation, groups):
     top, bottom, left, right = padding
     padded_h, padded_w = size[0] + top + bottom, size[1] + left + right
@@ -64,7 +71,9 @@ def test_the_last_window_of_ceil_mode_starts_inside():
 
 @given(stride=step, dilation=step, pad=st.integers(0, 4))
 def test_pixels_of_a_parity_see_the_same_taps(stride, dilation, pad):
-    """dgrad's decomposition: the taps that reach input row h depend on (h + pad) mod stride alone, and lie tap_step apart."""
+    """dgrad's decomposition: the taps that reach input row h depend on (h + pad) mod stride alone, and lie tap_step
+    apart.
+    """
     taps_of = {}
     for h in range(4 * stride):
         taps = [r for r in range(24) if (h + pad - r * dilation) % stride == 0]
@@ -113,4 +122,6 @@ def test_layers_without_taps_that_miss():
     ):
         problem = ConvProblem.of((1, 8, 8, 8), (8, 8, window, window), (stride, stride), (pad,) * 4, (1, 1), 1)
         assert (problem.taps_miss_h, problem.taps_miss_w) == (misses, misses), (window, stride, pad)
-    assert ConvProblem.of((1, 8, 9, 8), (8, 8, 2, 2), (2, 2), (0, 0, 0, 0), (1, 1), 1).taps_miss_h, "a row that no window covers"
+    assert ConvProblem.of((1, 8, 9, 8), (8, 8, 2, 2), (2, 2), (0, 0, 0, 0), (1, 1), 1).taps_miss_h, (
+        "a row that no window covers"
+    )

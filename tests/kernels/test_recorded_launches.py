@@ -1,4 +1,5 @@
-"""What reaches CUDA: launches of every kernel, in each pattern of its operands, by Triton's real launcher over a driver that records.
+"""What reaches CUDA: launches of every kernel, in each pattern of its operands, by Triton's real launcher over a driver
+that records.
 
 One launch of each here; python ci/recorded_launches.py has all tiles, dtypes, layouts and many geometries.
 """
@@ -59,5 +60,7 @@ def test_tensor_maps_keep_within_what_cuda_documents_and_within_their_tensors(se
 
 
 def test_operands_may_be_aligned_at_first_and_not_later(seen):
-    """Each kernel gets one operand at an odd address after a launch of the same plan with aligned ones, and the aligned ones again."""
+    """Each kernel gets one operand at an odd address after a launch of the same plan with aligned ones, and the aligned
+    ones again.
+    """
     assert set(seen["unaligned"]) == set(seen["by_plan"])

@@ -1,4 +1,6 @@
-"""The driver that records: it keeps what Triton's launcher passes, refuses tensor maps that CUDA would, and says when it cannot be used."""
+"""The driver that records: it keeps what Triton's launcher passes, refuses tensor maps that CUDA would, and says when
+it cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def launch_one(this_file):
             kernel.name == "every_kind",
         ],
         "map": {
-            name: getattr(encoded, name) for name in ("address", "dims", "strides", "box", "element_strides", "element_bytes", "refusal")
+            name: getattr(encoded, name)
+            for name in ("address", "dims", "strides", "box", "element_strides", "element_bytes", "refusal")
         },
         "nothing_is_told_twice": nothing_is_told_twice,
     }
@@ -62,12 +65,8 @@ def test_what_the_launcher_passes_is_kept():
     seen = run_compiled(launch_one, __file__)
     x, scratch = struct.pack("<Q", seen["x"]), bytes(8)
     parameters = [bytes.fromhex(p) for p in seen["parameters"]]
-    numbers = (
-        struct.pack("<i", -7),
-        struct.pack("<f", 1.5),
-        struct.pack("<d", 0.1),
-        struct.pack("<q", 2**40),
-    )  # one is a constant, by its value
+    # One more argument is a constant, by its value.
+    numbers = (struct.pack("<i", -7), struct.pack("<f", 1.5), struct.pack("<d", 0.1), struct.pack("<q", 2**40))
     as_map = *(struct.pack("<i", n) for n in (64, 40)), *(struct.pack("<q", n) for n in (48, 1))
     assert parameters[:5] == [x, *numbers]
     assert len(parameters[5]) == 128
@@ -90,7 +89,9 @@ def test_what_the_launcher_passes_is_kept():
 
 
 def encode(cases):
-    """[what cuTensorMapEncodeTiled returns, the refusal on record] for each of `cases`, which change a legal map of float16 in two axes."""
+    """[what cuTensorMapEncodeTiled returns, the refusal on record] for each of `cases`, which change a legal map of
+    float16 in two axes.
+    """
     import ctypes
 
     from cnnfast_kernels.aot.recording_driver import recording_driver
@@ -105,7 +106,12 @@ def encode(cases):
     with recording_driver(90) as driver:
         for case in cases:
             c = legal | case
-            kinds = {"dims": ctypes.c_uint64, "strides": ctypes.c_uint64, "box": ctypes.c_uint32, "steps": ctypes.c_uint32}
+            kinds = {
+                "dims": ctypes.c_uint64,
+                "strides": ctypes.c_uint64,
+                "box": ctypes.c_uint32,
+                "steps": ctypes.c_uint32,
+            }
             lists = {name: (kind * len(c[name]))(*c[name]) for name, kind in kinds.items()}
             code = driver.library.cuTensorMapEncodeTiled(
                 ctypes.byref(memory, start + c["offset"]), c["type"], c["rank"], ctypes.c_void_p(c["address"]),
@@ -140,7 +146,10 @@ ILLEGAL = [
     ({"box": [72, 16]}, "a line of the box has 144 bytes, more than the 128"),
     ({"box": [64, 16], "swizzle": 2}, "more than the 64"),
     ({"box": [64, 16], "swizzle": 1}, "more than the 32"),
-    ({"rank": 3, "dims": [64] * 3, "strides": [128, 128], "box": [64, 256, 8], "steps": [1] * 3}, "a box of 262144 bytes"),
+    (
+        {"rank": 3, "dims": [64] * 3, "strides": [128, 128], "box": [64, 256, 8], "steps": [1] * 3},
+        "a box of 262144 bytes",
+    ),
 ]
 LEGAL = [
     {},
@@ -238,7 +247,10 @@ def use_beside_another():
 
 @pytest.mark.compiled
 def test_another_libcuda_in_the_process_is_an_error():
-    assert run_compiled(use_beside_another) == "another libcuda.so.1 is loaded in this process: record launches in a process of its own"
+    assert (
+        run_compiled(use_beside_another)
+        == "another libcuda.so.1 is loaded in this process: record launches in a process of its own"
+    )
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="GPU ring: kernels are not interpreted")

@@ -1,4 +1,6 @@
-"""Quotients and roots are rounded to nearest: in the kernels' sources, in what they compile to, and where it shows in a result."""
+"""Quotients and roots are rounded to nearest: in the kernels' sources, in what they compile to, and where it shows in a
+result.
+"""
 
 from __future__ import annotations
 
@@ -66,16 +68,27 @@ def approximations(arch, names):
 
                 def see(launched, name=case.name):
                     ptx = launched.compiled.asm["ptx"]
-                    found.append([name, launched.kernel, sorted(set(re.findall(r"\b(?:div\.full|(?:div|rcp|r?sqrt)\.approx)[\w.]*", ptx)))])
+                    found.append(
+                        [
+                            name,
+                            launched.kernel,
+                            sorted(set(re.findall(r"\b(?:div\.full|(?:div|rcp|r?sqrt)\.approx)[\w.]*", ptx))),
+                        ]
+                    )
 
                 with launch.observe(see, compile_only=True):
                     case.run()
     return found
 
 
-# Every kernel that normalises, combines, updates or divides; of convolutions those with batch norm, and with statistics.
+# Every kernel that normalises, combines, updates or divides; of convolutions those with batch norm, and with
+# statistics.
 CASES = [
-    *(f"{operation} bfloat16 {layer}" for operation in ("infer", "train") for layer in ("3x3", "3x3/1 depthwise of 96 channels")),
+    *(
+        f"{operation} bfloat16 {layer}"
+        for operation in ("infer", "train")
+        for layer in ("3x3", "3x3/1 depthwise of 96 channels")
+    ),
     *("batch norm bfloat16", "batch norm bfloat16, given statistics", "batch norm float32 NCHW", "batch norm float64"),
     *("pooling bfloat16", "pooling float32 NCHW"),
 ]
@@ -89,7 +102,13 @@ def test_compiled_quotients_and_roots(arch, cases):
     found = run_compiled(approximations, arch, cases + EXPONENTIAL)
     assert {name for name, *_ in found} == {*cases, *EXPONENTIAL}
     kernels = {kernel for _, kernel, _ in found}
-    assert kernels >= {"conv_fprop_kernel", "depthwise_fprop_kernel", "combine_kernel", "batch_moments_kernel", "normalize_kernel"}
+    assert kernels >= {
+        "conv_fprop_kernel",
+        "depthwise_fprop_kernel",
+        "combine_kernel",
+        "batch_moments_kernel",
+        "normalize_kernel",
+    }
     assert kernels >= {"gradient_sums_kernel", "normalize_backward_kernel", "update_running_kernel"}
     assert kernels >= {"avg_pool_kernel", "avg_pool_backward_kernel", "plane_mean_kernel"}
     assert ("tma_fprop_kernel" in kernels) == (arch == "sm_90")
@@ -105,7 +124,11 @@ TINY = 1e-40
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_of_a_subnormal_variance(training, layout, device):
-    y = torch.randn(4, 6, 5, 3, generator=torch.Generator().manual_seed(0)).mul(TINY**0.5).to(device, memory_format=layout)
+    y = (
+        torch.randn(4, 6, 5, 3, generator=torch.Generator().manual_seed(0))
+        .mul(TINY**0.5)
+        .to(device, memory_format=layout)
+    )
     weight, bias = torch.arange(1.0, 7.0, device=device), torch.arange(6.0, device=device)
     if training:
         mean, var = batch_moments(y)
@@ -132,9 +155,14 @@ FAMILIES = [
 
 @pytest.mark.parametrize(("tile", "groups", "dtype"), FAMILIES)
 def test_convolution_and_norm_of_a_subnormal_variance(tile, groups, dtype, device):
-    """The norm's weight makes up for the size of 1 / sqrt(var): results are of the size of the sums, hence exact within their dtype."""
+    """The norm's weight makes up for the size of 1 / sqrt(var): results are of the size of the sums, hence exact within
+    their dtype.
+    """
     generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randint(-2, 3, s, generator=generator).to(device, dtype) for s in ((2, 16, 6, 5), (16, 16 // groups, 3, 3)))
+    x, w = (
+        torch.randint(-2, 3, s, generator=generator).to(device, dtype)
+        for s in ((2, 16, 6, 5), (16, 16 // groups, 3, 3))
+    )
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     mean, bias = torch.arange(16.0, device=device) - 8, torch.arange(16.0, device=device)
     var, weight = torch.full((16,), TINY, device=device), torch.full((16,), TINY**0.5, device=device)

@@ -1,9 +1,11 @@
-"""One infinity or NaN in an operand of a convolution, or of its weights' gradient: which results it reaches. The judge goes tap by tap.
+"""One infinity or NaN in an operand of a convolution, or of its weights' gradient: which results it reaches. The judge
+goes tap by tap.
 
-Of a sum over taps two readings differ where a tap lies in the padding: its zero is multiplied (infinity * 0 is NaN), as PyTorch's kernels
-that multiply an explicit im2col do, which are those of float64; or it is no pixel and adds nothing, as in oneDNN's. The kernels that load
-by pointers follow the first reading, which is also cnnfast.reference's. Those that load boxes by tensor maps skip taps that see nothing
-but padding, so that each of their sums is one reading's or the other's. An input's gradient has no padding: see test_dgrad.py and the like.
+Of a sum over taps two readings differ where a tap lies in the padding: its zero is multiplied (infinity * 0 is NaN), as
+PyTorch's kernels that multiply an explicit im2col do, which are those of float64; or it is no pixel and adds nothing,
+as in oneDNN's. The kernels that load by pointers follow the first reading, which is also cnnfast.reference's. Those
+that load boxes by tensor maps skip taps that see nothing but padding, so that each of their sums is one reading's or
+the other's. An input's gradient has no padding: see test_dgrad.py and the like.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ FACTORS = {"fprop": ("x", "w"), "wgrad": ("x", "dy")}
 OPERAND_OF = [(operation, operand) for operation, operands in FACTORS.items() for operand in operands]
 
 
-def by_taps(case: Case, operation: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, padding_counts: bool) -> torch.Tensor:
+def by_taps(
+    case: Case, operation: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, padding_counts: bool
+) -> torch.Tensor:
     """y or dw in float64 by its definition, every product taken; those of the padding's zeros only if padding_counts."""
     x, w, dy = (t.double().cpu() for t in (x, w, dy))
     top, bottom, left, right = case.padding
@@ -45,8 +49,12 @@ def by_taps(case: Case, operation: str, x: torch.Tensor, w: torch.Tensor, dy: to
     return y.flatten(1, 2) if operation == "fprop" else dw.flatten(0, 1)
 
 
-def operands(case: Case, operand: str, value: float, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """Small integers, with that value at the first and a middle element of one of them: at a corner, where most taps miss, and within."""
+def operands(
+    case: Case, operand: str, value: float, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Small integers, with that value at the first and a middle element of one of them: at a corner, where most taps
+    miss, and within.
+    """
     tensors = dict(zip(("x", "w", "dy"), draw(case, dtype, torch.device("cpu")), strict=True))
     flat = tensors[operand].view(-1)
     flat[0] = value
@@ -65,7 +73,9 @@ def check(case: Case, operation: str, operand: str, algorithm: conv.Algorithm, d
     for value in (INF, float("nan")):
         tensors = operands(case, operand, value, torch.float32, device)
         exact = by_taps(case, operation, **tensors, padding_counts=True)
-        torch.testing.assert_close(computed(case, operation, **tensors, algorithm=algorithm), exact, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            computed(case, operation, **tensors, algorithm=algorithm), exact, rtol=0, atol=0, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize(("operation", "operand"), OPERAND_OF)
@@ -111,7 +121,9 @@ BOX_CASES = [(operation, operand, case, tile) for operation, operand in OPERAND_
 @needs_tensor_maps
 @pytest.mark.parametrize(("operation", "operand", "case", "tile"), BOX_CASES, ids=str)
 def test_kernels_that_load_boxes(operation, operand, case, tile, device):
-    """Where a box of dy overhangs, weights that the value does not reach may be NaN too. None that it reaches is finite."""
+    """Where a box of dy overhangs, weights that the value does not reach may be NaN too. None that it reaches is
+    finite.
+    """
     tensors = operands(case, operand, INF, torch.float16, device)
     found = computed(case, operation, **tensors, tile=tile)
     without, counting = (by_taps(case, operation, **tensors, padding_counts=counts) for counts in (False, True))

@@ -1,4 +1,6 @@
-"""Launches written down and compiled: what a description keeps, which launches are one, and what the compiler refuses of them."""
+"""Launches written down and compiled: what a description keeps, which launches are one, and what the compiler refuses
+of them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ FAMILIES = {
 
 
 def launch_every_norm(family, device):
-    """The forward kernel of a family, with and without a batch norm, and with each of its and the convolution's operands or none."""
+    """The forward kernel of a family, with and without a batch norm, and with each of its and the convolution's
+    operands or none.
+    """
     _, dtypes, (K, C, R, S) = FAMILIES[family]
     geometry = GEOMETRY._replace(groups=K if family == "depthwise" else 1)
     channels = torch.ones(K, device=device)
@@ -56,7 +60,9 @@ def refused_by_front_end(lines):
 @recorded_here
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fused_norms_compile_without_their_optional_operands(family, device):
-    """What the interpreter made of them, the front end must too: a helper's tuple that held None once passed here and nowhere else."""
+    """What the interpreter made of them, the front end must too: a helper's tuple that held None once passed here and
+    nowhere else.
+    """
     kernel, dtypes, _ = FAMILIES[family]
     with described_launches() as lines:
         launch_every_norm(family, device)
@@ -115,7 +121,9 @@ def test_tensors_and_maps_come_back_as_their_like():
         assert told == {"tensor": "float16", "aligned": aligned}
         back = specialisations.decoded(told)
         assert (back.dtype, back.data_ptr() % 16 == 0) == (torch.float16, aligned)
-    told = specialisations.encoded(launch.tensor_map((2, 5, 5, 24), (600, 120, 24, 1), (1, 8, 8, 64), torch.bfloat16), parameter)
+    told = specialisations.encoded(
+        launch.tensor_map((2, 5, 5, 24), (600, 120, 24, 1), (1, 8, 8, 64), torch.bfloat16), parameter
+    )
     assert told == {"map": "bfloat16", "box": [1, 8, 8, 64]}
     back = specialisations.decoded(told)
     assert (back.base.dtype, list(back.block_shape)) == (torch.bfloat16, [1, 8, 8, 64])
@@ -128,7 +136,9 @@ def test_what_cannot_be_written_down_is_named(name):
 
 
 def triton_sees():
-    """The kernels whose launches were compared, those that there are, and the launches that Triton would not compile as described."""
+    """The kernels whose launches were compared, those that there are, and the launches that Triton would not compile as
+    described.
+    """
     import torch
     from triton import knobs
 
@@ -140,11 +150,21 @@ def triton_sees():
     seen = []
 
     def see(*, compile, **_):
-        seen.append((compile["signature"], compile["constants"], compile["configs"], compile["num_warps"], compile["num_stages"]))
+        seen.append(
+            (
+                compile["signature"],
+                compile["constants"],
+                compile["configs"],
+                compile["num_warps"],
+                compile["num_stages"],
+            )
+        )
         return True
 
     launches = []
-    launch.run = lambda kernel, grid, device, *arguments, tile=None, **options: launches.append((kernel, arguments, options))
+    launch.run = lambda kernel, grid, device, *arguments, tile=None, **options: launches.append(
+        (kernel, arguments, options)
+    )
     knobs.runtime.jit_cache_hook = see
     with aot.target("sm_90"):
         for case in cases():
@@ -164,7 +184,9 @@ def triton_sees():
             line = specialisations.described(kernel, arguments, options)
             told = specialisations.Described.of(line)
             kernel.warmup(*arguments, grid=(1,), **options)
-            kernel.warmup(**{name: specialisations.decoded(v) for name, v in told.arguments.items()}, grid=(1,), **told.options)
+            kernel.warmup(
+                **{name: specialisations.decoded(v) for name, v in told.arguments.items()}, grid=(1,), **told.options
+            )
             ours, theirs = seen.pop(), seen.pop()
             if ours != theirs:
                 wrong.append([line, str(theirs)])
@@ -187,7 +209,9 @@ def test_kernels_that_the_package_does_not_hold_are_left_out(monkeypatch, tmp_pa
 
 @pytest.mark.compiled
 def test_triton_compiles_a_description_as_it_compiles_the_launch():
-    """Types, constants, divisibility, warps and stages, of launches of every kernel and of the integers where Triton's choices change."""
+    """Types, constants, divisibility, warps and stages, of launches of every kernel and of the integers where Triton's
+    choices change.
+    """
     compared, kernels, wrong = run_compiled(triton_sees)
     assert wrong == []
     assert compared == kernels
@@ -219,7 +243,13 @@ PAIRS = [
     ("an extent", FPROP, {"N": 2}, {"N": 16}, 1),
     ("a float", FPROP, {"EPS": 1e-5}, {"EPS": 1e-3}, 1),
     ("an address", FPROP, {"z_ptr": TENSOR}, {"z_ptr": TENSOR | {"aligned": False}}, 1),
-    ("a stride and the taps of its classes", DGRAD, {"R": 9, "STRIDE_H": 2, "STEP_H": 2}, {"R": 9, "STRIDE_H": 3, "STEP_H": 3}, 1),
+    (
+        "a stride and the taps of its classes",
+        DGRAD,
+        {"R": 9, "STRIDE_H": 2, "STEP_H": 2},
+        {"R": 9, "STRIDE_H": 3, "STEP_H": 3},
+        1,
+    ),
     ("the turns of an unrolled loop", DEPTHWISE, {"ROWS": 4}, {"ROWS": 8}, 1),
     ("an operand is absent", FPROP, {"z_ptr": None}, {"z_ptr": TENSOR}, 2),
     ("the dtype of an operand", FPROP, {"z_ptr": TENSOR}, {"z_ptr": TENSOR | {"tensor": "float32"}}, 2),
@@ -231,7 +261,13 @@ PAIRS = [
     ("EVEN", FPROP, {"C": 32, "BLOCK_K": 16}, {"C": 33, "BLOCK_K": 16}, 2),
     ("FLAT", FPROP, {"C": 33, "BLOCK_K": 64}, {"C": 33, "BLOCK_K": 16}, 2),
     ("more taps than an int has bits", FPROP, {"C": 32, "BLOCK_K": 16, "R": 3}, {"C": 32, "BLOCK_K": 16, "R": 11}, 2),
-    ("what a helper decides: class_axis, of rows alone", DGRAD, {"STRIDE_W": 2, "STRIDE_H": 1}, {"STRIDE_W": 2, "STRIDE_H": 2}, 2),
+    (
+        "what a helper decides: class_axis, of rows alone",
+        DGRAD,
+        {"STRIDE_W": 2, "STRIDE_H": 1},
+        {"STRIDE_W": 2, "STRIDE_H": 2},
+        2,
+    ),
     ("an unrolled loop of one turn", DEPTHWISE, {"ROWS": 1}, {"ROWS": 2}, 2),
 ]
 
@@ -313,7 +349,9 @@ def test_a_refused_launch_is_told_with_its_kernel_operands_and_the_reason(whole)
         assert word in message
 
 
-@pytest.mark.parametrize("change", [{"kernel": "cnnfast_kernels.gather.fprop:lost_kernel"}, {"arguments": {"lost": None}}])
+@pytest.mark.parametrize(
+    "change", [{"kernel": "cnnfast_kernels.gather.fprop:lost_kernel"}, {"arguments": {"lost": None}}]
+)
 def test_a_description_of_other_sources_is_an_error(change):
     told = {"kernel": "cnnfast_kernels.gather.fprop:conv_fprop_kernel", "arguments": {}, "options": {}}
     with pytest.raises(ValueError, match=r"no such kernel, or not with such parameters: .*lost"):
@@ -326,4 +364,6 @@ def test_interpreted_processes_are_refused():
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
         specialisations.representatives([])
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        specialisations.refused('{"kernel": "cnnfast_kernels.gather.fprop:conv_fprop_kernel", "arguments": {}, "options": {}}', "sm_90")
+        specialisations.refused(
+            '{"kernel": "cnnfast_kernels.gather.fprop:conv_fprop_kernel", "arguments": {}, "options": {}}', "sm_90"
+        )

@@ -1,4 +1,6 @@
-"""Tables of measured tiles: which row serves which convolution, what a file may hold, and who is told of one that cannot be used."""
+"""Tables of measured tiles: which row serves which convolution, what a file may hold, and who is told of one that
+cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def test_so_is_what_else_the_key_says(gpu, changes):
 def test_the_nearest_batch_serves_up_to_twice_and_half(gpu):
     rows = {N: row(gpu, replace(PROBLEM, N=N)) for N in (8, 16, 60)}
     write(gpu, *rows.values())
-    serves = {N: tables.find(row(gpu, replace(PROBLEM, N=N)).key) for N in (0, 3, 4, 8, 11, 12, 16, 30, 32, 33, 120, 121)}
+    serves = {
+        N: tables.find(row(gpu, replace(PROBLEM, N=N)).key) for N in (0, 3, 4, 8, 11, 12, 16, 30, 32, 33, 120, 121)
+    }
     expected = {0: None, 3: None, 4: 8, 8: 8, 11: 8, 12: 16, 16: 16, 30: 16, 32: 60, 33: 60, 120: 60, 121: None}
     assert {N: None if r is None else r.key.problem.N for N, r in serves.items()} == expected
 
@@ -105,7 +109,9 @@ def test_the_users_rows_go_before_those_that_come_with_cnnfast(gpu):
     for name, other in zip(("resnet50.json", "stem.json"), others, strict=True):
         tables.write(*gpu, [other], ABOUT, folder / name)
     (tables.SHIPPED / "another-gpu-sm_80").mkdir()
-    tables.write("Another GPU", 80, [row(("Another GPU", 80))], ABOUT, tables.SHIPPED / "another-gpu-sm_80" / "resnet50.json")
+    tables.write(
+        "Another GPU", 80, [row(("Another GPU", 80))], ABOUT, tables.SHIPPED / "another-gpu-sm_80" / "resnet50.json"
+    )
     assert [tables.find(r.key) for r in others] == [*others]
     assert tables.find(row(("Another GPU", 80)).key) is not None
     assert not tables.user_folder().exists()
@@ -124,7 +130,8 @@ def test_measuring_again_replaces_and_keeps_the_rest(gpu):
     assert tables.find(first.key) == again
     assert tables.find(other.key) == other
     assert tables.library
-    assert [file.name for file in tables.user_folder().iterdir()] == [tables.user_file(*gpu).name]  # no half-written ones
+    # no half-written ones
+    assert [file.name for file in tables.user_folder().iterdir()] == [tables.user_file(*gpu).name]
 
 
 def test_files_are_named_after_gpus():
@@ -148,7 +155,9 @@ def misplaced(folder) -> list[str]:
 
 
 def test_what_comes_with_cnnfast_is_whole_and_in_its_place(gpu, tmp_path):
-    """Whatever stands in tables/ is a table of this version, of the GPU that its folder names, and says what it was measured with."""
+    """Whatever stands in tables/ is a table of this version, of the GPU that its folder names, and says what it was
+    measured with.
+    """
     assert misplaced(Path(tables.__file__).parent / "tables") == []
     about = dict.fromkeys(("driver", "torch", "triton", "cudnn", "commit", "date"), "known")
     right, wrong = tmp_path / tables.slug(*gpu), tmp_path / "h200"
@@ -187,7 +196,9 @@ for C in range(first, first + count):
 
 def writer(folder, first: int, count: int) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, IMPORTABLE))}
-    return subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(first), str(count)], text=True, stdout=PIPE, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder), str(first), str(count)], text=True, stdout=PIPE, env=environment
+    )
 
 
 def channels(folder) -> set[int]:
@@ -279,7 +290,9 @@ def test_rows_go_to_another_file_if_it_is_a_table_of_that_gpu(gpu, tmp_path):
     assert len(tables.read(file)) == 2
     assert json.loads(file.read_text())["date"] == "tomorrow"
     assert not tables.user_folder().exists()
-    with pytest.raises(ValueError, match=r"rows\.json holds rows of A GPU, 80 GB by cnnfast .*, and these would be of A GPU by"):
+    with pytest.raises(
+        ValueError, match=r"rows\.json holds rows of A GPU, 80 GB by cnnfast .*, and these would be of A GPU by"
+    ):
         tables.refuse_foreign(file, "A GPU", 90)
     with pytest.raises(OSError, match=r"cannot be written to .*: No such file or directory"):
         tables.refuse_foreign(tmp_path / "nowhere" / "rows.json", *gpu)
@@ -547,11 +560,15 @@ def test_candidates_are_few_distinct_and_begin_with_the_default(arch):
                     assert len(set(found)) == len(found) <= choosing.MOST_CANDIDATES
                     assert all(isinstance(tile, StripTile) == q.problem.is_depthwise for tile in found)
                     assert {tile.SPLIT_K for tile in found} == {1} or q.operation == "wgrad"
-                    assert all(Row.from_dict(*gpu, Row(q.key, tile, "kernels", {}).to_dict()).tile == tile for tile in found)
+                    assert all(
+                        Row.from_dict(*gpu, Row(q.key, tile, "kernels", {}).to_dict()).tile == tile for tile in found
+                    )
 
 
 def test_both_families_and_all_their_shapes_are_among_the_candidates():
-    """Half of them are of each family, and none is another stage or split of one while a tile of another shape is left out."""
+    """Half of them are of each family, and none is another stage or split of one while a tile of another shape is left
+    out.
+    """
     for q in questions(launch.Gpu("A GPU, 80 GB", 90), 256, 256, 3):
         found = choosing.candidates(q)
         assert len(found) == choosing.MOST_CANDIDATES

@@ -1,4 +1,6 @@
-"""tma/ against PyTorch in float64: production tiles on small problems, of small integers whose sums are exact in any order."""
+"""tma/ against PyTorch in float64: production tiles on small problems, of small integers whose sums are exact in any
+order.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,11 @@ def shapes(operation):
 
 def sizes(operation):
     """Every tile that a convolution of whole phases may get, but for boxes of a few pixels of its two images."""
-    return [tile for tile in candidate_boxes(PHASES.problem, operation) if box_steps(PHASES.problem, operation, tile) <= MOST_STEPS]
+    return [
+        tile
+        for tile in candidate_boxes(PHASES.problem, operation)
+        if box_steps(PHASES.problem, operation, tile) <= MOST_STEPS
+    ]
 
 
 def arrange(t, dense=True):
@@ -117,7 +123,9 @@ SPECIAL = [
 
 @pytest.mark.parametrize(("case", "tile"), SPECIAL, ids=str)
 def test_special_weights_reach_what_their_taps_reach(case, tile, device):
-    """Boxes of one pixel, whose taps are skipped, of rows, of rows and columns, with phases and without; some have NaN in dy too."""
+    """Boxes of one pixel, whose taps are skipped, of rows, of rows and columns, with phases and without; some have NaN
+    in dy too.
+    """
     _, w, dy = operands(case, device)
     with_special_values(w, dy if tile.TILE_W > 1 else None)
     dx = output(case.x, dy)
@@ -182,13 +190,19 @@ def test_wgrad_of_any_layout(device):
     assert_exact(dw, reference(RAGGED, x, w, dy)[2])
 
 
-@pytest.mark.parametrize("tile", [BoxTile(2, 8, 8, 64, 64), BoxTile(2, 4, 8, 128, 32), BoxTile(4, 4, 4, 64, 64)], ids=str)
+@pytest.mark.parametrize(
+    "tile", [BoxTile(2, 8, 8, 64, 64), BoxTile(2, 4, 8, 128, 32), BoxTile(4, 4, 4, 64, 64)], ids=str
+)
 @pytest.mark.parametrize("case", [RAGGED, POINTWISE], ids=str)
 def test_epilogue(case, tile, device):
-    """act(batch_norm(conv + bias) + residual), and the moments of what was stored, over boxes that reach beyond the tensor."""
+    """act(batch_norm(conv + bias) + residual), and the moments of what was stored, over boxes that reach beyond the
+    tensor.
+    """
     x, w, dy = operands(case, device)
     g = case.problem
-    bias, mean, weight, beta = (torch.arange(i, i + g.K, dtype=torch.float32, device=device) % (i + 2) - 1 for i in range(4))
+    bias, mean, weight, beta = (
+        torch.arange(i, i + g.K, dtype=torch.float32, device=device) % (i + 2) - 1 for i in range(4)
+    )
     norm = BatchNorm(mean, 4.0 ** (bias % 2), weight, beta, eps=0.0)  # standard deviations are powers of two: exact
     y = output(case.y, x)
     rows = box_rows(flattened(g, x, y)[0], tile)
@@ -209,7 +223,13 @@ def test_activations(activation, device):
     """As gather/'s kernels, which have the same epilogue and the same sums."""
     x, w, _ = operands(Case("", (1, 16, 8, 8), (64, 1, 1)), device)
     ours, theirs = (
-        conv.conv_fprop(x, w / 4, conv.Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1), Epilogue(activation=activation, slope=0.1), tile=tile)
+        conv.conv_fprop(
+            x,
+            w / 4,
+            conv.Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1),
+            Epilogue(activation=activation, slope=0.1),
+            tile=tile,
+        )
         for tile in (BoxTile(1, 8, 8, 64, 64), TileConfig(64, 32, 32))
     )
     assert torch.equal(ours, theirs)
@@ -227,7 +247,9 @@ def test_bias_of_a_transposed_convolution(device):
 def test_as_near_to_float64_as_pytorch(dtype, device):
     case = Case("a long sum", (1, 136, 8, 8), (16, 3, 3), padding=PADDED)
     generator = torch.Generator().manual_seed(0)
-    x, w, dy = (arrange(torch.randn(shape, generator=generator).to(device, dtype)) for shape in (case.x, case.w, case.y))
+    x, w, dy = (
+        arrange(torch.randn(shape, generator=generator).to(device, dtype)) for shape in (case.x, case.w, case.y)
+    )
     leaves = [t.contiguous().requires_grad_() for t in (x, w)]
     theirs = torch.nn.functional.conv2d(*leaves, padding=1)
     theirs = [theirs.detach(), *torch.autograd.grad(theirs, leaves, dy.contiguous())]
@@ -264,7 +286,9 @@ def test_same_bits_twice(device):
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="GPU ring: products are counted in the interpreter")
 @pytest.mark.parametrize("check", [check_fprop, check_dgrad, check_wgrad])
-@pytest.mark.parametrize("tile", [BoxTile(64, 1, 1, 64, 64), BoxTile(4, 1, 16, 64, 64), BoxTile(1, 8, 8, 64, 64)], ids=str)
+@pytest.mark.parametrize(
+    "tile", [BoxTile(64, 1, 1, 64, 64), BoxTile(4, 1, 16, 64, 64), BoxTile(1, 8, 8, 64, 64)], ids=str
+)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_steps_are_those_that_the_choice_reckons_with(stride, tile, check, device, monkeypatch):
     """No more than that: single pixels, rows and columns skip the taps that see padding."""
@@ -280,7 +304,9 @@ def test_a_tile_that_cannot_step_with_the_stride(device):
     x, w, dy = operands(ODD, device)
     tile = BoxTile(1, 8, 8, 64, 32)
     for call in (lambda: tma_fprop(ODD.problem, tile, x, w, dy), lambda: tma_dgrad(ODD.problem, tile, dy, w, x)):
-        with pytest.raises(ValueError, match=r"tile=1x8x8 pixels .* cannot step with stride 2x2 over 24 channels of 7x9 pixels"):
+        with pytest.raises(
+            ValueError, match=r"tile=1x8x8 pixels .* cannot step with stride 2x2 over 24 channels of 7x9 pixels"
+        ):
             call()
 
 
@@ -317,17 +343,29 @@ def test_statistics_and_residuals_come_by_tensor_maps(launches, device):
     torch.testing.assert_close(var.double(), exact.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-5)
     assert torch.equal(conv.conv_fprop(x, w, geometry, Epilogue(residual=dy)), y + dy)
     assert torch.equal(conv.conv_fprop(x, w, geometry, Epilogue(residual=dy.contiguous())), y + dy)
-    assert [event.kernel for event in launches] == ["tma_fprop_kernel", "combine_kernel", "tma_fprop_kernel", "conv_fprop_kernel"]
+    assert [event.kernel for event in launches] == [
+        "tma_fprop_kernel",
+        "combine_kernel",
+        "tma_fprop_kernel",
+        "conv_fprop_kernel",
+    ]
 
 
 def unaligned(t):
-    return torch.cat([t.new_zeros(1), t.permute(0, 2, 3, 1).flatten()])[1:].view(t.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    return (
+        torch.cat([t.new_zeros(1), t.permute(0, 2, 3, 1).flatten()])[1:]
+        .view(t.permute(0, 2, 3, 1).shape)
+        .permute(0, 3, 1, 2)
+    )
 
 
 NOT_SERVED = {
     "x is NCHW": (SERVED, lambda x, w, dy: (x.contiguous(), w, dy)),
     "x at an odd address": (SERVED, lambda x, w, dy: (unaligned(x), w, dy)),
-    "x with gaps of 2 bytes": (SERVED, lambda x, w, dy: (embed(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2), w, dy)),
+    "x with gaps of 2 bytes": (
+        SERVED,
+        lambda x, w, dy: (embed(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2), w, dy),
+    ),
     "images one and the same": (SERVED, lambda x, w, dy: (x[:1].expand_as(x), w, dy[:1].expand_as(dy))),
     "float32": (SERVED, lambda *tensors: [t.float() for t in tensors]),
     "12 channels": (replace(SERVED, x=(2, 12, 8, 8)), None),
@@ -352,7 +390,9 @@ def test_what_pointers_serve(name, launches, device):
     assert [kernel for kernel in kernels if kernel.startswith("tma_")] == served
 
 
-@pytest.mark.parametrize(("arch", "served"), [(80, False), (89, False), (90, True), (100, True), (103, True), (120, False)])
+@pytest.mark.parametrize(
+    ("arch", "served"), [(80, False), (89, False), (90, True), (100, True), (103, True), (120, False)]
+)
 def test_architectures(arch, served, launches, device, monkeypatch):
     monkeypatch.setattr(launch, "gpu", lambda device: launch.Gpu("", arch))
     x, w, _ = operands(SERVED, device)
@@ -360,5 +400,7 @@ def test_architectures(arch, served, launches, device, monkeypatch):
     conv.conv_fprop(x, w, geometry)
     assert launches[0].kernel == ("tma_fprop_kernel" if served else "conv_fprop_kernel")
     if not served:
-        with pytest.raises(ValueError, match=rf"tile=1x8x8 .* tensor maps, which cannot serve this call: sm_{arch} has"):
+        with pytest.raises(
+            ValueError, match=rf"tile=1x8x8 .* tensor maps, which cannot serve this call: sm_{arch} has"
+        ):
             conv.conv_fprop(x, w, geometry, tile=BoxTile(1, 8, 8, 64, 64))

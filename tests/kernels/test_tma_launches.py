@@ -25,7 +25,10 @@ def repeated():
     def described(argument):
         if isinstance(argument, TensorDescriptor):
             fields = {name: value for name, value in vars(argument).items() if name != "base"}
-            return [sorted((name, list(v) if isinstance(v, tuple | list) else v) for name, v in fields.items()), list(argument.base.shape)]
+            return [
+                sorted((name, list(v) if isinstance(v, tuple | list) else v) for name, v in fields.items()),
+                list(argument.base.shape),
+            ]
         return list(argument.shape) if isinstance(argument, torch.Tensor) else argument
 
     geometry = Geometry((1, 1), (1, 1, 1, 1), (1, 1), 1)
@@ -33,13 +36,18 @@ def repeated():
     with stub_driver() as gpu:
         seen = []
         for _ in range(2):
-            x, dy = (torch.zeros(2, 64, 16, 16, dtype=torch.float16).to(memory_format=torch.channels_last) for _ in range(2))
+            x, dy = (
+                torch.zeros(2, 64, 16, 16, dtype=torch.float16).to(memory_format=torch.channels_last) for _ in range(2)
+            )
             w = torch.zeros(64, 64, 3, 3, dtype=torch.float16).to(memory_format=torch.channels_last)
             y = conv_fprop(x, w, geometry, Epilogue(residual=dy))
             dx = conv_dgrad(dy, w, x.shape, geometry, fmt=torch.channels_last)
             conv_wgrad(x, dy, w.shape, geometry)
             seen += [weakref.ref(t) for t in (x, dy, y, dx, w)]
-            bases = [launched.arguments[0].base is (dy if "dgrad" in launched.kernel else x) for launched in gpu.launches[-4:-1]]
+            bases = [
+                launched.arguments[0].base is (dy if "dgrad" in launched.kernel else x)
+                for launched in gpu.launches[-4:-1]
+            ]
             told["bases"] += bases
         half = len(gpu.launches) // 2
         told["kernels"] = [launched.kernel for launched in gpu.launches[:half]]
@@ -82,7 +90,9 @@ def extents():
     w = image(64, 3, 3)
     tile = BoxTile(1, 8, 8, 64, 64)
     with stub_driver() as gpu:
-        for i, (n, height, width) in enumerate([(2, 16, 16), (1, 8, 9), (16, 2, 1), (5, 64, 7), (1, 18, 32), (3, 2, 17)]):
+        for i, (n, height, width) in enumerate(
+            [(2, 16, 16), (1, 8, 9), (16, 2, 1), (5, 64, 7), (1, 18, 32), (3, 2, 17)]
+        ):
             x, y = image(n, height, width), image(n, height // 2, width)
             conv_fprop(x, w, geometry, tile=tile)
             conv_dgrad(y, w, x.shape, geometry, fmt=torch.channels_last, tile=tile)

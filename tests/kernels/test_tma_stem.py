@@ -1,4 +1,6 @@
-"""tma/stem.py against PyTorch in float64: images of few channels, packed, of small integers whose sums are exact in any order."""
+"""tma/stem.py against PyTorch in float64: images of few channels, packed, of small integers whose sums are exact in any
+order.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def test_wgrad(case, tile, device):
     assert_equal(wgrad(case, replace(tile, SPLIT_K=2), x, dy), reference(case, x, w, dy)[2])
 
 
-@pytest.mark.parametrize("tile", [t for t in candidate_boxes(packed_problem(STEM.problem), "fprop") if t.TILE_H == 8], ids=str)
+@pytest.mark.parametrize(
+    "tile", [t for t in candidate_boxes(packed_problem(STEM.problem), "fprop") if t.TILE_H == 8], ids=str
+)
 def test_every_size_of_fprop(tile, device):
     x, w, dy = operands(STEM, device)
     assert_equal(fprop(STEM, tile, x, w), reference(STEM, x, w, dy)[0])
@@ -126,7 +130,9 @@ def test_bfloat16(device):
 def test_epilogue(case, device):
     """act(batch_norm(conv + bias) + residual)."""
     x, w, dy = operands(case, device)
-    bias, mean, weight, beta = (torch.arange(i, i + case.filters[0], dtype=torch.float32, device=device) % (i + 2) - 1 for i in range(4))
+    bias, mean, weight, beta = (
+        torch.arange(i, i + case.filters[0], dtype=torch.float32, device=device) % (i + 2) - 1 for i in range(4)
+    )
     norm = BatchNorm(mean, 4.0 ** (bias % 2), weight, beta, eps=0.0)  # standard deviations are powers of two: exact
     z = fprop(case, TILE, x, w, Epilogue(bias, norm, dy, "relu"))
     column = [t.double()[:, None, None] for t in (bias, mean, norm.var, weight, beta)]
@@ -219,7 +225,10 @@ def test_a_measured_row_names_it(measured_row, launches, device):
 
 
 def test_measuring_tries_it():
-    x, w = launch.dense((8, 3, 224, 224), torch.float16), launch.dense((64, 3, 7, 7), torch.float16, torch.channels_last)
+    x, w = (
+        launch.dense((8, 3, 224, 224), torch.float16),
+        launch.dense((64, 3, 7, 7), torch.float16, torch.channels_last),
+    )
     y = launch.dense((8, 64, 112, 112), torch.float16, torch.channels_last)
     gpu = launch.Gpu("", 90)
     forward = choosing.ask_fprop(x, w, None, geometry(STEM), "", None, False, gpu, True)

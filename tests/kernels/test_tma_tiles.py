@@ -1,4 +1,6 @@
-"""tma/tiles.py and tma/views.py: which boxes a convolution may get, what they are reckoned to cost, how tensors are seen through them."""
+"""tma/tiles.py and tma/views.py: which boxes a convolution may get, what they are reckoned to cost, how tensors are
+seen through them.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def problems(draw):
     taps, dilation = draw(st.sampled_from([1, 2, 3, 7])), draw(st.integers(1, 2))
     pad = dilation * (taps // 2)
     size = max(size, taps)
-    return ConvProblem.of((n, channels, size, size), (filters, channels, taps, taps), (stride,) * 2, (pad,) * 4, (dilation,) * 2, 1)
+    return ConvProblem.of(
+        (n, channels, size, size), (filters, channels, taps, taps), (stride,) * 2, (pad,) * 4, (dilation,) * 2, 1
+    )
 
 
 @given(problems(), st.sampled_from(OPERATIONS))
@@ -69,7 +73,8 @@ def test_blocks_are_what_copy_engine_and_matrix_unit_take():
             rows, columns, depth = tile.gemm(operation)
             assert max(rows, columns, depth) <= 256  # elements of a box along an axis
             assert max(rows, columns) % 64 == 0
-            assert 2 * (rows + columns) * depth * tile.num_stages <= 232448 - 65536  # with room for the result on its way out
+            # with room for the result on its way out
+            assert 2 * (rows + columns) * depth * tile.num_stages <= 232448 - 65536
 
 
 @given(
@@ -83,7 +88,9 @@ def test_tap_pairs(outputs, inputs, taps, stride, pad, dilation):
 
 def resnet_layer(batch, channels, size, filters, window, stride=1):
     pad = window // 2
-    return ConvProblem.of((batch, channels, size, size), (filters, channels, window, window), (stride,) * 2, (pad,) * 4, (1, 1), 1)
+    return ConvProblem.of(
+        (batch, channels, size, size), (filters, channels, window, window), (stride,) * 2, (pad,) * 4, (1, 1), 1
+    )
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -130,7 +137,12 @@ def test_a_tile_prints_what_a_table_needs():
 
 
 def channels_last(*shape, dtype=torch.float16):
-    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    return (
+        torch.arange(torch.Size(shape).numel(), dtype=torch.float32)
+        .view(shape)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last)
+    )
 
 
 def elements(map_, t):
@@ -161,7 +173,11 @@ def test_phases(gap):
 
 
 def test_an_axis_of_one_pixel_may_have_any_stride():
-    for t in (torch.empty(4, 16, 1, 1), torch.empty(4, 1, 1, 16).permute(0, 3, 1, 2), torch.empty_strided((1, 16, 1, 1), (3, 1, 5, 7))):
+    for t in (
+        torch.empty(4, 16, 1, 1),
+        torch.empty(4, 1, 1, 16).permute(0, 3, 1, 2),
+        torch.empty_strided((1, 16, 1, 1), (3, 1, 5, 7)),
+    ):
         assert is_mappable(t.half())
 
 

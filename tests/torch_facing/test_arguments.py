@@ -1,8 +1,8 @@
 """Every argument of every function of cnnfast.functional, branch by branch of PyTorch's documentation, in every dtype.
 
-Inputs are integers for which all results are representable: the result and the gradients are compared bit by bit with PyTorch in
-float64, and dtype and memory of the result with PyTorch in the same dtype. How many branches passed for each argument is told at the
-end of a run (conftest.py), from the names of the tests: function-argument-branch-dtype.
+Inputs are integers for which all results are representable: the result and the gradients are compared bit by bit with
+PyTorch in float64, and dtype and memory of the result with PyTorch in the same dtype. How many branches passed for each
+argument is told at the end of a run (conftest.py), from the names of the tests: function-argument-branch-dtype.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def last(t: Tensor) -> Tensor:
 
 
 def signs(*shape: int) -> Tensor:
-    """Of each channel (axis 1) half the values are one less than its mean, an integer, half one more: the variance is 1."""
+    """Of each channel (axis 1) half the values are one less than its mean, an integer, half one more: the variance is
+    1.
+    """
     C, count = shape[1], torch.Size(shape).numel() // shape[1]
     generator = torch.Generator().manual_seed(0)
     each = torch.stack([torch.randperm(count, generator=generator) % 2 * 2.0 - 1 + c for c in range(C)]).double()
@@ -68,7 +70,15 @@ def composition(
 
 THEIRS: dict[str, Callable[..., Any]] = {
     name: getattr(theirs, name)
-    for name in ("conv1d", "conv2d", "conv_transpose2d", "batch_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
+    for name in (
+        "conv1d",
+        "conv2d",
+        "conv_transpose2d",
+        "batch_norm",
+        "max_pool2d",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+    )
 }
 THEIRS["conv_bn_act"] = composition
 THEIRS["global_avg_pool2d"] = lambda input, keepdim=True: theirs.adaptive_avg_pool2d(input, 1).flatten(-3 + 2 * keepdim)
@@ -78,14 +88,23 @@ THEIRS["global_avg_pool2d"] = lambda input, keepdim=True: theirs.adaptive_avg_po
 # "tolerance": the results are not representable; "float32": parameters are, whatever input is; "forward": only results are compared.
 
 SIZES = {"int": 2, "pair": (2, 1)}
-PAIRS = {"list": [1, 2], "torch.Size": torch.Size([2, 1]), "indices": (np.int64(1), np.int32(2)), "tensors": (torch.tensor(2), 1)}
+PAIRS = {
+    "list": [1, 2],
+    "torch.Size": torch.Size([2, 1]),
+    "indices": (np.int64(1), np.int32(2)),
+    "tensors": (torch.tensor(2), 1),
+}
 ONES = {"tuple of one": (2,), "list of one": [2]}
 INTS = {"index": np.int64(2), "tensor": torch.tensor(2)}
 
 
 def given(argument: str, *values: dict[str, Any], **more: Any) -> dict[str, dict[str, Any]]:
     """A branch for each of `values`; of the second and later, other spellings, only the results are compared."""
-    return {name: {argument: value, **more, "forward": i > 0} for i, spellings in enumerate(values) for name, value in spellings.items()}
+    return {
+        name: {argument: value, **more, "forward": i > 0}
+        for i, spellings in enumerate(values)
+        for name, value in spellings.items()
+    }
 
 
 def sizes(argument: str, **more: Any) -> dict[str, dict[str, Any]]:
@@ -134,7 +153,13 @@ CONV = {
         **groups(whole(6, 2, 3, 2)),
         "depthwise": {"groups": 2, "input": whole(2, 2, 6, 5), "weight": whole(2, 1, 3, 2)},
         "depthwise, two filters a channel": {"groups": 2, "input": whole(2, 2, 6, 5), "weight": whole(4, 1, 3, 2)},
-        "with everything": {"groups": 2, "weight": whole(6, 2, 3, 2), "stride": (2, 1), "padding": (0, 1), "dilation": (2, 1)},
+        "with everything": {
+            "groups": 2,
+            "weight": whole(6, 2, 3, 2),
+            "stride": (2, 1),
+            "padding": (0, 1),
+            "dilation": (2, 1),
+        },
     },
     "algorithm": given("algorithm", {name: name for name in ("auto", "direct", "im2col")}),
 }
@@ -152,7 +177,11 @@ BIAS = whole(6, seed=2)
 STATISTICS = {"running_mean": whole(3), "running_var": torch.tensor([1.0, 13.0, 1.0]).double()}
 EVAL = {**STATISTICS, "training": False}
 AFFINE = {"weight": torch.tensor([2.0, -4.0, 8.0]).double(), "bias": whole(3, seed=2)}
-ACTIVATED = {"residual": whole(2, 2, 3, 2), "bn_weight": torch.tensor([4.0, -2.0]).double(), "bn_bias": whole(2, seed=3)}
+ACTIVATED = {
+    "residual": whole(2, 2, 3, 2),
+    "bn_weight": torch.tensor([4.0, -2.0]).double(),
+    "bn_bias": whole(2, seed=3),
+}
 TRAINED = {"training": True, "running_mean": None, "running_var": None}
 # of each filter half the products are 1 less than a mean and half 1 more
 BALANCED = {"input": signs(2, 2, 2, 4), "weight": torch.eye(2).double().view(2, 2, 1, 1)}
@@ -216,7 +245,11 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "empty batch": {"input": whole(0, 4, 3, 4)},
         },
         "weight": {"channels_last": {"weight": last(whole(4, 6, 3, 2))}, "one tap": {"weight": whole(4, 6, 1, 1)}},
-        "bias": {"None": {"bias": None}, "vector": {"bias": BIAS}, "where no tap reaches": {"bias": BIAS, "stride": (4, 1)}},
+        "bias": {
+            "None": {"bias": None},
+            "vector": {"bias": BIAS},
+            "where no tap reaches": {"bias": BIAS, "stride": (4, 1)},
+        },
         "stride": sizes("stride"),
         "padding": {**sizes("padding"), "zero": {"padding": 0}},
         "output_padding": {
@@ -226,21 +259,37 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         },
         "groups": {
             **groups(whole(4, 3, 3, 2)),
-            "depthwise": {"groups": 2, "input": whole(2, 2, 3, 4), "weight": whole(2, 1, 3, 2), "bias": whole(2), "stride": (2, 1)},
+            "depthwise": {
+                "groups": 2,
+                "input": whole(2, 2, 3, 4),
+                "weight": whole(2, 1, 3, 2),
+                "bias": whole(2),
+                "stride": (2, 1),
+            },
             "more filters than channels": {"groups": 2, "input": whole(2, 2, 3, 4), "weight": whole(2, 2, 3, 2)},
         },
         "dilation": {**sizes("dilation"), "with stride": {"dilation": (2, 3), "stride": (3, 2), "padding": 1}},
         "algorithm": CONV["algorithm"],
     },
     "conv_bn_act": {
-        "input": {"batch": {}, "channels_last": {"input": last(whole(2, 4, 4, 3))}, "empty batch": {"input": whole(0, 4, 4, 3)}},
-        "weight": {"channels_last": {"weight": last(whole(2, 4, 2, 2, largest=1))}, "one tap": {"weight": whole(2, 4, 1, 1)}},
+        "input": {
+            "batch": {},
+            "channels_last": {"input": last(whole(2, 4, 4, 3))},
+            "empty batch": {"input": whole(0, 4, 4, 3)},
+        },
+        "weight": {
+            "channels_last": {"weight": last(whole(2, 4, 2, 2, largest=1))},
+            "one tap": {"weight": whole(2, 4, 1, 1)},
+        },
         "running_mean": {
             "given": {"running_mean": whole(2, seed=4)},
             "None in training": {**TRAINED, **BALANCED},
             "updated in training": {**BALANCED, "training": True, "momentum": 0.5},
         },
-        "running_var": {"given": {"running_var": torch.tensor([1.0, 61.0]).double()}, "None in training": {**TRAINED, **BALANCED}},
+        "running_var": {
+            "given": {"running_var": torch.tensor([1.0, 61.0]).double()},
+            "None in training": {**TRAINED, **BALANCED},
+        },
         "bn_weight": {
             "None": {"bn_weight": None},
             "vector": {"bn_weight": ACTIVATED["bn_weight"]},
@@ -305,7 +354,10 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "mean much larger than deviation": {"input": signs(2, 3, 2, 4) + 128},
         },
         "running_mean": {"in evaluation": EVAL, "updated": {**STATISTICS, "momentum": 0.5}, "None": {}},
-        "running_var": {"in evaluation": {**EVAL, "running_var": torch.tensor([1.0, 61.0, 13.0]).double()}, "updated": STATISTICS},
+        "running_var": {
+            "in evaluation": {**EVAL, "running_var": torch.tensor([1.0, 61.0, 13.0]).double()},
+            "updated": STATISTICS,
+        },
         "weight": {
             "None": {"weight": None},
             "without bias": {"weight": AFFINE["weight"]},
@@ -321,10 +373,17 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "with weight": AFFINE,
             "in evaluation": {**EVAL, **AFFINE},
         },
-        "training": {"True": {"training": True, **STATISTICS}, "False": EVAL, "left out": {**EVAL, "training": DEFAULT}},
+        "training": {
+            "True": {"training": True, **STATISTICS},
+            "False": EVAL,
+            "left out": {**EVAL, "training": DEFAULT},
+        },
         "momentum": {
             **given(
-                "momentum", {"zero": 0.0, "half": 0.5}, {"int": 1, "numpy": np.float32(0.5), "tensor": torch.tensor(0.5)}, **STATISTICS
+                "momentum",
+                {"zero": 0.0, "half": 0.5},
+                {"int": 1, "numpy": np.float32(0.5), "tensor": torch.tensor(0.5)},
+                **STATISTICS,
             ),
             "default": STATISTICS,
             "not used in evaluation": {"momentum": 7.0, **EVAL},
@@ -344,14 +403,20 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "channels_last": {"input": last(whole(2, 3, 6, 5))},
             "empty batch": {"input": whole(0, 3, 6, 5)},
             "all equal": {"input": torch.zeros(2, 3, 6, 5).double()},
-            "NaN": {"input": whole(2, 3, 6, 5).index_put((torch.tensor([0, 1]), torch.tensor([1, 2])), torch.tensor(NAN).double())},
+            "NaN": {
+                "input": whole(2, 3, 6, 5).index_put(
+                    (torch.tensor([0, 1]), torch.tensor([1, 2])), torch.tensor(NAN).double()
+                )
+            },
             "one NaN": {"input": torch.where(torch.arange(30).view(6, 5) % 11 == 5, NAN, whole(2, 3, 6, 5))},
             "infinities": {"input": whole(2, 3, 6, 5) * INF, "padding": 1},  # 0 * inf is NaN
             "-inf": {"input": torch.full((2, 3, 6, 5), -INF).double(), "padding": 1},
         },
         **POOL,
         "padding": {
-            **given("padding", {"int": 1, "pair": (1, 0)}, {"list": [0, 1], "tuple of one": (1,), "index": np.int64(1)}),
+            **given(
+                "padding", {"int": 1, "pair": (1, 0)}, {"list": [0, 1], "tuple of one": (1,), "index": np.int64(1)}
+            ),
             "half of an even kernel": {"kernel_size": 4, "padding": 2},
             "windows of padding": {"kernel_size": (2, 3), "padding": 1, "stride": 1},
         },
@@ -386,14 +451,22 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         },
         **POOL,
         "padding": {
-            **given("padding", {"int": 1, "pair": (1, 0)}, {"list": [0, 1], "tuple of one": (1,), "index": np.int64(1)}),
+            **given(
+                "padding", {"int": 1, "pair": (1, 0)}, {"list": [0, 1], "tuple of one": (1,), "index": np.int64(1)}
+            ),
             "half of the kernel": {"kernel_size": 3, "padding": 1, "stride": 1},
         },
         "ceil_mode": {
             "False": {"ceil_mode": False, "stride": 3},
             "True": {"ceil_mode": True},
             "beyond the padding": {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True},
-            "without counting": {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True, "count_include_pad": False},
+            "without counting": {
+                "kernel_size": 3,
+                "stride": 2,
+                "padding": 1,
+                "ceil_mode": True,
+                "count_include_pad": False,
+            },
         },
         "count_include_pad": {
             "True": {"padding": 1, "count_include_pad": True},
@@ -452,11 +525,20 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         },
     },
 }
-CASES = [(f, argument, branch) for f, arguments in BRANCHES.items() for argument, branches in arguments.items() for branch in branches]
+CASES = [
+    (f, argument, branch)
+    for f, arguments in BRANCHES.items()
+    for argument, branches in arguments.items()
+    for branch in branches
+]
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-MEANS = [f for name in ("avg_pool2d", "adaptive_avg_pool2d", "global_avg_pool2d") for f in (getattr(ours, name), THEIRS[name])]
+MEANS = [
+    f
+    for name in ("avg_pool2d", "adaptive_avg_pool2d", "global_avg_pool2d")
+    for f in (getattr(ours, name), THEIRS[name])
+]
 PARAMETERS = ("weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias")
 BUFFERS = ("running_mean", "running_var")
 
@@ -481,7 +563,9 @@ def evaluate(
         factor = 36 if function in MEANS else 1
         dy = torch.empty_like(y, requires_grad=False).copy_(factor * integers(*y.shape, seed=9))
         gradients = list(torch.autograd.grad(y, [t for t in bound.values() if is_operand(t) and t.requires_grad], dy))
-    return [t.detach() for t in (*outputs, *(bound[name] for name in BUFFERS if bound.get(name) is not None))], gradients
+    return [
+        t.detach() for t in (*outputs, *(bound[name] for name in BUFFERS if bound.get(name) is not None))
+    ], gradients
 
 
 def is_operand(value: Any) -> bool:
@@ -492,7 +576,11 @@ def is_operand(value: Any) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize(("function", "argument", "branch"), CASES)
 def test_branch(function, argument, branch, dtype, device):
-    arguments = {name: value for name, value in (USUAL[function] | BRANCHES[function][argument][branch]).items() if value is not DEFAULT}
+    arguments = {
+        name: value
+        for name, value in (USUAL[function] | BRANCHES[function][argument][branch]).items()
+        if value is not DEFAULT
+    }
     tolerance, float32, forward = (arguments.pop(key, False) for key in ("tolerance", "float32", "forward"))
     parameters = torch.float32 if float32 and dtype != torch.float64 else dtype
     there = {name: value.to(device) if is_operand(value) else value for name, value in arguments.items()}
@@ -512,7 +600,9 @@ def test_branch(function, argument, branch, dtype, device):
 
 
 def check(mine: Tensor, exact: Tensor, tolerance: bool) -> None:
-    """`mine` is `exact`, rounded; with `tolerance`, or where `exact` is a running statistic that is not representable, almost."""
+    """`mine` is `exact`, rounded; with `tolerance`, or where `exact` is a running statistic that is not representable,
+    almost.
+    """
     unit = 4 * torch.finfo(mine.dtype).eps if tolerance or mine.dim() == 1 else 0
     torch.testing.assert_close(mine.cpu(), exact.to(mine.dtype), rtol=unit, atol=unit, equal_nan=True)
 
@@ -540,7 +630,11 @@ def test_signature(function):
 
 
 def test_every_argument_has_branches():
-    public = {name for name, f in vars(ours).items() if inspect.isfunction(f) and not name.startswith("_") and hasattr(f, "__wrapped__")}
+    public = {
+        name
+        for name, f in vars(ours).items()
+        if inspect.isfunction(f) and not name.startswith("_") and hasattr(f, "__wrapped__")
+    }
     assert public == set(BRANCHES)
     for name, arguments in BRANCHES.items():
         assert set(inspect.signature(getattr(ours, name)).parameters) == set(arguments)

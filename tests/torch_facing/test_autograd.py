@@ -1,5 +1,6 @@
-"""What autograd promises of any function: gradients that are asked for and no others, in-place changes detected, saved-tensor hooks,
-checkpoints, hooks on tensors, the deterministic mode; and that nothing waits for the GPU."""
+"""What autograd promises of any function: gradients that are asked for and no others, in-place changes detected,
+saved-tensor hooks, checkpoints, hooks on tensors, the deterministic mode; and that nothing waits for the GPU.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +30,17 @@ def composition(x, w, mean, var, g, b, *, bias, residual, activation, training, 
     return getattr(theirs, activation)(y + residual)
 
 
-PYTORCH = SimpleNamespace(**vars(theirs) | {"conv_bn_act": composition, "global_avg_pool2d": lambda x: x.mean((2, 3), keepdim=True)})
+PYTORCH = SimpleNamespace(
+    **vars(theirs) | {"conv_bn_act": composition, "global_avg_pool2d": lambda x: x.mean((2, 3), keepdim=True)}
+)
 X, IMAGE, W, ROW, TAPS = (2, 4, 4, 3), (2, 6, 4, 3), (6, 4, 3, 3), (2, 4, 6), (6, 2, 3)
 
 
 def fused(activation, training):
     def call(f, x, w, bias, g, b, residual, mean, var):
-        return f.conv_bn_act(x, w, mean, var, g, b, bias=bias, residual=residual, activation=activation, training=training, padding=1)
+        return f.conv_bn_act(
+            x, w, mean, var, g, b, bias=bias, residual=residual, activation=activation, training=training, padding=1
+        )
 
     return call, [X, W, (6,), (6,), (6,), IMAGE], (6,)
 
@@ -49,7 +54,11 @@ CALLS = {
     "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, (2, 1), 1), [X, W, (6,)], None),
     "conv2d depthwise": (lambda f, x, w, b: f.conv2d(x, w, b, 1, 1, 1, 2), [(1, 2, 3, 3), (2, 1, 2, 2), (2,)], None),
     "conv1d": (lambda f, x, w, b: f.conv1d(x, w, b, 2, 1, 1, 2), [ROW, TAPS, (6,)], None),
-    "conv_transpose2d": (lambda f, x, w, b: f.conv_transpose2d(x, w, b, (2, 1), 1, (1, 0)), [X, (4, 3, 3, 2), (3,)], None),
+    "conv_transpose2d": (
+        lambda f, x, w, b: f.conv_transpose2d(x, w, b, (2, 1), 1, (1, 0)),
+        [X, (4, 3, 3, 2), (3,)],
+        None,
+    ),
     "batch_norm training": norm(True),
     "batch_norm eval": norm(False),
     "max_pool2d": (lambda f, x: f.max_pool2d(x, 3, 2, 1), [X], None),
@@ -66,8 +75,13 @@ NAMES = pytest.mark.parametrize("name", CALLS)
 def operands(name, device, wanted=None) -> list[torch.Tensor]:
     """New tensors of the call: leaves, of which those `wanted` (all) want a gradient, and running statistics."""
     _, shapes, channels = CALLS[name]
-    given = [normal(*shape, seed=i).to(device).requires_grad_(wanted is None or i in wanted) for i, shape in enumerate(shapes)]
-    return given + ([normal(*channels, seed=8).to(device), normal(*channels, seed=9).abs().add(0.5).to(device)] if channels else [])
+    given = [
+        normal(*shape, seed=i).to(device).requires_grad_(wanted is None or i in wanted)
+        for i, shape in enumerate(shapes)
+    ]
+    return given + (
+        [normal(*channels, seed=8).to(device), normal(*channels, seed=9).abs().add(0.5).to(device)] if channels else []
+    )
 
 
 def gradients(name, device, within=None):
@@ -93,7 +107,9 @@ def test_any_gradients(name, device):
     """Of the tensors none, one or two want one: they get what they get when all do."""
     complete = plain_gradients(name, device)[1:]
     count = len(complete)
-    for wanted in itertools.chain(*(itertools.combinations(range(count), k) for k in range(min(count, 3 if count < 6 else 2)))):
+    for wanted in itertools.chain(
+        *(itertools.combinations(range(count), k) for k in range(min(count, 3 if count < 6 else 2)))
+    ):
         inputs = operands(name, device, wanted)
         y = CALLS[name][0](ours, *inputs)
         assert y.requires_grad == bool(wanted)
@@ -219,7 +235,8 @@ def gradients_or_none(loss, inputs):
 
 @NAMES
 def test_changed_in_place(name, device):
-    """Each tensor and the result, between forward and backward: an error where PyTorch has one, or else the right gradients.
+    """Each tensor and the result, between forward and backward: an error where PyTorch has one, or else the right
+    gradients.
 
     Ours keeps less: pools keep no image, a norm in training no running statistics.
     """
@@ -300,7 +317,12 @@ def test_checkpointed_modules(reentrant, device):
     left = []
     for namespace in (cnn, torch.nn):
         torch.manual_seed(0)
-        layers = [namespace.Conv2d(4, 3, 3, padding=1), namespace.BatchNorm2d(3), namespace.AvgPool2d(2), namespace.AdaptiveAvgPool2d(1)]
+        layers = [
+            namespace.Conv2d(4, 3, 3, padding=1),
+            namespace.BatchNorm2d(3),
+            namespace.AvgPool2d(2),
+            namespace.AdaptiveAvgPool2d(1),
+        ]
         model = torch.nn.Sequential(*layers).to(device, torch.float64)
         x = leaf(normal(*X).to(device))
         checkpoint(model, x, use_reentrant=reentrant).sum().backward()
@@ -314,7 +336,9 @@ def test_checkpointed_modules(reentrant, device):
 
 @NAMES
 def test_deterministic_mode(name, device):
-    """The same bits, without a warning, whether memory is filled with NaN or not; and under detect_anomaly, which sees no NaN."""
+    """The same bits, without a warning, whether memory is filled with NaN or not; and under detect_anomaly, which sees
+    no NaN.
+    """
     plain = plain_gradients(name, device)
     try:
         for fill in (True, False):
@@ -339,7 +363,8 @@ def test_without_gradients(name, device):
             y = CALLS[name][0](ours, *operands(name, device))
             assert not y.requires_grad
             assert y.is_inference() == isinstance(context, torch.inference_mode)
-        torch.testing.assert_close(y, right, rtol=1e-12, atol=1e-12)  # frozen statistics are fused where no gradient is wanted
+        # frozen statistics are fused where no gradient is wanted
+        torch.testing.assert_close(y, right, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["conv2d", "conv1d", "conv_transpose2d", "batch_norm training", "batch_norm eval"])
@@ -360,7 +385,17 @@ def test_inference_tensors_are_not_saved(name, device):
 class Asked(TorchDispatchMode):
     """Notes operators for which the host has to know a number that a GPU computes, or that copy between the two."""
 
-    WAIT = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "_to_copy", "_unique2", "masked_select", "copy_")
+    WAIT = (
+        "_local_scalar_dense",
+        "item",
+        "is_nonzero",
+        "equal",
+        "nonzero",
+        "_to_copy",
+        "_unique2",
+        "masked_select",
+        "copy_",
+    )
 
     def __init__(self):
         super().__init__()
@@ -388,7 +423,10 @@ def test_nothing_synchronises_in_the_source():
     """No method that waits for a GPU is called, but where the interpreter is tried out (CPU tensors)."""
     waits = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "is_nonzero", "equal", "allclose"}
     packages = Path(cnnfast.__file__).parent, Path(cnnfast_kernels.__file__).parent
-    files = [packages[0] / "dispatch.py", *(f for part in ("ops", "functional", "nn") for f in (packages[0] / part).glob("*.py"))]
+    files = [
+        packages[0] / "dispatch.py",
+        *(f for part in ("ops", "functional", "nn") for f in (packages[0] / part).glob("*.py")),
+    ]
     files += [f for f in packages[1].rglob("*.py") if f.parent.name != "aot"]
     found = [
         (file.name, node.func.attr)

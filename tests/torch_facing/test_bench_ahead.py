@@ -37,11 +37,17 @@ def gpu(monkeypatch):
     why_torch, empty = dispatch.why_torch, torch.empty
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "gpu", lambda device: H200)
-    monkeypatch.setattr(dispatch, "why_torch", lambda x, *others, **options: "" if x.is_cpu else why_torch(x, *others, **options))
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options | (HERE if GPU in options.values() else {})))
+    monkeypatch.setattr(
+        dispatch, "why_torch", lambda x, *others, **options: "" if x.is_cpu else why_torch(x, *others, **options)
+    )
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **options: empty(*size, **options | (HERE if GPU in options.values() else {}))
+    )
     monkeypatch.setattr(providers, "placed", lambda model, job: placed(model, replace(job, device=CPU)))
     inputs = job.Job.inputs
-    monkeypatch.setattr(job.Job, "inputs", lambda self, channels_last=True: inputs(replace(self, device=CPU), channels_last))
+    monkeypatch.setattr(
+        job.Job, "inputs", lambda self, channels_last=True: inputs(replace(self, device=CPU), channels_last)
+    )
     monkeypatch.setattr(ahead, "_launched", set())
 
 
@@ -88,7 +94,10 @@ def test_by_default_the_library_serves_and_little_is_compiled(gpu, library_first
 
 
 def test_training_has_its_backward_pass(gpu):
-    assert any("wgrad" in name for name in kernels(PROVIDERS["cnnfast-kernels"].launches(model_job("train", torch.float32), False)))
+    assert any(
+        "wgrad" in name
+        for name in kernels(PROVIDERS["cnnfast-kernels"].launches(model_job("train", torch.float32), False))
+    )
 
 
 def test_a_model_that_cannot_be_traced_is_left_to_its_own_call(compiled, monkeypatch):
@@ -99,7 +108,9 @@ def test_a_model_that_cannot_be_traced_is_left_to_its_own_call(compiled, monkeyp
             return super().forward(x) * 2 if x.sum() > 1e9 else super().forward(x)
 
     seen = []
-    monkeypatch.setattr(warming, "launches", lambda network, *inputs, train, gpu: seen.append(inputs[0].sum().item()) or ["a kernel"])
+    monkeypatch.setattr(
+        warming, "launches", lambda network, *inputs, train, gpu: seen.append(inputs[0].sum().item()) or ["a kernel"]
+    )
     work = replace(model_job(), shapes=((2, 16, 8, 8),), model=Branching(16, 16, 3), original=None)
     PROVIDERS["cnnfast"].compile_ahead(work, work.model)
     assert len(seen) == 1
@@ -144,7 +155,8 @@ def test_layers_are_compiled_for_a_window_at_a_time(compiled, monkeypatch):
     assert closed == "closed"
     lines = [line for window in windows for line in window]
     assert len(lines) == len(set(lines))
-    assert any("dgrad" in name for name in kernels(windows[0]))  # of the second layer, whose first mode is in this window
+    # of the second layer, whose first mode is in this window
+    assert any("dgrad" in name for name in kernels(windows[0]))
     assert said[0] == f"compiling {len(windows[0])} kernels"
 
 
@@ -176,17 +188,23 @@ def test_models_need_no_window(compiled):
 def test_the_demos_kernels_in_every_dtype(compiled):
     network = digits.make_network(0)
     images = torch.rand(4, 1, 8, 8)
-    by_dtype = {name: demo_ahead.launches([(network, images, True)], [name], H200) for name in ("float32", "tf32", "bfloat16")}
+    by_dtype = {
+        name: demo_ahead.launches([(network, images, True)], [name], H200) for name in ("float32", "tf32", "bfloat16")
+    }
     assert all(any("wgrad" in kernel for kernel in kernels(lines)) for lines in by_dtype.values())
     convolutions = {name: {line for line in lines if "conv_fprop" in line} for name, lines in by_dtype.items()}
     assert not convolutions["float32"] & (convolutions["bfloat16"] | convolutions["tf32"])
-    demo_ahead.compile_ahead([(network, images, True), (nn.Linear(3, 3), images, True)], ["float32"], CPU, lambda done, total: None)
+    demo_ahead.compile_ahead(
+        [(network, images, True), (nn.Linear(3, 3), images, True)], ["float32"], CPU, lambda done, total: None
+    )
     assert set(compiled[0]) == set(by_dtype["float32"])  # what does not run on such images is skipped
 
 
 def test_the_demo_compiles_nothing_where_pytorch_serves(compiled, monkeypatch):
     monkeypatch.setattr(demo_ahead, "why_torch", lambda x: "no compiler")
-    demo_ahead.compile_ahead([(digits.make_network(0), torch.rand(4, 1, 8, 8), True)], ["float32"], CPU, lambda done, total: None)
+    demo_ahead.compile_ahead(
+        [(digits.make_network(0), torch.rand(4, 1, 8, 8), True)], ["float32"], CPU, lambda done, total: None
+    )
     assert compiled == []
 
 
@@ -209,4 +227,8 @@ def test_autocast_is_what_a_training_step_in_16_bits_runs_under(gpu, monkeypatch
     for mode, dtype in (("train", torch.bfloat16), ("train", torch.float32), ("infer", torch.bfloat16)):
         ahead.launches(model_job(mode, dtype), nn.Conv2d(3, 4, 3))
     half, single = torch.bfloat16, torch.float32
-    assert seen == [("cuda", half, True, "cpu", True), ("cuda", single, False, "cpu", True), ("cuda", half, False, "cpu", False)]
+    assert seen == [
+        ("cuda", half, True, "cpu", True),
+        ("cuda", single, False, "cpu", True),
+        ("cuda", half, False, "cpu", False),
+    ]

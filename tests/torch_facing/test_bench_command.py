@@ -1,4 +1,6 @@
-"""`cnnfast bench` as its users meet it: text, files, pictures, wrong arguments; and that conversion costs a CPU next to nothing."""
+"""`cnnfast bench` as its users meet it: text, files, pictures, wrong arguments; and that conversion costs a CPU next to
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,11 @@ def bench(*arguments: str, width: int = 160):
 
 
 def row(provider: str = "eager", median: float | None = 1.0, **other) -> Row:
-    spread = {} if median is None else {"median": median, "low": 0.99 * median, "high": 1.01 * median, "samples": 9, "first": 2.0}
+    spread = (
+        {}
+        if median is None
+        else {"median": median, "low": 0.99 * median, "high": 1.01 * median, "samples": 9, "first": 2.0}
+    )
     entry = PROVIDERS[provider]
     fixed = {
         "kind": "model", "subject": "net", "provider": provider, "baseline": entry.baseline, "ours": entry.ours, "mode": "infer",
@@ -89,16 +95,25 @@ def text(rows, width: int = 120) -> str:
 
 def test_an_own_model_in_both_modes(model, tmp_path):
     file = tmp_path / "rows.json"
-    result = bench(model, "--mode", "infer,train", "--batch", "2,3", "--input", "1x5x12x10", "--seconds", "0", "--json", str(file))
+    result = bench(
+        model, "--mode", "infer,train", "--batch", "2,3", "--input", "1x5x12x10", "--seconds", "0", "--json", str(file)
+    )
     assert result.exit_code == 0, result.output
     rows = read(file)
-    assert [group[0].job[2:5] for group in jobs(rows)] == [(mode, n, f"{n}x5x12x10") for mode in ("infer", "train") for n in (2, 3)]
+    assert [group[0].job[2:5] for group in jobs(rows)] == [
+        (mode, n, f"{n}x5x12x10") for mode in ("infer", "train") for n in (2, 3)
+    ]
     assert {r.provider for r in rows} == set(PROVIDERS)
     for data in json.loads(file.read_text()):
         assert data["machine"].keys() == {"device", "driver", "clocks", "torch", "triton", "cudnn", "commit"}
         assert data["machine"]["torch"] == torch.__version__
         assert data["dtype"] == "float32"
-        assert (data["status"] == "ok") == (data["median"] is not None) == (data["tflops"] is not None) == (not data["reason"])
+        assert (
+            (data["status"] == "ok")
+            == (data["median"] is not None)
+            == (data["tflops"] is not None)
+            == (not data["reason"])
+        )
     assert "unavailable: CUDA graphs need a GPU" in result.output
     assert "takes minutes on a CPU" in result.output
     assert "No GPU here" in result.output
@@ -107,7 +122,19 @@ def test_an_own_model_in_both_modes(model, tmp_path):
 def test_every_name_of_a_dtype_is_taken(model, tmp_path):
     file = tmp_path / "rows.json"
     for name, full in {"fp64": "float64", "torch.float32": "float32", "bf16": "bfloat16"}.items():
-        arguments = (model, "--mode", "infer,train", "--provider", "eager", "--seconds", "0", "--dtype", name, "--json", str(file))
+        arguments = (
+            model,
+            "--mode",
+            "infer,train",
+            "--provider",
+            "eager",
+            "--seconds",
+            "0",
+            "--dtype",
+            name,
+            "--json",
+            str(file),
+        )
         result = bench(*arguments)
         assert result.exit_code == 0, result.output
         assert [(r.dtype, r.status) for r in read(file)] == [(full, "ok")] * 2
@@ -115,7 +142,19 @@ def test_every_name_of_a_dtype_is_taken(model, tmp_path):
 
 def test_only_the_named_provider_runs(model, tmp_path):
     file = tmp_path / "rows.json"
-    arguments = (model, "--provider", "nchw", "--provider", "cnnfast", "--seconds", "0", "--json", str(file), "--input", "4x5x9x9")
+    arguments = (
+        model,
+        "--provider",
+        "nchw",
+        "--provider",
+        "cnnfast",
+        "--seconds",
+        "0",
+        "--json",
+        str(file),
+        "--input",
+        "4x5x9x9",
+    )
     result = bench(*arguments)
     assert result.exit_code == 0, result.output
     assert [(r.provider, r.batch) for r in read(file)] == [("nchw", 4), ("cnnfast", 4)]
@@ -146,7 +185,11 @@ WRONG = {
     ("resnet18", "--mode", "eval"): "neither infer nor train",
     ("resnet18", "--batch", "1,x"): "positive sizes",
     ("resnet18", "--batch", "0"): "positive sizes",
-    ("resnet18", "--dtype", "int8"): "'int8' is none of bf16, fp16, fp32, tf32, fp64, bfloat16, float16, float32, float64",
+    (
+        "resnet18",
+        "--dtype",
+        "int8",
+    ): "'int8' is none of bf16, fp16, fp32, tf32, fp64, bfloat16, float16, float32, float64",
     ("resnet18", "--dtype", "tf32"): "tf32 needs a GPU",
     ("resnet18", "--input", "3x"): "no shape",
     ("resnet18", "--provider", "tensorrt"): "none of eager",
@@ -177,7 +220,9 @@ def test_pictures_without_matplotlib_say_what_to_install(monkeypatch, model):
     import importlib.util
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else found(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else found(name, *rest)
+    )
     result = bench(model, "--pictures", "folder")
     assert result.exit_code == 2
     assert 'pip install ".[demo]"' in " ".join(result.output.split())
@@ -211,7 +256,9 @@ def test_figures_of_a_row():
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_the_report_fits(width):
     rows = [row(), row("cnnfast", 0.9), row("jax", None, status="unavailable", reason="jax is not installed")]
-    rows += [row(kind="layer", subject="conv 3x3/1 > 64, 64x56x56", mode=m, level="operators") for m in ("forward", "dgrad")]
+    rows += [
+        row(kind="layer", subject="conv 3x3/1 > 64, 64x56x56", mode=m, level="operators") for m in ("forward", "dgrad")
+    ]
     lines = text(rows, width).splitlines()
     assert max(map(len, lines)) <= width
     assert not [line for line in lines if "…" in line]
@@ -288,7 +335,11 @@ def test_what_changed_between_two_runs(tmp_path):
 
 def test_what_ended_early_is_compared_with_nothing():
     before = [row("eager", 1.0), row("cnnfast", 1.0), row("nchw", 1.0)]
-    after = [row("eager", None, status="left out", reason="the run was interrupted"), row("cnnfast", 2.0, alone=True), row("nchw", 2.0)]
+    after = [
+        row("eager", None, status="left out", reason="the run was interrupted"),
+        row("cnnfast", 2.0, alone=True),
+        row("nchw", 2.0),
+    ]
     for one, other in ((before, after), (after, before)):
         assert [c.after.provider for c in comparing.compare(one, other)] == ["nchw"]
 
@@ -326,7 +377,10 @@ def test_a_run_twice_has_the_same_medians():
     cpu = torch.device("cpu")
     job = Job("resnet18", plain(model), ((1, 3, 96, 96),), "infer", torch.float32, cpu)
     for _ in range(ATTEMPTS):
-        runs = [run(model_task(job, [PROVIDERS["eager"]]), MACHINE, Peaks(1e11, 1e10), seconds=0.3)[0].median for _ in range(2)]
+        runs = [
+            run(model_task(job, [PROVIDERS["eager"]]), MACHINE, Peaks(1e11, 1e10), seconds=0.3)[0].median
+            for _ in range(2)
+        ]
         if abs(runs[0] / runs[1] - 1) <= 0.05:
             return
     pytest.fail(f"{runs}")

@@ -71,7 +71,9 @@ def test_all_providers_of_a_model_share_what_is_drawn_once(drawn, mode, count):
     assert job.numbers.count == 0  # they went with the run
 
 
-@pytest.mark.parametrize("name", ["conv 7x7/2 > 64,", "conv 1x1/1 > 512,", "depthwise 3x3/2", "batch norm", "max pool 3x3/2"])
+@pytest.mark.parametrize(
+    "name", ["conv 7x7/2 > 64,", "conv 1x1/1 > 512,", "depthwise 3x3/2", "batch norm", "max pool 3x3/2"]
+)
 def test_layers_draw_on_the_gpu_for_all_their_copies(drawn, name):
     """A pretended GPU: whoever asks for numbers, for whichever copy, the GPU's own generator draws them, and once."""
     layer = [layer for layer in layers() if layer.name == name][-1]
@@ -103,7 +105,10 @@ def test_numbers_are_the_same_every_time_and_in_memory_of_their_own():
     nchw.zero_()  # as a model with an operation in place at its beginning would
     assert torch.equal(again.inputs()[0], first)
     gradients = job.output_gradients([first, first.double()])
-    assert [(t.dtype, t.stride()) for t in gradients] == [(torch.float32, first.stride()), (torch.float64, first.stride())]
+    assert [(t.dtype, t.stride()) for t in gradients] == [
+        (torch.float32, first.stride()),
+        (torch.float64, first.stride()),
+    ]
     assert not torch.equal(gradients[0], gradients[1].float())
     assert not torch.equal(gradients[0], first)
 

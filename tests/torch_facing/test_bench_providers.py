@@ -118,7 +118,10 @@ class Broken(Provider):
 
 
 def without_residual(model):
-    first, second = nn.Sequential(model.stem, model.stem_bn, model.relu), nn.Sequential(model.conv, model.bn, model.relu)
+    first, second = (
+        nn.Sequential(model.stem, model.stem_bn, model.relu),
+        nn.Sequential(model.conv, model.bn, model.relu),
+    )
     model.forward = lambda x: model.head(torch.flatten(model.mean(model.pool(second(first(x)))), 1))
     return model
 
@@ -193,7 +196,10 @@ def test_a_provider_that_raises_says_so_and_the_others_run(small):
 
 def test_reasons_not_to_run(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", None)
-    reasons = {name: row.reason for name, row in run(job(small), *map(PROVIDERS.get, ("eager-graph", "cudnn-fused", "jax"))).items()}
+    reasons = {
+        name: row.reason
+        for name, row in run(job(small), *map(PROVIDERS.get, ("eager-graph", "cudnn-fused", "jax"))).items()
+    }
     assert reasons == {
         "eager-graph": "CUDA graphs need a GPU",
         "cudnn-fused": "CUDA graphs need a GPU",
@@ -284,7 +290,8 @@ def test_the_shapes_are_resnet50s():
 
 
 @pytest.mark.parametrize(
-    "name", ["conv 1x1/2 > 2048, 1024x14x14", "depthwise 3x3/1 960x7x7", "batch norm 2048x7x7", "global average pool 2048x7x7"]
+    "name",
+    ["conv 1x1/2 > 2048, 1024x14x14", "depthwise 3x3/1 960x7x7", "batch norm 2048x7x7", "global average pool 2048x7x7"],
 )
 def test_layers_run_on_every_eager_provider(name):
     (layer,) = [layer for layer in layers() if str(layer) == name]
@@ -302,7 +309,9 @@ def test_a_wrong_gradient_of_a_layer_gets_no_time(monkeypatch):
 
     layer = next(layers())
     for mode in ("forward", "wgrad"):
-        (row,) = running.run(layer_task(layer, 1, mode, torch.float32, CPU, [Frozen("frozen", "")]), MACHINE, PEAKS, seconds=0)
+        (row,) = running.run(
+            layer_task(layer, 1, mode, torch.float32, CPU, [Frozen("frozen", "")]), MACHINE, PEAKS, seconds=0
+        )
         assert row.status == WRONG
 
 
@@ -389,7 +398,11 @@ def test_cudnns_graphs_are_built_once_and_get_their_tensors(small, monkeypatch):
             return symbol
 
         def conv_fprop(self, image, weight, padding, stride, dilation):
-            return Symbol(lambda g: torch.nn.functional.conv2d(image.compute(g), weight.compute(g), None, stride, padding, dilation))
+            return Symbol(
+                lambda g: torch.nn.functional.conv2d(
+                    image.compute(g), weight.compute(g), None, stride, padding, dilation
+                )
+            )
 
         def bias(self, input, bias):
             return Symbol(lambda g: input.compute(g) + bias.compute(g))
@@ -428,7 +441,12 @@ def test_kernels_of_a_step_are_counted(small, monkeypatch):
     """The profiler replaced: copies of memory, and what runs on the host, are none."""
     from torch._C._autograd import DeviceType
 
-    events = [("conv", DeviceType.CUDA), ("Memcpy DtoD", DeviceType.CUDA), ("relu", DeviceType.CUDA), ("aten::conv2d", DeviceType.CPU)]
+    events = [
+        ("conv", DeviceType.CUDA),
+        ("Memcpy DtoD", DeviceType.CUDA),
+        ("relu", DeviceType.CUDA),
+        ("aten::conv2d", DeviceType.CPU),
+    ]
     seen = types.SimpleNamespace(events=lambda: [types.SimpleNamespace(name=n, device_type=d) for n, d in events * 3])
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: nullcontext(seen))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -438,7 +456,9 @@ def test_kernels_of_a_step_are_counted(small, monkeypatch):
 
 
 def test_a_captured_step_replays_all_buffers(small, monkeypatch):
-    """CUDA's streams and graphs replaced: what is captured, in which order, and that replaying returns the first result."""
+    """CUDA's streams and graphs replaced: what is captured, in which order, and that replaying returns the first
+    result.
+    """
     log = []
 
     class Stream:
@@ -481,7 +501,9 @@ def test_a_captured_step_replays_all_buffers(small, monkeypatch):
     assert ready.calls == 5
 
 
-@pytest.mark.parametrize(("name", "mode", "freezing"), [("compile", None, False), ("max-autotune", "max-autotune", True)])
+@pytest.mark.parametrize(
+    ("name", "mode", "freezing"), [("compile", None, False), ("max-autotune", "max-autotune", True)]
+)
 def test_compilation_is_asked_for_as_named(small, monkeypatch, name, mode, freezing):
     import torch._inductor.config as inductor
 
@@ -504,7 +526,9 @@ def test_jax_passes_the_gate(small):
 
 
 def test_what_is_compiled_stays_compiled(small, monkeypatch):
-    """Providers that have been prepared are timed as they are: what dynamo keeps is dropped before a job, not within it."""
+    """Providers that have been prepared are timed as they are: what dynamo keeps is dropped before a job, not within
+    it.
+    """
     import torch._dynamo
 
     log = []
@@ -557,7 +581,9 @@ def test_modes_of_layers_are_not_those_of_models(small):
 
 
 def test_our_kernels_alone_are_captured(small, monkeypatch):
-    """The library, which would serve by default on a GPU, is not asked while the graph is made, and is again afterwards."""
+    """The library, which would serve by default on a GPU, is not asked while the graph is made, and is again
+    afterwards.
+    """
     asked = []
     monkeypatch.setattr(providers, "captured", lambda make, device: asked.append(dispatch.library_allowed()) or list)
     for name in ("cnnfast-kernels", "cnnfast-graph"):

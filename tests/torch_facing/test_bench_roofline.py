@@ -66,7 +66,8 @@ def test_a_residual_and_a_projection_in_eval():
     W, wide, side = (4 * 4 * 9 + 16) * F32, (8 * 4 * 9 + 32) * F32, (8 * 4 + 32) * F32  # with their norms
     found = works(Residual(), (3, 4, 8, 8))
     assert moved(found["pointwise"]) == sorted(
-        # convolutions with their norms (the projection skips three of four pixels), the first sum, and the second with the mean
+        # convolutions with their norms (the projection skips three of four pixels), the first sum, and the second with
+        # the mean
         [X + W + X, X + wide + Y, X // 4 + side + Y, X + X + X, Y + Y + mean]
     )
     assert moved(found["conv"]) == sorted([X + W + X, X + wide + Y, X // 4 + side + Y + Y, Y + mean])
@@ -80,8 +81,21 @@ def test_a_unit_in_training():
     found = works(Unit(), (2, 4, 8, 8), "train")
     optimizer = OPTIMIZER_BYTES * (8 * 4 * 9 + 16 + 6 * 8)
     large = {  # without vectors of a channel each, which are below this
-        "operators": [X + W + Y, Y, Y + Y, Y + Y, Y + V + Z, Z + V + Y, Z + Y + V, Y + Y + Y, Y + Y, Y + Y + Y, Y + X + W],
-        # statistics, norm and ReLU; sums of the masked gradient, and its norm's gradient, with the mask from the convolution's output
+        "operators": [
+            X + W + Y,
+            Y,
+            Y + Y,
+            Y + Y,
+            Y + V + Z,
+            Z + V + Y,
+            Z + Y + V,
+            Y + Y + Y,
+            Y + Y,
+            Y + Y + Y,
+            Y + X + W,
+        ],
+        # statistics, norm and ReLU; sums of the masked gradient, and its norm's gradient, with the mask from the
+        # convolution's output
         "pointwise": [X + W + Y, Y, Y + Y, Y + V + Z, Z + V + Y, Z + Y + V, Y + Y, Y + Y + Y, Y + X + W],
         # with its statistics; norm and ReLU while loading; the gradient with its sums; both weights' gradients
         "conv": [X + W + Y, Y + V + Z, Z + V + Y + Y, Z + Y + V, Y + Y + X + W],
@@ -111,7 +125,8 @@ def test_a_pool_stores_a_byte_for_a_position():
     assert moved(found["operators"]) == [y * F32 + y * 8 + x]
 
 
-# Images a second that ResNet-50 cannot exceed at 790 TFLOP/s and 4.3 TB/s, bfloat16, added up kernel by kernel without this code.
+# Images a second that ResNet-50 cannot exceed at 790 TFLOP/s and 4.3 TB/s, bfloat16, added up kernel by kernel without
+# this code.
 CEILINGS = {
     ("infer", 1): {"operators": 20100, "pointwise": 29900, "conv": 40600, "chains": 53000},
     ("infer", 256): {"operators": 24300, "pointwise": 40000, "conv": 62500, "chains": 88700},

@@ -134,14 +134,18 @@ def test_a_provider_that_fails_in_its_rounds_keeps_no_time():
         if next(left) > 30:
             raise RuntimeError("worn out")
 
-    rows = running.run(task(PYTORCH, doing("tiring", lambda: None, tire)), MACHINE, PEAKS, seconds=100, clock=Ticking([0.0]))
+    rows = running.run(
+        task(PYTORCH, doing("tiring", lambda: None, tire)), MACHINE, PEAKS, seconds=100, clock=Ticking([0.0])
+    )
     assert statuses(rows) == {"eager": (OK, ""), "tiring": (FAILED, "RuntimeError: worn out")}
     assert (rows[1].median, rows[1].low, rows[1].samples, rows[1].alone) == (None, None, 0, False)
 
 
 def test_memory_that_pytorch_does_not_allocate_is_not_told(monkeypatch):
     monkeypatch.setattr(running, "peak", lambda device, before: 7)
-    seen = running.run(task(PYTORCH, type("Else", (Provider,), {"in_torch": False})("else", "")), MACHINE, PEAKS, seconds=0)
+    seen = running.run(
+        task(PYTORCH, type("Else", (Provider,), {"in_torch": False})("else", "")), MACHINE, PEAKS, seconds=0
+    )
     assert [row.peak_bytes for row in seen] == [7, None]
     assert not PROVIDERS["jax"].in_torch
 
@@ -155,9 +159,15 @@ def test_a_task_that_pytorch_cannot_do_leaves_the_others_their_rows():
         def forward(self, x):
             raise ValueError("not with me")
 
-    series = Series([task(PYTORCH), task(PYTORCH, mode="train", model=Picky(9, 9)), task(PYTORCH, mode="train")], MACHINE, PEAKS)
+    series = Series(
+        [task(PYTORCH), task(PYTORCH, mode="train", model=Picky(9, 9)), task(PYTORCH, mode="train")], MACHINE, PEAKS
+    )
     series.run(0, Budget(), lambda done, total, text: None)
-    assert [(row.status, row.reason) for row in series.rows] == [(OK, ""), (FAILED, "ValueError: not with me"), (OK, "")]
+    assert [(row.status, row.reason) for row in series.rows] == [
+        (OK, ""),
+        (FAILED, "ValueError: not with me"),
+        (OK, ""),
+    ]
     assert series.errors == {1: "ValueError: not with me"}
 
 
@@ -174,7 +184,10 @@ def test_a_gpu_that_answers_no_more_ends_the_series(monkeypatch):
         wait(CPU)
 
     monkeypatch.setattr(running, "wait", wait)
-    tasks = [task(PYTORCH, doing("breaks", break_it), doing("after", lambda: pytest.fail("it runs"))), task(PYTORCH, mode="train")]
+    tasks = [
+        task(PYTORCH, doing("breaks", break_it), doing("after", lambda: pytest.fail("it runs"))),
+        task(PYTORCH, mode="train"),
+    ]
     series = Series(tasks, MACHINE, PEAKS)
     series.run(0, Budget(), lambda done, total, text: None)
     first, second = series.results
@@ -227,7 +240,8 @@ def test_time_is_kept_for_the_rounds_of_what_is_prepared(now):
 
     providers = [doing(name, slow) for name in "abcd"]
     rows = running.run(task(*providers), MACHINE, PEAKS, seconds=5, budget=Budget(50), clock=FastTicking(now))
-    assert [row.status for row in rows] == [OK, OK, OK, LEFT_OUT]  # after three, 45 of 50 seconds: none is left for a fourth
+    # after three, 45 of 50 seconds: none is left for a fourth
+    assert [row.status for row in rows] == [OK, OK, OK, LEFT_OUT]
     assert not any(row.alone for row in rows[:3])
 
 
@@ -264,7 +278,9 @@ def model(tmp_path: Path) -> str:
 
 
 def bench(*arguments: str):
-    return CliRunner().invoke(app, ["bench", *arguments, "--input", "2x3x9x9", "--seconds", "0"], env={"COLUMNS": "160", "TERM": "dumb"})
+    return CliRunner().invoke(
+        app, ["bench", *arguments, "--input", "2x3x9x9", "--seconds", "0"], env={"COLUMNS": "160", "TERM": "dumb"}
+    )
 
 
 def only(monkeypatch, *providers: Provider) -> None:
@@ -290,7 +306,9 @@ def test_an_interrupted_run_keeps_and_reports_what_it_has(monkeypatch, model, tm
     result = bench(model, "--mode", "infer,train", "--json", str(file))
     assert result.exit_code == code, result.output
     rows = read(file)
-    assert [(row.mode, row.provider) for row in rows] == [(mode, name) for mode in ("infer", "train") for name in ("eager", "striking")]
+    assert [(row.mode, row.provider) for row in rows] == [
+        (mode, name) for mode in ("infer", "train") for name in ("eager", "striking")
+    ]
     assert rows[0].status == OK
     assert rows[0].alone == (moment == "setup")
     assert {row.reason for row in rows[2:]} == {"the run was interrupted"}
@@ -377,7 +395,9 @@ def test_wrong_arguments_are_refused_before_any_work(monkeypatch, model, argumen
 # JAX
 
 
-@pytest.mark.parametrize(("set_before", "imported", "found"), [(None, False, "false"), ("true", False, "true"), (None, True, None)])
+@pytest.mark.parametrize(
+    ("set_before", "imported", "found"), [(None, False, "false"), ("true", False, "true"), (None, True, None)]
+)
 def test_jax_is_asked_not_to_take_most_of_the_memory(monkeypatch, set_before, imported, found):
     """Unless its user has said something, or has imported it: then it is theirs."""
     variable = "XLA_PYTHON_CLIENT_PREALLOCATE"
@@ -387,6 +407,8 @@ def test_jax_is_asked_not_to_take_most_of_the_memory(monkeypatch, set_before, im
     monkeypatch.delitem(sys.modules, "jax", raising=False)
     if imported:
         monkeypatch.setitem(sys.modules, "jax", json)
-    monkeypatch.setattr(jax_model.importlib, "import_module", lambda name: seen.append((name, environment.get(variable))))
+    monkeypatch.setattr(
+        jax_model.importlib, "import_module", lambda name: seen.append((name, environment.get(variable)))
+    )
     jax_model._jax()
     assert seen == [("jax", found)]

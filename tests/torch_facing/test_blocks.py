@@ -39,12 +39,16 @@ TRAINING = ["conv_fprop_kernel", "combine_kernel", "update_running_kernel", "nor
 )
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_conv_bn_act(args, options, padding, size, training, device):
-    ours = cnn.ConvBNAct(*args, **options, bias=True, activation="gelu", momentum=0.3, eps=0.01, device=device, dtype=torch.float64)
+    ours = cnn.ConvBNAct(
+        *args, **options, bias=True, activation="gelu", momentum=0.3, eps=0.01, device=device, dtype=torch.float64
+    )
     assert ours.conv.padding == padding
     randomise(ours).train(training)
     theirs = nn.ModuleDict(
         {
-            "conv": nn.Conv2d(*args[:3], ours.conv.stride, padding, **{k: v for k, v in options.items() if k != "padding"}),
+            "conv": nn.Conv2d(
+                *args[:3], ours.conv.stride, padding, **{k: v for k, v in options.items() if k != "padding"}
+            ),
             "bn": nn.BatchNorm2d(6, momentum=0.3, eps=0.01),
         }
     )
@@ -82,15 +86,22 @@ def test_hooks_see_pytorchs_tensors(device):
     with torch.no_grad():
         y = module(x)
         seen = {}
-        handles = [m.register_forward_hook(lambda m, args, out: seen.update({type(m).__name__: out})) for m in module.children()]
+        handles = [
+            m.register_forward_hook(lambda m, args, out: seen.update({type(m).__name__: out}))
+            for m in module.children()
+        ]
         torch.testing.assert_close(module(x), y, rtol=1e-12, atol=1e-12)
         right = F.conv2d(x, module.conv.weight, padding="same")
         torch.testing.assert_close(seen["Conv2d"], right, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(seen["BatchNorm2d"], nn.BatchNorm2d.forward(module.bn, right), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            seen["BatchNorm2d"], nn.BatchNorm2d.forward(module.bn, right), rtol=1e-12, atol=1e-12
+        )
         for handle in handles:
             handle.remove()
         module.bn.register_forward_hook(lambda m, args, out: out + 1)
-        torch.testing.assert_close(module(x), F.relu(nn.BatchNorm2d.forward(module.bn, right) + 1), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            module(x), F.relu(nn.BatchNorm2d.forward(module.bn, right) + 1), rtol=1e-12, atol=1e-12
+        )
 
 
 class Scaled(nn.Conv2d):
@@ -154,7 +165,9 @@ def blocks(torchvision, name, args, options, device, dtype=torch.float64, norm=N
         more = dict(options)
         if "downsample" in options:
             before, after = options["downsample"]
-            more["downsample"] = nn.Sequential(nn.Conv2d(before, after, 1, args[2], bias=False), (norm or nn.BatchNorm2d)(after))
+            more["downsample"] = nn.Sequential(
+                nn.Conv2d(before, after, 1, args[2], bias=False), (norm or nn.BatchNorm2d)(after)
+            )
         made.append(getattr(library, name)(*args, **more, norm_layer=norm))
     ours, theirs = made
     theirs.load_state_dict(randomise(ours).state_dict())
@@ -188,7 +201,9 @@ def test_hooks_within_a_block(watched, torchvision, device):
     with torch.no_grad(), cnnfast.trace() as trace:
         results = []
         for module, outputs in zip(made, seen, strict=True):
-            module.eval().get_submodule(watched).register_forward_hook(lambda m, args, out, outputs=outputs: outputs.append(out.clone()))
+            module.eval().get_submodule(watched).register_forward_hook(
+                lambda m, args, out, outputs=outputs: outputs.append(out.clone())
+            )
             results.append(module(x))
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(*seen, rtol=1e-11, atol=1e-11)
@@ -209,7 +224,9 @@ def test_blocks_with_other_members(torchvision, device):
     ours, theirs = (m.eval() for m in blocks(torchvision, *BLOCKS[1], device))
     for block in (ours, theirs):
         block.relu = nn.SiLU()
-        block.downsample = nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)).to(device, torch.float64)
+        block.downsample = nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)).to(
+            device, torch.float64
+        )
     ours.load_state_dict(randomise(theirs).state_dict())
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-11, atol=1e-11)
 

@@ -1,4 +1,6 @@
-"""Launches go to the tensor's device and current stream; nothing keeps an activation alive; other extents compile nothing."""
+"""Launches go to the tensor's device and current stream; nothing keeps an activation alive; other extents compile
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ class Kernel:
 
 
 def test_a_launch_makes_the_tensors_device_current(monkeypatch):
-    """Triton asks for the current device and its stream: where the tensors live elsewhere, that device is current for the launch."""
+    """Triton asks for the current device and its stream: where the tensors live elsewhere, that device is current for
+    the launch.
+    """
     current, entered = [0], []
 
     @contextlib.contextmanager
@@ -146,7 +150,9 @@ def test_compiled_kernels_run_on_the_current_stream_and_are_kept_by_device():
 
 
 def specialisations(channels, filters, dtype_name):
-    """Operators run over many extents: {operator, layout: [names of the kernels that each of the extents would compile]}."""
+    """Operators run over many extents: {operator, layout: [names of the kernels that each of the extents would
+    compile]}.
+    """
     from types import SimpleNamespace
 
     import torch
@@ -176,7 +182,10 @@ def specialisations(channels, filters, dtype_name):
     def run(name, n, h, w, fmt):
         last = fmt == torch.channels_last
         x, y = image(n, channels, h, w, fmt), image(n, filters, (h - 1) // 2 + 1, w, fmt)
-        weight, pointwise = torch.zeros(filters, channels, 3, 3, dtype=dtype), torch.zeros(filters, channels, 1, 1, dtype=dtype)
+        weight, pointwise = (
+            torch.zeros(filters, channels, 3, 3, dtype=dtype),
+            torch.zeros(filters, channels, 1, 1, dtype=dtype),
+        )
         stat = torch.zeros(channels)
         pooled = image(n, channels, (h - 1) // 2 + 1, (w - 1) // 2 + 1, fmt)
         match name.split():
@@ -234,12 +243,18 @@ def specialisations(channels, filters, dtype_name):
     return counts
 
 
-# A choice that depends on sizes takes one more specialisation of a kernel, once: wgrad by one slot or by several, tensor maps where an
-# image fills their boxes, and of these the shape that it fills best.
+# A choice that depends on sizes takes one more specialisation of a kernel, once: wgrad by one slot or by several,
+# tensor maps where an image fills their boxes, and of these the shape that it fills best.
 CHOICES = {"conv_wgrad_kernel": 2, "conv_wgrad_reduce_kernel": 2, "tma_wgrad_kernel": len(SHAPES)}
 FAMILIES = {"conv_fprop_kernel", "tma_fprop_kernel", "conv_dgrad_kernel", "tma_dgrad_kernel"}
-# Depthwise: the rows of a strip, 2 or 4 here (2, 4 or 8 in dgrad), and for wgrad whether they divide the image and are one slot or more.
-STRIPS = {"depthwise_fprop_kernel": 1, "depthwise_dgrad_kernel": 2, "depthwise_wgrad_kernel": 3, "conv_wgrad_reduce_kernel": 1}
+# Depthwise: the rows of a strip, 2 or 4 here (2, 4 or 8 in dgrad), and for wgrad whether they divide the image and are
+# one slot or more.
+STRIPS = {
+    "depthwise_fprop_kernel": 1,
+    "depthwise_dgrad_kernel": 2,
+    "depthwise_wgrad_kernel": 3,
+    "conv_wgrad_reduce_kernel": 1,
+}
 # Planes of rows, NCHW: up to six tiles, and rows aligned to 1, 2, 4 or 8 elements.
 NORM = {"batch_moments_kernel", "gradient_sums_kernel", "normalize_kernel", "normalize_backward_kernel"}
 

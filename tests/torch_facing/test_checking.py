@@ -65,11 +65,15 @@ def global_pool(device):
 
 def batch_norm(device):
     mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
-    return F.batch_norm(draw(4, 3, 5, 5, device=device), mean, var, draw(3, device=device), draw(3, device=device), True)
+    return F.batch_norm(
+        draw(4, 3, 5, 5, device=device), mean, var, draw(3, device=device), draw(3, device=device), True
+    )
 
 
 class Fault(NamedTuple):
-    """What the kernels' `module` would compute with `wrong` for `right`, the call that meets it, and a tensor that is wrong then."""
+    """What the kernels' `module` would compute with `wrong` for `right`, the call that meets it, and a tensor that is
+    wrong then.
+    """
 
     name: str
     call: Callable
@@ -84,11 +88,32 @@ ALL_PIXELS = "window_pixels(h0, h1, w0, w1, H, W, True)"
 
 FAULTS = [
     Fault("mask off by one", max_pool, maximum, "& (w0 + s < W)", "& (w0 + s < W - 1)", "output"),
-    Fault("mask off by one", conv, wgrad, "[:, None] < W - w_tap[None, :])", "[:, None] < W - w_tap[None, :] - 1)", "grad of weight"),
+    Fault(
+        "mask off by one",
+        conv,
+        wgrad,
+        "[:, None] < W - w_tap[None, :])",
+        "[:, None] < W - w_tap[None, :] - 1)",
+        "grad of weight",
+    ),
     Fault("dropped tap", conv, fprop, "in range(STEPS):", "in range(STEPS - 1):", "output"),
     Fault("dropped tap", conv, dgrad, "in range(steps):", "in range(steps - 1):", "grad of input"),
-    Fault("wrong divisor", avg_pool, average, f"round_quotient(acc, {PIXELS}", f"round_quotient(acc, {ALL_PIXELS}", "output"),
-    Fault("wrong divisor", avg_pool, average, f"tl.where(covers, {PIXELS}", f"tl.where(covers, {ALL_PIXELS}", "grad of input"),
+    Fault(
+        "wrong divisor",
+        avg_pool,
+        average,
+        f"round_quotient(acc, {PIXELS}",
+        f"round_quotient(acc, {ALL_PIXELS}",
+        "output",
+    ),
+    Fault(
+        "wrong divisor",
+        avg_pool,
+        average,
+        f"tl.where(covers, {PIXELS}",
+        f"tl.where(covers, {ALL_PIXELS}",
+        "grad of input",
+    ),
     Fault(
         "wrong divisor",
         batch_norm,
@@ -100,14 +125,32 @@ FAULTS = [
     Fault("missing accumulate", global_pool, plane, "acc += tl.load", "acc = tl.load", "output"),
     Fault("missing accumulate", conv, fprop, "(x, w, acc, PRECISION)", "(x, w, acc * 0, PRECISION)", "output"),
     Fault("missing accumulate", max_pool, maximum, "acc += tl.where(saved", "acc = tl.where(saved", "grad of input"),
-    Fault("missing accumulate", conv, wgrad, "(dy, x, acc, PRECISION)", "(dy, x, acc * 0, PRECISION)", "grad of weight"),
-    Fault("stale running statistic", batch_norm, batchnorm, "keep * running_var + take * unbiased", "running_var", "running_var"),
-    Fault("stale statistic", batch_norm, batchnorm, "(sum_g, sum_gx) if training else (None, None)", "(None, None)", "grad of input"),
+    Fault(
+        "missing accumulate", conv, wgrad, "(dy, x, acc, PRECISION)", "(dy, x, acc * 0, PRECISION)", "grad of weight"
+    ),
+    Fault(
+        "stale running statistic",
+        batch_norm,
+        batchnorm,
+        "keep * running_var + take * unbiased",
+        "running_var",
+        "running_var",
+    ),
+    Fault(
+        "stale statistic",
+        batch_norm,
+        batchnorm,
+        "(sum_g, sum_gx) if training else (None, None)",
+        "(None, None)",
+        "grad of input",
+    ),
 ]
 
 
 def conv_row(device):
-    return torch.nn.functional.conv1d(draw(1, 16, 9, device=device), draw(8, 16, 3, device=device), draw(8, device=device), 2, "valid")
+    return torch.nn.functional.conv1d(
+        draw(1, 16, 9, device=device), draw(8, 16, 3, device=device), draw(8, device=device), 2, "valid"
+    )
 
 
 def transposed(device):
@@ -119,7 +162,9 @@ def adaptive_pool(device):
     return torch.nn.functional.adaptive_avg_pool2d(draw(2, 3, 6, 5, device=device), (None, 7))
 
 
-@pytest.mark.parametrize("function", [conv, conv_row, transposed, max_pool, avg_pool, adaptive_pool, global_pool, batch_norm])
+@pytest.mark.parametrize(
+    "function", [conv, conv_row, transposed, max_pool, avg_pool, adaptive_pool, global_pool, batch_norm]
+)
 def test_right_kernels_pass(function, device):
     report = cnnfast.check(function, device)
     (row,) = report.rows
@@ -158,7 +203,9 @@ def test_a_kernel_that_raises_is_a_failure(device, monkeypatch):
 # The rule
 
 
-def judged(ours: list[float], theirs: list[float] | None = None, exact=(1.0, -2.0, 3.0), dtype=torch.float32) -> Comparison:
+def judged(
+    ours: list[float], theirs: list[float] | None = None, exact=(1.0, -2.0, 3.0), dtype=torch.float32
+) -> Comparison:
     exact64 = torch.tensor(exact, dtype=torch.float64)
     rounded = exact64.to(dtype)
     theirs = rounded if theirs is None else torch.tensor(theirs, dtype=dtype)
@@ -196,7 +243,8 @@ def test_nan_and_infinity_in_the_input_pass_through(device):
 
 
 @pytest.mark.parametrize(
-    ("training", "dtype"), [(True, "float32"), (False, "float32"), (True, "bfloat16"), (False, "float16"), (True, "float64")]
+    ("training", "dtype"),
+    [(True, "float32"), (False, "float32"), (True, "bfloat16"), (False, "float16"), (True, "float64")],
 )
 def test_conv_bn_act(training, dtype, device):
     def function(x, w, mean, var, weight, bias, b, z):
@@ -209,8 +257,11 @@ def test_conv_bn_act(training, dtype, device):
     assert report.ok, str(report)
     tensors = {c.tensor for c in report.rows[0].comparisons}
     assert ("running_var" in tensors) == training
-    assert ("grad of weight (bn_weight frozen)" in tensors) != training  # in eval another kernel serves frozen parameters
-    assert {f"grad of {n} (with gradients)" for n in ("input", "weight", "bias", "bn_weight", "bn_bias", "residual")} <= tensors
+    # in eval another kernel serves frozen parameters
+    assert ("grad of weight (bn_weight frozen)" in tensors) != training
+    assert {
+        f"grad of {n} (with gradients)" for n in ("input", "weight", "bias", "bn_weight", "bn_bias", "residual")
+    } <= tensors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,7 +342,9 @@ def test_autocast_is_part_of_a_call(device):
 
 
 def test_a_call_that_pytorch_serves_is_not_ours(device):
-    report = cnnfast.check(lambda x, w: F.conv2d(x, w, algorithm="torch"), draw(1, 3, 4, 4, device=device), draw(2, 3, 3, 3, device=device))
+    report = cnnfast.check(
+        lambda x, w: F.conv2d(x, w, algorithm="torch"), draw(1, 3, 4, 4, device=device), draw(2, 3, 3, 3, device=device)
+    )
     assert not report.ok
     assert report.rows[0].verdict == "not ours"
     assert report.rows[0].reason == 'algorithm="torch"'
@@ -313,14 +366,31 @@ def test_nothing_covered_is_not_ok():
 def test_what_the_model_raises_is_raised():
     with pytest.raises(RuntimeError, match="channels"):
         cnnfast.check(nn.Conv2d(3, 4, 3), draw(1, 2, 8, 8))
-    with pytest.raises(ValueError, match=r"check\(\): dtype 'float33' is none of bf16, fp16, fp32, tf32, fp64, bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"check\(\): dtype 'float33' is none of bf16, fp16, fp32, tf32, fp64, bfloat16"
+    ):
         cnnfast.check(nn.Conv2d(3, 4, 3), draw(1, 3, 8, 8), dtype="float33")
 
 
 def test_report_as_table_and_json():
-    good = Row("layer", "conv2d", "1x3x8x8 4x3x3x3", "float32", "ok", "", ["kernel"], ["kernel"], [Comparison("output", 1e-7, 1e-7, 3e-7)])
+    good = Row(
+        "layer",
+        "conv2d",
+        "1x3x8x8 4x3x3x3",
+        "float32",
+        "ok",
+        "",
+        ["kernel"],
+        ["kernel"],
+        [Comparison("output", 1e-7, 1e-7, 3e-7)],
+    )
     bad = Row(
-        "x" * 90, "conv2d", "1x3x8x8", "float32", "FAIL", comparisons=[Comparison("grad of weight", 0.5, 1e-7, 3e-7, position=(1, 2))]
+        "x" * 90,
+        "conv2d",
+        "1x3x8x8",
+        "float32",
+        "FAIL",
+        comparisons=[Comparison("grad of weight", 0.5, 1e-7, 3e-7, position=(1, 2))],
     )
     report = Report([good, bad])
     text = str(report)
@@ -404,7 +474,10 @@ def test_command_checks_a_function_and_an_object(command):
         (["models.py:Needy"], "needs arguments"),
         (["models.py:number"], "nothing that can be called"),
         (["models.py:pool", "--input", "1x0x4"], "is no shape"),
-        (["models.py:pool", "--dtype", "int8"], "'int8' is none of bf16, fp16, fp32, tf32, fp64, bfloat16, float16, float32, float64"),
+        (
+            ["models.py:pool", "--dtype", "int8"],
+            "'int8' is none of bf16, fp16, fp32, tf32, fp64, bfloat16, float16, float32, float64",
+        ),
         (["models.py:build", "--input", "1x2x5x5"], "channels"),
     ],
 )

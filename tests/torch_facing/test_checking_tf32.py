@@ -80,7 +80,9 @@ def test_right_kernels_pass_and_have_rounded_their_operands(name, draw, device):
 @pytest.mark.parametrize("name", [name for name in CALLS if "training" not in name])
 @pytest.mark.usefixtures("plans_forgotten")
 def test_truncated_operands_are_caught(name, draw, device, monkeypatch, tmp_path):
-    """As a GPU's matrix unit truncates what nobody has rounded. In training a norm divides out what that takes off every sum alike."""
+    """As a GPU's matrix unit truncates what nobody has rounded. In training a norm divides out what that takes off
+    every sum alike.
+    """
     plant(monkeypatch, tmp_path, tiles, "((bits + 0x1000) & -0x2000)", "(bits & -0x2000)")
     report = cnnfast.check(CALLS[name], *operands(DRAWS[draw], device), dtype="tf32")
     assert report.rows[0].verdict == "FAIL", str(report)
@@ -104,7 +106,10 @@ def test_fewer_bits_than_tf32_are_caught(bits, device, monkeypatch):
 
 def test_operands_that_are_tf32_numbers_leave_no_room(device):
     """The floor is what rounding these very operands costs: of integers nothing but the last place of a sum."""
-    x, w = (torch.randint(-4, 5, t.shape, generator=torch.Generator().manual_seed(0)).float().to(device) for t in operands(signed, device))
+    x, w = (
+        torch.randint(-4, 5, t.shape, generator=torch.Generator().manual_seed(0)).float().to(device)
+        for t in operands(signed, device)
+    )
     report = cnnfast.check(CALLS["conv2d"], x, w, dtype="tf32", backward=False)
     (output,) = report.rows[0].comparisons
     assert output.error == 0
@@ -181,11 +186,17 @@ def test_a_whole_model_may_be_off_by_what_tf32_costs_only_in_tf32(tf32, device):
     off = cnnfast.convert(copy.deepcopy(model))
     with torch.no_grad():
         off.conv.weight.mul_(1 + UNIT / 4)
-    rows = {row.operation: row for row in judge_whole(model, off, (signed(2, 4, 6, 6, device=device),), backward=False, tf32=tf32)}
+    rows = {
+        row.operation: row
+        for row in judge_whole(model, off, (signed(2, 4, 6, 6, device=device),), backward=False, tf32=tf32)
+    }
     assert rows["eval"].verdict == ("ok" if tf32 else "FAIL")
     with torch.no_grad():
         off.conv.weight.mul_(1 + 16 * UNIT)
-    rows = {row.operation: row for row in judge_whole(model, off, (signed(2, 4, 6, 6, device=device),), backward=False, tf32=tf32)}
+    rows = {
+        row.operation: row
+        for row in judge_whole(model, off, (signed(2, 4, 6, 6, device=device),), backward=False, tf32=tf32)
+    }
     assert rows["eval"].verdict == "FAIL"
 
 
@@ -234,7 +245,13 @@ def test_products_are_rounded_in_every_direction():
 def test_the_kernels_round_as_plain_torch_does(device):
     """Ties, values near them, subnormal numbers, infinities: by a product with one, which is exact."""
     bits = torch.arange(0x3F7FF000, 0x3F7FF000 + 2**15, 37, dtype=torch.int32)
-    x = torch.cat([bits.view(torch.float32), -bits.view(torch.float32), torch.tensor([1 + 2.0**-11, -1 - 2.0**-11, 3e-39, float("inf")])])
+    x = torch.cat(
+        [
+            bits.view(torch.float32),
+            -bits.view(torch.float32),
+            torch.tensor([1 + 2.0**-11, -1 - 2.0**-11, 3e-39, float("inf")]),
+        ]
+    )
     x = x.view(-1, 1, 1, 1).to(device)
     with float32_products("tf32"):
         y = F.conv2d(x, torch.ones(1, 1, 1, 1, device=device), algorithm="direct")

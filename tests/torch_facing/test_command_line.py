@@ -98,7 +98,11 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_work(monkeypatch, t
         monkeypatch.setattr(module, name, None)
     written = tmp_path / "before.json"
     written.write_text("before")
-    for file, says in (("nowhere/x.json", "there is no folder"), (".", "Is a directory"), ("before.json/x.json", "there is no folder")):
+    for file, says in (
+        ("nowhere/x.json", "there is no folder"),
+        (".", "Is a directory"),
+        ("before.json/x.json", "there is no folder"),
+    ):
         result = invoke(*command, "--json", str(tmp_path / file))
         assert result.exit_code == 2
         assert "Invalid value for --json" in result.output
@@ -126,7 +130,9 @@ def test_aot_says_that_interpreted_kernels_do_not_compile(monkeypatch):
 @pytest.mark.parametrize(("module", "name"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")])
 def test_demo_without_its_extra_says_what_to_install(monkeypatch, module, name):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted, *rest: None if wanted == module else found(wanted, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda wanted, *rest: None if wanted == module else found(wanted, *rest)
+    )
     result = invoke("demo")
     assert result.exit_code == 2
     assert name in result.output

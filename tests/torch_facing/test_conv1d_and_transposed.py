@@ -1,4 +1,6 @@
-"""functional.conv1d and conv_transpose2d against torch.nn.functional's: forward and all gradients, bit for bit, and their memory."""
+"""functional.conv1d and conv_transpose2d against torch.nn.functional's: forward and all gradients, bit for bit, and
+their memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ from convolutions import LAYOUTS, arrange
 from poison import embed
 
 SOME = settings(
-    max_examples=20, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
 STEP = st.integers(1, 3)
@@ -39,13 +45,17 @@ def rows(draw):
     w = groups * draw(st.integers(1, 4)), x[1] // groups, draw(st.integers(1, 4))
     padding = draw(st.sampled_from([0, 1, 3, "same", "valid", (2,)]))
     assume(padding != "same" or stride == 1)
-    zeros = {"same": dilation * (w[2] - 1), "valid": 0, (2,): 4}.get(padding, 2 * padding if isinstance(padding, int) else 0)
+    zeros = {"same": dilation * (w[2] - 1), "valid": 0, (2,): 4}.get(
+        padding, 2 * padding if isinstance(padding, int) else 0
+    )
     assume(x[2] + zeros > dilation * (w[2] - 1))
     return x, w, (stride, padding, dilation, groups)
 
 
 @SOME
-@given(case=rows(), dtype=DTYPES, layout=st.sampled_from([*ROWS]), w_layout=st.sampled_from([*ROWS]), bias=st.booleans())
+@given(
+    case=rows(), dtype=DTYPES, layout=st.sampled_from([*ROWS]), w_layout=st.sampled_from([*ROWS]), bias=st.booleans()
+)
 def test_any_conv1d(case, dtype, layout, w_layout, bias, device):
     x_shape, w_shape, geometry = case
     x = arrange_row(integers(*x_shape, largest=2, dtype=dtype).to(device), layout)
@@ -54,19 +64,26 @@ def test_any_conv1d(case, dtype, layout, w_layout, bias, device):
     mine = run(lambda x, w, b: ours.conv1d(x, w, b, *geometry), inputs)
     assert_bits(mine, exact(lambda x, w, b: theirs.conv1d(x, w, b, *geometry), inputs))
     assert_served_by_kernels(mine.trace)
-    assert mine.operations == ["conv_fprop"] + (["conv_dgrad", "conv_wgrad"] + ["channel_sum"] * bias) * (x_shape[0] > 0)
+    assert mine.operations == ["conv_fprop"] + (["conv_dgrad", "conv_wgrad"] + ["channel_sum"] * bias) * (
+        x_shape[0] > 0
+    )
 
 
 @st.composite
 def transposed(draw):
     """x's and w's shape, and stride, padding, output_padding, groups, dilation as conv_transpose2d takes them."""
-    groups, stride, dilation = draw(st.sampled_from([1, 1, 2, 3])), draw(st.tuples(STEP, STEP)), draw(st.tuples(STEP, STEP))
+    groups, stride, dilation = (
+        draw(st.sampled_from([1, 1, 2, 3])),
+        draw(st.tuples(STEP, STEP)),
+        draw(st.tuples(STEP, STEP)),
+    )
     x = draw(st.integers(0, 2)), groups * draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
     w = x[1], draw(st.integers(1, 4)), draw(STEP), draw(STEP)
     padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
     more = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
     sizes = [
-        (n - 1) * s - 2 * p + d * (t - 1) + m + 1 for n, s, p, d, t, m in zip(x[2:], stride, padding, dilation, w[2:], more, strict=True)
+        (n - 1) * s - 2 * p + d * (t - 1) + m + 1
+        for n, s, p, d, t, m in zip(x[2:], stride, padding, dilation, w[2:], more, strict=True)
     ]
     assume(min(sizes) > 0)
     return x, w, (stride, padding, more, groups, dilation)
@@ -89,7 +106,9 @@ def test_any_transposed_convolution(case, algorithm, dtype, layout, w_layout, bi
     mine = run(lambda x, w, b: ours.conv_transpose2d(x, w, b, *geometry, algorithm=algorithm), inputs)
     assert_bits(mine, exact(lambda x, w, b: theirs.conv_transpose2d(x, w, b, *geometry), inputs))
     assert_served_by_kernels(mine.trace)
-    assert mine.operations == ["conv_dgrad"] + (["conv_fprop", "conv_wgrad"] + ["channel_sum"] * bias) * (x_shape[0] > 0)
+    assert mine.operations == ["conv_dgrad"] + (["conv_fprop", "conv_wgrad"] + ["channel_sum"] * bias) * (
+        x_shape[0] > 0
+    )
 
 
 X, W, B = integers(2, 4, 5, 3, largest=2), integers(4, 2, 3, 2, seed=2), integers(4, seed=3)
@@ -125,7 +144,9 @@ def test_saved_bytes(name, frozen, device):
 
 
 def kept_strides(function, *inputs) -> list[tuple[int, ...]]:
-    """Of the result, and of .grad of all inputs, which autograd keeps as its tensor lies. Axes of one element have no stride there."""
+    """Of the result, and of .grad of all inputs, which autograd keeps as its tensor lies. Axes of one element have no
+    stride there.
+    """
     inputs = [leaf(t) for t in inputs]
     y = function(*inputs)
     y.sum().backward()
@@ -137,7 +158,9 @@ FORMATS = (torch.contiguous_format, torch.channels_last)
 
 @pytest.mark.parametrize("w_format", FORMATS, ids=["nchw_w", "nhwc_w"])
 @pytest.mark.parametrize("x_format", FORMATS, ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("x_shape", [(2, 4, 5, 3), (2, 4, 1, 1), (1, 1, 4, 3)], ids=["usual", "one pixel", "one channel"])
+@pytest.mark.parametrize(
+    "x_shape", [(2, 4, 5, 3), (2, 4, 1, 1), (1, 1, 4, 3)], ids=["usual", "one pixel", "one channel"]
+)
 def test_strides_of_the_transposed(x_shape, x_format, w_format, device):
     x = integers(*x_shape).to(device).contiguous(memory_format=x_format)
     w = integers(x_shape[1], 6, 3, 2).to(device).contiguous(memory_format=w_format)
@@ -211,7 +234,9 @@ SPECIAL = {"inf": float("inf"), "-inf": -float("inf"), "nan": float("nan")}
     ids=["usual", "groups, stride", "depthwise", "depthwise, stride"],
 )
 def test_a_special_weight_reaches_what_its_tap_reaches(groups, geometry, algorithm, name, device):
-    """Of a transposed convolution's result, and of the gradient of a convolution's input; the judge multiplies where a tap lies alone."""
+    """Of a transposed convolution's result, and of the gradient of a convolution's input; the judge multiplies where a
+    tap lies alone.
+    """
     x, w = integers(2, 4, 5, 4, largest=2).to(device), integers(4, 4 // groups, 3, 3, seed=2).to(device)
     for k, r, s in ((0, 0, 0), (3, 2, 1)):
         w[k, 0, r, s] = SPECIAL[name]

@@ -41,7 +41,9 @@ class Case:
     def geometry(self) -> tuple:
         return self.stride, self.padding, self.dilation, self.groups
 
-    def inputs(self, dtype: torch.dtype, device: torch.device, layout: str = "nchw", w_layout: str = "nchw", bias: bool = True):
+    def inputs(
+        self, dtype: torch.dtype, device: torch.device, layout: str = "nchw", w_layout: str = "nchw", bias: bool = True
+    ):
         """x, w and bias: integers for which every sum is representable in any dtype."""
         K, R, S = self.filters
         x = arrange(integers(*self.x, largest=2, dtype=dtype).to(device), layout)
@@ -104,7 +106,11 @@ def test_dtype(algorithm, dtype, device):
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
 def test_layout(layout, device):
     """x cut out of NaN, in any order of axes, or one image repeated without a copy."""
-    check(CASES[3], "auto", CASES[3].inputs(torch.float32, device, layout, "channels_last" if layout == "expanded" else layout))
+    check(
+        CASES[3],
+        "auto",
+        CASES[3].inputs(torch.float32, device, layout, "channels_last" if layout == "expanded" else layout),
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "im2col"])
@@ -131,11 +137,22 @@ def convolutions(draw) -> Case:
     dilation = draw(AXIS)
     assume(padding != "same" or stride == (1, 1))
     if padding != "same":
-        assume(all(size + 2 * pad > d * (taps - 1) for size, pad, d, taps in zip(x[2:], padding, dilation, filters[1:], strict=True)))
+        assume(
+            all(
+                size + 2 * pad > d * (taps - 1)
+                for size, pad, d, taps in zip(x[2:], padding, dilation, filters[1:], strict=True)
+            )
+        )
     return Case("drawn", x, filters, stride, padding, dilation, groups)
 
 
-@settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     case=convolutions(),
     algorithm=st.sampled_from(ALGORITHMS),
@@ -184,12 +201,23 @@ FORMATS = (torch.contiguous_format, torch.channels_last)
 
 @pytest.mark.parametrize("algorithm", ["auto", "im2col"])
 def test_gradients_are_kept_as_pytorch_keeps_them(algorithm, device):
-    """.grad lies in memory as in PyTorch: autograd lays it out as its tensor. Of what it is made from, see test_convolution_layouts.py."""
-    for formats in ((FORMATS[0], FORMATS[0]), (FORMATS[0], FORMATS[1]), (FORMATS[1], FORMATS[0]), (FORMATS[1], FORMATS[1])):
+    """.grad lies in memory as in PyTorch: autograd lays it out as its tensor. Of what it is made from, see
+    test_convolution_layouts.py.
+    """
+    for formats in (
+        (FORMATS[0], FORMATS[0]),
+        (FORMATS[0], FORMATS[1]),
+        (FORMATS[1], FORMATS[0]),
+        (FORMATS[1], FORMATS[1]),
+    ):
         strides = []
         for function in (convolve(CASES[0], algorithm), reference(CASES[0])):
             x, w, b = CASES[0].inputs(torch.float32, device)
-            inputs = [leaf(x.contiguous(memory_format=formats[0])), leaf(w.contiguous(memory_format=formats[1])), leaf(b)]
+            inputs = [
+                leaf(x.contiguous(memory_format=formats[0])),
+                leaf(w.contiguous(memory_format=formats[1])),
+                leaf(b),
+            ]
             y = function(*inputs)
             y.sum().backward()
             strides.append([y.stride(), *(t.grad.stride() for t in inputs)])
@@ -217,7 +245,9 @@ def test_frozen_operands_cost_no_gradient(frozen, operations, device):
 @pytest.mark.parametrize("algorithm", ["auto", "im2col"])
 def test_saved_bytes(algorithm, frozen, device):
     inputs = CASES[0].inputs(torch.float32, device)
-    assert saved_bytes(convolve(CASES[0], algorithm), inputs, frozen) <= saved_bytes(reference(CASES[0]), inputs, frozen)
+    assert saved_bytes(convolve(CASES[0], algorithm), inputs, frozen) <= saved_bytes(
+        reference(CASES[0]), inputs, frozen
+    )
 
 
 def test_without_gradients_nothing_is_saved(device):
@@ -250,7 +280,9 @@ def test_nan_reaches_what_it_should(device):
 def test_algorithm_torch(device):
     inputs = CASES[0].inputs(torch.float32, device)
     mine = run(convolve(CASES[0], "torch"), inputs)
-    assert [(call.operation, call.served_by, call.reason) for call in mine.trace] == [("conv2d", "torch", 'algorithm="torch"')]
+    assert [(call.operation, call.served_by, call.reason) for call in mine.trace] == [
+        ("conv2d", "torch", 'algorithm="torch"')
+    ]
     assert_bits(mine, exact(reference(CASES[0]), inputs))
 
 

@@ -45,7 +45,9 @@ def parameters(dtype: torch.dtype = torch.float64, device: torch.device | str = 
     return [normal(*shape, seed=i, dtype=dtype).to(device) for i, shape in enumerate(shapes)]
 
 
-def running(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def running(
+    dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     return normal(K, seed=10, dtype=dtype).to(device), normal(K, seed=11, dtype=dtype).abs().add(0.5).to(device)
 
 
@@ -58,7 +60,9 @@ def fused(stats=(None, None), geometry=GEOMETRY, **options):
     return call
 
 
-def composed(stats=(None, None), geometry=GEOMETRY, activation="relu", training=False, momentum=0.1, eps=1e-5, act=None):
+def composed(
+    stats=(None, None), geometry=GEOMETRY, activation="relu", training=False, momentum=0.1, eps=1e-5, act=None
+):
     act = act or ACTIVATIONS[activation]
 
     def call(x, w, bn_weight, bn_bias, bias, residual):
@@ -89,7 +93,11 @@ def test_negative_slope(slope, training, device):
     inputs = parameters(device=device)
     act = functools.partial(F.leaky_relu, negative_slope=slope)
     for frozen in ((), (2,)):  # in eval with bn_weight frozen one kernel would do, if the sign could be told
-        mine = run(fused(running(device=device), activation="leaky_relu", activation_arg=slope, training=training), inputs, frozen)
+        mine = run(
+            fused(running(device=device), activation="leaky_relu", activation_arg=slope, training=training),
+            inputs,
+            frozen,
+        )
         assert_close(mine, run(composed(running(device=device), act=act, training=training), inputs, frozen))
 
 
@@ -124,7 +132,9 @@ EXACT_STATS = torch.tensor([1.0, -2.0, 0.0, 3.0, 1.0, -1.0]), 4.0 ** torch.tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "relu6"], ids=str)
 def test_eval_to_the_bit(activation, dtype, device):
-    """Integers and variances that are powers of four: exact, also where an activation bends. Frozen statistics and weight: one kernel."""
+    """Integers and variances that are powers of four: exact, also where an activation bends. Frozen statistics and
+    weight: one kernel.
+    """
     inputs = [
         integers(2, 3, 4, 4, largest=2, dtype=dtype),
         integers(K, 3, 3, 3, seed=1, dtype=dtype),
@@ -157,11 +167,15 @@ def test_im2col_in_pieces(device, monkeypatch):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("algorithm", ["auto", "im2col"])
 def test_vectors_of_any_stride(algorithm, training, device):
-    """Of bias, batch norm's parameters and statistics every second element of a larger one, or one number for all filters."""
+    """Of bias, batch norm's parameters and statistics every second element of a larger one, or one number for all
+    filters.
+    """
     inputs, stats = parameters(device=device), running(device=device)
     right = run(composed(tuple(t.clone() for t in stats), training=training), inputs, (2,))
     apart = [torch.stack([t, torch.full_like(t, float("nan"))], 1)[:, 0] for t in (*inputs[2:5], *stats)]
-    mine = run(fused(tuple(apart[3:]), training=training, algorithm=algorithm), [*inputs[:2], *apart[:3], inputs[5]], (2,))
+    mine = run(
+        fused(tuple(apart[3:]), training=training, algorithm=algorithm), [*inputs[:2], *apart[:3], inputs[5]], (2,)
+    )
     assert_close(mine, right)
     one = [t[:1].expand(K) for t in inputs[2:5]]
     given = [*inputs[:2], *one, inputs[5]]
@@ -173,7 +187,10 @@ def test_vectors_of_any_stride(algorithm, training, device):
 def test_bends(activation, device):
     """Where two lines meet the derivative is PyTorch's choice: 1x1 identity filters hand integers to the activation."""
     x = torch.arange(-8.0, 8.0, dtype=torch.float64, device=device).view(1, 1, 4, 4)
-    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.float64, device=device)
+    one, zero = (
+        torch.ones(1, 1, 1, 1, dtype=torch.float64, device=device),
+        torch.zeros(1, dtype=torch.float64, device=device),
+    )
     stats = zero, zero + 1
     for frozen in ((1,), (1, 2, 3)):  # the first takes the path that keeps the convolution's output
         inputs = [x, one, zero + 1, zero, None, None]
@@ -187,18 +204,26 @@ def test_number_of_launches(device):
     with torch.no_grad():
         assert run(fused(stats), inputs, range(6)).trace.launches == ["conv_fprop_kernel"]
         training = run(fused(stats, training=True), inputs, range(6))
-    assert training.trace.launches == ["conv_fprop_kernel", "combine_kernel", "update_running_kernel", "normalize_kernel"]
+    assert training.trace.launches == [
+        "conv_fprop_kernel",
+        "combine_kernel",
+        "update_running_kernel",
+        "normalize_kernel",
+    ]
     assert training.operations == ["conv_stats", "update_running", "normalize"]
 
 
 @pytest.mark.parametrize(
     ("activation", "frozen"),
-    [("relu", f) for f in ((2, 3), (0, 2, 3), (1, 2), (3,), (0, 1), (0, 1, 2, 4, 5))] + [("silu", f) for f in ((2, 3), (0, 1, 5))],
+    [("relu", f) for f in ((2, 3), (0, 2, 3), (1, 2), (3,), (0, 1), (0, 1, 2, 4, 5))]
+    + [("silu", f) for f in ((2, 3), (0, 1, 5))],
     ids=str,
 )
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_frozen(training, activation, frozen, device):
-    """Among them frozen batch norm within a network that trains: statistics fixed, its weight and bias without gradients."""
+    """Among them frozen batch norm within a network that trains: statistics fixed, its weight and bias without
+    gradients.
+    """
     inputs = parameters(device=device)
     stats = running(device=device)
     mine = run(fused(stats, activation=activation, training=training), inputs, frozen)
@@ -216,9 +241,14 @@ def test_saved_bytes(frozen, activation, training, device):
     inputs = parameters(torch.float32, device)
     for residual in (None, inputs[5]):
         given = [*inputs[:5], residual]
-        mine = saved_bytes(fused(running(torch.float32, device), activation=activation, training=training), given, frozen)
-        theirs = saved_bytes(composed(running(torch.float32, device), activation=activation, training=training), given, frozen)
-        if activation == "gelu" and not training:  # its argument is computed again, from bn_bias too, which lives anyway
+        mine = saved_bytes(
+            fused(running(torch.float32, device), activation=activation, training=training), given, frozen
+        )
+        theirs = saved_bytes(
+            composed(running(torch.float32, device), activation=activation, training=training), given, frozen
+        )
+        # its argument is computed again, from bn_bias too, which lives anyway
+        if activation == "gelu" and not training:
             theirs += inputs[3].nbytes
         assert mine <= theirs
 
@@ -261,7 +291,8 @@ def test_nan(activation, training, device):
     right = run(composed(running(device=device), activation=activation, training=training), inputs)
     assert mine.y.isnan().any()
     assert not mine.y.isnan().all()
-    if activation in ("relu6", "hardswish"):  # PyTorch's CPU and CUDA kernels differ in the gradient at NaN; ours is CUDA's
+    # PyTorch's CPU and CUDA kernels differ in the gradient at NaN; ours is CUDA's
+    if activation in ("relu6", "hardswish"):
         mine, right = (Outcome(outcome.y, (), outcome.trace) for outcome in (mine, right))
     assert_close(mine, right)
 

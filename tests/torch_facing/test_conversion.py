@@ -25,7 +25,9 @@ def test_not_in_place_is_a_new_tree_over_the_same_tensors(net, x):
     original = copy.deepcopy(net)
     ours = cnnfast.convert(net)
     assert not {id(m) for m in ours.modules()} & {id(m) for m in net.modules()}
-    for (name, t), (name_before, before) in zip([*ours.named_parameters(), *ours.named_buffers()], tensors, strict=True):
+    for (name, t), (name_before, before) in zip(
+        [*ours.named_parameters(), *ours.named_buffers()], tensors, strict=True
+    ):
         assert name == name_before
         assert t is before
     assert [type(m) for m in net.modules()] == types
@@ -136,7 +138,9 @@ def prune_weights(model):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", [normalise_weights, normalise_weights_by_hooks, prune_weights])
 def test_computed_weights(net, x, change, when):
-    """Parametrizations change a module's class, the older functions hook it: weights that are another tensor at every call."""
+    """Parametrizations change a module's class, the older functions hook it: weights that are another tensor at every
+    call.
+    """
 
     def seeded(model):
         torch.manual_seed(0)
@@ -178,7 +182,9 @@ def test_frozen_batch_norm(net, x, which):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_synchronised_batch_norm(net, x, when):
-    """Made by PyTorch's own conversion; without a process group it is batch norm, with one it is not ours to fuse in training."""
+    """Made by PyTorch's own conversion; without a process group it is batch norm, with one it is not ours to fuse in
+    training.
+    """
     original = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
     if when == "before":
         ours = cnnfast.convert(nn.SyncBatchNorm.convert_sync_batchnorm(net))
@@ -266,7 +272,9 @@ def test_errors_name_the_argument(call, message):
         call()
 
 
-@pytest.mark.parametrize("leaf", [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)])
+@pytest.mark.parametrize(
+    "leaf", [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)]
+)
 def test_a_single_layer(leaf, quick, x):
     leaf = copy.deepcopy(leaf).double().to(quick)
     ours = converted(leaf, x)

@@ -63,12 +63,23 @@ def test_timms_batch_norm_and_activation(name, layers, quick):
     assert isinstance(ours[1], layers.BatchNormAct2d)
     assert_same_steps(ours, original, image().to(quick), fused=1 if name in ACTIVATIONS else None)
     rows = {row.name: row for row in cnnfast.report(ours).rows}
-    assert (rows["1"].kind, rows["1"].status) == ("BatchNormAct2d", "fused" if name in ACTIVATIONS else rows["1"].status)
+    assert (rows["1"].kind, rows["1"].status) == (
+        "BatchNormAct2d",
+        "fused" if name in ACTIVATIONS else rows["1"].status,
+    )
     assert type(cnnfast.revert(ours)[1]) is layers.BatchNormAct2d
 
 
 @pytest.mark.parametrize(
-    "kind", ["FrozenBatchNormAct2d", "SyncBatchNormAct", "GroupNormAct", "LayerNormAct2d", "EvoNorm2dB0", "FilterResponseNormAct2d"]
+    "kind",
+    [
+        "FrozenBatchNormAct2d",
+        "SyncBatchNormAct",
+        "GroupNormAct",
+        "LayerNormAct2d",
+        "EvoNorm2dB0",
+        "FilterResponseNormAct2d",
+    ],
 )
 def test_timms_other_norms(kind, layers, quick):
     options = {"num_groups": 2} if kind == "GroupNormAct" else {}
@@ -97,7 +108,9 @@ def test_timms_blocks(name, layers, quick):
 @pytest.mark.parametrize("name", ["StdConv2d", "StdConv2dSame", "Conv2dSame", "ScaledStdConv2d", "MixedConv2d"])
 def test_timms_convolutions_are_left(name, layers, quick):
     """Each computes its weight or its padding in a forward of its own."""
-    model = build(lambda: nn.Sequential(getattr(layers, name)(CHANNELS, CHANNELS, 3), nn.BatchNorm2d(CHANNELS), nn.ReLU()), quick)
+    model = build(
+        lambda: nn.Sequential(getattr(layers, name)(CHANNELS, CHANNELS, 3), nn.BatchNorm2d(CHANNELS), nn.ReLU()), quick
+    )
     original, ours = copy.deepcopy(model), cnnfast.convert(model)
     assert type(ours[0]) is getattr(layers, name)
     assert_same_steps(ours, original, image().to(quick))
@@ -123,6 +136,9 @@ def test_torchvisions_frozen_batch_norm(ops, quick):
 
 
 def test_torchvisions_blocks(ops, quick):
-    model = build(lambda: nn.Sequential(ops.Conv2dNormActivation(CHANNELS, CHANNELS, 3), ops.SqueezeExcitation(CHANNELS, 2)), quick)
+    model = build(
+        lambda: nn.Sequential(ops.Conv2dNormActivation(CHANNELS, CHANNELS, 3), ops.SqueezeExcitation(CHANNELS, 2)),
+        quick,
+    )
     original, ours = copy.deepcopy(model), cnnfast.convert(model)
     assert_same_steps(ours, original, image().to(quick), fused=1)

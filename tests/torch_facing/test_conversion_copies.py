@@ -1,4 +1,6 @@
-"""What convert(inplace=False) makes of a model's hooks, and of what they hold: as deepcopy does, but over the same tensors."""
+"""What convert(inplace=False) makes of a model's hooks, and of what they hold: as deepcopy does, but over the same
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ HOLDING: dict[str, Callable[[Any], Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("convert", [cnnfast.convert, lambda model: cnnfast.revert(cnnfast.convert(model, inplace=True))])
+@pytest.mark.parametrize(
+    "convert", [cnnfast.convert, lambda model: cnnfast.revert(cnnfast.convert(model, inplace=True))]
+)
 @pytest.mark.parametrize("kind", HOLDING)
 def test_what_hooks_hold_of_the_model_is_the_copys(kind, convert, quick):
     """Each model collects its own features; a hook of two modules is one hook in the copy too."""
@@ -222,8 +226,12 @@ FOREIGN: dict[str, Callable[[Recorder], Callable[..., Any]]] = {
     "callable": lambda recorder: recorder,
     "partial": lambda recorder: functools.partial(Recorder.record, recorder),
     "closure": closure,
-    "tensor": lambda recorder: functools.partial(lambda tensor, r, *seen: r.record(*seen), torch.ones(1).requires_grad_() * 2, recorder),
-    "generator": lambda recorder: functools.partial(lambda numbers, *seen: recorder.record(next(numbers)), (n for n in range(9))),
+    "tensor": lambda recorder: functools.partial(
+        lambda tensor, r, *seen: r.record(*seen), torch.ones(1).requires_grad_() * 2, recorder
+    ),
+    "generator": lambda recorder: functools.partial(
+        lambda numbers, *seen: recorder.record(next(numbers)), (n for n in range(9))
+    ),
 }
 
 
@@ -296,7 +304,9 @@ def test_other_attributes_that_are_called_hooks(quick):
     model.own_hooks = {"conv": Helper()}
     graph: Any = torch.fx.symbolic_trace(model)
     graph.features = {}
-    graph.conv.register_forward_hook(functools.partial(lambda features, *seen: features.update(conv=seen[-1]), graph.features))
+    graph.conv.register_forward_hook(
+        functools.partial(lambda features, *seen: features.update(conv=seen[-1]), graph.features)
+    )
     assert cnnfast.convert(model).own_hooks["conv"] is not model.own_hooks["conv"]
     for twin in (share(graph, "convert"), copy.deepcopy(graph)):
         twin.conv(image().to(quick))
@@ -322,7 +332,9 @@ def test_weak_references(quick):
     gone = Helper()
     proxy, reference = weakref.proxy(gone), weakref.ref(gone)
     del gone
-    model.conv.register_forward_hook(functools.partial(lambda p, r, m, *seen: m.collect(*seen), proxy, reference, model))
+    model.conv.register_forward_hook(
+        functools.partial(lambda p, r, m, *seen: m.collect(*seen), proxy, reference, model)
+    )
     ours = cnnfast.convert(model)
     ours(image().to(quick))
     assert list(ours.features) == ["conv"]
@@ -334,7 +346,9 @@ def test_weak_references(quick):
 
 
 def test_tensors_wherever_they_are(quick):
-    """Parameters of a list, which an optimizer may have; the results of the last call; those of a module that is no child."""
+    """Parameters of a list, which an optimizer may have; the results of the last call; those of a module that is no
+    child.
+    """
     model: Any = build(Block, quick)
     hidden = nn.Linear(2, 2)
     model.temperatures = [nn.Parameter(torch.ones(1))]
@@ -369,7 +383,9 @@ class CopiesItself(Block):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("call", [cnnfast.convert, cnnfast.revert])
 def test_what_cannot_be_copied_is_said(call, quick):
-    """A hook or an attribute that belongs to the model and refuses, and parts that make tensors of their own. In place there is no need."""
+    """A hook or an attribute that belongs to the model and refuses, and parts that make tensors of their own. In place
+    there is no need.
+    """
     hooked, owning = build(Collecting, quick), build(Collecting, quick)
     hooked.conv.register_forward_hook(Uncopyable(hooked))
     owning.extra = Uncopyable(owning)  # pyright: ignore[reportAttributeAccessIssue]
@@ -412,7 +428,9 @@ def test_a_network_with_hooks_is_fused_but_for_its_members(net, x):
     """A hook of the model's own on a block costs no fusion within it."""
     model: Any = net
     model.features = {}
-    model.layers[0].register_forward_hook(functools.partial(lambda features, *seen: features.update(block=seen[-1]), model.features))
+    model.layers[0].register_forward_hook(
+        functools.partial(lambda features, *seen: features.update(block=seen[-1]), model.features)
+    )
     ours: Any = cnnfast.convert(model)
     assert isinstance(ours, Net)
     assert_same_steps(ours, copy.deepcopy(net), x, fused=CONVOLUTIONS)

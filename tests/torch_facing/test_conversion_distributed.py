@@ -22,9 +22,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch is built without gloo")
     meet = tmp_path_factory.mktemp("processes") / "meet"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, IMPORTABLE), os.environ.get("PYTHONPATH", "")])}
-    commands = [[sys.executable, str(TESTS / "distributed_steps.py"), str(rank), str(WORLD), str(meet)] for rank in range(WORLD)]
-    children = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, IMPORTABLE), os.environ.get("PYTHONPATH", "")]),
+    }
+    commands = [
+        [sys.executable, str(TESTS / "distributed_steps.py"), str(rank), str(WORLD), str(meet)] for rank in range(WORLD)
+    ]
+    children = [
+        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for c in commands
+    ]
     try:
         outputs = [child.communicate(timeout=300) for child in children]
     finally:
@@ -37,7 +45,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_wrapped_models_train_as_the_original(wrapper, results):
-    """After two steps the same parameters and buffers as without conversion, the same in both processes, by fused kernels."""
+    """After two steps the same parameters and buffers as without conversion, the same in both processes, by fused
+    kernels.
+    """
     for result in results:
         assert result[wrapper]["error"] < 1e-12
         assert result[wrapper]["moved"] > 1e-3

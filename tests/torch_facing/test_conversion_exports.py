@@ -45,8 +45,13 @@ class Passing(nn.Module):
 
 def emptied() -> nn.Module:
     """A container that was fused, in which nothing of ours is left."""
-    model = cnnfast.convert(build(lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), nn.ReLU())))
-    model._modules["0"], model._modules["1"] = nn.Conv2d(CHANNELS, CHANNELS, 1).double(), nn.BatchNorm2d(CHANNELS).double()
+    model = cnnfast.convert(
+        build(lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), nn.ReLU()))
+    )
+    model._modules["0"], model._modules["1"] = (
+        nn.Conv2d(CHANNELS, CHANNELS, 1).double(),
+        nn.BatchNorm2d(CHANNELS).double(),
+    )
     return model.eval()
 
 
@@ -61,7 +66,9 @@ REVERTED: dict[str, Callable[[], nn.Module]] = {
     "a subclass": lambda: cnnfast.convert(OwnConv2d(CHANNELS, CHANNELS, 3)),
     "a fused container": lambda: cnnfast.convert(Block()),
     "a child": lambda: Passing(nn.Sequential(nn.ReLU(), cnnfast.convert(nn.Conv2d(CHANNELS, CHANNELS, 3)))),
-    "a fused child": lambda: Passing(Passing(cnnfast.convert(nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3), nn.BatchNorm2d(CHANNELS))))),
+    "a fused child": lambda: Passing(
+        Passing(cnnfast.convert(nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3), nn.BatchNorm2d(CHANNELS))))
+    ),
     "nothing left": emptied,
 }
 KEPT: dict[str, Callable[[], nn.Module]] = {
@@ -168,7 +175,9 @@ def not_pretended(pytestconfig: pytest.Config) -> None:
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 @pytest.mark.parametrize("make", [Net, KEPT["ConvBNAct"], KEPT["BasicBlock"]], ids=["Net", "ConvBNAct", "BasicBlock"])
 def test_onnx(make, dynamo, tmp_path: Path, not_pretended):
-    """Both exporters translate PyTorch's operators only: it serves while they run, and a converted model is exported as it is."""
+    """Both exporters translate PyTorch's operators only: it serves while they run, and a converted model is exported as
+    it is.
+    """
     pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -180,13 +180,19 @@ NORMS = {
 
 @pytest.mark.parametrize("conv", CONVOLUTIONS)
 def test_kinds_of_convolution(conv, quick):
-    converted(build(lambda: nn.Sequential(CONVOLUTIONS[conv](), nn.BatchNorm2d(CHANNELS), nn.ReLU()), quick), image().to(quick))
+    converted(
+        build(lambda: nn.Sequential(CONVOLUTIONS[conv](), nn.BatchNorm2d(CHANNELS), nn.ReLU()), quick),
+        image().to(quick),
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_kinds_of_norm(norm, quick):
     """Another kind of norm after the convolution too: no batch norm, or one whose training needs other processes."""
-    converted(build(lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), NORMS[norm](), nn.ReLU()), quick), image().to(quick))
+    converted(
+        build(lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), NORMS[norm](), nn.ReLU()), quick),
+        image().to(quick),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -264,7 +270,9 @@ def test_residuals(forward, quick):
 
 
 def test_a_residual_of_another_dtype(quick):
-    """float32 into a float64 sum, and a float64 sum of a float32 convolution: PyTorch promotes, whatever the kernel would do."""
+    """float32 into a float64 sum, and a float64 sum of a float32 convolution: PyTorch promotes, whatever the kernel
+    would do.
+    """
 
     def forward(self, x, r):
         return self.relu(self.bn(self.conv(x)) + r)
@@ -272,12 +280,23 @@ def test_a_residual_of_another_dtype(quick):
     x = image().to(quick)
     model = build(block(forward), quick)
     original, ours = copy.deepcopy(model), cnnfast.convert(model)
-    for r in (x.float(), x[:1], x[:, :1], x[..., :1, :1], x.to(torch.bool), x.half(), torch.tensor(2.0, device=quick), 3):
+    for r in (
+        x.float(),
+        x[:1],
+        x[:, :1],
+        x[..., :1, :1],
+        x.to(torch.bool),
+        x.half(),
+        torch.tensor(2.0, device=quick),
+        3,
+    ):
         assert_same_steps(ours, original, x, r)
     assert_same_steps(ours.float(), original.float(), x.float(), x, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("forward", [Block.forward, residual_in_place, residual_first], ids=lambda forward: forward.__name__)
+@pytest.mark.parametrize(
+    "forward", [Block.forward, residual_in_place, residual_first], ids=lambda forward: forward.__name__
+)
 def test_autocast_gives_the_dtypes_of_the_original(forward, device):
     """A float32 image added to bfloat16 makes float32, into bfloat16 in place it stays that: whatever is fused."""
     model = build(block(forward), device).float()

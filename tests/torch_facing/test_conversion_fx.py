@@ -1,4 +1,6 @@
-"""convert on torch.fx's GraphModules: traced models, feature extractors, graphs that are changed afterwards, copies and files of them."""
+"""convert on torch.fx's GraphModules: traced models, feature extractors, graphs that are changed afterwards, copies and
+files of them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Around(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = Block()
-        self.middle = fx.symbolic_trace(nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), nn.ReLU()))
+        self.middle = fx.symbolic_trace(
+            nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), nn.ReLU())
+        )
 
     def forward(self, x):
         return self.middle(self.first(x))
@@ -73,7 +77,8 @@ def twice_traced() -> nn.Module:
     return fx.symbolic_trace(traced())
 
 
-# How each is made, the channels of its input and how many convolutions are fused. The extractor's stem ends with its norm.
+# How each is made, the channels of its input and how many convolutions are fused. The extractor's stem ends with its
+# norm.
 KINDS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "traced": (traced, 3, CONVOLUTIONS),
     "extractor": (extractor, 3, CONVOLUTIONS),
@@ -85,14 +90,18 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 
 
 @pytest.fixture(params=KINDS)
-def graph_kind(request: pytest.FixtureRequest, quick: torch.device, torchvision: Any) -> tuple[nn.Module, torch.Tensor, int]:
+def graph_kind(
+    request: pytest.FixtureRequest, quick: torch.device, torchvision: Any
+) -> tuple[nn.Module, torch.Tensor, int]:
     """A model in eval, an input, and how many of its convolutions are fused."""
     make, channels, fused = KINDS[request.param]
     return make().to(quick).eval(), image(channels, 9).to(quick), fused
 
 
 def own_copy(model: nn.Module) -> nn.Module:
-    """With buffers of its own, and in the original's mode: a deepcopy of torchvision's extractor comes back in training."""
+    """With buffers of its own, and in the original's mode: a deepcopy of torchvision's extractor comes back in
+    training.
+    """
     return copy.deepcopy(model).train(model.training)
 
 
@@ -463,7 +472,9 @@ def test_a_graph_module_is_traced_once_when_its_graph_is_set(quick, monkeypatch)
     assert plans == [ours, ours]
 
 
-@pytest.mark.parametrize(("name", "last", "fused"), [("resnet18", "layer4", 20), ("mobilenet_v3_small", "features", 34)])
+@pytest.mark.parametrize(
+    ("name", "last", "fused"), [("resnet18", "layer4", 20), ("mobilenet_v3_small", "features", 34)]
+)
 def test_torchvisions_extractors(name, last, fused, quick, torchvision):
     """Whole networks, a second or two each; the report says what happens."""
     from torchvision.models.feature_extraction import create_feature_extractor

@@ -42,9 +42,13 @@ REGISTER = {
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", REGISTER)
-@pytest.mark.parametrize("name", ["stem.0", "stem.1", "stem", "layers.0.conv", "layers.0.bn2", "layers.0.relu", "layers.0", ""])
+@pytest.mark.parametrize(
+    "name", ["stem.0", "stem.1", "stem", "layers.0.conv", "layers.0.bn2", "layers.0.relu", "layers.0", ""]
+)
 def test_a_hook_sees_pytorchs_tensors(net, x, name, kind, when):
-    """On each member of a fusion, on its container, on the whole; registered before conversion or after. Once removed, all is fused."""
+    """On each member of a fusion, on its container, on the whole; registered before conversion or after. Once removed,
+    all is fused.
+    """
     seen, handles = {}, {}
 
     def watch(model):
@@ -82,7 +86,9 @@ def test_global_hooks(net, x):
     names = []
     for model in (original, ours):
         seen: list[str] = []
-        handle = nn.modules.module.register_module_forward_hook(lambda module, *_, seen=seen: seen.append(type(module).__name__))
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, *_, seen=seen: seen.append(type(module).__name__)
+        )
         model(x)
         handle.remove()
         names.append(seen)

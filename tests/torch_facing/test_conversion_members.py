@@ -1,4 +1,6 @@
-"""Members and containers that are not what they seem: forwards of their own, patched instances, ways of their own to be copied."""
+"""Members and containers that are not what they seem: forwards of their own, patched instances, ways of their own to be
+copied.
+"""
 
 from __future__ import annotations
 
@@ -240,7 +242,9 @@ def test_a_container_that_copies_itself(quick):
 
 def test_new_instances_of_a_converted_container(quick):
     """type(block)() makes a block: slices of Sequential, and code that builds another of the same kind."""
-    model = build(lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), nn.ReLU(), Block()), quick)
+    model = build(
+        lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), nn.ReLU(), Block()), quick
+    )
     ours, x = cnnfast.convert(model), image().to(quick)
     for part in (slice(0, 3), slice(0, 2), slice(1, 3), slice(2, None)):
         assert_same_steps(ours[part], copy.deepcopy(model)[part], x)
@@ -253,7 +257,9 @@ def test_scripted_members_are_left(quick):
     """Of a class that answers to few of a module's questions."""
     model = build(lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)), quick)
     model = nn.Sequential(torch.jit.script(model), Block().double().to(quick))
-    assert_same_steps(cnnfast.convert(copy.deepcopy(model), inplace=True), model, image().to(quick), modes=("no_grad",), fused=2)
+    assert_same_steps(
+        cnnfast.convert(copy.deepcopy(model), inplace=True), model, image().to(quick), modes=("no_grad",), fused=2
+    )
 
 
 def test_lazy_convolutions(quick):

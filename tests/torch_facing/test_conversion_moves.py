@@ -1,7 +1,9 @@
-"""A convolution and what follows it are computed together, in the place of the last: whatever in between would mind holds them back.
+"""A convolution and what follows it are computed together, in the place of the last: whatever in between would mind
+holds them back.
 
-Every program is compared in eval, in eval with gradients and in training with an untouched copy: outputs, inputs, gradients, buffers.
-The convolutions read a tensor in memory of its own, `p`, where it shall not be what they read that holds them back.
+Every program is compared in eval, in eval with gradients and in training with an untouched copy: outputs, inputs,
+gradients, buffers. The convolutions read a tensor in memory of its own, `p`, where it shall not be what they read that
+holds them back.
 """
 
 from __future__ import annotations
@@ -397,7 +399,9 @@ def lists_joined(self, xs):
     return self.relu(self.bn(y))
 
 
-@pytest.mark.parametrize("forward", [slot_changed, slot_joined, slot_joined_under_another_name, slot_put_there_by_a_child, lists_joined])
+@pytest.mark.parametrize(
+    "forward", [slot_changed, slot_joined, slot_joined_under_another_name, slot_put_there_by_a_child, lists_joined]
+)
 def test_slots_of_lists(forward, quick):
     model = build(block(forward, **MEMBERS), quick)
     original, ours = copy.deepcopy(model), cnnfast.convert(model)
@@ -527,10 +531,14 @@ CHILDREN: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("forward", [norm_called_by_a_child, norm_called_by_a_child_before_it], ids=lambda forward: forward.__name__)
+@pytest.mark.parametrize(
+    "forward", [norm_called_by_a_child, norm_called_by_a_child_before_it], ids=lambda forward: forward.__name__
+)
 @pytest.mark.parametrize("child", CHILDREN)
 def test_state_that_a_child_shares(child, forward, quick):
-    """Converted in place: a copy of some of these would call the original's norm. The one is done before the other is made."""
+    """Converted in place: a copy of some of these would call the original's norm. The one is done before the other is
+    made.
+    """
 
     def steps(convert: bool) -> dict[str, dict[str, Any]]:
         model: Any = build(block(forward, **MEMBERS), quick)
@@ -555,7 +563,9 @@ class HandsOut(nn.Module):
 
     def forward(self, x):
         module, name = self.held
-        return getattr(module, name).detach().view(-1, 1, 1) if name == "running_mean" else getattr(module, name).detach()
+        return (
+            getattr(module, name).detach().view(-1, 1, 1) if name == "running_mean" else getattr(module, name).detach()
+        )
 
 
 def written_under_another_name(self, x):
@@ -646,7 +656,9 @@ def test_an_order_that_does_not_matter(quick):
 
     model = build(block(beside, child=lambda: None, **MEMBERS), quick)
     model.child = FromAList(norms=[nn.BatchNorm2d(CHANNELS).double().to(quick).eval()])
-    assert "self.conv only up to self.bn" in cnnfast.report(converted(model, image().to(quick))).rows[0].reason, "its code may keep x"
+    assert "self.conv only up to self.bn" in cnnfast.report(converted(model, image().to(quick))).rows[0].reason, (
+        "its code may keep x"
+    )
     model.child = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)).double().to(quick)
     converted(model, image().to(quick), fused=2)
     converted(build(block(twice), quick), image().to(quick), fused=2)
@@ -684,7 +696,9 @@ def over_a_child(self, x):
 
 
 def shortcut() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False), nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU()))
+    return nn.Sequential(
+        nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False), nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU())
+    )
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -780,7 +794,8 @@ def test_containers_alike_but_for_a_flag(quick):
         y = self.relu(self.bn(self.conv(p)) + self.plain(p))
         return y + self.relu(self.bn2(self.conv2(q)) + self.writing(q))
 
-    members = {"writing": functools.partial(Inner, True), "plain": functools.partial(Inner, False)}  # the last is converted first
+    # the last is converted first
+    members = {"writing": functools.partial(Inner, True), "plain": functools.partial(Inner, False)}
     converted(build(block(forward, **MEMBERS, **members), quick), image().to(quick), may_raise=True)
 
 

@@ -1,4 +1,6 @@
-"""Parametrized tensors in a converted model: registered and removed before the conversion and after it, as PyTorch does it."""
+"""Parametrized tensors in a converted model: registered and removed before the conversion and after it, as PyTorch does
+it.
+"""
 
 from __future__ import annotations
 
@@ -296,7 +298,9 @@ def test_cached(net, x, when):
     """parametrize.cached(): computed once, however many calls there are."""
     ours, original = normalised(net, when)
     assert_same_steps(ours, original, x, fused=5, within=parametrize.cached)
-    assert_same_steps(nn.Sequential(ours.layers, ours.layers), nn.Sequential(original.layers, original.layers), image().to(x.device))
+    assert_same_steps(
+        nn.Sequential(ours.layers, ours.layers), nn.Sequential(original.layers, original.layers), image().to(x.device)
+    )
     for m in (ours, original):
         with parametrize.cached():
             assert m.stem[0].weight is m.stem[0].weight
@@ -330,7 +334,9 @@ def test_converting_a_copy_in_place(net, x):
 
 
 def test_how_often_a_weight_is_computed(quick):
-    """As often as the original computes it: once a call, also where the convolution is fused, and never by convert, revert or report."""
+    """As often as the original computes it: once a call, also where the convolution is fused, and never by convert,
+    revert or report.
+    """
 
     def count(model):
         parametrize.register_parametrization(model.conv, "weight", Doubled())

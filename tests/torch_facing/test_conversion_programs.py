@@ -1,4 +1,6 @@
-"""Random forwards: converted, each leaves what the original leaves, whatever stands between a convolution and what follows it."""
+"""Random forwards: converted, each leaves what the original leaves, whatever stands between a convolution and what
+follows it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def left_by(model: nn.Module, mode: Mode, device: torch.device) -> dict[str, Any
 
 @pytest.mark.parametrize("first", range(0, PROGRAMS, BATCH))
 def test_random_programs(first, quick):
-    """PyTorch has no gradients for some: then only what they compute without is compared. `fused`: lest nothing be tested."""
+    """PyTorch has no gradients for some: then only what they compute without is compared. `fused`: lest nothing be
+    tested.
+    """
     fused = 0
     for seed in range(first, first + BATCH):
         source, model = program(seed)

@@ -1,4 +1,6 @@
-"""Why a convolution is not fused, or not with all that follows it: the report names what it is, not what it might have been."""
+"""Why a convolution is not fused, or not with all that follows it: the report names what it is, not what it might have
+been.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
     "not_used": (not_used, {}, None, "self.conv, because its result is not used"),
     "no_norm": (no_norm, {}, None, "self.conv, because its result goes to self.relu, which is no batch norm"),
     "returned": (returned, {}, None, "self.conv, because its result is returned"),
-    "resized": (resized_before_the_norm, {}, None, "self.conv, because its result goes to interpolate, which is no batch norm"),
+    "resized": (
+        resized_before_the_norm,
+        {},
+        None,
+        "self.conv, because its result goes to interpolate, which is no batch norm",
+    ),
     "group_norm": (
         plain,
         {"bn": functools.partial(nn.GroupNorm, 2, CHANNELS)},
@@ -208,7 +215,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
         None,
         "self.conv only up to self.bn, because the result of self.bn is used by self.relu and +",
     ),
-    "sum_used_twice": (sum_used_twice, {}, None, "self.conv only up to +, because the result of + is used by self.relu and +"),
+    "sum_used_twice": (
+        sum_used_twice,
+        {},
+        None,
+        "self.conv only up to +, because the result of + is used by self.relu and +",
+    ),
     "doubled": (doubled, {}, None, "self.conv only up to self.bn, because the result of self.bn is added to itself"),
     "a_number_added": (
         a_number_added,
@@ -217,7 +229,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
         "self.conv only up to self.bn, because what is added to the result of self.bn is not a tensor",
     ),
     "scaled_sum": (scaled_sum, {}, None, "self.conv only up to self.bn, because add is called with alpha"),
-    "sum_into_the_other": (sum_into_the_other, {}, None, "self.conv only up to self.bn, because += writes the sum into x"),
+    "sum_into_the_other": (
+        sum_into_the_other,
+        {},
+        None,
+        "self.conv only up to self.bn, because += writes the sum into x",
+    ),
     "prelu": (
         plain,
         {"relu": nn.PReLU},
@@ -230,14 +247,24 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
         None,
         "self.conv only up to self.bn, because self.relu (Shifted) is not an activation that kernels know",
     ),
-    "sigmoid": (sigmoid, {}, None, "self.conv only up to self.bn, because sigmoid is not an activation that kernels know"),
+    "sigmoid": (
+        sigmoid,
+        {},
+        None,
+        "self.conv only up to self.bn, because sigmoid is not an activation that kernels know",
+    ),
     "slope": (
         slope_from_elsewhere,
         {},
         None,
         "self.conv only up to self.bn, because leaky_relu, as it is called, is not an activation that kernels know",
     ),
-    "two_arguments": (two_arguments, {}, None, "self.conv, because its norm self.bn is called with something else than one tensor"),
+    "two_arguments": (
+        two_arguments,
+        {},
+        None,
+        "self.conv, because its norm self.bn is called with something else than one tensor",
+    ),
     "stranger": (
         statistics_of_a_child,
         {"child": Strange},

@@ -42,9 +42,14 @@ def test_one_row_for_each_module_that_could_be_covered(net, x):
 
 
 def test_operations_are_counted(quick):
-    """A multiply-add counts as two: of the convolution that was called, on the size that it was given, as often as it was."""
+    """A multiply-add counts as two: of the convolution that was called, on the size that it was given, as often as it
+    was.
+    """
     model = build(
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, (3, 1), groups=4), nn.Conv2d(8, 5, 1)), quick
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, (3, 1), groups=4), nn.Conv2d(8, 5, 1)
+        ),
+        quick,
     )
     rows = rows_of(cnnfast.report(cnnfast.convert(model), torch.zeros(2, 3, 9, 11, dtype=torch.float64, device=quick)))
     assert [rows[name].flops for name in "012"] == [
@@ -63,9 +68,13 @@ def test_operations_are_counted(quick):
 
 
 def test_coverage(quick):
-    """The share of the work that our kernels do: of two convolutions alike, one a subclass with its own forward, a half."""
+    """The share of the work that our kernels do: of two convolutions alike, one a subclass with its own forward, a
+    half.
+    """
     x = image().to(quick)
-    model = build(lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3), Doubled(CHANNELS, CHANNELS, 3, padding=1)), quick)
+    model = build(
+        lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3), Doubled(CHANNELS, CHANNELS, 3, padding=1)), quick
+    )
     ours = cnnfast.convert(model)
     report = cnnfast.report(ours, x)
     assert report.coverage == pytest.approx(0.5)
@@ -104,7 +113,9 @@ def test_reasons(quick):
             return self.relu(self.bn(self.conv(x))) * self.scale
 
     kinds = {"in_place": mutates, "decides": decides, "modes": trains_otherwise}
-    model = nn.ModuleDict({name: block(forward)() for name, forward in kinds.items()} | {"owner": Owner(), "subclass": Doubled(3, 3, 1)})
+    model = nn.ModuleDict(
+        {name: block(forward)() for name, forward in kinds.items()} | {"owner": Owner(), "subclass": Doubled(3, 3, 1)}
+    )
     rows = rows_of(cnnfast.report(cnnfast.convert(model)))
     reasons = {name: rows[name].reason for name in model}
     assert {rows[name].status for name in model} == {"left"}

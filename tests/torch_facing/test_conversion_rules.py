@@ -1,6 +1,8 @@
-"""Forwards that must not be rewritten, or not carelessly: each here goes wrong, silently, under a rewrite that misses its rule.
+"""Forwards that must not be rewritten, or not carelessly: each here goes wrong, silently, under a rewrite that misses
+its rule.
 
-Every one is compared in eval, in eval with gradients and in training with an untouched copy: outputs, inputs, gradients, buffers.
+Every one is compared in eval, in eval with gradients and in training with an untouched copy: outputs, inputs,
+gradients, buffers.
 """
 
 from __future__ import annotations
@@ -108,7 +110,9 @@ def test_arguments_of_other_kinds(quick):
         assert_same_steps(ours, original, xs)
 
 
-@pytest.mark.parametrize("size", [(CHANNELS, 5, 5), (2, CHANNELS + 1, 5, 5), (1, CHANNELS, 1, 1), (0, CHANNELS, 5, 5), (2, 5)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(CHANNELS, 5, 5), (2, CHANNELS + 1, 5, 5), (1, CHANNELS, 1, 1), (0, CHANNELS, 5, 5), (2, 5)], ids=str
+)
 def test_wrong_and_unusual_sizes(size, quick):
     """What PyTorch's module raises, of the same type; what it accepts, accepted."""
     x = torch.ones(size, dtype=torch.float64, device=quick)
@@ -251,4 +255,8 @@ IN_PLACE = [
 
 @pytest.mark.parametrize("forward", IN_PLACE, ids=lambda forward: forward.__name__)
 def test_operations_in_place(forward, quick):
-    converted(build(block(forward, inplace=functools.partial(nn.ReLU, inplace=True)), quick), image().to(quick), may_raise=True)
+    converted(
+        build(block(forward, inplace=functools.partial(nn.ReLU, inplace=True)), quick),
+        image().to(quick),
+        may_raise=True,
+    )

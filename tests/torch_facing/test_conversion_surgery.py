@@ -164,7 +164,9 @@ def test_surgery_after_conversion(change, net, x):
 
 
 def test_numbers_of_an_activation_after_conversion(quick):
-    model = build(lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), nn.LeakyReLU(0.1)), quick)
+    model = build(
+        lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), nn.LeakyReLU(0.1)), quick
+    )
 
     def change(model):
         model[2].negative_slope = 0.7

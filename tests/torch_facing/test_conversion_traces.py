@@ -1,6 +1,7 @@
 """Forwards of which a trace does not tell the whole: decisions, constants, random numbers, contexts, side effects.
 
-Every one is compared in eval, in eval with gradients and in training with an untouched copy: outputs, inputs, gradients, buffers.
+Every one is compared in eval, in eval with gradients and in training with an untouched copy: outputs, inputs,
+gradients, buffers.
 """
 
 from __future__ import annotations
@@ -177,7 +178,9 @@ def checkpointed_in_the_older_way(self, x):
 
 def norm_by_function(self, x):
     y = self.conv(x)
-    return F.relu(F.batch_norm(y, self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias, self.training))
+    return F.relu(
+        F.batch_norm(y, self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias, self.training)
+    )
 
 
 def convolution_by_function(self, x):
@@ -268,7 +271,9 @@ def test_what_a_trace_does_not_tell_of_autocast(forward, device):
     converted(model, image().float().to(device), modes=("no_grad", "train"), tolerance=0.05, within=within)
 
 
-@pytest.mark.parametrize("forward", [depends_on_python_random, depends_on_numpy_random, depends_on_torch_random, random_constant])
+@pytest.mark.parametrize(
+    "forward", [depends_on_python_random, depends_on_numpy_random, depends_on_torch_random, random_constant]
+)
 def test_random_decisions_are_made_at_every_call(forward, quick):
     """Whatever the random numbers were while the model was converted."""
     x = image().to(quick)
@@ -281,7 +286,9 @@ def test_random_decisions_are_made_at_every_call(forward, quick):
         assert_same_steps(cnnfast.convert(model), original, x, modes=("no_grad",))
 
 
-@pytest.mark.parametrize("forward", [depends_on_python_random, depends_on_numpy_random, random_constant, dropout_by_function])
+@pytest.mark.parametrize(
+    "forward", [depends_on_python_random, depends_on_numpy_random, random_constant, dropout_by_function]
+)
 def test_conversion_draws_no_random_numbers(forward):
     model = build(block(forward))
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()

@@ -1,8 +1,10 @@
-"""How the results and gradients of convolutions lie in memory, and what becomes of empty ones: as PyTorch has it, on the CPU.
+"""How the results and gradients of convolutions lie in memory, and what becomes of empty ones: as PyTorch has it, on
+the CPU.
 
-There all results and gradients of one call are in one format. Two things PyTorch's own kernels do not agree on, and they are not asked
-here: the strides of a weight gradient along axes of one element, where those that multiply an explicit im2col lay it out by its columns,
-and oneDNN's and cuDNN's as torch.empty would; and float64, which cuDNN alone never lays out channels_last.
+There all results and gradients of one call are in one format. Two things PyTorch's own kernels do not agree on, and
+they are not asked here: the strides of a weight gradient along axes of one element, where those that multiply an
+explicit im2col lay it out by its columns, and oneDNN's and cuDNN's as torch.empty would; and float64, which cuDNN alone
+never lays out channels_last.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ class Program(NamedTuple):
     arguments: dict
 
     def __str__(self) -> str:
-        return f"{self.function} {'x'.join(map(str, self.x))} {'x'.join(map(str, self.w))} {self.arguments or ''}".strip()
+        return (
+            f"{self.function} {'x'.join(map(str, self.x))} {'x'.join(map(str, self.w))} {self.arguments or ''}".strip()
+        )
 
     @property
     def filters(self) -> int:
@@ -114,7 +118,8 @@ def outcome(call: Callable[..., torch.Tensor], tensors: list[torch.Tensor], dy_l
 
 @pytest.fixture
 def nothing_runs(device: torch.device) -> Iterator[None]:
-    dispatch.why_torch(torch.zeros(1, dtype=torch.bfloat16, device=device))  # asks once, by a launch, what the interpreter makes of it
+    # asks once, by a launch, what the interpreter makes of it
+    dispatch.why_torch(torch.zeros(1, dtype=torch.bfloat16, device=device))
     with launch.substituted(lambda *launched: None):
         yield
 
@@ -200,7 +205,11 @@ def empty_programs() -> Iterator[Program]:
 
 
 def outcome_of_empty(
-    call: Callable[..., torch.Tensor], program: Program, layouts: tuple[str, str], dtype: torch.dtype, device: torch.device
+    call: Callable[..., torch.Tensor],
+    program: Program,
+    layouts: tuple[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list | Exception:
     """The layouts of the result and of all gradients, and how many elements are not zero; or the error."""
     makers = ((LAYOUTS[layouts[0]], program.x), (LAYOUTS[layouts[1]], program.w), (torch.zeros, (program.filters,)))
@@ -213,8 +222,12 @@ def outcome_of_empty(
     return [laid(y), *(laid(g, of_axes=g.dim() > 1) for g in grads), *(int(t.count_nonzero()) for t in (y, *grads))]
 
 
-def assert_same_outcome(program: Program, device: torch.device, call: Callable[..., torch.Tensor], layouts: tuple[str, str]) -> None:
-    """bfloat16, because PyTorch's kernels of other dtypes refuse some transposed convolutions whose result is empty, oneDNN's do not."""
+def assert_same_outcome(
+    program: Program, device: torch.device, call: Callable[..., torch.Tensor], layouts: tuple[str, str]
+) -> None:
+    """bfloat16, because PyTorch's kernels of other dtypes refuse some transposed convolutions whose result is empty,
+    oneDNN's do not.
+    """
     with cnnfast.backend("kernels"):
         mine = outcome_of_empty(call, program, layouts, torch.bfloat16, device)
     right = outcome_of_empty(called(theirs, program), program, layouts, torch.bfloat16, torch.device("cpu"))
@@ -254,7 +267,9 @@ def test_empty_by_each_algorithm(program, algorithm, device):
 @pytest.mark.parametrize("program", SOME_EMPTY, ids=str)
 def test_empty_compiled(program, device):
     torch._dynamo.reset()
-    assert_same_outcome(program, device, torch.compile(called(ours, program), fullgraph=True, backend="aot_eager"), MIXED)
+    assert_same_outcome(
+        program, device, torch.compile(called(ours, program), fullgraph=True, backend="aot_eager"), MIXED
+    )
 
 
 @pytest.mark.parametrize("program", SOME_EMPTY, ids=str)

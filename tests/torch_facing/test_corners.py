@@ -1,4 +1,6 @@
-"""batch_norm and the pools where there is nothing, where an axis has one element, and where numbers are at the end of their range."""
+"""batch_norm and the pools where there is nothing, where an axis has one element, and where numbers are at the end of
+their range.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,19 @@ def vectors(C: int, given: tuple[bool, ...], device) -> list[Tensor | None]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Nothing
 
-EMPTY = [(0,), (0, 3), (3, 0), (0, 0), (4, 0, 5), (0, 3, 4), (2, 3, 0), (0, 3, 2, 2), (2, 3, 0, 2), (2, 0, 3, 3), (0, 2, 2, 2, 2)]
+EMPTY = [
+    (0,),
+    (0, 3),
+    (3, 0),
+    (0, 0),
+    (4, 0, 5),
+    (0, 3, 4),
+    (2, 3, 0),
+    (0, 3, 2, 2),
+    (2, 3, 0, 2),
+    (2, 0, 3, 3),
+    (0, 2, 2, 2, 2),
+]
 
 
 @pytest.mark.parametrize("affine", [(False, False), (True, False), (False, True), (True, True)], ids=str)
@@ -54,7 +68,9 @@ def test_batch_norm_of_nothing(shape, training, affine, device):
         assert all(a is b or torch.equal(a, b) for a, b in zip(statistics, before, strict=True))
 
 
-@pytest.mark.parametrize("options", [{"eps": -1.0}, {"eps": 0.0}, {"momentum": "x"}, {"eps": "x"}, {"training": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"eps": -1.0}, {"eps": 0.0}, {"momentum": "x"}, {"eps": "x"}, {"training": 1}], ids=str
+)
 def test_options_are_checked_where_nothing_is_normalised(options, device):
     x = torch.empty(0, 3, device=device)
     with pytest.raises((TypeError, ValueError)) as expected:
@@ -65,7 +81,9 @@ def test_options_are_checked_where_nothing_is_normalised(options, device):
 
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("running", [False, True])
-@pytest.mark.parametrize(("shape", "training"), [((1,), True), ((3,), True), ((3,), False), ((), True), ((), False)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "training"), [((1,), True), ((3,), True), ((3,), False), ((), True), ((), False)], ids=str
+)
 def test_batch_norm_without_channels(shape, training, running, affine, device):
     x = torch.ones(shape, dtype=torch.float64, device=device)
     weight, bias, *statistics = vectors(shape[0] if shape else 1, (affine, affine, running, running), device)
@@ -96,7 +114,9 @@ def test_no_gradient_of_an_adaptive_pool_of_no_channels(device):
         assert dx.shape == x.shape
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0), (0, 3, 0, 0), (3, 0, 5), (0, 4, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0), (0, 3, 0, 0), (3, 0, 5), (0, 4, 5)], ids=str
+)
 def test_mean_of_empty_planes(shape, device):
     """NaN for each plane without a pixel, as PyTorch's mean, and an empty gradient."""
     x = torch.empty(shape, dtype=torch.float64, device=device)
@@ -114,7 +134,9 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize("pool", WINDOWS)
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0), (0, 0, 4, 5), (0, 4, 5), (3, 0, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0), (0, 0, 4, 5), (0, 4, 5), (3, 0, 5)], ids=str
+)
 def test_pools_of_nothing(shape, pool, device):
     x = torch.empty(shape, dtype=torch.float64, device=device)
     try:
@@ -133,10 +155,11 @@ def test_pools_of_nothing(shape, pool, device):
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 3, 4, 5), (2, 1, 4, 5), (1, 1, 4, 5)], ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_gradient_of_a_permuted_batch(shape, training, device):
-    """Of adjacent channels, and pixels in another order: no memory format, so that the gradient is contiguous, as PyTorch's is.
+    """Of adjacent channels, and pixels in another order: no memory format, so that the gradient is contiguous, as
+    PyTorch's is.
 
-    How x lies is read before anything is copied. Axes of one element say nothing of an order: how a result lies then differs between
-    PyTorch's own kernels, and ours asks as cuDNN does.
+    How x lies is read before anything is copied. Axes of one element say nothing of an order: how a result lies then
+    differs between PyTorch's own kernels, and ours asks as cuDNN does.
     """
     for order in permutations(range(4)):
         if order[-1] != 1 or order == (0, 2, 3, 1):
@@ -168,7 +191,9 @@ def test_strides_of_axes_of_one_element(shape, pool, device):
     for fmt, stride in product((torch.contiguous_format, torch.channels_last), (None, 1, 7)):
         x = torch.empty(shape, dtype=torch.float64, memory_format=fmt).copy_(normal(*shape))
         if stride is not None:
-            x = x.as_strided(shape, [stride if size == 1 else step for size, step in zip(shape, x.stride(), strict=True)])
+            x = x.as_strided(
+                shape, [stride if size == 1 else step for size, step in zip(shape, x.stride(), strict=True)]
+            )
         mine, its = (run(lambda x, f=f: WINDOWS[pool](f, x), [x.to(device)]) for f in (ours, theirs))
         assert_close(mine, its)
         assert_same_strides(mine, its)
@@ -181,14 +206,18 @@ def test_strides_of_axes_of_one_element(shape, pool, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [2, 1500])
 def test_gradient_of_a_weight_whose_variance_and_eps_are_zero(rows, dtype, device):
-    """sum(dz * (y - mean)) / 0, as PyTorch has it: infinite, and NaN only where the sum is 0. 1,500 rows are several tiles."""
+    """sum(dz * (y - mean)) / 0, as PyTorch has it: infinite, and NaN only where the sum is 0. 1,500 rows are several
+    tiles.
+    """
     x = torch.tensor([[1.0, 2, 3, 1, 5], [2.0, -2, 0, -1, NAN]], dtype=dtype, device=device).repeat(rows // 2, 1)
     mean = torch.tensor([0.0, 1, 1, 0, 0], dtype=dtype, device=device)
-    weight, bias = torch.tensor([1.0, 2, -1, 1, 1], dtype=dtype, device=device), torch.ones(5, dtype=dtype, device=device)
+    weight, bias = (
+        torch.tensor([1.0, 2, -1, 1, 1], dtype=dtype, device=device),
+        torch.ones(5, dtype=dtype, device=device),
+    )
     zero = torch.zeros(5, dtype=dtype, device=device)
-    wide = torch.empty(rows, 10, dtype=dtype, device=device)[:, ::2].copy_(
-        x
-    )  # PyTorch multiplies out (y - mean) * scale if x is contiguous
+    # PyTorch multiplies out (y - mean) * scale if x is contiguous, hence the stride.
+    wide = torch.empty(rows, 10, dtype=dtype, device=device)[:, ::2].copy_(x)
     mine, its = (
         run(norm(f, mean, zero, False, 0.1, 0.0), [wide, weight, bias], dy=lambda y: torch.ones_like(y).contiguous())
         for f in (ours, theirs)
@@ -223,11 +252,15 @@ def largest(shape: tuple[int, ...], kind: str, value: float, dtype: torch.dtype)
     return x
 
 
-@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 1e38), (torch.float32, 3.4e38), (torch.float64, 1.7e308)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float32, 1e38), (torch.float32, 3.4e38), (torch.float64, 1.7e308)], ids=str
+)
 @pytest.mark.parametrize("kind", ["constant", "signs", "halves", "one"])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "rows"])
 def test_statistics_of_the_largest_numbers(layout, kind, dtype, value, device):
-    """The mean is finite, whatever the sum is; the variance is PyTorch's, which is infinite where its type has no such number."""
+    """The mean is finite, whatever the sum is; the variance is PyTorch's, which is infinite where its type has no such
+    number.
+    """
     shape = (300, 3) if layout == "rows" else (4, 3, 8, 9)
     x = largest(shape, kind, value, dtype).to(device)
     if layout == "nhwc":
@@ -268,7 +301,17 @@ def test_fused_statistics_of_the_largest_numbers(groups, algorithm, device):
     residual = normal(2, 4, 9, 10, dtype=torch.float32).to(device)
     bias = torch.arange(4.0, device=device)
     y = ours.conv_bn_act(
-        x, weight, *running, None, bias, residual=residual, training=True, momentum=1.0, groups=groups, algorithm=algorithm, activation=None
+        x,
+        weight,
+        *running,
+        None,
+        bias,
+        residual=residual,
+        training=True,
+        momentum=1.0,
+        groups=groups,
+        algorithm=algorithm,
+        activation=None,
     )
     assert torch.equal(running[0], torch.full((4,), 2e38, device=device))
     assert not running[1].any()
@@ -283,4 +326,6 @@ def test_exact_is_unchanged(device):
     assert torch.equal(running[0].double(), x.double().mean((0, 2, 3)))
     weights = [torch.ones(4, device=device), torch.zeros(4, device=device)]
     mine = run(norm(ours, *[t.to(device) for t in (torch.zeros(4), torch.ones(4))], False, 0.1, 0.0), [x, *weights])
-    assert_bits(mine, exact(norm(theirs, torch.zeros(4).double(), torch.ones(4).double(), False, 0.1, 0.0), [x, *weights]))
+    assert_bits(
+        mine, exact(norm(theirs, torch.zeros(4).double(), torch.ones(4).double(), False, 0.1, 0.0), [x, *weights])
+    )

@@ -87,7 +87,9 @@ def test_converted_digits_are_read_by_kernels(device):
 
     console = Console(file=io.StringIO(), width=120)
     with Progress(TextColumn("{task.description}"), console=console) as bars:
-        found = story.convert_digits(digits.make_network(0).to(device).eval(), torch.rand(3, 1, 8, 8, device=device), bars)
+        found = story.convert_digits(
+            digits.make_network(0).to(device).eval(), torch.rand(3, 1, 8, 8, device=device), bars
+        )
     assert found.ok
     assert (found.digits, found.same, found.report.count("fused")) == (3, 3, 6)
     assert found.launches.count("conv_fprop_kernel") == 6
@@ -143,23 +145,34 @@ def test_resnet50_has_its_53_convolutions():
     assert len(set(map(str, layers))) == len(layers)
     parameters = sum(layer.count * layer.module.weight.numel() for layer in layers)
     assert parameters == 23_454_912
-    flops = [layer.count * timing.directions(layer, torch.device("cpu"), 1, torch.float32)[0].work["operators"].flops for layer in layers]
+    flops = [
+        layer.count * timing.directions(layer, torch.device("cpu"), 1, torch.float32)[0].work["operators"].flops
+        for layer in layers
+    ]
     assert sum(flops) == 2 * 4_087_136_256
 
 
 def test_the_costliest_layers_come_first_and_both_directions_together():
-    found = [(layer, timing.directions(layer, torch.device("cpu"), 1, torch.float32)) for layer in timing.convolutions()]
+    found = [
+        (layer, timing.directions(layer, torch.device("cpu"), 1, torch.float32)) for layer in timing.convolutions()
+    ]
     peaks = Peaks(8e14, 4e12)
     ordered = timing.costliest_first(found, peaks)
     costs = [sum(task.seconds(peaks) for task in tasks) for _, tasks in ordered]
     assert costs == sorted(costs, reverse=True)
-    assert {tuple(task.job.mode for task in tasks) for _, tasks in ordered} == {("forward", "backward"), ("forward", "wgrad")}
+    assert {tuple(task.job.mode for task in tasks) for _, tasks in ordered} == {
+        ("forward", "backward"),
+        ("forward", "wgrad"),
+    }
 
 
 @pytest.fixture
 def two_layers(monkeypatch):
     """Of small sizes, by eager providers under the names of those that need a GPU, with the machine's peaks made up."""
-    both = [BenchLayer("first", nn.Conv2d(3, 4, 3), 3, 8, ("forward", "wgrad")), BenchLayer("second", nn.Conv2d(4, 4, 1), 4, 9, ALL, 2)]
+    both = [
+        BenchLayer("first", nn.Conv2d(3, 4, 3), 3, 8, ("forward", "wgrad")),
+        BenchLayer("second", nn.Conv2d(4, 4, 1), 4, 9, ALL, 2),
+    ]
     monkeypatch.setattr(timing, "convolutions", lambda: both)
     monkeypatch.setattr(timing, "BATCH", 2)
     monkeypatch.setattr(timing, "DTYPE", torch.float32)
@@ -231,13 +244,30 @@ def test_the_timing_names_whose_kernels_it_times():
 
 def made_up(ok: bool = True) -> Results:
     errors = [Comparison("output", 1e-6, 2e-6, 4e-6), Comparison("grad of weight", 3e-6, 2e-6, 4e-6)]
-    stem = Row("stem", "conv_bn_act", "1x3x8x8 4x3x3x3", "float32", "ok", "", ["conv_fprop_kernel [64x32]"], ["conv_wgrad_kernel"], errors)
+    stem = Row(
+        "stem",
+        "conv_bn_act",
+        "1x3x8x8 4x3x3x3",
+        "float32",
+        "ok",
+        "",
+        ["conv_fprop_kernel [64x32]"],
+        ["conv_wgrad_kernel"],
+        errors,
+    )
     pool = Row("pool", "max_pool2d", "1x4x8x8", "float32", "ok", "", ["max_pool_kernel"], [], [Comparison("output")])
     if not ok:
         pool.verdict, pool.reason = "FAIL", "it | broke"
     training = Training(3, 1437, 360, [2.0, 0.5], [(17, 8, 1)], "PyTorch", 12.0)
     times = [timing.Timing("a layer", 2, 0.1, 0.2, 0.3, 0.4)]
-    return Results({"torch": "2.x"}, training, [Proof("photograph", "float32", Report([stem, pool]), 5.0)], times, "conditions", 20.0)
+    return Results(
+        {"torch": "2.x"},
+        training,
+        [Proof("photograph", "float32", Report([stem, pool]), 5.0)],
+        times,
+        "conditions",
+        20.0,
+    )
 
 
 def test_report_as_markdown_and_json():

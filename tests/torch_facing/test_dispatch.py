@@ -37,7 +37,10 @@ def test_trace_lists_calls_with_their_launches(operands):
     assert [event.kernel for event in fprop.launches] == ["conv_fprop_kernel"]
     assert wgrad.operation == "conv_wgrad"
     assert [(call.operation, call.served_by) for call in torch_calls] == [("conv2d", "torch"), ("max_pool2d", "torch")]
-    assert [call.reason for call in torch_calls] == ['algorithm="torch"', f"dtype torch.{'int32' if x.is_cuda else 'int64'} has no kernel"]
+    assert [call.reason for call in torch_calls] == [
+        'algorithm="torch"',
+        f"dtype torch.{'int32' if x.is_cuda else 'int64'} has no kernel",
+    ]
     assert trace.launches == ["conv_fprop_kernel", "conv_wgrad_kernel"]
     lines = str(trace).splitlines()
     assert lines[0] == f"conv_fprop 2x2x4x4 3x2x3x3 float32: conv_fprop_kernel [{fprop.launches[0].tile}]"
@@ -157,7 +160,14 @@ def test_backend_torch_serves_pytorch(operands):
         F.global_avg_pool2d(operands[0])
     assert {call.served_by for call in trace} == {"torch"}
     assert {call.reason for call in trace} == {'backend("torch")'}
-    assert [call.operation for call in trace] == ["conv2d", "conv_bn_act", "batch_norm", "max_pool2d", "avg_pool2d", "global_avg_pool2d"]
+    assert [call.operation for call in trace] == [
+        "conv2d",
+        "conv_bn_act",
+        "batch_norm",
+        "max_pool2d",
+        "avg_pool2d",
+        "global_avg_pool2d",
+    ]
     assert torch.equal(y, F.conv2d(*operands))
 
 
@@ -197,7 +207,9 @@ def test_a_lazy_negation_is_done(operands):
         assert torch.equal(mine, torch.autograd.grad(torch.nn.functional.conv2d(*inputs).sum(), wanted)[0])
 
 
-@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "GPU sm_75 is older than sm_80"), ((8, 0), ""), ((10, 0), "")])
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "GPU sm_75 is older than sm_80"), ((8, 0), ""), ((10, 0), "")]
+)
 def test_old_gpus(capability, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     assert dispatch._gpu_reason.__wrapped__(0) == reason
@@ -253,7 +265,10 @@ def in_the_bare_interpreter():
 
 @pytest.mark.compiled
 def test_cpu_without_the_interpreter_is_pytorchs():
-    assert run_compiled(without_the_interpreter) == [4.0, ["torch", "the tensors are on the CPU, and Triton does not interpret"]]
+    assert run_compiled(without_the_interpreter) == [
+        4.0,
+        ["torch", "the tensors are on the CPU, and Triton does not interpret"],
+    ]
 
 
 @pytest.mark.compiled

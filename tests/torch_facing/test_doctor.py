@@ -1,4 +1,6 @@
-"""What doctor finds, on machines of all kinds: questions to the machine are answered by the tests, what follows from them is the code's."""
+"""What doctor finds, on machines of all kinds: questions to the machine are answered by the tests, what follows from
+them is the code's.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,11 @@ def raises(error: Exception):
         (torch_module(cudnn=lambda: 8907), "ok", "cuDNN 8.9.7"),
         (torch_module(cuda=None), "ok", "without CUDA"),
         (torch_module(cuda=None, hip="6.4"), "ok", "ROCm 6.4"),
-        (torch_module(cudnn=raises(RuntimeError("cuDNN version incompatibility:\n9 and 8"))), "broken", "incompatibility: 9 and 8"),
+        (
+            torch_module(cudnn=raises(RuntimeError("cuDNN version incompatibility:\n9 and 8"))),
+            "broken",
+            "incompatibility: 9 and 8",
+        ),
         (torch_module(cudnn=lambda: None), "note", "without cuDNN"),
         (torch_module("2.10.1"), "broken", "needs 2.11 or newer"),
         (OSError("libcublas.so.13: cannot open"), "broken", "does not import: OSError: libcublas.so.13"),
@@ -128,7 +134,14 @@ def triton_module(version: str):
         (triton_module("3.5.1"), "3.5.1", "broken", "note", "supports 3.6 to 3.9", 'pip install "triton>=3.6,<3.10"'),
         (triton_module("3.10.0"), "3.7.1", "broken", "note", "supports 3.6 to 3.9", 'pip install "triton==3.7.1"'),
         (None, "3.7.1", "broken", "note", "not installed", 'pip install "triton==3.7.1"'),
-        (ImportError("libtriton.so"), "3.7.1", "broken", "note", "does not import", 'pip install --force-reinstall "triton==3.7.1"'),
+        (
+            ImportError("libtriton.so"),
+            "3.7.1",
+            "broken",
+            "note",
+            "does not import",
+            'pip install --force-reinstall "triton==3.7.1"',
+        ),
     ],
 )
 def test_triton(monkeypatch, found, asked, beside, alone, says, line):
@@ -144,7 +157,10 @@ def test_triton(monkeypatch, found, asked, beside, alone, says, line):
 
 
 def test_a_triton_that_our_kernels_do_not_import_with(monkeypatch):
-    modules(monkeypatch, **{"triton": triton_module("3.8.0"), "cnnfast_kernels.launch": ImportError("cannot import name 'knobs'")})
+    modules(
+        monkeypatch,
+        **{"triton": triton_module("3.8.0"), "cnnfast_kernels.launch": ImportError("cannot import name 'knobs'")},
+    )
     assert software.triton(True).state == "broken"
     assert "cannot import name 'knobs'" in software.triton(True).text
 
@@ -152,12 +168,15 @@ def test_a_triton_that_our_kernels_do_not_import_with(monkeypatch):
 def test_the_supported_versions_are_those_that_are_required():
     required = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
     (oldest, beyond), (torch_oldest,) = (
-        next(re.findall(r"[>=<]=?([\d.]+)", r.partition(";")[0]) for r in required if r.startswith(name)) for name in ("triton", "torch")
+        next(re.findall(r"[>=<]=?([\d.]+)", r.partition(";")[0]) for r in required if r.startswith(name))
+        for name in ("triton", "torch")
     )
     assert software.numbers(oldest) == software.OLDEST_TRITON
     assert software.numbers(beyond) == (3, software.NEWEST_TRITON[1] + 1)
     assert software.numbers(torch_oldest) == software.OLDEST_TORCH
-    assert software.SUPPORTED_TRITON == " to ".join(".".join(map(str, v)) for v in (software.OLDEST_TRITON, software.NEWEST_TRITON))
+    assert software.SUPPORTED_TRITON == " to ".join(
+        ".".join(map(str, v)) for v in (software.OLDEST_TRITON, software.NEWEST_TRITON)
+    )
 
 
 def test_the_triton_that_torch_asks_for(monkeypatch):
@@ -222,7 +241,13 @@ UNFIT = "Found GPU0 NVIDIA GeForce GT 710 which is of compute capability (CC) 3.
         (LISTED, Cuda(1), "13.0", "ok", "one GPU"),
         (Smi(LISTED.gpus * 8, "1"), Cuda(2), "13.0", "ok", "6 more are hidden"),
         (LISTED, Cuda(0, "Torch not compiled with CUDA enabled"), None, "broken", "a build without CUDA"),
-        (LISTED, Cuda(0, TOO_OLD), "13.0", "broken", "supports CUDA 13.0, or install a torch that was built for CUDA 12"),
+        (
+            LISTED,
+            Cuda(0, TOO_OLD),
+            "13.0",
+            "broken",
+            "supports CUDA 13.0, or install a torch that was built for CUDA 12",
+        ),
         (Smi(), Cuda(0, TOO_OLD), "13.0", "broken", "supports CUDA 13.0"),
         (LISTED, Cuda(0, "No CUDA GPUs are available"), "13.0", "broken", "CUDA_VISIBLE_DEVICES"),
         (LISTED, Cuda(0, "Error 802: system not yet initialized"), "13.0", "broken", "fabricmanager"),
@@ -277,7 +302,10 @@ def test_nvidia_smi(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("line", "version"),
     [
-        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.223.02  Sat Oct  7 15:39:11 UTC 2023\nGCC version: 12", "470.223.02"),
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.223.02  Sat Oct  7 15:39:11 UTC 2023\nGCC version: 12",
+            "470.223.02",
+        ),
         ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs@x)", "580.65.06"),
         ("something else", ""),
     ],
@@ -376,9 +404,18 @@ def test_what_raises_is_the_last_step(device, monkeypatch):
 @pytest.mark.parametrize(
     ("reason", "line"),
     [
-        (f"it finds no C compiler, which it needs for its launcher; {launchable.WHAT_IT_NEEDS}", "sudo apt-get install gcc"),
-        ("there is no Python.h in /usr/include, which its launcher is compiled with", "sudo apt-get install python3-dev"),
-        (f"no space (if this is the C compiler, {launchable.WHAT_IT_NEEDS}; if it is Triton's cache, name a folder)", None),
+        (
+            f"it finds no C compiler, which it needs for its launcher; {launchable.WHAT_IT_NEEDS}",
+            "sudo apt-get install gcc",
+        ),
+        (
+            "there is no Python.h in /usr/include, which its launcher is compiled with",
+            "sudo apt-get install python3-dev",
+        ),
+        (
+            f"no space (if this is the C compiler, {launchable.WHAT_IT_NEEDS}; if it is Triton's cache, name a folder)",
+            None,
+        ),
         ("RuntimeError: something new", None),
     ],
 )
@@ -436,7 +473,9 @@ def end(step, wrong="", fatal=False):
 
 
 def ends(process: int) -> bool:
-    """Whether a process is gone, or only waits for its parent to ask, within ten seconds: it is killed a little after it was told to be."""
+    """Whether a process is gone, or only waits for its parent to ask, within ten seconds: it is killed a little after
+    it was told to be.
+    """
     status = Path("/proc", str(process), "stat")
     for _ in range(100):
         try:
@@ -472,9 +511,15 @@ print("something else"); time.sleep(600)
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ("begin('one'); os.kill(os.getpid(), signal.SIGSEGV)", "it crashed at one on cpu, by SIGSEGV: Fatal Python error"),
+        (
+            "begin('one'); os.kill(os.getpid(), signal.SIGSEGV)",
+            "it crashed at one on cpu, by SIGSEGV: Fatal Python error",
+        ),
         ("begin('one'); os.kill(os.getpid(), signal.SIGKILL)", "it crashed at one on cpu, by SIGKILL"),
-        ("begin('one'); end('one'); raise MemoryError('no room')", "it ended with 1 after its last step: MemoryError: no room"),
+        (
+            "begin('one'); end('one'); raise MemoryError('no room')",
+            "it ended with 1 after its last step: MemoryError: no room",
+        ),
         ("sys.exit('cannot start')", "it ended with 1 at starting: cannot start"),
         ("begin('one')", "it ended at one on cpu"),
         ("begin('one'); end('one')", "ended before it had tried all on NVIDIA H200"),
@@ -486,7 +531,9 @@ def test_a_child_that_fails_is_named(child, script, says):
 
 
 def test_what_a_child_finds_wrong_is_told(child):
-    found = child("begin('our convolution in float16'); end('our convolution in float16', wrong='3 of 9 outputs are wrong')")
+    found = child(
+        "begin('our convolution in float16'); end('our convolution in float16', wrong='3 of 9 outputs are wrong')"
+    )
     assert found.launches
     assert "Our convolution in float16 on NVIDIA H200 (cpu) computes wrong numbers" in broken_by(found)
 
@@ -622,19 +669,25 @@ def test_who_serves_is_what_a_trace_says(device, gpu, library_first, monkeypatch
     for convolution in servers.CONVOLUTIONS:
         c = convolution
         x = torch.ones(1, c.channels, 4, 4, dtype=c.dtype, device=device).contiguous(memory_format=c.layout)
-        w = torch.ones(c.filters, c.channels // c.groups, c.taps, c.taps, dtype=c.dtype, device=device).contiguous(memory_format=c.layout)
+        w = torch.ones(c.filters, c.channels // c.groups, c.taps, c.taps, dtype=c.dtype, device=device).contiguous(
+            memory_format=c.layout
+        )
         norm = [torch.ones(c.filters, device=device)] * 4
         options = {"padding": c.taps // 2, "groups": c.groups}
         for winner in (None, "kernels", "library"):
             if winner is not None:
                 key = servers.question(c, device).key
-                tables.write(*gpu, [tables.Row(key, TileConfig(32, 32, 16, 4, 2), winner, {"kernels": 9.0, "library": 4.5})], {})
+                tables.write(
+                    *gpu, [tables.Row(key, TileConfig(32, 32, 16, 4, 2), winner, {"kernels": 9.0, "library": 4.5})], {}
+                )
                 launch.forget_plans()
             with torch.no_grad(), cnnfast.trace() as calls:
                 F.conv_bn_act(x, w, *norm, **options) if c.fused else F.conv2d(x, w, **options)
             said = servers.of_convolution(c, device)
             (call,) = calls
-            assert said.startswith({"library": "the library", "kernels": "our kernel", "torch": "PyTorch"}[call.served_by]), (c, winner)
+            assert said.startswith(
+                {"library": "the library", "kernels": "our kernel", "torch": "PyTorch"}[call.served_by]
+            ), (c, winner)
             assert call.reason in said
             if call.served_by == "kernels":
                 assert str(call.launches[0].tile) in said
@@ -667,14 +720,24 @@ def test_how_float32_is_multiplied(device):
 @pytest.fixture
 def machine(monkeypatch, kept, tmp_path) -> SimpleNamespace:
     """A machine without a GPU, where kernels are not interpreted; a test may change it. Its GPU is this ring's device."""
-    m = SimpleNamespace(smi=Smi(), cuda=Cuda(0, "Found no NVIDIA driver"), newest=None, built="13.0", covered=[], trial=FINE, tried=0)
+    m = SimpleNamespace(
+        smi=Smi(), cuda=Cuda(0, "Found no NVIDIA driver"), newest=None, built="13.0", covered=[], trial=FINE, tried=0
+    )
 
     def tried(devices, tell):
         m.tried += 1
         return m.trial
 
     for module, answers in (
-        (gpus, {"nvidia_smi": lambda: m.smi, "cuda": lambda: m.cuda, "newest_cuda": lambda: m.newest, "kernel_module": lambda: ""}),
+        (
+            gpus,
+            {
+                "nvidia_smi": lambda: m.smi,
+                "cuda": lambda: m.cuda,
+                "newest_cuda": lambda: m.newest,
+                "kernel_module": lambda: "",
+            },
+        ),
         (gpus, {"covered": lambda count: m.covered, "each": lambda count: []}),
         (launching, {"tried": tried, "cache_folder": lambda: tmp_path / "triton"}),
         (launch, {"INTERPRETED": False, "gpu": lambda device: H200}),

@@ -60,7 +60,9 @@ def test_the_profiler_sees_the_operators(operands):
 def test_tracers_see_the_operators(operands):
     x, w = (t.detach() for t in operands)
     graph = make_fx(lambda x, w: ours.conv2d(x, w), tracing_mode="symbolic")(x, w)
-    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [torch.ops.cnnfast.conv_fprop.default]
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [
+        torch.ops.cnnfast.conv_fprop.default
+    ]
 
 
 def test_the_older_tracer_records_pytorchs_operators(operands):

@@ -1,4 +1,6 @@
-"""What PyTorch refuses, ours refuses with the same kind of error, naming the argument and its value, before anything is launched."""
+"""What PyTorch refuses, ours refuses with the same kind of error, naming the argument and its value, before anything is
+launched.
+"""
 
 from __future__ import annotations
 
@@ -112,8 +114,16 @@ TRANSPOSED = {
     "no groups": ((X, V), {"groups": 0}, ("groups=0",)),
     "groups a float": ((X, V), {"groups": 1.0}, ("groups=1.0",)),
     "groups a bool": ((X, V), {"groups": True}, ("groups=True",)),
-    "output_padding as large as stride": ((X, V), {"output_padding": 1}, ("output_padding=(1, 1)", "stride=(1, 1)", "dilation=(1, 1)")),
-    "output_padding on one axis": ((X, V), {"stride": (3, 1), "output_padding": 1}, ("output_padding=(1, 1)", "stride=(3, 1)")),
+    "output_padding as large as stride": (
+        (X, V),
+        {"output_padding": 1},
+        ("output_padding=(1, 1)", "stride=(1, 1)", "dilation=(1, 1)"),
+    ),
+    "output_padding on one axis": (
+        (X, V),
+        {"stride": (3, 1), "output_padding": 1},
+        ("output_padding=(1, 1)", "stride=(3, 1)"),
+    ),
     "negative output_padding": ((X, V), {"stride": 2, "output_padding": -1}, ("output_padding=(-1, -1)",)),
     "output_padding a string": ((X, V), {"output_padding": "a"}, ("output_padding='a'",)),
     "output_padding None": ((X, V), {"output_padding": None}, ("output_padding=None",)),
@@ -149,7 +159,11 @@ MAX_POOL = {
     "two dimensions": ((X[0, 0], 2), {}, ("input", "[8, 8]")),
     "no channels": ((X[:, :0], 2), {}, ("input", "[2, 0, 8, 8]")),
     "input a list": (([1], 2), {}, ("input", "list")),
-    "padding beyond half of the kernel, dilated": ((X, 2), {"padding": 2, "dilation": 3}, ("padding=(2, 2)", "kernel_size=(2, 2)")),
+    "padding beyond half of the kernel, dilated": (
+        (X, 2),
+        {"padding": 2, "dilation": 3},
+        ("padding=(2, 2)", "kernel_size=(2, 2)"),
+    ),
     "dilated kernel larger than the input": ((X, 5), {"dilation": 2}, ("kernel_size=(5, 5)", "[2, 4, 8, 8]")),
     "ceil_mode an int": ((X, 2), {"ceil_mode": 1}, ("ceil_mode=1",)),
     "ceil_mode None": ((X, 2), {"ceil_mode": None}, ("ceil_mode=None",)),
@@ -214,8 +228,16 @@ NORM = {
     "length of bias": ((X, MEAN, VAR, None, tensor(5)), {}, ("bias", "[5]", "[4]")),
     "running_mean no vector": ((X, tensor(1, 4), VAR), {}, ("running_mean", "[1, 4]")),
     "running_var no vector": ((X, MEAN, tensor(4, 1)), {}, ("running_var", "[4, 1]")),
-    "bias narrower than input": ((X, MEAN, VAR, None, tensor(4).half()), {}, ("bias", "torch.float16", "torch.float32")),
-    "parameters of two dtypes": ((X.half(), MEAN, VAR, tensor(4).half()), {}, ("weight", "torch.float16", "torch.float32")),
+    "bias narrower than input": (
+        (X, MEAN, VAR, None, tensor(4).half()),
+        {},
+        ("bias", "torch.float16", "torch.float32"),
+    ),
+    "parameters of two dtypes": (
+        (X.half(), MEAN, VAR, tensor(4).half()),
+        {},
+        ("weight", "torch.float16", "torch.float32"),
+    ),
     "training an int": ((X, MEAN, VAR), {"training": 1}, ("training=1",)),
     "training None": ((X, MEAN, VAR), {"training": None}, ("training=None",)),
     "momentum a string": ((X, MEAN, VAR), {"momentum": "a"}, ("momentum='a'",)),
@@ -232,12 +254,24 @@ NORM = {
     "running_mean a list": ((X, [0.0], VAR), {}, ("running_mean", "list")),
     "weight a number": ((X, MEAN, VAR, 1.0), {}, ("weight", "float")),
     "weight narrower than input": ((X, MEAN, VAR, tensor(4).half()), {}, ("weight", "torch.float16", "torch.float32")),
-    "statistics narrower than float64": ((X.double(), MEAN, VAR), {}, ("running_mean", "torch.float64,", "torch.float32")),
-    "statistics wider than input": ((X, MEAN.double(), VAR.double()), {}, ("running_mean", "torch.float64", "torch.float32")),
+    "statistics narrower than float64": (
+        (X.double(), MEAN, VAR),
+        {},
+        ("running_mean", "torch.float64,", "torch.float32"),
+    ),
+    "statistics wider than input": (
+        (X, MEAN.double(), VAR.double()),
+        {},
+        ("running_mean", "torch.float64", "torch.float32"),
+    ),
     "negative eps": ((X, MEAN, VAR), {"eps": -1.0}, ("eps=-1.0",)),
     "no momentum": ((X, MEAN, VAR), {"training": True, "momentum": None}, ("momentum=None",)),
     "running_mean wants a gradient": ((X, MEAN.clone().requires_grad_(), VAR), {}, ("running_mean", "gradient")),
-    "running_var wants a gradient": ((X, MEAN, VAR.clone().requires_grad_()), {"training": True}, ("running_var", "gradient")),
+    "running_var wants a gradient": (
+        (X, MEAN, VAR.clone().requires_grad_()),
+        {"training": True},
+        ("running_var", "gradient"),
+    ),
 }
 FUNCTIONS = {
     "conv2d": CONV,
@@ -267,7 +301,18 @@ def test_refused_as_by_pytorch(function, case, device, launches):
     assert launches == []
 
 
-def composition(input, weight, running_mean, running_var, bn_weight=None, bn_bias=None, training=False, momentum=0.1, eps=1e-5, **geometry):
+def composition(
+    input,
+    weight,
+    running_mean,
+    running_var,
+    bn_weight=None,
+    bn_bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    **geometry,
+):
     y = theirs.conv2d(input, weight, **geometry)
     return theirs.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
 
@@ -323,12 +368,17 @@ def test_arguments_that_pytorch_does_not_have(options, words, device, launches):
 
 @pytest.mark.parametrize("backend", ["kernels", "torch"])
 def test_conv_bn_act_takes_a_batch(backend, device):
-    with cnnfast.backend(backend), pytest.raises(RuntimeError, match=r"conv_bn_act\(\): input must be of size \[N, C, H, W\]"):
+    with (
+        cnnfast.backend(backend),
+        pytest.raises(RuntimeError, match=r"conv_bn_act\(\): input must be of size \[N, C, H, W\]"),
+    ):
         ours.conv_bn_act(*placed((X[0], W, *SIX), device))
 
 
 def test_unknown_algorithm(device):
-    with pytest.raises(ValueError, match="algorithm must be one of auto, direct, im2col, torch, but got algorithm='fft'"):
+    with pytest.raises(
+        ValueError, match="algorithm must be one of auto, direct, im2col, torch, but got algorithm='fft'"
+    ):
         ours.conv2d(*placed((X, W), device), algorithm="fft")
 
 

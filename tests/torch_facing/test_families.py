@@ -1,4 +1,6 @@
-"""convert on networks that nobody here wrote: the original's numbers in eval and in training, and a report that says the truth."""
+"""convert on networks that nobody here wrote: the original's numbers in eval and in training, and a report that says
+the truth.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def classes(model: nn.Module) -> dict[str, type]:
-    """Of each module by name; GraphModule for torch.fx's, and of a parametrized one what it was before: PyTorch makes each its class."""
+    """Of each module by name; GraphModule for torch.fx's, and of a parametrized one what it was before: PyTorch makes
+    each its class.
+    """
     kinds = {name: parametrize.type_before_parametrizations(module) for name, module in model.named_modules()}
     return {name: fx.GraphModule if issubclass(kind, fx.GraphModule) else kind for name, kind in kinds.items()}
 
@@ -57,7 +61,8 @@ def convolutions_before_a_norm(model: nn.Module, x: torch.Tensor) -> set[str]:
     return normalised
 
 
-# Convolutions that stand before a norm and are not fused with it. Where the norm is in another container, each is called by its own.
+# Convolutions that stand before a norm and are not fused with it. Where the norm is in another container, each is
+# called by its own.
 UNFUSED = {
     "torchvision-feature_pyramid": ["body.conv1"],  # torchvision's IntermediateLayerGetter loops over its children
     "torchvision-feature_pyramid_frozen_bn": ["body.conv1"],
@@ -80,7 +85,9 @@ UNFUSED = {
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_a_family(family, quick):
-    """Keys in their order, every tensor the same object, eval and training output, gradients and buffers, and back again."""
+    """Keys in their order, every tensor the same object, eval and training output, gradients and buffers, and back
+    again.
+    """
     model, x = make(family)
     model, x = model.to(quick), x.to(quick)
     original = copy.deepcopy(model)
@@ -115,7 +122,9 @@ def test_a_family(family, quick):
 
 
 def test_resnet50_fuses_53_of_53(quick):
-    """In ImageNet's size: 4.09 billion multiply-adds of convolutions, as everybody counts them, and 2 million of the classifier."""
+    """In ImageNet's size: 4.09 billion multiply-adds of convolutions, as everybody counts them, and 2 million of the
+    classifier.
+    """
     try:
         model = torchvision().models.resnet50()
     except ModuleNotFoundError:

@@ -1,4 +1,6 @@
-"""How float32 is multiplied: PyTorch's settings while the context lasts and afterwards, our kernels', and names of dtypes."""
+"""How float32 is multiplied: PyTorch's settings while the context lasts and afterwards, our kernels', and names of
+dtypes.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,10 @@ def test_what_the_settings_say_on_a_gpu_holds_and_on_a_cpu_only_what_is_asked_fo
 
 
 def test_operators_follow_forward_and_backward(device):
-    x, w = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device) for shape in ((2, 4, 5, 5), (6, 4, 3, 3)))
+    x, w = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        for shape in ((2, 4, 5, 5), (6, 4, 3, 3))
+    )
     found = {}
     for products in ("ieee", "tf32"):
         a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
@@ -123,7 +128,9 @@ def test_names_of_dtypes():
 
 @pytest.mark.parametrize("name", ["int8", "float33", "", "Tensor", "nn"])
 def test_unknown_names_are_answered_with_the_choices(name):
-    with pytest.raises(ValueError, match=f"{name!r} is none of bf16, fp16, fp32, tf32, fp64, bfloat16, float16, float32, float64"):
+    with pytest.raises(
+        ValueError, match=f"{name!r} is none of bf16, fp16, fp32, tf32, fp64, bfloat16, float16, float32, float64"
+    ):
         dtypes.full_name(name)
 
 

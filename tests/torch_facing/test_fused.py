@@ -26,7 +26,9 @@ def members(device, norm=nn.BatchNorm2d, dtype=torch.float64, bias=False, **opti
     return randomise(nn.ModuleList([nn.Conv2d(4, 6, 3, bias=bias, **options), norm(6)])).to(device, dtype)
 
 
-def compare(ours: nn.Module, theirs: nn.Module, x: Tensor, residual: Tensor | None = None, **options) -> cnnfast.dispatch.Trace:
+def compare(
+    ours: nn.Module, theirs: nn.Module, x: Tensor, residual: Tensor | None = None, **options
+) -> cnnfast.dispatch.Trace:
     """conv_bn_act of the children of one against calling those of the other: results, all gradients, buffers."""
     mine = outcome(ours, x, residual, function=lambda m, x, r: cnn.conv_bn_act(*m, x, r, **options))
     assert_close(mine, outcome(theirs, x, residual, function=lambda m, x, r: one_by_one(*m, x, r, **options)))
@@ -64,7 +66,13 @@ def test_convolutions(options, training, device):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize(
     "options",
-    [{"momentum": None}, {"momentum": 0.3, "eps": 0.1}, {"affine": False}, {"track_running_stats": False}, {"bias": False}],
+    [
+        {"momentum": None},
+        {"momentum": 0.3, "eps": 0.1},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"bias": False},
+    ],
     ids=str,
 )
 def test_batch_norms(options, training, device):
@@ -153,7 +161,9 @@ def test_autocast(norm, training, torchvision, device):
         for function, modules in ((cnn.conv_bn_act, copy.deepcopy(theirs)), (one_by_one, copy.deepcopy(theirs))):
             with torch.autocast(device.type, low), cnnfast.trace() as trace:
                 y = function(*modules, x, residual, "relu")
-            results.append([y, *torch.autograd.grad(y.float().square().sum(), list(modules.parameters())), *modules.buffers()])
+            results.append(
+                [y, *torch.autograd.grad(y.float().square().sum(), list(modules.parameters())), *modules.buffers()]
+            )
             assert {c.served_by for c in trace} <= {"kernels"}
         torch.testing.assert_close(*results, rtol=0.05, atol=0.3)
         assert [t.dtype for t in results[0]] == [t.dtype for t in results[1]]
@@ -197,7 +207,9 @@ def test_watched_members_are_not_fused(kind, device):
 
 
 def test_check_sees_the_fused_call(device):
-    """check captures under backend("torch"), where nothing would be fused otherwise: what kernels shall compute is what it judges."""
+    """check captures under backend("torch"), where nothing would be fused otherwise: what kernels shall compute is what
+    it judges.
+    """
     report = cnnfast.check(cnn.ConvBNAct(4, 6, 3).to(device), normal(*X, dtype=torch.float32).to(device))
     assert [(row.operation, row.layer) for row in report.rows] == [("conv_bn_act", "conv")]
     assert report.ok, str(report)

@@ -1,10 +1,11 @@
-"""What calls cost the host: the Python functions that a repeated call enters, which no load of the machine changes; and microseconds.
+"""What calls cost the host: the Python functions that a repeated call enters, which no load of the machine changes; and
+microseconds.
 
-Over the stub driver, which stands in for Triton's launcher too: what is bounded is our own code and PyTorch's. Bounds in microseconds are
-for a machine whose PyTorch takes 1.7 for an operator of one tensor (host_cost.bare_operator), and grow with that. A load adds to a
-measurement and never takes away: a call is measured until its least time is within its bound, or time is up.
-`pytest benchmarks/test_host_cost.py` measures what there is to measure, with Triton's launcher and, for conv2d, without it
-(benchmarks/results/cpu/host_cost.txt).
+Over the stub driver, which stands in for Triton's launcher too: what is bounded is our own code and PyTorch's. Bounds
+in microseconds are for a machine whose PyTorch takes 1.7 for an operator of one tensor (host_cost.bare_operator), and
+grow with that. A load adds to a measurement and never takes away: a call is measured until its least time is within its
+bound, or time is up. `pytest benchmarks/test_host_cost.py` measures what there is to measure, with Triton's launcher
+and, for conv2d, without it (benchmarks/results/cpu/host_cost.txt).
 """
 
 from __future__ import annotations
@@ -58,7 +59,17 @@ MOST = {
     "global_avg_pool2d": (14, 20, 13),
 }
 # What works out a launch.
-PLANNING = ("triton.runtime.jit", "triton.compiler", "tiling:", ":of", ":strides_nhwc", ":dense", ":plan_", ":_plan_", "launch:__init__")
+PLANNING = (
+    "triton.runtime.jit",
+    "triton.compiler",
+    "tiling:",
+    ":of",
+    ":strides_nhwc",
+    ":dense",
+    ":plan_",
+    ":_plan_",
+    "launch:__init__",
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +90,10 @@ def test_a_repeated_call_does_not_pass_the_dispatcher(entered):
 
 
 def test_a_repeated_call_enters_few_functions(entered):
-    counts = {o: tuple(sum(f.startswith("cnnfast") for f in functions) for functions in modes.values()) for o, modes in entered.items()}
+    counts = {
+        o: tuple(sum(f.startswith("cnnfast") for f in functions) for functions in modes.values())
+        for o, modes in entered.items()
+    }
     assert set(counts) == set(MOST)
     assert {o: c for o, c in counts.items() if any(n > most for n, most in zip(c, MOST[o], strict=True))} == {}
 
@@ -115,9 +129,13 @@ def over_bounds(bounds, seconds):
     return found
 
 
-# Our aims, 10 us under inference_mode and 25 us with gradients, with a third on top. conv_bn_act misses them: it checks eight tensors,
-# and four of them go to the kernel as tensor maps. Its bounds are what was measured, with a quarter on top.
-BOUNDS = {operation: {"inference": 13.5, "gradients": 33.0} for operation in ("conv2d", "batch_norm", "max_pool2d", "global_avg_pool2d")}
+# Our aims, 10 us under inference_mode and 25 us with gradients, with a third on top. conv_bn_act misses them: it checks
+# eight tensors, and four of them go to the kernel as tensor maps. Its bounds are what was measured, with a quarter on
+# top.
+BOUNDS = {
+    operation: {"inference": 13.5, "gradients": 33.0}
+    for operation in ("conv2d", "batch_norm", "max_pool2d", "global_avg_pool2d")
+}
 BOUNDS["conv_bn_act"] = {"inference": 24.0, "gradients": 40.0}
 
 

@@ -12,7 +12,9 @@ WHERE = "cnnfast.demo.plain:PlainDigitNet"
 
 
 def info(*arguments: str):
-    return CliRunner().invoke(app, ["info", WHERE, "--input", "1x1x8x8", *arguments], env={"COLUMNS": "120", "TERM": "dumb"})
+    return CliRunner().invoke(
+        app, ["info", WHERE, "--input", "1x1x8x8", *arguments], env={"COLUMNS": "120", "TERM": "dumb"}
+    )
 
 
 def test_a_table_and_totals_and_the_same_in_a_file(tmp_path):

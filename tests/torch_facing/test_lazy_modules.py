@@ -1,4 +1,6 @@
-"""Modules that get their sizes at their first call: reports and summaries before it, and after it, and what they leave of the model."""
+"""Modules that get their sizes at their first call: reports and summaries before it, and after it, and what they leave
+of the model.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def uninitialised(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("with_input", [False, True], ids=["no input", "input"])
-@pytest.mark.parametrize("prepare", [lambda model: model, cnnfast.convert, cnnfast.revert], ids=["original", "converted", "reverted"])
+@pytest.mark.parametrize(
+    "prepare", [lambda model: model, cnnfast.convert, cnnfast.revert], ids=["original", "converted", "reverted"]
+)
 def test_a_report_before_the_first_run(prepare, with_input, small):
     """Each module that is to be covered is named; FLOPs are counted; nothing is initialised."""
     model = prepare(lazy_layers().to(small.device))
@@ -69,7 +73,12 @@ def test_a_report_before_the_first_run(prepare, with_input, small):
     rows = {row.name: row for row in report.rows}
     assert list(rows) == COVERED
     assert {(row.status, row.reason) for row in rows.values()} == {("left", WAITING)}
-    assert [rows[name].kind for name in COVERED] == ["LazyConv2d", "LazyBatchNorm2d", "LazyConvTranspose2d", "LazyConv1d"]
+    assert [rows[name].kind for name in COVERED] == [
+        "LazyConv2d",
+        "LazyBatchNorm2d",
+        "LazyConvTranspose2d",
+        "LazyConv1d",
+    ]
     assert rows["0"].flops == (2 * 2 * 4 * 6 * 6 if with_input else 2 * 4 * 222 * 222) * 3 * 9
     assert uninitialised(model) == waiting != []
     assert [type(m) for m in model.modules()] == classes
@@ -84,13 +93,17 @@ def test_a_report_without_an_input_that_the_model_takes(quick):
 
 @pytest.mark.parametrize("when", ["first", "last"])
 def test_conversion_and_the_first_run(when, small):
-    """Converted last, everything is. Converted first, the modules become PyTorch's at the first run, and a second conversion finds them."""
+    """Converted last, everything is. Converted first, the modules become PyTorch's at the first run, and a second
+    conversion finds them.
+    """
     model = lazy_layers().to(small.device)
     if when == "first":
         ours = cnnfast.convert(model)
         ours(small)
         assert {row.status for row in assert_report_is_true(ours, small).rows} == {"left"}
-        assert "not converted: it came later" in {row.reason.partition(",")[0] for row in cnnfast.report(ours, small).rows}
+        assert "not converted: it came later" in {
+            row.reason.partition(",")[0] for row in cnnfast.report(ours, small).rows
+        }
         cnnfast.report(model, small)  # it shares what has been initialised, and has not run itself
         model(small)
         assert {row.status for row in cnnfast.report(model, small).rows} == {"left"}
@@ -99,7 +112,9 @@ def test_conversion_and_the_first_run(when, small):
         model(small)
         ours = cnnfast.convert(model)
     for report in assert_reports_are_true(ours, small).values():
-        assert {row.name: row.status for row in report.rows} == dict(zip(COVERED, ("fused", "fused", "replaced", "replaced"), strict=True))
+        assert {row.name: row.status for row in report.rows} == dict(
+            zip(COVERED, ("fused", "fused", "replaced", "replaced"), strict=True)
+        )
 
 
 def test_the_command_line_finds_an_input():
@@ -131,7 +146,9 @@ def test_a_summary_before_the_first_run_is_that_after_it(small):
     assert before == summarize(model, small)
     both = Mixed().to(small.device)
     summary = summarize(both, small)
-    assert (summary.parameters, summary.unused) == (2 * (3 * 4 * 9 + 4 + 8) + 4 * 9, 0), "what nobody calls has no size yet"
+    assert (summary.parameters, summary.unused) == (2 * (3 * 4 * 9 + 4 + 8) + 4 * 9, 0), (
+        "what nobody calls has no size yet"
+    )
 
 
 class Branching(nn.Module):

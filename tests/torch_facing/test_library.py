@@ -1,4 +1,6 @@
-"""The library's convolution inside our operators: results, gradients, statistics; what traces, checks and reports say of it."""
+"""The library's convolution inside our operators: results, gradients, statistics; what traces, checks and reports say
+of it.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,14 @@ CONVOLUTIONS = {
     "rows that no window reaches": lambda x, w, b: ours.conv2d(x, w, b, 3, 1),
     "dilated": lambda x, w, b: ours.conv2d(x, w, b, 1, 2, 2),
     "same, even": lambda x, w, b: ours.conv2d(x, w[..., :2, :], b, padding="same"),
-    "same, even, padded at both ends": lambda x, w, b: ours.conv2d(x, w[..., :2, :], b, padding="same", dilation=(3, 1)),
+    "same, even, padded at both ends": lambda x, w, b: ours.conv2d(
+        x, w[..., :2, :], b, padding="same", dilation=(3, 1)
+    ),
     "same, even, depthwise": lambda x, w, b: ours.conv2d(x, w[:4, :1, :2, :2], b[:4], padding="same", groups=4),
     "transposed, output padding": lambda x, w, b: ours.conv_transpose2d(x, w[:4], b[:4], 2, 1, 1),
-    "transposed, output padding beyond the stride": lambda x, w, b: ours.conv_transpose2d(x, w[:4], b[:4], 2, 0, (2, 0), 1, (3, 1)),
+    "transposed, output padding beyond the stride": lambda x, w, b: ours.conv_transpose2d(
+        x, w[:4], b[:4], 2, 0, (2, 0), 1, (3, 1)
+    ),
     "transposed, depthwise": lambda x, w, b: ours.conv_transpose2d(x, w[:4, :1], b[:4], 2, 1, 1, 4),
     "transposed, groups": lambda x, w, b: ours.conv_transpose2d(x, w[:4], torch.cat([b, b])[:8], 1, 0, 0, 2),
 }
@@ -97,7 +103,9 @@ def test_the_library_and_one_pass_of_ours(library_first, device, activation, tra
         def call(x, w, b, gamma, beta, z):
             norm = *statistics[whose], gamma, beta
             residual_of = z if residual else None
-            return functions.conv_bn_act(x, w, *norm, bias=b, residual=residual_of, activation=activation, training=training, padding=1)
+            return functions.conv_bn_act(
+                x, w, *norm, bias=b, residual=residual_of, activation=activation, training=training, padding=1
+            )
 
         return call
 
@@ -107,7 +115,10 @@ def test_the_library_and_one_pass_of_ours(library_first, device, activation, tra
     right = run(fused(reference, "right"), [t.cpu() for t in inputs], frozen)
     convolutions = [call for call in served.trace if call.operation.startswith("conv")]
     assert {call.served_by for call in convolutions} == {"library"}
-    assert {event.kernel for call in convolutions for event in call.launches} <= {"batch_moments_kernel", "combine_kernel"}
+    assert {event.kernel for call in convolutions for event in call.launches} <= {
+        "batch_moments_kernel",
+        "combine_kernel",
+    }
     assert_close(served, right, 1e-9)
     if activation == "relu":
         with cnnfast.backend("kernels"):
@@ -148,12 +159,17 @@ def test_the_library_serves_the_fused_forms(library_wins, device, training):
 
 
 def test_check_judges_our_kernels_all_the_same(library_wins, device, monkeypatch):
-    """Who was faster does not say whether ours are right. The library serves again afterwards; the whole model is ours, too."""
+    """Who was faster does not say whether ours are right. The library serves again afterwards; the whole model is ours,
+    too.
+    """
 
     def refuse(*arguments, **options):
         raise AssertionError("the library serves")
 
-    model, x = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.MaxPool2d(2)).to(device), integers(1, 4, 5, 5).to(device)
+    model, x = (
+        torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.MaxPool2d(2)).to(device),
+        integers(1, 4, 5, 5).to(device),
+    )
     with monkeypatch.context() as patch:
         for name in ("fprop", "dgrad", "wgrad"):
             patch.setattr(library, name, refuse)
@@ -174,7 +190,9 @@ def test_operators_pass_opcheck_where_the_library_serves(library_wins, device):
     w = integers(8, 4, 3, 3).to(device).requires_grad_()
     arguments = (x, w, None, (1, 1), (1, 1, 1, 1), (1, 1), 1, "auto")
     torch.library.opcheck(torch.ops.cnnfast.conv_fprop.default, arguments)
-    torch.library.opcheck(torch.ops.cnnfast.conv_stats.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.cnnfast.conv_stats.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 class OnGpu(torch.nn.Module):
@@ -189,7 +207,9 @@ class OnGpu(torch.nn.Module):
 
 
 def test_a_report_counts_what_is_unmeasured(gpu):
-    """In one line, with the call that measures it; a row counts at twice the batch, not at three times, nor of another image."""
+    """In one line, with the call that measures it; a row counts at twice the batch, not at three times, nor of another
+    image.
+    """
     from cnnfast.conversion import reporting
 
     model = cnnfast.convert(OnGpu())

@@ -179,7 +179,9 @@ def test_device_events_surround_the_calls(monkeypatch):
 def test_buffers_fill_the_cache_twice(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [copies_for(size, cpu) for size in (2**23, 2**30, 1, 0)] == [4, 1, 64, 64]
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=60 * 2**20))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=60 * 2**20)
+    )
     assert [copies_for(size, gpu) for size in (2**23, 2**30)] == [15, 1]
 
 

@@ -22,8 +22,9 @@ OPTIONS = {"num_classes": 10, "zero_init_residual": True, "replace_stride_with_d
 
 @pytest.fixture
 def quick_tiles(monkeypatch, device):
-    """In the interpreter, where a step takes the same time whatever the tile, tiles larger than any GPU's: what is tested is how
-    networks are composed of kernels; tiles are tested one by one (tests/kernels)."""
+    """In the interpreter, where a step takes the same time whatever the tile, tiles larger than any GPU's: what is
+    tested is how networks are composed of kernels; tiles are tested one by one (tests/kernels).
+    """
     if device.type == "cpu":
         for precision in tiling.DEFAULT_TILES:
             monkeypatch.setitem(tiling.DEFAULT_TILES, precision, (tiling.TileConfig(256, 256, 256),) * 2)
@@ -41,19 +42,29 @@ def test_state_dict(name, options, torchvision):
         options = {k: v for k, v in options.items() if k != "replace_stride_with_dilation"}
     with torch.device("meta"):
         ours, theirs = (getattr(library, name)(**options) for library in (models, torchvision.models))
-    kinds = [[(n, m._get_name(), m.extra_repr()) for n, m in model.named_modules() if not m._modules] for model in (ours, theirs)]
+    kinds = [
+        [(n, m._get_name(), m.extra_repr()) for n, m in model.named_modules() if not m._modules]
+        for model in (ours, theirs)
+    ]
     assert kinds[0] == kinds[1]
     state = theirs.state_dict()
     assert list(ours.state_dict()) == list(state)
     assert ours.state_dict()._metadata == state._metadata
-    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(ours.state_dict().values(), state.values(), strict=True))
+    assert all(
+        a.shape == b.shape and a.dtype == b.dtype
+        for a, b in zip(ours.state_dict().values(), state.values(), strict=True)
+    )
     ours.load_state_dict(state)
     theirs.load_state_dict(ours.state_dict())
 
 
-@pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("resnet18", {"zero_init_residual": True}), ("resnext50_32x4d", OPTIONS)])
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet18", {}), ("resnet18", {"zero_init_residual": True}), ("resnext50_32x4d", OPTIONS)]
+)
 def test_initialisation_and_pytorchs_path(name, options, torchvision):
-    """The same seed draws the same parameters, and where PyTorch serves every bit of the output and the gradients is torchvision's."""
+    """The same seed draws the same parameters, and where PyTorch serves every bit of the output and the gradients is
+    torchvision's.
+    """
     results = []
     for library in (models, torchvision.models):
         torch.manual_seed(0)
@@ -102,17 +113,21 @@ def results(model: nn.Module, x: Tensor, dtype: torch.dtype, device: torch.devic
     x = x.to(device, dtype).to(memory_format=torch.channels_last).requires_grad_()
     y = model(x)
     y.backward(normal(*y.shape, seed=3).to(y))
-    found = {"output": y.detach(), "grad of input": x.grad, **{f"grad of {n}": p.grad for n, p in model.named_parameters()}}
+    found = {
+        "output": y.detach(),
+        "grad of input": x.grad,
+        **{f"grad of {n}": p.grad for n, p in model.named_parameters()},
+    }
     found |= {n: t for n, t in model.named_buffers() if t.is_floating_point()}
     return {n: t.cpu() for n, t in found.items()}
 
 
 def judge(ours: nn.Module, theirs: nn.Module, x: Tensor, device: torch.device) -> cnnfast.dispatch.Trace:
-    """The error of everything is at most twice that of torchvision's network in float32, by PyTorch's fastest convolutions and by its plain
-    ones (on one machine either may be lucky), plus a unit in the last place.
+    """The error of everything is at most twice that of torchvision's network in float32, by PyTorch's fastest
+    convolutions and by its plain ones (on one machine either may be lucky), plus a unit in the last place.
 
-    That says little where rounding moves an argument of a ReLU across zero, since gradients jump there, whoever computes them: x
-    has to be one for which PyTorch's do not.
+    That says little where rounding moves an argument of a ReLU across zero, since gradients jump there, whoever
+    computes them: x has to be one for which PyTorch's do not.
     """
     ours.load_state_dict(theirs.state_dict())
     with cnnfast.trace() as trace:
@@ -130,7 +145,9 @@ def judge(ours: nn.Module, theirs: nn.Module, x: Tensor, device: torch.device) -
 
 
 def network(torchvision, name: str, x: Tensor) -> nn.Module:
-    """torchvision's, initialised by it, with random norms whose statistics are about those of x, so that the signal keeps its size."""
+    """torchvision's, initialised by it, with random norms whose statistics are about those of x, so that the signal
+    keeps its size.
+    """
     torch.manual_seed(1)
     model = getattr(torchvision.models, name)(num_classes=10).double()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -179,6 +196,8 @@ def test_first_blocks(name, stage, torchvision, device, quick_tiles):
 def test_resnet50(training, seed, torchvision, device, quick_tiles):
     """The whole of it, forward and backward."""
     x = normal(2, 3, 33, 33, seed=seed)
-    trace = judge(models.resnet50(num_classes=10).train(training), network(torchvision, "resnet50", x).train(training), x, device)
+    trace = judge(
+        models.resnet50(num_classes=10).train(training), network(torchvision, "resnet50", x).train(training), x, device
+    )
     operations = [call.operation for call in trace]
     assert operations.count("conv_stats" if training else "conv_fprop") == operations.count("conv_wgrad") == 53

@@ -24,7 +24,12 @@ PADDED = ("reflect", "replicate", "circular")
 # (class, its arguments, keywords, input's shape)
 LAYERS = [
     ("Conv2d", (4, 6, 3), {}, IMAGE),
-    ("Conv2d", (4, 6, (3, 2)), {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2, "bias": False}, IMAGE),
+    (
+        "Conv2d",
+        (4, 6, (3, 2)),
+        {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2, "bias": False},
+        IMAGE,
+    ),
     ("Conv2d", (4, 6, (2, 3)), {"padding": "same"}, IMAGE),
     ("Conv2d", (4, 6, 3), {"padding": "valid"}, UNBATCHED),
     *[("Conv2d", (4, 6, 3), {"padding": (2, 1), "stride": 2, "padding_mode": mode}, IMAGE) for mode in PADDED],
@@ -108,7 +113,9 @@ def test_global_avg_pool(keepdim, device):
 
 @pytest.mark.parametrize("name", SUBCLASSES)
 def test_subclasses(name):
-    """The same constructor draws the same parameters; repr, state_dict, pickle and copies are PyTorch's; the class may be swapped."""
+    """The same constructor draws the same parameters; repr, state_dict, pickle and copies are PyTorch's; the class may
+    be swapped.
+    """
     args, options = next((args, options) for kind, args, options, _ in LAYERS if kind == name)
     modules = []
     for namespace in (cnn, nn):
@@ -129,7 +136,9 @@ def test_subclasses(name):
     for twin in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours), torch.load(file, weights_only=False)):
         assert type(twin) is type(ours)
         assert repr(twin) == repr(ours)
-        assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), ours.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(twin.state_dict().values(), ours.state_dict().values(), strict=True)
+        )
     ours.__class__ = type(theirs)
     assert type(pickle.loads(pickle.dumps(ours))) is type(theirs)
 
@@ -140,7 +149,14 @@ def test_subclasses(name):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"momentum": None}, {"momentum": 0.0}, {"affine": False}, {"track_running_stats": False}, {"affine": False, "momentum": None}],
+    [
+        {},
+        {"momentum": None},
+        {"momentum": 0.0},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"affine": False, "momentum": None},
+    ],
     ids=str,
 )
 def test_batch_norm_over_batches(options, device):
@@ -193,7 +209,9 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "args", "options", "shape"), WRONG, ids=str)
 def test_errors(name, args, options, shape, device):
-    """What PyTorch's layer refuses ours refuses by the same type, and no buffer of either has changed but the count of batches."""
+    """What PyTorch's layer refuses ours refuses by the same type, and no buffer of either has changed but the count of
+    batches.
+    """
     x = [1.0] if shape is None else normal(*shape).to(device)
     modules, kinds = pair(name, args, options, device), []
     for module in modules:

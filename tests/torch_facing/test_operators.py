@@ -1,4 +1,6 @@
-"""The operators as citizens of PyTorch: opcheck, gradients of first and second order, compile, export, transforms, autocast."""
+"""The operators as citizens of PyTorch: opcheck, gradients of first and second order, compile, export, transforms,
+autocast.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,21 @@ SAMPLES = {
     "normalize_backward": [
         (Y, Y, None, MEAN, VAR, WEIGHT, BIAS, Y, 1e-5, "gelu", 0.0, True, [True, True, True, True]),
         (Y, None, Y, MEAN, VAR, None, None, None, 1e-5, "relu", 0.0, False, [True, False, True, True]),
-        (Y, arrange(Y, "transposed"), Y, MEAN, VAR, WEIGHT, None, None, 1e-5, "relu", 0.0, True, [True, True, True, True]),
+        (
+            Y,
+            arrange(Y, "transposed"),
+            Y,
+            MEAN,
+            VAR,
+            WEIGHT,
+            None,
+            None,
+            1e-5,
+            "relu",
+            0.0,
+            True,
+            [True, True, True, True],
+        ),
     ],
     "channel_sum": [wants(Y), (normal(3, 6),)],
     "batch_moments": [(Y,), (Y.float(),)],
@@ -86,7 +102,10 @@ def test_every_operator_has_samples():
 @pytest.mark.parametrize(("name", "sample"), [(n, i) for n, samples in SAMPLES.items() for i in range(len(samples))])
 def test_opcheck(name, sample, device):
     """Schema, fake, autograd registration, and tracing with dynamic shapes."""
-    arguments = [a.to(device).detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in SAMPLES[name][sample]]
+    arguments = [
+        a.to(device).detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a
+        for a in SAMPLES[name][sample]
+    ]
     torch.library.opcheck(getattr(torch.ops.cnnfast, name), tuple(arguments))
 
 
@@ -100,9 +119,15 @@ SMALL = image(2, 2, 4, 3)
 STATS, ONE = (MEAN[:2].clone(), VAR[:2].clone()), image(2, 2, 1, 1, seed=1)
 DIFFERENTIABLE = {
     "conv2d": (lambda x, w, b: ours.conv2d(x, w, b, 1, (1, 0), groups=2), [SMALL, image(2, 1, 3, 2, seed=1), BIAS[:2]]),
-    "conv2d im2col": (lambda x, w: ours.conv2d(x, w, None, 1, (0, 1), algorithm="im2col"), [SMALL, image(2, 2, 2, 2, seed=1)]),
+    "conv2d im2col": (
+        lambda x, w: ours.conv2d(x, w, None, 1, (0, 1), algorithm="im2col"),
+        [SMALL, image(2, 2, 2, 2, seed=1)],
+    ),
     "conv2d same": (lambda x, w: ours.conv2d(x, w, None, 1, "same", (2, 1)), [SMALL, image(1, 2, 2, 2, seed=1)]),
-    "conv1d": (lambda x, w, b: ours.conv1d(x, w, b, 2, 1, groups=2), [SMALL.flatten(2), image(2, 1, 3, seed=1), BIAS[:2]]),
+    "conv1d": (
+        lambda x, w, b: ours.conv1d(x, w, b, 2, 1, groups=2),
+        [SMALL.flatten(2), image(2, 1, 3, seed=1), BIAS[:2]],
+    ),
     "conv1d channels apart": (lambda x, w: ours.conv1d(x.transpose(1, 2), w), [image(2, 4, 3), image(2, 3, 2, seed=1)]),
     "conv_transpose2d": (
         lambda x, w, b: ours.conv_transpose2d(x, w, b, 2, 1, 1, groups=2),
@@ -114,7 +139,9 @@ DIFFERENTIABLE = {
     ),
     "conv_bn_act training gelu": (
         # a bias without a weight: PyTorch's own batch_norm has a wrong second derivative here
-        lambda x, b, r: ours.conv_bn_act(x, ONE.to(x), None, None, None, b, residual=r, training=True, activation="gelu"),
+        lambda x, b, r: ours.conv_bn_act(
+            x, ONE.to(x), None, None, None, b, residual=r, training=True, activation="gelu"
+        ),
         [SMALL, BIAS[:2], image(2, 2, 4, 3, seed=2)],
     ),
     "conv_bn_act eval": (
@@ -123,11 +150,16 @@ DIFFERENTIABLE = {
     ),
     "conv_bn_act frozen": (
         # 15: below zero, between and above six
-        lambda x, w, b, r: ours.conv_bn_act(x, w, *(t.to(x) for t in STATS), WEIGHT[:2].to(x), b, residual=15 * r, activation="relu6"),
+        lambda x, w, b, r: ours.conv_bn_act(
+            x, w, *(t.to(x) for t in STATS), WEIGHT[:2].to(x), b, residual=15 * r, activation="relu6"
+        ),
         [SMALL, image(2, 2, 1, 1, seed=1), BIAS[:2], image(2, 2, 4, 3, seed=2)],
     ),
     "batch_norm training": (lambda x, w, b: ours.batch_norm(x, None, None, w, b, True), [SMALL, WEIGHT[:2], BIAS[:2]]),
-    "batch_norm eval": (lambda x, w, b: ours.batch_norm(x, *(t.to(x) for t in STATS), w, b), [SMALL, WEIGHT[:2], BIAS[:2]]),
+    "batch_norm eval": (
+        lambda x, w, b: ours.batch_norm(x, *(t.to(x) for t in STATS), w, b),
+        [SMALL, WEIGHT[:2], BIAS[:2]],
+    ),
     "max_pool2d": (lambda x: ours.max_pool2d(x, 2, 1, 1), [SMALL]),
     "avg_pool2d": (lambda x: ours.avg_pool2d(x, 2, 1, 1, count_include_pad=False), [SMALL]),
     "global_avg_pool2d": (ours.global_avg_pool2d, [SMALL]),
@@ -235,7 +267,9 @@ def test_compile(dynamic, device):
             mine = outcome(compiled, net_inputs(device, n, size))
         torch.testing.assert_close(mine, outcome(lambda *i: run(PyTorch, *i), net_inputs(device, n, size)))
         assert {call.served_by for call in trace} == {"kernels"}
-        assert {"conv_dgrad", "conv_wgrad", "normalize_backward", "max_pool_backward"} <= {call.operation for call in trace}
+        assert {"conv_dgrad", "conv_wgrad", "normalize_backward", "max_pool_backward"} <= {
+            call.operation for call in trace
+        }
         compilations.append(counter.frame_count)
     assert compilations == compilations[:1] * len(compilations)
 
@@ -307,7 +341,9 @@ def test_export(strict, device):
     """The exported program holds our operators, and takes any batch."""
     module = Module(integers(3, 2, 3, 3).to(device))
     x = integers(2, 2, 4, 4).to(device)
-    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2, max=64)},), strict=strict)
+    program = torch.export.export(
+        module, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2, max=64)},), strict=strict
+    )
     assert "cnnfast.conv_fprop" in str(program.graph)
     x = integers(3, 2, 4, 4, seed=4).to(device)
     assert torch.equal(program.module()(x), module(x))

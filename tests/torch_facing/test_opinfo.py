@@ -1,10 +1,11 @@
 """batch_norm and the pools on the samples with which PyTorch tests its own operators.
 
-The tables hold the samples of torch.testing._internal.common_methods_invocations.op_db of torch 2.13: for each OpInfo named
-nn.functional.batch_norm (12), adaptive_avg_pool2d (10) and avg_pool2d (7), every one of sample_inputs("cpu", torch.float64,
-requires_grad=True); and of error_inputs("cpu"). They are written down because that module needs expecttest, which PyTorch does not install,
-and because importing it forbids all other tests of its process to set TF32 (torch.backends.disable_global_flags). max_pool2d has 1,440,
-which are all combinations of nine options: here are enough for each value of one option to meet each value of every other one.
+The tables hold the samples of torch.testing._internal.common_methods_invocations.op_db of torch 2.13: for each OpInfo
+named nn.functional.batch_norm (12), adaptive_avg_pool2d (10) and avg_pool2d (7), every one of sample_inputs("cpu",
+torch.float64, requires_grad=True); and of error_inputs("cpu"). They are written down because that module needs
+expecttest, which PyTorch does not install, and because importing it forbids all other tests of its process to set TF32
+(torch.backends.disable_global_flags). max_pool2d has 1,440, which are all combinations of nine options: here are enough
+for each value of one option to meet each value of every other one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ BATCH_NORM: list[tuple[tuple[int, ...], str, dict[str, Any]]] = [
 ]
 ADAPTIVE = [
     *(((1, 8, 8, 8), ((5, 7),)), ((8, 8, 8), ((5, 7),)), ((2, 8, 8, 8), ((None, 7),)), ((8, 8, 8), ((None, 7),))),
-    *(((1, 8, 4, 3), ((5, None),)), ((8, 4, 3), ((5, None),)), ((1, 8, 4, 3), ((None, None),)), ((8, 4, 3), ((None, None),))),
+    *(
+        ((1, 8, 4, 3), ((5, None),)),
+        ((8, 4, 3), ((5, None),)),
+        ((1, 8, 4, 3), ((None, None),)),
+        ((8, 4, 3), ((None, None),)),
+    ),
     *(((1, 8, 4, 3), (5,)), ((8, 4, 3), (5,))),
 ]
 AVERAGE = [
@@ -73,7 +79,11 @@ ERRORS = [
     ),
     *(("avg_pool2d", (0, 1, 49), (kernel, 50, padding)) for kernel in (2, (3, 2)) for padding in (-1, 4)),
     ("avg_pool2d", (3, 3, 3), ((2, 2), None, 0, False, True, 0)),
-    *(("max_pool2d", (0, 1, 49), (kernel, 50, padding, 1, False, True)) for kernel in (2, (3, 2)) for padding in (-1, 4)),
+    *(
+        ("max_pool2d", (0, 1, 49), (kernel, 50, padding, 1, False, True))
+        for kernel in (2, (3, 2))
+        for padding in (-1, 4)
+    ),
     *(("max_pool2d", (1, 0, 10), (1,)), ("max_pool2d", (2, 1, 10, 0), (1,)), ("max_pool2d", (1, 1, 4), (2,))),
 ]
 

@@ -25,7 +25,13 @@ from cnnfast_kernels import batchnorm
 from convolutions import LAYOUTS, arrange
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
-FEW = settings(max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(
+    max_examples=25,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 @st.composite
@@ -43,7 +49,9 @@ def pools(draw):
 
 @FEW
 @given(
-    case=pools(), layout=st.sampled_from([*LAYOUTS]), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
+    case=pools(),
+    layout=st.sampled_from([*LAYOUTS]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
 )
 def test_any_max_pool(case, layout, dtype, device):
     """Few different integers, so that many are equal: the result, which of equals wins, and the gradient that it gets."""
@@ -58,7 +66,12 @@ def test_any_max_pool(case, layout, dtype, device):
 
 
 @FEW
-@given(case=pools(), layout=st.sampled_from([*LAYOUTS]), count_pad=st.booleans(), divisor=st.sampled_from([None, None, 3, -2]))
+@given(
+    case=pools(),
+    layout=st.sampled_from([*LAYOUTS]),
+    count_pad=st.booleans(),
+    divisor=st.sampled_from([None, None, 3, -2]),
+)
 def test_any_average_pool(case, layout, count_pad, divisor, device):
     shape, kernel, stride, padding, _, ceil_mode = case
     window = kernel, stride, padding, ceil_mode, count_pad, divisor
@@ -69,7 +82,9 @@ def test_any_average_pool(case, layout, count_pad, divisor, device):
 
 
 SIZES = st.one_of(
-    st.integers(1, 9), st.tuples(*[st.one_of(st.none(), st.integers(1, 9))] * 2), st.lists(st.integers(0, 3), min_size=2, max_size=2)
+    st.integers(1, 9),
+    st.tuples(*[st.one_of(st.none(), st.integers(1, 9))] * 2),
+    st.lists(st.integers(0, 3), min_size=2, max_size=2),
 )
 
 
@@ -93,7 +108,10 @@ def test_any_adaptive_pool(shape, size, layout, device):
 
 POOLS = {
     "max": (lambda x: ours.max_pool2d(x, 3, 2, 1), lambda x: theirs.max_pool2d(x, 3, 2, 1)),
-    "average": (lambda x: ours.avg_pool2d(x, 2, 1, 1, True, False), lambda x: theirs.avg_pool2d(x, 2, 1, 1, True, False)),
+    "average": (
+        lambda x: ours.avg_pool2d(x, 2, 1, 1, True, False),
+        lambda x: theirs.avg_pool2d(x, 2, 1, 1, True, False),
+    ),
     "adaptive": (lambda x: ours.adaptive_avg_pool2d(x, (3, 8)), lambda x: theirs.adaptive_avg_pool2d(x, (3, 8))),
     "global": (ours.global_avg_pool2d, lambda x: theirs.adaptive_avg_pool2d(x, 1)),
 }
@@ -147,7 +165,11 @@ def test_indices_of_the_unusual(device):
     x[0, 0, 1, 1] = x[0, 0, 2, 2] = float("nan")
     x[0, 1] = -float("inf")
     for window in ((3, 1, 1), ((2, 3), 2, (1, 1), (2, 1), True)):
-        pairs = zip(ours.max_pool2d(x, *window, return_indices=True), theirs.max_pool2d(x, *window, return_indices=True), strict=True)
+        pairs = zip(
+            ours.max_pool2d(x, *window, return_indices=True),
+            theirs.max_pool2d(x, *window, return_indices=True),
+            strict=True,
+        )
         for a, b in pairs:
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
             assert a.stride() == b.stride()
@@ -175,7 +197,9 @@ def test_a_pool_without_gradient_keeps_nothing(device):
 SHAPES = {"2d": (7, 3), "3d": (3, 4, 5), "4d": (2, 5, 3, 4), "5d": (2, 3, 2, 3, 2)}
 
 
-def stats(C: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def stats(
+    C: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     return normal(C, seed=5, dtype=dtype).to(device), normal(C, seed=6, dtype=dtype).abs().add(0.5).to(device)
 
 
@@ -213,7 +237,9 @@ def test_batch_norm_in_eval_to_the_bit(dtype, device):
     for parameters in (torch.float32, dtype):
         inputs = [x, w.to(parameters), b.to(parameters)]
         mine = run(norm(ours.batch_norm, [t.to(parameters) for t in running], False, eps=0.0), inputs, (1,))
-        assert_bits(mine, exact(norm(theirs.batch_norm, [t.double().cpu() for t in running], False, eps=0.0), inputs, (1,)))
+        assert_bits(
+            mine, exact(norm(theirs.batch_norm, [t.double().cpu() for t in running], False, eps=0.0), inputs, (1,))
+        )
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
@@ -225,7 +251,9 @@ def test_batch_norm_memory(fmt, training, device):
     assert_same_strides(*(run(norm(f, running, training), [x, w, b]) for f in (ours.batch_norm, theirs.batch_norm)))
     for given_stats in [running] + [(None, None)] * training:
         for inputs in ([x, w, b], [x, None, None]):
-            mine, their = (saved_bytes(norm(f, given_stats, training), inputs) for f in (ours.batch_norm, theirs.batch_norm))
+            mine, their = (
+                saved_bytes(norm(f, given_stats, training), inputs) for f in (ours.batch_norm, theirs.batch_norm)
+            )
             assert mine <= their
 
 
@@ -249,7 +277,9 @@ def test_batch_norm_of_nothing(training, device):
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(1, 3, 1024, 1024), (8, 2, 512, 512), (2, 1, 720, 1280), (256, 2048, 1, 1), (1024, 512, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 1024, 1024), (8, 2, 512, 512), (2, 1, 720, 1280), (256, 2048, 1, 1), (1024, 512, 1, 1)], ids=str
+)
 def test_batch_norm_fills_a_gpu(shape, dtype, fmt):
     """Two programs for each of 132 multiprocessors in every pass: few channels of large planes, and many of one pixel."""
     strides = torch.empty(shape, device="meta", memory_format=fmt).stride()
@@ -257,7 +287,9 @@ def test_batch_norm_fills_a_gpu(shape, dtype, fmt):
         batchnorm._plan_moments(shape, strides, dtype)[0],
         batchnorm._plan_normalize(shape, strides, None, strides, dtype, 1e-5, None, 0.0)[0],
         batchnorm._plan_sums(shape, (strides, strides, None, None), dtype, 1e-5, None, 0.0, 2)[0],
-        batchnorm._plan_backward(shape, (strides, strides, None, None), strides, dtype, 1e-5, None, 0.0, True, False)[0],
+        batchnorm._plan_backward(shape, (strides, strides, None, None), strides, dtype, 1e-5, None, 0.0, True, False)[
+            0
+        ],
     ]
     assert min(plan.grid[0] for plan in plans) >= 2 * 132
 
@@ -268,6 +300,9 @@ def test_batch_norm_of_nan(training, device):
     x[0, 1, 1, 1] = float("nan")
     inputs = [x, normal(5, seed=1).to(device), normal(5, seed=2).to(device)]
     running, expected = stats(5, device=device), stats(5, device=device)
-    mine, their = run(norm(ours.batch_norm, running, training), inputs), run(norm(theirs.batch_norm, expected, training), inputs)
+    mine, their = (
+        run(norm(ours.batch_norm, running, training), inputs),
+        run(norm(theirs.batch_norm, expected, training), inputs),
+    )
     assert_close(mine, their)
     torch.testing.assert_close(running, expected, equal_nan=True)

@@ -1,4 +1,6 @@
-"""Which dtype a result has, under autocast and of mixed operands, and how exact it is where numbers are large, tiny or not finite."""
+"""Which dtype a result has, under autocast and of mixed operands, and how exact it is where numbers are large, tiny or
+not finite.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def composition(x, w, mean, var, g=None, b=None, *, bias=None, residual=None, tr
     return theirs.relu(y if residual is None else y + residual)
 
 
-PYTORCH = SimpleNamespace(**vars(theirs) | {"conv_bn_act": composition, "global_avg_pool2d": lambda x: x.mean((2, 3), keepdim=True)})
+PYTORCH = SimpleNamespace(
+    **vars(theirs) | {"conv_bn_act": composition, "global_avg_pool2d": lambda x: x.mean((2, 3), keepdim=True)}
+)
 X, W, V = (integers(*shape, largest=2) for shape in ((2, 4, 4, 3), (6, 4, 2, 2), (4, 6, 2, 2)))
 MEAN, VAR, GAIN, BIAS = integers(4), torch.ones(4), 2 * torch.ones(4), integers(4, seed=3)
 SIX = integers(6, seed=4), torch.ones(6), 2 * torch.ones(6), integers(6, seed=5)
@@ -42,7 +46,9 @@ CALLS = {
     "batch_norm": lambda f, c: f.batch_norm(c(X), c(MEAN), c(VAR), c(GAIN), c(BIAS)),
     "batch_norm, training": lambda f, c: f.batch_norm(c(X), c(MEAN), c(VAR), c(GAIN), c(BIAS), True),
     "batch_norm, float32 parameters": lambda f, c: f.batch_norm(c(X), MEAN, VAR, GAIN, BIAS),
-    "batch_norm, float32 parameters, training": lambda f, c: f.batch_norm(c(X), MEAN.clone(), VAR.clone(), GAIN, BIAS, True),
+    "batch_norm, float32 parameters, training": lambda f, c: f.batch_norm(
+        c(X), MEAN.clone(), VAR.clone(), GAIN, BIAS, True
+    ),
     "batch_norm, float32 input": lambda f, c: f.batch_norm(X, c(MEAN), c(VAR), c(GAIN), c(BIAS)),
     "batch_norm, float32 statistics": lambda f, c: f.batch_norm(c(X), MEAN, VAR, c(GAIN), c(BIAS)),
     "batch_norm, float32 weight": lambda f, c: f.batch_norm(c(X), c(MEAN), c(VAR), GAIN, c(BIAS)),
@@ -71,7 +77,9 @@ def outcome(call, f, device, dtype, *contexts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW], ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_dtypes(name, dtype, device):
-    """With and without autocast to either dtype, and where it is switched off inside: PyTorch's dtype, PyTorch's numbers, or its error."""
+    """With and without autocast to either dtype, and where it is switched off inside: PyTorch's dtype, PyTorch's
+    numbers, or its error.
+    """
 
     def off():
         return torch.autocast(device.type, enabled=False)
@@ -89,12 +97,24 @@ def test_dtypes(name, dtype, device):
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_modules_under_autocast(dtype, device):
-    """Convolutions in the lower precision, norms and pools in that of their input, parameters and their gradients in float32."""
+    """Convolutions in the lower precision, norms and pools in that of their input, parameters and their gradients in
+    float32.
+    """
     seen = []
     for namespace in (cnn, torch.nn):
         torch.manual_seed(0)
-        layers = [namespace.Conv2d(4, 3, 2), namespace.BatchNorm2d(3), namespace.MaxPool2d(2, 1), namespace.ConvTranspose2d(3, 2, 2)]
-        layers += [namespace.AvgPool2d(2, 1), namespace.AdaptiveAvgPool2d(2), torch.nn.Flatten(2), namespace.Conv1d(2, 2, 1)]
+        layers = [
+            namespace.Conv2d(4, 3, 2),
+            namespace.BatchNorm2d(3),
+            namespace.MaxPool2d(2, 1),
+            namespace.ConvTranspose2d(3, 2, 2),
+        ]
+        layers += [
+            namespace.AvgPool2d(2, 1),
+            namespace.AdaptiveAvgPool2d(2),
+            torch.nn.Flatten(2),
+            namespace.Conv1d(2, 2, 1),
+        ]
         model, results = torch.nn.Sequential(*layers).to(device), [X.to(device)]
         with torch.autocast(device.type, dtype):
             for layer in model:
@@ -147,7 +167,9 @@ def test_batch_norm_is_as_exact_as_pytorchs(shape, mean, deviation, device):
         scale += torch.stack([e.square().mean() for e in right.tensors])
         for i, f in enumerate((ours, theirs)):
             found = run(lambda x, w, b, f=f: f.batch_norm(x, None, None, w, b, True), inputs)
-            errors[i] += torch.stack([(t.cpu().double() - e).square().mean() for t, e in zip(found.tensors, right.tensors, strict=True)])
+            errors[i] += torch.stack(
+                [(t.cpu().double() - e).square().mean() for t, e in zip(found.tensors, right.tensors, strict=True)]
+            )
     mine, allowed = errors.sqrt()
     assert (mine <= 2 * allowed + torch.finfo(torch.float32).eps * scale.sqrt()).all(), (mine, allowed)
 

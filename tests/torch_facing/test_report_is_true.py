@@ -1,4 +1,6 @@
-"""What a report says is what a run does: each program's report, in each mode, against a trace of that very model in that very state."""
+"""What a report says is what a run does: each program's report, in each mode, against a trace of that very model in
+that very state.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def do_nothing(*call: Any, **keywords: Any) -> None:
 
 
 def add_hook(module: nn.Module, grad: bool = True) -> nn.Module:
-    """As accelerate.hooks.add_hook_to_module wraps a forward; its hooks see what goes in and comes out, and may change it."""
+    """As accelerate.hooks.add_hook_to_module wraps a forward; its hooks see what goes in and comes out, and may change
+    it.
+    """
     old_forward = module.forward
     module._old_forward = old_forward
     module._hf_hook = types.SimpleNamespace()
@@ -69,7 +73,8 @@ def compute_otherwise(module: nn.Module) -> None:
     module.forward = types.MethodType(lambda self, x: F.conv2d(x, self.weight, None, 1, 1), module)
 
 
-# name > (which submodule of a Net, what is done to it, how many of its 5 convolutions are fused if it is done after conversion)
+# name > (which submodule of a Net, what is done to it, how many of its 5 convolutions are fused if it is done after
+# conversion)
 CHANGES: dict[str, tuple[str, Callable[[nn.Module], Any], int | None]] = {
     "forward hook of a convolution": ("stem.0", lambda m: m.register_forward_hook(do_nothing), 4),
     "forward hook of an activation": ("layers.0.relu", lambda m: m.register_forward_hook(do_nothing), 3),
@@ -103,7 +108,8 @@ CHANGES: dict[str, tuple[str, Callable[[nn.Module], Any], int | None]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # of PyTorch, that old weight and spectral norms are old, and of backward hooks without a gradient
+# of PyTorch, that old weight and spectral norms are old, and of backward hooks without a gradient
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_member_or_a_container_is_changed(name, when, net, x):
@@ -166,7 +172,9 @@ def test_hooks_of_all_modules(kind, net, x):
 class Caller(nn.Module):
     """Calls a block, or its members, in a way of its own."""
 
-    def __init__(self, call: Callable[[nn.Module, Tensor], Tensor], kind: Callable[[], nn.Module] = Block, grouped: Any = None):
+    def __init__(
+        self, call: Callable[[nn.Module, Tensor], Tensor], kind: Callable[[], nn.Module] = Block, grouped: Any = None
+    ):
         super().__init__()
         self.block = kind() if grouped is None else grouped(kind())
         self.call = call
@@ -239,7 +247,9 @@ def test_how_a_container_is_called(name, quick):
     torch.testing.assert_close(ours(x), original(x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("grouped", [lambda kind: nn.ModuleList([kind]), nn.Sequential], ids=["ModuleList", "Sequential"])
+@pytest.mark.parametrize(
+    "grouped", [lambda kind: nn.ModuleList([kind]), nn.Sequential], ids=["ModuleList", "Sequential"]
+)
 def test_a_container_in_a_list_of_which_only_parts_are_called(grouped, quick):
     def call(blocks, x):
         return blocks[0].relu(blocks[0].bn(blocks[0].conv(x)))
@@ -252,14 +262,18 @@ def test_a_container_in_a_list_of_which_only_parts_are_called(grouped, quick):
 
 def test_a_sequential_without_a_batch(quick):
     """[C, H, W]: convolutions take it, and batch norms do not."""
-    model = build(lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3), nn.Identity(), nn.BatchNorm2d(CHANNELS)), quick)
+    model = build(
+        lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3), nn.Identity(), nn.BatchNorm2d(CHANNELS)), quick
+    )
 
     def call(block, x):
         return block[0](x[0]) + block(x)[0]
 
     model = Caller(call, lambda: model).eval()
     rows = {row.name: row for row in assert_reports_are_true(cnnfast.convert(model), image().to(quick))["eval"].rows}
-    assert rows["block.0"].reason.startswith("1 of its 2 calls fused into Conv2d + BatchNorm2d; the others alone, because")
+    assert rows["block.0"].reason.startswith(
+        "1 of its 2 calls fused into Conv2d + BatchNorm2d; the others alone, because"
+    )
     assert rows["block.2"].status == "fused"
 
 
@@ -419,8 +433,12 @@ PROGRAMS: dict[str, Callable[[], nn.Module]] = {
     "one dimension": lambda: nn.Sequential(
         nn.Flatten(2), nn.Conv1d(CHANNELS, 3, 5, padding="same"), nn.BatchNorm1d(3), nn.ConvTranspose1d(3, 2, 2)
     ),
-    "padding": lambda: nn.Sequential(nn.Conv2d(CHANNELS, 3, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(3), nn.GELU()),
-    "dropout": lambda: nn.Sequential(nn.Conv2d(CHANNELS, 3, 3), nn.Dropout2d(0.5), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.ReLU()),
+    "padding": lambda: nn.Sequential(
+        nn.Conv2d(CHANNELS, 3, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(3), nn.GELU()
+    ),
+    "dropout": lambda: nn.Sequential(
+        nn.Conv2d(CHANNELS, 3, 3), nn.Dropout2d(0.5), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.ReLU()
+    ),
     "parametrized": lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(CHANNELS, 3, 3)), nn.BatchNorm2d(3)),
 }
 
@@ -441,7 +459,9 @@ def test_members_that_are_not_called(quick):
     rows = {row.name: row for row in cnnfast.report(cnnfast.convert(build(block(by_forward), quick)), x).rows}
     assert (rows["bn"].status, rows["bn"].reason) == ("replaced", "no call of it was seen")
     rows = {row.name: row for row in cnnfast.report(cnnfast.convert(build(block(by_hand), quick)), x).rows}
-    assert [(rows[name].status, rows[name].reason) for name in ("conv", "bn")] == [("fused", "conv + bn + residual + relu")] * 2
+    assert [(rows[name].status, rows[name].reason) for name in ("conv", "bn")] == [
+        ("fused", "conv + bn + residual + relu")
+    ] * 2
     assert "" not in rows, "it is fused, though not by conversion"
 
 
@@ -538,7 +558,9 @@ def test_a_report_that_could_not_look_says_so(quick):
     model = cnnfast.convert(build(block(lambda self, x, y: self.relu(self.bn(self.conv(x)) + y)), quick))
     report = cnnfast.report(model)
     assert report.count("fused") == 1
-    assert report.notes[0].startswith("What is fused was planned, and not seen in a run: the model does not take 1x4x224x224: RuntimeError")
+    assert report.notes[0].startswith(
+        "What is fused was planned, and not seen in a run: the model does not take 1x4x224x224: RuntimeError"
+    )
     add_hook(model.conv)
     report = cnnfast.report(model)
     assert report.count("fused") == 0
@@ -606,7 +628,10 @@ def test_nobody_is_waited_for(quick, monkeypatch: pytest.MonkeyPatch):
     class Asks(Block):
         forward = asks
 
-    ours, x = cnnfast.convert(nn.Sequential(build(Asks, quick), nn.Conv2d(CHANNELS, 3, 1).double().to(quick))), image().to(quick)
+    ours, x = (
+        cnnfast.convert(nn.Sequential(build(Asks, quick), nn.Conv2d(CHANNELS, 3, 1).double().to(quick))),
+        image().to(quick),
+    )
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     calls.clear()
     cnnfast.report(ours.train(), x)

@@ -25,7 +25,9 @@ LAST, NCHW = torch.channels_last, torch.contiguous_format
 HALF = torch.float16
 
 
-def image(C: int = 8, size: int = 6, dtype: torch.dtype = torch.float32, fmt: torch.memory_format = LAST, device="cpu") -> torch.Tensor:
+def image(
+    C: int = 8, size: int = 6, dtype: torch.dtype = torch.float32, fmt: torch.memory_format = LAST, device="cpu"
+) -> torch.Tensor:
     return integers(2, C, size, size, dtype=dtype).to(device).contiguous(memory_format=fmt)
 
 
@@ -80,7 +82,9 @@ def transforms(device):
 
 def recorders(device, monkeypatch):
     x = image(device=device)
-    assert reasons(lambda: torch.jit.trace(F.global_avg_pool2d, x, check_trace=False)) == {"torch.jit.trace is recording"}
+    assert reasons(lambda: torch.jit.trace(F.global_avg_pool2d, x, check_trace=False)) == {
+        "torch.jit.trace is recording"
+    }
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert servers(lambda: F.global_avg_pool2d(x)) == {"kernels"}  # by torch.export, say
     monkeypatch.setattr(dispatch, "_to_onnx", lambda: True)
@@ -107,7 +111,13 @@ def triton_cannot_launch(monkeypatch):
     dispatch._warn_of.cache_clear()
     gpu = torch.device("cuda", 0)
     on_gpu = SimpleNamespace(
-        is_cuda=True, is_cpu=False, is_meta=False, is_nested=False, dtype=torch.float32, layout=torch.strided, device=gpu
+        is_cuda=True,
+        is_cpu=False,
+        is_meta=False,
+        is_nested=False,
+        dtype=torch.float32,
+        layout=torch.strided,
+        device=gpu,
     )
     monkeypatch.setattr(dispatch, "PLAIN", (SimpleNamespace,))
     with pytest.warns(RuntimeWarning, match="finds no C compiler") as told:
@@ -121,12 +131,16 @@ def triton_cannot_launch(monkeypatch):
 def bare_interpreter(monkeypatch):
     monkeypatch.setattr(dispatch, "_interpreter_rounds_bf16", lambda: False)
     if launch.INTERPRETED:
-        assert reasons(lambda: F.max_pool2d(image(dtype=torch.bfloat16), 2)) == {"Triton's interpreter computes bfloat16 wrongly"}
+        assert reasons(lambda: F.max_pool2d(image(dtype=torch.bfloat16), 2)) == {
+            "Triton's interpreter computes bfloat16 wrongly"
+        }
 
 
 def single_passes(device, library_first):
     x = image(device=device)
-    assert servers(lambda: (F.batch_norm(x, None, None, training=True), F.max_pool2d(x, 2), F.avg_pool2d(x, 2))) == {"kernels"}
+    assert servers(lambda: (F.batch_norm(x, None, None, training=True), F.max_pool2d(x, 2), F.avg_pool2d(x, 2))) == {
+        "kernels"
+    }
     assert servers(lambda: F.global_avg_pool2d(x.contiguous())) == {"kernels"}
 
 
@@ -144,7 +158,9 @@ def measured(device, gpu, library_first):
 
     def row(winner, **changes):
         key = tables.Key(*gpu, "fprop", "", "float32", "NHWC NHWC NHWC", problem)._replace(**changes)
-        tables.write(*gpu, [tables.Row(key, TileConfig(32, 32, 16, 4, 2), winner, {"kernels": 9.0, "library": 4.5})], {})
+        tables.write(
+            *gpu, [tables.Row(key, TileConfig(32, 32, 16, 4, 2), winner, {"kernels": 9.0, "library": 4.5})], {}
+        )
         launch.forget_plans()
 
     def serves(n: int = 2, fmt=LAST) -> set[str]:
@@ -158,7 +174,9 @@ def measured(device, gpu, library_first):
     assert serves(fmt=NCHW) == {"library"}, "another layout was measured"
     row("library")
     assert serves() == {"library"}
-    assert reasons(lambda: F.conv2d(x, w)) == {"it took 4.5 us, our best kernel 9.0 us at batch 2 when measured on this GPU"}
+    assert reasons(lambda: F.conv2d(x, w)) == {
+        "it took 4.5 us, our best kernel 9.0 us at batch 2 when measured on this GPU"
+    }
 
 
 def interpreted(device):
@@ -169,7 +187,10 @@ def interpreted(device):
 
 def depthwise(device, library_first):
     def serves(dtype=HALF, fmt=LAST, multiplier=1):
-        x, w = image(dtype=dtype, fmt=fmt, device=device).requires_grad_(), filters(8 * multiplier, 1, dtype=dtype, device=device)
+        x, w = (
+            image(dtype=dtype, fmt=fmt, device=device).requires_grad_(),
+            filters(8 * multiplier, 1, dtype=dtype, device=device),
+        )
         return servers(lambda: F.conv2d(x, w.requires_grad_(), padding=1, groups=8).square().sum().backward())
 
     assert serves() == {"kernels"}
@@ -181,7 +202,9 @@ def uneven_padding(device, library_first):
     assert servers(lambda: F.conv2d(x, w, padding="same").square().sum().backward()) == {"kernels"}
     assert servers(lambda: F.conv2d(x, filters(device=device), padding="same")) == {"library"}
     up = filters(device=device)
-    assert servers(lambda: F.conv_transpose2d(x, up, None, 2, 1, 1)) == {"library"}, "the library can: no window ends in the padding"
+    assert servers(lambda: F.conv_transpose2d(x, up, None, 2, 1, 1)) == {"library"}, (
+        "the library can: no window ends in the padding"
+    )
 
 
 def uneven_padding_elsewhere(device, library_first):
@@ -244,7 +267,9 @@ def test_these_are_the_rows_of_the_readme():
 
 
 def test_a_measured_tile_that_the_tensors_cannot_take_does_not_count(gpu):
-    """Tensors between multiples of 16 bytes have the key of those at them, but no tensor map: by what was measured nobody knows."""
+    """Tensors between multiples of 16 bytes have the key of those at them, but no tensor map: by what was measured
+    nobody knows.
+    """
     x, w = (launch.dense((8, 64, 16, 16), HALF, LAST), launch.dense((64, 64, 1, 1), HALF, LAST))
     geometry = Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1)
     questions = [choosing.ask_fprop(x, w, None, geometry, "", None, False, gpu, aligned) for aligned in (True, False)]

@@ -62,7 +62,13 @@ def test_lenet():
         ("activation", (84,), 0, 0, None, None),
         ("linear", (10,), 850, 1_680, None, None),
     ]
-    assert (found.parameters, found.trainable, found.unused, found.flops, found.macs) == (61_706, 61_706, 0, 833_040, 416_520)
+    assert (found.parameters, found.trainable, found.unused, found.flops, found.macs) == (
+        61_706,
+        61_706,
+        0,
+        833_040,
+        416_520,
+    )
     values = 2 * 6 * 28 * 28 + 6 * 14 * 14 + 2 * 16 * 10 * 10 + 16 * 5 * 5 + 2 * 120 + 2 * 84 + 10
     assert found.output_bytes == 4 * values
     assert found.layers[0].input_shape == (1, 1, 28, 28)
@@ -86,7 +92,13 @@ def vgg16() -> nn.Module:
             modules += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             channels = width
         modules.append(nn.MaxPool2d(2))
-    classifier = [nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(25088, 4096), nn.Linear(4096, 4096), nn.Linear(4096, 1000)]
+    classifier = [
+        nn.AdaptiveAvgPool2d(7),
+        nn.Flatten(),
+        nn.Linear(25088, 4096),
+        nn.Linear(4096, 4096),
+        nn.Linear(4096, 1000),
+    ]
     return nn.Sequential(*modules, *classifier)
 
 
@@ -197,11 +209,17 @@ def focus(x: Tensor) -> Tensor:
 
 
 NETWORKS = {
-    "strides": nn.Sequential(nn.Conv2d(2, 2, 3, 2), nn.Conv2d(2, 2, 5, 1, 2), nn.Conv2d(2, 2, 2, 3), nn.Conv2d(2, 2, 3)),
+    "strides": nn.Sequential(
+        nn.Conv2d(2, 2, 3, 2), nn.Conv2d(2, 2, 5, 1, 2), nn.Conv2d(2, 2, 2, 3), nn.Conv2d(2, 2, 3)
+    ),
     "even": nn.Sequential(nn.Conv2d(2, 2, 4, padding="same"), nn.Conv2d(2, 2, 2, padding="same"), nn.AvgPool2d(3, 2)),
-    "dilated": nn.Sequential(nn.Conv2d(2, 2, 3, dilation=2), nn.MaxPool2d(2, dilation=2), nn.Conv2d(2, 2, 3, dilation=3)),
+    "dilated": nn.Sequential(
+        nn.Conv2d(2, 2, 3, dilation=2), nn.MaxPool2d(2, dilation=2), nn.Conv2d(2, 2, 3, dilation=3)
+    ),
     "one row": nn.Sequential(nn.Conv2d(2, 2, (1, 7)), nn.Conv2d(2, 2, (5, 1)), nn.MaxPool2d((1, 2))),
-    "depthwise": nn.Sequential(nn.Conv2d(2, 2, 7, groups=2, padding=3), nn.Conv2d(2, 8, 1), nn.GELU(), nn.Conv2d(8, 2, 1)),
+    "depthwise": nn.Sequential(
+        nn.Conv2d(2, 2, 7, groups=2, padding=3), nn.Conv2d(2, 8, 1), nn.GELU(), nn.Conv2d(8, 2, 1)
+    ),
     "branches": nn.Sequential(nn.Conv2d(2, 2, 3, 2), Block(), nn.AvgPool2d(2)),
     "padding": nn.Sequential(nn.ReflectionPad2d(2), nn.Conv2d(2, 2, 5), nn.ZeroPad2d((0, 1, 0, 1)), nn.MaxPool2d(3, 2)),
     "space to depth": nn.Sequential(Apply(space_to_depth), nn.Conv2d(8, 2, 3, padding=1)),
@@ -212,7 +230,9 @@ NETWORKS = {
         Apply(lambda x: x.permute(0, 2, 3, 1)), nn.Linear(2, 3), Apply(lambda x: x.permute(0, 3, 1, 2)), nn.MaxPool2d(3)
     ),
     "adaptive": nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.AdaptiveAvgPool2d(8)),
-    "chunks": nn.Sequential(nn.Conv2d(2, 4, 3), Apply(lambda x: torch.stack(x.chunk(2, 1)).sum(0) * x.unbind(1)[0][:, None])),
+    "chunks": nn.Sequential(
+        nn.Conv2d(2, 4, 3), Apply(lambda x: torch.stack(x.chunk(2, 1)).sum(0) * x.unbind(1)[0][:, None])
+    ),
 }
 UPSAMPLING = {
     "transposed": nn.ConvTranspose2d(2, 2, 2, 2),
@@ -248,7 +268,9 @@ def test_receptive_fields_are_those_that_a_nan_shows(name):
 
 @pytest.mark.parametrize("name", UPSAMPLING)
 def test_receptive_fields_after_upsampling(name):
-    """Which differ from row to row: the largest counts. It is reached, or passed by the fraction of a step where two phases are joined."""
+    """Which differ from row to row: the largest counts. It is reached, or passed by the fraction of a step where two
+    phases are joined.
+    """
     seen = rows_seen(Unet(UPSAMPLING[name]))
     largest = max(int(row.nonzero().max() - row.nonzero().min()) + 1 for row in seen[24:40])
     layer = last(layers(Unet(UPSAMPLING[name]), image(1, 2, 64, 64)))
@@ -290,7 +312,11 @@ class Gate(nn.Module):
         (nn.Sequential(Apply(lambda x: torch.ones_like(x)), nn.ReLU()), 1, 1),
         (nn.Sequential(Apply(lambda x: torch.ones(1, 2, 4, 4)), nn.ReLU()), 0, None),
         (
-            nn.Sequential(Apply(lambda x: x.flatten(2).transpose(1, 2)), nn.TransformerEncoderLayer(2, 1, 4, batch_first=True), nn.ReLU()),
+            nn.Sequential(
+                Apply(lambda x: x.flatten(2).transpose(1, 2)),
+                nn.TransformerEncoderLayer(2, 1, 4, batch_first=True),
+                nn.ReLU(),
+            ),
             None,
             1,
         ),
@@ -312,7 +338,9 @@ def test_sequences_and_volumes():
 
 
 class Shared(nn.Module):
-    """A module called twice, a weight in two modules, one that only its parent reads, one that is never read, and one frozen."""
+    """A module called twice, a weight in two modules, one that only its parent reads, one that is never read, and one
+    frozen.
+    """
 
     def __init__(self) -> None:
         super().__init__()

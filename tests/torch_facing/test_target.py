@@ -42,7 +42,9 @@ def libraries(folder, monkeypatch):
     """Small stand-ins of the three foreign libraries, torchvision with a C library that does not load."""
     for name in [name for name in sys.modules if name.partition(".")[0] in ("torchvision", "timm", "transformers")]:
         monkeypatch.delitem(sys.modules, name)
-    write(folder, "torchvision/__init__.py", 'raise RuntimeError("operator torchvision::nms does not exist\\nand more")')
+    write(
+        folder, "torchvision/__init__.py", 'raise RuntimeError("operator torchvision::nms does not exist\\nand more")'
+    )
     write(folder, "torchvision/models.py", "")
     write(
         folder,
@@ -90,7 +92,8 @@ def test_a_source_that_does_not_import_is_passed_over(libraries, capsys):
     found = resolve("plainnet")
     assert found.source == "timm"
     assert (
-        capsys.readouterr().err == "torchvision is installed but does not import: RuntimeError: operator torchvision::nms does not exist\n"
+        capsys.readouterr().err
+        == "torchvision is installed but does not import: RuntimeError: operator torchvision::nms does not exist\n"
     )
     assert resolve("resnext50_32x4d.a1_in1k").source == "timm", "a tag of timm's is no dotted name"
     assert capsys.readouterr().err == "", "it is said once"
@@ -180,7 +183,11 @@ def files(folder):
         """,
     )
     write(folder, "beside.py", "CHANNELS = 3")
-    write(folder, "package/inner/models.py", "from torch import nn\ndef net(): return nn.Conv2d(1, 1, 1)\nmade = nn.ReLU()\n")
+    write(
+        folder,
+        "package/inner/models.py",
+        "from torch import nn\ndef net(): return nn.Conv2d(1, 1, 1)\nmade = nn.ReLU()\n",
+    )
     return folder
 
 
@@ -206,7 +213,10 @@ def test_files_and_dotted_names(files, name, source, kind):
 
 def test_functions_of_tensors_stand_for_themselves(files):
     assert resolve("nets.py:apply").value(torch.tensor(-1.0)) == 0
-    assert says("nets.py:apply") == "nets.py:apply needs arguments (x): name a module, or a function that builds one without arguments"
+    assert (
+        says("nets.py:apply")
+        == "nets.py:apply needs arguments (x): name a module, or a function that builds one without arguments"
+    )
     assert "needs arguments (width, depth)" in says("nets.py:factory")
     assert resolve("torch:relu").value is torch.relu
     assert "gives builtin_function_or_method" in says("torch:relu")
@@ -215,7 +225,10 @@ def test_functions_of_tensors_stand_for_themselves(files):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nets.py", "nets.py names no model: write file.py:NAME; nets.py has Configured, Namespace, Needy, Net, apply, build, factory"),
+        (
+            "nets.py",
+            "nets.py names no model: write file.py:NAME; nets.py has Configured, Namespace, Needy, Net, apply, build, factory",
+        ),
         ("nothing.py:Net", "there is no file nothing.py"),
         ("nothing.py", "there is no file nothing.py"),
         ("nothing.at.all:Net", "cannot import nothing.at.all: No module named 'nothing'"),
@@ -277,8 +290,13 @@ class OwnWeight(nn.Module):
         (classifier(96, 3), (1, 3, 96, 96), (2, 3, 96, 96)),
         (classifier(33), (1, 1, 224, 224), (2, 1, 32, 32)),  # which says what is wrong
         (nn.Sequential(nn.Conv2d(3, 4, 64)), (1, 3, 224, 224), (2, 3, 64, 64)),
-        (nn.Sequential(nn.Conv2d(3, 4, 32, 32), nn.BatchNorm2d(4)), (1, 3, 224, 224), (2, 3, 64, 64)),  # 2 values a channel at 32
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)), (1, 3, 224, 224), (2, 3, 32, 32)),
+        # 2 values a channel at 32
+        (nn.Sequential(nn.Conv2d(3, 4, 32, 32), nn.BatchNorm2d(4)), (1, 3, 224, 224), (2, 3, 64, 64)),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)),
+            (1, 3, 224, 224),
+            (2, 3, 32, 32),
+        ),
         (nn.Conv2d(3, 4, 3, dtype=torch.float16), (1, 3, 224, 224), (2, 3, 32, 32)),
     ],
 )
@@ -301,7 +319,9 @@ def test_what_a_model_says_of_itself():
         assert input_shape(timm.create_model("resnet18", in_chans=1), 1, small=False) == (1, 1, 224, 224)
         config = transformers.MobileNetV1Config(image_size=160, num_channels=4)
         assert input_shape(transformers.MobileNetV1Model(config), 1, small=False) == (1, 4, 160, 160)
-        assert input_shape(transformers.ViTModel(transformers.ViTConfig(image_size=[96, 48], patch_size=16)), 2, small=True) == (
+        assert input_shape(
+            transformers.ViTModel(transformers.ViTConfig(image_size=[96, 48], patch_size=16)), 2, small=True
+        ) == (
             2,
             3,
             96,

@@ -1,4 +1,6 @@
-"""Converted models, and modules of cnnfast.nn, traced by torch.fx: the nodes, targets and names of the originals, and their numbers."""
+"""Converted models, and modules of cnnfast.nn, traced by torch.fx: the nodes, targets and names of the originals, and
+their numbers.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,17 @@ class SomeAreEntered(fx.Tracer):
 
 
 def every_layer() -> nn.Module:
-    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.ConvTranspose2d(4, 4, 2), nn.AvgPool2d(2), nn.Conv2d(4, 4, 1, groups=2)
-    return nn.Sequential(*layers, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(2), nn.Flatten(2), nn.Conv1d(4, 4, 3, padding=1))
+    layers = (
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.ConvTranspose2d(4, 4, 2),
+        nn.AvgPool2d(2),
+        nn.Conv2d(4, 4, 1, groups=2),
+    )
+    return nn.Sequential(
+        *layers, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(2), nn.Flatten(2), nn.Conv1d(4, 4, 3, padding=1)
+    )
 
 
 class OwnConv2d(nn.Conv2d):
@@ -105,7 +116,10 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] 
     "root is a norm": (lambda: nn.BatchNorm2d(3), by()),
     "root is a pool": (lambda: nn.MaxPool2d(2), by()),
     "subclass": (lambda: nn.Sequential(OwnConv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()), by()),
-    "parametrized": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)), by()),
+    "parametrized": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)),
+        by(),
+    ),
     "weight by a hook": (spectral_norm_by_hook, by()),
     "forward is called": (block(calls_a_forward), by()),
     "by keyword": (block(names_its_argument), by()),
@@ -115,7 +129,8 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] 
 }
 
 
-UNTRACEABLE = {"root is a transposed convolution", "root is a norm", "no norm is a leaf"}  # torch.nn's own forwards decide by sizes
+# torch.nn's own forwards decide by sizes
+UNTRACEABLE = {"root is a transposed convolution", "root is a norm", "no norm is a leaf"}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -173,7 +188,9 @@ def test_hooks_of_all_modules_run_once(quick):
 
 
 def test_proxies_without_a_tracer(quick):
-    """A graph that is written by hand has nobody to ask for leaves: torch.nn's layer records what it does inside, and so does ours."""
+    """A graph that is written by hand has nobody to ask for leaves: torch.nn's layer records what it does inside, and
+    so does ours.
+    """
     graphs = []
     for pool in (nn.MaxPool2d, cnn.MaxPool2d):
         graph = fx.Graph()
@@ -219,7 +236,9 @@ def test_our_resnets_have_torchvisions_nodes(name, torchvision, quick):
         ours.double().to(quick).eval().load_state_dict(theirs.state_dict())
         extractors = [create_feature_extractor(model, ["layer1.0.bn1", "layer4"]) for model in (ours, theirs)]
         assert_same_steps(*extractors, image(3, 33).to(quick), modes=("no_grad", "train"))
-        assert_same_steps(cnnfast.convert(extractors[0]), extractors[1].eval(), image(3, 33).to(quick), modes=("no_grad",), fused=20)
+        assert_same_steps(
+            cnnfast.convert(extractors[0]), extractors[1].eval(), image(3, 33).to(quick), modes=("no_grad",), fused=20
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,7 +282,11 @@ def test_timms_features_of_a_converted_model(torchvision, quick):
 
 def test_timms_norms_that_activate(torchvision, quick):
     norm = pytest.importorskip("timm.layers").BatchNormAct2d
-    model = build(lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), norm(CHANNELS), nn.Conv2d(CHANNELS, 4, 1), nn.BatchNorm2d(4)))
+    model = build(
+        lambda: nn.Sequential(
+            nn.Conv2d(CHANNELS, CHANNELS, 1), norm(CHANNELS), nn.Conv2d(CHANNELS, 4, 1), nn.BatchNorm2d(4)
+        )
+    )
     model = model.to(quick)
     converted = cnnfast.convert(copy.deepcopy(model))
     for tracer in (fx.Tracer, NoLeaves):
@@ -356,6 +379,13 @@ def test_layers_compile(hooked, keyword, quick):
 def test_calls_with_other_things_than_tensors(name, options):
     """Raise what torch.nn's layer raises."""
     layers = [getattr(module, name)(*options) for module in (cnn, nn)]
-    for args, kwargs in (((), {}), ((3,), {}), ((None,), {}), ((), {"input": "image"}), ((), {"image": image(3)}), ((image(3), 1), {})):
+    for args, kwargs in (
+        ((), {}),
+        ((3,), {}),
+        ((None,), {}),
+        ((), {"input": "image"}),
+        ((), {"image": image(3)}),
+        ((image(3), 1), {}),
+    ):
         ours, theirs = (outcome(lambda layer: layer(*args, **kwargs), layer) for layer in layers)  # noqa: B023
         assert ours is theirs, (args, kwargs)

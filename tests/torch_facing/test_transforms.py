@@ -1,4 +1,6 @@
-"""torch.func's transforms, forward-mode AD and batched gradients give PyTorch's numbers, around a call and around its backward alone."""
+"""torch.func's transforms, forward-mode AD and batched gradients give PyTorch's numbers, around a call and around its
+backward alone.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def composition(x, w, mean, var, g=None, b=None, *, residual=None, activation="r
     return getattr(theirs, activation)(y if residual is None else y + residual)
 
 
-PYTORCH = SimpleNamespace(**vars(theirs) | {"conv_bn_act": composition, "global_avg_pool2d": lambda x: x.mean((2, 3), keepdim=True)})
+PYTORCH = SimpleNamespace(
+    **vars(theirs) | {"conv_bn_act": composition, "global_avg_pool2d": lambda x: x.mean((2, 3), keepdim=True)}
+)
 FUSED = {"stride": (2, 1), "padding": (1, 0), "groups": 2}
 # Of one input x each, and of t, which on() makes; f is ours or PyTorch's.
 OPERATIONS = {
@@ -43,12 +47,18 @@ OPERATIONS = {
     "conv1d": lambda f, x, t: f.conv1d(x[..., 0], t.W[..., 0], None, 2, 1, 1, 2),
     "conv_transpose2d": lambda f, x, t: f.conv_transpose2d(x, t.V, t.SHIFT, 2, 1, (1, 0), 2),
     "conv_transpose2d's bias": lambda f, x, t: f.conv_transpose2d(t.X, t.V, x.flatten()[:4], 2, 1, (1, 0), 2),
-    "conv_bn_act training": lambda f, x, t: f.conv_bn_act(x, t.W, None, None, activation="gelu", training=True, **FUSED),
+    "conv_bn_act training": lambda f, x, t: f.conv_bn_act(
+        x, t.W, None, None, activation="gelu", training=True, **FUSED
+    ),
     "conv_bn_act training relu": lambda f, x, t: f.conv_bn_act(
         x, t.V, None, None, t.GAIN, t.SHIFT, training=True, padding=(1, 0), groups=2
     ),
-    "conv_bn_act eval": lambda f, x, t: f.conv_bn_act(x, t.V, t.SHIFT, t.GAIN, t.GAIN, t.SHIFT, activation="relu6", groups=2),
-    "conv_bn_act residual": lambda f, x, t: f.conv_bn_act(x[..., :1], t.V[..., :1, :1], t.SHIFT, t.GAIN, residual=x[..., :1], groups=2),
+    "conv_bn_act eval": lambda f, x, t: f.conv_bn_act(
+        x, t.V, t.SHIFT, t.GAIN, t.GAIN, t.SHIFT, activation="relu6", groups=2
+    ),
+    "conv_bn_act residual": lambda f, x, t: f.conv_bn_act(
+        x[..., :1], t.V[..., :1, :1], t.SHIFT, t.GAIN, residual=x[..., :1], groups=2
+    ),
     "batch_norm training": lambda f, x, t: f.batch_norm(x, None, None, t.GAIN, t.SHIFT, True),
     "batch_norm weight": lambda f, x, t: f.batch_norm(t.X, None, None, x.flatten()[:4], x.flatten()[4:8], True),
     "batch_norm eval": lambda f, x, t: f.batch_norm(x, t.SHIFT, t.GAIN, t.GAIN, t.SHIFT),
@@ -59,7 +69,9 @@ OPERATIONS = {
 }
 
 
-CALLS = {name: functools.partial(lambda call, f, x: call(f, x, on(x.device)), call) for name, call in OPERATIONS.items()}
+CALLS = {
+    name: functools.partial(lambda call, f, x: call(f, x, on(x.device)), call) for name, call in OPERATIONS.items()
+}
 
 
 def around_the_call(f, x):
@@ -86,7 +98,9 @@ def test_around_the_call(name, device):
     x = on(device).X
     with cnnfast.trace() as trace:
         mine = list(around_the_call(lambda x: CALLS[name](ours, x), x))
-    torch.testing.assert_close(mine, list(around_the_call(lambda x: CALLS[name](PYTORCH, x), x)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        mine, list(around_the_call(lambda x: CALLS[name](PYTORCH, x), x)), rtol=1e-12, atol=1e-12
+    )
     assert {(call.served_by, call.reason) for call in trace} == SERVED
 
 
@@ -153,18 +167,26 @@ def test_jacobians_and_hessians(device):
             return call(w).sum()
 
         results.append([jacrev(call)(w), jacfwd(call)(w), hessian(loss)(w)])
-        results[-1] += [jacobian(call, w), jacobian(call, w, vectorize=True), torch.autograd.functional.hessian(loss, w, vectorize=True)]
+        results[-1] += [
+            jacobian(call, w),
+            jacobian(call, w, vectorize=True),
+            torch.autograd.functional.hessian(loss, w, vectorize=True),
+        ]
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 def test_functional_call(device):
     """An ensemble of a module's parameters, by vmap; and gradients for each sample."""
-    model = torch.nn.Sequential(cnn.Conv2d(4, 3, 2), cnn.BatchNorm2d(3), cnn.AvgPool2d(2)).to(device, torch.float64).eval()
+    model = (
+        torch.nn.Sequential(cnn.Conv2d(4, 3, 2), cnn.BatchNorm2d(3), cnn.AvgPool2d(2)).to(device, torch.float64).eval()
+    )
     state = {name: torch.stack([t, 2 * t]) for name, t in (*model.named_parameters(), *model.named_buffers())}
     x = on(device).X
     mine = vmap(lambda state: functional_call(model, state, x))(state)
     for i in (0, 1):
-        torch.testing.assert_close(mine[i], functional_call(model, {name: t[i] for name, t in state.items()}, x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            mine[i], functional_call(model, {name: t[i] for name, t in state.items()}, x), rtol=1e-12, atol=1e-12
+        )
     parameters = dict(model.named_parameters())
     each = vmap(grad(lambda p, x: functional_call(model, p, x[None]).square().sum()), (None, 0))(parameters, x)
     for i in range(len(x)):

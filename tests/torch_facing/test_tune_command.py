@@ -29,16 +29,22 @@ def invoke(*arguments: str):
 def test_the_command_without_a_gpu_says_so():
     result = invoke("resnet18")
     assert result.exit_code == 2
-    assert "there is no GPU here to measure on; --dry-run lists what would be measured" in " ".join(result.output.split())
+    assert "there is no GPU here to measure on; --dry-run lists what would be measured" in " ".join(
+        result.output.split()
+    )
 
 
 def test_the_command_lists_what_it_would_measure(tmp_path):
     file = tmp_path / "plan.json"
-    result = invoke("cnnfast.demo.digits:DigitNet", "--input", "64x1x8x8", "--mode", "train", "--dry-run", "--json", str(file))
+    result = invoke(
+        "cnnfast.demo.digits:DigitNet", "--input", "64x1x8x8", "--mode", "train", "--dry-run", "--json", str(file)
+    )
     assert result.exit_code == 0, result.output
     assert "fprop + stats 64x16x8x8 > 16, 3x3/1" in result.output
     assert "bfloat16" in result.output
-    assert "tf32" in invoke("cnnfast.demo.digits:DigitNet", "--input", "64x1x8x8", "--dtype", "tf32", "--dry-run").output
+    assert (
+        "tf32" in invoke("cnnfast.demo.digits:DigitNet", "--input", "64x1x8x8", "--dtype", "tf32", "--dry-run").output
+    )
     planned = json.loads(file.read_text())
     assert {"convolution", "count", "candidates"} == set(planned[0])
     assert planned[0]["candidates"][0] == "default"
@@ -172,7 +178,9 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter 
 
 
 @interpreted
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_a_run_that_is_ended_in_its_middle_keeps_what_it_measured(tmp_path, number, code):
     child = begun(tmp_path, 3, "--json", tmp_path / "tune.json", "--table", tmp_path / "rows.json")
     until_the_third(child)
@@ -202,7 +210,11 @@ def stand_in(gpu, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
-    monkeypatch.setattr(torch, "randn", lambda *size, device=None, **how: randn(*size, **how, device=None if device == "cuda" else device))
+    monkeypatch.setattr(
+        torch,
+        "randn",
+        lambda *size, device=None, **how: randn(*size, **how, device=None if device == "cuda" else device),
+    )
     monkeypatch.setattr(tuning, "take_turns", measure)
     return measured
 
@@ -213,14 +225,30 @@ NET = ("tuned:Net", "--input", "2x4x6x6", "--dtype", "fp32")
 @interpreted
 def test_a_whole_run_prints_and_writes(stand_in, tmp_path):
     result = invoke(
-        *NET, "--mode", "infer,train", "--json", "-", "--seconds", "0.01", "--budget", "600", "--table", str(tmp_path / "rows.json")
+        *NET,
+        "--mode",
+        "infer,train",
+        "--json",
+        "-",
+        "--seconds",
+        "0.01",
+        "--budget",
+        "600",
+        "--table",
+        str(tmp_path / "rows.json"),
     )
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)  # all of standard output
     assert told["ok"]
     assert told["left"] == []
     count = len(told["measured"])
-    assert {entry["operator"] for entry in told["measured"]} == {"conv_bn_act", "conv_stats", "conv_fprop", "conv_dgrad", "conv_wgrad"}
+    assert {entry["operator"] for entry in told["measured"]} == {
+        "conv_bn_act",
+        "conv_stats",
+        "conv_fprop",
+        "conv_dgrad",
+        "conv_wgrad",
+    }
     assert stand_in == [0.01] * count
     assert len(tables.read(tmp_path / "rows.json")) == count
     assert f"{count} of {count} convolutions measured" in result.stderr

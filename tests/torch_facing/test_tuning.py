@@ -1,4 +1,6 @@
-"""tune: what it finds in a model, who may win, what is written, and who serves afterwards. Times are made up: there is no clock here."""
+"""tune: what it finds in a model, who may win, what is written, and who serves afterwards. Times are made up: there is
+no clock here.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def found(model, *inputs, **how):
 
 
 def test_in_eval_the_fused_forms_are_found():
-    """On a machine without a GPU; the fused forms that differ in what their kernel does are two, those that do not are one."""
+    """On a machine without a GPU; the fused forms that differ in what their kernel does are two, those that do not are
+    one.
+    """
     assert found(Net(), torch.zeros(2, 4, 6, 6)) == {
         "fprop + norm relu 2x4x6x6 > 8, 3x3/1": 1,
         "fprop + norm residual relu 2x8x6x6 > 8, 3x3/1": 2,
@@ -62,7 +66,9 @@ def test_dtype_and_layout_are_those_asked_for():
             assert {(key.dtype, key.layout) for key in keys} == {(str(dtype).removeprefix("torch."), layout)}
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("tf32", "tf32"), ("fp32", "float32"), ("torch.float32", "float32"), ("bf16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("tf32", "tf32"), ("fp32", "float32"), ("torch.float32", "float32"), ("bf16", "bfloat16")]
+)
 def test_names_say_how_float32_is_multiplied(dtype, expected):
     """Without a GPU, too; a torch.dtype leaves it to PyTorch's settings, which let no CPU round."""
     assert {m.key.dtype for m in tuning.plan(Net(), torch.zeros(2, 4, 6, 6), dtype=dtype)} == {expected}
@@ -121,7 +127,11 @@ def test_the_fastest_tile_serves_from_then_on_in_the_same_process(gpu, device, l
     (measured,) = tuning.plan(model, x)
     fastest = list(measured.candidates)[1]
     result = tuning.tune(model, x, measure=clock(**{fastest: 1.0}))
-    assert result.rows[0].microseconds == {"kernels": 1.0, "default": 10.0, "library": 10.0 + len(measured.candidates) - 1}
+    assert result.rows[0].microseconds == {
+        "kernels": 1.0,
+        "default": 10.0,
+        "library": 10.0 + len(measured.candidates) - 1,
+    }
     launches.clear()
     torch.testing.assert_close(converted(last).detach(), before)
     assert [str(event.tile) for event in launches] == [fastest]
@@ -160,7 +170,9 @@ def test_wrong_numbers_never_win(gpu, device, monkeypatch):
 
 @pytest.mark.parametrize("training", [False, True], ids=["infer", "train"])
 def test_tf32_candidates_are_run_and_judged_as_tf32(gpu, device, training, monkeypatch):
-    """Of operands that TF32 cannot hold: rounded ones are right there and wrong in float32, and rows of the one do not serve the other."""
+    """Of operands that TF32 cannot hold: rounded ones are right there and wrong in float32, and rows of the one do not
+    serve the other.
+    """
     results = {}
     compute = running.ours
 
@@ -228,7 +240,9 @@ def test_a_step_that_fails_on_the_clock_is_out(gpu, device):
 
 
 def test_without_one_right_kernel_there_is_no_row(gpu, device, monkeypatch):
-    monkeypatch.setattr(racing, "ours", lambda convolution, a, tile: (torch.zeros_like(running.ours(convolution, a, tile)[0]),))
+    monkeypatch.setattr(
+        racing, "ours", lambda convolution, a, tile: (torch.zeros_like(running.ours(convolution, a, tile)[0]),)
+    )
     result = tuning.tune(convolution(device), image(device), measure=clock())
     assert (result.ok, result.rows, result.path) == (False, [], None)
     assert not tables.user_file(*gpu).exists()
@@ -258,7 +272,8 @@ def test_a_folder_that_cannot_be_written_ends_it_before_it_begins(gpu, device):
 def test_progress_and_json(gpu, device):
     told = []
     result = tuning.tune(Net().to(device), image(device), measure=clock(), progress=lambda *what: told.append(what))
-    assert told[0] == (0, 4, "fprop + norm residual relu 2x8x6x6 > 8, 3x3/1")  # it is made twice: what costs most comes first
+    # it is made twice: what costs most comes first
+    assert told[0] == (0, 4, "fprop + norm residual relu 2x8x6x6 > 8, 3x3/1")
     assert told[-1] == (4, 4, "")
     data = json.loads(result.to_json())
     assert (data["ok"], data["gpu"], len(data["measured"])) == (True, gpu.name, 4)
@@ -273,7 +288,9 @@ def test_without_a_gpu_it_says_so():
 def test_where_our_kernels_cannot_serve_at_all_it_says_why(gpu, device, monkeypatch):
     """A GPU before sm_80, or one on which Triton cannot launch."""
     monkeypatch.setattr(dispatch, "why_torch", lambda x: "the GPU is sm_75, and kernels need sm_80")
-    with pytest.raises(RuntimeError, match=r"nothing to measure on .*, where PyTorch serves every call: the GPU is sm_75"):
+    with pytest.raises(
+        RuntimeError, match=r"nothing to measure on .*, where PyTorch serves every call: the GPU is sm_75"
+    ):
         tuning.tune(convolution(device), image(device), measure=lambda steps: pytest.fail("measured in vain"))
 
 
@@ -309,7 +326,9 @@ def test_sets_of_operands_differ(gpu, device, monkeypatch):
 
 
 def test_what_costs_the_model_most_comes_first():
-    """By an estimate: calls x the larger of FLOPs / rate and bytes / bandwidth. One of these convolutions multiplies, one moves."""
+    """By an estimate: calls x the larger of FLOPs / rate and bytes / bandwidth. One of these convolutions multiplies,
+    one moves.
+    """
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -450,7 +469,9 @@ def test_the_clock_knows_how_much_time_is_left(gpu, device, monkeypatch):
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["budget", "seconds"])
 def test_durations_are_positive(gpu, device, name, value):
-    with pytest.raises(ValueError, match=rf"tune\(\): {name}={value} is no duration: give a positive number of seconds"):
+    with pytest.raises(
+        ValueError, match=rf"tune\(\): {name}={value} is no duration: give a positive number of seconds"
+    ):
         tuning.tune(convolution(device), image(device), **{name: value})
 
 
@@ -491,7 +512,9 @@ def test_rows_go_to_another_table_too_which_says_what_they_were_measured_with(gp
     assert json.loads(result.to_json())["other_table"] == str(file)
     file.write_text("# notes")
     with pytest.raises(ValueError, match="is no table of cnnfast"):
-        cnnfast.tune(Net().to(device), image(device), table=str(file), measure=lambda steps: pytest.fail("measured in vain"))
+        cnnfast.tune(
+            Net().to(device), image(device), table=str(file), measure=lambda steps: pytest.fail("measured in vain")
+        )
     assert file.read_text() == "# notes"
 
 

@@ -19,7 +19,9 @@ from specialisations import described_launches
 from tuned import Net, clock, convolution, image
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
-needs_interpreter = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU's launches are not written down: plans launch by themselves")
+needs_interpreter = pytest.mark.skipif(
+    not launch.INTERPRETED, reason="a GPU's launches are not written down: plans launch by themselves"
+)
 
 
 class Compiling:
@@ -60,7 +62,9 @@ def tune(model, device, compiling, measure=None, **how):
 @pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
 @pytest.mark.parametrize("dtype", ["fp16", "fp32", "tf32"])
 def test_the_lines_are_what_the_candidates_launch(gpu, device, train, dtype):
-    """All of them, the library's too, after which our kernels normalise. To the last line: alignment, absent operands, TF32."""
+    """All of them, the library's too, after which our kernels normalise. To the last line: alignment, absent operands,
+    TF32.
+    """
     for measured in tuning.plan(Net().to(device), image(device), train=train, dtype=dtype):
         a = running.operands(measured.convolution, device)
         with described_launches() as launched, ahead.float32_products(measured.products):
@@ -119,7 +123,9 @@ def test_where_nobody_else_can_compile_that_is_said_once_and_all_is_measured(gpu
     result = tune(Net(), device, compiling)
     assert len(result.measured) == 4
     assert result.ok
-    assert result.notes == ["Kernels were compiled where they were measured, one after the other: OSError: no process can be started"]
+    assert result.notes == [
+        "Kernels were compiled where they were measured, one after the other: OSError: no process can be started"
+    ]
     assert result.notes[0] in str(result).replace("\n", " ")
     assert json.loads(result.to_json())["notes"] == result.notes
 
@@ -151,7 +157,9 @@ def test_compiling_that_takes_longer_than_the_budget_leaves_the_convolution(gpu,
     timer = threading.Timer(0.5, released.set)
     timer.start()
     compiling = Compiling(lambda lines: released.wait(30))
-    tuning.proceed(result, device, budget=Short(), compiling=compiling, measure=lambda steps: pytest.fail("it is not compiled"))
+    tuning.proceed(
+        result, device, budget=Short(), compiling=compiling, measure=lambda steps: pytest.fail("it is not compiled")
+    )
     timer.cancel()
     assert (len(result.measured), len(result.left)) == (0, 1)
     assert time.monotonic() - began < 20
@@ -200,8 +208,10 @@ def test_in_the_interpreter_nothing_is_compiled(gpu, device, monkeypatch):
 
 @pytest.mark.compiled
 def test_a_whole_tune_over_the_recording_driver():
-    """Without fakes but for the GPU itself: candidates are compiled by processes of their own, before any is launched, and what is launched
-    finds all of them in Triton's cache. The driver launches nothing, so results are wrong, and say so."""
+    """Without fakes but for the GPU itself: candidates are compiled by processes of their own, before any is launched,
+    and what is launched finds all of them in Triton's cache. The driver launches nothing, so results are wrong, and say
+    so.
+    """
 
     def whole():
         import tempfile
@@ -232,8 +242,12 @@ def test_a_whole_tune_over_the_recording_driver():
             lines = ahead.launches(result.left[0], gpu)
             hits = []
             hook = knobs.compilation.listener
-            knobs.compilation.listener = lambda *, src, metadata, metadata_group, times, cache_hit: hits.append(cache_hit)
-            tuning.proceed(result, torch.device("cpu"), measure=lambda passes: {name: Times(1.0, 1.0, 1.0, 1) for name in passes})
+            knobs.compilation.listener = lambda *, src, metadata, metadata_group, times, cache_hit: hits.append(
+                cache_hit
+            )
+            tuning.proceed(
+                result, torch.device("cpu"), measure=lambda passes: {name: Times(1.0, 1.0, 1.0, 1) for name in passes}
+            )
             knobs.compilation.listener = hook
         (measured,) = result.measured
         faults = {name: bool(c.fault) for name, c in measured.candidates.items()}

@@ -18,7 +18,9 @@ from cnnfast.tuning import racing, running
 from cnnfast_kernels import launch
 from tuned import convolution, image
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="interpreter ring: CUDA is replaced, and kernels run on CPU tensors")
+pytestmark = pytest.mark.skipif(
+    not launch.INTERPRETED, reason="interpreter ring: CUDA is replaced, and kernels run on CPU tensors"
+)
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -36,7 +38,9 @@ class Call:
 
 @dataclass
 class FakeGpu:
-    """What was computed on it. L2 is its second-level cache. `fails` may raise when a computation begins. lost: it no longer answers."""
+    """What was computed on it. L2 is its second-level cache. `fails` may raise when a computation begins. lost: it no
+    longer answers.
+    """
 
     L2: int = 0
     calls: list[Call] = field(default_factory=list)
@@ -106,7 +110,9 @@ def fake(gpu, monkeypatch) -> FakeGpu:
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=fake.L2))
-    monkeypatch.setattr(racing, "operands", lambda convolution, device, seed=0: running.operands(convolution, CPU, seed))
+    monkeypatch.setattr(
+        racing, "operands", lambda convolution, device, seed=0: running.operands(convolution, CPU, seed)
+    )
     monkeypatch.setattr(racing, "ours", noted(running.ours))
     monkeypatch.setattr(racing, "by_library", noted(running.by_library))
     return fake
@@ -262,7 +268,9 @@ def test_memory_that_does_not_suffice_for_two_sets_is_said(fake, monkeypatch):
 
     monkeypatch.setattr(racing, "operands", fails)
     race(measured)
-    assert {c.failure for c in measured.candidates.values()} == {"OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"}
+    assert {c.failure for c in measured.candidates.values()} == {
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB"
+    }
     assert measured.row is None
 
 
@@ -311,7 +319,9 @@ def test_a_gpu_that_no_longer_answers_ends_it_and_who_did_that_is_named(fake, wh
             return {**times, "library": RuntimeError("CUDA error: an illegal memory access was encountered")}
         return times
 
-    with pytest.raises(RuntimeError, match=r"the GPU no longer answers since library on fprop .* ran: RuntimeError: CUDA error"):
+    with pytest.raises(
+        RuntimeError, match=r"the GPU no longer answers since library on fprop .* ran: RuntimeError: CUDA error"
+    ):
         race(measured, measure)
 
 

@@ -1,4 +1,6 @@
-"""warm: that a fresh process compiles nothing afterwards, what it finds, what it leaves alone, and how its processes may end."""
+"""warm: that a fresh process compiles nothing afterwards, what it finds, what it leaves alone, and how its processes
+may end.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,15 @@ def image(batch=2):
 # What would be launched
 
 
-needs_interpreter = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU's launches are not written down: plans launch by themselves")
-CASES = [("infer", Net, False), ("train", Net, True), ("branching, infer", Branching, False), ("branching, train", Branching, True)]
+needs_interpreter = pytest.mark.skipif(
+    not launch.INTERPRETED, reason="a GPU's launches are not written down: plans launch by themselves"
+)
+CASES = [
+    ("infer", Net, False),
+    ("train", Net, True),
+    ("branching, infer", Branching, False),
+    ("branching, train", Branching, True),
+]
 
 
 @needs_interpreter
@@ -120,7 +129,9 @@ def test_autocast_is_followed():
     half = [line for line in found if '"x_ptr": {"tensor": "float16"' in line]
     assert any("conv_fprop_kernel" in line for line in half)
     with (
-        pytest.raises(RuntimeError, match="Net does not run on 2x3x16x16 under autocast unless all of it is on the xpu"),
+        pytest.raises(
+            RuntimeError, match="Net does not run on 2x3x16x16 under autocast unless all of it is on the xpu"
+        ),
         torch.autocast("xpu", torch.float16),
     ):
         calls.operator_calls(Net(), (image(),), train=False, gpu=SM_90, device_type="xpu")
@@ -180,7 +191,9 @@ def test_pytorch_computes_every_forward_operator():
     assert torch.equal(whole, torch.nn.functional.max_pool2d(x, 3, 2, 1))
     assert taps.shape == whole.shape
     assert not taps.any()
-    y, mean, var = calls._by_pytorch("conv_stats", (x, torch.ones(4, 3, 1, 1), None, (1, 1), (0, 0, 0, 0), (1, 1), 1, "auto"))
+    y, mean, var = calls._by_pytorch(
+        "conv_stats", (x, torch.ones(4, 3, 1, 1), None, (1, 1), (0, 0, 0, 0), (1, 1), 1, "auto")
+    )
     torch.testing.assert_close(mean, y.mean((0, 2, 3)))
     torch.testing.assert_close(var, y.var((0, 2, 3), correction=0))
 
@@ -206,7 +219,9 @@ def without_triton():
 
 def test_without_triton_it_says_so():
     """As on macOS and Windows, where a script that warms its model shall run too."""
-    assert run_compiled(without_triton) == "nothing to compile: PyTorch serves every call, because triton is not installed"
+    assert (
+        run_compiled(without_triton) == "nothing to compile: PyTorch serves every call, because triton is not installed"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,7 +241,9 @@ def lines(*names):
 
 def test_every_kernel_is_compiled_once_and_counted(fake_worker):
     seen = []
-    done = warming.compile_ahead(lines("a", "b", "a", "c"), SM_90, jobs=2, progress=lambda done, total: seen.append((done, total)))
+    done = warming.compile_ahead(
+        lines("a", "b", "a", "c"), SM_90, jobs=2, progress=lambda done, total: seen.append((done, total))
+    )
     assert (done.kernels, done.failures, done.reason) == (3, (), "")
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert str(done).startswith("3 kernels compiled in ")
@@ -295,8 +312,9 @@ WARMED = [
 
 
 def in_turn(source, cache, cases, what):
-    """In a child: warms, or runs, networks whose CPU tensors stand for a GPU's. What was launched, or is to be, and what is new in
-    Triton's cache, of each."""
+    """In a child: warms, or runs, networks whose CPU tensors stand for a GPU's. What was launched, or is to be, and
+    what is new in Triton's cache, of each.
+    """
     from contextlib import ExitStack, nullcontext
     from pathlib import Path
     from unittest.mock import patch

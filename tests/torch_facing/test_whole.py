@@ -1,4 +1,6 @@
-"""The check of whole models: honest conversions pass, and each planted fault is caught, in the step and the tensor where it is."""
+"""The check of whole models: honest conversions pass, and each planted fault is caught, in the step and the tensor
+where it is.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Everything that a fault can be planted in: two norms that are one, dropout, a frozen parameter, a norm in eval if asked for."""
+    """Everything that a fault can be planted in: two norms that are one, dropout, a frozen parameter, a norm in eval if
+    asked for.
+    """
 
     def __init__(self, frozen: bool = False) -> None:
         super().__init__()
@@ -95,7 +99,14 @@ def test_an_honest_conversion_holds(dtype, device):
     assert {row.verdict for row in rows.values()} == {"ok"}
     tensors = {c.tensor for c in rows["training"].comparisons}
     trained = {f"grad of {name}" for name, p in model.named_parameters() if p.requires_grad}
-    assert {"output", "norm.running_var", "block.bn1.num_batches_tracked", "scale", "grad of input", *trained} <= tensors
+    assert {
+        "output",
+        "norm.running_var",
+        "block.bn1.num_batches_tracked",
+        "scale",
+        "grad of input",
+        *trained,
+    } <= tensors
     assert "grad of head.bias" not in tensors
     assert {row.dtype for row in rows.values()} == {"", dtype or "float32"}
 
@@ -116,7 +127,9 @@ def test_both_models_stay_as_they_are(device):
     torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     judged(model, converted, x)
     for m in (model, converted):
-        assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), before.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(m.state_dict().values(), before.state_dict().values(), strict=True)
+        )
         assert all(p.grad is None for p in m.parameters())
         assert [module.training for module in m.modules()] == [module.training for module in before.modules()]
         assert not any(module._forward_hooks for module in m.modules())
@@ -234,7 +247,12 @@ def broken(net: Net, x: Tensor, y: Tensor) -> Tensor:
 FAULTS = [
     Fault("forgotten residual", block_forward(lambda block, y, x: block.relu(y)), "eval", "output"),
     Fault("residual after the activation", block_forward(lambda block, y, x: block.relu(y) + x), "eval", "output"),
-    Fault("residual without gradient", block_forward(lambda block, y, x: block.relu(y + x.detach())), "training", "grad of stem.weight"),
+    Fault(
+        "residual without gradient",
+        block_forward(lambda block, y, x: block.relu(y + x.detach())),
+        "training",
+        "grad of stem.weight",
+    ),
     Fault("activation forgotten", block_forward(lambda block, y, x: y + x), "eval", "output"),
     Fault("another slope", lambda net: setattr(net.act, "negative_slope", 0.012), "eval", "output"),
     Fault("another eps", lambda net: setattr(net.norm, "eps", 1e-3), "eval", "output"),
@@ -242,10 +260,18 @@ FAULTS = [
     Fault("frozen statistic updated", after(drift, "block.bn1"), "as given", "block.bn1.running_mean"),
     Fault("statistic updated in eval", after(drift, "norm"), "eval", "norm.running_mean"),
     Fault("statistics of the batch in eval", strip, "eval", "output"),
-    Fault("statistic not updated", after(undo(lambda norm, x: norm.running_var.fill_(1.0)), "norm"), "training", "norm.running_var"),
+    Fault(
+        "statistic not updated",
+        after(undo(lambda norm, x: norm.running_var.fill_(1.0)), "norm"),
+        "training",
+        "norm.running_var",
+    ),
     Fault("biased variance", after(undo(biased), "norm"), "training", "norm.running_var"),
     Fault(
-        "step not counted", after(undo(lambda norm, x: norm.num_batches_tracked.sub_(1)), "norm"), "training", "norm.num_batches_tracked"
+        "step not counted",
+        after(undo(lambda norm, x: norm.num_batches_tracked.sub_(1)), "norm"),
+        "training",
+        "norm.num_batches_tracked",
     ),
     Fault("frozen norm in training", lambda net: net.block.bn1.train(), "state", "training flags"),
     Fault("renamed key", rename, "state", "state_dict"),
@@ -253,19 +279,49 @@ FAULTS = [
     Fault("lost buffer", lambda net: net.__dict__.update(scale=net._buffers.pop("scale")), "state", "buffers"),
     Fault("other dtype of the state", lambda net: net.norm.half(), "state", "state_dict"),
     Fault("other values", lambda net: net.head.weight.data.mul_(1.001), "state", "state_dict"),
-    Fault("parameters no longer shared", lambda net: setattr(net.twin, "weight", copy.deepcopy(net.again.weight)), "state", "parameters"),
+    Fault(
+        "parameters no longer shared",
+        lambda net: setattr(net.twin, "weight", copy.deepcopy(net.again.weight)),
+        "state",
+        "parameters",
+    ),
     Fault("frozen parameter trained", lambda net: net.head.bias.requires_grad_(), "state", "parameters"),
     Fault("deaf to load_state_dict", deaf, "state", "loading into the converted model"),
-    Fault("weight without gradient", lambda net: setattr(net.stem, "__class__", Detached), "training", "grad of stem.weight"),
+    Fault(
+        "weight without gradient",
+        lambda net: setattr(net.stem, "__class__", Detached),
+        "training",
+        "grad of stem.weight",
+    ),
     Fault("dropout in eval", after(lambda net, x, y: nn.functional.dropout(y, 0.3), ""), "eval", "output"),
     Fault("no dropout in training", lambda net: setattr(net, "dropout", nn.Identity()), "training", "output"),
-    Fault("a thousandth too much in training", after(lambda net, x, y: scaled_in_training(y, net.training), ""), "training", "output"),
-    Fault("a wrong gradient alone", after(lambda net, x, y: y + (y - y.detach()) * 0.3, "block"), "training", "grad of stem.weight"),
+    Fault(
+        "a thousandth too much in training",
+        after(lambda net, x, y: scaled_in_training(y, net.training), ""),
+        "training",
+        "output",
+    ),
+    Fault(
+        "a wrong gradient alone",
+        after(lambda net, x, y: y + (y - y.detach()) * 0.3, "block"),
+        "training",
+        "grad of stem.weight",
+    ),
     Fault("raises in training", after(broken, ""), "training", ""),
     Fault("writes into its input", after(lambda net, x, y: (x.mul_(2), y)[1], ""), "eval", "input afterwards"),
     Fault("another structure", after(lambda net, x, y: (y, y), ""), "eval", "output"),
-    Fault("another dtype", after(lambda net, x, y: y.double() if y.dtype == torch.float32 else y.float(), ""), "eval", "output"),
-    Fault("NaN", after(lambda net, x, y: y.index_fill(1, torch.tensor([1], device=y.device), float("nan")), ""), "eval", "output"),
+    Fault(
+        "another dtype",
+        after(lambda net, x, y: y.double() if y.dtype == torch.float32 else y.float(), ""),
+        "eval",
+        "output",
+    ),
+    Fault(
+        "NaN",
+        after(lambda net, x, y: y.index_fill(1, torch.tensor([1], device=y.device), float("nan")), ""),
+        "eval",
+        "output",
+    ),
 ]
 
 
@@ -302,7 +358,11 @@ def test_a_model_that_convert_refuses_is_not_judged(device):
 def test_a_conversion_that_changes_nothing_is_not_ours(device):
     model = build().to(device)
     rows = judged(model, copy.deepcopy(model), image(device))
-    assert {name: row.verdict for name, row in rows.items()} == {"state": "ok", "eval": "not ours", "training": "not ours"}
+    assert {name: row.verdict for name, row in rows.items()} == {
+        "state": "ok",
+        "eval": "not ours",
+        "training": "not ours",
+    }
     assert not Report([], list(rows.values())).ok
 
 
@@ -404,7 +464,9 @@ def test_a_step_that_the_original_cannot_take_is_not_judged(device):
 
 
 def test_a_step_that_rounding_decides_is_not_judged(device):
-    """Of two values a channel a batch norm makes +1 and -1; their difference, where it is a rounding error, decides the gradients."""
+    """Of two values a channel a batch norm makes +1 and -1; their difference, where it is a rounding error, decides the
+    gradients.
+    """
     layers = [layer for _ in range(8) for layer in (nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4, eps=1e-12))]
     model = nn.Sequential(*layers).to(device)
     x = image(device, 1, 4, 1, 1).repeat(2, 1, 1, 1) * torch.tensor([1, 1 + 1e-6], device=device).view(2, 1, 1, 1)
@@ -459,7 +521,10 @@ def test_structures_of_tensors(device):
         "output['features'][0]", "output['features'][1][0]", "output['classes']", "output['waves']",
         "grad of input[0]['left']", "grad of input[0]['right']",
     } <= {c.tensor for c in row.comparisons}  # fmt: skip
-    forward_of(converted, lambda self, images: {**Many.forward(self, images), "classes": Many.forward(self, images)["classes"] + 1})
+    forward_of(
+        converted,
+        lambda self, images: {**Many.forward(self, images), "classes": Many.forward(self, images)["classes"] + 1},
+    )
     assert "output['classes']" in {c.tensor for c in judged(model, converted, inputs)["eval"].comparisons if not c.ok}
 
 
@@ -486,7 +551,9 @@ def test_a_class_that_rounding_decides_is_nobodys_fault(device):
 
 def test_check_judges_modules_as_a_whole(device):
     seen = []
-    report = cnnfast.check(build(frozen=True).to(device), image(device), dtype="float64", progress=lambda *event: seen.append(event))
+    report = cnnfast.check(
+        build(frozen=True).to(device), image(device), dtype="float64", progress=lambda *event: seen.append(event)
+    )
     assert [row.operation for row in report.whole] == ["state", "eval", "training", "as given"]
     assert report.summary.endswith("of 4 steps of the whole model 4 ok"), str(report)
     data = json.loads(report.to_json())
@@ -509,7 +576,9 @@ def test_a_compiled_model_is_judged_uncompiled(device):
 def test_whole_rows_count_and_are_shown_shortened():
     call = Row("layer", "conv2d", "1x3x8x8", "float32", "ok")
     wrong = [Comparison(f"grad of layer{i}.weight", 0.5, 1e-7, 3e-7) for i in range(30)]
-    report = Report([call], [Row("", "state", "", "", "ok"), Row("", "training", "2x3x8x8", "float32", "FAIL", comparisons=wrong)])
+    report = Report(
+        [call], [Row("", "state", "", "", "ok"), Row("", "training", "2x3x8x8", "float32", "FAIL", comparisons=wrong)]
+    )
     assert not report.ok
     text = str(report)
     assert max(map(len, text.splitlines())) <= WIDTH
@@ -535,7 +604,9 @@ def test_a_child_process_judges_the_whole_where_this_one_does_not_interpret():
         torch.cuda.is_available = lambda: False
         model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
         seen = []
-        whole = cnnfast.check(model, torch.randn(2, 2, 3, 3), progress=lambda done, total, name: seen.append(name)).whole
+        whole = cnnfast.check(
+            model, torch.randn(2, 2, 3, 3), progress=lambda done, total, name: seen.append(name)
+        ).whole
         return [[[row.operation, row.verdict, row.problems, row.forward] for row in whole], seen]
 
     rows, seen = run_compiled(check_in_a_child)

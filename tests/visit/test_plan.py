@@ -1,4 +1,6 @@
-"""The plan of a visit: limits that fit fifteen minutes, costs that fit the limits, and a plan that is kept and is not stale."""
+"""The plan of a visit: limits that fit fifteen minutes, costs that fit the limits, and a plan that is kept and is not
+stale.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,9 @@ def test_launchers_are_counted_by_types_alone():
 def test_launches_that_tests_recorded_are_counted_once(tmp_path):
     from ci.visit.launches import count
 
-    line = json.dumps({"kernel": "cnnfast_kernels.slots:conv_wgrad_reduce_kernel", "arguments": {"dw_ptr": None}, "options": {}})
+    line = json.dumps(
+        {"kernel": "cnnfast_kernels.slots:conv_wgrad_reduce_kernel", "arguments": {"dw_ptr": None}, "options": {}}
+    )
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(line + "\n")
     count(tmp_path, tmp_path / "out" / "tests.json")

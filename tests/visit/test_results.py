@@ -14,8 +14,21 @@ from visits import environment
 
 def row(subject, provider, median, **more):
     kinds = {"baseline": not provider.startswith("cnnfast"), "ours": provider.startswith("cnnfast")}
-    told = {"subject": subject, "provider": provider, "median": median, "mode": "infer", "batch": 32, "input": "32x3x224x224"}
-    return {**told, **kinds, "status": "ok" if median else "unavailable", "reason": "" if median else "not installed", **more}
+    told = {
+        "subject": subject,
+        "provider": provider,
+        "median": median,
+        "mode": "infer",
+        "batch": 32,
+        "input": "32x3x224x224",
+    }
+    return {
+        **told,
+        **kinds,
+        "status": "ok" if median else "unavailable",
+        "reason": "" if median else "not installed",
+        **more,
+    }
 
 
 def summary(part, files, tmp_path, **outcome):
@@ -30,7 +43,11 @@ def summary(part, files, tmp_path, **outcome):
 
 
 def test_models_are_told_the_fastest_first_beside_the_strongest_baseline(tmp_path):
-    rows = [row("resnet50", "eager", 0.02), row("resnet50", "cnnfast-graph", 0.008), row("resnet50", "eager-graph", 0.01)]
+    rows = [
+        row("resnet50", "eager", 0.02),
+        row("resnet50", "cnnfast-graph", 0.008),
+        row("resnet50", "eager-graph", 0.01),
+    ]
     text = summary("infer", {"infer.json": [*rows, row("resnet50", "jax", None)]}, tmp_path)
     lines = [line for line in text.splitlines() if "| 32 |" in line]
     assert lines == [
@@ -43,7 +60,11 @@ def test_models_are_told_the_fastest_first_beside_the_strongest_baseline(tmp_pat
 
 def test_layers_are_counted_and_the_worst_are_named(tmp_path):
     rows = [row("a", "eager", 1e-3), row("a", "cnnfast", 2e-3), row("b", "eager", 1e-3), row("b", "cnnfast", 0.5e-3)]
-    text = summary("layers", {"layers.json": [*rows, row("b", "cnnfast-kernels", None, status="wrong", reason="error 3")]}, tmp_path)
+    text = summary(
+        "layers",
+        {"layers.json": [*rows, row("b", "cnnfast-kernels", None, status="wrong", reason="error 3")]},
+        tmp_path,
+    )
     assert "| infer | 2 | 1 | 1 |" in text
     assert text.index("| a, infer | 0.50x |") < text.index("| b, infer | 2.00x |")
     assert "- **b, infer, cnnfast-kernels**: error 3" in text
@@ -51,8 +72,13 @@ def test_layers_are_counted_and_the_worst_are_named(tmp_path):
 
 def test_tuning_is_told_by_winners(tmp_path):
     times = {"kernels": 10.0, "default": 12.0}
-    measured = [{"convolution": "fprop 3x3", "row": {"microseconds": times, "winner": "kernels"}}, {"convolution": "x", "row": None}]
-    text = summary("tune", {"tune.json": {"summary": "1 of 2", "measured": measured}, "rows.json": {"rows": []}}, tmp_path)
+    measured = [
+        {"convolution": "fprop 3x3", "row": {"microseconds": times, "winner": "kernels"}},
+        {"convolution": "x", "row": None},
+    ]
+    text = summary(
+        "tune", {"tune.json": {"summary": "1 of 2", "measured": measured}, "rows.json": {"rows": []}}, tmp_path
+    )
     assert "1 of 2" in text
     assert "| fprop 3x3 | 12.0 | 10.0 |  | kernels |" in text
 

@@ -1,4 +1,6 @@
-"""The smoke part: every kernel has a family, right numbers pass and wrong ones do not, and what compute-sanitizer says is told apart."""
+"""The smoke part: every kernel has a family, right numbers pass and wrong ones do not, and what compute-sanitizer says
+is told apart.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +31,23 @@ def test_every_kernel_belongs_to_one_family():
 def test_families_without_tensor_maps_run_on_every_architecture():
     from ci.visit.smoke.families import FAMILIES
 
-    assert {kernel for family in FAMILIES.values() if not family.tensor_maps for kernel in family.kernels} == due_on("sm_80")
+    assert {kernel for family in FAMILIES.values() if not family.tensor_maps for kernel in family.kernels} == due_on(
+        "sm_80"
+    )
 
 
 # Those with tensor maps take the interpreter half a minute each.
-@pytest.mark.parametrize("name", ["fprop", "wgrad", "moments", "normalize-gradients", "max-pool", "average-pool", "global-pool"])
+@pytest.mark.parametrize(
+    "name", ["fprop", "wgrad", "moments", "normalize-gradients", "max-pool", "average-pool", "global-pool"]
+)
 def test_a_family_is_right(name, device):
     from ci.visit.smoke.__main__ import run
     from ci.visit.smoke.families import FAMILIES
 
     family = FAMILIES[name]
     if launch.INTERPRETED:
-        family = replace(family, trials=family.trials[:2] if name == "moments" else family.trials)  # the third is of a million rows
+        # the third is of a million rows
+        family = replace(family, trials=family.trials[:2] if name == "moments" else family.trials)
     assert run(family, device) == []
 
 
@@ -70,7 +77,9 @@ def test_a_wrong_number_is_told_with_its_place(trial, device):
         y[1, 2] += 1
         return (y,)
 
-    assert tried(replace(trial, ours=ours), device) == ["result 0 1 of 6 elements are wrong, the first at (1, 2): 11.0, not 10.0"]
+    assert tried(replace(trial, ours=ours), device) == [
+        "result 0 1 of 6 elements are wrong, the first at (1, 2): 11.0, not 10.0"
+    ]
 
 
 def test_what_is_never_written_is_wrong(trial, device):
@@ -115,7 +124,9 @@ def test_a_kernel_that_its_family_does_not_launch_is_told(trial, device):
 
 def child(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ci.visit.smoke", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.mark.compiled
@@ -228,7 +239,11 @@ def test_a_family_that_fails_is_not_checked_again(tmp_path):
     from ci.visit.running import Command, Ran, Stage, Stop, run
 
     stage = Stage(
-        (Command("a-memcheck", (sys.executable, "-c", ""), needs=("a",)), Command("b-memcheck", ("no-such-program",), needs=("b",))), 5
+        (
+            Command("a-memcheck", (sys.executable, "-c", ""), needs=("a",)),
+            Command("b-memcheck", ("no-such-program",), needs=("b",)),
+        ),
+        5,
     )
     before = [Ran("a", "failed", bad=True), Ran("b", "passed")]
     found = {ran.name: ran for ran in run(stage, tmp_path, dict(os.environ), float("inf"), Stop(), before)}

@@ -1,4 +1,6 @@
-"""ci/gpu.sh (ci/visit): parts run to their limits, and whatever ends a visit, what it had is left. Parts are made up here."""
+"""ci/gpu.sh (ci/visit): parts run to their limits, and whatever ends a visit, what it had is left. Parts are made up
+here.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,11 @@ def test_all_parts_leave_their_files_and_the_summary_comes_last(tmp_path):
     assert set(found.members) == {"visit.json", "one/one.json", "one/one.log", "two/two.json", "two/two.log"}
     assert found.members["one/one.log"].splitlines()[-1] == "measured"
     assert found.states == {"one": "passed", "two": "passed"}
-    assert output.index("=== one: a made-up part; 30 s at most") < output.index("=== one: passed") < output.index("=== two: a made-up")
+    assert (
+        output.index("=== one: a made-up part; 30 s at most")
+        < output.index("=== one: passed")
+        < output.index("=== two: a made-up")
+    )
     assert output.rstrip().endswith("one.json, summary.md, two.json, visit.tar.gz")
     assert found.summary in output
     assert "a made-up GPU, cnnfast at abc" in found.summary
@@ -160,7 +166,11 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
 def test_a_visit_that_is_killed_has_left_what_it_had(tmp_path):
     """Nobody can react to SIGKILL: the files were written before. The part's own process ends too."""
     process = start(
-        [measuring("one"), Fake("two", f"import os; print(os.getpid(), flush=True); {MEASURES.format('two', 2)}{SLEEPS}")], tmp_path
+        [
+            measuring("one"),
+            Fake("two", f"import os; print(os.getpid(), flush=True); {MEASURES.format('two', 2)}{SLEEPS}"),
+        ],
+        tmp_path,
     )
     until(lambda: "measured" in log(tmp_path, "two"))
     process.kill()
@@ -246,7 +256,12 @@ def test_a_long_summary_is_cut(tmp_path):
 )
 def test_bad_input_is_refused_before_any_work(arguments, sentence):
     child = subprocess.run(
-        ["bash", str(REPOSITORY / "ci" / "gpu.sh"), *arguments], env=environment(), capture_output=True, text=True, timeout=60, check=False
+        ["bash", str(REPOSITORY / "ci" / "gpu.sh"), *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert child.returncode == 2
     said = " ".join(child.stderr.replace("│", " ").split())

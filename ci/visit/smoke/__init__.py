@@ -1,1 +1,3 @@
-"""The first question to a GPU: does each kernel run there at all, end, and compute right numbers? One process for each family."""
+"""The first question to a GPU: does each kernel run there at all, end, and compute right numbers? One process for each
+family.
+"""

@@ -1,8 +1,8 @@
 """A family of kernels on the GPU, in a process of its own: python -m ci.visit.smoke FAMILY. Several may share one.
 
-Each trial is named before it is launched, so that a hang or an error of CUDA, which all later work of the process would fail by, names
-its kernel: run it with CUDA_LAUNCH_BLOCKING=1. Exit code 0 if all numbers are right, 1 if one is not or something raised, 2 for what
-cannot be run here.
+Each trial is named before it is launched, so that a hang or an error of CUDA, which all later work of the process would
+fail by, names its kernel: run it with CUDA_LAUNCH_BLOCKING=1. Exit code 0 if all numbers are right, 1 if one is not or
+something raised, 2 for what cannot be run here.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def difference(ours: torch.Tensor, exact: torch.Tensor, tolerance: float) -> str
     if not wrong.any():
         return ""
     first = tuple(wrong.nonzero()[0].tolist())
-    return (
-        f"{int(wrong.sum())} of {wrong.numel()} elements are wrong, the first at {first}: {found[first].item()}, not {exact[first].item()}"
-    )
+    return f"{int(wrong.sum())} of {wrong.numel()} elements are wrong, the first at {first}: {found[first].item()}, not {exact[first].item()}"
 
 
 def tried(trial: Trial, device: torch.device, poison: bool, judge: bool) -> list[str]:
@@ -116,16 +114,22 @@ def run(family: Family, device: torch.device, poison: bool = True, judge: bool =
 
 
 def main(
-    families: Annotated[list[str], typer.Argument(metavar="FAMILY...", help="Their names, as smoke/families.py has them.")],
+    families: Annotated[
+        list[str], typer.Argument(metavar="FAMILY...", help="Their names, as smoke/families.py has them.")
+    ],
     limit: Annotated[float, typer.Option(help="Seconds after which it says where it is stuck.")] = 60.0,
     poison: Annotated[bool, typer.Option(help="Outputs are full of NaN before each launch.")] = True,
-    recorded: Annotated[int, typer.Option(metavar="ARCH", help="Launch nothing: over the recording driver, for 90, say.")] = 0,
+    recorded: Annotated[
+        int, typer.Option(metavar="ARCH", help="Launch nothing: over the recording driver, for 90, say.")
+    ] = 0,
 ) -> None:
     """Launch the kernels of each FAMILY and judge their numbers."""
     if wrong := [family for family in families if family not in FAMILIES]:
         raise typer.BadParameter(f"{wrong[0]!r} is none of {', '.join(FAMILIES)}", param_hint="FAMILY")
     if not recorded and not launch.INTERPRETED and not torch.cuda.is_available():
-        raise typer.BadParameter("there is no GPU here: --recorded 90 launches over the driver that records", param_hint="FAMILY")
+        raise typer.BadParameter(
+            "there is no GPU here: --recorded 90 launches over the driver that records", param_hint="FAMILY"
+        )
     faulthandler.dump_traceback_later(limit, exit=False, file=sys.stderr)
     problems: list[str] = []
     with where(recorded) as device:

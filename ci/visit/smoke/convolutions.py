@@ -1,4 +1,6 @@
-"""Convolutions to try, by every family of kernels: forward with what may follow it, both gradients, by a matrix of columns."""
+"""Convolutions to try, by every family of kernels: forward with what may follow it, both gradients, by a matrix of
+columns.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,11 @@ class Convolution:
 
 def gather_tile(q: Question) -> Tile:
     """Of the kernels that load by pointers, whoever would serve by default."""
-    return default_tile(q) if q.problem.is_depthwise else choose_tile(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)
+    return (
+        default_tile(q)
+        if q.problem.is_depthwise
+        else choose_tile(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)
+    )
 
 
 def box_tile(q: Question) -> Tile:
@@ -96,7 +102,17 @@ def fprop(c: Convolution, tile: ChooseTile) -> Trial:
     """With everything that may follow: norm, addition, activation. Its scale, weight / sqrt(var), is 2 everywhere."""
 
     def ours(x: Tensor, w: Tensor, residual: Tensor, mean: Tensor, shift: Tensor) -> Tensors:
-        q = ask_fprop(launch.layout(x), launch.layout(w), residual.stride(), c.geometry, "norm", "relu", False, launch.gpu(x.device), True)
+        q = ask_fprop(
+            launch.layout(x),
+            launch.layout(w),
+            residual.stride(),
+            c.geometry,
+            "norm",
+            "relu",
+            False,
+            launch.gpu(x.device),
+            True,
+        )
         var, weight = torch.full_like(mean, 0.25), torch.ones_like(mean)
         epilogue = Epilogue(None, BatchNorm(mean, var, weight, shift, 0.0), residual, "relu")
         return (conv_fprop(x, w, c.geometry, epilogue, tile=tile(q)),)
@@ -112,7 +128,9 @@ def stats(c: Convolution, tile: ChooseTile) -> Trial:
     """Mean and variance from the kernel's own moments: their sums are not of powers of two."""
 
     def ours(x: Tensor, w: Tensor) -> Tensors:
-        q = ask_fprop(launch.layout(x), launch.layout(w), None, c.geometry, "stats", None, False, launch.gpu(x.device), True)
+        q = ask_fprop(
+            launch.layout(x), launch.layout(w), None, c.geometry, "stats", None, False, launch.gpu(x.device), True
+        )
         return conv_stats(x, w, c.geometry, tile=tile(q))
 
     def exact(x: Tensor, w: Tensor) -> Tensors:
@@ -125,7 +143,9 @@ def stats(c: Convolution, tile: ChooseTile) -> Trial:
 
 def dgrad(c: Convolution, tile: ChooseTile) -> Trial:
     def ours(dy: Tensor, w: Tensor) -> Tensors:
-        q = ask_dgrad(launch.layout(dy), launch.layout(w), c.x_shape, c.fmt, c.geometry, False, launch.gpu(dy.device), True)
+        q = ask_dgrad(
+            launch.layout(dy), launch.layout(w), c.x_shape, c.fmt, c.geometry, False, launch.gpu(dy.device), True
+        )
         return (conv_dgrad(dy, w, c.x_shape, c.geometry, fmt=c.fmt, tile=tile(q)),)
 
     def exact(dy: Tensor, w: Tensor) -> Tensors:
@@ -137,7 +157,9 @@ def dgrad(c: Convolution, tile: ChooseTile) -> Trial:
 
 def wgrad(c: Convolution, tile: ChooseTile) -> Trial:
     def ours(x: Tensor, dy: Tensor) -> Tensors:
-        q = ask_wgrad(launch.layout(x), launch.layout(dy), c.w_shape, c.fmt, c.geometry, False, launch.gpu(x.device), True)
+        q = ask_wgrad(
+            launch.layout(x), launch.layout(dy), c.w_shape, c.fmt, c.geometry, False, launch.gpu(x.device), True
+        )
         return (conv_wgrad(x, dy, c.w_shape, c.geometry, fmt=c.fmt, tile=tile(q)),)
 
     def exact(x: Tensor, dy: Tensor) -> Tensors:

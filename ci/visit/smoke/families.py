@@ -78,6 +78,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "global-pool": Family(
         ("plane_mean_kernel",),
-        (plane_mean((2, 32, 8, 8), HALF, LAST), plane_mean((1, 17, 128, 128), SINGLE, NCHW)),  # the second is cut into parts
+        # the second is cut into parts
+        (plane_mean((2, 32, 8, 8), HALF, LAST), plane_mean((1, 17, 128, 128), SINGLE, NCHW)),
     ),
 }  # fmt: skip

@@ -32,7 +32,9 @@ def moments(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format
 
 
 def normalize(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format, gradients: bool) -> Trial:
-    """z = leaky_relu((y - mean) * 2 + bias + residual), or the gradients of y, weight, bias and residual with given statistics."""
+    """z = leaky_relu((y - mean) * 2 + bias + residual), or the gradients of y, weight, bias and residual with given
+    statistics.
+    """
     C, slope = shape[1], 0.5
 
     def ours(y: Tensor, residual: Tensor, dz: Tensor, mean: Tensor, bias: Tensor) -> Tensors:
@@ -72,7 +74,9 @@ def pool(shape: tuple[int, ...], window: int, stride: int, pad: int) -> PoolProb
     return PoolProblem.of(shape, (window, window), (stride, stride), (pad, pad))  # type: ignore[arg-type]
 
 
-def max_pool(shape: tuple[int, ...], window: int, stride: int, pad: int, dtype: torch.dtype, fmt: torch.memory_format) -> Trial:
+def max_pool(
+    shape: tuple[int, ...], window: int, stride: int, pad: int, dtype: torch.dtype, fmt: torch.memory_format
+) -> Trial:
     g = pool(shape, window, stride, pad)
 
     def ours(x: Tensor, dy: Tensor) -> Tensors:
@@ -90,7 +94,9 @@ def max_pool(shape: tuple[int, ...], window: int, stride: int, pad: int, dtype: 
     return Trial(f"max pool {shape} {window}x{window}/{stride}", operands, ours, exact)
 
 
-def average(shape: tuple[int, ...], window: int, stride: int, pad: int, dtype: torch.dtype, fmt: torch.memory_format) -> Trial:
+def average(
+    shape: tuple[int, ...], window: int, stride: int, pad: int, dtype: torch.dtype, fmt: torch.memory_format
+) -> Trial:
     """Sums of windows are divided by 4, and of the adaptive windows of two by two too."""
     g, size = pool(shape, window, stride, pad), (shape[2] // 2, shape[3] // 2)
 

@@ -1,7 +1,8 @@
 """What compute-sanitizer reports of a family of kernels, told apart: findings in our kernels, and findings elsewhere.
 
-A finding is blamed on the kernels that its lines name after " at ". Ours are told by their names, which are those of the package's jit
-functions; PyTorch's own kernels are run beside them, to fill operands, and what is reported of those is counted, but is no fault of ours.
+A finding is blamed on the kernels that its lines name after " at ". Ours are told by their names, which are those of
+the package's jit functions; PyTorch's own kernels are run beside them, to fill operands, and what is reported of those
+is counted, but is no fault of ours.
 """
 
 from __future__ import annotations
@@ -16,14 +17,22 @@ from ..running import FAILED, PASSED, Verdict, by_exit_code
 LAUNCHING = "    launching "  # what a process of smoke says before the name of each kernel
 PROGRAM = "compute-sanitizer"
 # What each tool looks for. Uninitialised memory is found only where outputs were not filled before.
-TOOLS = {"memcheck": "accesses out of bounds", "racecheck": "races in shared memory", "initcheck": "reads of memory never written"}
+TOOLS = {
+    "memcheck": "accesses out of bounds",
+    "racecheck": "races in shared memory",
+    "initcheck": "reads of memory never written",
+}
 MARK = "========="
 PLACE = re.compile(r"\bat ([A-Za-z_]\w*)")
 
 
 def last_launched(log: Path) -> str:
     """The kernel that a process of smoke was at when it ended."""
-    names = [line.removeprefix(LAUNCHING) for line in log.read_text(errors="replace").splitlines() if line.startswith(LAUNCHING)]
+    names = [
+        line.removeprefix(LAUNCHING)
+        for line in log.read_text(errors="replace").splitlines()
+        if line.startswith(LAUNCHING)
+    ]
     return f"the last kernel launched was {names[-1]}" if names else "no kernel was launched"
 
 
@@ -58,13 +67,17 @@ def findings(text: str, ours: Iterable[str]) -> tuple[Counter[str], int]:
 
 
 def judge(ours: Iterable[str], code: int, log: Path) -> Verdict:
-    """A finding in a kernel of ours is a fault. That the tool does not work here is none: the family itself has passed without it."""
+    """A finding in a kernel of ours is a fault. That the tool does not work here is none: the family itself has passed
+    without it.
+    """
     text = log.read_text(errors="replace")
     found, elsewhere = findings(text, ours)
     if found:
         told = ", ".join(f"{count} in {kernel}" for kernel, count in sorted(found.items()))
         return Verdict(FAILED, told, True)
     if "ERROR SUMMARY" not in text and "RACECHECK SUMMARY" not in text:
-        said = next((line.removeprefix(MARK).strip() for line in text.splitlines() if line.startswith(f"{MARK} Error")), "")
+        said = next(
+            (line.removeprefix(MARK).strip() for line in text.splitlines() if line.startswith(f"{MARK} Error")), ""
+        )
         return Verdict(FAILED, f"{PROGRAM} did not come to an end: {said or by_exit_code(code, log).note}")
     return Verdict(PASSED, f"{elsewhere} findings in kernels that are not ours" if elsewhere else "")

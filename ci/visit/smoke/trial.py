@@ -1,7 +1,7 @@
 """A call of kernels whose numbers are known: what it is made of.
 
-Operands are small integers, so that every sum is exact in any order and every result fits the dtype: ours must equal PyTorch's float64 to
-the bit. Where a mean is taken that is not of a power of two, the trial says how far off it may be.
+Operands are small integers, so that every sum is exact in any order and every result fits the dtype: ours must equal
+PyTorch's float64 to the bit. Where a mean is taken that is not of a power of two, the trial says how far off it may be.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 
 @dataclass(frozen=True)
 class Trial:
-    """One call: `ours` of the operands on the GPU, `exact` of the same in float64 on the CPU. Results may differ by `tolerance`, relative
-    to the largest of them."""
+    """One call: `ours` of the operands on the GPU, `exact` of the same in float64 on the CPU. Results may differ by
+    `tolerance`, relative to the largest of them.
+    """
 
     name: str
     operands: Callable[[torch.device], Tensors]
@@ -29,7 +30,9 @@ class Trial:
     tolerance: float = 0.0
 
 
-def integers(shape: tuple[int, ...], most: int, device: torch.device, dtype: torch.dtype, fmt: torch.memory_format = NCHW) -> Tensor:
+def integers(
+    shape: tuple[int, ...], most: int, device: torch.device, dtype: torch.dtype, fmt: torch.memory_format = NCHW
+) -> Tensor:
     """From -most to most, the same for a shape in every run."""
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device, memory_format=fmt)

@@ -1,8 +1,8 @@
 """What compiling.py compiles: the launchers themselves, on tensors without data.
 
-Nothing here repeats a kernel's signature. A case runs the launcher that production runs, on meta tensors of a real layer's
-shape, so what is compiled is what production would compile. Every tile that can be chosen appears with its heaviest epilogue;
-what changes the code of all tiles alike (layouts, activations, other dtypes) appears on one tile.
+Nothing here repeats a kernel's signature. A case runs the launcher that production runs, on meta tensors of a real
+layer's shape, so what is compiled is what production would compile. Every tile that can be chosen appears with its
+heaviest epilogue; what changes the code of all tiles alike (layouts, activations, other dtypes) appears on one tile.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from ..pooling import (
     max_pool_indices,
 )
 from ..problem import ConvProblem, PoolProblem
-from ..tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile, strip_tiles
+from ..tiling import (
+    DEFAULT_TILES,
+    ELEMENT_BYTES,
+    VECTOR_BYTES,
+    Operation,
+    Precision,
+    candidate_tiles,
+    choose_tile,
+    strip_tiles,
+)
 from ..tma.stem import packed_problem
 from ..tma.tiles import candidate_boxes
 from ..tma.views import why_not_on
@@ -90,7 +99,9 @@ class Layer:
         size = (self.size - 1) // self.stride + 1
         return empty(BATCH, self.K, size, size, dtype=dtype, fmt=self.fmt)
 
-    def infer(self, tile: Tile | None, precision: Precision, dtype: torch.dtype, activation: str | None = "relu") -> None:
+    def infer(
+        self, tile: Tile | None, precision: Precision, dtype: torch.dtype, activation: str | None = "relu"
+    ) -> None:
         """The heaviest epilogue of inference: batch norm, residual, activation."""
         norm = BatchNorm(empty(self.K), empty(self.K), empty(self.K), empty(self.K))
         epilogue = Epilogue(None, norm, self.y(dtype), activation, 0.01)
@@ -103,16 +114,29 @@ class Layer:
 
     def dgrad(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
         x_shape = (BATCH, self.C, self.size, self.size)
-        conv_dgrad(self.y(dtype), self.w(dtype), x_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
+        conv_dgrad(
+            self.y(dtype), self.w(dtype), x_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile
+        )
 
     def transposed(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
         """dgrad with the bias of a transposed convolution."""
         bias, x_shape = empty(self.C, dtype=dtype), (BATCH, self.C, self.size, self.size)
-        conv_dgrad(self.y(dtype), self.w(dtype), x_shape, self.geometry, bias=bias, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
+        conv_dgrad(
+            self.y(dtype),
+            self.w(dtype),
+            x_shape,
+            self.geometry,
+            bias=bias,
+            fmt=self.fmt,
+            tf32=precision == "tf32",
+            tile=tile,
+        )
 
     def wgrad(self, tile: Tile | None, precision: Precision, dtype: torch.dtype, split: int = 8) -> None:
         tile = tile and replace(tile, SPLIT_K=split)
-        conv_wgrad(self.x(dtype), self.y(dtype), self.w_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
+        conv_wgrad(
+            self.x(dtype), self.y(dtype), self.w_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile
+        )
 
     def im2col(self, dtype: torch.dtype) -> None:
         x, w, y = self.x(dtype), self.w(dtype), self.y(dtype)
@@ -143,8 +167,11 @@ def depthwise_layer(
     return Layer(name, C, size, C * multiplier, window, stride, C, fmt)
 
 
-# Strips of each number of rows, which divide 56 / 1 and none of them 58 / 2: a filter is taken whole, by columns, by parts of columns.
-DEPTHWISE_WINDOWS = tuple(depthwise_layer(window, size=size, stride=stride) for window in (3, 5, 7) for size, stride in ((56, 1), (58, 2)))
+# Strips of each number of rows, which divide 56 / 1 and none of them 58 / 2: a filter is taken whole, by columns, by
+# parts of columns.
+DEPTHWISE_WINDOWS = tuple(
+    depthwise_layer(window, size=size, stride=stride) for window in (3, 5, 7) for size, stride in ((56, 1), (58, 2))
+)
 # Vectors of 8, 4, 2 channels and 1, of a narrower tile where channels are few, and channels that are apart.
 DEPTHWISE_CHANNELS = (
     *(depthwise_layer(3, C) for C in (100, 58, 17, 16, 12, 10, 9)),
@@ -167,7 +194,9 @@ def case(
     """Where no tile is named it is the one that is chosen."""
     dtype = dtype or DTYPES[precision]
     kind = str(dtype).removeprefix("torch.") + (" tf32" if precision == "tf32" else "")
-    return Case(f"{operation} {kind} {layer.name}{note}", partial(getattr(layer, operation), tile, precision, dtype, **options))
+    return Case(
+        f"{operation} {kind} {layer.name}{note}", partial(getattr(layer, operation), tile, precision, dtype, **options)
+    )
 
 
 def depthwise_convolutions() -> Iterator[Case]:
@@ -221,7 +250,9 @@ MANY = Layer("3x3 of 200 channels", 200, 28, 200, 3)  # blocks that reach beyond
 
 
 def box_convolutions(arch: int) -> Iterator[Case]:
-    """By tensor maps: every size with every shape of box; for statistics, and where the image is seen in phases, with one or two shapes."""
+    """By tensor maps: every size with every shape of box; for statistics, and where the image is seen in phases, with
+    one or two shapes.
+    """
     some = ((8, 8), (1, 1))
     for name, operation in OPERATIONS.items():
         for tile in candidate_boxes(BODY.problem, operation, arch=arch):
@@ -239,13 +270,24 @@ def box_convolutions(arch: int) -> Iterator[Case]:
                 yield case(name, STEM, tile, "half", note=" in boxes")
     for layer in (SHORTCUT, NARROW, MANY):
         for name in ("infer", "dgrad", "wgrad"):
-            yield case(name, layer, next(candidate_boxes(layer.problem, OPERATIONS[name], arch=arch)), "half", note=" in boxes")
+            yield case(
+                name, layer, next(candidate_boxes(layer.problem, OPERATIONS[name], arch=arch)), "half", note=" in boxes"
+            )
     yield case("transposed", STRIDED, next(candidate_boxes(STRIDED.problem, "dgrad")), "half", note=" in boxes")
-    yield case("wgrad", BODY, next(candidate_boxes(BODY.problem, "wgrad", arch=arch)), "half", note=" in boxes, one slot", split=1)
+    yield case(
+        "wgrad",
+        BODY,
+        next(candidate_boxes(BODY.problem, "wgrad", arch=arch)),
+        "half",
+        note=" in boxes, one slot",
+        split=1,
+    )
     for activation in ACTIVATIONS:
         tile = next(candidate_boxes(BODY.problem, "fprop", activation))
         if activation in (None, "relu"):
-            yield case("infer", BODY, tile, "half", torch.float16, note=f" in boxes {activation}", activation=activation)
+            yield case(
+                "infer", BODY, tile, "half", torch.float16, note=f" in boxes {activation}", activation=activation
+            )
         else:
             yield case("infer", BODY, tile, "half", note=f" in boxes {activation}", activation=activation)
 
@@ -260,7 +302,21 @@ def batch_norm(dtype: torch.dtype, fmt: torch.memory_format, training: bool) -> 
     if training:
         update_running(empty(C), empty(C), mean, var, 0.1, BATCH * 56 * 56)
     z = normalize(y, mean, var, weight, bias, residual, 1e-5, "relu", 0.0)
-    normalize_backward(torch.empty_like(z), y, z, mean, var, weight, bias, residual, 1e-5, "relu", 0.0, training, (True, True, True, True))
+    normalize_backward(
+        torch.empty_like(z),
+        y,
+        z,
+        mean,
+        var,
+        weight,
+        bias,
+        residual,
+        1e-5,
+        "relu",
+        0.0,
+        training,
+        (True, True, True, True),
+    )
     channel_sum(z)
 
 

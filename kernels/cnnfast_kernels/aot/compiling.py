@@ -4,8 +4,8 @@
     for line in problems(rows):  # judging.py
         print(line)
 
-Kernels must not be interpreted in this process (TRITON_INTERPRET unset). `seconds` are those of a first compilation, the
-first of each process with Triton's own start: what Triton finds in its cache on disk takes milliseconds.
+Kernels must not be interpreted in this process (TRITON_INTERPRET unset). `seconds` are those of a first compilation,
+the first of each process with Triton's own start: what Triton finds in its cache on disk takes milliseconds.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One compiled kernel. `loop_instructions`: of the innermost main loop, unrolled as it is in the machine code. `wide_loads`: those of
-    its `global_loads` that load 16 bytes a thread.
+    """One compiled kernel. `loop_instructions`: of the innermost main loop, unrolled as it is in the machine code.
+    `wide_loads`: those of its `global_loads` that load 16 bytes a thread.
 
-    `dot`: what it multiplies in tl.dot, "f16" "bf16" "tf32" "f32" "f64", or None without any. A row with an error has nothing else.
+    `dot`: what it multiplies in tl.dot, "f16" "bf16" "tf32" "f32" "f64", or None without any. A row with an error has
+    nothing else.
     """
 
     kernel: str
@@ -70,7 +71,8 @@ class StubDriver:
         self.capability = capability
 
     def get_current_device(self) -> int:
-        return 1000 + self.capability  # Triton keeps compiled kernels by device: a number that no GPU and no other target has
+        # Triton keeps compiled kernels by device: a number that no GPU and no other target has
+        return 1000 + self.capability
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -86,7 +88,9 @@ class StubDriver:
 
 
 def capability_of(arch: str) -> int:
-    """90 of "sm_90", "sm_90a" and "90". Raises ValueError, which names the choices, for an architecture that is not known here."""
+    """90 of "sm_90", "sm_90a" and "90". Raises ValueError, which names the choices, for an architecture that is not
+    known here.
+    """
     match = re.fullmatch(r"(?:sm_)?(\d+)a?", arch)
     if not match or int(match[1]) not in SHARED_LIMITS:
         raise ValueError(f"arch={arch!r} is not known here: use one of {', '.join(f'sm_{c}' for c in SHARED_LIMITS)}")
@@ -94,14 +98,20 @@ def capability_of(arch: str) -> int:
 
 
 def require_compiled_kernels() -> None:
-    """Raises RuntimeError where kernels are interpreted: then nothing compiles, here or in the processes that this one starts."""
+    """Raises RuntimeError where kernels are interpreted: then nothing compiles, here or in the processes that this one
+    starts.
+    """
     if launch.INTERPRETED:
-        raise RuntimeError("kernels are interpreted in this process, not compiled: unset TRITON_INTERPRET and start again")
+        raise RuntimeError(
+            "kernels are interpreted in this process, not compiled: unset TRITON_INTERPRET and start again"
+        )
 
 
 @contextmanager
 def target(arch: str) -> Iterator[None]:
-    """Triton compiles for `arch` inside, whatever GPU this machine has. Not for launching: use launch.observe(compile_only=True)."""
+    """Triton compiles for `arch` inside, whatever GPU this machine has. Not for launching: use
+    launch.observe(compile_only=True).
+    """
     require_compiled_kernels()
     stub = StubDriver(capability_of(arch))
     before = driver._active
@@ -113,7 +123,9 @@ def target(arch: str) -> Iterator[None]:
 
 
 def dot_operands(ttir: str) -> str | None:
-    """What Triton's intermediate code multiplies: the dtype of tl.dot's operands, "tf32" for float32 that may be rounded."""
+    """What Triton's intermediate code multiplies: the dtype of tl.dot's operands, "tf32" for float32 that may be
+    rounded.
+    """
     match = re.search(r"tt\.dot [^\n]*: tensor<\d+x\d+x(\w+)[^\n]*", ttir)
     if not match:
         return None
@@ -133,13 +145,21 @@ class Binary:
     @classmethod
     def of(cls, compiled: Any) -> Binary:
         metadata = compiled.metadata
-        return cls(compiled.hash, metadata.target.arch, compiled.asm["cubin"], metadata.shared, dot_operands(compiled.asm["ttir"]))
+        return cls(
+            compiled.hash,
+            metadata.target.arch,
+            compiled.asm["cubin"],
+            metadata.shared,
+            dot_operands(compiled.asm["ttir"]),
+        )
 
 
 def inspect(binaries: Sequence[Binary]) -> list[dict[str, Any]]:
     """For each of `binaries`, all of one architecture, the fields of a Row that it tells, by name."""
     found = []
-    for binary, code in zip(binaries, sass.disassemble([b.cubin for b in binaries], binaries[0].capability), strict=True):
+    for binary, code in zip(
+        binaries, sass.disassemble([b.cubin for b in binaries], binaries[0].capability), strict=True
+    ):
         usage = sass.resource_usage(binary.cubin)
         found.append(
             {
@@ -162,7 +182,9 @@ def inspect(binaries: Sequence[Binary]) -> list[dict[str, Any]]:
 
 @contextmanager
 def stderr_captured() -> Iterator[Callable[[], str]]:
-    """The compiler writes the reason of a failure to the file descriptor, from C++; the exception only says that it failed."""
+    """The compiler writes the reason of a failure to the file descriptor, from C++; the exception only says that it
+    failed.
+    """
     with tempfile.TemporaryFile() as file:
         sys.stderr.flush()
         saved = os.dup(2)
@@ -192,7 +214,9 @@ _reported: set[tuple[int, str]] = set()  # architecture and hash of the kernels 
 
 
 def compile_case(arch: str, index: int) -> list[tuple[Row, Binary | None]]:
-    """Each kernel that case `index` launches, but for those that an earlier case of this process launched too; not inspected yet."""
+    """Each kernel that case `index` launches, but for those that an earlier case of this process launched too; not
+    inspected yet.
+    """
     case = cases(capability_of(arch))[index]
     rows: list[tuple[Row, Binary | None]] = []
     clock = time.perf_counter()
@@ -216,13 +240,16 @@ def compile_case(arch: str, index: int) -> list[tuple[Row, Binary | None]]:
 
 
 def selected(archs: Sequence[str], only: str = "") -> list[tuple[str, int]]:
-    """(architecture, index of a case) of every case whose name contains `only`, for each of `archs`. Nothing is compiled.
+    """(architecture, index of a case) of every case whose name contains `only`, for each of `archs`. Nothing is
+    compiled.
 
-    Architectures are named as in "sm_90", each once, however the caller wrote them. Raises ValueError, which says what there is to choose
-    from, for an architecture that is not known here and for an `only` that no case's name contains.
+    Architectures are named as in "sm_90", each once, however the caller wrote them. Raises ValueError, which says what
+    there is to choose from, for an architecture that is not known here and for an `only` that no case's name contains.
     """
     capabilities = list(dict.fromkeys(map(capability_of, archs)))
-    named = [(f"sm_{capability}", i, case.name) for capability in capabilities for i, case in enumerate(cases(capability))]
+    named = [
+        (f"sm_{capability}", i, case.name) for capability in capabilities for i, case in enumerate(cases(capability))
+    ]
     work = [(arch, i) for arch, i, name in named if only in name]
     if not work:
         beginnings = sorted({name.split()[0] for _, _, name in named})
@@ -231,12 +258,17 @@ def selected(archs: Sequence[str], only: str = "") -> list[tuple[str, int]]:
 
 
 def compile_all(
-    archs: Sequence[str], only: str = "", jobs: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    archs: Sequence[str],
+    only: str = "",
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
-    """Rows of every case whose name contains `only`, for each of `archs`, compiled by `jobs` processes (default: one a core).
+    """Rows of every case whose name contains `only`, for each of `archs`, compiled by `jobs` processes (default: one a
+    core).
 
-    The same machine code is one row, however many cases need it. `progress` is called with (cases done, all cases). Raises ValueError as
-    `selected` does, and RuntimeError where kernels are interpreted; both before anything is compiled.
+    The same machine code is one row, however many cases need it. `progress` is called with (cases done, all cases).
+    Raises ValueError as `selected` does, and RuntimeError where kernels are interpreted; both before anything is
+    compiled.
     """
     work = selected(archs, only)
     require_compiled_kernels()

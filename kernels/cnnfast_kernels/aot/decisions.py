@@ -1,8 +1,9 @@
-"""What a kernel decides while it is compiled, read from its source: the way that each `if` goes whose test the compiler knows, and whether
-a loop that it unrolls has no turn, one, or more.
+"""What a kernel decides while it is compiled, read from its source: the way that each `if` goes whose test the compiler
+knows, and whether a loop that it unrolls has no turn, one, or more.
 
-Two launches with operands of the same types for which a kernel and its helpers decide alike are the same program to Triton's front end,
-with other numbers in it. What is decided by an index of an unrolled loop, or by the result of a helper, is not looked at.
+Two launches with operands of the same types for which a kernel and its helpers decide alike are the same program to
+Triton's front end, with other numbers in it. What is decided by an index of an unrolled loop, or by the result of a
+helper, is not looked at.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from triton.runtime import JITFunction
 
 
 class Unknown:
-    """A value that only the running kernel knows. It is there, so `is None` is false of it, and nothing else can be asked."""
+    """A value that only the running kernel knows. It is there, so `is None` is false of it, and nothing else can be
+    asked.
+    """
 
     def __bool__(self) -> bool:
         raise ValueError("not known while the kernel is compiled")
@@ -99,7 +102,9 @@ class Reader:
 
     def bind(self, target: ast.expr, value: Any) -> None:
         if isinstance(target, ast.Tuple):
-            members = value if isinstance(value, tuple) and len(value) == len(target.elts) else [UNKNOWN] * len(target.elts)
+            members = (
+                value if isinstance(value, tuple) and len(value) == len(target.elts) else [UNKNOWN] * len(target.elts)
+            )
             for name, member in zip(target.elts, members, strict=True):
                 self.bind(name, member)
         elif isinstance(target, ast.Name):

@@ -14,7 +14,9 @@ from .compiling import Row, capability_of
 
 
 def problems(rows: Iterable[Row]) -> list[str]:
-    """What must not be shipped, one line each: failures, spills, too much shared memory, idle tensor cores, waits after every wgmma."""
+    """What must not be shipped, one line each: failures, spills, too much shared memory, idle tensor cores, waits after
+    every wgmma.
+    """
     found = []
     for row in rows:
         if row.error is not None:
@@ -28,14 +30,18 @@ def problems(rows: Iterable[Row]) -> list[str]:
         if row.dot in ("f16", "bf16", "tf32") and row.tensor_core is None:
             found.append(f"{name}: multiplies {row.dot} without tensor cores")
         if row.kernel.startswith("tma_") and not (row.tensor_loads and row.tensor_core in ("HGMMA", "UTCHMMA")):
-            found.append(f"{name}: {row.tensor_loads} loads by tensor maps, and {row.tensor_core} in place of wgmma or tcgen05")
+            found.append(
+                f"{name}: {row.tensor_loads} loads by tensor maps, and {row.tensor_core} in place of wgmma or tcgen05"
+            )
         if row.serialised:
             found.append(f"{name}: waits after every wgmma")
     return found
 
 
 def kernel_modules() -> dict[str, str]:
-    """Every kernel of this package, which are its jit functions whose name ends in _kernel, with the module that defines it."""
+    """Every kernel of this package, which are its jit functions whose name ends in _kernel, with the module that
+    defines it.
+    """
     package = import_module(__name__.partition(".")[0])
     found = {}
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
@@ -46,7 +52,9 @@ def kernel_modules() -> dict[str, str]:
 
 
 def due_on(arch: str) -> set[str]:
-    """Kernels that can be chosen on an architecture, and so must be among its cases: those of package tma only where they run."""
+    """Kernels that can be chosen on an architecture, and so must be among its cases: those of package tma only where
+    they run.
+    """
     mapped = not why_not_on(capability_of(arch))
     return {name for name, module in kernel_modules().items() if mapped or not module.startswith(f"{tma.__name__}.")}
 

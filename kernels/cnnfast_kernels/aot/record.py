@@ -1,7 +1,9 @@
-"""How many instructions the main loops of the tensor-map kernels have had so far: record.json, by compiler and architecture.
+"""How many instructions the main loops of the tensor-map kernels have had so far: record.json, by compiler and
+architecture.
 
-A loop that grows is how a lost pipeline or a load that fell back to pointers shows without a GPU: `cnnfast aot` fails where one has risen
-by more than RISE over the record. Where a rise is meant, `cnnfast aot --record` writes what it found.
+A loop that grows is how a lost pipeline or a load that fell back to pointers shows without a GPU: `cnnfast aot` fails
+where one has risen by more than RISE over the record. Where a rise is meant, `cnnfast aot --record` writes what it
+found.
 """
 
 from __future__ import annotations
@@ -45,9 +47,13 @@ def risen(rows: Iterable[Row], record: Record | None = None) -> list[str]:
             continue
         before = known[compiler(row)].get(name(row))
         if before is None:
-            found.append(f"{row.arch} {name(row)}: no instructions are on record: run cnnfast aot --arch {row.arch} --record")
+            found.append(
+                f"{row.arch} {name(row)}: no instructions are on record: run cnnfast aot --arch {row.arch} --record"
+            )
         elif (row.loop_instructions or 0) > (1 + RISE) * before:
-            found.append(f"{row.arch} {name(row)}: {row.loop_instructions} instructions in the main loop, {before} on record")
+            found.append(
+                f"{row.arch} {name(row)}: {row.loop_instructions} instructions in the main loop, {before} on record"
+            )
     return found
 
 

@@ -1,7 +1,8 @@
-"""What a kernel's machine code (SASS) says: registers, spills, tensor-core instructions, waits, the length of its main loop; and what
-the file that holds it, a cubin, says of its parameters.
+"""What a kernel's machine code (SASS) says: registers, spills, tensor-core instructions, waits, the length of its main
+loop; and what the file that holds it, a cubin, says of its parameters.
 
-`disassemble` and `resource_usage` call the tools that come with Triton; what follows `read` is a function of what they print.
+`disassemble` and `resource_usage` call the tools that come with Triton; what follows `read` is a function of what they
+print.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import NamedTuple
 
 from triton import knobs
 
-# wgmma of sm_90; tcgen05 of sm_100; mma of every architecture. The letter is the operand: H half and tf32, Q fp8, I int8, D fp64.
+# wgmma of sm_90; tcgen05 of sm_100; mma of every architecture. The letter is the operand: H half and tf32, Q fp8, I
+# int8, D fp64.
 TENSOR_CORE = re.compile(r"[HQIB]GMMA|UTC\w*MMA|[HQIDO]MMA")
 ASYNC_COPIES = {"LDGSTS", "UTMALDG"}
 LOADS = ASYNC_COPIES | {"LDG", "LD"}
@@ -65,8 +67,8 @@ def machine_code(cubin: bytes) -> bytes:
 def parameter_bytes(cubin: bytes) -> list[int]:
     """The size of each of the kernel's parameters, as its machine code expects them.
 
-    The section .nv.info.* is a list of attributes: one byte that says in which form the value follows, one that names the attribute. In
-    form 4 the value's size in two bytes precedes it; any other value is two bytes itself.
+    The section .nv.info.* is a list of attributes: one byte that says in which form the value follows, one that names
+    the attribute. In form 4 the value's size in two bytes precedes it; any other value is two bytes itself.
     """
     sizes: dict[int, int] = {}
     for name, contents in sections(cubin):
@@ -78,7 +80,8 @@ def parameter_bytes(cubin: bytes) -> list[int]:
             at += 4
             if form != SIZED_VALUE:
                 continue
-            if attribute == PARAMETER:  # index, ordinal, offset, and bits of which those from the eighteenth on are the size
+            # index, ordinal, offset, and bits of which those from the eighteenth on are the size
+            if attribute == PARAMETER:
                 _, ordinal, _, bits = struct.unpack_from("<IHHI", contents, at)
                 sizes[ordinal] = bits >> 18
             at += value
@@ -88,7 +91,8 @@ def parameter_bytes(cubin: bytes) -> list[int]:
 def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[Instruction]]:
     """The instructions of each of `cubins`, which are all for sm_`capability`.
 
-    One call of nvdisasm for all of them: it spends two thirds of a second on its tables, and next to nothing on a kernel.
+    One call of nvdisasm for all of them: it spends two thirds of a second on its tables, and next to nothing on a
+    kernel.
     """
     if not cubins:
         return []
@@ -96,7 +100,8 @@ def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[Instructi
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(codes))
         file.flush()
-        arch = f"SM{capability}a" if capability >= 90 else f"SM{capability}"  # Triton compiles for the variant with wgmma and tcgen05
+        # Triton compiles for the variant with wgmma and tcgen05
+        arch = f"SM{capability}a" if capability >= 90 else f"SM{capability}"
         command = [knobs.nvidia.nvdisasm.path, "-ndf", "-b", arch, file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     ends = list(itertools.accumulate(map(len, codes)))
@@ -104,7 +109,9 @@ def disassemble(cubins: Sequence[bytes], capability: int) -> list[list[Instructi
     for i in read(text):
         kernel = bisect_right(ends, i.address)
         start = ends[kernel - 1] if kernel else 0
-        kernels[kernel].append(i._replace(address=i.address - start, target=None if i.target is None else i.target - start))
+        kernels[kernel].append(
+            i._replace(address=i.address - start, target=None if i.target is None else i.target - start)
+        )
     return kernels
 
 
@@ -124,7 +131,9 @@ def read(code: str) -> list[Instruction]:
         if match := INSTRUCTION.search(line):
             opcode, operands = match[2], match[3].strip()
             target = TARGET.search(operands) if opcode.startswith("BRA") else None
-            instructions.append(Instruction(int(match[1], 16), opcode, operands, int(target[1], 16) if target else None))
+            instructions.append(
+                Instruction(int(match[1], 16), opcode, operands, int(target[1], 16) if target else None)
+            )
     return instructions
 
 
@@ -176,8 +185,9 @@ def loops(instructions: list[Instruction]) -> list[list[Instruction]]:
 def main_loop(instructions: list[Instruction]) -> list[Instruction] | None:
     """The body of the loop that does the work; None if there is none, for example because it is unrolled.
 
-    The work is tensor-core instructions, or where the kernel has none multiply-adds, or else loads. Of the loops that do it and have no
-    other such loop within, it is the first in the code: a gradient's kernel takes its sums again, behind it, where NaN came out.
+    The work is tensor-core instructions, or where the kernel has none multiply-adds, or else loads. Of the loops that
+    do it and have no other such loop within, it is the first in the code: a gradient's kernel takes its sums again,
+    behind it, where NaN came out.
     """
     bodies = loops(instructions)
     if tensor_core(instructions):
@@ -203,9 +213,11 @@ def loop_instructions(instructions: list[Instruction]) -> int | None:
 
 
 def serialised(instructions: list[Instruction]) -> bool:
-    """Whether every one of several wgmma instructions is waited for before the next is issued (ptxas warns of it as C7515).
+    """Whether every one of several wgmma instructions is waited for before the next is issued (ptxas warns of it as
+    C7515).
 
-    Those of the main loop, if there is one: a loop behind it may wait, and the main loop is not excused by one behind it that does not.
+    Those of the main loop, if there is one: a loop behind it may wait, and the main loop is not excused by one behind
+    it that does not.
     """
     outstanding = False
     count = 0

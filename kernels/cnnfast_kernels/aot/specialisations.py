@@ -4,13 +4,13 @@
     reason = refused(line, "sm_90")  # in another one: why Triton's front end refuses it, or None
     reason = refused(line, "sm_90", whole=True)  # the same for all of the compiler, ptxas included
 
-The interpreter runs programs that the compiler refuses: a helper that returns a tuple which holds None, a variable whose type changes in
-a loop, an unknown method. What the tests have interpreted is therefore compiled too.
+The interpreter runs programs that the compiler refuses: a helper that returns a tuple which holds None, a variable
+whose type changes in a loop, an unknown method. What the tests have interpreted is therefore compiled too.
 
-A description is one line of JSON, and launches that Triton compiles alike have the same one: of a tensor it keeps the dtype and whether
-its address is a multiple of 16 bytes, of a tensor map the dtype and the box, of an integer a small one that Triton takes for its like,
-and of constexpr arguments everything. The arguments that it stands for are handed to Triton's own launch, so that it is Triton which
-works out types, constants and attributes from them.
+A description is one line of JSON, and launches that Triton compiles alike have the same one: of a tensor it keeps the
+dtype and whether its address is a multiple of 16 bytes, of a tensor map the dtype and the box, of an integer a small
+one that Triton takes for its like, and of constexpr arguments everything. The arguments that it stands for are handed
+to Triton's own launch, so that it is Triton which works out types, constants and attributes from them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def parameters(kernel: Any) -> dict[str, KernelParam]:
 
 
 def representative(n: int, specialized: bool) -> int:
-    """A small integer for which Triton compiles what it compiles for `n`: of n's width, and if `specialized` as much 1, or divisible by 16.
+    """A small integer for which Triton compiles what it compiles for `n`: of n's width, and if `specialized` as much 1,
+    or divisible by 16.
 
     0 is divisible by 16. A parameter of do_not_specialize is not specialized.
     """
@@ -87,7 +88,9 @@ def encoded(value: Any, parameter: KernelParam) -> Any:
         return representative(value, not parameter.do_not_specialize)
     elif isinstance(value, float):
         return 0.5  # Triton compiles by the type alone
-    raise TypeError(f"{parameter.name}={value!r} is of {type(value)}: aot/specialisations.py does not know yet how to write that down")
+    raise TypeError(
+        f"{parameter.name}={value!r} is of {type(value)}: aot/specialisations.py does not know yet how to write that down"
+    )
 
 
 class Misaligned:
@@ -119,12 +122,15 @@ def decoded(value: Any) -> Any:
 
 
 def described(kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> str:
-    """The description of a launch of `kernel`, as `launch.run` is given it: positional arguments, constexprs and Triton's options.
+    """The description of a launch of `kernel`, as `launch.run` is given it: positional arguments, constexprs and
+    Triton's options.
 
     Raises TypeError, with the name of the parameter, for an argument that cannot be written down.
     """
     known = parameters(kernel)
-    named = dict(zip(known, arguments, strict=False)) | {name: value for name, value in options.items() if name in known}
+    named = dict(zip(known, arguments, strict=False)) | {
+        name: value for name, value in options.items() if name in known
+    }
     told = {
         "kernel": f"{kernel.fn.__module__}:{kernel.fn.__qualname__}",
         "arguments": {name: encoded(value, known[name]) for name, value in named.items()},
@@ -152,7 +158,9 @@ class Described:
         module, _, name = told["kernel"].partition(":")
         kernel = getattr(import_module(module), name, None)
         if kernel is None or not set(told["arguments"]) <= set(parameters(kernel)):
-            raise ValueError(f"no such kernel, or not with such parameters: {told['kernel']}({', '.join(told['arguments'])})")
+            raise ValueError(
+                f"no such kernel, or not with such parameters: {told['kernel']}({', '.join(told['arguments'])})"
+            )
         return cls(kernel, told["arguments"], told["options"])
 
     def compile(self) -> Any:
@@ -178,8 +186,9 @@ class Described:
         return {name: v for name, v in self.arguments.items() if known[name].is_constexpr and type(v) is int}
 
     def program(self) -> tuple[Any, ...]:
-        """What Triton's front end goes by: the types of operands, which of them are absent or the constant 1, constants but for numbers,
-        and what the kernel decides by numbers."""
+        """What Triton's front end goes by: the types of operands, which of them are absent or the constant 1, constants
+        but for numbers, and what the kernel decides by numbers.
+        """
         known = parameters(self.kernel)
         types: list[Any] = []
         constants: dict[str, Any] = {}
@@ -200,13 +209,16 @@ class Described:
 
 
 def representatives(lines: Iterable[str]) -> list[str]:
-    """Those of `lines` that are another program to Triton's front end, and for each other number of a parameter, in each dtype, one.
+    """Those of `lines` that are another program to Triton's front end, and for each other number of a parameter, in
+    each dtype, one.
 
-    Numbers alone make no other program, unless the kernel or a helper decides by them; but a block of 8 may be refused where one of 16 is
-    not. Raises RuntimeError where kernels are interpreted, and what `Described.of` does.
+    Numbers alone make no other program, unless the kernel or a helper decides by them; but a block of 8 may be refused
+    where one of 16 is not. Raises RuntimeError where kernels are interpreted, and what `Described.of` does.
     """
     if launch.INTERPRETED:
-        raise RuntimeError("kernels are interpreted in this process, not compiled: unset TRITON_INTERPRET and start again")
+        raise RuntimeError(
+            "kernels are interpreted in this process, not compiled: unset TRITON_INTERPRET and start again"
+        )
     told = {line: Described.of(line) for line in sorted(set(lines))}
     first: dict[Any, str] = {}
     for line, launched in told.items():
@@ -238,7 +250,9 @@ def front_end(*, fn: Any, compile: Any, **_: Any) -> bool:
     source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
     gpu: Any = driver.active.get_current_target()
     backend: Any = make_backend(gpu)
-    options = backend.parse_options({name: compile[name] for name in ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")})
+    options = backend.parse_options(
+        {name: compile[name] for name in ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")}
+    )
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
@@ -247,9 +261,11 @@ def front_end(*, fn: Any, compile: Any, **_: Any) -> bool:
 
 
 def refused(line: str, arch: str, whole: bool = False) -> str | None:
-    """Why Triton refuses to compile a description's launch for `arch`, or None: its front end alone, or with `whole` all of it.
+    """Why Triton refuses to compile a description's launch for `arch`, or None: its front end alone, or with `whole`
+    all of it.
 
-    The reason is led by the kernel and its operands. Raises RuntimeError where kernels are interpreted, and what `Described.of` does.
+    The reason is led by the kernel and its operands. Raises RuntimeError where kernels are interpreted, and what
+    `Described.of` does.
     """
     launched = Described.of(line)
     before = knobs.runtime.jit_cache_hook

@@ -1,7 +1,8 @@
 """A process that compiles into Triton's cache what another one asks for: python -m cnnfast_kernels.aot.worker sm_90
 
-It reads descriptions of launches (specialisations.py) from standard input, one a line, and answers each with a line of JSON: why it cannot
-be compiled, or null. No GPU is touched, and none need be there: the architecture is all that a binary follows from.
+It reads descriptions of launches (specialisations.py) from standard input, one a line, and answers each with a line of
+JSON: why it cannot be compiled, or null. No GPU is touched, and none need be there: the architecture is all that a
+binary follows from.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .specialisations import Described
 
 @functools.cache
 def launchers_are_compiled() -> bool:
-    """Whether Triton compiles C code for each signature of a kernel, as it does up to version 3.6, and keeps it in the same cache.
+    """Whether Triton compiles C code for each signature of a kernel, as it does up to version 3.6, and keeps it in the
+    same cache.
 
     It is linked with libcuda; where there is none, nothing will be launched either.
     """
@@ -40,7 +42,8 @@ def compiled(line: str, arch: str) -> str | None:
             with target(arch):
                 kernel = Described.of(line).compile()
                 if launchers_are_compiled():
-                    with suppress(ImportError):  # it is in the cache before Triton loads it, and nothing is launched here
+                    # it is in the cache before Triton loads it, and nothing is launched here
+                    with suppress(ImportError):
                         nvidia.CudaLauncher(kernel.src, kernel.metadata)
         except Exception as error:  # whatever a compiler raises: the others shall be compiled all the same
             return reason(error, said())

@@ -2,9 +2,10 @@
 
     dx[n, h, w, c] = sum over r, s, k of dy[n, p, q, k] * w[k, r, s, c]    where p * stride_h = h + pad_h - r * dil_h, q alike
 
-With a stride most (h, r) pairs meet no p. Pixels with the same h mod stride_h meet the same taps, a stride / gcd(stride, dilation)
-apart, so the pixels are sorted into stride_h * stride_w classes, and within a class the sum is a correlation of stride 1 over dy:
-no work is spent on zeros, and all classes run in one launch. A class that meets no tap writes zeros.
+With a stride most (h, r) pairs meet no p. Pixels with the same h mod stride_h meet the same taps, a stride /
+gcd(stride, dilation) apart, so the pixels are sorted into stride_h * stride_w classes, and within a class the sum is a
+correlation of stride 1 over dy: no work is spent on zeros, and all classes run in one launch. A class that meets no tap
+writes zeros.
 
 GEMM_M = N * H * W input pixels of a class, GEMM_N = C channels, GEMM_K = taps of the class * K, one GEMM a group.
 """
@@ -34,7 +35,9 @@ def load_step(
     K: tl.constexpr, MAX_S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, P_STEP: tl.constexpr, Q_STEP: tl.constexpr,
     DY_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, BLOCK_K: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """The operands of one k-step, dy [BLOCK_M, BLOCK_K] and w [BLOCK_K, BLOCK_N], and its tap, or taps, (r, s) within the class."""
+    """The operands of one k-step, dy [BLOCK_M, BLOCK_K] and w [BLOCK_K, BLOCK_N], and its tap, or taps, (r, s) within
+    the class.
+    """
     EVEN: tl.constexpr = K % BLOCK_K == 0
     tap_r, tap_s, k, k_ok = unravel_rsc(step, K, taps_r, taps_s, BLOCK_K, FLAT)
     dy = load_taps(
@@ -51,8 +54,12 @@ def load_step(
 
 
 @triton.jit
-def store_dx(dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, stride_n, stride_h, stride_w, stride_c, ALIGN: tl.constexpr):
-    """Rows of acc go to pixels (n, h, w), columns to channels `column` of all groups, plus the bias of these if there is one."""
+def store_dx(
+    dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, stride_n, stride_h, stride_w, stride_c, ALIGN: tl.constexpr
+):
+    """Rows of acc go to pixels (n, h, w), columns to channels `column` of all groups, plus the bias of these if there
+    is one.
+    """
     if bias_ptr is not None:
         acc = acc + tl.load(bias_ptr + column, mask=c_ok, other=0.0).to(acc.dtype)[None, :]
     dx_rows = dx_ptr + pixel_offset(n, h, w, stride_n, stride_h, stride_w, ALIGN)
@@ -72,7 +79,8 @@ def conv_dgrad_kernel(
     DY_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx, plus the bias of a transposed convolution if there is one. C and K are channels and filters of a group.
+    """One tile of dx, plus the bias of a transposed convolution if there is one. C and K are channels and filters of a
+    group.
 
     MISSES: some pixel has taps that lie outside dy.
     """
@@ -101,7 +109,11 @@ def conv_dgrad_kernel(
 
     p = p0 + i
     q = q0 + j
-    dy_rows = dy_ptr + pixel_offset(n, p, q, dy_stride_n, dy_stride_h, dy_stride_w, DY_ALIGN) + channel_offset(group * K, dy_stride_c)
+    dy_rows = (
+        dy_ptr
+        + pixel_offset(n, p, q, dy_stride_n, dy_stride_h, dy_stride_w, DY_ALIGN)
+        + channel_offset(group * K, dy_stride_c)
+    )
     bits = None if FLAT or MAX_R * MAX_S > 31 else tap_bits(p, q, row_ok, P, Q, MAX_R, MAX_S, P_STEP, Q_STEP)
 
     taps = taps_r * taps_s
@@ -118,9 +130,10 @@ def conv_dgrad_kernel(
         )  # fmt: skip
         acc = multiply_accumulate(dy, w, acc, PRECISION)
 
-    # Where a tap misses dy, its zero stands for nothing and must not meet a weight that is infinite or NaN. Where it did, a sum is NaN,
-    # which is seldom: then the tile is summed again, one tap a step, and pixels that the tap does not reach keep what they had. This is
-    # done for a few columns at a time: each sum is there in two versions, and more of them would take registers from the loop above.
+    # Where a tap misses dy, its zero stands for nothing and must not meet a weight that is infinite or NaN. Where it
+    # did, a sum is NaN, which is seldom: then the tile is summed again, one tap a step, and pixels that the tap does
+    # not reach keep what they had. This is done for a few columns at a time: each sum is there in two versions, and
+    # more of them would take registers from the loop above.
     careful = False
     if MISSES:
         careful = has_nan(acc)
@@ -176,7 +189,8 @@ def dgrad(
     dx: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> None:
-    """Writes every element of dx, the gradient of a convolution's input, or with `bias` the result of a transposed convolution.
+    """Writes every element of dx, the gradient of a convolution's input, or with `bias` the result of a transposed
+    convolution.
 
     Shapes: dy [N, K, P, Q], w [K, C / groups, R, S], dx [N, C, H, W], in any memory layout; bias [C].
     """

@@ -55,7 +55,11 @@ def conv_fprop_kernel(
 
     h0 = p * STRIDE_H - PAD_H
     w0 = q * STRIDE_W - PAD_W
-    x_rows = x_ptr + pixel_offset(n, h0, w0, x_stride_n, x_stride_h, x_stride_w, X_ALIGN) + channel_offset(group * C, x_stride_c)
+    x_rows = (
+        x_ptr
+        + pixel_offset(n, h0, w0, x_stride_n, x_stride_h, x_stride_w, X_ALIGN)
+        + channel_offset(group * C, x_stride_c)
+    )
     w_cols = w_ptr + (group * K + k).to(tl.int64) * w_stride_k * W_ALIGN
     bits = None if FLAT or R * S > 31 else tap_bits(h0, w0, row_ok, H, W, R, S, DIL_H, DIL_W)
 
@@ -130,8 +134,8 @@ def fprop(
 ) -> None:
     """Writes y, what `epilogue` makes of conv(x, w), and, if asked, the (mean, M2) of each tile of BLOCK_M pixels of y.
 
-    Shapes: x [N, C, H, W], w [K, C / groups, R, S], y and the residual [N, K, P, Q], in any memory layout; bias and those of
-    the batch norm [K]; moments [ceil(N * P * Q / BLOCK_M), 2, K] in the accumulator's dtype.
+    Shapes: x [N, C, H, W], w [K, C / groups, R, S], y and the residual [N, K, P, Q], in any memory layout; bias and
+    those of the batch norm [K]; moments [ceil(N * P * Q / BLOCK_M), 2, K] in the accumulator's dtype.
     """
     e = epilogue
     plan = plan_fprop(problem, tile, precision, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)

@@ -3,8 +3,9 @@
     columns[n, p, q, (r, s, c)] = x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c]
 
 fprop is then a 1x1 convolution of the columns, R * S * C channels deep; wgrad is that convolution's wgrad; dgrad is its
-dgrad followed by col2im, which adds up, for each input pixel, the columns that were copied from it. The columns are made
-a piece at a time, so that the workspace stays within MAX_WORKSPACE bytes, or one row of one image (dgrad: one channel).
+dgrad followed by col2im, which adds up, for each input pixel, the columns that were copied from it. The columns are
+made a piece at a time, so that the workspace stays within MAX_WORKSPACE bytes, or one row of one image (dgrad: one
+channel).
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def col2im_kernel(
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     X_ALIGN: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sums columns [N, P, Q, GROUPS, R, S, C] into channels C0 to C0 + C of each group of x, CHANNELS a group, plus the bias, if any."""
+    """Sums columns [N, P, Q, GROUPS, R, S, C] into channels C0 to C0 + C of each group of x, CHANNELS a group, plus the
+    bias, if any.
+    """
     tiles_n = tl.cdiv(C, BLOCK_N)
     pid = tl.program_id(0)
     M = N * H * W
@@ -85,7 +88,15 @@ def col2im_kernel(
         w_from = w + PAD_W - tap % S * DIL_W
         p = h_from // STRIDE_H
         q = w_from // STRIDE_W
-        ok = row_ok & (h_from >= 0) & (w_from >= 0) & (p < P) & (q < Q) & (h_from % STRIDE_H == 0) & (w_from % STRIDE_W == 0)
+        ok = (
+            row_ok
+            & (h_from >= 0)
+            & (w_from >= 0)
+            & (p < P)
+            & (q < Q)
+            & (h_from % STRIDE_H == 0)
+            & (w_from % STRIDE_W == 0)
+        )
         pixel = (n.to(tl.int64) * P + p) * Q + q
         rows = columns_ptr + ((pixel * GROUPS + group) * R * S + tap) * C
         acc += tl.load(rows[:, None] + c[None, :], mask=ok[:, None] & c_ok[None, :], other=0.0).to(ACC)
@@ -110,7 +121,9 @@ def copy_tiles(rows: int, columns: int, groups: int) -> tuple[int]:
 
 
 def im2col(problem: ConvProblem, x: torch.Tensor, p0: int, p1: int) -> torch.Tensor:
-    """Columns of output rows p0 to p1 of every image of x, as a channels_last tensor [N, groups * R * S * C, p1 - p0, Q]."""
+    """Columns of output rows p0 to p1 of every image of x, as a channels_last tensor [N, groups * R * S * C, p1 - p0,
+    Q].
+    """
     g, n = problem, x.shape[0]
     depth = g.R * g.S * g.C
     columns = launch.empty((n, depth, p1 - p0, g.Q), x, torch.channels_last)
@@ -122,7 +135,9 @@ def im2col(problem: ConvProblem, x: torch.Tensor, p0: int, p1: int) -> torch.Ten
     return columns
 
 
-def col2im(problem: ConvProblem, columns: torch.Tensor, dx: torch.Tensor, bias: torch.Tensor | None, c0: int, c1: int) -> None:
+def col2im(
+    problem: ConvProblem, columns: torch.Tensor, dx: torch.Tensor, bias: torch.Tensor | None, c0: int, c1: int
+) -> None:
     """Writes channels c0 to c1 of every group of dx from columns [N, groups * R * S * (c1 - c0), P, Q], channels_last."""
     g, n = problem, dx.shape[0]
     xs = launch.strides_nhwc(dx)
@@ -155,7 +170,12 @@ def flat_filters(w: torch.Tensor) -> torch.Tensor:
 
 
 def im2col_fprop(
-    problem: ConvProblem, precision: Precision, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, epilogue: Epilogue = PLAIN
+    problem: ConvProblem,
+    precision: Precision,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    y: torch.Tensor,
+    epilogue: Epilogue = PLAIN,
 ) -> None:
     """As gather.fprop.fprop, by im2col."""
     filters = flat_filters(w)
@@ -168,7 +188,12 @@ def im2col_fprop(
 
 
 def im2col_dgrad(
-    problem: ConvProblem, precision: Precision, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor, bias: torch.Tensor | None = None
+    problem: ConvProblem,
+    precision: Precision,
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    dx: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> None:
     """As gather.dgrad.dgrad, by im2col: pieces are images, and channels where one image is too large."""
     g = problem
@@ -182,11 +207,20 @@ def im2col_dgrad(
             part = dy[n : n + images]
             gemm = as_1x1(g, part.shape[0], g.P, g.groups * filters.shape[1])
             columns = launch.empty((gemm.N, gemm.C, g.P, g.Q), dy, torch.channels_last)
-            dgrad(gemm, choose_tile(gemm, "dgrad", precision, arch=launch.architecture(dy.device)), precision, part, filters, columns)
+            dgrad(
+                gemm,
+                choose_tile(gemm, "dgrad", precision, arch=launch.architecture(dy.device)),
+                precision,
+                part,
+                filters,
+                columns,
+            )
             col2im(g, columns, dx[n : n + images], bias, c0, c1)
 
 
-def im2col_wgrad(problem: ConvProblem, precision: Precision, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
+def im2col_wgrad(
+    problem: ConvProblem, precision: Precision, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor
+) -> None:
     """As gather.wgrad.wgrad, by im2col: every piece leaves partial sums, which are added in the order of the pieces."""
     parts = list(pieces(problem, x.element_size()))
     first = as_1x1(problem, parts[0][0].stop, parts[0][2], problem.R * problem.S * problem.C)
@@ -196,5 +230,7 @@ def im2col_wgrad(problem: ConvProblem, precision: Precision, x: torch.Tensor, dy
     for i, (images, p0, p1) in enumerate(parts):
         columns = im2col(problem, x[images], p0, p1)
         gemm = as_1x1(problem, columns.shape[0], p1 - p0, columns.shape[1])
-        wgrad_partials(gemm, tile, precision, columns, dy[images, :, p0:p1], flat[i * tile.SPLIT_K : (i + 1) * tile.SPLIT_K])
+        wgrad_partials(
+            gemm, tile, precision, columns, dy[images, :, p0:p1], flat[i * tile.SPLIT_K : (i + 1) * tile.SPLIT_K]
+        )
     reduce_partials(partials, dw)

@@ -10,7 +10,9 @@ from ..indexing import channel_offset
 
 @triton.jit
 def tap_bits(h0, w0, row_ok, H, W, R: tl.constexpr, S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr):
-    """Bit r * S + s of a row says whether tap (r, s), at (h0 + r * STEP_H, w0 + s * STEP_W), lies in the image. R * S <= 31."""
+    """Bit r * S + s of a row says whether tap (r, s), at (h0 + r * STEP_H, w0 + s * STEP_W), lies in the image. R * S
+    <= 31.
+    """
     columns = tl.zeros_like(w0)
     for s in tl.static_range(S):
         w = w0 + s * STEP_W
@@ -26,8 +28,8 @@ def tap_bits(h0, w0, row_ok, H, W, R: tl.constexpr, S: tl.constexpr, STEP_H: tl.
 def unravel_rsc(step, C: tl.constexpr, R, S, BLOCK_K: tl.constexpr, FLAT: tl.constexpr):
     """Tap and channels of k-step `step` over R x S taps: (r, s, c, c_ok) with c [BLOCK_K].
 
-    FLAT: the k-index runs over taps x channels without a gap, r and s are [BLOCK_K] too (few channels: no lane is wasted).
-    Otherwise a step stays within one tap, and r and s are scalars.
+    FLAT: the k-index runs over taps x channels without a gap, r and s are [BLOCK_K] too (few channels: no lane is
+    wasted). Otherwise a step stays within one tap, and r and s are scalars.
     """
     if FLAT:
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -47,7 +49,9 @@ def unravel_rsc(step, C: tl.constexpr, R, S, BLOCK_K: tl.constexpr, FLAT: tl.con
 
 @triton.jit
 def reaches(bits, h0, w0, row_ok, r, s, H, W, S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr):
-    """Whether tap (r, s) of each row lies in the image: [BLOCK_M]. `bits` is from tap_bits, or None: then it is computed here."""
+    """Whether tap (r, s) of each row lies in the image: [BLOCK_M]. `bits` is from tap_bits, or None: then it is
+    computed here.
+    """
     if bits is None:
         h = h0 + r * STEP_H
         w = w0 + s * STEP_W

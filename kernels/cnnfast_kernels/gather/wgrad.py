@@ -2,9 +2,9 @@
 
     dw[k, r, s, c] = sum over n, p, q of dy[n, p, q, k] * x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c]
 
-GEMM_M = K filters, GEMM_N = R * S * C weights of a filter (c fastest), GEMM_K = N * P * Q output pixels, one GEMM a group.
-The result is small and the sum long, so the pixels are cut into parts that run side by side; each writes a partial
-gradient to its own slot, and a second kernel adds the slots in a fixed order: the same bits every time.
+GEMM_M = K filters, GEMM_N = R * S * C weights of a filter (c fastest), GEMM_K = N * P * Q output pixels, one GEMM a
+group. The result is small and the sum long, so the pixels are cut into parts that run side by side; each writes a
+partial gradient to its own slot, and a second kernel adds the slots in a fixed order: the same bits every time.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def conv_wgrad_kernel(
         q = m - t * Q
         ok = m < M
         dy_rows = pixel_offset(n, p, q, dy_stride_n, dy_stride_h, dy_stride_w, DY_ALIGN)
-        dy = tl.load(dy_cols[:, None] + dy_rows[None, :], mask=k_ok[:, None] & ok[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        # [BLOCK_M, BLOCK_K]
+        dy = tl.load(dy_cols[:, None] + dy_rows[None, :], mask=k_ok[:, None] & ok[None, :], other=0.0)
         h = p * STRIDE_H
         w = q * STRIDE_W
         x_rows = pixel_offset(n, h, w, x_stride_n, x_stride_h, x_stride_w, X_ALIGN)
@@ -87,8 +88,12 @@ def conv_wgrad_kernel(
 
     tap = columns // C
     dw_rows = dw_ptr + slot.to(tl.int64) * dw_stride_slot + (group * K + k).to(tl.int64) * dw_stride_k * DW_ALIGN
-    dw_cols = ((tap // S).to(tl.int64) * dw_stride_r + (tap % S).to(tl.int64) * dw_stride_s) * DW_ALIGN + channel_offset(c, dw_stride_c)
-    tl.store(dw_rows[:, None] + dw_cols[None, :], acc.to(dw_ptr.dtype.element_ty), mask=k_ok[:, None] & column_ok[None, :])
+    dw_cols = (
+        (tap // S).to(tl.int64) * dw_stride_r + (tap % S).to(tl.int64) * dw_stride_s
+    ) * DW_ALIGN + channel_offset(c, dw_stride_c)
+    tl.store(
+        dw_rows[:, None] + dw_cols[None, :], acc.to(dw_ptr.dtype.element_ty), mask=k_ok[:, None] & column_ok[None, :]
+    )
 
 
 def plan_partials(
@@ -118,22 +123,33 @@ def plan_partials(
 
 
 def wgrad_partials(
-    problem: ConvProblem, tile: TileConfig, precision: Precision, x: torch.Tensor, dy: torch.Tensor, partials: torch.Tensor
+    problem: ConvProblem,
+    tile: TileConfig,
+    precision: Precision,
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    partials: torch.Tensor,
 ) -> None:
-    """Writes partials [slots, K, C / groups, R, S], any strides: slot i holds the gradient from the i-th part of the output pixels.
+    """Writes partials [slots, K, C / groups, R, S], any strides: slot i holds the gradient from the i-th part of the
+    output pixels.
 
-    Shapes: x [N, C, H, W], dy [N, K, P, Q], in any memory layout. There may be more slots than work: the last ones are then zeros.
-    The sum is taken in the accumulator's dtype and rounded to that of `partials`. `tile.SPLIT_K` is not read.
+    Shapes: x [N, C, H, W], dy [N, K, P, Q], in any memory layout. There may be more slots than work: the last ones are
+    then zeros. The sum is taken in the accumulator's dtype and rounded to that of `partials`. `tile.SPLIT_K` is not
+    read.
     """
     plan_partials(problem, tile, precision, x, dy, partials[0], partials.shape[0], partials.stride(0))(x, dy, partials)
 
 
-def plan_wgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, x: launch.Laid, dy: launch.Laid, dw: launch.Laid) -> WgradPlan:
+def plan_wgrad(
+    problem: ConvProblem, tile: TileConfig, precision: Precision, x: launch.Laid, dy: launch.Laid, dw: launch.Laid
+) -> WgradPlan:
     """Takes (x, dy, dw); see `wgrad`. dy must not be empty."""
     return plan_slots(problem, tile.SPLIT_K, dw, x.dtype, partial(plan_partials, problem, tile, precision, x, dy))
 
 
-def wgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
+def wgrad(
+    problem: ConvProblem, tile: TileConfig, precision: Precision, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor
+) -> None:
     """Writes every element of dw, the gradient of a convolution's weights, from tile.SPLIT_K partial sums.
 
     Shapes: x [N, C, H, W], dy [N, K, P, Q], dw [K, C / groups, R, S], in any memory layout.

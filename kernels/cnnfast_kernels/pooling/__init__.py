@@ -1,4 +1,6 @@
-"""Pooling: maximum, average, adaptive average and the mean of whole planes, forward and backward. Memory is the limit of all of them."""
+"""Pooling: maximum, average, adaptive average and the mean of whole planes, forward and backward. Memory is the limit
+of all of them.
+"""
 
 from .average import adaptive_avg_pool, adaptive_avg_pool_backward, avg_pool, avg_pool_backward
 from .maximum import max_pool, max_pool_backward, max_pool_indices, taps_dtype

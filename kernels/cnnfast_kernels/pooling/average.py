@@ -19,7 +19,9 @@ from .rows import RUNTIME, element_offset, plan_rows, unravel_rows
 
 @triton.jit
 def window(p, H, P, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, ADAPTIVE: tl.constexpr):
-    """Window p of an average covers [start, end): PyTorch counts its padding, but not what ceil_mode lets run beyond that."""
+    """Window p of an average covers [start, end): PyTorch counts its padding, but not what ceil_mode lets run beyond
+    that.
+    """
     if ADAPTIVE:
         start = (p.to(tl.int64) * H // P).to(tl.int32)
         end = (((p + 1).to(tl.int64) * H + P - 1) // P).to(tl.int32)
@@ -51,7 +53,9 @@ def avg_pool_kernel(
     X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr,
     ROWS: tl.constexpr, VEC: tl.constexpr, CHANNELS_FAST: tl.constexpr,
 ):  # fmt: skip
-    """DIVISOR: that of every window, or None: then each divides by its own pixels. ADAPTIVE: windows follow from H / P and W / Q."""
+    """DIVISOR: that of every window, or None: then each divides by its own pixels. ADAPTIVE: windows follow from H / P
+    and W / Q.
+    """
     n, p, q, c, ok = unravel_rows(N, P, Q, C, CHANNELS_FAST, ROWS, VEC)
     h0, h1 = window(p, H, P, R, STRIDE_H, PAD_H, ADAPTIVE)
     w0, w1 = window(q, W, Q, S, STRIDE_W, PAD_W, ADAPTIVE)
@@ -137,7 +141,13 @@ def _divisor(problem: PoolProblem, count_include_pad: bool, divisor_override: in
 
 @launch.planned
 def _plan(
-    problem: PoolProblem, strides, dtype, memory_format, adaptive: bool, count_include_pad: bool, divisor_override: int | None
+    problem: PoolProblem,
+    strides,
+    dtype,
+    memory_format,
+    adaptive: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
 ) -> tuple[launch.Plan, launch.Layout]:
     """Forward, or, where the result's memory format is given, backward."""
     g = problem
@@ -167,13 +177,19 @@ def _average(
     return y
 
 
-def avg_pool(problem: PoolProblem, x: torch.Tensor, count_include_pad: bool, divisor_override: int | None) -> torch.Tensor:
+def avg_pool(
+    problem: PoolProblem, x: torch.Tensor, count_include_pad: bool, divisor_override: int | None
+) -> torch.Tensor:
     """y [N, C, P, Q], channels_last if x [N, C, H, W] is; divided as torch.nn.functional.avg_pool2d does. No dilation."""
     return _average(problem, x, None, False, count_include_pad, divisor_override)
 
 
 def avg_pool_backward(
-    problem: PoolProblem, dy: torch.Tensor, count_include_pad: bool, divisor_override: int | None, memory_format: torch.memory_format
+    problem: PoolProblem,
+    dy: torch.Tensor,
+    count_include_pad: bool,
+    divisor_override: int | None,
+    memory_format: torch.memory_format,
 ) -> torch.Tensor:
     """dx [N, C, H, W] in `memory_format`, from dy [N, C, P, Q] in any layout."""
     return _average(problem, dy, memory_format, False, count_include_pad, divisor_override)
@@ -185,11 +201,15 @@ def _adaptive_problem(x_shape, P: int, Q: int) -> PoolProblem:
 
 
 def adaptive_avg_pool(x: torch.Tensor, P: int, Q: int) -> torch.Tensor:
-    """y [N, C, P, Q], channels_last if x [N, C, H, W] is: window p covers rows floor(p * H / P) to ceil((p + 1) * H / P)."""
+    """y [N, C, P, Q], channels_last if x [N, C, H, W] is: window p covers rows floor(p * H / P) to ceil((p + 1) * H /
+    P).
+    """
     return _average(_adaptive_problem(x.shape, P, Q), x, None, True)
 
 
-def adaptive_avg_pool_backward(dy: torch.Tensor, x_shape: tuple[int, int, int, int], memory_format: torch.memory_format) -> torch.Tensor:
+def adaptive_avg_pool_backward(
+    dy: torch.Tensor, x_shape: tuple[int, int, int, int], memory_format: torch.memory_format
+) -> torch.Tensor:
     """dx of shape [N, C, H, W] = `x_shape` in `memory_format`, from dy [N, C, P, Q] in any layout."""
     if dy.numel() == 0:  # no windows
         return launch.empty(x_shape, dy, memory_format).zero_()

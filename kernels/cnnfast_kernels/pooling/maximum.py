@@ -2,8 +2,9 @@
 
     y[n, p, q, c] = max over taps (r, s) of x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c]
 
-What backward needs of a maximum is its tap r * S + s: one byte for any usual window, where PyTorch keeps an int64. Backward
-gathers: each pixel of dx sums over the windows that cover it, in a fixed order, so that overlapping windows need no atomics.
+What backward needs of a maximum is its tap r * S + s: one byte for any usual window, where PyTorch keeps an int64.
+Backward gathers: each pixel of dx sums over the windows that cover it, in a fixed order, so that overlapping windows
+need no atomics.
 """
 
 from __future__ import annotations
@@ -137,8 +138,8 @@ def _plan_max(problem: PoolProblem, strides, dtype) -> tuple[launch.Plan, launch
 def max_pool(problem: PoolProblem, x: torch.Tensor, with_taps: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y [N, C, P, Q] and, if asked, the tap r * S + s of each maximum, which backward and max_pool_indices read.
 
-    x [N, C, H, W] in any layout and of any kernel dtype; y is channels_last if x is, taps (of `taps_dtype`) lie as y does.
-    Ties, NaN and windows of -inf go as in PyTorch.
+    x [N, C, H, W] in any layout and of any kernel dtype; y is channels_last if x is, taps (of `taps_dtype`) lie as y
+    does. Ties, NaN and windows of -inf go as in PyTorch.
     """
     run, y_layout, taps_layout = _plan_max(problem, x.stride(), x.dtype)
     y = launch.empty(y_layout, x)
@@ -164,7 +165,9 @@ def max_pool_indices(problem: PoolProblem, taps: torch.Tensor) -> torch.Tensor:
 
 
 @launch.planned
-def _plan_backward(problem: PoolProblem, dy_strides, taps_strides, dtype, tap_dtype, memory_format) -> tuple[launch.Plan, launch.Layout]:
+def _plan_backward(
+    problem: PoolProblem, dy_strides, taps_strides, dtype, tap_dtype, memory_format
+) -> tuple[launch.Plan, launch.Layout]:
     g = problem
     dy = launch.Layout((g.N, g.C, g.P, g.Q), dy_strides, dtype)
     taps = launch.Layout(dy.shape, taps_strides, tap_dtype)
@@ -175,7 +178,9 @@ def _plan_backward(problem: PoolProblem, dy_strides, taps_strides, dtype, tap_dt
     return plan_rows(max_pool_backward_kernel, g, operands, cover, DIL_H=g.dil_h, DIL_W=g.dil_w, ACC=acc), dx
 
 
-def max_pool_backward(problem: PoolProblem, dy: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+def max_pool_backward(
+    problem: PoolProblem, dy: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format
+) -> torch.Tensor:
     """dx [N, C, H, W] in `memory_format`, from dy and taps [N, C, P, Q] in any layout."""
     run, layout = _plan_backward(problem, dy.stride(), taps.stride(), dy.dtype, taps.dtype, memory_format)
     dx = launch.empty(layout, dy)

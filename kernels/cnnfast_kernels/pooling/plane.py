@@ -1,6 +1,7 @@
 """Global average pooling: the one pooling that reduces across threads.
 
-A program sums blocks of BLOCK_PIXELS x BLOCK_C of one image, element by element, and adds the block's pixels up at its end.
+A program sums blocks of BLOCK_PIXELS x BLOCK_C of one image, element by element, and adds the block's pixels up at its
+end.
 """
 
 from __future__ import annotations
@@ -64,7 +65,11 @@ def plane_mean_kernel(
         acc += tl.load(x_cols + offset, mask=(lane < pixels - step * BLOCK_PIXELS) & (c < C), other=0.0).to(ACC)
 
     y = round_quotient(tl.sum(acc, PIXEL_AXIS), count.to(ACC))
-    y_cols = y_ptr + (n.to(tl.int64) * y_stride_n + split.to(tl.int64) * y_stride_h) * Y_ALIGN + channel_offset(channels, y_stride_c)
+    y_cols = (
+        y_ptr
+        + (n.to(tl.int64) * y_stride_n + split.to(tl.int64) * y_stride_h) * Y_ALIGN
+        + channel_offset(channels, y_stride_c)
+    )
     tl.store(y_cols, y.to(y_ptr.dtype.element_ty), mask=channels < C)
 
 
@@ -99,7 +104,12 @@ def _plan(shape, strides, dtype) -> tuple[launch.Layout, launch.Plan, launch.Lay
         return y, _plan_plane(x, y, H * W, H * W, tile), None, None
     span = cdiv(cdiv(H * W, splits), tile.BLOCK_PIXELS) * tile.BLOCK_PIXELS
     parts = launch.dense((N, C, cdiv(H * W, span), 1), launch.accumulator_dtype(dtype), torch.channels_last)
-    return y, _plan_plane(x, parts, 1, span, tile), parts, _plan_plane(parts, y, H * W, parts.shape[2], _plane_tile(C, True))
+    return (
+        y,
+        _plan_plane(x, parts, 1, span, tile),
+        parts,
+        _plan_plane(parts, y, H * W, parts.shape[2], _plane_tile(C, True)),
+    )
 
 
 def global_avg_pool(x: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""What the pooling kernels that compute element by element share: the order of their programs, and how they are launched.
+"""What the pooling kernels that compute element by element share: the order of their programs, and how they are
+launched.
 
-A program computes ROWS x VEC neighbouring elements in the order of its result's memory. VEC channels that lie next to each
-other are one vector access of one thread, and rows go to consecutive lanes: along channels where these are adjacent, along w in
-NCHW, where VEC is 1.
+A program computes ROWS x VEC neighbouring elements in the order of its result's memory. VEC channels that lie next to
+each other are one vector access of one thread, and rows go to consecutive lanes: along channels where these are
+adjacent, along w in NCHW, where VEC is 1.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class PoolTile:
 
 @triton.jit
 def unravel_rows(N, H, W, C: tl.constexpr, CHANNELS_FAST: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr):
-    """This program's elements of an [N, C, H, W] tensor: n, h, w and whether they exist, [ROWS], and channels, [ROWS, VEC].
+    """This program's elements of an [N, C, H, W] tensor: n, h, w and whether they exist, [ROWS], and channels, [ROWS,
+    VEC].
 
     Elements are counted in 64 bits, but divided in 32: the 64-bit division is done once a program.
     """
@@ -74,8 +76,12 @@ def element_offset(n, h, w, c, stride_n, stride_h, stride_w, stride_c, ALIGN: tl
     return pixel_offset(n, h, w, stride_n, stride_h, stride_w, ALIGN)[:, None] + channel_offset(c, stride_c)
 
 
-def plan_rows(kernel: Any, problem: PoolProblem, operands: dict[str, launch.Laid], loop: int, **options: Any) -> launch.Plan:
-    """A launch of `kernel`, whose first arguments are `operands`, the last of them its result; `loop` is the length of its loop."""
+def plan_rows(
+    kernel: Any, problem: PoolProblem, operands: dict[str, launch.Laid], loop: int, **options: Any
+) -> launch.Plan:
+    """A launch of `kernel`, whose first arguments are `operands`, the last of them its result; `loop` is the length of
+    its loop.
+    """
     g = problem
     *_, result = operands.values()
     channels_fast = launch.is_channels_last(result)

@@ -1,13 +1,17 @@
-"""What the tensor-map kernels share: which box of pixels a program has, which taps reach into the image, loads and stores of boxes.
+"""What the tensor-map kernels share: which box of pixels a program has, which taps reach into the image, loads and
+stores of boxes.
 
-A box is TILE_N images x TILE_H rows x TILE_W columns of an [N, H, W, C] tensor, times a block of channels. The copy engine fetches it
-with one instruction, puts zeros where it lies outside the tensor, and drops what would be stored there: there are no masks.
+A box is TILE_N images x TILE_H rows x TILE_W columns of an [N, H, W, C] tensor, times a block of channels. The copy
+engine fetches it with one instruction, puts zeros where it lies outside the tensor, and drops what would be stored
+there: there are no masks.
 
-A box has no steps. Where a convolution strides over its image, the image is seen as [N, H / PHASE_H, PHASE_H, W / PHASE_W, PHASE_W * C]:
-rows and columns a stride apart lie next to each other then. A box of one row needs no such view to move by any step, nor does a column.
+A box has no steps. Where a convolution strides over its image, the image is seen as [N, H / PHASE_H, PHASE_H, W /
+PHASE_W, PHASE_W * C]: rows and columns a stride apart lie next to each other then. A box of one row needs no such view
+to move by any step, nor does a column.
 
-As the first operand of a product, the matrix unit reads a box in shared memory only if its pixels lie along the axis next to the channels:
-a row does, and images do where the tensor is seen as [H, W, N, C]. Any other box passes through registers. As the second operand, all do.
+As the first operand of a product, the matrix unit reads a box in shared memory only if its pixels lie along the axis
+next to the channels: a row does, and images do where the tensor is seen as [H, W, N, C]. Any other box passes through
+registers. As the second operand, all do.
 """
 
 from __future__ import annotations
@@ -43,7 +47,9 @@ def pixels_inside(m, h0, w0, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 @triton.jit
 def take_part(box, i, PARTS: tl.constexpr):
-    """Part i of the pixels of a box [pixels, channels] cut into PARTS, a power of two: by halves, which keep the dtype, as no sum would."""
+    """Part i of the pixels of a box [pixels, channels] cut into PARTS, a power of two: by halves, which keep the dtype,
+    as no sum would.
+    """
     if PARTS == 1:
         return box
     else:
@@ -53,7 +59,8 @@ def take_part(box, i, PARTS: tl.constexpr):
 
 @triton.jit
 def taps_inside(first, extent, taps, STEP: tl.constexpr, TILE: tl.constexpr):
-    """The first of `taps` taps that see an axis of `extent` pixels, and the number of them: tap t of a box sees pixel first + t * STEP.
+    """The first of `taps` taps that see an axis of `extent` pixels, and the number of them: tap t of a box sees pixel
+    first + t * STEP.
 
     Boxes of several pixels, which seldom lie in the padding as a whole, meet all taps.
     """

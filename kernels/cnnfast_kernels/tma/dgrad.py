@@ -2,10 +2,11 @@
 
     dx[n, h, w, c] = sum over r, s, k of dy[n, p, q, k] * w[k, r, s, c]    where p * stride_h = h + pad_h - r * dil_h, q alike
 
-As in gather/dgrad.py, input pixels with the same h mod stride_h and w mod stride_w make up a class: they meet the same taps, a
-stride / gcd(stride, dilation) apart, and within a class the sum is a correlation of stride 1 over dy. A box is of one class: boxes of dy
-need no phases, dx is stored through them (see boxes.py). The GEMM is swapped, accumulator [channels, pixels] = w transposed [C, filters]
-times the transposed box of dy [pixels, filters]: the weights are read as they lie, no flipped copy is made.
+As in gather/dgrad.py, input pixels with the same h mod stride_h and w mod stride_w make up a class: they meet the same
+taps, a stride / gcd(stride, dilation) apart, and within a class the sum is a correlation of stride 1 over dy. A box is
+of one class: boxes of dy need no phases, dx is stored through them (see boxes.py). The GEMM is swapped, accumulator
+[channels, pixels] = w transposed [C, filters] times the transposed box of dy [pixels, filters]: the weights are read as
+they lie, no flipped copy is made.
 
 Written for sm_90 and later. Not yet run on a GPU.
 """
@@ -25,8 +26,8 @@ from .tiles import BoxTile, box_count, box_grid, phases_of
 from .views import flattened, map_filters, map_image, strides_of
 
 EXTENTS = ["H", "W", "P", "Q", "rows", "columns"]
-# Elements that the careful loop sums at a time. Each is there in two versions, beside a box of results. The registers cost no program its
-# place: a multiprocessor has shared memory for fewer programs.
+# Elements that the careful loop sums at a time. Each is there in two versions, beside a box of results. The registers
+# cost no program its place: a multiprocessor has shared memory for fewer programs.
 CAREFUL_SUMS = tl.constexpr(2048)
 
 
@@ -60,8 +61,8 @@ def tma_dgrad_kernel(
 ):  # fmt: skip
     """One box of one class of dx, TILE_C channels of it, plus the bias of a transposed convolution if there is one.
 
-    rows x columns: pixels of the largest class. PIXEL: elements from a pixel of dx to the next. MISSES: a tap that reaches one pixel of a
-    box may lie outside dy for another.
+    rows x columns: pixels of the largest class. PIXEL: elements from a pixel of dx to the next. MISSES: a tap that
+    reaches one pixel of a box may lie outside dy for another.
     """
     PIXELS: tl.constexpr = TILE_N * TILE_H * TILE_W
     STEPS_K: tl.constexpr = (K + TILE_K - 1) // TILE_K
@@ -88,14 +89,17 @@ def tma_dgrad_kernel(
     steps = taps_r * taps_s * STEPS_K
     acc = tl.zeros((TILE_C, PIXELS), tl.float32)
     for step in range(steps):
-        p, q, r, s, k = locate_step(step, p0, q0, r0, s0, tap_r0, tap_s0, taps_s, STEP_H, STEP_W, P_STEP, Q_STEP, TILE_K, STEPS_K)
+        p, q, r, s, k = locate_step(
+            step, p0, q0, r0, s0, tap_r0, tap_s0, taps_s, STEP_H, STEP_W, P_STEP, Q_STEP, TILE_K, STEPS_K
+        )
         dy = load_box(dy_map, n0, p, q, k)  # [pixels, TILE_K]
         w = w_map.load([r, s, k, c0]).reshape(TILE_K, TILE_C)
         acc = tl.dot(w.T, dy.T, acc)
 
-    # Where a tap misses dy, the zeros that fill a box stand for nothing and must not meet a weight that is infinite or NaN. Where they did,
-    # a sum is NaN, which is seldom: then the box is summed again, and pixels that a step's tap does not reach keep what they had. This is
-    # done for some pixels at a time, cut out of the boxes: the registers do not hold two versions of all sums.
+    # Where a tap misses dy, the zeros that fill a box stand for nothing and must not meet a weight that is infinite or
+    # NaN. Where they did, a sum is NaN, which is seldom: then the box is summed again, and pixels that a step's tap
+    # does not reach keep what they had. This is done for some pixels at a time, cut out of the boxes: the registers do
+    # not hold two versions of all sums.
     careful = False
     if MISSES:
         careful = has_nan(acc)
@@ -107,7 +111,9 @@ def tma_dgrad_kernel(
             m = i * PART + tl.arange(0, PART)
             sums = tl.zeros((TILE_C, PART), tl.float32)
             for step in tl.range(steps, num_stages=1):
-                p, q, r, s, k = locate_step(step, p0, q0, r0, s0, tap_r0, tap_s0, taps_s, STEP_H, STEP_W, P_STEP, Q_STEP, TILE_K, STEPS_K)
+                p, q, r, s, k = locate_step(
+                    step, p0, q0, r0, s0, tap_r0, tap_s0, taps_s, STEP_H, STEP_W, P_STEP, Q_STEP, TILE_K, STEPS_K
+                )
                 dy = take_part(load_box(dy_map, n0, p, q, k), i, PIXELS // PART)
                 w = w_map.load([r, s, k, c0]).reshape(TILE_K, TILE_C)
                 reached = pixels_inside(m, p, q, P, Q, TILE_H, TILE_W)
@@ -119,12 +125,18 @@ def tma_dgrad_kernel(
         store_phases(dx_map, n0, h, w_pixel, c0, dx, PIXEL, PHASE_H, PHASE_W)
 
 
-def plan_tma_dgrad(problem: ConvProblem, tile: BoxTile, dy: launch.Laid, w: launch.Laid, dx: launch.Laid) -> launch.Plan:
+def plan_tma_dgrad(
+    problem: ConvProblem, tile: BoxTile, dy: launch.Laid, w: launch.Laid, dx: launch.Laid
+) -> launch.Plan:
     """Takes (dy, w, dx, bias); see `tma_dgrad`."""
     g, (dy, dx) = flattened(problem, dy, dx)
     phases = phases_of(g, "dgrad", tile)
     box = tile.TILE_N, tile.TILE_H, tile.TILE_W
-    maps = {0: map_image(dy, box, tile.TILE_K), 1: map_filters(w, tile.TILE_K, tile.TILE_C), 2: map_image(dx, box, tile.TILE_C, phases)}
+    maps = {
+        0: map_image(dy, box, tile.TILE_K),
+        1: map_filters(w, tile.TILE_K, tile.TILE_C),
+        2: map_image(dx, box, tile.TILE_C, phases),
+    }
     return launch.Plan(
         tma_dgrad_kernel, (box_count(g, "dgrad", tile) * g.parities * cdiv(g.C, tile.TILE_C),),
         g.H, g.W, g.P, g.Q, *box_grid(g, "dgrad"), g.C,
@@ -138,11 +150,17 @@ def plan_tma_dgrad(problem: ConvProblem, tile: BoxTile, dy: launch.Laid, w: laun
 
 
 def tma_dgrad(
-    problem: ConvProblem, tile: BoxTile, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor, bias: torch.Tensor | None = None
+    problem: ConvProblem,
+    tile: BoxTile,
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    dx: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> None:
-    """Writes every element of dx, the gradient of a convolution's input, or with `bias` the result of a transposed convolution.
+    """Writes every element of dx, the gradient of a convolution's input, or with `bias` the result of a transposed
+    convolution.
 
-    Shapes: dy [N, K, P, Q], w [K, C, R, S], dx [N, C, H, W], all of one dtype, float16 or bfloat16, and as `views.why_not` demands;
-    bias [C]. Raises ValueError where the tile's boxes cannot step with the problem's stride.
+    Shapes: dy [N, K, P, Q], w [K, C, R, S], dx [N, C, H, W], all of one dtype, float16 or bfloat16, and as
+    `views.why_not` demands; bias [C]. Raises ValueError where the tile's boxes cannot step with the problem's stride.
     """
     plan_tma_dgrad(problem, tile, dy, w, dx)(dy, w, dx, bias)

@@ -2,10 +2,11 @@
 
     y[n, p, q, k] = sum over r, s, c of x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c] * w[k, r, s, c]
 
-One tap of the filter sees a box of output pixels as a box of input pixels, shifted: the patches need neither addresses nor masks, and
-padding is what lies outside the tensor. The GEMM is swapped, accumulator [filters, pixels] = w [filters, C] times the transposed box
-[pixels, C]: as the second operand the matrix unit reads the box in shared memory as the copy engine left it. Taps that reach only into
-the padding are skipped. 1x1 convolutions are plain GEMMs, see `views.flattened`.
+One tap of the filter sees a box of output pixels as a box of input pixels, shifted: the patches need neither addresses
+nor masks, and padding is what lies outside the tensor. The GEMM is swapped, accumulator [filters, pixels] = w [filters,
+C] times the transposed box [pixels, C]: as the second operand the matrix unit reads the box in shared memory as the
+copy engine left it. Taps that reach only into the padding are skipped. 1x1 convolutions are plain GEMMs, see
+`views.flattened`.
 
 Written for sm_90 and later. Not yet run on a GPU.
 """
@@ -36,7 +37,9 @@ def tma_fprop_kernel(
     PHASE_H: tl.constexpr, PHASE_W: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILE_K: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
-    """One box of y, TILE_K filters of it; z is the residual; `moments` [boxes, 2, K]. PIXEL: elements from a pixel of x to the next."""
+    """One box of y, TILE_K filters of it; z is the residual; `moments` [boxes, 2, K]. PIXEL: elements from a pixel of x
+    to the next.
+    """
     STEPS_C: tl.constexpr = (C + TILE_C - 1) // TILE_C
 
     # Filters vary fastest: programs that run together share their pixels.
@@ -88,12 +91,18 @@ def plan_tma_fprop(
     activation: str | None = None,
     slope: float = 0.0,
 ) -> launch.Plan:
-    """Takes (x, w, y, bias, mean, var, gamma, beta, residual, moments), each of the last seven or None; see `tma_fprop`."""
+    """Takes (x, w, y, bias, mean, var, gamma, beta, residual, moments), each of the last seven or None; see
+    `tma_fprop`.
+    """
     residuals = [] if residual is None else [residual]
     g, (x, y, *residuals) = flattened(problem, x, y, *residuals)
     phases = phases_of(g, "fprop", tile)
     box = tile.TILE_N, tile.TILE_H, tile.TILE_W
-    maps = {0: map_image(x, box, tile.TILE_C, phases), 1: map_filters(w, tile.TILE_K, tile.TILE_C), 2: map_image(y, box, tile.TILE_K)}
+    maps = {
+        0: map_image(x, box, tile.TILE_C, phases),
+        1: map_filters(w, tile.TILE_K, tile.TILE_C),
+        2: map_image(y, box, tile.TILE_K),
+    }
     if residuals:
         maps[8] = map_image(residuals[0], box, tile.TILE_K)
     return launch.Plan(
@@ -115,11 +124,12 @@ def tma_fprop(
     epilogue: Epilogue = PLAIN,
     moments: torch.Tensor | None = None,
 ) -> None:
-    """Writes y, what `epilogue` makes of conv(x, w), and, if asked, the (mean, M2) of each box of y; `box_rows` tells of which pixels.
+    """Writes y, what `epilogue` makes of conv(x, w), and, if asked, the (mean, M2) of each box of y; `box_rows` tells
+    of which pixels.
 
-    Shapes: x [N, C, H, W], w [K, C, R, S], y and the residual [N, K, P, Q], all of one dtype, float16 or bfloat16, and as `views.why_not`
-    demands; bias and those of the batch norm [K]; moments [boxes, 2, K] in float32. Raises ValueError where the tile's boxes cannot step
-    with the problem's stride.
+    Shapes: x [N, C, H, W], w [K, C, R, S], y and the residual [N, K, P, Q], all of one dtype, float16 or bfloat16, and
+    as `views.why_not` demands; bias and those of the batch norm [K]; moments [boxes, 2, K] in float32. Raises
+    ValueError where the tile's boxes cannot step with the problem's stride.
     """
     e = epilogue
     plan = plan_tma_fprop(problem, tile, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
@@ -129,4 +139,6 @@ def tma_fprop(
 def box_rows(problem: ConvProblem, tile: BoxTile) -> TileRows:
     """The pixels that the moments of each box stand for. `problem`: flattened, where the kernel sees it so."""
     g = problem
-    return TileRows(cdiv(g.P, tile.TILE_H), g.P, tile.TILE_H, g.Q, 1, box_count(g, "fprop", tile), tile.TILE_W, g.N, tile.TILE_N)
+    return TileRows(
+        cdiv(g.P, tile.TILE_H), g.P, tile.TILE_H, g.Q, 1, box_count(g, "fprop", tile), tile.TILE_W, g.N, tile.TILE_N
+    )

@@ -1,12 +1,14 @@
 """Convolutions of an image of few channels, as the first of a network is, by the tensor-map kernels.
 
-A pixel of three channels is no multiple of 16 bytes, which a tensor map demands. So the image is packed first: pixels of 4 or 8 channels,
-the last of them zeros, and zeros to the left and right for the padding. Then S pixels side by side are one run of memory, and the image
-is seen as [N, H, Q, S * channels], in which neighbours overlap: what a row of the filter meets for each column of outputs. In these
-letters a 7x7 filter is one of 7x1 taps over 28 channels, and stride and padding remain along H only. That costs a pass over memory, and a
-third of the products are of zeros; but every load is one instruction, where the pointers of gather/ fetch channels one at a time.
+A pixel of three channels is no multiple of 16 bytes, which a tensor map demands. So the image is packed first: pixels
+of 4 or 8 channels, the last of them zeros, and zeros to the left and right for the padding. Then S pixels side by side
+are one run of memory, and the image is seen as [N, H, Q, S * channels], in which neighbours overlap: what a row of the
+filter meets for each column of outputs. In these letters a 7x7 filter is one of 7x1 taps over 28 channels, and stride
+and padding remain along H only. That costs a pass over memory, and a third of the products are of zeros; but every load
+is one instruction, where the pointers of gather/ fetch channels one at a time.
 
-No GPU has been asked yet whether it takes overlapping maps: nothing here runs by default, only where measuring found it right and fastest.
+No GPU has been asked yet whether it takes overlapping maps: nothing here runs by default, only where measuring found it
+right and fastest.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from .views import ALIGNMENT
 from .wgrad import plan_partials
 
 
-@triton.jit(do_not_specialize=["H", "W", "LEFT", "ROWS", "COLUMNS", "PIXELS", "stride_n", "stride_c", "stride_h", "stride_w"])
+@triton.jit(
+    do_not_specialize=["H", "W", "LEFT", "ROWS", "COLUMNS", "PIXELS", "stride_n", "stride_c", "stride_h", "stride_w"]
+)
 def pack_pixels_kernel(
     image_ptr, packed_ptr, H, W, LEFT, ROWS, COLUMNS, PIXELS, stride_n, stride_c, stride_h, stride_w,
     C: tl.constexpr, PIXEL: tl.constexpr, BLOCK: tl.constexpr,
@@ -44,12 +48,16 @@ def pack_pixels_kernel(
     exist = m < PIXELS
     seen = exist & (w >= 0) & (w < W) & (h < H)
     pixels = image_ptr + n * stride_n + h * stride_h + w * stride_w
-    values = tl.load(pixels[:, None] + c.to(tl.int64)[None, :] * stride_c, mask=seen[:, None] & (c < C)[None, :], other=0.0)
+    values = tl.load(
+        pixels[:, None] + c.to(tl.int64)[None, :] * stride_c, mask=seen[:, None] & (c < C)[None, :], other=0.0
+    )
     tl.store(packed_ptr + m[:, None] * PIXEL + c[None, :], values, mask=exist[:, None])
 
 
 def plan_packing(image: launch.Laid, packed: launch.Layout, left: int) -> launch.Plan:
-    """Takes (image, packed): images [N, C, H, W] in any memory layout, and [N, PIXEL, ROWS, COLUMNS], dense and channels_last."""
+    """Takes (image, packed): images [N, C, H, W] in any memory layout, and [N, PIXEL, ROWS, COLUMNS], dense and
+    channels_last.
+    """
     BLOCK = 512
     _, C, H, W = image.shape
     N, PIXEL, ROWS, COLUMNS = packed.shape
@@ -76,7 +84,9 @@ def pixel_of(problem: ConvProblem) -> int:
 
 
 def packed_sizes(problem: ConvProblem) -> tuple[int, int]:
-    """(ROWS, COLUMNS) of the packed image: rows are whole phases (boxes.py), columns hold the padding, and end at 16 bytes."""
+    """(ROWS, COLUMNS) of the packed image: rows are whole phases (boxes.py), columns hold the padding, and end at 16
+    bytes.
+    """
     g, pixel = problem, pixel_of(problem)
     columns = (g.Q - 1) * g.stride_w + g.S
     return cdiv(g.H, g.stride_h) * g.stride_h, cdiv(columns * pixel, ALIGNMENT) * ALIGNMENT // pixel
@@ -123,7 +133,13 @@ class StemPlan(NamedTuple):
 
 
 def plan_stem_fprop(
-    problem: ConvProblem, tile: BoxTile, x: launch.Laid, w: launch.Laid, y: launch.Laid, residual: launch.Laid | None, *epilogue: Any
+    problem: ConvProblem,
+    tile: BoxTile,
+    x: launch.Laid,
+    w: launch.Laid,
+    y: launch.Laid,
+    residual: launch.Laid | None,
+    *epilogue: Any,
 ) -> StemPlan:
     """As `plan_tma_fprop`, which see for the arguments; x and w in any memory layout."""
     packing = packing_of(problem, launch.layout(x).dtype)
@@ -145,7 +161,9 @@ class StemWgradPlan(NamedTuple):
         self.run(image, dy, dw)
 
 
-def plan_stem_wgrad(problem: ConvProblem, tile: BoxTile, x: launch.Laid, dy: launch.Laid, dw: launch.Laid) -> StemWgradPlan:
+def plan_stem_wgrad(
+    problem: ConvProblem, tile: BoxTile, x: launch.Laid, dy: launch.Laid, dw: launch.Laid
+) -> StemWgradPlan:
     """Takes (x, dy, dw), as `tma_wgrad` does; x in any memory layout."""
     g = problem
     packing, pixel = packing_of(g, launch.layout(x).dtype), pixel_of(g)

@@ -1,7 +1,7 @@
 """Which tile a tensor-map kernel runs with. Pure Python: imports neither torch nor triton.
 
-Nothing here has been measured on a GPU. The sizes compile without spills on every supported compiler, and a small model of what a
-convolution moves and multiplies chooses among them where tables.py has no measured row.
+Nothing here has been measured on a GPU. The sizes compile without spills on every supported compiler, and a small model
+of what a convolution moves and multiplies chooses among them where tables.py has no measured row.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from ..tiling import Operation, cdiv
 
 @dataclass(frozen=True, slots=True)
 class BoxTile:
-    """A box of TILE_N images x TILE_H rows x TILE_W columns of pixels, TILE_K filters, TILE_C channels: the letters of ConvProblem.
+    """A box of TILE_N images x TILE_H rows x TILE_W columns of pixels, TILE_K filters, TILE_C channels: the letters of
+    ConvProblem.
 
-    One of the three is summed over: fprop steps through channels, dgrad through filters, wgrad through pixels, which SPLIT_K cuts.
+    One of the three is summed over: fprop steps through channels, dgrad through filters, wgrad through pixels, which
+    SPLIT_K cuts.
     """
 
     TILE_N: int
@@ -62,20 +64,34 @@ class BoxSize(NamedTuple):
 
 # Largest first, four warps for the reason that tiling.py gives.
 SIZES: dict[Operation, tuple[BoxSize, ...]] = {
-    "fprop": (BoxSize(256, 64, 64, 4, 4), BoxSize(128, 128, 64, 4, 3), BoxSize(128, 64, 64, 4, 4), BoxSize(64, 64, 64, 4, 4)),
-    "dgrad": (BoxSize(256, 64, 64, 4, 4), BoxSize(128, 64, 128, 4, 3), BoxSize(128, 64, 64, 4, 4), BoxSize(64, 64, 64, 4, 4)),
+    "fprop": (
+        BoxSize(256, 64, 64, 4, 4),
+        BoxSize(128, 128, 64, 4, 3),
+        BoxSize(128, 64, 64, 4, 4),
+        BoxSize(64, 64, 64, 4, 4),
+    ),
+    "dgrad": (
+        BoxSize(256, 64, 64, 4, 4),
+        BoxSize(128, 64, 128, 4, 3),
+        BoxSize(128, 64, 64, 4, 4),
+        BoxSize(64, 64, 64, 4, 4),
+    ),
     "wgrad": (BoxSize(64, 128, 128, 4, 3), BoxSize(64, 128, 64, 4, 4), BoxSize(64, 64, 64, 4, 4)),
 }
-# In wgrad boxes of several axes pass through registers (see boxes.py), and ptxas then waits after every wgmma of 128 columns.
+# In wgrad boxes of several axes pass through registers (see boxes.py), and ptxas then waits after every wgmma of 128
+# columns.
 MOST_CHANNELS_OF_BOXES = 64
-# A tile's sums that leave a thread registers enough for erf, which takes the most, and on sm_100 for the addresses of a gradient's weights.
+# A tile's sums that leave a thread registers enough for erf, which takes the most, and on sm_100 for the addresses of a
+# gradient's weights.
 MOST_SUMS = 128 * 64
-# Rows x columns of an image in a box, which takes as many images as make up its pixels. One row of all pixels is tried too.
+# Rows x columns of an image in a box, which takes as many images as make up its pixels. One row of all pixels is tried
+# too.
 SHAPES = ((8, 16), (8, 8), (4, 4), (2, 2), (1, 16), (1, 1))
 # Where less of a box than this lies in the tensor, the pointers of gather/, which pack the pixels, have less to do.
 MIN_USEFUL = 0.5
-# The model's machine, from data sheets and estimates: multiprocessors; of each, floating-point operations a clock, and bytes a clock from
-# the second-level cache; clocks of a program outside its loop; bytes of memory a clock, and the clocks that one more launch takes.
+# The model's machine, from data sheets and estimates: multiprocessors; of each, floating-point operations a clock, and
+# bytes a clock from the second-level cache; clocks of a program outside its loop; bytes of memory a clock, and the
+# clocks that one more launch takes.
 MULTIPROCESSORS = 132
 FLOPS_PER_CLOCK = 4096
 CACHE_BYTES_PER_CLOCK = 24
@@ -97,10 +113,11 @@ def box_count(problem: ConvProblem, operation: Operation, tile: BoxTile) -> int:
 
 
 def box_phases(problem: ConvProblem, operation: Operation, tile: BoxTile) -> tuple[int, int] | None:
-    """(PHASE_H, PHASE_W), as boxes.py explains them, of x, or of dx in dgrad; None where the tile's boxes cannot step with the stride.
+    """(PHASE_H, PHASE_W), as boxes.py explains them, of x, or of dx in dgrad; None where the tile's boxes cannot step
+    with the stride.
 
-    That is where an image is no whole number of phases, or a block of channels reaches into the next pixel's. Wgrad may read those, for
-    it does not store what they make.
+    That is where an image is no whole number of phases, or a block of channels reaches into the next pixel's. Wgrad may
+    read those, for it does not store what they make.
     """
     g = problem
     phase_h = g.stride_h if tile.TILE_H > 1 else 1
@@ -120,8 +137,12 @@ def phases_of(problem: ConvProblem, operation: Operation, tile: BoxTile) -> tupl
     return phases
 
 
-def candidate_boxes(problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90) -> Iterator[BoxTile]:
-    """The tiles that a convolution may get: of each size, with every shape of box that suits its strides. `arch`: 90 for sm_90."""
+def candidate_boxes(
+    problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
+) -> Iterator[BoxTile]:
+    """The tiles that a convolution may get: of each size, with every shape of box that suits its strides. `arch`: 90
+    for sm_90.
+    """
     g = problem
     short_of_registers = activation == "gelu" or (operation == "wgrad" and arch >= 100)
     for pixels, filters, channels, num_warps, num_stages in SIZES[operation]:
@@ -134,8 +155,14 @@ def candidate_boxes(problem: ConvProblem, operation: Operation, activation: str 
                 continue
             tile = BoxTile(pixels // (rows * columns), rows, columns, filters, channels, num_warps, num_stages)
             sums = tile.gemm(operation)[0] * tile.gemm(operation)[1]
-            serial = operation == "wgrad" and pixels not in (tile.TILE_N, tile.TILE_W) and channels > MOST_CHANNELS_OF_BOXES
-            if box_phases(g, operation, tile) is not None and not serial and not (short_of_registers and sums > MOST_SUMS):
+            serial = (
+                operation == "wgrad" and pixels not in (tile.TILE_N, tile.TILE_W) and channels > MOST_CHANNELS_OF_BOXES
+            )
+            if (
+                box_phases(g, operation, tile) is not None
+                and not serial
+                and not (short_of_registers and sums > MOST_SUMS)
+            ):
                 yield tile
 
 
@@ -152,8 +179,12 @@ def box_steps(problem: ConvProblem, operation: Operation, tile: BoxTile) -> int:
     """Steps of all programs together. Boxes of one row, or column, skip the taps that see padding."""
     g = problem
     rows, columns = box_grid(g, operation)
-    steps_h = tap_pairs(g.P, g.H, g.R, g.stride_h, g.pad_h, g.dil_h) if tile.TILE_H == 1 else cdiv(rows, tile.TILE_H) * g.R
-    steps_w = tap_pairs(g.Q, g.W, g.S, g.stride_w, g.pad_w, g.dil_w) if tile.TILE_W == 1 else cdiv(columns, tile.TILE_W) * g.S
+    steps_h = (
+        tap_pairs(g.P, g.H, g.R, g.stride_h, g.pad_h, g.dil_h) if tile.TILE_H == 1 else cdiv(rows, tile.TILE_H) * g.R
+    )
+    steps_w = (
+        tap_pairs(g.Q, g.W, g.S, g.stride_w, g.pad_w, g.dil_w) if tile.TILE_W == 1 else cdiv(columns, tile.TILE_W) * g.S
+    )
     return cdiv(g.N, tile.TILE_N) * steps_h * steps_w * cdiv(g.K, tile.TILE_K) * cdiv(g.C, tile.TILE_C)
 
 
@@ -184,8 +215,12 @@ def splits(problem: ConvProblem, operation: Operation, tile: BoxTile) -> Iterato
         split *= 2
 
 
-def search_boxes(problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90) -> Iterator[BoxTile]:
-    """What measuring tries, those of the least estimated clocks first: all candidates whose boxes would not be mostly empty, and splits."""
+def search_boxes(
+    problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
+) -> Iterator[BoxTile]:
+    """What measuring tries, those of the least estimated clocks first: all candidates whose boxes would not be mostly
+    empty, and splits.
+    """
     rows, columns = box_grid(problem, operation)
     pixels = problem.N * rows * columns
     useful = [
@@ -203,6 +238,8 @@ def is_half_empty(problem: ConvProblem, operation: Operation, tile: BoxTile) -> 
     return tile.TILE_K >= max(2 * problem.K, least_filters + 1) or tile.TILE_C >= max(2 * problem.C, least_channels + 1)
 
 
-def choose_box_tile(problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90) -> BoxTile | None:
+def choose_box_tile(
+    problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
+) -> BoxTile | None:
     """The candidate of the least estimated clocks; None if the boxes of all would be mostly empty."""
     return next(search_boxes(problem, operation, activation, arch), None)

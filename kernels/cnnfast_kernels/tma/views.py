@@ -15,7 +15,9 @@ ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that a tensor map can start
 
 
 def strides_of(t: launch.Laid) -> tuple[int, int, int]:
-    """(n, h, w): strides of a tensor [N, C, H, W] with adjacent channels; along an axis of one pixel, what a dense tensor would have."""
+    """(n, h, w): strides of a tensor [N, C, H, W] with adjacent channels; along an axis of one pixel, what a dense
+    tensor would have.
+    """
     N, C, H, W = t.shape
     n, _, h, w = t.stride()
     w = w if W > 1 else C
@@ -24,7 +26,9 @@ def strides_of(t: launch.Laid) -> tuple[int, int, int]:
 
 
 def is_mappable(t: launch.Laid) -> bool:
-    """Whether channels are adjacent, and pixels, rows and images follow one another at multiples of 16 bytes, not overlapping."""
+    """Whether channels are adjacent, and pixels, rows and images follow one another at multiples of 16 bytes, not
+    overlapping.
+    """
     _, C, H, W = t.shape
     n, h, w = strides_of(t)
     aligned = C % ALIGNMENT == n % ALIGNMENT == h % ALIGNMENT == w % ALIGNMENT == 0
@@ -62,18 +66,25 @@ def why_not(problem: ConvProblem, precision: Precision, arch: int, aligned: bool
 
 
 def flattened(problem: ConvProblem, *images: launch.Laid) -> tuple[ConvProblem, Sequence[launch.Laid]]:
-    """A 1x1 convolution of dense images as one of a single row, whose boxes waste no pixel: a plain GEMM. Any other as it is."""
+    """A 1x1 convolution of dense images as one of a single row, whose boxes waste no pixel: a plain GEMM. Any other as
+    it is.
+    """
     g = problem
     plain = (g.R, g.S, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.P, g.Q) == (1, 1, 1, 1, 0, 0, g.H, g.W)
     if not plain or any((n, h) != (t.shape[2] * h, t.shape[3] * w) for t in images for n, h, w in [strides_of(t)]):
         return problem, images
     row = g.N * g.H * g.W
     pixels = [strides_of(t)[2] for t in images]
-    rows = [launch.Layout((1, t.shape[1], 1, row), (row * w, 1, row * w, w), t.dtype) for t, w in zip(images, pixels, strict=True)]
+    rows = [
+        launch.Layout((1, t.shape[1], 1, row), (row * w, 1, row * w, w), t.dtype)
+        for t, w in zip(images, pixels, strict=True)
+    ]
     return replace(g, N=1, H=1, W=row, P=1, Q=row), rows
 
 
-def map_image(t: launch.Laid, box: tuple[int, int, int], channels: int, phases: tuple[int, int] = (1, 1)) -> TensorDescriptor:
+def map_image(
+    t: launch.Laid, box: tuple[int, int, int], channels: int, phases: tuple[int, int] = (1, 1)
+) -> TensorDescriptor:
     """[N, H, W, C], or in phases, as boxes.py explains them, [N, H / PHASE_H, PHASE_H, W / PHASE_W, PHASE_W * C]."""
     N, C, H, W = t.shape
     n, h, w = strides_of(t)

@@ -2,13 +2,15 @@
 
     dw[k, r, s, c] = sum over n, p, q of dy[n, p, q, k] * x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c]
 
-A program has one tap: a box of dy's pixels meets a box of x's, shifted by the tap, and the product [filters, channels] is summed over
-boxes. Those that the tap moves into the padding are skipped. The boxes are cut into parts that run side by side; each writes a partial
-gradient to its own slot, and a second kernel adds the slots in a fixed order: the same bits every time.
+A program has one tap: a box of dy's pixels meets a box of x's, shifted by the tap, and the product [filters, channels]
+is summed over boxes. Those that the tap moves into the padding are skipped. The boxes are cut into parts that run side
+by side; each writes a partial gradient to its own slot, and a second kernel adds the slots in a fixed order: the same
+bits every time.
 
-What lies outside dy is zero, and multiplied. Where P is no multiple of a box's rows, or Q of its columns, the last box meets pixels of x
-beyond those that its tap reaches: an infinity or NaN there makes the tap's weights NaN though it does not reach them. A second sum without
-such pixels, as in dgrad.py, was tried: beside it ptxas waits after every wgmma of the first one, in boxes that pass through registers.
+What lies outside dy is zero, and multiplied. Where P is no multiple of a box's rows, or Q of its columns, the last box
+meets pixels of x beyond those that its tap reaches: an infinity or NaN there makes the tap's weights NaN though it does
+not reach them. A second sum without such pixels, as in dgrad.py, was tried: beside it ptxas waits after every wgmma of
+the first one, in boxes that pass through registers.
 
 Written for sm_90 and later. Not yet run on a GPU.
 """
@@ -50,7 +52,9 @@ def tma_wgrad_kernel(
     PHASE_H: tl.constexpr, PHASE_W: tl.constexpr, DW_ALIGN: tl.constexpr,
     TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILE_K: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
-    """TILE_K filters x TILE_C channels of one tap of one slot of dw [SLOTS, K, C, R, S]. PIXEL: elements from a pixel of x to the next."""
+    """TILE_K filters x TILE_C channels of one tap of one slot of dw [SLOTS, K, C, R, S]. PIXEL: elements from a pixel
+    of x to the next.
+    """
     TILES_C: tl.constexpr = (C + TILE_C - 1) // TILE_C
     COLUMN: tl.constexpr = TILE_H * TILE_W == 1
 
@@ -75,15 +79,21 @@ def tma_wgrad_kernel(
         p = (first_h + box // boxes_w % boxes_h) * TILE_H
         q = (first_w + box % boxes_w) * TILE_W
         dy = load_column(dy_map, n, p, q, k0) if COLUMN else load_box(dy_map, n, p, q, k0)  # [pixels, TILE_K]
-        x = load_phases(x_map, n, p * STRIDE_H + h_tap, q * STRIDE_W + w_tap, c0, PIXEL, PHASE_H, PHASE_W)  # [pixels, TILE_C]
+        # [pixels, TILE_C]
+        x = load_phases(x_map, n, p * STRIDE_H + h_tap, q * STRIDE_W + w_tap, c0, PIXEL, PHASE_H, PHASE_W)
         acc = tl.dot(dy.T, x, acc)
 
     k = k0 + tl.arange(0, TILE_K)
     c = c0 + tl.arange(0, TILE_C)
-    dw_tap = slot.to(tl.int64) * dw_stride_slot + ((tap // S).to(tl.int64) * dw_stride_r + (tap % S).to(tl.int64) * dw_stride_s) * DW_ALIGN
+    dw_tap = (
+        slot.to(tl.int64) * dw_stride_slot
+        + ((tap // S).to(tl.int64) * dw_stride_r + (tap % S).to(tl.int64) * dw_stride_s) * DW_ALIGN
+    )
     dw_rows = dw_ptr + dw_tap + k.to(tl.int64) * dw_stride_k * DW_ALIGN
     dw_cols = channel_offset(c, dw_stride_c)
-    tl.store(dw_rows[:, None] + dw_cols[None, :], acc.to(dw_ptr.dtype.element_ty), mask=(k < K)[:, None] & (c < C)[None, :])
+    tl.store(
+        dw_rows[:, None] + dw_cols[None, :], acc.to(dw_ptr.dtype.element_ty), mask=(k < K)[:, None] & (c < C)[None, :]
+    )
 
 
 def plan_partials(
@@ -114,7 +124,7 @@ def plan_tma_wgrad(problem: ConvProblem, tile: BoxTile, x: launch.Laid, dy: laun
 def tma_wgrad(problem: ConvProblem, tile: BoxTile, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
     """Writes every element of dw, the gradient of a convolution's weights, from tile.SPLIT_K partial sums.
 
-    Shapes: x [N, C, H, W], dy [N, K, P, Q], of one dtype, float16 or bfloat16, and as `views.why_not` demands; dw [K, C, R, S] in any
-    memory layout. Raises ValueError where the tile's boxes cannot step with the problem's stride.
+    Shapes: x [N, C, H, W], dy [N, K, P, Q], of one dtype, float16 or bfloat16, and as `views.why_not` demands; dw [K,
+    C, R, S] in any memory layout. Raises ValueError where the tile's boxes cannot step with the problem's stride.
     """
     plan_tma_wgrad(problem, tile, x, dy, dw)(x, dy, dw)

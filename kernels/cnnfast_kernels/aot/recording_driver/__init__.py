@@ -5,9 +5,10 @@
         launches, encodes = driver.taken()
     assert launches[0].parameters[0] == x.data_ptr().to_bytes(8, "little")
 
-Triton compiles, loads and launches by its own code: what is recorded is what would have reached CUDA. Tensors are the CPU's; what a kernel
-would have written stays as it was. Only for a process of its own, in which kernels are compiled and no other libcuda was loaded, because
-the library stays in the process. Needs a C compiler, as Triton does. Works on triton 3.6 to 3.9.
+Triton compiles, loads and launches by its own code: what is recorded is what would have reached CUDA. Tensors are the
+CPU's; what a kernel would have written stays as it was. Only for a process of its own, in which kernels are compiled
+and no other libcuda was loaded, because the library stays in the process. Needs a C compiler, as Triton does. Works on
+triton 3.6 to 3.9.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ NO_LOAD = 4  # dlopen's RTLD_NOLOAD, which Python does not name
 
 @dataclass(frozen=True, slots=True)
 class RecordedLaunch:
-    """One launch as CUDA was asked for it. `parameters`: the kernel's, each as the bytes that the binary expects; `attributes` likewise.
+    """One launch as CUDA was asked for it. `parameters`: the kernel's, each as the bytes that the binary expects;
+    `attributes` likewise.
 
-    `function` is the loaded binary (RecordingDriver.kernels). Threads of a block are counted along three axes, as programs of a grid are.
+    `function` is the loaded binary (RecordingDriver.kernels). Threads of a block are counted along three axes, as
+    programs of a grid are.
     """
 
     function: int
@@ -61,7 +64,8 @@ class RecordedLaunch:
 
 @dataclass(frozen=True, slots=True)
 class RecordedEncode:
-    """One tensor map as CUDA was asked for it. Axes are innermost first, strides are bytes, the innermost axis's is 0 (it is not told).
+    """One tensor map as CUDA was asked for it. Axes are innermost first, strides are bytes, the innermost axis's is 0
+    (it is not told).
 
     `refusal` says which of CUDA's limits it breaks; the empty string if none.
     """
@@ -81,12 +85,16 @@ class RecordedEncode:
 
     @property
     def permuted(self) -> bool:
-        """Whether an axis has a smaller stride than one inside it: allowed by the documentation's prose, not by every example in it."""
+        """Whether an axis has a smaller stride than one inside it: allowed by the documentation's prose, not by every
+        example in it.
+        """
         return any(outer < inner for inner, outer in itertools.pairwise(self.strides[1:]))
 
     @property
     def overlapping(self) -> bool:
-        """Whether two positions may share an address: an axis steps by less than what the axes of smaller strides reach over."""
+        """Whether two positions may share an address: an axis steps by less than what the axes of smaller strides reach
+        over.
+        """
         axes = sorted(zip((self.element_bytes, *self.strides[1:]), self.dims, strict=True))
         return any(step < stride * dim for (stride, dim), (step, extent) in itertools.pairwise(axes) if extent > 1)
 
@@ -95,8 +103,8 @@ class RecordedEncode:
 class LoadedKernel:
     """A binary that was loaded, and its digest.
 
-    `parameter_bytes` are the sizes that its machine code expects, `passed_bytes` those of what Triton's launcher passes, both with the two
-    pointers to scratch memory that Triton adds.
+    `parameter_bytes` are the sizes that its machine code expects, `passed_bytes` those of what Triton's launcher
+    passes, both with the two pointers to scratch memory that Triton adds.
     """
 
     name: str
@@ -122,20 +130,36 @@ class _Encode(ctypes.Structure):
         ("address", ctypes.c_uint64),
         *((name, ctypes.c_uint64 * 5) for name in ("dims", "strides")),
         *((name, ctypes.c_uint32 * 5) for name in ("box", "element_strides")),
-        *((name, ctypes.c_uint32) for name in ("rank", "type", "element_bytes", "interleave", "swizzle", "promotion", "fill")),
+        *(
+            (name, ctypes.c_uint32)
+            for name in ("rank", "type", "element_bytes", "interleave", "swizzle", "promotion", "fill")
+        ),
         ("refusal", ctypes.c_char * 160),
     ]
 
 
 def build() -> Path:
-    """The library, compiled against Triton's own cuda.h; it is kept in Triton's cache. Raises RuntimeError without a C compiler."""
+    """The library, compiled against Triton's own cuda.h; it is kept in Triton's cache. Raises RuntimeError without a C
+    compiler.
+    """
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise RuntimeError("the recording driver is compiled by a C compiler, and there is none: install gcc or clang")
     include = Path(nvidia.__file__).with_name("include")
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / NAME
-        command = [compiler, "-std=c11", "-O2", "-shared", "-fPIC", f"-Wl,-soname,{NAME}", f"-I{include}", str(SOURCE), "-o", str(made)]
+        command = [
+            compiler,
+            "-std=c11",
+            "-O2",
+            "-shared",
+            "-fPIC",
+            f"-Wl,-soname,{NAME}",
+            f"-I{include}",
+            str(SOURCE),
+            "-o",
+            str(made),
+        ]
         key = hashlib.sha256(SOURCE.read_bytes() + (include / "cuda.h").read_bytes()).hexdigest()
         cache = get_cache_manager(key)
         found = cache.get_file(NAME)
@@ -149,7 +173,9 @@ _library: Any = None
 
 
 def _load() -> Any:
-    """The library in this process. The dynamic linker knows it by its name from then on, and gives it to all of Triton's modules."""
+    """The library in this process. The dynamic linker knows it by its name from then on, and gives it to all of
+    Triton's modules.
+    """
     global _library
     if _library is None:
         try:
@@ -172,12 +198,16 @@ def _load() -> Any:
 # What Triton's launcher writes for an argument of each type, and for each type in the C code of version 3.6.
 WRITTEN_BYTES = {f"{sign}{bits}": bits // 8 for sign in "iu" for bits in (8, 16, 32, 64)}
 WRITTEN_BYTES |= {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8, "*i8": 8, "nvTmaDesc": 128}
-C_BYTES = {f"{sign}int{bits}_t": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)} | {"CUdeviceptr": 8, "CUtensorMap": 128}
+C_BYTES = {f"{sign}int{bits}_t": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)} | {
+    "CUdeviceptr": 8,
+    "CUtensorMap": 128,
+}
 
 
 def passed_bytes(launcher: Any, source: Any, metadata: Any) -> tuple[int, ...]:
     """The sizes of what Triton's `launcher` of a kernel passes, as the launcher itself has them."""
-    if hasattr(launcher, "kernel_signature"):  # from 3.7 on: a byte for each, which is the number of a function that writes one
+    # from 3.7 on: a byte for each, which is the number of a function that writes one
+    if hasattr(launcher, "kernel_signature"):
         build_signature: Any = nvidia.CudaUtils.instance.build_signature_metadata  # type: ignore[attr-defined]
         written = {build_signature([name])[0]: size for name, size in WRITTEN_BYTES.items()}
         sizes = [written[number] for number in launcher.kernel_signature]
@@ -191,8 +221,10 @@ def passed_bytes(launcher: Any, source: Any, metadata: Any) -> tuple[int, ...]:
 
 
 class RecordingDriver(nvidia.CudaDriver):
-    """Triton's own driver of one GPU that is not there. `device`, `stream` and `capability` (90 for sm_90) are what Triton is told of it;
-    a test may change the first two. `kernels` are the binaries that were loaded, by the function that launches name."""
+    """Triton's own driver of one GPU that is not there. `device`, `stream` and `capability` (90 for sm_90) are what
+    Triton is told of it; a test may change the first two. `kernels` are the binaries that were loaded, by the function
+    that launches name.
+    """
 
     def __init__(self, capability: int, device: int, record: bool) -> None:
         # CudaDriver's own constructor would ask torch for a GPU.
@@ -224,8 +256,11 @@ class RecordingDriver(nvidia.CudaDriver):
         loaded = self._load_binary(name, binary, shared, device)
         expected, passed = tuple(sass.parameter_bytes(binary)), self._made.passed_bytes
         scratch = self._made.metadata.global_scratch_size, self._made.metadata.profile_scratch_size
-        self.kernels[loaded[1]] = LoadedKernel(name, hashlib.sha256(binary).hexdigest()[:16], expected, passed, *scratch)
-        sizes = [min(pair) for pair in zip(expected, passed, strict=False)]  # where they differ, no byte is read that was not passed
+        self.kernels[loaded[1]] = LoadedKernel(
+            name, hashlib.sha256(binary).hexdigest()[:16], expected, passed, *scratch
+        )
+        # where they differ, no byte is read that was not passed
+        sizes = [min(pair) for pair in zip(expected, passed, strict=False)]
         if not self.library.recorder_expect(loaded[1], len(sizes), (ctypes.c_uint32 * len(sizes))(*sizes)):
             raise ValueError(f"kernel {name} has {len(sizes)} parameters, more than libcuda.c has room for")
         return loaded
@@ -249,12 +284,17 @@ class RecordingDriver(nvidia.CudaDriver):
         parameters, attributes = pieces[: len(pieces) - it.attributes], pieces[len(pieces) - it.attributes :]
         assert sum(map(len, parameters)) == it.parameter_bytes
         grid, block = tuple(it.grid), tuple(it.block)
-        return RecordedLaunch(it.function, it.stream, grid, block, it.shared_bytes, tuple(parameters), tuple(attributes))
+        return RecordedLaunch(
+            it.function, it.stream, grid, block, it.shared_bytes, tuple(parameters), tuple(attributes)
+        )
 
 
 def _encoded(it: Any) -> RecordedEncode:
     axes = {name: tuple(getattr(it, name)[: it.rank]) for name in ("dims", "strides", "box", "element_strides")}
-    rest = {name: getattr(it, name) for name in ("address", "type", "element_bytes", "interleave", "swizzle", "promotion", "fill")}
+    rest = {
+        name: getattr(it, name)
+        for name in ("address", "type", "element_bytes", "interleave", "swizzle", "promotion", "fill")
+    }
     return RecordedEncode(**axes, **rest, refusal=it.refusal.decode())
 
 
@@ -264,13 +304,16 @@ _device_numbers = itertools.count(2000)
 
 @contextmanager
 def recording_driver(capability: int = 90, record: bool = True) -> Iterator[RecordingDriver]:
-    """Makes Triton compile for sm_`capability` and launch over a driver that records; that forgets at once if not `record`.
+    """Makes Triton compile for sm_`capability` and launch over a driver that records; that forgets at once if not
+    `record`.
 
-    The driver that was active is active again afterwards. Raises RuntimeError where kernels are interpreted, where another libcuda is
-    loaded, and where there is no C compiler; ValueError for an architecture that is not known here.
+    The driver that was active is active again afterwards. Raises RuntimeError where kernels are interpreted, where
+    another libcuda is loaded, and where there is no C compiler; ValueError for an architecture that is not known here.
     """
     if launch.INTERPRETED:
-        raise RuntimeError("kernels are interpreted in this process, not launched: unset TRITON_INTERPRET and start again")
+        raise RuntimeError(
+            "kernels are interpreted in this process, not launched: unset TRITON_INTERPRET and start again"
+        )
     if capability not in SHARED_LIMITS:
         raise ValueError(f"capability={capability} is not known here: use one of {', '.join(map(str, SHARED_LIMITS))}")
     do_compile, before = JITFunction._do_compile, drivers._active

@@ -3,9 +3,9 @@
     dx[n, h, w, c] = sum over m, r, s of dy[n, p, q, k] * w[k, r, s]
     where k = c * MULTIPLIER + m, p * stride_h = h + pad_h - r * dil_h, q alike
 
-Every pixel of dx gathers its own sum. Strips begin where h + pad_h is a multiple of the stride: which taps meet which of their rows is
-then known to the compiler. Columns with the same w mod stride_w meet the same taps, as in gather.dgrad: a program takes columns of one
-such class. So no work is spent on zeros.
+Every pixel of dx gathers its own sum. Strips begin where h + pad_h is a multiple of the stride: which taps meet which
+of their rows is then known to the compiler. Columns with the same w mod stride_w meet the same taps, as in
+gather.dgrad: a program takes columns of one such class. So no work is spent on zeros.
 """
 
 from __future__ import annotations
@@ -20,7 +20,19 @@ from ...problem import ConvProblem, tap_step
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
 from .strips import FAR, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
 
-EXTENTS = ["N", "H", "W", "P", "Q", "strips", "strips_magic", "strips_shift", "columns", "columns_magic", "columns_shift"]
+EXTENTS = [
+    "N",
+    "H",
+    "W",
+    "P",
+    "Q",
+    "strips",
+    "strips_magic",
+    "strips_shift",
+    "columns",
+    "columns_magic",
+    "columns_shift",
+]
 STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx") for d in "nhwc"]
 
 
@@ -46,7 +58,9 @@ def depthwise_dgrad_kernel(
     pid = tl.program_id(0)
     first = pid // TILES_C % STRIDE_W
     tile = pid // TILES_C // STRIDE_W
-    n, i, j, ok = locate_strips(tile, N, strips, columns, strips_magic, strips_shift, columns_magic, columns_shift, BLOCK_M)
+    n, i, j, ok = locate_strips(
+        tile, N, strips, columns, strips_magic, strips_shift, columns_magic, columns_shift, BLOCK_M
+    )
     c = pid % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
     _, s0, taps_s, q0 = class_axis(first, W, S, STRIDE_W, PAD_W, DIL_W, STEP_W)
@@ -67,7 +81,8 @@ def depthwise_dgrad_kernel(
     for m in range(MULTIPLIER):
         k = c * MULTIPLIER + m
         dy_rows = dy_pixels[:, None] + channel_offset(k, dy_stride_c)[None, :]
-        w_taps = w_ptr + tl.zeros((BLOCK_M,), tl.int32)[:, None] + channel_offset(k, w_stride_k)[None, :]  # each thread loads its own
+        # each thread loads its own
+        w_taps = w_ptr + tl.zeros((BLOCK_M,), tl.int32)[:, None] + channel_offset(k, w_stride_k)[None, :]
         for r0 in tl.static_range(0, R, TAPS):
             for t in range(taps_s):
                 up = r0 * DIL_H // STRIDE_H  # a whole number
@@ -91,7 +106,9 @@ def depthwise_dgrad_kernel(
         tl.store(dx_rows + t * dx_stride_h.to(tl.int64) * DX_ALIGN, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def plan_depthwise_dgrad(problem: ConvProblem, tile: StripTile, dy: launch.Laid, w: launch.Laid, dx: launch.Laid) -> StripPlan:
+def plan_depthwise_dgrad(
+    problem: ConvProblem, tile: StripTile, dy: launch.Laid, w: launch.Laid, dx: launch.Laid
+) -> StripPlan:
     """Takes (dy, w, dx, bias); see `depthwise_dgrad`."""
     g = problem
     if tile.ROWS % g.stride_h:
@@ -115,10 +132,17 @@ def plan_depthwise_dgrad(problem: ConvProblem, tile: StripTile, dy: launch.Laid,
 
 
 def depthwise_dgrad(
-    problem: ConvProblem, tile: StripTile, dy: torch.Tensor, w: torch.Tensor, dx: torch.Tensor, bias: torch.Tensor | None = None
+    problem: ConvProblem,
+    tile: StripTile,
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    dx: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> None:
-    """Writes every element of dx, the gradient of a depthwise convolution's input, or with `bias` the result of a transposed convolution.
+    """Writes every element of dx, the gradient of a depthwise convolution's input, or with `bias` the result of a
+    transposed convolution.
 
-    Shapes: dy [N, K, P, Q], w [K, 1, R, S], dx [N, C, H, W], in any memory layout; bias [C]. tile.ROWS must be a multiple of the stride.
+    Shapes: dy [N, K, P, Q], w [K, 1, R, S], dx [N, C, H, W], in any memory layout; bias [C]. tile.ROWS must be a
+    multiple of the stride.
     """
     plan_depthwise_dgrad(problem, tile, dy, w, dx)(dy, w, dx, bias)

@@ -3,7 +3,8 @@
     y[n, p, q, k] = sum over r, s of x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c] * w[k, r, s]
     where c = k // MULTIPLIER
 
-The filter is taken column by column: the weights of one, up to seven taps of it at a time, are in registers while a strip's rows go by.
+The filter is taken column by column: the weights of one, up to seven taps of it at a time, are in registers while a
+strip's rows go by.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def depthwise_fprop_kernel(
     w_column = w_stride_s * W_ALIGN
     x_rows = x_ptr + pixel_offset(n, h0, w0, x_stride_n, x_stride_h, x_stride_w, X_ALIGN)[:, None]
     x_rows = x_rows + channel_offset(k // MULTIPLIER, x_stride_c)[None, :]
-    w_taps = w_ptr + tl.zeros((BLOCK_M,), tl.int32)[:, None] + channel_offset(k, w_stride_k)[None, :]  # every thread loads its own
+    # every thread loads its own
+    w_taps = w_ptr + tl.zeros((BLOCK_M,), tl.int32)[:, None] + channel_offset(k, w_stride_k)[None, :]
     h0 = tl.where(ok, h0, FAR)
 
     acc = zeros(ROWS, BLOCK_M, BLOCK_C, ACC)
@@ -71,7 +73,11 @@ def depthwise_fprop_kernel(
         bias = tl.load(bias_ptr + k, mask=k_ok, other=0.0).to(ACC)
     if mean_ptr is not None:
         norm = load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, k, k_ok, EPS, ACC)
-    y_rows = y_ptr + pixel_offset(n, p, q, y_stride_n, y_stride_h, y_stride_w, Y_ALIGN)[:, None] + channel_offset(k, y_stride_c)[None, :]
+    y_rows = (
+        y_ptr
+        + pixel_offset(n, p, q, y_stride_n, y_stride_h, y_stride_w, Y_ALIGN)[:, None]
+        + channel_offset(k, y_stride_c)[None, :]
+    )
     if z_ptr is not None:
         z_rows = z_ptr + pixel_offset(n, p, q, z_stride_n, z_stride_h, z_stride_w, Z_ALIGN)[:, None]
         z_rows = z_rows + channel_offset(k, z_stride_c)[None, :]
@@ -109,7 +115,9 @@ def plan_depthwise_fprop(
     activation: str | None = None,
     slope: float = 0.0,
 ) -> StripPlan:
-    """Takes (x, w, y, bias, mean, var, gamma, beta, residual, moments), each of the last seven or None; see `depthwise_fprop`."""
+    """Takes (x, w, y, bias, mean, var, gamma, beta, residual, moments), each of the last seven or None; see
+    `depthwise_fprop`.
+    """
     g = problem
     strips = cdiv(g.P, tile.ROWS)
     grid = (cdiv(g.N * strips * g.Q, tile.BLOCK_M) * cdiv(g.K, tile.BLOCK_C),)
@@ -145,10 +153,11 @@ def depthwise_fprop(
     epilogue: Epilogue = PLAIN,
     moments: torch.Tensor | None = None,
 ) -> None:
-    """Writes y, what `epilogue` makes of conv(x, w), and, if asked, the (mean, M2) of each tile of y; moments_rows tells of which pixels.
+    """Writes y, what `epilogue` makes of conv(x, w), and, if asked, the (mean, M2) of each tile of y; moments_rows
+    tells of which pixels.
 
-    Shapes: x [N, C, H, W], w [K, 1, R, S], y and the residual [N, K, P, Q], in any memory layout; bias and those of the batch norm
-    [K]; moments [tiles, 2, K] in the accumulator's dtype.
+    Shapes: x [N, C, H, W], w [K, 1, R, S], y and the residual [N, K, P, Q], in any memory layout; bias and those of the
+    batch norm [K]; moments [tiles, 2, K] in the accumulator's dtype.
     """
     e = epilogue
     plan = plan_depthwise_fprop(problem, tile, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)

@@ -17,8 +17,12 @@ FAR = tl.constexpr(-(1 << 30))
 
 
 @triton.jit
-def locate_strips(tile, N, strips, columns, strips_magic, strips_shift, columns_magic, columns_shift, BLOCK_M: tl.constexpr):
-    """Strips of a tile, [BLOCK_M] each: image n, strip i of `strips` in column j of `columns`, and whether it exists. j varies fastest."""
+def locate_strips(
+    tile, N, strips, columns, strips_magic, strips_shift, columns_magic, columns_shift, BLOCK_M: tl.constexpr
+):
+    """Strips of a tile, [BLOCK_M] each: image n, strip i of `strips` in column j of `columns`, and whether it exists. j
+    varies fastest.
+    """
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     t = divide(m, columns_magic, columns_shift)
     n = divide(t, strips_magic, strips_shift)
@@ -33,7 +37,9 @@ def in_range(i, extent):
 
 @triton.jit
 def load_row(pointers, row, rows, c_ok, EVEN: tl.constexpr, ACC: tl.constexpr):
-    """[BLOCK_M, BLOCK_C] in the accumulator's dtype, zero where `row` [BLOCK_M] is outside an image of `rows`. EVEN: all channels exist."""
+    """[BLOCK_M, BLOCK_C] in the accumulator's dtype, zero where `row` [BLOCK_M] is outside an image of `rows`. EVEN:
+    all channels exist.
+    """
     mask = in_range(row, rows)[:, None]
     if not EVEN:
         mask = mask & c_ok[None, :]
@@ -64,14 +70,16 @@ def accumulate_column(
 ):  # fmt: skip
     """Adds x * w for one column of the filter to acc, one accumulator for each of ROWS pixels of a strip.
 
-    Pixel i meets tap t of TAPS in row `row` + (i * PIXEL_STEP + t * TAP_STEP) / UNIT of x where that is a whole number. fprop: the steps
-    are stride and dilation, UNIT is 1; dgrad: 1, minus the dilation, the stride. `x_rows`, at `row`, and `w_taps`, at the first tap,
-    point at [BLOCK_M, BLOCK_C] elements. MISSES: x outside the image is no zero, but nothing: it is not multiplied by a weight that may be
-    infinite.
+    Pixel i meets tap t of TAPS in row `row` + (i * PIXEL_STEP + t * TAP_STEP) / UNIT of x where that is a whole number.
+    fprop: the steps are stride and dilation, UNIT is 1; dgrad: 1, minus the dilation, the stride. `x_rows`, at `row`,
+    and `w_taps`, at the first tap, point at [BLOCK_M, BLOCK_C] elements. MISSES: x outside the image is no zero, but
+    nothing: it is not multiplied by a weight that may be infinite.
     """
     w = ()
     for t in tl.static_range(TAPS):
-        w = w + (tl.load(w_taps + t * tap_stride, mask=None if EVEN else c_ok[None, :], other=None if EVEN else 0.0).to(ACC),)
+        w = w + (
+            tl.load(w_taps + t * tap_stride, mask=None if EVEN else c_ok[None, :], other=None if EVEN else 0.0).to(ACC),
+        )
     FIRST: tl.constexpr = 0 if TAP_STEP > 0 else -((TAPS - 1) * -TAP_STEP // UNIT)
     LAST: tl.constexpr = ((ROWS - 1) * PIXEL_STEP + (TAPS - 1) * (TAP_STEP if TAP_STEP > 0 else 0)) // UNIT
     for j in tl.static_range(FIRST, LAST + 1):  # a row that no pixel meets is not used, hence not loaded
@@ -85,7 +93,9 @@ def accumulate_column(
 
 
 def vector_length(*images: launch.Laid) -> int:
-    """Adjacent channels that one thread can load at once from each of `images`: 1, 2, 4 or 8; 0 where channels are apart."""
+    """Adjacent channels that one thread can load at once from each of `images`: 1, 2, 4 or 8; 0 where channels are
+    apart.
+    """
     length = VECTOR_BYTES // images[0].dtype.itemsize
     for t in images:
         s = launch.strides_nhwc(t)
@@ -102,7 +112,9 @@ def filters_as_channels(w: launch.Laid) -> launch.Layout:
 
 
 class StripPlan(NamedTuple):
-    """Takes (image, w, ...) as `run` does. w, small as it is, is copied taps_major first, unless it lies in memory that way."""
+    """Takes (image, w, ...) as `run` does. w, small as it is, is copied taps_major first, unless it lies in memory that
+    way.
+    """
 
     run: launch.Plan
     copies: bool
@@ -117,7 +129,9 @@ def taps_major(w: torch.Tensor) -> torch.Tensor:
 
 
 def filters_layout(w: launch.Laid, tile: StripTile) -> tuple[launch.Strides, bool]:
-    """Strides of w [K, 1, R, S] as the kernels take it, with filters as channels, and whether that is a copy, taps_major."""
+    """Strides of w [K, 1, R, S] as the kernels take it, with filters as channels, and whether that is a copy,
+    taps_major.
+    """
     K, _, R, S = w.shape
     copies = tile.BLOCK_C > 1 and w.stride(0) != 1
     layout = launch.dense((1, K, R, S), w.dtype, torch.channels_last) if copies else filters_as_channels(w)

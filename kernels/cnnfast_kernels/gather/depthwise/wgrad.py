@@ -3,9 +3,10 @@
     dw[k, r, s] = sum over n, p, q of dy[n, p, q, k] * x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c]
     where c = k // MULTIPLIER
 
-A thread sums over its own pixels, for all taps of a small filter at once, or for one column of a larger one after another: the pixels
-then stay in the first-level cache. A program adds its threads' sums. The strips of dy are cut into parts that run side by side; each
-writes a partial gradient to its own slot, and a second kernel adds the slots in a fixed order: the same bits every time.
+A thread sums over its own pixels, for all taps of a small filter at once, or for one column of a larger one after
+another: the pixels then stay in the first-level cache. A program adds its threads' sums. The strips of dy are cut into
+parts that run side by side; each writes a partial gradient to its own slot, and a second kernel adds the slots in a
+fixed order: the same bits every time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,20 @@ from ...slots import WgradPlan, plan_reduction
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, columns_at_once, taps_at_once
 from .strips import FAR, add_product, filters_as_channels, in_range, load_row, locate_strips, zeros
 
-EXTENTS = ["N", "H", "W", "P", "Q", "SLOTS", "dw_stride_slot", "strips", "strips_magic", "strips_shift", "q_magic", "q_shift"]
+EXTENTS = [
+    "N",
+    "H",
+    "W",
+    "P",
+    "Q",
+    "SLOTS",
+    "dw_stride_slot",
+    "strips",
+    "strips_magic",
+    "strips_shift",
+    "q_magic",
+    "q_shift",
+]
 STRIDES = [f"{t}_stride_{d}" for t in ("x", "dy") for d in "nhwc"]
 
 
@@ -102,7 +116,9 @@ def depthwise_wgrad_kernel(
             )  # fmt: skip
 
 
-def plan_depthwise_wgrad(problem: ConvProblem, tile: StripTile, x: launch.Laid, dy: launch.Laid, dw: launch.Laid) -> WgradPlan:
+def plan_depthwise_wgrad(
+    problem: ConvProblem, tile: StripTile, x: launch.Laid, dy: launch.Laid, dw: launch.Laid
+) -> WgradPlan:
     """Takes (x, dy, dw); see `depthwise_wgrad`. dy must not be empty."""
     g, slots = problem, tile.SPLIT_K
     strips = cdiv(g.P, tile.ROWS)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import cnnfast
-from torchvision_import import torchvision
+from cnnfast.torchvision_import import torchvision
 
 ROUNDS = 9
 BOUND = 1.03

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import cnnfast.functional as ours
-import host_cost
+from cnnfast.bench import host_cost
 from cnnfast_kernels import launch
 
 pytestmark = pytest.mark.benchmark(max_time=0.3)

@@ -28,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fuzz import commit
+from tests.support.fuzz import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "ci" / "results" / "aot.txt"

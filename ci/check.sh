@@ -34,7 +34,7 @@ tests() { PYTEST_ADDOPTS="--specialisations=$work/launches" readme_command 2; }
 front_end() { python ci/specialisations.py front-end "$work/launches"; }
 use_triton() { python -m pip install --quiet "triton==$1" "${@:2}"; }
 # With them what depends on Triton's cache, and on what its launcher compiles, which differs from version to version.
-kernel_tests() { pytest -q -n 2 tests/kernels tests/test_interpreter.py tests/torch_facing/test_warming.py; }
+kernel_tests() { pytest -q -n 2 tests/kernels tests/support/test_interpreter.py tests/cnnfast/test_warming.py; }
 ahead_of_time() { cnnfast aot "${@/#/--arch=}"; }
 
 python3 -m venv "$work/environment"

@@ -1,6 +1,6 @@
 """The long fuzz: thousands of random calls of every operation, forward and backward, bit for bit, and of bad arguments.
 
-    python ci/fuzz.py                                  # all properties of tests/fuzz_properties.py, some ten minutes
+    python ci/fuzz.py                                  # all properties of tests/support/fuzz_properties.py, some ten minutes
     python ci/fuzz.py --only conv2d --cases 100 --seed 7
 
 Prints, and writes to ci/results/fuzz/<property>.txt, how many cases of each property passed and what they were
@@ -20,7 +20,7 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "ci" / "results" / "fuzz"
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "harness")]
+sys.path[:0] = [str(ROOT)]
 
 
 def commit() -> str:
@@ -51,7 +51,7 @@ def choose_ring() -> bool:
     """Whether kernels will run on a GPU; if not, Triton interprets them, and its interpreter is mended: before anything
     imports triton.
     """
-    import conftest
+    from tests import conftest
 
     return conftest.HAS_GPU
 
@@ -71,7 +71,7 @@ def main(
     import torch
     import triton
 
-    from fuzz_properties import PROPERTIES, assert_addresses_are_checked, campaign
+    from tests.support.fuzz_properties import PROPERTIES, assert_addresses_are_checked, campaign
 
     device = torch.device("cuda" if on_gpu else "cpu")
     ring = torch.cuda.get_device_name() if on_gpu else "Triton's interpreter, every address checked"

@@ -31,12 +31,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fuzz import commit
+from tests.support.fuzz import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTS = ROOT / "ci" / "faults.toml"
 RESULT = ROOT / "ci" / "results" / "mutations.txt"
-TREE = ("cnnfast", "kernels", "harness", "tests", "ci", "pyproject.toml", "README.md")
+TREE = ("cnnfast", "kernels", "tests", "ci", "pyproject.toml", "README.md")
 LIMIT = 600  # seconds of one run of tests: a fault may make a loop endless
 
 

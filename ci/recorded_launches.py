@@ -5,7 +5,7 @@ compared to the byte.
     python ci/recorded_launches.py --overlay FOLDER --overlay ...  # on those in these folders (pip install --target), one by one
 
 No GPU is needed: Triton's real launcher runs over a driver that records (cnnfast_kernels/aot/recording_driver; what is
-launched is in harness/launch_survey.py). Prints a table and writes it to
+launched is in tests/support/launch_survey.py). Prints a table and writes it to
 ci/results/recorded_launches/triton-VERSION.txt, one file for each version, as soon as it is done; exit code 1 if
 anything is wrong.
 """
@@ -30,15 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "ci" / "results" / "recorded_launches"
 # processes, each of which takes every sixteenth case: so much is told on the way, and no more compiled twice
 PARTS = 16
-sys.path[:0] = [str(ROOT / folder) for folder in ("harness", "kernels", "")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("kernels", "")]
 
-from child import run_compiled  # noqa: E402
-from fuzz import commit  # noqa: E402
-from launch_survey import Survey, revived  # noqa: E402
+from tests.support.child import run_compiled  # noqa: E402
+from tests.support.fuzz import commit  # noqa: E402
+from tests.support.launch_survey import Survey, revived  # noqa: E402
 
 
 def survey_part(part, parts):  # runs in a process of its own, to which its source alone travels
-    import launch_survey
+    from tests.support import launch_survey
 
     return launch_survey.plain(launch_survey.survey(False, part, parts))
 

@@ -62,8 +62,8 @@ def never_launched(lines: list[str]) -> list[str]:
 
 
 def versions() -> str:
-    # not above: the processes that compile import this file too, and find tests/fuzz.py by that name
-    from fuzz import commit
+    # not above: the processes that compile import this file too, and find tests/support/fuzz.py by that name
+    from tests.support.fuzz import commit
 
     return (
         f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}, commit {commit()}"

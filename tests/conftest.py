@@ -30,11 +30,11 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from poison import poisoned_workspaces  # noqa: E402
+from tests.support.poison import poisoned_workspaces  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HAS_GPU = torch.cuda.is_available()
-pytest_plugins = ("sticky",)  # a process whose CUDA context is broken runs no further test
+pytest_plugins = ("tests.support.sticky",)  # a process whose CUDA context is broken runs no further test
 
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -52,7 +52,7 @@ hypothesis.settings.load_profile("cnnfast")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and not HAS_GPU:
-    import interpreter
+    from tests.support import interpreter
 
     interpreter.install()
 
@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pretend-gpu",
         action="store_true",
-        help="in the interpreter: refuse what would not work if the `device` fixture were a GPU (tests/pretending.py)",
+        help="in the interpreter: refuse what would not work if the `device` fixture were a GPU (tests/support/pretending.py)",
     )
 
 
@@ -122,7 +122,7 @@ def pretended(request: pytest.FixtureRequest) -> Iterator[None]:
     if HAS_GPU or not HAS_TRITON or not request.config.getoption("pretend_gpu"):
         yield
         return
-    from pretending import BLIND_TESTS, pretended_gpu
+    from tests.support.pretending import BLIND_TESTS, pretended_gpu
 
     if any(name in request.node.nodeid for name in BLIND_TESTS):
         pytest.skip("pretended GPU: functorch does not see where a tensor is")
@@ -138,7 +138,7 @@ def pretended(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def torchvision() -> ModuleType:
     """The package; the tests of what it defines are skipped where it is not installed."""
-    import torchvision_import
+    from cnnfast import torchvision_import
 
     try:
         return torchvision_import.torchvision()
@@ -160,7 +160,7 @@ def specialisations(pytestconfig: pytest.Config) -> Iterator[None]:
     if folder is None:
         yield
         return
-    from specialisations import recorded
+    from tests.support.specialisations import recorded
 
     with recorded(Path(folder)):
         yield

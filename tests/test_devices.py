@@ -1,7 +1,7 @@
 """Tests work where the `device` fixture is a GPU: no tensor of the CPU is made before it is known, and a GPU can be
 pretended.
 
-What a test makes inside of functions is held by `pytest --pretend-gpu` (tests/pretending.py), which runs the suite so
+What a test makes inside of functions is held by `pytest --pretend-gpu` (tests/support/pretending.py), which runs the suite so
 that tensors of `device` and of the CPU cannot be mixed.
 """
 
@@ -26,15 +26,15 @@ OF_TORCH = {
 OF_HELPERS = {"image", "integers", "multiples", "normal", "signed"}
 # Files that make tensors as they are imported, and why they work on a GPU all the same. Each is run with --pretend-gpu.
 MAY = {
-    "torch_facing/test_arguments.py": "values of arguments, and results to compare with: a test makes the tensors of a call",
-    "torch_facing/test_conv1d_and_transposed.py": "templates: a test sends them to the device",
-    "torch_facing/test_conv_bn_act.py": "statistics, which a test sends to where the input is",
-    "torch_facing/test_dispatch.py": "templates: the fixture `operands` sends them to the device",
-    "torch_facing/test_entrance.py": "templates: the fixture `operands` sends them to the device",
-    "torch_facing/test_operators.py": "templates: a test sends them to the device",
-    "torch_facing/test_precision.py": "templates: a test sends them to the device",
-    "torch_facing/test_errors.py": "of the CPU only numbers that stand for arguments; what should be a tensor is a size on meta until then",
-    "kernels/test_tma_tiles.py": "a layout, of which only the strides are read",
+    "cnnfast/functional/test_arguments.py": "values of arguments, and results to compare with: a test makes the tensors of a call",
+    "cnnfast/functional/test_conv1d_and_transposed.py": "templates: a test sends them to the device",
+    "cnnfast/functional/test_conv_bn_act.py": "statistics, which a test sends to where the input is",
+    "cnnfast/test_dispatch.py": "templates: the fixture `operands` sends them to the device",
+    "cnnfast/functional/test_entrance.py": "templates: the fixture `operands` sends them to the device",
+    "cnnfast/ops/test_operators.py": "templates: a test sends them to the device",
+    "cnnfast/test_precision.py": "templates: a test sends them to the device",
+    "cnnfast/functional/test_errors.py": "of the CPU only numbers that stand for arguments; what should be a tensor is a size on meta until then",
+    "kernels/tma/test_tma_tiles.py": "a layout, of which only the strides are read",
 }
 
 
@@ -205,7 +205,7 @@ def test_a_pretended_gpu_refuses_what_a_gpu_would(tmp_path):
         (TESTS / "conftest.py").read_text().replace("Path(__file__)", f"Path({str(TESTS / 'x')!r})")
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    paths = (TESTS, TESTS.parent / "harness", TESTS.parent, TESTS.parent / "kernels")
+    paths = (TESTS.parent, TESTS.parent / "kernels")
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     options = [
         "-q",

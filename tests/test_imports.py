@@ -11,11 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROOTS = {
     "cnnfast_kernels": REPOSITORY / "kernels",
-    **dict.fromkeys(("cnnfast", "tests", "benchmarks", "harness"), REPOSITORY),
-}
-# What lies in these two is imported by its bare name (pythonpath in pyproject.toml).
-BARE = {
-    file.stem: f"{folder}.{file.stem}" for folder in ("tests", "harness") for file in (REPOSITORY / folder).glob("*.py")
+    **dict.fromkeys(("cnnfast", "tests", "benchmarks"), REPOSITORY),
 }
 
 # (importer, imported, exceptions): no module that matches the first may import what matches the second.
@@ -31,11 +27,8 @@ FORBIDDEN = [
     ("cnnfast_kernels.tables", "triton*", []),
     ("cnnfast*", "tests*", []),
     ("cnnfast*", "benchmarks*", []),
-    ("cnnfast*", "harness*", []),
     ("tests*", "benchmarks*", []),
     ("benchmarks*", "tests*", []),
-    ("harness*", "tests*", []),
-    ("harness*", "benchmarks*", []),
     ("cnnfast.reference", "cnnfast*", []),
     ("cnnfast*", "cnnfast.reference*", ["by cnnfast.checking*"]),
     # Kernel files do not import one another, but a family's index algebra and tiles are shared in it, im2col and stem
@@ -104,7 +97,7 @@ def imports(module: str, path: Path) -> set[str]:
             origin = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*origin, *filter(None, [node.module])])
             found |= {f"{base}.{alias.name}" for alias in node.names}
-    return {".".join([BARE.get(first, first), *rest]) for first, *rest in (name.split(".") for name in found)}
+    return found
 
 
 MODULES = {module: imports(module, path) for package in ROOTS for module, path in sources(package).items()}

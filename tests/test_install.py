@@ -269,7 +269,7 @@ def test_the_sdist_builds_the_same_wheel_and_brings_the_tests(built, tmp_path):
     (tree,) = tmp_path.iterdir()
     names = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
     top = {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml"}
-    whole = files_of("cnnfast", "kernels", "tests", "harness", "benchmarks", "ci") | top
+    whole = files_of("cnnfast", "kernels", "tests", "benchmarks", "ci") | top
     assert names - {"PKG-INFO", ".gitignore"} == whole
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "again", cwd=tree)
     (again,) = (tmp_path / "again").iterdir()

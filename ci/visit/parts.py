@@ -2,7 +2,7 @@
 
 A part's files lie in a folder of its name. The limits together are twelve minutes at most, so that three of fifteen
 remain for a machine's start; no part has more than eight, because a command may be allowed ten.
-tests/visit/test_plan.py holds both, and that what plan.py counts fits.
+tests/ci/visit/test_plan.py holds both, and that what plan.py counts fits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1"}  # an error is that of the call which c
 APART = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # Each with its limit.
 RING, RING_WORKERS = "tests/gpu", 8
-TESTS = {"tests/kernels": 105.0, RING: 50.0, "tests/torch_facing": 93.0}
+TESTS = {"tests/kernels": 105.0, RING: 50.0, "tests/cnnfast": 93.0}
 SMOKE_LIMIT = 40.0
 # of families under each of compute-sanitizer's tools: to start takes longest there, and all of them run at once on 16
 # cores

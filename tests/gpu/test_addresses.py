@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import cnnfast.functional as F
-from agreement import integers
 from cnnfast_kernels import launch
+from tests.support.agreement import integers
 
 LAST = torch.channels_last
 

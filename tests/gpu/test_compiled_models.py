@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import cnnfast
-from blocks import CONVOLUTIONS, Net
-from gpu_ring import asynchronous
-from model_zoo import randomise
+from tests.support.blocks import CONVOLUTIONS, Net
+from tests.support.gpu_ring import asynchronous
+from tests.support.model_zoo import randomise
 
 pytestmark = [pytest.mark.gpu, asynchronous]
 

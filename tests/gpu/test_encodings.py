@@ -20,8 +20,8 @@ from cnnfast_kernels import conv, launch
 from cnnfast_kernels.conv import Geometry
 from cnnfast_kernels.tma.stem import is_packed, packed_problem
 from cnnfast_kernels.tma.tiles import BoxTile, candidate_boxes
-from convolutions import Case, draw, needs_tensor_maps
-from each_family import LAST
+from tests.support.convolutions import Case, draw, needs_tensor_maps
+from tests.support.each_family import LAST
 
 pytestmark = needs_tensor_maps
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast
-from blocks import Net
-from child import run_compiled
-from each_family import FAMILIES, families
-from gpu_ring import aside, asynchronous
-from model_zoo import randomise
+from tests.support.blocks import Net
+from tests.support.child import run_compiled
+from tests.support.each_family import FAMILIES, families
+from tests.support.gpu_ring import aside, asynchronous
+from tests.support.model_zoo import randomise
 
 WARM_UPS, STEPS = 3, 4
 
@@ -44,7 +44,7 @@ def batch(seed: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def resnet18() -> nn.Module:
-    import torchvision_import
+    from cnnfast import torchvision_import
 
     try:
         return randomise(torchvision_import.torchvision().models.resnet18(num_classes=3))

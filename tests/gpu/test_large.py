@@ -17,7 +17,7 @@ from cnnfast_kernels.conv import Geometry
 from cnnfast_kernels.problem import MAX_PIXELS, ConvProblem
 from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.views import why_not_on
-from gpu_ring import needs_memory
+from tests.support.gpu_ring import needs_memory
 
 LAST = torch.channels_last
 BOUNDARY = 2**31

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast
-from blocks import Net
-from model_zoo import randomise
+from tests.support.blocks import Net
+from tests.support.model_zoo import randomise
 
 LOSS_SCALE = 1024.0  # by which gradients of float16 are no subnormal numbers
 HALVES = [torch.bfloat16, torch.float16]

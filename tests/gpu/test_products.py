@@ -10,8 +10,8 @@ import torch.nn.functional as theirs
 from torch import Tensor
 
 import cnnfast.functional as F
-from child import run_compiled
 from cnnfast.precision import UNIT, float32_products
+from tests.support.child import run_compiled
 
 CASES = {
     "3x3": ((2, 64, 16, 16), (64, 64, 3, 3), {"padding": 1}),

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import cnnfast
-from blocks import Net
-from each_family import FAMILIES, families
-from model_zoo import randomise
+from tests.support.blocks import Net
+from tests.support.each_family import FAMILIES, families
+from tests.support.model_zoo import randomise
 
 pytestmark = pytest.mark.gpu
 

@@ -10,10 +10,10 @@ import torch.nn.functional as theirs
 
 import cnnfast
 import cnnfast.functional as F
-from agreement import integers
 from cnnfast_kernels import choosing, launch, tables
 from cnnfast_kernels.conv import Geometry
 from cnnfast_kernels.tiling import TileConfig
+from tests.support.agreement import integers
 
 LAST = torch.channels_last
 TILE = TileConfig(32, 32, 32, 4, 2)

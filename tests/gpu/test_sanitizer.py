@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-import each_family
-from child import IMPORTABLE
+from tests.support import each_family
+from tests.support.child import IMPORTABLE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import cnnfast
 import cnnfast.functional as F
-from agreement import integers
 from cnnfast_kernels import launch, tables
-from each_family import FAMILIES, families
-from gpu_ring import asynchronous
+from tests.support.agreement import integers
+from tests.support.each_family import FAMILIES, families
+from tests.support.gpu_ring import asynchronous
 
 pytestmark = [pytest.mark.gpu, asynchronous]
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from child import run_compiled
 from cnnfast_kernels.batchnorm import (
     batch_moments,
     channel_sum,
@@ -21,7 +20,8 @@ from cnnfast_kernels.batchnorm import (
     update_running,
 )
 from cnnfast_kernels.epilogue import ACTIVATIONS
-from poison import embed
+from tests.support.child import run_compiled
+from tests.support.poison import embed
 
 EPS = 1e-5
 SLOPE = 0.1
@@ -501,8 +501,8 @@ def compile_for_two_images() -> list:
 
     import torch
 
+    from cnnfast_kernels.aot.stub_driver import stub_driver
     from cnnfast_kernels.batchnorm import batch_moments, normalize
-    from stub_driver import stub_driver
 
     counts = []
     with stub_driver(arch=90) as gpu:

@@ -8,8 +8,8 @@ import sysconfig
 import pytest
 import torch
 
-from child import run_compiled
 from cnnfast_kernels import launch, launchable
+from tests.support.child import run_compiled
 
 
 def ask(compiler):

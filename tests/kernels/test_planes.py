@@ -7,7 +7,7 @@ import torch
 
 from cnnfast_kernels.planes import choose_plane_tile, common_planes, dense_format, mergeable
 from cnnfast_kernels.tiling import BUSY_PROGRAMS, cdiv
-from poison import embed
+from tests.support.poison import embed
 
 SHAPES = [
     (6, 5),

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from child import run_compiled
 from cnnfast_kernels import launch
+from tests.support.child import run_compiled
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -126,10 +126,10 @@ def specialisations():
     import torch
 
     from cnnfast_kernels import launch
+    from cnnfast_kernels.aot.stub_driver import stub_driver
     from cnnfast_kernels.gather.fprop import plan_fprop
     from cnnfast_kernels.problem import ConvProblem
     from cnnfast_kernels.tiling import TileConfig
-    from stub_driver import stub_driver
 
     def image(offset=0, dtype=torch.float16):
         return torch.zeros(2 * 32 * 64 + offset, dtype=dtype)[offset:].view(2, 8, 8, 32).permute(0, 3, 1, 2)
@@ -191,8 +191,8 @@ def watchers():
     from triton import knobs
 
     from cnnfast_kernels import launch
+    from cnnfast_kernels.aot.stub_driver import stub_driver
     from cnnfast_kernels.conv import Geometry, conv_fprop
-    from stub_driver import stub_driver
 
     x, w = torch.zeros(2, 16, 8, 8), torch.zeros(16, 16, 3, 3)
 
@@ -277,8 +277,8 @@ def threads():
     import torch
 
     from cnnfast_kernels import launch
+    from cnnfast_kernels.aot.stub_driver import stub_driver
     from cnnfast_kernels.conv import Geometry, conv_fprop
-    from stub_driver import stub_driver
 
     geometry = Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1)
     w = torch.zeros(32, 32, 1, 1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poison import embed, poison
+from tests.support.poison import embed, poison
 
 pytest.importorskip("triton")
 

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 import cnnfast_kernels
-from child import run_compiled
 from cnnfast_kernels.batchnorm import batch_moments, normalize
 from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.conv import conv_fprop
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.tiling import StripTile
 from cnnfast_kernels.tma.tiles import BoxTile
-from convolutions import SMALL, needs_tensor_maps
+from tests.support.child import run_compiled
+from tests.support.convolutions import SMALL, needs_tensor_maps
 
 PACKAGE = Path(cnnfast_kernels.__file__).parent
 APPROXIMATE = {"sqrt", "rsqrt", "fdiv"}  # of triton.language

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from cnnfast_kernels import conv
 from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.tma.tiles import BoxTile, box_steps, candidate_boxes
-from convolutions import CASES, GROUPED, RAGGED, STRIDED, Case, draw, needs_tensor_maps
+from tests.support.convolutions import CASES, GROUPED, RAGGED, STRIDED, Case, draw, needs_tensor_maps
 
 INF = float("inf")
 FACTORS = {"fprop": ("x", "w"), "wgrad": ("x", "dy")}

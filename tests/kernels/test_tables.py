@@ -19,8 +19,6 @@ from subprocess import PIPE
 import pytest
 import torch
 
-from agreement import integers
-from child import IMPORTABLE, run_compiled
 from cnnfast_kernels import choosing, launch, tables
 from cnnfast_kernels.conv import Geometry, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
@@ -28,6 +26,8 @@ from cnnfast_kernels.problem import ConvProblem
 from cnnfast_kernels.tables import Key, Row
 from cnnfast_kernels.tiling import StripTile, TileConfig, search_tiles, steps_of_loop
 from cnnfast_kernels.tma.tiles import BoxTile
+from tests.support.agreement import integers
+from tests.support.child import IMPORTABLE, run_compiled
 
 TILE = TileConfig(32, 32, 16, 4, 2)
 PROBLEM = ConvProblem(8, 16, 14, 14, 32, 3, 3, 14, 14, pad_h=1, pad_w=1)

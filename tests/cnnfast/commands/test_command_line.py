@@ -1,0 +1,156 @@
+"""The command line: what it says of itself, how fast, and how it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from cnnfast import __version__
+from cnnfast.__main__ import app
+from cnnfast.commands import console
+from tests.support.child import IMPORTABLE
+
+COMMANDS = ("demo", "doctor", "check", "bench", "tune", "aot")
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+    assert "--json" in result.output
+
+
+def test_help_lists_the_commands():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert all(command in result.output for command in COMMANDS)
+
+
+def test_version():
+    assert invoke("--version").output.strip() == f"cnnfast {__version__}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("demo", "--epochs", "none"),
+        ("demo", "--epochs", "0"),
+        ("demo", "--nonsense"),
+        ("check",),
+        ("aot", "--jobs", "x"),
+        ("aot", "--record", "--only", "boxes"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_end_with_2(arguments):
+    assert invoke(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "sentence"),
+    [
+        (
+            ("--arch", "sm_75"),
+            "--arch",
+            "arch='sm_75' is not known here: use one of sm_80, sm_86, sm_87, sm_89, sm_90, sm_100, sm_103, sm_120",
+        ),
+        (("--arch", "sm_90", "--arch", "sm_75"), "--arch", "arch='sm_75' is not known here: use one of sm_80"),
+        (("--arch", "hopper"), "--arch", "arch='hopper' is not known here: use one of sm_80"),
+        (("--jobs", "0"), "--jobs", ""),  # in typer's words
+        (("--jobs", "-1"), "--jobs", ""),
+        (("--only", "nonsense"), "--only", "only='nonsense' is in no case's name: names begin with "),
+        (("--arch", "sm_80", "--only", "in boxes"), "--only", "only='in boxes' is in no case's name"),
+        (("--json", "nowhere/rows.json"), "--json", "there is no folder nowhere"),
+        (("--record", "--only", "boxes"), "--record", "the record is of all cases: leave --only out"),
+    ],
+)
+def test_aot_refuses_before_it_compiles(monkeypatch, arguments, option, sentence):
+    """With exit code 2 and a sentence that says what there is to choose from."""
+    compiling = pytest.importorskip("cnnfast_kernels.aot.compiling", reason="triton is not installed")
+    monkeypatch.setattr(compiling.launch, "INTERPRETED", False)
+    monkeypatch.setattr(compiling, "compile_case", None)
+    monkeypatch.setattr(compiling, "ProcessPoolExecutor", None)
+    result = invoke("aot", *arguments)
+    said = " ".join(result.output.replace("│", " ").replace(f"'{option}'", option).split())
+    assert result.exit_code == 2
+    assert f"Invalid value for {option}: " in said
+    assert sentence in said
+
+
+@pytest.mark.parametrize("command", [("doctor",), ("check", "resnet18"), ("aot",)], ids=lambda command: command[0])
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(monkeypatch, tmp_path, command):
+    """A folder that is not there, a folder in its place, a disk that is full; what was in it before stays."""
+    pytest.importorskip("triton")
+    from cnnfast import checking, diagnosing
+    from cnnfast_kernels import aot
+
+    for module, name in ((diagnosing, "diagnose"), (checking, "check"), (aot, "compile_all")):
+        monkeypatch.setattr(module, name, None)
+    written = tmp_path / "before.json"
+    written.write_text("before")
+    for file, says in (
+        ("nowhere/x.json", "there is no folder"),
+        (".", "Is a directory"),
+        ("before.json/x.json", "there is no folder"),
+    ):
+        result = invoke(*command, "--json", str(tmp_path / file))
+        assert result.exit_code == 2
+        assert "Invalid value for --json" in result.output
+        assert says in " ".join(result.output.replace("│", " ").split())
+    console.refuse_unwritable(written)
+    console.refuse_unwritable(tmp_path / "after.json")
+    assert written.read_text() == "before"
+    assert not (tmp_path / "after.json").exists()
+
+
+def test_a_bar_is_for_terminals(capsys):
+    with console.progress("working") as tell:
+        tell(1, 2, "still working")
+    assert capsys.readouterr().err == ""
+
+
+def test_aot_says_that_interpreted_kernels_do_not_compile(monkeypatch):
+    compiling = pytest.importorskip("cnnfast_kernels.aot.compiling", reason="triton is not installed")
+    monkeypatch.setattr(compiling.launch, "INTERPRETED", True)
+    result = invoke("aot")
+    assert result.exit_code == 2
+    assert "unset TRITON_INTERPRET" in result.output
+
+
+@pytest.mark.parametrize(("module", "name"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")])
+def test_demo_without_its_extra_says_what_to_install(monkeypatch, module, name):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda wanted, *rest: None if wanted == module else found(wanted, *rest)
+    )
+    result = invoke("demo")
+    assert result.exit_code == 2
+    assert name in result.output
+    assert 'pip install ".[demo]"' in result.output
+
+
+def test_help_imports_no_torch():
+    """In a process of its own, as `python -m cnnfast`."""
+    script = f"""
+import runpy, sys
+sys.path[:0] = {list(map(str, IMPORTABLE))!r}
+sys.argv = ["cnnfast", "demo", "--help"]
+try:
+    runpy.run_module("cnnfast", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+assert not {{"torch", "triton", "numpy", "sklearn", "matplotlib"}} & set(sys.modules)
+"""
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert child.returncode == 0, child.stderr
+    assert "held-out digits" in " ".join(child.stdout.split())

@@ -1,0 +1,414 @@
+"""The operators as citizens of PyTorch: opcheck, gradients of first and second order, compile, export, transforms,
+autocast.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as theirs
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import cnnfast
+import cnnfast.functional as ours
+from cnnfast.ops.registry import LIBRARY
+from tests.support.agreement import integers, leaf, normal
+from tests.support.convolutions import arrange
+
+GEOMETRY = ([1, 2], [1, 0, 1, 1], [1, 1], 2, "auto")
+IM2COL = (*GEOMETRY[:4], "im2col")
+WINDOW = ([3, 2], [2, 2], [1, 1], [1, 1], True)
+AVERAGE = ([3, 2], [2, 2], [1, 1], True, False, None)
+
+X = normal(2, 4, 5, 4)
+NHWC = X.contiguous(memory_format=torch.channels_last)
+W = normal(6, 2, 2, 3, seed=1)
+Y = normal(2, 6, 5, 2, seed=2)
+MEAN, VAR, WEIGHT, BIAS = (normal(6, seed=i).abs() + 0.5 for i in range(3, 7))
+TAPS = torch.tensor([3, 3, 2], dtype=torch.uint8).expand(2, 4, 3, 3).contiguous()  # taps that lie in the image
+
+
+def wants(*arguments):
+    """The same, every floating tensor wanting a gradient."""
+    return tuple(leaf(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments)
+
+
+SAMPLES = {
+    "conv_fprop": [
+        wants(X, W, BIAS, *GEOMETRY),
+        (NHWC, W, None, *GEOMETRY),
+        wants(NHWC, W, None, *IM2COL),
+        wants(X[:0], W, BIAS, *GEOMETRY),
+        wants(NHWC[:0], W.contiguous(memory_format=torch.channels_last), BIAS, *GEOMETRY),
+        wants(X[:, :0], W[:, :0], BIAS, *GEOMETRY),
+    ],
+    "conv_dgrad": [
+        wants(Y, W, BIAS[:4], X.shape, False, *GEOMETRY),
+        (Y, W, None, X.shape, True, *IM2COL),
+        wants(Y[:0], W, BIAS[:4], X[:0].shape, False, *GEOMETRY),
+        wants(Y[:, :, :1, :1], W, BIAS[:4], (2, 4, 0, 0), True, (1, 1), (1, 1, 2, 1), (1, 1), 2, "auto"),
+    ],
+    "conv_wgrad": [wants(X, Y, W.shape, False, *GEOMETRY), (NHWC, Y, W.shape, True, *IM2COL)],
+    "conv_stats": [wants(X, W, BIAS, *GEOMETRY), (NHWC, W, None, *GEOMETRY), (NHWC, W, None, *IM2COL)],
+    "conv_bn_act": [
+        (*wants(X, W, BIAS), MEAN, VAR, WEIGHT, *wants(BIAS, Y), 1e-5, "relu", 0.0, *GEOMETRY),
+        (NHWC, W, None, MEAN, VAR, None, None, None, 1e-5, "gelu", 0.0, *GEOMETRY),
+    ],
+    "normalize": [
+        (leaf(Y), MEAN, VAR, *wants(WEIGHT, BIAS, Y), 1e-5, "silu", 0.0, True),
+        (leaf(Y), MEAN, VAR, *wants(WEIGHT, BIAS), None, 1e-5, "relu", 0.0, False),
+        (arrange(Y, "transposed"), MEAN, VAR, None, None, None, 1e-5, None, 0.0, False),
+        (normal(3, 6), MEAN, VAR, None, None, None, 1e-5, None, 0.0, True),
+    ],
+    "normalize_backward": [
+        (Y, Y, None, MEAN, VAR, WEIGHT, BIAS, Y, 1e-5, "gelu", 0.0, True, [True, True, True, True]),
+        (Y, None, Y, MEAN, VAR, None, None, None, 1e-5, "relu", 0.0, False, [True, False, True, True]),
+        (
+            Y,
+            arrange(Y, "transposed"),
+            Y,
+            MEAN,
+            VAR,
+            WEIGHT,
+            None,
+            None,
+            1e-5,
+            "relu",
+            0.0,
+            True,
+            [True, True, True, True],
+        ),
+    ],
+    "channel_sum": [wants(Y), (normal(3, 6),)],
+    "batch_moments": [(Y,), (Y.float(),)],
+    "update_running": [(MEAN.clone(), VAR.clone(), MEAN, VAR, 0.1, 20)],
+    "max_pool": [wants(X, True, *WINDOW), (NHWC, False, *WINDOW), wants(NHWC, False, *WINDOW)],
+    "max_pool_indices": [(TAPS, X.shape, *WINDOW)],
+    "max_pool_backward": [wants(normal(2, 4, 3, 3), TAPS, X.shape, True, *WINDOW)],
+    "avg_pool": [wants(X, *AVERAGE), (NHWC, *AVERAGE)],
+    "avg_pool_backward": [wants(normal(2, 4, 3, 3), X.shape, True, *AVERAGE)],
+    "global_avg_pool": [wants(X), (NHWC,)],
+    "adaptive_avg_pool": [wants(X, [3, 2]), (NHWC, [7, 1])],
+    "adaptive_avg_pool_backward": [wants(normal(2, 4, 3, 6), X.shape, True), wants(normal(2, 4, 1, 1), X.shape, False)],
+}
+
+
+def test_every_operator_has_samples():
+    assert {name.split("::")[1].split(".")[0] for name in LIBRARY._op_defs} == set(SAMPLES)
+
+
+@pytest.mark.parametrize(("name", "sample"), [(n, i) for n, samples in SAMPLES.items() for i in range(len(samples))])
+def test_opcheck(name, sample, device):
+    """Schema, fake, autograd registration, and tracing with dynamic shapes."""
+    arguments = [
+        a.to(device).detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a
+        for a in SAMPLES[name][sample]
+    ]
+    torch.library.opcheck(getattr(torch.ops.cnnfast, name), tuple(arguments))
+
+
+def image(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Values well apart: no maximum changes within gradcheck's step."""
+    n = torch.Size(shape).numel()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).double().view(shape).div(n).sub(0.4)
+
+
+SMALL = image(2, 2, 4, 3)
+STATS, ONE = (MEAN[:2].clone(), VAR[:2].clone()), image(2, 2, 1, 1, seed=1)
+DIFFERENTIABLE = {
+    "conv2d": (lambda x, w, b: ours.conv2d(x, w, b, 1, (1, 0), groups=2), [SMALL, image(2, 1, 3, 2, seed=1), BIAS[:2]]),
+    "conv2d im2col": (
+        lambda x, w: ours.conv2d(x, w, None, 1, (0, 1), algorithm="im2col"),
+        [SMALL, image(2, 2, 2, 2, seed=1)],
+    ),
+    "conv2d same": (lambda x, w: ours.conv2d(x, w, None, 1, "same", (2, 1)), [SMALL, image(1, 2, 2, 2, seed=1)]),
+    "conv1d": (
+        lambda x, w, b: ours.conv1d(x, w, b, 2, 1, groups=2),
+        [SMALL.flatten(2), image(2, 1, 3, seed=1), BIAS[:2]],
+    ),
+    "conv1d channels apart": (lambda x, w: ours.conv1d(x.transpose(1, 2), w), [image(2, 4, 3), image(2, 3, 2, seed=1)]),
+    "conv_transpose2d": (
+        lambda x, w, b: ours.conv_transpose2d(x, w, b, 2, 1, 1, groups=2),
+        [SMALL, image(2, 2, 3, 2, seed=1), BIAS[:4]],
+    ),
+    "conv_bn_act training relu": (
+        lambda x, w, g: ours.conv_bn_act(x, w, None, None, g, BIAS[:2].to(x), training=True),
+        [SMALL, image(2, 2, 1, 1, seed=1), WEIGHT[:2]],
+    ),
+    "conv_bn_act training gelu": (
+        # a bias without a weight: PyTorch's own batch_norm has a wrong second derivative here
+        lambda x, b, r: ours.conv_bn_act(
+            x, ONE.to(x), None, None, None, b, residual=r, training=True, activation="gelu"
+        ),
+        [SMALL, BIAS[:2], image(2, 2, 4, 3, seed=2)],
+    ),
+    "conv_bn_act eval": (
+        lambda x, w, g: ours.conv_bn_act(x, w, *(t.to(x) for t in STATS), g, BIAS[:2].to(x), activation="leaky_relu"),
+        [SMALL, image(2, 2, 1, 1, seed=1), WEIGHT[:2]],
+    ),
+    "conv_bn_act frozen": (
+        # 15: below zero, between and above six
+        lambda x, w, b, r: ours.conv_bn_act(
+            x, w, *(t.to(x) for t in STATS), WEIGHT[:2].to(x), b, residual=15 * r, activation="relu6"
+        ),
+        [SMALL, image(2, 2, 1, 1, seed=1), BIAS[:2], image(2, 2, 4, 3, seed=2)],
+    ),
+    "batch_norm training": (lambda x, w, b: ours.batch_norm(x, None, None, w, b, True), [SMALL, WEIGHT[:2], BIAS[:2]]),
+    "batch_norm eval": (
+        lambda x, w, b: ours.batch_norm(x, *(t.to(x) for t in STATS), w, b),
+        [SMALL, WEIGHT[:2], BIAS[:2]],
+    ),
+    "max_pool2d": (lambda x: ours.max_pool2d(x, 2, 1, 1), [SMALL]),
+    "avg_pool2d": (lambda x: ours.avg_pool2d(x, 2, 1, 1, count_include_pad=False), [SMALL]),
+    "global_avg_pool2d": (ours.global_avg_pool2d, [SMALL]),
+    "adaptive_avg_pool2d": (lambda x: ours.adaptive_avg_pool2d(x, (3, 5)), [SMALL]),
+    "adaptive_avg_pool2d of planes": (lambda x: ours.adaptive_avg_pool2d(x, 1), [SMALL]),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_of_both_orders(name, device):
+    function, inputs = DIFFERENTIABLE[name]
+    inputs = [leaf(t.to(device)) for t in inputs]
+    with cnnfast.backend("kernels"):
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True, gen_non_contig_grad_outputs=True)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_gradient_to_be_differentiated_again_is_the_same(name, device):
+    """It may be computed by other code, of which gradgradcheck only asks that its derivative be its own."""
+    function, inputs = DIFFERENTIABLE[name]
+    inputs = [leaf(t.to(device)) for t in inputs]
+    y = function(*inputs)
+    dy = normal(*y.shape, seed=9).to(y)
+    once, again = (torch.autograd.grad(y, inputs, dy, retain_graph=True, create_graph=more) for more in (False, True))
+    torch.testing.assert_close(again, once, rtol=1e-12, atol=1e-12)
+
+
+THIRD = {
+    "conv2d": lambda f, x, w: f.conv2d(x, w, None, (2, 1), 1, (1, 2)),
+    "conv2d depthwise": lambda f, x, w: f.conv2d(x, w[:2, :1], None, 1, 1, 1, 2),
+    "conv1d": lambda f, x, w: f.conv1d(x[..., 0], w[..., 0], None, 2, 1),
+    "conv_transpose2d": lambda f, x, w: f.conv_transpose2d(x, w, None, 1, (1, 0)),
+}
+
+
+@pytest.mark.parametrize("name", THIRD)
+def test_third_derivatives(name, device):
+    """Of convolutions, by our kernels: PyTorch's numbers."""
+    results = []
+    for f in (ours, theirs):
+        x, w = leaf(image(2, 2, 4, 3).to(device)), leaf(image(2, 2, 3, 2, seed=1).to(device))
+        with cnnfast.trace() as trace:
+            found = [THIRD[name](f, x, w).pow(3).sum()]
+            for order in (1, 2, 3):
+                found += torch.autograd.grad(found[-1], (x, w), create_graph=order < 3)
+                found.append(found[-1].pow(2).sum() + found[-2].pow(2).sum())
+        results.append(found)
+        assert {call.served_by for call in trace} == ({"kernels"} if f is ours else set())
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+
+
+def net(f, x, w, v, running, g, b):
+    """Every operation once; `f` is cnnfast.functional or the same in PyTorch."""
+    y = f.conv2d(block(f, x, w, running, g, b), v, None, 1, 1)
+    y = f.batch_norm(f.avg_pool2d(y, 2), None, None, None, None, True)
+    return f.global_avg_pool2d(y * y * y)
+
+
+def block(f, x, w, running, g, b):
+    y = f.conv_bn_act(x, w, *running, g, b, activation="relu", training=True, padding=1)
+    return f.max_pool2d(y, 3, 2, 1)
+
+
+class PyTorch:
+    """What cnnfast.functional adds to torch.nn.functional, in its terms."""
+
+    conv1d, conv2d, conv_transpose2d = theirs.conv1d, theirs.conv2d, theirs.conv_transpose2d
+    max_pool2d, avg_pool2d, adaptive_avg_pool2d = theirs.max_pool2d, theirs.avg_pool2d, theirs.adaptive_avg_pool2d
+    batch_norm = theirs.batch_norm
+
+    @staticmethod
+    def conv_bn_act(x, w, mean=None, var=None, g=None, b=None, activation="relu", training=False, **geometry):
+        y = theirs.batch_norm(theirs.conv2d(x, w, **geometry), mean, var, g, b, training)
+        return theirs.relu(y)
+
+    @staticmethod
+    def global_avg_pool2d(x):
+        return x.mean((2, 3), keepdim=True)
+
+
+def net_inputs(device, n=2, size=8, dtype=torch.float64):
+    """Channels, filters and sizes differ: torch.compile takes equal ones for the same thing."""
+    shapes = (n, 3, size, size + 1), (4, 3, 3, 3), (5, 4, 3, 3)
+    x, w, v = (normal(*shape, seed=i, dtype=dtype).to(device) for i, shape in enumerate(shapes))
+    running = [torch.zeros(4, dtype=dtype, device=device), torch.ones(4, dtype=dtype, device=device)]
+    return leaf(x), leaf(w), leaf(v), running, leaf(MEAN[:4].to(device, dtype)), leaf(VAR[:4].to(device, dtype))
+
+
+def outcome(function, inputs):
+    y = function(*inputs)
+    return [y, *torch.autograd.grad(y.square().sum(), [t for t in inputs if isinstance(t, torch.Tensor)]), *inputs[3]]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(dynamic, device):
+    """One graph, forward and backward; with dynamic shapes one compilation serves all sizes."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    run = (lambda f, x, w, v, *rest: block(f, x, w, *rest) * v.sum()) if dynamic else net
+    compiled = torch.compile(lambda *inputs: run(ours, *inputs), fullgraph=True, backend=counter, dynamic=dynamic)
+    compilations = []
+    for n, size in ((2, 8), (6, 10), (7, 5)) if dynamic else ((2, 8),):
+        with cnnfast.trace() as trace:
+            mine = outcome(compiled, net_inputs(device, n, size))
+        torch.testing.assert_close(mine, outcome(lambda *i: run(PyTorch, *i), net_inputs(device, n, size)))
+        assert {call.served_by for call in trace} == {"kernels"}
+        assert {"conv_dgrad", "conv_wgrad", "normalize_backward", "max_pool_backward"} <= {
+            call.operation for call in trace
+        }
+        compilations.append(counter.frame_count)
+    assert compilations == compilations[:1] * len(compilations)
+
+
+FILTERS = normal(5, 4, 1, 2, dtype=torch.float32)
+
+
+def sized(f, x):
+    """Arguments that are sizes, and outputs whose sizes follow."""
+    H, W = x.shape[2:]
+    yield f.conv2d(x, FILTERS.to(x), None, 1, (H % 6, 1))
+    yield f.batch_norm(x, None, None, MEAN[:4].to(x), VAR[:4].to(x), True)
+    yield f.avg_pool2d(x, 2, 1)
+    yield from (f.adaptive_avg_pool2d(x, size) for size in ((2, None), (H, 1), W // 4, 1))
+
+
+def test_sizes_that_change_compile_once(device):
+    """As with PyTorch's functions; sizes of windows are the only ones fixed, by both."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda x: list(sized(ours, x)), fullgraph=True, backend=counter, dynamic=True)
+    for shape in ((3, 4, 8, 9), (6, 4, 9, 12), (2, 4, 11, 13)):
+        x = normal(*shape, dtype=torch.float32).to(device)
+        torch.testing.assert_close(compiled(x), list(sized(theirs, x)), rtol=1e-4, atol=1e-4)
+        assert counter.frame_count == 1
+
+
+def test_compile_frozen_batch_norm(device):
+    """Its bias wants a gradient, its weight does not: the fused kernel's own backward, compiled."""
+    torch._dynamo.reset()
+
+    def fused(x, w, mean, var, b, r):
+        return ours.conv_bn_act(x, w, mean, var, None, b, residual=r, activation="relu6")
+
+    inputs = leaf(X), leaf(normal(6, 4, 1, 1)), MEAN, VAR, leaf(BIAS), leaf(normal(2, 6, 5, 4))
+    inputs = [t.to(device).detach().requires_grad_(t.requires_grad) for t in inputs]
+    results = []
+    for function in (torch.compile(fused, fullgraph=True, backend="aot_eager"), fused):
+        y = function(*inputs)
+        results.append([y, *torch.autograd.grad(y.sum(), [t for t in inputs if t.requires_grad])])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_inductor(device):
+    torch._dynamo.reset()
+
+    def small(x, w):
+        return ours.conv2d(x, w, padding=1).relu() + 1
+
+    x, w = leaf(integers(1, 2, 4, 4).to(device)), leaf(integers(3, 2, 3, 3).to(device))
+    results = []
+    for function in (torch.compile(small, fullgraph=True), small):
+        y = function(x, w)
+        results.append([y, *torch.autograd.grad(y.sum(), (x, w))])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+class Module(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, x):
+        return ours.max_pool2d(ours.conv2d(x, self.weight, padding=1), 2)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict, device):
+    """The exported program holds our operators, and takes any batch."""
+    module = Module(integers(3, 2, 3, 3).to(device))
+    x = integers(2, 2, 4, 4).to(device)
+    program = torch.export.export(
+        module, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2, max=64)},), strict=strict
+    )
+    assert "cnnfast.conv_fprop" in str(program.graph)
+    x = integers(3, 2, 4, 4, seed=4).to(device)
+    assert torch.equal(program.module()(x), module(x))
+
+
+def test_symbolic_trace(device):
+    """torch.fx sees one call of each function, as of PyTorch's."""
+    module = Module(integers(3, 2, 3, 3).to(device))
+    traced = torch.fx.symbolic_trace(module)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_function"] == [ours.conv2d, ours.max_pool2d]
+    x = integers(2, 2, 4, 4).to(device)
+    assert torch.equal(traced(x), module(x))
+
+
+class Logged(torch.Tensor):
+    """Writes down what is called with it."""
+
+    calls: list = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.calls.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_tensor_subclass(device):
+    """Its __torch_function__ is asked once, with our function, whichever argument it is; the result is of its class."""
+    x, w = integers(2, 2, 4, 4).to(device), integers(3, 2, 3, 3).to(device)
+    for call in (lambda: ours.conv2d(x.as_subclass(Logged), w), lambda: ours.conv2d(x, weight=w.as_subclass(Logged))):
+        Logged.calls.clear()
+        y = call()
+        assert type(y) is Logged
+        assert Logged.calls == [ours.conv2d]
+        assert torch.equal(y.as_subclass(torch.Tensor), ours.conv2d(x, w))
+
+
+def test_tensor_that_wraps_others(device):
+    """Such a class, DTensor for one, knows PyTorch's operators and not ours."""
+    x, w = integers(2, 2, 4, 4).to(device), integers(3, 2, 3, 3).to(device)
+    with cnnfast.trace() as trace:
+        y = ours.conv2d(TwoTensor(x, 2 * x), TwoTensor(w, w.clone()))
+    assert torch.equal(y.b, theirs.conv2d(2 * x, w))
+    assert [(call.served_by, call.reason) for call in trace] == [("torch", "the tensor wraps others")]
+
+
+V = normal(6, 4, 3, 3)
+FLOPS = {
+    "conv2d": lambda f, x, w: f.conv2d(x, w, None, 2, 1),
+    "conv1d": lambda f, x, w: f.conv1d(x[..., 0], w[..., 0], padding="same"),
+    "conv_transpose2d": lambda f, x, w: f.conv_transpose2d(x, w[:4], None, 2, 1, 1),
+    "conv_bn_act": lambda f, x, w: f.conv_bn_act(x, w, training=True),
+    "conv_bn_act eval": lambda f, x, w: f.conv_bn_act(x, w, MEAN.to(x), VAR.to(x)),
+}
+
+
+@pytest.mark.parametrize("name", FLOPS)
+def test_flops(name, device):
+    """torch.utils.flop_counter counts of our operators, forward and backward, what it counts of PyTorch's.
+
+    Not so with groups: of a weight's gradient it then counts as many times too many operations as there are groups.
+    """
+    counts = []
+    for f in (ours, PyTorch):
+        x, w = leaf(X.to(device)), leaf(V.to(device))
+        with FlopCounterMode(display=False) as counter:
+            FLOPS[name](f, x, w).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

@@ -1,0 +1,78 @@
+"""One of several processes that train a model, given and converted, under PyTorch's wrappers: gloo, on the CPU, in the
+interpreter.
+
+    python distributed_steps.py RANK WORLD FILE
+
+FILE is where the processes meet. Prints as JSON what test_conversion_distributed.py asks for.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # wrappers and interpreter find the CPU alone, also where there is a GPU
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import cnnfast
+from tests.support.blocks import Block, Net, build, image
+from tests.support.steps import fusions
+
+Wrapper = Callable[[nn.Module], nn.Module]
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def fsdp(model: nn.Module) -> nn.Module:
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in list(model.modules()):
+        if isinstance(module, Block):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train(wrap: Wrapper, convert: Wrapper) -> tuple[list[Tensor], int]:
+    """Two steps on this process's part of a batch. Returns the whole tensors of the state_dict, and how often was
+    fused.
+    """
+    model = wrap(convert(build(Net))).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batch = image(3, 7)[dist.get_rank() :: dist.get_world_size()]
+    with cnnfast.trace() as trace:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+    return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in model.state_dict().values()], fusions(trace)
+
+
+def compare(wrap: Wrapper) -> dict[str, float]:
+    theirs, _ = train(wrap, copy.deepcopy)
+    ours, fused = train(wrap, cnnfast.convert)
+    error = max((a.double() - b.double()).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    moved = max(
+        (a.double() - b.double()).abs().max().item()
+        for a, b in zip(ours, build(Net).state_dict().values(), strict=True)
+    )
+    return {"error": error, "moved": moved, "fused": fused, "first": ours[0].sum().item()}
+
+
+if __name__ == "__main__":
+    rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    results = {wrap.__name__: compare(wrap) for wrap in (ddp, fsdp)}
+    dist.destroy_process_group()
+    print(json.dumps(results), flush=True)
+    os._exit(0)  # gloo's threads, which nobody can wait for, now and then abort a process that ends in the usual way

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from cnnfast_kernels import launch
+from cnnfast_kernels import devices
+from cnnfast_kernels.layout import Layout, layout_of
 
 from . import dispatch
 from .aside import leaving_no_trace, meta, meta_copy
@@ -31,7 +32,7 @@ FORWARD = (
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """One call of an operator of torch.ops.cnnfast: its arguments by name, tensors as launch.Layout."""
+    """One call of an operator of torch.ops.cnnfast: its arguments by name, tensors as Layout."""
 
     operator: str
     arguments: tuple[tuple[str, Any], ...]
@@ -59,7 +60,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _described(value: Any) -> Any:
-    return launch.layout(value) if isinstance(value, Tensor) else value
+    return layout_of(value) if isinstance(value, Tensor) else value
 
 
 def _by_pytorch(name: str, arguments: tuple[Any, ...]) -> Any:
@@ -80,7 +81,7 @@ def operator_calls(
     inputs: tuple[Any, ...],
     *,
     train: bool,
-    gpu: launch.Gpu,
+    gpu: devices.Gpu,
     device_type: str = "cuda",
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
@@ -95,7 +96,7 @@ def operator_calls(
 
     train: with gradients of all that wants one, the backward pass too; modules are then in training mode, unless the
     model as a whole is already: its members' own modes stay. dtype: casts floating inputs and the copy. memory_format:
-    as `convert` takes it; inputs of four axes are laid out likewise. gpu, device_type: as launch.meta_stands_for has
+    as `convert` takes it; inputs of four axes are laid out likewise. gpu, device_type: as devices.meta_stands_for has
     them. Raises RuntimeError if the model does not run on these inputs.
     """
 
@@ -150,11 +151,11 @@ def _prepared(t: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_
 
 
 @contextmanager
-def standing_for(gpu: launch.Gpu, device_type: str = "cuda") -> Iterator[None]:
+def standing_for(gpu: devices.Gpu, device_type: str = "cuda") -> Iterator[None]:
     """Meta tensors are taken for tensors on a GPU while the context lasts, for the whole process."""
     with ExitStack() as stack:
         stack.enter_context(dispatch.meta_as_gpu())
-        stack.enter_context(launch.meta_stands_for(gpu, device_type))
+        stack.enter_context(devices.meta_stands_for(gpu, device_type))
         yield
 
 
@@ -162,7 +163,7 @@ def replay(call: OperatorCall) -> None:
     """Runs what the operator would on a GPU, on meta tensors: within `standing_for` and launch.substituted."""
     arguments = (
         torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device="meta")
-        if isinstance(value, launch.Layout)
+        if isinstance(value, Layout)
         else value
         for _, value in call.arguments
     )

@@ -25,8 +25,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 try:
     from cnnfast_kernels import launch, launchable
+    from cnnfast_kernels.dtypes import KERNEL_DTYPES
 except ImportError:  # no triton on this platform: every operation takes PyTorch's path
     launch = launchable = None
+    KERNEL_DTYPES = {}
 
 Backend = Literal["auto", "kernels", "torch"]
 Server = Literal["kernels", "library", "torch"]
@@ -195,7 +197,7 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
     if torch.compiler.is_exporting() and _to_onnx():
         return _torch("the model is being exported to ONNX")
     # those of quantized tensors are not; another dtype of `others` is an error, not a choice
-    if x.dtype not in launch.KERNEL_DTYPES:
+    if x.dtype not in KERNEL_DTYPES:
         return _torch(f"dtype {x.dtype} has no kernel")
     if x.layout is not torch.strided or x.is_nested:  # a lazy negation is done before an operator runs
         return _torch("the tensor is not plain strided memory")

@@ -36,7 +36,7 @@ if TYPE_CHECKING or dispatch.launch is not None:
 
     from triton import knobs
 
-    from cnnfast_kernels import launch
+    from cnnfast_kernels import devices, launch
     from cnnfast_kernels.aot.compiling import require_compiled_kernels, usable_cores
     from cnnfast_kernels.aot.specialisations import described
 
@@ -97,7 +97,7 @@ def warm(model: nn.Module, *example_inputs: Any, train: bool = False) -> Warming
         return Warming(reason=f"PyTorch serves every call, because {reason}")
     if launch.INTERPRETED:
         return Warming(reason="Triton interprets kernels in this process, and compiles none")
-    gpu = launch.gpu(x.device)
+    gpu = devices.gpu(x.device)
     lines = launches(model, *example_inputs, train=train, gpu=gpu, device_type=x.device.type)
     with _bar() as progress:
         done = compile_ahead(lines, gpu, progress=progress)
@@ -111,7 +111,7 @@ def launches(
     model: nn.Module,
     *example_inputs: Any,
     train: bool = False,
-    gpu: launch.Gpu | None = None,
+    gpu: devices.Gpu | None = None,
     device_type: str = "cuda",
 ) -> list[str]:
     """Descriptions (aot/specialisations.py) of what a call would launch on a GPU, each once; nothing is compiled.
@@ -120,7 +120,7 @@ def launches(
     be there. device_type: where tensors on it are, for whoever takes those of a CPU for a GPU's.
     """
     if gpu is None:
-        gpu = launch.gpu(
+        gpu = devices.gpu(
             next(t.device for t in (*model.parameters(), *tree_leaves(example_inputs)) if isinstance(t, Tensor))
         )
     found = calls.operator_calls(model, example_inputs, train=train, gpu=gpu, device_type=device_type)
@@ -131,7 +131,7 @@ def launches(
 
 
 @contextmanager
-def recorded(gpu: launch.Gpu, device_type: str = "cuda") -> Iterator[dict[str, None]]:
+def recorded(gpu: devices.Gpu, device_type: str = "cuda") -> Iterator[dict[str, None]]:
     """The descriptions of what this thread would launch meanwhile, in order, each once: calls of cnnfast_kernels'
     functions on meta tensors, which stand for tensors on `gpu`. Nothing is launched or compiled.
     """
@@ -155,7 +155,7 @@ class Compile(Protocol):
 
 
 def compile_ahead(
-    lines: Iterable[str], gpu: launch.Gpu, *, jobs: int | None = None, progress: Progress | None = None
+    lines: Iterable[str], gpu: devices.Gpu, *, jobs: int | None = None, progress: Progress | None = None
 ) -> Warming:
     """Compiles descriptions of launches for a GPU, which need not be there, by `jobs` processes (default: one a core).
 
@@ -166,7 +166,7 @@ def compile_ahead(
 
 
 @contextmanager
-def compiling(gpu: launch.Gpu, jobs: int | None = None) -> Iterator[Compile]:
+def compiling(gpu: devices.Gpu, jobs: int | None = None) -> Iterator[Compile]:
     """What compiles for a GPU, by processes that are started when first needed and end with the context. RuntimeError
     as above.
     """

@@ -190,21 +190,21 @@ def no_tables_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device) -> Iterator:
-    """The launch.Gpu whose tables hold for tensors on `device`: the one there is, or a name for the interpreter. It has
+    """The devices.Gpu whose tables hold for tensors on `device`: the one there is, or a name for the interpreter. It has
     no rows yet.
     """
-    from cnnfast_kernels import launch, tables
+    from cnnfast_kernels import devices, launch, tables
 
     monkeypatch.setattr(tables, "user_folder", lambda: tmp_path / "user")
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(launch, "NO_GPU", launch.Gpu("A GPU, 80 GB", 90))
+    monkeypatch.setattr(devices, "NO_GPU", devices.Gpu("A GPU, 80 GB", 90))
 
     def forget() -> None:
         tables.forget()
         launch.forget_plans()
 
     forget()
-    yield launch.gpu(device)
+    yield devices.gpu(device)
     forget()
 
 
@@ -221,9 +221,9 @@ def library_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def launches() -> Iterator[list]:
-    """The launch.Launch of every kernel started during the test, in order."""
+    """The launch.Launched of every kernel started during the test, in order."""
     from cnnfast_kernels import launch
 
-    seen: list[launch.Launch] = []
+    seen: list[launch.Launched] = []
     with launch.observe(seen.append):
         yield seen

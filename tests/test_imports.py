@@ -164,7 +164,7 @@ def test_memory_comes_from_launch_empty():
     for module, path in sources("cnnfast_kernels").items():
         if not module.startswith(("cnnfast_kernels.launch", "cnnfast_kernels.aot")):
             assert not any(name in uninitialised or name.endswith(".new_empty") for name in attributes(path)), module
-        assert not any(name.endswith("launch.empty") for name in MODULES[module]), module
+        assert not any(name.endswith("memory.empty") for name in MODULES[module]), module
 
 
 def test_no_module_hides_behind_a_function_of_its_package():

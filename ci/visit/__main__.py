@@ -112,12 +112,12 @@ def print_plan(names: list[str], name: str, arch: int, json_file: Path | None) -
     from rich.table import Table
 
     from cnnfast.measuring.machine import this_machine
-    from cnnfast_kernels import launch
+    from cnnfast_kernels import devices
 
     from .plan import COSTS, plain_json
 
     folder = Path("FOLDER")
-    wanted, gpu = chosen(names, folder), launch.Gpu(name, arch)
+    wanted, gpu = chosen(names, folder), devices.Gpu(name, arch)
     costs = [COSTS[part.name](part, gpu) for part in wanted]
     table = Table(title=f"a visit of {name} (sm_{arch})", title_justify="left", box=None, pad_edge=False)
     for head in ("part", "limit s", "kernels", "launchers", "numbers", "timing s", "modelled s"):

@@ -27,7 +27,7 @@ from cnnfast.models import resnet50
 from cnnfast.tuning import ahead
 from cnnfast.tuning.planning import planned
 from cnnfast.warming import launches, recorded
-from cnnfast_kernels import launch
+from cnnfast_kernels import devices
 from cnnfast_kernels.tma.views import why_not_on
 
 from . import parts
@@ -93,7 +93,7 @@ def of_counts(binaries: int, launchers: int, rate: str, cores: int) -> tuple[int
 # Each part
 
 
-def smoke(part: Part, gpu: launch.Gpu) -> Cost:
+def smoke(part: Part, gpu: devices.Gpu) -> Cost:
     """Each family compiles its own kernels on a core of its own: the slowest one counts."""
     found: list[tuple[int, int, float]] = []
     for family in FAMILIES.values():
@@ -108,7 +108,7 @@ def smoke(part: Part, gpu: launch.Gpu) -> Cost:
     return Cost(part.name, part.limit, binaries, makers, 0, 0, RATES["a process's start"] + seconds + checks, note)
 
 
-def tests(part: Part, gpu: launch.Gpu) -> Cost:
+def tests(part: Part, gpu: devices.Gpu) -> Cost:
     """As counted in the interpreter; see launches.py."""
     counted = json.loads(COUNTED.read_text())
     binaries, makers, seconds = of_counts(counted["launches"], counted["launchers"], "a binary of the tests", CORES)
@@ -116,7 +116,7 @@ def tests(part: Part, gpu: launch.Gpu) -> Cost:
     return Cost(part.name, part.limit, binaries, makers, 0, 0, seconds, f"counted by: {counted['command']}")
 
 
-def demo(part: Part, gpu: launch.Gpu) -> Cost:
+def demo(part: Part, gpu: devices.Gpu) -> Cost:
     x, some = photograph.normalized(photograph.load_photograph(None)), torch.empty(story.GPU_DIGITS, 1, 8, 8)
     layers, network = photograph.make_layers(0), digits.make_network(0)
     cases = [(layers, x, True), (network, some, True), (network, some, False)]  # as story.py has them
@@ -132,7 +132,7 @@ def demo(part: Part, gpu: launch.Gpu) -> Cost:
 BACKENDS: dict[str, dispatch.Backend] = {"cnnfast": "auto", "cnnfast-graph": "auto", "cnnfast-kernels": "kernels"}
 
 
-def model_lines(mode: str, batch: int, backend: dispatch.Backend, gpu: launch.Gpu) -> list[str]:
+def model_lines(mode: str, batch: int, backend: dispatch.Backend, gpu: devices.Gpu) -> list[str]:
     model, x = (
         resnet50().to("meta", torch.bfloat16),
         torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16, device="meta"),
@@ -145,7 +145,7 @@ def model_lines(mode: str, batch: int, backend: dispatch.Backend, gpu: launch.Gp
 
 
 def bench(
-    part: Part, gpu: launch.Gpu, mode: str, batches: Iterable[int], providers: Iterable[str], compiled_at: int
+    part: Part, gpu: devices.Gpu, mode: str, batches: Iterable[int], providers: Iterable[str], compiled_at: int
 ) -> Cost:
     """Each of our providers compiles what it launches, with nothing on disk: what others compiled is not found there."""
     binaries = makers = 0
@@ -167,15 +167,15 @@ def bench(
     return Cost(part.name, part.limit, binaries, makers, numbers, timing, seconds, "torch.compile is an allowance")
 
 
-def infer(part: Part, gpu: launch.Gpu) -> Cost:
+def infer(part: Part, gpu: devices.Gpu) -> Cost:
     return bench(part, gpu, "infer", parts.INFER_BATCHES, parts.INFER_PROVIDERS, parts.INFER_COMPILED)
 
 
-def train(part: Part, gpu: launch.Gpu) -> Cost:
+def train(part: Part, gpu: devices.Gpu) -> Cost:
     return bench(part, gpu, "train", (parts.TRAIN_BATCH,), parts.TRAIN_PROVIDERS, parts.TRAIN_BATCH)
 
 
-def layers(part: Part, gpu: launch.Gpu) -> Cost:
+def layers(part: Part, gpu: devices.Gpu) -> Cost:
     lines: dict[str, None] = {}
     numbers = jobs = 0
     for layer in bench_layers():
@@ -206,7 +206,7 @@ def layers(part: Part, gpu: launch.Gpu) -> Cost:
     )
 
 
-def tune(part: Part, gpu: launch.Gpu) -> Cost:
+def tune(part: Part, gpu: devices.Gpu) -> Cost:
     model, x = resnet50().to("meta"), torch.empty(parts.TUNE_BATCH, 3, 224, 224, device="meta")
     found = planned(model, (x,), (False,), dtype=parts.DTYPE, memory_format=torch.channels_last, gpu=gpu)
     lines = dict.fromkeys(line for measured in found for line in ahead.launches(measured, gpu))
@@ -219,7 +219,7 @@ def tune(part: Part, gpu: launch.Gpu) -> Cost:
     )
 
 
-COSTS: dict[str, Callable[[Part, launch.Gpu], Cost]] = {
+COSTS: dict[str, Callable[[Part, devices.Gpu], Cost]] = {
     each.__name__: each for each in (smoke, tests, demo, infer, train, layers, tune)
 }
 
@@ -236,7 +236,7 @@ def commands(part: Part, folder: Path) -> list[str]:
     ]
 
 
-def plain_json(costs: Iterable[Cost], wanted: Iterable[Part], folder: Path, gpu: launch.Gpu, commit: str) -> str:
+def plain_json(costs: Iterable[Cost], wanted: Iterable[Part], folder: Path, gpu: devices.Gpu, commit: str) -> str:
     told: dict[str, Any] = {
         "command": COMMAND,
         "gpu": gpu.name,

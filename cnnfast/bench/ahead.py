@@ -29,7 +29,7 @@ def launches(job: Job, network: nn.Module, input_gradient: bool = False) -> list
     held = next(network.parameters(), None)
     if dispatch.why_torch(torch.empty(0, dtype=job.dtype, device=job.device) if held is None else held):
         return []
-    from cnnfast_kernels import launch
+    from cnnfast_kernels import devices, launch
 
     from .. import warming
 
@@ -41,7 +41,7 @@ def launches(job: Job, network: nn.Module, input_gradient: bool = False) -> list
         described = (torch.empty(shape, dtype=job.dtype, device="meta") for shape in job.shapes)
         inputs = [channels_last_of(t).requires_grad_(input_gradient) for t in described]
     with torch.autocast("cuda", job.dtype, enabled=job.mode == "train" and job.dtype in AUTOCAST):
-        return warming.launches(network, *inputs, train=job.mode != "infer", gpu=launch.gpu(job.device))
+        return warming.launches(network, *inputs, train=job.mode != "infer", gpu=devices.gpu(job.device))
 
 
 def compile_for(job: Job, network: nn.Module) -> None:
@@ -53,10 +53,10 @@ def compile_for(job: Job, network: nn.Module) -> None:
         with suppress(Exception):
             new = [line for line in launches(job, network) if line not in _launched]
     if new:
-        from cnnfast_kernels import launch
+        from cnnfast_kernels import devices
 
         from .. import warming
 
         with suppress(OSError):  # no process can be started
-            warming.compile_ahead(new, launch.gpu(job.device))
+            warming.compile_ahead(new, devices.gpu(job.device))
         _launched.update(new)

@@ -22,7 +22,7 @@ import torch
 
 import cnnfast.functional as F
 from cnnfast import dispatch, ops
-from cnnfast_kernels import conv, launch
+from cnnfast_kernels import conv, launch, memory
 from cnnfast_kernels.aot.recording_driver import recording_driver
 from cnnfast_kernels.aot.stub_driver import stub_driver
 
@@ -117,7 +117,7 @@ def layers() -> dict[str, Callable[[], Any]]:
     geometry = conv.Geometry(*GEOMETRY)
     conv.conv_fprop(x, w, geometry)
     planned: Any = conv.fprop_plan(x, w, geometry)
-    arguments = x, w, launch.empty(planned.y, x), *[None] * 7
+    arguments = x, w, memory.empty(planned.y, x), *[None] * 7
     calls: list[Callable[[], Any]] = [
         lambda: F.conv2d(x, w, None, 1, 1),
         lambda: torch.ops.cnnfast.conv_fprop(x, w, None, *GEOMETRY, "auto"),

@@ -46,11 +46,11 @@ class LayersAhead:
         self.compiled.update(lines)
         tell(f"compiling {len(lines)} kernels")
         if self.compile is None:
-            from cnnfast_kernels import launch
+            from cnnfast_kernels import devices
 
             from .. import warming
 
-            self.compile = self.stack.enter_context(warming.compiling(launch.gpu(self.tasks[i].job.device)))
+            self.compile = self.stack.enter_context(warming.compiling(devices.gpu(self.tasks[i].job.device)))
         with suppress(OSError):  # as above
             self.compile(lines, lambda done, total: tell(f"compiling kernels, {done} of {total}"))
 

@@ -15,7 +15,7 @@ from .target import DTYPE_HELP, INPUT_HELP, MODEL_HELP, input_shape, parse_dtype
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cnnfast_kernels import launch
+    from cnnfast_kernels import devices
 
     from ..tuning import Measured, Tuning
 
@@ -84,7 +84,7 @@ def tune(
     import torch
 
     try:
-        from cnnfast_kernels import launch
+        from cnnfast_kernels import devices
 
         from .. import tuning
         from ..measuring.budget import Budget
@@ -106,7 +106,7 @@ def tune(
     }
     trains = tuple(m == "train" for m in dict.fromkeys(modes))
     if dry_run:
-        known = known or (launch.gpu(torch.device("cuda", torch.cuda.current_device())) if here else None)
+        known = known or (devices.gpu(torch.device("cuda", torch.cuda.current_device())) if here else None)
         try:
             found = planned(module, tuple(torch.empty(size, device="meta") for size in sizes), trains, gpu=known, **how)
         except RuntimeError as error:
@@ -147,16 +147,16 @@ def tune(
     raise typer.Exit(code or (0 if result.ok else 1))
 
 
-def _known(text: str) -> launch.Gpu:
-    from cnnfast_kernels import gpus, launch
+def _known(text: str) -> devices.Gpu:
+    from cnnfast_kernels import devices, gpus
 
     try:
-        return launch.Gpu(*gpus.named(text)[1:])
+        return devices.Gpu(*gpus.named(text)[1:])
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--gpu") from None
 
 
-def listed(found: list[Measured], gpu: launch.Gpu | None) -> Table:
+def listed(found: list[Measured], gpu: devices.Gpu | None) -> Table:
     """What would be measured."""
     from rich.table import Table
 

@@ -24,7 +24,7 @@ from .planning import Group, only_holds
 from .rows import FUSED, LEFT, REPLACED, Report, Row
 
 if TYPE_CHECKING:
-    from cnnfast_kernels.launch import Gpu
+    from cnnfast_kernels.devices import Gpu
 
     from ..summary import Layer
 
@@ -230,7 +230,9 @@ def _notes(model: nn.Module, found: list[Layer], sizes: str) -> Iterator[str]:
     if reason:
         yield f"PyTorch serves this model as it is now, because {reason}."
     elif weights[0].is_cuda:
-        yield from _unmeasured(model, dispatch.launch.gpu(weights[0].device), found, sizes)
+        from cnnfast_kernels import devices
+
+        yield from _unmeasured(model, devices.gpu(weights[0].device), found, sizes)
     images = [w for w in weights if w.dim() == 4 and w.shape[1] > 1 and w[0, 0].numel() > 1]
     strided = sum(not w.is_contiguous(memory_format=torch.channels_last) for w in images)
     if strided:

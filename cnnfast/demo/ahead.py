@@ -18,10 +18,11 @@ Case = tuple[nn.Module, Tensor, bool]  # a network, its input, and whether it is
 
 
 def launches(cases: Sequence[Case], dtypes: Sequence[str], gpu: Any) -> list[str]:
-    """Descriptions (warming.py) of the kernels of each case in each dtype, each once, on a launch.Gpu; what does not
+    """Descriptions (warming.py) of the kernels of each case in each dtype, each once, on a devices.Gpu; what does not
     run is left for its call to say.
     """
     from cnnfast import warming
+    from cnnfast_kernels import devices
 
     found: dict[str, None] = {}
     for name in dtypes:
@@ -39,7 +40,8 @@ def compile_ahead(
     if launch is None or launch.INTERPRETED or why_torch(cases[0][1].to(device)):
         return
     from cnnfast import warming
+    from cnnfast_kernels import devices
 
-    gpu = launch.gpu(device)
+    gpu = devices.gpu(device)
     with suppress(OSError):
         warming.compile_ahead(launches(cases, dtypes, gpu), gpu, progress=progress)

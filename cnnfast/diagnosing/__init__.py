@@ -18,7 +18,7 @@ from .finding import Finding as Finding
 from .finding import in_a_line
 
 if TYPE_CHECKING:
-    from cnnfast_kernels.launch import Gpu
+    from cnnfast_kernels.devices import Gpu
 
 CHECK = Command("cnnfast check resnet18", "judges every layer of a model against float64, on this machine")
 DEMO = Command("cnnfast demo", "the whole story on this machine, in a few minutes")
@@ -69,7 +69,9 @@ def _with_torch(found: list[Finding], tell: Callable[[str], None]) -> Diagnosis:
             launches = None
         elif covered:
             # Before this process puts anything on a GPU: one that only a single process may use would refuse the other.
-            names = {str(gpu): kernels.gpu(gpu) for gpu in covered}
+            from cnnfast_kernels import devices
+
+            names = {str(gpu): devices.gpu(gpu) for gpu in covered}
             trial = launching.tried(covered, lambda step: tell(f"launching in another process: {step}"))
             found += launching.findings(trial, {device: gpu.name for device, gpu in names.items()})
             launches, refusal = trial.launches, trial.ended

@@ -55,17 +55,18 @@ PASSES = ("batch norm", "pooling")
 
 def question(convolution: TypicalConvolution, device: torch.device) -> Question:
     """As the operator would ask it of tensors on `device`, which are not made."""
-    from cnnfast_kernels import launch
+    from cnnfast_kernels import devices
     from cnnfast_kernels.choosing import Geometry, ask_fprop
+    from cnnfast_kernels.layout import dense
 
     c = convolution
-    x = launch.dense((BATCH, c.channels, SIZE, SIZE), c.dtype, c.layout)
-    w = launch.dense((c.filters, c.channels // c.groups, c.taps, c.taps), c.dtype, c.layout)
+    x = dense((BATCH, c.channels, SIZE, SIZE), c.dtype, c.layout)
+    w = dense((c.filters, c.channels // c.groups, c.taps, c.taps), c.dtype, c.layout)
     pad = c.taps // 2
     geometry = Geometry((1, 1), (pad, pad, pad, pad), (1, 1), c.groups)
     kind, activation = ("norm", "relu") if c.fused else ("", None)
     tf32 = allow_tf32(torch.empty(0, dtype=c.dtype, device=device))
-    return ask_fprop(x, w, None, geometry, kind, activation, tf32, launch.gpu(device), True)
+    return ask_fprop(x, w, None, geometry, kind, activation, tf32, devices.gpu(device), True)
 
 
 def of_convolution(convolution: TypicalConvolution, device: torch.device) -> str:
@@ -73,13 +74,13 @@ def of_convolution(convolution: TypicalConvolution, device: torch.device) -> str
     reason = dispatch.why_torch(torch.empty(0, dtype=convolution.dtype, device=device))
     if reason:
         return f"PyTorch, because {reason}."
-    from cnnfast_kernels import launch
+    from cnnfast_kernels import devices
     from cnnfast_kernels.choosing import choose
 
     from ..ops import serving
 
     q = question(convolution, device)
-    decision = serving.decide(q, launch.type_of(device) in serving.LIBRARY_FIRST)
+    decision = serving.decide(q, devices.type_of(device) in serving.LIBRARY_FIRST)
     if decision.library and dispatch.library_allowed():
         after = ", and one pass of ours for norm and ReLU" if convolution.fused else ""
         return f"the library{' (cuDNN)' if device.type == 'cuda' else ''}{after}, because {decision.reason}."

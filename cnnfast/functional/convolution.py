@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cnnfast_kernels.layout import convolution_format
 from cnnfast_kernels.problem import output_extent
 
-from ..dispatch import launch, operation, record_torch, why_torch
+from ..dispatch import operation, record_torch, why_torch
 from .arguments import Size, as_int, autocast, axis_sizes, batched, check_algorithm
 from .operators import ops
 
@@ -107,7 +108,7 @@ def conv_transpose2d(
     size, *geometry = _transposed_geometry(
         "conv_transpose2d", x, w, b, stride, padding, output_padding, groups, dilation
     )
-    channels_last = launch.convolution_format(x, w) == torch.channels_last
+    channels_last = convolution_format(x, w) == torch.channels_last
     y = ops.conv_dgrad(x, w, b, size, channels_last, *geometry, algorithm)
     return y.squeeze(0) if unbatched else y
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnnfast_kernels import batchnorm, launch
+from cnnfast_kernels import batchnorm, memory
+from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.epilogue import FROM_OUTPUT
 from cnnfast_kernels.planes import dense_format
 
@@ -24,7 +25,7 @@ from .registry import register
 
 
 def _statistics_like(y: Tensor) -> Tensor:
-    return y.new_empty(y.shape[1], dtype=launch.accumulator_dtype(y.dtype))
+    return y.new_empty(y.shape[1], dtype=accumulator_dtype(y.dtype))
 
 
 def _fake_moments(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,7 @@ def _fake_moments(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dense_like(y: Tensor) -> Tensor:
-    return launch.empty(y.shape, y, dense_format(y))
+    return memory.empty(y.shape, y, dense_format(y))
 
 
 def _fake_normalize(y: Tensor, *rest: Any) -> Tensor:

@@ -2,7 +2,7 @@
 derivatives of every order come from the three kernels.
 
 `padding` is (top, bottom, left, right). A result and its gradients are laid out as PyTorch's are: all in one format,
-which follows from the operands (launch.convolution_format). Of an empty batch, and without channels, there is nothing
+which follows from the operands (convolution_format). Of an empty batch, and without channels, there is nothing
 to compute: gradients are zeros, laid out as the tensors they belong to.
 
 With algorithm="auto" serving.py decides whether the library's convolution serves (library.py) or our kernels do.
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnnfast_kernels import conv, launch
+from cnnfast_kernels import conv, memory
+from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.epilogue import FROM_OUTPUT, PLAIN, BatchNorm, Epilogue
+from cnnfast_kernels.layout import convolution_format, is_channels_last, result_format
 from cnnfast_kernels.problem import output_extent
 
 from ..precision import allow_tf32
@@ -94,7 +96,7 @@ def _fake_output(x: Tensor, w: Tensor, stride, padding, dilation, filters: int |
     P = output_extent(x.shape[2], w.shape[2], stride[0], padding[0], padding[1], dilation[0])
     Q = output_extent(x.shape[3], w.shape[3], stride[1], padding[2], padding[3], dilation[1])
     K = w.shape[0] if filters is None else filters
-    return launch.empty((x.shape[0], K, P, Q), x, launch.convolution_format(x, w))
+    return memory.empty((x.shape[0], K, P, Q), x, convolution_format(x, w))
 
 
 def _fake_fprop(x: Tensor, w: Tensor, bias, stride, padding, dilation, groups, algorithm) -> Tensor:
@@ -103,17 +105,17 @@ def _fake_fprop(x: Tensor, w: Tensor, bias, stride, padding, dilation, groups, a
 
 
 def _fake_dgrad(dy: Tensor, w: Tensor, bias, x_shape, channels_last, *geometry: Any) -> Tensor:
-    return launch.empty(x_shape, dy, _format(channels_last))
+    return memory.empty(x_shape, dy, _format(channels_last))
 
 
 def _fake_wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, *geometry: Any) -> Tensor:
-    return launch.empty(w_shape, x, _format(channels_last))
+    return memory.empty(w_shape, x, _format(channels_last))
 
 
 def _fake_stats(
     x: Tensor, w: Tensor, bias, stride, padding, dilation, groups, algorithm
 ) -> tuple[Tensor, Tensor, Tensor]:
-    statistic = x.new_empty(w.shape[0], dtype=launch.accumulator_dtype(x.dtype))
+    statistic = x.new_empty(w.shape[0], dtype=accumulator_dtype(x.dtype))
     return _fake_output(x, w, stride, padding, dilation), statistic, torch.empty_like(statistic)
 
 
@@ -145,7 +147,7 @@ def _save_operands(ctx: Any, y: Tensor, x: Tensor, w: Tensor, *more: Tensor | No
     ctx.nothing = 0 in y.shape[:2]
     keep_x, keep_w = ctx.needs_input_grad[1] or ctx.nothing, ctx.needs_input_grad[0] or ctx.nothing
     ctx.save_for_backward(x if keep_x else None, w if keep_w else None, *more)
-    channels_last = launch.convolution_format(x, w) == torch.channels_last
+    channels_last = convolution_format(x, w) == torch.channels_last
     ctx.x_layout = x.shape, channels_last
     ctx.w_layout = w.shape, channels_last
 
@@ -174,7 +176,7 @@ def _transposed_grad(ctx: Any, ddx: Tensor, w: Tensor) -> Tensor:
     shape, channels_last = ctx.x_layout
     fmt = _format(channels_last)
     ddy = conv_fprop(ddx, w, None, *ctx.geometry)
-    return ddy if launch.memory_format(ddy) == fmt else launch.empty(shape, ddy, fmt).copy_(ddy)
+    return ddy if result_format(ddy) == fmt else memory.empty(shape, ddy, fmt).copy_(ddy)
 
 
 class _Fprop(torch.autograd.Function):
@@ -220,11 +222,7 @@ class _Wgrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ddw):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, dy = ctx.saved_tensors
-        dx = (
-            conv_dgrad(dy, ddw, None, x.shape, launch.is_channels_last(x), *ctx.geometry)
-            if ctx.needs_input_grad[0]
-            else None
-        )
+        dx = conv_dgrad(dy, ddw, None, x.shape, is_channels_last(x), *ctx.geometry) if ctx.needs_input_grad[0] else None
         ddy = conv_fprop(x, ddw, None, *ctx.geometry) if ctx.needs_input_grad[1] else None
         return dx, ddy, None, None, *[None] * len(ctx.geometry)
 

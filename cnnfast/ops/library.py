@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnnfast_kernels import batchnorm, launch
+from cnnfast_kernels import batchnorm, memory
 from cnnfast_kernels.conv import Geometry
 from cnnfast_kernels.epilogue import Epilogue
+from cnnfast_kernels.layout import Layout, convolution_format
 
 from .plain import pad
 from .serving import Decision
@@ -22,11 +23,11 @@ from .serving import Decision
 UNPADDED = (0, 0, 0, 0)
 
 
-def _laid(t: Tensor, layout: launch.Layout) -> Tensor:
+def _laid(t: Tensor, layout: Layout) -> Tensor:
     """`t` in the strides that our kernels would have given it: fakes, and what torch.compile made of them, rely on
     those.
     """
-    return t if t.stride() == layout.strides else launch.empty(layout, t).copy_(t)
+    return t if t.stride() == layout.strides else memory.empty(layout, t).copy_(t)
 
 
 def _arguments(geometry: Geometry) -> tuple[list[int], list[int], list[int]]:
@@ -41,7 +42,7 @@ def _convolve(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, pad
     y = torch.convolution(x, w, bias, *_arguments(geometry), False, [0, 0], geometry.groups)
     # Of meta tensors PyTorch does not know where they stand for, and gives a contiguous one. Warming wants it laid out
     # as a GPU's.
-    return y.to(memory_format=launch.convolution_format(x, w)) if y.is_meta else y
+    return y.to(memory_format=convolution_format(x, w)) if y.is_meta else y
 
 
 def fprop(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, decision: Decision) -> Tensor:
@@ -86,7 +87,7 @@ def _convolve_back(
     if geometry.groups > 1 and geometry.groups == x_shape[1]:
         # PyTorch has kernels for the gradient of a depthwise convolution, and none for a transposed one. Of x its
         # layout is read.
-        x = launch.empty(x_shape, dy, launch.convolution_format(dy, w))
+        x = memory.empty(x_shape, dy, convolution_format(dy, w))
         arguments = stride, padding, dilation, False, [0, 0], geometry.groups
         dx = torch.ops.aten.convolution_backward(dy, x, w, None, *arguments, [True, False, False])[0]
         return dx if bias is None else dx.add_(bias.view(-1, 1, 1))
@@ -102,7 +103,7 @@ def _convolve_back(
 def wgrad(x: Tensor, dy: Tensor, w_shape: Sequence[int], geometry: Geometry, decision: Decision) -> Tensor:
     if decision.pads:
         x, geometry = pad(x, geometry.padding), geometry._replace(padding=UNPADDED)
-    w = launch.empty(decision.result, x)  # its layout is read
+    w = memory.empty(decision.result, x)  # its layout is read
     arguments = *_arguments(geometry), False, [0, 0], geometry.groups
     dw = torch.ops.aten.convolution_backward(dy, x, w, None, *arguments, [False, True, False])[1]
     return _laid(dw, decision.result)

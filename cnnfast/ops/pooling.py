@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnnfast_kernels import launch, pooling
+from cnnfast_kernels import launch, memory, pooling
+from cnnfast_kernels.layout import is_channels_last, result_format
 from cnnfast_kernels.problem import PoolProblem
 
 from . import plain
@@ -29,7 +30,7 @@ def _format(channels_last: bool) -> torch.memory_format:
 
 
 def _layout(x: Tensor) -> tuple[torch.Size, bool]:
-    return x.shape, launch.is_channels_last(x)
+    return x.shape, is_channels_last(x)
 
 
 def _max(x: Tensor, with_taps: bool, *window: Any) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,7 @@ def _fake_problem(x_shape, kernel_size, stride, padding, dilation, ceil_mode) ->
 
 
 def _fake_pooled(x: Tensor, problem: PoolProblem, dtype: torch.dtype | None = None) -> Tensor:
-    return launch.empty((problem.N, problem.C, problem.P, problem.Q), x, launch.memory_format(x), dtype)
+    return memory.empty((problem.N, problem.C, problem.P, problem.Q), x, result_format(x), dtype)
 
 
 def _fake_max(x: Tensor, with_taps: bool, *window: Any) -> tuple[Tensor, Tensor]:
@@ -86,11 +87,11 @@ def _fake_average(x: Tensor, kernel_size, stride, padding, ceil_mode, *divisor: 
 
 
 def _fake_backward(dy: Tensor, x_shape, channels_last: bool, *options: Any) -> Tensor:
-    return launch.empty(x_shape, dy, _format(channels_last))
+    return memory.empty(x_shape, dy, _format(channels_last))
 
 
 def _fake_adaptive(x: Tensor, output_size) -> Tensor:
-    return launch.empty((*x.shape[:2], *output_size), x, launch.memory_format(x))
+    return memory.empty((*x.shape[:2], *output_size), x, result_format(x))
 
 
 def _fake_global(x: Tensor) -> Tensor:

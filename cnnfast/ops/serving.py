@@ -26,8 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cnnfast_kernels import launch, tables
+from cnnfast_kernels import devices, launch, tables
 from cnnfast_kernels.choosing import Geometry, Question, ask_dgrad, ask_fprop, ask_wgrad, measured
+from cnnfast_kernels.layout import Layout
 from cnnfast_kernels.problem import ConvProblem, output_extent
 
 from .. import dispatch
@@ -44,7 +45,7 @@ class Decision(NamedTuple):
 
     library: bool
     reason: str
-    result: launch.Layout
+    result: Layout
     pads: bool
 
 
@@ -109,7 +110,7 @@ def _decide_fprop(
     aligned,
     library_first,
 ) -> Decision:
-    x, w = launch.Layout(x_shape, x_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
+    x, w = Layout(x_shape, x_strides, dtype), Layout(w_shape, w_strides, dtype)
     return decide(ask_fprop(x, w, residual_strides, geometry, kind, activation, tf32, gpu, aligned), library_first)
 
 
@@ -117,7 +118,7 @@ def _decide_fprop(
 def _decide_dgrad(
     dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, gpu, aligned, library_first
 ) -> Decision:
-    dy, w = launch.Layout(dy_shape, dy_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
+    dy, w = Layout(dy_shape, dy_strides, dtype), Layout(w_shape, w_strides, dtype)
     return decide(ask_dgrad(dy, w, x_shape, fmt, geometry, tf32, gpu, aligned), library_first)
 
 
@@ -125,7 +126,7 @@ def _decide_dgrad(
 def _decide_wgrad(
     x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, gpu, aligned, library_first
 ) -> Decision:
-    x, dy = launch.Layout(x_shape, x_strides, dtype), launch.Layout(dy_shape, dy_strides, dtype)
+    x, dy = Layout(x_shape, x_strides, dtype), Layout(dy_shape, dy_strides, dtype)
     return decide(ask_wgrad(x, dy, w_shape, fmt, geometry, tf32, gpu, aligned), library_first)
 
 
@@ -146,7 +147,7 @@ def fprop(
         x.device,
     )
     return _told(
-        _decide_fprop(*where, launch.gpu(device), addresses % 16 == 0, launch.type_of(device) in LIBRARY_FIRST)
+        _decide_fprop(*where, devices.gpu(device), addresses % 16 == 0, devices.type_of(device) in LIBRARY_FIRST)
     )
 
 
@@ -159,7 +160,7 @@ def dgrad(
         dy.device,
     )
     aligned = (dy.data_ptr() | w.data_ptr()) % 16 == 0
-    return _told(_decide_dgrad(*where, launch.gpu(device), aligned, launch.type_of(device) in LIBRARY_FIRST))
+    return _told(_decide_dgrad(*where, devices.gpu(device), aligned, devices.type_of(device) in LIBRARY_FIRST))
 
 
 def wgrad(
@@ -168,7 +169,7 @@ def wgrad(
     """As `fprop`, of the gradient of a convolution's weights."""
     where, device = (x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt, geometry, tf32), x.device
     aligned = (x.data_ptr() | dy.data_ptr()) % 16 == 0
-    return _told(_decide_wgrad(*where, launch.gpu(device), aligned, launch.type_of(device) in LIBRARY_FIRST))
+    return _told(_decide_wgrad(*where, devices.gpu(device), aligned, devices.type_of(device) in LIBRARY_FIRST))
 
 
 def _told(decision: Decision) -> Decision | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnfast_kernels import launch, tables
+from cnnfast_kernels import devices, launch, tables
 
 from .. import dispatch
 from ..measuring.budget import Budget
@@ -87,7 +87,7 @@ def plan(
     train: bool = False,
     dtype: torch.dtype | str | None = None,
     memory_format: torch.memory_format | None = torch.channels_last,
-    gpu: launch.Gpu | None = None,
+    gpu: devices.Gpu | None = None,
 ) -> list[Measured]:
     """What `tune` would measure, in that order, each convolution that tables tell apart once, its candidates still
     without times.
@@ -143,7 +143,7 @@ def proceed(
     Raises whatever ends it early; the tuning then holds what was measured, and all of that is written.
     """
     budget = budget or Budget()
-    gpu = launch.Gpu(tuning.gpu, tuning.arch)
+    gpu = devices.Gpu(tuning.gpu, tuning.arch)
     clock = clock_of(device)
     measure = measure or (lambda passes: take_turns(passes, clock, seconds, left=lambda: budget.left))
     machine = {name: value for name, value in asdict(this_machine(device)).items() if name != "device"}

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from cnnfast_kernels import launch
+from cnnfast_kernels import devices, launch
 from cnnfast_kernels.aot.compiling import usable_cores
 
 from .. import warming
@@ -18,7 +18,7 @@ from .racing import OutOfTimeError
 from .report import Measured
 from .running import by_library, operands, ours
 
-Compiling = Callable[[launch.Gpu], AbstractContextManager[warming.Compile]]  # as warming.compiling
+Compiling = Callable[[devices.Gpu], AbstractContextManager[warming.Compile]]  # as warming.compiling
 Wait = Callable[[Measured, float], None]
 
 SECONDS_TO_END = 5.0  # that the kernel which is being compiled may take, when nothing more is to be
@@ -26,7 +26,7 @@ SECONDS_TO_END = 5.0  # that the kernel which is being compiled may take, when n
 
 @contextmanager
 def compiled_ahead(
-    todo: Sequence[Measured], gpu: launch.Gpu, compiling: Compiling | None, note: Callable[[str], None]
+    todo: Sequence[Measured], gpu: devices.Gpu, compiling: Compiling | None, note: Callable[[str], None]
 ) -> Iterator[Wait]:
     """Compiles for one convolution after the other, in the order given, as long as the context lasts.
 
@@ -83,12 +83,12 @@ def compiled_ahead(
             thread.join(SECONDS_TO_END)
 
 
-def _beside_measuring(gpu: launch.Gpu) -> AbstractContextManager[warming.Compile]:
+def _beside_measuring(gpu: devices.Gpu) -> AbstractContextManager[warming.Compile]:
     """One core is this process's, which must not keep the GPU waiting."""
     return warming.compiling(gpu, max(1, usable_cores() - 1))
 
 
-def launches(measured: Measured, gpu: launch.Gpu) -> list[str]:
+def launches(measured: Measured, gpu: devices.Gpu) -> list[str]:
     """What all candidates of a convolution launch, one line of JSON a kernel, as warming compiles it. A candidate that
     cannot be called adds nothing: it fails where it is measured.
     """

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnfast_kernels import launch
+from cnnfast_kernels import devices
 from cnnfast_kernels.choosing import Geometry, Question, ask_dgrad, ask_fprop, ask_wgrad
+from cnnfast_kernels.layout import Layout
 
 from .. import dispatch
 from ..calls import OperatorCall, operator_calls
@@ -26,7 +27,7 @@ class Convolution(OperatorCall):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(value.dtype for _, value in self.arguments if isinstance(value, launch.Layout))
+        return next(value.dtype for _, value in self.arguments if isinstance(value, Layout))
 
     @property
     def geometry(self) -> Geometry:
@@ -37,7 +38,7 @@ class Convolution(OperatorCall):
         """Of a gradient."""
         return torch.channels_last if self["channels_last"] else torch.contiguous_format
 
-    def question(self, tf32: bool, gpu: launch.Gpu) -> Question:
+    def question(self, tf32: bool, gpu: devices.Gpu) -> Question:
         """What a tile is chosen by, of tensors that start at multiples of 16 bytes, as allocated ones do."""
         how = self.geometry, tf32, gpu, True
         if self.operator == "conv_dgrad":
@@ -53,7 +54,7 @@ class Convolution(OperatorCall):
 
 
 def capture(
-    model: nn.Module, inputs: tuple[Any, ...], *, gpu: launch.Gpu, device_type: str, **how: Any
+    model: nn.Module, inputs: tuple[Any, ...], *, gpu: devices.Gpu, device_type: str, **how: Any
 ) -> Counter[Convolution]:
     """The convolutions that our operators would be called with on a GPU, and how often each, whatever backend is in
     force.

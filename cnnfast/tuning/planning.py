@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnfast_kernels import choosing, launch, tables
+from cnnfast_kernels import choosing, devices, launch, tables
 from cnnfast_kernels.tiling import Precision
 
 from ..calls import standing_for
@@ -30,9 +30,9 @@ def device_of(model: nn.Module) -> torch.device:
     return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), torch.device("cpu"))
 
 
-def gpu_of(device: torch.device) -> launch.Gpu:
-    """The GPU that rows measured on `device` are of; launch.NO_GPU if it is none."""
-    return launch.gpu(device) if launch.INTERPRETED or device.type == "cuda" else launch.NO_GPU
+def gpu_of(device: torch.device) -> devices.Gpu:
+    """The GPU that rows measured on `device` are of; devices.NO_GPU if it is none."""
+    return devices.gpu(device) if launch.INTERPRETED or device.type == "cuda" else devices.NO_GPU
 
 
 def planned(
@@ -42,7 +42,7 @@ def planned(
     *,
     dtype: torch.dtype | str | None,
     memory_format: torch.memory_format | None,
-    gpu: launch.Gpu | None = None,
+    gpu: devices.Gpu | None = None,
 ) -> list[Measured]:
     """Each convolution that tables tell apart once, for all modes together, the most expensive first."""
     device = device_of(model)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cnnfast_kernels import launch
+from cnnfast_kernels import memory
 
 from ..measuring.graphs import captured
 from ..measuring.rotation import copies_for
@@ -49,7 +49,7 @@ def race(measured: Measured, device: torch.device, measure: Measure, in_time: Ca
     for name, candidate in measured.candidates.items():
         in_time()
         try:
-            with launch.poisoned(), _at_its_best(name):
+            with memory.poisoned(), _at_its_best(name):
                 candidate.fault = judge.fault(computes[name](first))
             candidate.computes = not candidate.fault
         except Exception as error:  # too large for this GPU, or not to be compiled

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnnfast_kernels import conv, launch
+from cnnfast_kernels import conv, devices
+from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
+from cnnfast_kernels.layout import Layout
 
 from ..activations import activate
 from ..checking.judge import compare
@@ -36,7 +38,7 @@ def operands(convolution: Convolution, device: torch.device, seed: int = 0) -> A
     """
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
-    def filled(name: str, layout: launch.Layout) -> Tensor:
+    def filled(name: str, layout: Layout) -> Tensor:
         if generator is None:
             return torch.empty_strided(*layout[:2], dtype=layout.dtype, device=device)
         span = 1 + sum((size - 1) * stride for size, stride in zip(layout.shape, layout.strides, strict=True))
@@ -44,10 +46,7 @@ def operands(convolution: Convolution, device: torch.device, seed: int = 0) -> A
         numbers = numbers.abs() + 0.5 if name in POSITIVE else numbers
         return numbers.to(layout.dtype).as_strided(layout.shape, layout.strides)
 
-    return {
-        name: filled(name, value) if isinstance(value, launch.Layout) else value
-        for name, value in convolution.arguments
-    }
+    return {name: filled(name, value) if isinstance(value, Layout) else value for name, value in convolution.arguments}
 
 
 def _epilogue(a: Arguments) -> Epilogue:
@@ -80,7 +79,7 @@ def _in_tf32(a: Arguments) -> bool:
 
 @functools.lru_cache
 def _decision(convolution: Convolution) -> serving.Decision:
-    return serving.by_library(convolution.question(tf32=False, gpu=launch.NO_GPU))
+    return serving.by_library(convolution.question(tf32=False, gpu=devices.NO_GPU))
 
 
 def by_library(convolution: Convolution, a: Arguments) -> Results:
@@ -122,7 +121,7 @@ def by_pytorch(convolution: Convolution, a: Arguments, dtype: torch.dtype | None
         bias = a.get("bias")
         return (gradient if bias is None else gradient + bias.view(-1, 1, 1),)
     y = convolve(a["x"], a["w"], a["bias"])
-    vectors = launch.accumulator_dtype(y.dtype)
+    vectors = accumulator_dtype(y.dtype)
     if convolution.operator == "conv_fprop":
         return (y,)
     if convolution.operator == "conv_stats":
@@ -145,7 +144,7 @@ class Judge:
         self.theirs = by_pytorch(convolution, a)
         rounded = {name: nearest_tf32(t) if tf32 and name in MULTIPLIED else t for name, t in a.items()}
         with float32_products("ieee"):
-            self.plain = by_pytorch(convolution, rounded, launch.accumulator_dtype(convolution.dtype))
+            self.plain = by_pytorch(convolution, rounded, accumulator_dtype(convolution.dtype))
         self.exact = by_pytorch(convolution, a, torch.float64)
 
     def fault(self, results: Results) -> str:

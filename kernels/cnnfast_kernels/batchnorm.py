@@ -19,8 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import launch, memory
+from .dtypes import KERNEL_DTYPES, accumulator_dtype
 from .epilogue import FROM_OUTPUT, activate, activate_backward, tile_moments
+from .layout import Laid, Layout, dense
 from .partials import TileRows, combine
 from .planes import common_planes, dense_format, load_channels, load_tile, locate_tile, mergeable, tile_pointers
 from .rounding import round_quotient, round_root
@@ -61,19 +63,19 @@ def combine_moments(
 
 
 @launch.planned
-def _plan_moments(shape, strides, dtype) -> tuple[launch.Plan, launch.Layout, TileRows]:
+def _plan_moments(shape, strides, dtype) -> tuple[launch.Launch, Layout, TileRows]:
     planes = common_planes(shape, (strides,), dtype)
-    acc = launch.accumulator_dtype(dtype)
-    run = launch.Plan(
+    acc = accumulator_dtype(dtype)
+    run = launch.Launch(
         batch_moments_kernel,
         planes.grid,
         planes.units,
         *planes.strides[0],
-        ACC=launch.KERNEL_DTYPES[acc],
+        ACC=KERNEL_DTYPES[acc],
         **planes.constants,
     )
     rows = TileRows(max(1, planes.tiles_l), planes.L, planes.tile.BLOCK_L)
-    return run, launch.dense((planes.tiles, 2, planes.C), acc), rows
+    return run, dense((planes.tiles, 2, planes.C), acc), rows
 
 
 def batch_moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +84,7 @@ def batch_moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     y = mergeable(y)
     run, layout, rows = _plan_moments(y.shape, y.stride(), y.dtype)
-    partials = launch.empty(layout, y)
+    partials = memory.empty(layout, y)
     run(y, partials)
     mean, var = combine(partials, rows)
     assert var is not None
@@ -147,12 +149,12 @@ def contiguous(*vectors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]
 @launch.planned
 def _plan_normalize(
     shape, y_strides, residual_strides, like, dtype, eps, activation, slope
-) -> tuple[launch.Plan, launch.Layout]:
-    z = launch.dense(shape, dtype, dense_format(launch.Layout(shape, like, dtype)))
+) -> tuple[launch.Launch, Layout]:
+    z = dense(shape, dtype, dense_format(Layout(shape, like, dtype)))
     planes = common_planes(shape, (y_strides, residual_strides, z.strides), dtype)
-    run = launch.Plan(
+    run = launch.Launch(
         normalize_kernel, planes.grid, slope, planes.units, *chain(*planes.strides),
-        EPS=eps, ACTIVATION=activation, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dtype)], **planes.constants,
+        EPS=eps, ACTIVATION=activation, ACC=KERNEL_DTYPES[accumulator_dtype(dtype)], **planes.constants,
     )  # fmt: skip
     return run, z
 
@@ -167,7 +169,7 @@ def normalize(
     eps: float,
     activation: str | None,
     slope: float,
-    out_like: launch.Laid | None = None,
+    out_like: Laid | None = None,
 ) -> torch.Tensor:
     """z = act((y - mean) * weight / sqrt(var + eps) + bias + residual), of y's dtype, in the memory format of
     `out_like`, by default y.
@@ -179,7 +181,7 @@ def normalize(
     run, layout = _plan_normalize(
         y.shape, y.stride(), None if residual is None else residual.stride(), like, y.dtype, eps, activation, slope
     )
-    z = launch.empty(layout, y)
+    z = memory.empty(layout, y)
     run(y, *contiguous(mean, var, weight, bias), residual, z)
     return z
 
@@ -289,26 +291,26 @@ def strides(*operands: torch.Tensor | None) -> tuple[tuple[int, ...] | None, ...
 
 
 @launch.planned
-def _plan_sums(shape, strides, dtype, eps, activation, slope, quantities) -> tuple[launch.Plan, launch.Layout]:
+def _plan_sums(shape, strides, dtype, eps, activation, slope, quantities) -> tuple[launch.Launch, Layout]:
     planes = common_planes(shape, strides, dtype)
-    acc = launch.accumulator_dtype(dtype)
-    run = launch.Plan(
+    acc = accumulator_dtype(dtype)
+    run = launch.Launch(
         gradient_sums_kernel, planes.grid, slope, planes.units, *chain(*planes.strides),
-        QUANTITIES=quantities, EPS=eps, ACTIVATION=activation, ACC=launch.KERNEL_DTYPES[acc], **planes.constants,
+        QUANTITIES=quantities, EPS=eps, ACTIVATION=activation, ACC=KERNEL_DTYPES[acc], **planes.constants,
     )  # fmt: skip
-    return run, launch.dense((planes.tiles, quantities, planes.C), acc)
+    return run, dense((planes.tiles, quantities, planes.C), acc)
 
 
 @launch.planned
 def _plan_backward(
     shape, strides, like, dtype, eps, activation, slope, need_dy, need_dresidual
-) -> tuple[launch.Plan, launch.Layout]:
-    dy = launch.dense(shape, dtype, dense_format(launch.Layout(shape, like, dtype)))
+) -> tuple[launch.Launch, Layout]:
+    dy = dense(shape, dtype, dense_format(Layout(shape, like, dtype)))
     results = dy.strides if need_dy else None, dy.strides if need_dresidual else None
     planes = common_planes(shape, (*strides, *results), dtype)
-    run = launch.Plan(
+    run = launch.Launch(
         normalize_backward_kernel, planes.grid, slope, planes.units, planes.rows, *chain(*planes.strides),
-        EPS=eps, ACTIVATION=activation, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dtype)], **planes.constants,
+        EPS=eps, ACTIVATION=activation, ACC=KERNEL_DTYPES[accumulator_dtype(dtype)], **planes.constants,
     )  # fmt: skip
     return run, dy
 
@@ -356,7 +358,7 @@ def normalize_backward(
         run, layout = _plan_sums(
             dz.shape, strides(dz, used, z, argument), dz.dtype, eps, activation, slope, 2 if need_sum_gx else 1
         )
-        partials = launch.empty(layout, given)
+        partials = memory.empty(layout, given)
         run(dz, used, z, argument, mean, var, weight, bias, partials)
         sum_g, sum_gx = combine(partials, None, *(() if training or not need_dweight else (var, eps)))
 
@@ -367,8 +369,8 @@ def normalize_backward(
         run, layout = _plan_backward(
             dz.shape, strides(dz, used, z, argument), like, dz.dtype, eps, activation, slope, need_dy, need_dresidual
         )
-        dy = launch.empty(layout, given) if need_dy else None
-        own = launch.empty(layout, given) if need_dresidual else None
+        dy = memory.empty(layout, given) if need_dy else None
+        own = memory.empty(layout, given) if need_dresidual else None
         run(dz, used, z, argument, mean, var, weight, bias, *sums, dy, own)
         dresidual = own if need_dresidual else dresidual
 
@@ -381,7 +383,7 @@ def channel_sum(dy: torch.Tensor) -> torch.Tensor:
     """The sum over all axes but channels of dy [N, C, *spatial]: [C], of dy's dtype. Zero if there are no rows."""
     dy = mergeable(dy)
     run, layout = _plan_sums(dy.shape, strides(dy, None, None, None), dy.dtype, 0.0, None, 0.0, 1)
-    partials = launch.empty(layout, dy)
+    partials = memory.empty(layout, dy)
     run(dy, *[None] * 7, partials)
     return combine(partials)[0].to(dy.dtype)
 
@@ -409,8 +411,8 @@ def update_running_kernel(
 
 
 @launch.planned
-def _plan_update(C, mean_stride, var_stride, momentum, count, wide) -> launch.Plan:
-    return launch.Plan(
+def _plan_update(C, mean_stride, var_stride, momentum, count, wide) -> launch.Launch:
+    return launch.Launch(
         update_running_kernel, (cdiv(C, 128),), momentum, mean_stride, var_stride, count,
         C=C, ACC=tl.float64 if wide else tl.float32, BLOCK_C=128, num_warps=4,
     )  # fmt: skip

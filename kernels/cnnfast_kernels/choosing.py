@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import launch, tables
+from . import devices, tables
 from .gather.depthwise import vector_length
+from .layout import Layout, convolution_format, dense
 from .problem import ConvProblem
 from .tiling import (
     Operation,
@@ -60,13 +61,13 @@ class Question(NamedTuple):
     operation: Operation
     problem: ConvProblem
     tf32: bool
-    gpu: launch.Gpu
+    gpu: devices.Gpu
     aligned: bool
-    x: launch.Layout
-    w: launch.Layout
-    y: launch.Layout
+    x: Layout
+    w: Layout
+    y: Layout
     kind: str = ""
-    residual: launch.Layout | None = None
+    residual: Layout | None = None
     activation: str | None = None
 
     @property
@@ -96,7 +97,7 @@ class Question(NamedTuple):
         return all(map(_adjacent, (*self.images, self.w)))
 
     @property
-    def images(self) -> list[launch.Layout]:
+    def images(self) -> list[Layout]:
         return [self.x, self.y] if self.residual is None else [self.x, self.y, self.residual]
 
     @property
@@ -120,52 +121,52 @@ class Question(NamedTuple):
         return why_not(self.problem, self.precision, self.gpu.arch, self.aligned, *seen)
 
 
-def _adjacent(t: launch.Layout) -> bool:
+def _adjacent(t: Layout) -> bool:
     return t.stride(1) == 1 or t.shape[1] == 1
 
 
 def ask_fprop(
-    x: launch.Layout,
-    w: launch.Layout,
+    x: Layout,
+    w: Layout,
     residual_strides: tuple[int, ...] | None,
     geometry: Geometry,
     kind: str,
     activation: str | None,
     tf32: bool,
-    gpu: launch.Gpu,
+    gpu: devices.Gpu,
     aligned: bool,
 ) -> Question:
     g = geometry.problem(x.shape, w.shape)
-    y = launch.dense((g.N, g.K, g.P, g.Q), x.dtype, launch.convolution_format(x, w))
-    residual = None if residual_strides is None else launch.Layout(y.shape, residual_strides, x.dtype)
+    y = dense((g.N, g.K, g.P, g.Q), x.dtype, convolution_format(x, w))
+    residual = None if residual_strides is None else Layout(y.shape, residual_strides, x.dtype)
     return Question("fprop", g, tf32, gpu, aligned, x, w, y, kind, residual, activation)
 
 
 def ask_dgrad(
-    dy: launch.Layout,
-    w: launch.Layout,
+    dy: Layout,
+    w: Layout,
     x_shape: Sequence[int],
     fmt: torch.memory_format,
     geometry: Geometry,
     tf32: bool,
-    gpu: launch.Gpu,
+    gpu: devices.Gpu,
     aligned: bool,
 ) -> Question:
-    dx = launch.dense(x_shape, dy.dtype, fmt)
+    dx = dense(x_shape, dy.dtype, fmt)
     return Question("dgrad", geometry.problem(x_shape, w.shape), tf32, gpu, aligned, dx, w, dy)
 
 
 def ask_wgrad(
-    x: launch.Layout,
-    dy: launch.Layout,
+    x: Layout,
+    dy: Layout,
     w_shape: Sequence[int],
     fmt: torch.memory_format,
     geometry: Geometry,
     tf32: bool,
-    gpu: launch.Gpu,
+    gpu: devices.Gpu,
     aligned: bool,
 ) -> Question:
-    dw = launch.dense(w_shape, x.dtype, fmt)
+    dw = dense(w_shape, x.dtype, fmt)
     return Question("wgrad", geometry.problem(x.shape, w_shape), tf32, gpu, aligned, x, dw, dy)
 
 

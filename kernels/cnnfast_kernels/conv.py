@@ -13,15 +13,17 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from . import launch
+from . import devices, launch, memory
 from .batchnorm import batch_moments, contiguous
 from .choosing import Geometry, Question, Tile, ask_dgrad, ask_fprop, ask_wgrad, choose, precision_of
+from .dtypes import accumulator_dtype
 from .epilogue import PLAIN, BatchNorm, Epilogue
 from .gather.depthwise import StripPlan, moments_rows, plan_depthwise_dgrad, plan_depthwise_fprop, plan_depthwise_wgrad
 from .gather.dgrad import plan_dgrad
 from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
 from .gather.wgrad import plan_wgrad
+from .layout import Layout, dense
 from .partials import TileRows, combine
 from .slots import WgradPlan
 from .tiling import StripTile, cdiv
@@ -54,9 +56,9 @@ def _tile(q: Question, tile: Tile | None) -> Tile:
 
 
 class FpropPlan(NamedTuple):
-    y: launch.Layout
-    run: launch.Plan | StripPlan | StemPlan
-    moments: launch.Layout  # where the kernel can leave those of its tiles, and which pixels these are
+    y: Layout
+    run: launch.Launch | StripPlan | StemPlan
+    moments: Layout  # where the kernel can leave those of its tiles, and which pixels these are
     rows: TileRows
 
 
@@ -78,7 +80,7 @@ def _plan_fprop(
     gpu,
     aligned,
 ) -> FpropPlan:
-    x, w = launch.Layout(x_shape, x_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
+    x, w = Layout(x_shape, x_strides, dtype), Layout(w_shape, w_strides, dtype)
     q = ask_fprop(x, w, residual_strides, geometry, kind, activation, tf32, gpu, aligned)
     g, y, residual = q.problem, q.y, q.residual
     tile = _tile(q, tile)
@@ -96,7 +98,7 @@ def _plan_fprop(
         pixels = g.N * g.P * g.Q
         tiles = cdiv(pixels, tile.BLOCK_M)
         rows = TileRows(max(tiles, 1), pixels, tile.BLOCK_M)
-    return FpropPlan(y, run, launch.dense((tiles, 2, g.K), launch.accumulator_dtype(dtype)), rows)
+    return FpropPlan(y, run, dense((tiles, 2, g.K), accumulator_dtype(dtype)), rows)
 
 
 def fprop_plan(
@@ -113,21 +115,21 @@ def fprop_plan(
     addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
     return _plan_fprop(
         x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype, geometry,
-        "stats" if stats else "" if norm.mean is None else "norm", norm.eps, activation, slope, tf32, tile, launch.gpu(x.device),
+        "stats" if stats else "" if norm.mean is None else "norm", norm.eps, activation, slope, tf32, tile, devices.gpu(x.device),
         addresses % 16 == 0,
     )  # fmt: skip
 
 
 class DgradPlan(NamedTuple):
-    dx: launch.Layout
-    run: launch.Plan | StripPlan
+    dx: Layout
+    run: launch.Launch | StripPlan
 
 
 @launch.planned
 def _plan_dgrad(
     dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned
 ) -> DgradPlan:
-    dy, w = launch.Layout(dy_shape, dy_strides, dtype), launch.Layout(w_shape, w_strides, dtype)
+    dy, w = Layout(dy_shape, dy_strides, dtype), Layout(w_shape, w_strides, dtype)
     q = ask_dgrad(dy, w, x_shape, fmt, geometry, tf32, gpu, aligned)
     tile = _tile(q, tile)
     if isinstance(tile, StripTile):
@@ -149,12 +151,12 @@ def dgrad_plan(
 ) -> DgradPlan:
     return _plan_dgrad(
         dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt,
-        geometry, tf32, tile, launch.gpu(dy.device), (dy.data_ptr() | w.data_ptr()) % 16 == 0,
+        geometry, tf32, tile, devices.gpu(dy.device), (dy.data_ptr() | w.data_ptr()) % 16 == 0,
     )  # fmt: skip
 
 
 class WeightsPlan(NamedTuple):
-    dw: launch.Layout
+    dw: Layout
     run: WgradPlan | StemWgradPlan
 
 
@@ -162,7 +164,7 @@ class WeightsPlan(NamedTuple):
 def _plan_wgrad(
     x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned
 ) -> WeightsPlan:
-    x, dy = launch.Layout(x_shape, x_strides, dtype), launch.Layout(dy_shape, dy_strides, dtype)
+    x, dy = Layout(x_shape, x_strides, dtype), Layout(dy_shape, dy_strides, dtype)
     q = ask_wgrad(x, dy, w_shape, fmt, geometry, tf32, gpu, aligned)
     tile = _tile(q, tile)
     if isinstance(tile, StripTile):
@@ -185,7 +187,7 @@ def wgrad_plan(
 ) -> WeightsPlan:
     return _plan_wgrad(
         x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt,
-        geometry, tf32, tile, launch.gpu(x.device), (x.data_ptr() | dy.data_ptr()) % 16 == 0,
+        geometry, tf32, tile, devices.gpu(x.device), (x.data_ptr() | dy.data_ptr()) % 16 == 0,
     )  # fmt: skip
 
 
@@ -208,9 +210,9 @@ def conv_fprop(
     addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
     plan: FpropPlan = _plan_fprop(  # as fprop_plan has it, without calling one function more
         x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype, geometry,
-        "" if mean is None else "norm", norm.eps, activation, slope, tf32, tile, launch.gpu(x.device), addresses % 16 == 0,
+        "" if mean is None else "norm", norm.eps, activation, slope, tf32, tile, devices.gpu(x.device), addresses % 16 == 0,
     )  # fmt: skip
-    y = launch.empty(plan.y, x)
+    y = memory.empty(plan.y, x)
     if algorithm == "im2col":
         epilogue = Epilogue(bias, BatchNorm(mean, var, weight, shift, norm.eps), residual, activation, slope)
         im2col_fprop(geometry.problem(x.shape, w.shape), precision_of(x.dtype, tf32), x, w, y, epilogue)
@@ -236,7 +238,7 @@ def conv_stats(
         y = conv_fprop(x, w, geometry, Epilogue(bias), algorithm=algorithm, tf32=tf32, tile=tile)
         return y, *batch_moments(y)
     plan = fprop_plan(x, w, geometry, stats=True, tf32=tf32, tile=tile)
-    y, moments = launch.empty(plan.y, x), launch.empty(plan.moments, x)
+    y, moments = memory.empty(plan.y, x), memory.empty(plan.moments, x)
     (bias,) = contiguous(bias)
     plan.run(x, w, y, bias, None, None, None, None, None, moments)
     mean, var = combine(moments, plan.rows)
@@ -258,7 +260,7 @@ def conv_dgrad(
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to x, plus `bias` [C]: the transposed convolution of dy."""
     layout, run = dgrad_plan(dy, w, x_shape, geometry, fmt, tf32=tf32, tile=tile)
-    dx = launch.empty(layout, dy)
+    dx = memory.empty(layout, dy)
     (bias,) = contiguous(bias)
     if algorithm == "im2col":
         im2col_dgrad(geometry.problem(x_shape, w.shape), precision_of(dy.dtype, tf32), dy, w, dx, bias)
@@ -280,7 +282,7 @@ def conv_wgrad(
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to w."""
     layout, run = wgrad_plan(x, dy, w_shape, geometry, fmt, tf32=tf32, tile=tile)
-    dw = launch.empty(layout, x)
+    dw = memory.empty(layout, x)
     if dy.numel() == 0 or x.numel() == 0:
         return dw.zero_()
     if algorithm == "im2col":

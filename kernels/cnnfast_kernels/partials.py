@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import launch, memory
+from .dtypes import KERNEL_DTYPES
+from .layout import Layout, dense
 from .planes import PlaneTile
 from .rounding import round_quotient
 from .tiling import cdiv
@@ -101,7 +103,7 @@ class TileRows(NamedTuple):
 @launch.planned
 def plan_combine(
     T: int, quantities: int, C: int, dtype: torch.dtype, rows: TileRows | None, eps: float = 0.0
-) -> list[tuple[launch.Plan, launch.Layout]]:
+) -> list[tuple[launch.Launch, Layout]]:
     """For each level its launch, which takes (partials, var, first, second), of which `var` and `second` may be None,
     and the layout of what it leaves: at last [C]s.
     """
@@ -112,12 +114,12 @@ def plan_combine(
     tiles, groups = tiles or T, 0
     while groups != 1:
         groups = max(1, cdiv(T, tile.BLOCK_L))
-        level = launch.Plan(
+        level = launch.Launch(
             combine_kernel, (groups * cdiv(C, BLOCK_C),), T, tiles, group, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH,
-            tile=tile, C=C, QUANTITIES=quantities, MOMENTS=rows is not None, EPS=eps, ACC=launch.KERNEL_DTYPES[dtype],
+            tile=tile, C=C, QUANTITIES=quantities, MOMENTS=rows is not None, EPS=eps, ACC=KERNEL_DTYPES[dtype],
             BLOCK_T=tile.BLOCK_L, BLOCK_C=BLOCK_C, num_warps=tile.num_warps,
         )  # fmt: skip
-        levels.append((level, launch.dense((C,) if groups == 1 else (groups, quantities, C), dtype)))
+        levels.append((level, dense((C,) if groups == 1 else (groups, quantities, C), dtype)))
         T, group = groups, group * tile.BLOCK_L
     return levels
 
@@ -134,9 +136,9 @@ def combine(
     T, quantities, C = partials.shape
     *levels, (final, vector) = plan_combine(T, quantities, C, partials.dtype, rows, eps)
     for level, layout in levels:
-        combined = launch.empty(layout, partials)
+        combined = memory.empty(layout, partials)
         level(partials, None, combined[:, 0], combined[:, 1] if quantities == 2 else None)
         partials = combined
-    first, second = launch.empty(vector, partials), launch.empty(vector, partials) if quantities == 2 else None
+    first, second = memory.empty(vector, partials), memory.empty(vector, partials) if quantities == 2 else None
     final(partials, var, first, second)
     return first, second

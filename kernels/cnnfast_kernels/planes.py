@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .layout import Laid, Layout, is_channels_last, result_format
 from .tiling import BUSY_PROGRAMS, cdiv
 
 
@@ -137,13 +138,13 @@ def common_planes(shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None,
     return Planes(N, L, C, units, ALIGN, L_ALIGN, tile)
 
 
-def dense_format(t: launch.Laid) -> torch.memory_format:
+def dense_format(t: Laid) -> torch.memory_format:
     """The memory format of a result like `t` [N, C, *spatial], as PyTorch suggests it."""
     if t.dim() == 5:
-        image = launch.Layout(*((*of[:2], *of[3:]) for of in (t.shape, t.stride())), t.dtype)
-        last = 0 not in t.shape and launch.is_channels_last(image)
+        image = Layout(*((*of[:2], *of[3:]) for of in (t.shape, t.stride())), t.dtype)
+        last = 0 not in t.shape and is_channels_last(image)
         return torch.channels_last_3d if last else torch.contiguous_format
-    return launch.memory_format(t)
+    return result_format(t)
 
 
 def mergeable(t: torch.Tensor | None) -> torch.Tensor | None:

@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import launch, memory
+from .dtypes import accumulator_dtype
 from .indexing import channel_offset
+from .layout import Laid, Layout, dense, strides_nhwc
 from .problem import ConvProblem
 from .tiling import cdiv
 
@@ -39,13 +41,13 @@ def conv_wgrad_reduce_kernel(
     tl.store(dw_ptr + dw_offset, acc.to(dw_ptr.dtype.element_ty), mask=ok)
 
 
-def plan_reduction(slots: int, slot_stride: int, dw: launch.Laid, pitch: int | None = None) -> launch.Plan:
+def plan_reduction(slots: int, slot_stride: int, dw: Laid, pitch: int | None = None) -> launch.Launch:
     """Takes (partials, dw); see `reduce_partials`. `pitch`: channels of partials, of which the first are dw's."""
     K, C, R, S = dw.shape
-    dws = launch.strides_nhwc(dw)
+    dws = strides_nhwc(dw)
     many = slots > 64  # then a program takes fewer weights and more of their slots at once
     BLOCK, BLOCK_SLOTS = (32, 64) if many else (256, 8)
-    return launch.Plan(
+    return launch.Launch(
         conv_wgrad_reduce_kernel, (cdiv(K * C * R * S, BLOCK),), K, slots, slot_stride, *dws[:4],
         C=C, R=R, S=S, PITCH=pitch or C, DW_ALIGN=dws.align, BLOCK=BLOCK, BLOCK_SLOTS=BLOCK_SLOTS, num_warps=4,
     )  # fmt: skip
@@ -58,31 +60,31 @@ def reduce_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
     plan_reduction(partials.shape[0], partials.stride(0), dw)(partials, dw)
 
 
-def partials_layout(problem: ConvProblem, slots: int, dtype: torch.dtype) -> launch.Layout:
+def partials_layout(problem: ConvProblem, slots: int, dtype: torch.dtype) -> Layout:
     """Of a workspace [slots, K, R, S, C / groups] for partial gradients, in the dtype that sums of products of `dtype`
     have.
     """
     g = problem
-    return launch.dense((slots, g.K, g.R, g.S, g.group_channels), launch.accumulator_dtype(dtype))
+    return dense((slots, g.K, g.R, g.S, g.group_channels), accumulator_dtype(dtype))
 
 
 def empty_partials(problem: ConvProblem, slots: int, like: torch.Tensor) -> torch.Tensor:
     """Workspace [slots, K, C / groups, R, S], channels innermost, in the dtype that sums of products of `like` have."""
-    return launch.empty(partials_layout(problem, slots, like.dtype), like).permute(0, 1, 4, 2, 3)
+    return memory.empty(partials_layout(problem, slots, like.dtype), like).permute(0, 1, 4, 2, 3)
 
 
 class WgradPlan(NamedTuple):
     """Partial gradients and their sum, or, without a workspace, the gradient at once."""
 
-    partials: launch.Plan
-    workspace: launch.Layout | None = None
-    reduction: launch.Plan | None = None
+    partials: launch.Launch
+    workspace: Layout | None = None
+    reduction: launch.Launch | None = None
 
     def __call__(self, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
         if self.workspace is None:
             self.partials(x, dy, dw)
         else:
-            partials = launch.empty(self.workspace, x)
+            partials = memory.empty(self.workspace, x)
             self.partials(x, dy, partials)
             self.reduction(partials, dw)
 
@@ -90,9 +92,9 @@ class WgradPlan(NamedTuple):
 def plan_slots(
     problem: ConvProblem,
     slots: int,
-    dw: launch.Laid,
+    dw: Laid,
     dtype: torch.dtype,
-    plan: Callable[[launch.Laid, int, int], launch.Plan],
+    plan: Callable[[Laid, int, int], launch.Launch],
 ) -> WgradPlan:
     """The gradient dw in that many slots. plan(slot, slots, stride) plans a launch that takes (x, dy, partials) and
     leaves `slots` partial gradients laid as `slot` is, `stride` elements apart. `dtype` is that of the operands.
@@ -102,5 +104,5 @@ def plan_slots(
     workspace = partials_layout(problem, slots, dtype)
     K, R, S, C = workspace.shape[1:]
     size, k, r, s, c = workspace.strides
-    slot = launch.Layout((K, C, R, S), (k, c, r, s), workspace.dtype)
+    slot = Layout((K, C, R, S), (k, c, r, s), workspace.dtype)
     return WgradPlan(plan(slot, slots, size), workspace, plan_reduction(slots, size, dw))

@@ -11,7 +11,7 @@ import torch
 import cnnfast
 import cnnfast.functional as F
 from cnnfast import dispatch
-from cnnfast_kernels import launch, pooling
+from cnnfast_kernels import launch, memory, pooling
 from tests.support.agreement import integers, leaf
 from tests.support.child import run_compiled
 
@@ -109,7 +109,7 @@ def test_a_failing_call_is_left(operands, monkeypatch):
 
     with cnnfast.trace() as trace:
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "empty", fail)
+            patch.setattr(memory, "empty", fail)
             with pytest.raises(MemoryError, match="no room"):
                 F.conv2d(*operands)
         F.conv2d(*operands)

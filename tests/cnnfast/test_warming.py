@@ -21,11 +21,11 @@ import cnnfast
 from cnnfast import calls, dispatch, warming
 from cnnfast.ops import plain
 from cnnfast.precision import float32_products
-from cnnfast_kernels import launch
+from cnnfast_kernels import devices, launch
 from tests.support.child import run_compiled
 from tests.support.specialisations import described_launches
 
-SM_90 = launch.Gpu("", 90)
+SM_90 = devices.Gpu("", 90)
 LAST = torch.channels_last
 
 
@@ -82,7 +82,7 @@ def test_what_is_found_is_what_a_call_launches(model, train):
     model = cnnfast.convert(model(), memory_format=LAST).train(train)
     x = image()
     with float32_products("ieee"):  # meta tensors stand for a GPU's, which would be TF32 by default
-        found = warming.launches(model, x, train=train, gpu=launch.NO_GPU, device_type="cpu")
+        found = warming.launches(model, x, train=train, gpu=devices.NO_GPU, device_type="cpu")
         with described_launches() as launched, torch.set_grad_enabled(train):
             y = model(x)
             if train:
@@ -389,13 +389,13 @@ import json
 from pathlib import Path
 Path({str(count)!r}).open("a").write("once ")
 from cnnfast import warming
-from cnnfast_kernels import launch
+from cnnfast_kernels import devices, launch
 import cnnfast, torch
 from triton import knobs
 knobs.cache.dir = {str(tmp_path / "cache")!r}
-lines = warming.launches(torch.nn.MaxPool2d(2), torch.zeros(1, 8, 4, 4), gpu=launch.Gpu("", 90))
+lines = warming.launches(torch.nn.MaxPool2d(2), torch.zeros(1, 8, 4, 4), gpu=devices.Gpu("", 90))
 unknown = '{{"kernel": "cnnfast_kernels.launchable:nothing", "arguments": {{}}, "options": {{}}}}'
-done = warming.compile_ahead([*lines, unknown], launch.Gpu("", 90), jobs=1)
+done = warming.compile_ahead([*lines, unknown], devices.Gpu("", 90), jobs=1)
 print(json.dumps([done.kernels, done.failures]))
 """
     )

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as theirs
 
 from cnnfast.bench.shapes import resnet50_convolutions
-from cnnfast_kernels import conv, launch
+from cnnfast_kernels import conv, devices, launch
 from cnnfast_kernels.conv import Geometry
 from cnnfast_kernels.tma.stem import is_packed, packed_problem
 from cnnfast_kernels.tma.tiles import BoxTile, candidate_boxes
@@ -122,7 +122,7 @@ def test_the_cases_have_every_kind(device, encoded):
                     torch.empty(size, dtype=torch.float16, device="meta", memory_format=LAST)
                     for size in (case.x, case.w, case.y)
                 )
-                geometry, gpu = Geometry(case.stride, case.padding, case.dilation, 1), launch.gpu(device)
+                geometry, gpu = Geometry(case.stride, case.padding, case.dilation, 1), devices.gpu(device)
                 common = {"geometry": geometry, "tf32": False, "tile": tile, "gpu": gpu, "aligned": True}
                 match operation:
                     case "fprop":

@@ -12,7 +12,7 @@ import torch.nn.functional as theirs
 from torch import Tensor
 
 import cnnfast.functional as F
-from cnnfast_kernels import conv, launch
+from cnnfast_kernels import conv, devices
 from cnnfast_kernels.conv import Geometry
 from cnnfast_kernels.problem import MAX_PIXELS, ConvProblem
 from cnnfast_kernels.tiling import TileConfig
@@ -103,7 +103,7 @@ MANY = BOUNDARY // IMAGE + 3  # images: a bit more than 2**31 elements, 4 GiB in
 @pytest.mark.parametrize("operation", RUNS)
 def test_convolutions(operation, family, roomy, launches):
     needs_memory(roomy, 12)
-    if family == "tensor maps" and why_not_on(launch.architecture(roomy)):
+    if family == "tensor maps" and why_not_on(devices.architecture(roomy)):
         pytest.skip("GPU ring: this GPU has no tensor maps to feed wgmma or tcgen05 with")
     tile = POINTERS if family == "pointers" else None  # the default, where there are tensor maps
     RUNS[operation](roomy, MANY, tile)

@@ -10,8 +10,9 @@ import torch.nn.functional as theirs
 
 import cnnfast
 import cnnfast.functional as F
-from cnnfast_kernels import choosing, launch, tables
+from cnnfast_kernels import choosing, devices, launch, tables
 from cnnfast_kernels.conv import Geometry
+from cnnfast_kernels.layout import layout_of
 from cnnfast_kernels.tiling import TileConfig
 from tests.support.agreement import integers
 
@@ -25,14 +26,14 @@ def operands(device: torch.device, dtype: torch.dtype = torch.float16) -> tuple[
     return x.contiguous(memory_format=LAST), w.contiguous(memory_format=LAST)
 
 
-def row(x: torch.Tensor, w: torch.Tensor, gpu: launch.Gpu, winner: str) -> tables.Row:
+def row(x: torch.Tensor, w: torch.Tensor, gpu: devices.Gpu, winner: str) -> tables.Row:
     """Of the convolution of these tensors, as tuning would write it."""
     geometry = Geometry((1, 1), (1, 1, 1, 1), (1, 1), 1)
-    q = choosing.ask_fprop(launch.layout(x), launch.layout(w), None, geometry, "", None, False, gpu, True)
+    q = choosing.ask_fprop(layout_of(x), layout_of(w), None, geometry, "", None, False, gpu, True)
     return tables.Row(q.key, TILE, winner, TIMES)
 
 
-def written(gpu: launch.Gpu, *rows: tables.Row) -> None:
+def written(gpu: devices.Gpu, *rows: tables.Row) -> None:
     tables.write(gpu.name, gpu.arch, rows, {"driver": "this test"})
     launch.forget_plans()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import cnnfast
 import cnnfast.functional as F
-from cnnfast_kernels import launch, tables
+from cnnfast_kernels import devices, launch, tables
 from tests.support.agreement import integers
 from tests.support.each_family import FAMILIES, families
 from tests.support.gpu_ring import asynchronous
@@ -129,7 +129,7 @@ def test_tensors_on_a_device_that_is_not_current(name, device, second_device):
     if name not in families(device):
         pytest.skip("GPU ring: this GPU has no tensor maps to feed wgmma or tcgen05 with")
     family = FAMILIES[name]
-    if launch.architecture(second_device) != launch.architecture(device):
+    if devices.architecture(second_device) != devices.architecture(device):
         pytest.skip("GPU ring: the second GPU is of another architecture, whose tiles differ")
     here = family(family.operands(device))
     there = family(family.operands(second_device))
@@ -158,11 +158,11 @@ def test_the_stream_is_that_of_the_tensors_device(by_kernels, device, second_dev
 
 
 def test_rows_hold_for_the_gpu_they_name(gpu, device, second_device, tmp_path, monkeypatch):
-    """Two devices of one name share rows, two names do not: launch.gpu is asked of the tensors' device."""
-    assert launch.gpu(device).name == torch.cuda.get_device_name(device)
-    assert launch.gpu(second_device).name == torch.cuda.get_device_name(second_device)
-    real = launch.gpu
-    monkeypatch.setattr(launch, "gpu", lambda d: launch.Gpu(f"{real(d).name} {d.index}", real(d).arch))
+    """Two devices of one name share rows, two names do not: devices.gpu is asked of the tensors' device."""
+    assert devices.gpu(device).name == torch.cuda.get_device_name(device)
+    assert devices.gpu(second_device).name == torch.cuda.get_device_name(second_device)
+    real = devices.gpu
+    monkeypatch.setattr(devices, "gpu", lambda d: devices.Gpu(f"{real(d).name} {d.index}", real(d).arch))
     asked = []
     monkeypatch.setattr(tables, "find", lambda key: asked.append(key.gpu))
     with cnnfast.backend("kernels"):

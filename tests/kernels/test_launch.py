@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._prims_common import suggest_memory_format
 
-from cnnfast_kernels import launch
+from cnnfast_kernels import devices, launch, memory
+from cnnfast_kernels.layout import Strides, is_channels_last, result_format, strides_nhwc
 
 
 @st.composite
@@ -36,7 +37,7 @@ def views(draw) -> torch.Tensor:
 
 def address(t: torch.Tensor) -> torch.Tensor:
     """Offset of every element [N, C, H, W] from the first, computed as the kernels do (pixel_offset, channel_offset)."""
-    s = launch.strides_nhwc(t)
+    s = strides_nhwc(t)
     n, c, h, w = torch.meshgrid(*[torch.arange(size) for size in t.shape], indexing="ij")
     return (n * s.n + h * s.h + w * s.w) * s.align + (c if s.c is None else c * s.c)
 
@@ -45,21 +46,21 @@ def address(t: torch.Tensor) -> torch.Tensor:
 def test_strides_address_every_element(t):
     flat = torch.as_strided(t, (t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
     assert torch.equal(flat[t.storage_offset() + address(t)], t)
-    s = launch.strides_nhwc(t)
+    s = strides_nhwc(t)
     assert s.align in (1, 2, 4, 8)
     assert s.c is not None or t.stride(1) == 1 or t.shape[1] == 1
 
 
 def test_aligned_channels_last_strides():
     t = torch.empty(2, 24, 5, 7).to(memory_format=torch.channels_last)
-    assert launch.strides_nhwc(t) == launch.Strides(n=105, h=21, w=3, c=None, align=8)
-    assert launch.strides_nhwc(t[:, :20]) == launch.Strides(n=105, h=21, w=3, c=None, align=8)
-    assert launch.strides_nhwc(torch.empty(2, 3, 5, 7)) == launch.Strides(n=105, h=7, w=1, c=35, align=1)
+    assert strides_nhwc(t) == Strides(n=105, h=21, w=3, c=None, align=8)
+    assert strides_nhwc(t[:, :20]) == Strides(n=105, h=21, w=3, c=None, align=8)
+    assert strides_nhwc(torch.empty(2, 3, 5, 7)) == Strides(n=105, h=7, w=1, c=35, align=1)
 
 
 @given(views())
 def test_channels_last_is_what_pytorch_takes_for_it(t):
-    assert launch.is_channels_last(t) == (suggest_memory_format(t) == torch.channels_last)
+    assert is_channels_last(t) == (suggest_memory_format(t) == torch.channels_last)
 
 
 ORDINARY = [
@@ -78,30 +79,30 @@ ORDINARY = [
 @pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last])
 def test_channels_last_of_ordinary_tensors(shape, fmt):
     t = torch.empty(shape).to(memory_format=fmt)
-    assert launch.is_channels_last(t) == (suggest_memory_format(t) == torch.channels_last)
+    assert is_channels_last(t) == (suggest_memory_format(t) == torch.channels_last)
 
 
 def test_only_four_dimensions_have_a_format():
-    assert not launch.is_channels_last(torch.empty(3, 4, 5))
-    assert not launch.is_channels_last(torch.empty(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d))
+    assert not is_channels_last(torch.empty(3, 4, 5))
+    assert not is_channels_last(torch.empty(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d))
 
 
 def test_one_channels_last_operand_makes_the_result_so():
     a = torch.empty(2, 3, 4, 5)
     b = a.to(memory_format=torch.channels_last)
-    assert launch.memory_format(a, a) == torch.contiguous_format
-    assert launch.memory_format(a, b) == launch.memory_format(b, a) == torch.channels_last
+    assert result_format(a, a) == torch.contiguous_format
+    assert result_format(a, b) == result_format(b, a) == torch.channels_last
 
 
 def test_empty_is_poisoned_in_tests():
     x = torch.zeros(1, dtype=torch.bfloat16)
-    y = launch.empty((2, 3, 4, 5), x, torch.channels_last)
+    y = memory.empty((2, 3, 4, 5), x, torch.channels_last)
     assert y.dtype == torch.bfloat16
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert y.isnan().all()
-    assert (launch.empty((4,), x, dtype=torch.int32) == -1).all()
-    assert (launch.empty((4,), x, dtype=torch.uint8) == 255).all()
-    assert launch.empty((4,), torch.empty(1, device="meta")).is_meta
+    assert (memory.empty((4,), x, dtype=torch.int32) == -1).all()
+    assert (memory.empty((4,), x, dtype=torch.uint8) == 255).all()
+    assert memory.empty((4,), torch.empty(1, device="meta")).is_meta
 
 
 @triton.jit
@@ -165,12 +166,12 @@ def test_substituted_hands_launches_of_its_own_thread_over(launches, device):
 
 
 def test_meta_tensors_stand_for_those_of_a_gpu():
-    meta, named = torch.device("meta"), launch.Gpu("A GPU", 100)
-    with launch.meta_stands_for(named):
-        assert launch.gpu(meta) == named
-        assert launch.type_of(meta) == "cuda"
-        with launch.meta_stands_for(launch.NO_GPU, "cpu"):
-            assert (launch.gpu(meta), launch.type_of(meta)) == (launch.NO_GPU, "cpu")
-        assert launch.type_of(torch.device("cpu")) == "cpu"
-        assert launch.gpu(meta) == named
-    assert launch.type_of(meta) == "meta"
+    meta, named = torch.device("meta"), devices.Gpu("A GPU", 100)
+    with devices.meta_stands_for(named):
+        assert devices.gpu(meta) == named
+        assert devices.type_of(meta) == "cuda"
+        with devices.meta_stands_for(devices.NO_GPU, "cpu"):
+            assert (devices.gpu(meta), devices.type_of(meta)) == (devices.NO_GPU, "cpu")
+        assert devices.type_of(torch.device("cpu")) == "cpu"
+        assert devices.gpu(meta) == named
+    assert devices.type_of(meta) == "meta"

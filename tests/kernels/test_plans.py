@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from cnnfast_kernels import launch
+from cnnfast_kernels import launch, memory
+from cnnfast_kernels.layout import dense, is_channels_last
 from tests.support.child import run_compiled
 
 
@@ -26,13 +27,13 @@ def scale_kernel(x_ptr, y_ptr, bias_ptr, factor: tl.float64, n, BLOCK: tl.conste
 
 
 def test_a_plan_runs_on_any_tensors_of_its_shapes(launches, device):
-    plan = launch.Plan(scale_kernel, (2,), 3.0, 8, tile="a tile", BLOCK=4)
+    plan = launch.Launch(scale_kernel, (2,), 3.0, 8, tile="a tile", BLOCK=4)
     for bias in (None, torch.ones(8, device=device), None):
         x, y = torch.arange(9.0, device=device)[1:], torch.zeros(8, device=device)  # not aligned
         plan(x, y, bias)
         assert torch.equal(y, 3 * x + (0 if bias is None else bias))
     assert [(event.kernel, event.tile, event.grid) for event in launches] == [("scale_kernel", "a tile", (2,))] * 3
-    launch.Plan(scale_kernel, (0,), 3.0, 0, BLOCK=4)(x, y, None)
+    launch.Launch(scale_kernel, (0,), 3.0, 0, BLOCK=4)(x, y, None)
     assert len(launches) == 3
 
 
@@ -40,15 +41,15 @@ def test_layouts_are_those_of_tensors(device):
     for shape in ((2, 3, 4, 5), (2, 3, 1, 1), (0, 3, 4, 5), (7,)):
         for fmt in (torch.contiguous_format, torch.channels_last)[: 1 + (len(shape) == 4)]:
             t = torch.empty(shape, dtype=torch.float16, memory_format=fmt)
-            layout = launch.dense(shape, torch.float16, fmt)
+            layout = dense(shape, torch.float16, fmt)
             assert (layout.shape, layout.stride(), layout.dtype, layout.dim()) == (
                 t.shape,
                 t.stride(),
                 t.dtype,
                 t.dim(),
             )
-            assert launch.is_channels_last(layout) == launch.is_channels_last(t)
-            made = launch.empty(layout, torch.zeros(1, device=device))
+            assert is_channels_last(layout) == is_channels_last(t)
+            made = memory.empty(layout, torch.zeros(1, device=device))
             assert (made.shape, made.stride(), made.dtype, made.device) == (t.shape, t.stride(), t.dtype, device)
 
 
@@ -104,7 +105,7 @@ def test_a_plan_makes_its_tensors_device_current(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch.runtime.driver, "_active", SimpleNamespace(get_current_device=lambda: current[-1]))
     kernel = Kernel(current)
-    plan = launch.Plan(kernel, (1,))
+    plan = launch.Launch(kernel, (1,))
     for index in (1, 0, 2):
         device = torch.device("cuda", index)
         plan(

@@ -14,7 +14,8 @@ from tests.support.poison import embed, poison
 
 pytest.importorskip("triton")
 
-from cnnfast_kernels import launch, pooling
+from cnnfast_kernels import pooling
+from cnnfast_kernels.layout import result_format
 from cnnfast_kernels.problem import PoolProblem
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -124,7 +125,7 @@ def check_max(
     y, taps = pooling.max_pool(problem, x, with_taps=True)
     assert taps is not None
     assert taps.dtype == pooling.taps_dtype(problem)
-    assert y.is_contiguous(memory_format=launch.memory_format(x))
+    assert y.is_contiguous(memory_format=result_format(x))
     assert taps.stride() == y.stride()
     assert_same(y, expected.detach())
     assert_same(pooling.max_pool_indices(problem, taps), expected_indices)
@@ -134,7 +135,7 @@ def check_max(
     if inside:
         dy = lay_out(integers(tuple(y.shape), x.dtype, x.device, seed=1), dy_layout)
         expected.backward(dy.cpu())
-        fmt = dx_format or launch.memory_format(x)
+        fmt = dx_format or result_format(x)
         dx = pooling.max_pool_backward(problem, dy, taps, fmt)
         assert dx.is_contiguous(memory_format=fmt)
         assert_same(dx, leaf.grad)
@@ -196,11 +197,11 @@ def check_average(
     true_y, true_dx = reference(lambda leaf: F.avg_pool2d(leaf, *arguments), x, dy, torch.float64)
 
     y = pooling.avg_pool(problem, x, count_include_pad, divisor_override)
-    assert y.is_contiguous(memory_format=launch.memory_format(x))
+    assert y.is_contiguous(memory_format=result_format(x))
     assert_as_good(y, torch_y, true_y)
     if exact:
         assert_same(y, torch_y)
-    fmt = launch.memory_format(x)
+    fmt = result_format(x)
     dx = pooling.avg_pool_backward(problem, dy.contiguous(memory_format=CL), count_include_pad, divisor_override, fmt)
     assert dx.is_contiguous(memory_format=fmt)
     assert_as_good(dx, torch_dx, true_dx)
@@ -261,7 +262,7 @@ def test_adaptive_average(dtype, size, device):
 def test_global_average(dtype, layout, device):
     x = lay_out(normal((3, 20, 7, 9), dtype, device), layout)
     y = pooling.global_avg_pool(x)
-    assert y.is_contiguous(memory_format=launch.memory_format(x))
+    assert y.is_contiguous(memory_format=result_format(x))
     assert_as_good(y, x.cpu().mean((2, 3), keepdim=True), x.cpu().double().mean((2, 3), keepdim=True))
 
 

@@ -19,9 +19,11 @@ from subprocess import PIPE
 import pytest
 import torch
 
-from cnnfast_kernels import choosing, launch, tables
+from cnnfast_kernels import choosing, devices, launch, tables
 from cnnfast_kernels.conv import Geometry, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from cnnfast_kernels.dtypes import KERNEL_DTYPES
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
+from cnnfast_kernels.layout import dense
 from cnnfast_kernels.problem import ConvProblem
 from cnnfast_kernels.tables import Key, Row
 from cnnfast_kernels.tiling import StripTile, TileConfig, search_tiles, steps_of_loop
@@ -538,9 +540,9 @@ def questions(gpu, C, K, taps, groups=1, dtype=torch.float16, fmt=torch.channels
     """Of the three operations of a convolution."""
     geometry = Geometry((stride, stride), (taps // 2,) * 4, (1, 1), groups)
     out = (size + 2 * (taps // 2) - taps) // stride + 1
-    x, y = launch.dense((batch, C, size, size), dtype, fmt), launch.dense((batch, K, out, out), dtype, fmt)
+    x, y = dense((batch, C, size, size), dtype, fmt), dense((batch, K, out, out), dtype, fmt)
     w_shape = (K, C // groups, taps, taps)
-    w = launch.dense(w_shape, dtype, fmt)
+    w = dense(w_shape, dtype, fmt)
     return (
         choosing.ask_fprop(x, w, None, geometry, "", None, False, gpu, True),
         choosing.ask_dgrad(y, w, x.shape, fmt, geometry, False, gpu, True),
@@ -550,9 +552,9 @@ def questions(gpu, C, K, taps, groups=1, dtype=torch.float16, fmt=torch.channels
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
 def test_candidates_are_few_distinct_and_begin_with_the_default(arch):
-    gpu = launch.Gpu("A GPU, 80 GB", arch)
+    gpu = devices.Gpu("A GPU, 80 GB", arch)
     for C, K, taps, groups in ((64, 64, 3, 1), (3, 64, 7, 1), (64, 64, 3, 64), (512, 2048, 1, 1), (64, 128, 3, 2)):
-        for dtype in launch.KERNEL_DTYPES:
+        for dtype in KERNEL_DTYPES:
             for fmt in (torch.channels_last, torch.contiguous_format):
                 for q in questions(gpu, C, K, taps, groups, dtype, fmt):
                     found = choosing.candidates(q)
@@ -569,7 +571,7 @@ def test_both_families_and_all_their_shapes_are_among_the_candidates():
     """Half of them are of each family, and none is another stage or split of one while a tile of another shape is left
     out.
     """
-    for q in questions(launch.Gpu("A GPU, 80 GB", 90), 256, 256, 3):
+    for q in questions(devices.Gpu("A GPU, 80 GB", 90), 256, 256, 3):
         found = choosing.candidates(q)
         assert len(found) == choosing.MOST_CANDIDATES
         assert [sum(isinstance(tile, kind) for tile in found) for kind in (BoxTile, TileConfig)] == [6, 6]
@@ -578,7 +580,7 @@ def test_both_families_and_all_their_shapes_are_among_the_candidates():
 
 
 def test_what_does_not_matter_for_a_problem_is_no_candidate():
-    h200, l40s = launch.Gpu("A GPU, 80 GB", 90), launch.Gpu("Another", 89)
+    h200, l40s = devices.Gpu("A GPU, 80 GB", 90), devices.Gpu("Another", 89)
 
     def gather(gpu, *sizes, operation=0, **how):
         q = questions(gpu, *sizes, **how)[operation]
@@ -615,8 +617,8 @@ def test_steps_of_a_loop_are_those_of_the_most_taps():
 
 
 def test_the_layout_tells_where_channels_are_adjacent(gpu):
-    x = launch.dense((2, 3, 4, 4), torch.float16)
-    w = launch.dense((8, 3, 1, 1), torch.float16, torch.channels_last)
+    x = dense((2, 3, 4, 4), torch.float16)
+    w = dense((8, 3, 1, 1), torch.float16, torch.channels_last)
     question = choosing.ask_fprop(x, w, None, ONE._replace(padding=(0, 0, 0, 0)), "", None, False, gpu, True)
     assert question.key.layout == "NCHW NHWC NHWC"
     assert asdict(question.key.problem)["C"] == 3

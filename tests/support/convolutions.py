@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 
-from cnnfast_kernels import launch
+from cnnfast_kernels import devices, launch
 from cnnfast_kernels.problem import ConvProblem
 from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig
 from tests.support.poison import embed, poison
@@ -51,7 +51,7 @@ class Case:
 
 
 needs_tensor_maps = pytest.mark.skipif(
-    not launch.INTERPRETED and not 90 <= launch.architecture(torch.device("cuda", 0)) < 120,
+    not launch.INTERPRETED and not 90 <= devices.architecture(torch.device("cuda", 0)) < 120,
     reason="GPU ring: this GPU has no wgmma or tcgen05 to feed by tensor maps",
 )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import cnnfast
 import cnnfast.functional as F
-from cnnfast_kernels import conv, launch
+from cnnfast_kernels import conv, devices
 from cnnfast_kernels.conv import Geometry
 from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.tiles import BoxTile
@@ -172,7 +172,7 @@ FAMILIES: dict[str, Family] = {
 
 def families(device: torch.device) -> dict[str, Family]:
     """Those that run on `device`: all but for tensor maps, where a GPU has none."""
-    missing = why_not_on(launch.architecture(device))
+    missing = why_not_on(devices.architecture(device))
     return {name: family for name, family in FAMILIES.items() if not (missing and name.startswith("tensor maps"))}
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import cnnfast.functional as ours
 from cnnfast.dispatch import Trace, backend
-from cnnfast_kernels import launch
+from cnnfast_kernels.dtypes import accumulator_dtype
 from tests.support.agreement import integers, run
 from tests.support.views import View, lay, views
 
@@ -100,7 +100,7 @@ def compare(
 
 def assert_rounded_once(name: str, mine: Tensor, right: Tensor, dtype: torch.dtype) -> None:
     """`mine` is `right`, which is float64, rounded from what the accumulator of a kernel for `dtype` holds exactly."""
-    accumulated = right.to(launch.accumulator_dtype(dtype))
+    accumulated = right.to(accumulator_dtype(dtype))
     assert torch.equal(accumulated.double().nan_to_num(), right.nan_to_num()), (
         f"{name}: the case asks for what no accumulator can hold"
     )

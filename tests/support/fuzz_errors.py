@@ -133,7 +133,7 @@ def check_misuse(case: Misuse, device: torch.device) -> None:
     every = set(case.bad)
     expected = outcome(right, case.arguments(every))
     why_torch(torch.ones(1, dtype=torch.bfloat16))  # it tries a kernel the first time it is asked
-    launches: list[launch.Launch] = []
+    launches: list[launch.Launched] = []
     with launch.observe(launches.append):
         mine = outcome(getattr(ours, case.function), case.arguments(every))
     raised = [isinstance(result, type) for result in (mine, expected)]

@@ -120,7 +120,7 @@ class Comparison:
         self.seen: set[Pattern] = set()
         self.misaligned: set[Pattern] = set()
         self.launched_by_triton = 0
-        self.call, self.run = launch.Plan.__call__, launch.run
+        self.call, self.run = launch.Launch.__call__, launch.run
 
     def unplanned(self, kernel: Any, *args: Any, **options: Any) -> Any:
         """In place of launch.run, which plans call too where they do not know the kernel yet."""
@@ -142,7 +142,7 @@ class Comparison:
             self.seen.add(key)
         return compiled
 
-    def planned(self, plan: launch.Plan, *tensors: Any) -> None:
+    def planned(self, plan: launch.Launch, *tensors: Any) -> None:
         """In place of a plan's call."""
         key = pattern(plan.kernel, tensors, [i for i, _ in plan.maps])
         if 0 in plan.grid or (self.once and key in self.seen):
@@ -167,7 +167,7 @@ class Comparison:
             if again != repeated:
                 self.differs(plan, "with aligned operands again", repeated, again)
 
-    def compare(self, plan: launch.Plan, tensors: Sequence[Any]) -> Any:
+    def compare(self, plan: launch.Launch, tensors: Sequence[Any]) -> Any:
         """Launches by Triton, twice by the plan, and compares the first with the last."""
         self.driver.taken()
         plan.run(tuple(tensors))
@@ -183,12 +183,12 @@ class Comparison:
             self.differs(plan, "", by_triton, by_plan)
         return by_plan
 
-    def launched(self, plan: launch.Plan, tensors: Sequence[Any]) -> Any:
+    def launched(self, plan: launch.Launch, tensors: Sequence[Any]) -> Any:
         self.driver.taken()
         self.call(plan, *tensors)
         return self.taken(tensors)
 
-    def differs(self, plan: launch.Plan, when: str, expected: Any, found: Any) -> None:
+    def differs(self, plan: launch.Launch, when: str, expected: Any, found: Any) -> None:
         """One line that says in what two launches differ, each given with its encodes."""
         told = []
         for what, left, right in zip(("launch", "encode"), expected, found, strict=True):
@@ -233,7 +233,9 @@ def survey(once: bool, part: int = 0, parts: int = 1, capability: int = 90) -> S
         driver.stream = STREAM
         watch = Comparison(driver, found, once)
         stack.enter_context(patch.object(aot_cases, "empty", empty))
-        stack.enter_context(patch.object(launch.Plan, "__call__", lambda plan, *tensors: watch.planned(plan, *tensors)))
+        stack.enter_context(
+            patch.object(launch.Launch, "__call__", lambda plan, *tensors: watch.planned(plan, *tensors))
+        )
         stack.enter_context(patch.object(launch, "run", watch.without_a_plan))
         for case in list(cases(capability, once))[part::parts]:
             watch.case = case.name

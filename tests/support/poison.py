@@ -41,11 +41,11 @@ def embed(t: torch.Tensor, before: Sequence[int] | int = 1, after: Sequence[int]
 
 @contextmanager
 def poisoned_workspaces() -> Iterator[None]:
-    """What launch.empty hands out meanwhile is full of NaN, or of a conspicuous integer: an element never written
+    """What memory.empty hands out meanwhile is full of NaN, or of a conspicuous integer: an element never written
     shows.
     """
-    from cnnfast_kernels import launch
+    from cnnfast_kernels import memory
 
-    allocate = launch.empty
-    with mock.patch.object(launch, "empty", lambda *args, **kwargs: poison(allocate(*args, **kwargs))):
+    allocate = memory.empty
+    with mock.patch.object(memory, "empty", lambda *args, **kwargs: poison(allocate(*args, **kwargs))):
         yield

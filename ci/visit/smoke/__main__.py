@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 import typer
 
-from cnnfast_kernels import launch
+from cnnfast_kernels import devices, launch, memory
 from cnnfast_kernels.tma.views import why_not_on
 
 from .families import FAMILIES, Family
@@ -52,7 +52,7 @@ def tried(trial: Trial, device: torch.device, poison: bool, judge: bool) -> list
     operands = trial.operands(device)
     with ExitStack() as stack:
         if poison:
-            stack.enter_context(launch.poisoned())
+            stack.enter_context(memory.poisoned())
         first, second = trial.ours(*operands), trial.ours(*operands)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -87,13 +87,13 @@ def where(recorded: int) -> Iterator[torch.device]:
 @contextmanager
 def announced() -> Iterator[None]:
     """Says the name of each kernel before it is launched."""
-    launched = launch.Plan.__call__
+    launched = launch.Launch.__call__
 
-    def announce(plan: launch.Plan, *tensors: torch.Tensor | None) -> None:
+    def announce(plan: launch.Launch, *tensors: torch.Tensor | None) -> None:
         print(f"{LAUNCHING}{plan.kernel.__name__}", flush=True)
         launched(plan, *tensors)
 
-    with patch.object(launch.Plan, "__call__", announce):
+    with patch.object(launch.Launch, "__call__", announce):
         yield
 
 
@@ -135,7 +135,7 @@ def main(
     with where(recorded) as device:
         for name in families:
             family = FAMILIES[name]
-            if family.tensor_maps and (reason := why_not_on(launch.architecture(device))):
+            if family.tensor_maps and (reason := why_not_on(devices.architecture(device))):
                 print(f"{name} skipped: {reason}")
             else:
                 problems += run(family, device, poison, judge=not recorded)

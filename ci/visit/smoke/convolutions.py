@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnnfast_kernels import launch
+from cnnfast_kernels import devices
 from cnnfast_kernels.choosing import Geometry, Question, Tile, ask_dgrad, ask_fprop, ask_wgrad, default_tile
 from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
+from cnnfast_kernels.layout import layout_of
 from cnnfast_kernels.tiling import choose_tile
 from cnnfast_kernels.tma.tiles import candidate_boxes
 
@@ -103,14 +104,14 @@ def fprop(c: Convolution, tile: ChooseTile) -> Trial:
 
     def ours(x: Tensor, w: Tensor, residual: Tensor, mean: Tensor, shift: Tensor) -> Tensors:
         q = ask_fprop(
-            launch.layout(x),
-            launch.layout(w),
+            layout_of(x),
+            layout_of(w),
             residual.stride(),
             c.geometry,
             "norm",
             "relu",
             False,
-            launch.gpu(x.device),
+            devices.gpu(x.device),
             True,
         )
         var, weight = torch.full_like(mean, 0.25), torch.ones_like(mean)
@@ -128,9 +129,7 @@ def stats(c: Convolution, tile: ChooseTile) -> Trial:
     """Mean and variance from the kernel's own moments: their sums are not of powers of two."""
 
     def ours(x: Tensor, w: Tensor) -> Tensors:
-        q = ask_fprop(
-            launch.layout(x), launch.layout(w), None, c.geometry, "stats", None, False, launch.gpu(x.device), True
-        )
+        q = ask_fprop(layout_of(x), layout_of(w), None, c.geometry, "stats", None, False, devices.gpu(x.device), True)
         return conv_stats(x, w, c.geometry, tile=tile(q))
 
     def exact(x: Tensor, w: Tensor) -> Tensors:
@@ -143,9 +142,7 @@ def stats(c: Convolution, tile: ChooseTile) -> Trial:
 
 def dgrad(c: Convolution, tile: ChooseTile) -> Trial:
     def ours(dy: Tensor, w: Tensor) -> Tensors:
-        q = ask_dgrad(
-            launch.layout(dy), launch.layout(w), c.x_shape, c.fmt, c.geometry, False, launch.gpu(dy.device), True
-        )
+        q = ask_dgrad(layout_of(dy), layout_of(w), c.x_shape, c.fmt, c.geometry, False, devices.gpu(dy.device), True)
         return (conv_dgrad(dy, w, c.x_shape, c.geometry, fmt=c.fmt, tile=tile(q)),)
 
     def exact(dy: Tensor, w: Tensor) -> Tensors:
@@ -157,9 +154,7 @@ def dgrad(c: Convolution, tile: ChooseTile) -> Trial:
 
 def wgrad(c: Convolution, tile: ChooseTile) -> Trial:
     def ours(x: Tensor, dy: Tensor) -> Tensors:
-        q = ask_wgrad(
-            launch.layout(x), launch.layout(dy), c.w_shape, c.fmt, c.geometry, False, launch.gpu(x.device), True
-        )
+        q = ask_wgrad(layout_of(x), layout_of(dy), c.w_shape, c.fmt, c.geometry, False, devices.gpu(x.device), True)
         return (conv_wgrad(x, dy, c.w_shape, c.geometry, fmt=c.fmt, tile=tile(q)),)
 
     def exact(x: Tensor, dy: Tensor) -> Tensors:

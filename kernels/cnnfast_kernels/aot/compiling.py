@@ -221,7 +221,7 @@ def compile_case(arch: str, index: int) -> list[tuple[Row, Binary | None]]:
     rows: list[tuple[Row, Binary | None]] = []
     clock = time.perf_counter()
 
-    def see(launched: launch.Launch) -> None:
+    def see(launched: launch.Launched) -> None:
         nonlocal clock
         seconds = time.perf_counter() - clock
         binary = Binary.of(launched.compiled)

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 
 from .. import launch
+from ..dtypes import KERNEL_DTYPES, accumulator_dtype
 from ..indexing import channel_offset, class_axis, has_nan, pixel_offset, unravel_npq
+from ..layout import Laid, strides_nhwc
 from ..problem import ConvProblem, tap_step
 from ..tiling import Precision, TileConfig, cdiv, register_limit
 from .tiles import load_taps, multiply_accumulate, reaches, tap_bits, unravel_rsc
@@ -161,20 +163,20 @@ def conv_dgrad_kernel(
 
 
 def plan_dgrad(
-    problem: ConvProblem, tile: TileConfig, precision: Precision, dy: launch.Laid, w: launch.Laid, dx: launch.Laid
-) -> launch.Plan:
+    problem: ConvProblem, tile: TileConfig, precision: Precision, dy: Laid, w: Laid, dx: Laid
+) -> launch.Launch:
     """Takes (dy, w, dx, bias); see `dgrad`."""
     g = problem
     pixels = g.N * cdiv(g.H, g.stride_h) * cdiv(g.W, g.stride_w)  # of the largest class
     grid = (cdiv(pixels, tile.BLOCK_M) * g.parities * cdiv(g.group_channels, tile.BLOCK_N) * g.groups,)
-    dys, ws, dxs = launch.strides_nhwc(dy), launch.strides_nhwc(w), launch.strides_nhwc(dx)
-    return launch.Plan(
+    dys, ws, dxs = strides_nhwc(dy), strides_nhwc(w), strides_nhwc(dx)
+    return launch.Launch(
         conv_dgrad_kernel, grid, g.N, g.H, g.W, g.P, g.Q, g.group_channels, *dys[:4], *ws[:4], *dxs[:4],
         tile=tile, K=g.group_filters, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
         STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
         MISSES=g.taps_miss_h or g.taps_miss_w, DY_ALIGN=dys.align, W_ALIGN=ws.align, DX_ALIGN=dxs.align,
-        PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dx.dtype)],
+        PRECISION=precision, ACC=KERNEL_DTYPES[accumulator_dtype(dx.dtype)],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
         maxnreg=register_limit(g, "dgrad", precision, tile),
     )  # fmt: skip

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from .. import launch
+from ..dtypes import KERNEL_DTYPES, accumulator_dtype
 from ..epilogue import PLAIN, Epilogue, activate, normalize_columns, tile_moments
 from ..indexing import channel_offset, pixel_offset, unravel_npq
+from ..layout import Laid, strides_nhwc
 from ..problem import ConvProblem
 from ..tiling import Precision, TileConfig, cdiv, register_limit
 from .tiles import load_taps, multiply_accumulate, tap_bits, unravel_rsc
@@ -98,25 +100,25 @@ def plan_fprop(
     problem: ConvProblem,
     tile: TileConfig,
     precision: Precision,
-    x: launch.Laid,
-    w: launch.Laid,
-    y: launch.Laid,
-    residual: launch.Laid | None = None,
+    x: Laid,
+    w: Laid,
+    y: Laid,
+    residual: Laid | None = None,
     eps: float = 0.0,
     activation: str | None = None,
     slope: float = 0.0,
-) -> launch.Plan:
+) -> launch.Launch:
     """Takes (x, w, y, bias, mean, var, gamma, beta, residual, moments), each of the last seven or None; see `fprop`."""
     g = problem
     grid = (cdiv(g.N * g.P * g.Q, tile.BLOCK_M) * cdiv(g.group_filters, tile.BLOCK_N) * g.groups,)
-    xs, ws, ys = launch.strides_nhwc(x), launch.strides_nhwc(w), launch.strides_nhwc(y)
-    zs = ys if residual is None else launch.strides_nhwc(residual)
-    return launch.Plan(
+    xs, ws, ys = strides_nhwc(x), strides_nhwc(w), strides_nhwc(y)
+    zs = ys if residual is None else strides_nhwc(residual)
+    return launch.Launch(
         conv_fprop_kernel, grid, slope, g.N, g.H, g.W, g.P, g.Q, g.group_filters, *xs[:4], *ws[:4], *ys[:4], *zs[:4],
         tile=tile, C=g.group_channels, GROUPS=g.groups, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
         X_ALIGN=xs.align, W_ALIGN=ws.align, Y_ALIGN=ys.align, Z_ALIGN=zs.align,
-        EPS=eps, ACTIVATION=activation, PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
+        EPS=eps, ACTIVATION=activation, PRECISION=precision, ACC=KERNEL_DTYPES[accumulator_dtype(x.dtype)],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
         maxnreg=register_limit(g, "fprop", precision, tile),
     )  # fmt: skip

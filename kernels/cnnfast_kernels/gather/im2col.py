@@ -16,9 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch
+from .. import devices, launch, memory
+from ..dtypes import KERNEL_DTYPES, accumulator_dtype
 from ..epilogue import PLAIN, Epilogue
 from ..indexing import channel_offset, pixel_offset, unravel_npq
+from ..layout import strides_nhwc
 from ..problem import ConvProblem
 from ..slots import empty_partials, reduce_partials
 from ..tiling import Precision, TileConfig, cdiv, choose_tile
@@ -126,8 +128,8 @@ def im2col(problem: ConvProblem, x: torch.Tensor, p0: int, p1: int) -> torch.Ten
     """
     g, n = problem, x.shape[0]
     depth = g.R * g.S * g.C
-    columns = launch.empty((n, depth, p1 - p0, g.Q), x, torch.channels_last)
-    xs = launch.strides_nhwc(x)
+    columns = memory.empty((n, depth, p1 - p0, g.Q), x, torch.channels_last)
+    xs = strides_nhwc(x)
     launch.run(
         im2col_kernel, copy_tiles(n * (p1 - p0) * g.Q, depth // g.groups, g.groups), x.device,
         x, columns, n, g.H, g.W, p1 - p0, g.Q, p0, *xs[:4], tile=COPY_TILE, C=g.group_channels, X_ALIGN=xs.align, **geometry(g),
@@ -140,11 +142,11 @@ def col2im(
 ) -> None:
     """Writes channels c0 to c1 of every group of dx from columns [N, groups * R * S * (c1 - c0), P, Q], channels_last."""
     g, n = problem, dx.shape[0]
-    xs = launch.strides_nhwc(dx)
+    xs = strides_nhwc(dx)
     launch.run(
         col2im_kernel, copy_tiles(n * g.H * g.W, c1 - c0, g.groups), dx.device,
         columns, dx, bias, n, g.H, g.W, g.P, g.Q, c0, *xs[:4], tile=COPY_TILE, C=c1 - c0, CHANNELS=g.group_channels, X_ALIGN=xs.align,
-        ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dx.dtype)], **geometry(g),
+        ACC=KERNEL_DTYPES[accumulator_dtype(dx.dtype)], **geometry(g),
     )  # fmt: skip
 
 
@@ -183,7 +185,7 @@ def im2col_fprop(
         columns = im2col(problem, x[images], p0, p1)
         gemm = as_1x1(problem, columns.shape[0], p1 - p0, columns.shape[1])
         residual = None if epilogue.residual is None else epilogue.residual[images, :, p0:p1]
-        tile = choose_tile(gemm, "fprop", precision, arch=launch.architecture(x.device))
+        tile = choose_tile(gemm, "fprop", precision, arch=devices.architecture(x.device))
         fprop(gemm, tile, precision, columns, filters, y[images, :, p0:p1], epilogue._replace(residual=residual))
 
 
@@ -206,10 +208,10 @@ def im2col_dgrad(
         for n in range(0, g.N, images):
             part = dy[n : n + images]
             gemm = as_1x1(g, part.shape[0], g.P, g.groups * filters.shape[1])
-            columns = launch.empty((gemm.N, gemm.C, g.P, g.Q), dy, torch.channels_last)
+            columns = memory.empty((gemm.N, gemm.C, g.P, g.Q), dy, torch.channels_last)
             dgrad(
                 gemm,
-                choose_tile(gemm, "dgrad", precision, arch=launch.architecture(dy.device)),
+                choose_tile(gemm, "dgrad", precision, arch=devices.architecture(dy.device)),
                 precision,
                 part,
                 filters,
@@ -224,7 +226,7 @@ def im2col_wgrad(
     """As gather.wgrad.wgrad, by im2col: every piece leaves partial sums, which are added in the order of the pieces."""
     parts = list(pieces(problem, x.element_size()))
     first = as_1x1(problem, parts[0][0].stop, parts[0][2], problem.R * problem.S * problem.C)
-    tile = choose_tile(first, "wgrad", precision, arch=launch.architecture(x.device))
+    tile = choose_tile(first, "wgrad", precision, arch=devices.architecture(x.device))
     partials = empty_partials(problem, len(parts) * tile.SPLIT_K, x)
     flat = partials.permute(0, 1, 3, 4, 2).flatten(2)[..., None, None]  # the same memory in the order of the columns
     for i, (images, p0, p1) in enumerate(parts):

@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 from .. import launch
+from ..dtypes import KERNEL_DTYPES, accumulator_dtype
 from ..indexing import channel_offset, divide, divisor, pixel_offset
+from ..layout import Laid, strides_nhwc
 from ..problem import ConvProblem
 from ..slots import WgradPlan, plan_slots
 from ..tiling import Precision, TileConfig, cdiv
@@ -100,24 +102,24 @@ def plan_partials(
     problem: ConvProblem,
     tile: TileConfig,
     precision: Precision,
-    x: launch.Laid,
-    dy: launch.Laid,
-    slot: launch.Laid,
+    x: Laid,
+    dy: Laid,
+    slot: Laid,
     slots: int,
     slot_stride: int,
-) -> launch.Plan:
+) -> launch.Launch:
     """Takes (x, dy, partials): `slots` gradients laid as `slot` is, slot_stride elements apart; see `wgrad_partials`."""
     g = problem
     grid = (cdiv(g.group_filters, tile.BLOCK_M) * cdiv(g.R * g.S * g.group_channels, tile.BLOCK_N) * g.groups * slots,)
-    xs, dys, dws = launch.strides_nhwc(x), launch.strides_nhwc(dy), launch.strides_nhwc(slot)
-    return launch.Plan(
+    xs, dys, dws = strides_nhwc(x), strides_nhwc(dy), strides_nhwc(slot)
+    return launch.Launch(
         conv_wgrad_kernel, grid,
         g.N, g.H, g.W, g.P, g.Q, g.group_filters, slots, *divisor(max(g.P, 1)), *divisor(max(g.Q, 1)),
         *xs[:4], *dys[:4], slot_stride, *dws[:4],
         tile=tile, C=g.group_channels, GROUPS=g.groups, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
         X_ALIGN=xs.align, DY_ALIGN=dys.align, DW_ALIGN=dws.align,
-        PRECISION=precision, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
+        PRECISION=precision, ACC=KERNEL_DTYPES[accumulator_dtype(x.dtype)],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
@@ -140,9 +142,7 @@ def wgrad_partials(
     plan_partials(problem, tile, precision, x, dy, partials[0], partials.shape[0], partials.stride(0))(x, dy, partials)
 
 
-def plan_wgrad(
-    problem: ConvProblem, tile: TileConfig, precision: Precision, x: launch.Laid, dy: launch.Laid, dw: launch.Laid
-) -> WgradPlan:
+def plan_wgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, x: Laid, dy: Laid, dw: Laid) -> WgradPlan:
     """Takes (x, dy, dw); see `wgrad`. dy must not be empty."""
     return plan_slots(problem, tile.SPLIT_K, dw, x.dtype, partial(plan_partials, problem, tile, precision, x, dy))
 

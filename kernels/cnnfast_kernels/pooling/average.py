@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch
+from .. import launch, memory
+from ..dtypes import KERNEL_DTYPES, accumulator_dtype
+from ..layout import Layout, dense, result_format
 from ..problem import PoolProblem
 from ..rounding import round_quotient
 from .rows import RUNTIME, element_offset, plan_rows, unravel_rows
@@ -148,21 +150,21 @@ def _plan(
     adaptive: bool,
     count_include_pad: bool,
     divisor_override: int | None,
-) -> tuple[launch.Plan, launch.Layout]:
+) -> tuple[launch.Launch, Layout]:
     """Forward, or, where the result's memory format is given, backward."""
     g = problem
     options = {
         "DIVISOR": None if adaptive else _divisor(g, count_include_pad, divisor_override),
         "COUNT_PAD": count_include_pad,
         "ADAPTIVE": adaptive,
-        "ACC": launch.KERNEL_DTYPES[launch.accumulator_dtype(dtype)],
+        "ACC": KERNEL_DTYPES[accumulator_dtype(dtype)],
     }
     image, pooled = (g.N, g.C, g.H, g.W), (g.N, g.C, g.P, g.Q)
     if memory_format is None:
-        x = launch.Layout(image, strides, dtype)
-        y = launch.dense(pooled, dtype, launch.memory_format(x))
+        x = Layout(image, strides, dtype)
+        y = dense(pooled, dtype, result_format(x))
         return plan_rows(avg_pool_kernel, g, {"X": x, "Y": y}, g.R * g.S, **options), y
-    dy, dx = launch.Layout(pooled, strides, dtype), launch.dense(image, dtype, memory_format)
+    dy, dx = Layout(pooled, strides, dtype), dense(image, dtype, memory_format)
     cover = ((g.R - 1) // g.stride_h + 1) * ((g.S - 1) // g.stride_w + 1)
     return plan_rows(avg_pool_backward_kernel, g, {"DY": dy, "DX": dx}, cover, **options), dx
 
@@ -172,7 +174,7 @@ def _average(
     count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     run, layout = _plan(problem, x.stride(), x.dtype, memory_format, adaptive, count_include_pad, divisor_override)
-    y = launch.empty(layout, x)
+    y = memory.empty(layout, x)
     run(x, y)
     return y
 
@@ -212,5 +214,5 @@ def adaptive_avg_pool_backward(
 ) -> torch.Tensor:
     """dx of shape [N, C, H, W] = `x_shape` in `memory_format`, from dy [N, C, P, Q] in any layout."""
     if dy.numel() == 0:  # no windows
-        return launch.empty(x_shape, dy, memory_format).zero_()
+        return memory.empty(x_shape, dy, memory_format).zero_()
     return _average(_adaptive_problem(x_shape, *dy.shape[2:]), dy, memory_format, True)

@@ -13,7 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch
+from .. import launch, memory
+from ..dtypes import KERNEL_DTYPES, accumulator_dtype
+from ..layout import Layout, dense, result_format
 from ..problem import PoolProblem
 from .rows import RUNTIME, element_offset, plan_rows, unravel_rows
 
@@ -126,11 +128,11 @@ def taps_dtype(problem: PoolProblem) -> torch.dtype:
 
 
 @launch.planned
-def _plan_max(problem: PoolProblem, strides, dtype) -> tuple[launch.Plan, launch.Layout, launch.Layout]:
+def _plan_max(problem: PoolProblem, strides, dtype) -> tuple[launch.Launch, Layout, Layout]:
     g = problem
-    x = launch.Layout((g.N, g.C, g.H, g.W), strides, dtype)
-    y, taps = (launch.dense((g.N, g.C, g.P, g.Q), t, launch.memory_format(x)) for t in (dtype, taps_dtype(g)))
-    acc = launch.KERNEL_DTYPES[launch.accumulator_dtype(dtype)]
+    x = Layout((g.N, g.C, g.H, g.W), strides, dtype)
+    y, taps = (dense((g.N, g.C, g.P, g.Q), t, result_format(x)) for t in (dtype, taps_dtype(g)))
+    acc = KERNEL_DTYPES[accumulator_dtype(dtype)]
     run = plan_rows(max_pool_kernel, g, {"X": x, "Y": y}, g.R * g.S, DIL_H=g.dil_h, DIL_W=g.dil_w, ACC=acc)
     return run, y, taps
 
@@ -142,24 +144,24 @@ def max_pool(problem: PoolProblem, x: torch.Tensor, with_taps: bool) -> tuple[to
     does. Ties, NaN and windows of -inf go as in PyTorch.
     """
     run, y_layout, taps_layout = _plan_max(problem, x.stride(), x.dtype)
-    y = launch.empty(y_layout, x)
-    taps = launch.empty(taps_layout, x) if with_taps else None
+    y = memory.empty(y_layout, x)
+    taps = memory.empty(taps_layout, x) if with_taps else None
     run(x, y, taps)
     return y, taps
 
 
 @launch.planned
-def _plan_indices(problem: PoolProblem, strides, dtype) -> tuple[launch.Plan, launch.Layout]:
+def _plan_indices(problem: PoolProblem, strides, dtype) -> tuple[launch.Launch, Layout]:
     g = problem
-    taps = launch.Layout((g.N, g.C, g.P, g.Q), strides, dtype)
-    indices = launch.dense(taps.shape, torch.int64, launch.memory_format(taps))
+    taps = Layout((g.N, g.C, g.P, g.Q), strides, dtype)
+    indices = dense(taps.shape, torch.int64, result_format(taps))
     return plan_rows(max_pool_indices_kernel, g, {"TAPS": taps, "Y": indices}, 1, DIL_H=g.dil_h, DIL_W=g.dil_w), indices
 
 
 def max_pool_indices(problem: PoolProblem, taps: torch.Tensor) -> torch.Tensor:
     """PyTorch's indices, h * W + w of each maximum, int64 [N, C, P, Q] in the layout of `taps`."""
     run, layout = _plan_indices(problem, taps.stride(), taps.dtype)
-    indices = launch.empty(layout, taps)
+    indices = memory.empty(layout, taps)
     run(taps, indices)
     return indices
 
@@ -167,13 +169,13 @@ def max_pool_indices(problem: PoolProblem, taps: torch.Tensor) -> torch.Tensor:
 @launch.planned
 def _plan_backward(
     problem: PoolProblem, dy_strides, taps_strides, dtype, tap_dtype, memory_format
-) -> tuple[launch.Plan, launch.Layout]:
+) -> tuple[launch.Launch, Layout]:
     g = problem
-    dy = launch.Layout((g.N, g.C, g.P, g.Q), dy_strides, dtype)
-    taps = launch.Layout(dy.shape, taps_strides, tap_dtype)
-    dx = launch.dense((g.N, g.C, g.H, g.W), dtype, memory_format)
+    dy = Layout((g.N, g.C, g.P, g.Q), dy_strides, dtype)
+    taps = Layout(dy.shape, taps_strides, tap_dtype)
+    dx = dense((g.N, g.C, g.H, g.W), dtype, memory_format)
     cover = ((g.R - 1) * g.dil_h // g.stride_h + 1) * ((g.S - 1) * g.dil_w // g.stride_w + 1)
-    acc = launch.KERNEL_DTYPES[launch.accumulator_dtype(dtype)]
+    acc = KERNEL_DTYPES[accumulator_dtype(dtype)]
     operands = {"DY": dy, "TAPS": taps, "DX": dx}
     return plan_rows(max_pool_backward_kernel, g, operands, cover, DIL_H=g.dil_h, DIL_W=g.dil_w, ACC=acc), dx
 
@@ -183,6 +185,6 @@ def max_pool_backward(
 ) -> torch.Tensor:
     """dx [N, C, H, W] in `memory_format`, from dy and taps [N, C, P, Q] in any layout."""
     run, layout = _plan_backward(problem, dy.stride(), taps.stride(), dy.dtype, taps.dtype, memory_format)
-    dx = launch.empty(layout, dy)
+    dx = memory.empty(layout, dy)
     run(dy, taps, dx)
     return dx

@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch
+from .. import launch, memory
+from ..dtypes import KERNEL_DTYPES, accumulator_dtype
 from ..indexing import channel_offset
+from ..layout import Laid, Layout, dense, result_format, strides_nhwc
 from ..rounding import round_quotient
 from ..tiling import BUSY_PROGRAMS, MAX_REGISTERS, cdiv
 from .rows import NUM_WARPS, RUNTIME
@@ -73,14 +75,14 @@ def plane_mean_kernel(
     tl.store(y_cols, y.to(y_ptr.dtype.element_ty), mask=channels < C)
 
 
-def _plan_plane(x: launch.Laid, y: launch.Laid, count: int, span: int, tile: PlaneTile) -> launch.Plan:
+def _plan_plane(x: Laid, y: Laid, count: int, span: int, tile: PlaneTile) -> launch.Launch:
     """Takes (x, y): y [N, C, splits, 1] = sums over `span` pixels each, divided by `count`."""
     N, C, H, W = x.shape
     splits = y.shape[2]
-    xs, ys = launch.strides_nhwc(x), launch.strides_nhwc(y)
-    return launch.Plan(
+    xs, ys = strides_nhwc(x), strides_nhwc(y)
+    return launch.Launch(
         plane_mean_kernel, (N * splits * cdiv(C, tile.BLOCK_C),), count, span, splits, H, W, *xs[:4], ys.n, ys.h, ys.c,
-        tile=tile, C=C, X_ALIGN=xs.align, Y_ALIGN=ys.align, ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
+        tile=tile, C=C, X_ALIGN=xs.align, Y_ALIGN=ys.align, ACC=KERNEL_DTYPES[accumulator_dtype(x.dtype)],
         BLOCK_PIXELS=tile.BLOCK_PIXELS, BLOCK_C=tile.BLOCK_C, CHANNELS_FAST=tile.CHANNELS_FAST, num_warps=NUM_WARPS,
         maxnreg=MAX_REGISTERS,
     )  # fmt: skip
@@ -92,18 +94,18 @@ def _plane_tile(C: int, channels_fast: bool) -> PlaneTile:
 
 
 @launch.planned
-def _plan(shape, strides, dtype) -> tuple[launch.Layout, launch.Plan, launch.Layout | None, launch.Plan | None]:
+def _plan(shape, strides, dtype) -> tuple[Layout, launch.Launch, Layout | None, launch.Launch | None]:
     N, C, H, W = shape
-    x = launch.Layout(shape, strides, dtype)
-    fmt = launch.memory_format(x)
-    y = launch.dense((N, C, 1, 1), dtype, fmt)
+    x = Layout(shape, strides, dtype)
+    fmt = result_format(x)
+    y = dense((N, C, 1, 1), dtype, fmt)
     tile = _plane_tile(C, fmt == torch.channels_last)
     programs = max(1, N * cdiv(C, tile.BLOCK_C))
     splits = max(1, min(cdiv(2 * BUSY_PROGRAMS, programs), H * W // (8 * tile.BLOCK_PIXELS)))
     if splits == 1:
         return y, _plan_plane(x, y, H * W, H * W, tile), None, None
     span = cdiv(cdiv(H * W, splits), tile.BLOCK_PIXELS) * tile.BLOCK_PIXELS
-    parts = launch.dense((N, C, cdiv(H * W, span), 1), launch.accumulator_dtype(dtype), torch.channels_last)
+    parts = dense((N, C, cdiv(H * W, span), 1), accumulator_dtype(dtype), torch.channels_last)
     return (
         y,
         _plan_plane(x, parts, 1, span, tile),
@@ -118,11 +120,11 @@ def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
     Few large planes are cut into parts, whose sums a second launch adds in order.
     """
     layout, first, parts_layout, second = _plan(x.shape, x.stride(), x.dtype)
-    y = launch.empty(layout, x)
+    y = memory.empty(layout, x)
     if parts_layout is None:
         first(x, y)
     else:
-        parts = launch.empty(parts_layout, x)
+        parts = memory.empty(parts_layout, x)
         first(x, parts)
         second(parts, y)
     return y

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .. import launch
 from ..indexing import channel_offset, pixel_offset
+from ..layout import Laid, is_channels_last, strides_nhwc
 from ..problem import PoolProblem
 from ..tiling import MAX_REGISTERS, VECTOR_BYTES, cdiv
 
@@ -76,19 +77,17 @@ def element_offset(n, h, w, c, stride_n, stride_h, stride_w, stride_c, ALIGN: tl
     return pixel_offset(n, h, w, stride_n, stride_h, stride_w, ALIGN)[:, None] + channel_offset(c, stride_c)
 
 
-def plan_rows(
-    kernel: Any, problem: PoolProblem, operands: dict[str, launch.Laid], loop: int, **options: Any
-) -> launch.Plan:
+def plan_rows(kernel: Any, problem: PoolProblem, operands: dict[str, Laid], loop: int, **options: Any) -> launch.Launch:
     """A launch of `kernel`, whose first arguments are `operands`, the last of them its result; `loop` is the length of
     its loop.
     """
     g = problem
     *_, result = operands.values()
-    channels_fast = launch.is_channels_last(result)
+    channels_fast = is_channels_last(result)
     vec = gcd(g.C, VECTOR_BYTES // max(t.dtype.itemsize for t in operands.values())) if channels_fast else 1
     tile = PoolTile(32 * NUM_WARPS * max(1, 4 // vec), vec, channels_fast)
-    strides = {name: launch.strides_nhwc(t) for name, t in operands.items()}
-    return launch.Plan(
+    strides = {name: strides_nhwc(t) for name, t in operands.items()}
+    return launch.Launch(
         kernel, (cdiv(prod(result.shape) // vec, tile.ROWS),), g.N, g.H, g.W, g.P, g.Q, *(s for t in strides.values() for s in t[:4]),
         tile=tile, C=g.C, R=g.R, S=g.S, STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w,
         **{f"{name}_ALIGN": s.align for name, s in strides.items()}, **options,

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .. import launch
 from ..indexing import class_axis, has_nan
+from ..layout import Laid
 from ..problem import ConvProblem, tap_step
 from ..tiling import MAX_REGISTERS, cdiv
 from .boxes import load_box, locate_box, pixels_inside, store_phases, take_part, taps_inside
@@ -125,9 +126,7 @@ def tma_dgrad_kernel(
         store_phases(dx_map, n0, h, w_pixel, c0, dx, PIXEL, PHASE_H, PHASE_W)
 
 
-def plan_tma_dgrad(
-    problem: ConvProblem, tile: BoxTile, dy: launch.Laid, w: launch.Laid, dx: launch.Laid
-) -> launch.Plan:
+def plan_tma_dgrad(problem: ConvProblem, tile: BoxTile, dy: Laid, w: Laid, dx: Laid) -> launch.Launch:
     """Takes (dy, w, dx, bias); see `tma_dgrad`."""
     g, (dy, dx) = flattened(problem, dy, dx)
     phases = phases_of(g, "dgrad", tile)
@@ -137,7 +136,7 @@ def plan_tma_dgrad(
         1: map_filters(w, tile.TILE_K, tile.TILE_C),
         2: map_image(dx, box, tile.TILE_C, phases),
     }
-    return launch.Plan(
+    return launch.Launch(
         tma_dgrad_kernel, (box_count(g, "dgrad", tile) * g.parities * cdiv(g.C, tile.TILE_C),),
         g.H, g.W, g.P, g.Q, *box_grid(g, "dgrad"), g.C,
         tile=tile, maps=maps, K=g.K, R=g.R, S=g.S, PIXEL=strides_of(dx)[2],

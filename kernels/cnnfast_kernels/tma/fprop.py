@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .. import launch
 from ..epilogue import PLAIN, Epilogue, activate, normalize_columns, tile_moments
+from ..layout import Laid
 from ..partials import TileRows
 from ..problem import ConvProblem
 from ..tiling import cdiv
@@ -83,14 +84,14 @@ def tma_fprop_kernel(
 def plan_tma_fprop(
     problem: ConvProblem,
     tile: BoxTile,
-    x: launch.Laid,
-    w: launch.Laid,
-    y: launch.Laid,
-    residual: launch.Laid | None = None,
+    x: Laid,
+    w: Laid,
+    y: Laid,
+    residual: Laid | None = None,
     eps: float = 0.0,
     activation: str | None = None,
     slope: float = 0.0,
-) -> launch.Plan:
+) -> launch.Launch:
     """Takes (x, w, y, bias, mean, var, gamma, beta, residual, moments), each of the last seven or None; see
     `tma_fprop`.
     """
@@ -105,7 +106,7 @@ def plan_tma_fprop(
     }
     if residuals:
         maps[8] = map_image(residuals[0], box, tile.TILE_K)
-    return launch.Plan(
+    return launch.Launch(
         tma_fprop_kernel, (box_count(g, "fprop", tile) * cdiv(g.K, tile.TILE_K),), slope, g.N, g.H, g.W, g.P, g.Q, g.K,
         tile=tile, maps=maps, C=g.C, R=g.R, S=g.S, PIXEL=strides_of(x)[2],
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,

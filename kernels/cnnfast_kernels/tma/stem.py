@@ -22,7 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch
+from .. import launch, memory
+from ..layout import Laid, Layout, dense, layout_of
 from ..problem import MAX_PIXELS, ConvProblem
 from ..slots import WgradPlan, plan_reduction
 from ..tiling import cdiv
@@ -54,7 +55,7 @@ def pack_pixels_kernel(
     tl.store(packed_ptr + m[:, None] * PIXEL + c[None, :], values, mask=exist[:, None])
 
 
-def plan_packing(image: launch.Laid, packed: launch.Layout, left: int) -> launch.Plan:
+def plan_packing(image: Laid, packed: Layout, left: int) -> launch.Launch:
     """Takes (image, packed): images [N, C, H, W] in any memory layout, and [N, PIXEL, ROWS, COLUMNS], dense and
     channels_last.
     """
@@ -62,7 +63,7 @@ def plan_packing(image: launch.Laid, packed: launch.Layout, left: int) -> launch
     _, C, H, W = image.shape
     N, PIXEL, ROWS, COLUMNS = packed.shape
     pixels = N * ROWS * COLUMNS
-    return launch.Plan(
+    return launch.Launch(
         pack_pixels_kernel, (cdiv(pixels, BLOCK),), H, W, left, ROWS, COLUMNS, pixels, *image.stride(),
         C=C, PIXEL=PIXEL, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
@@ -72,10 +73,10 @@ class Packing(NamedTuple):
     """How a convolution is packed. problem: as the tensor-map kernels see it, on tensors laid as `x` and `w` are."""
 
     problem: ConvProblem
-    image: launch.Layout  # packed
-    filters: launch.Layout  # packed
-    x: launch.Layout  # the image as [N, S * pixel, ROWS, Q]: neighbours overlap
-    w: launch.Layout  # the filters as [K, taps * pixel, R, 1]: rows end at 16 bytes, with zeros
+    image: Layout  # packed
+    filters: Layout  # packed
+    x: Layout  # the image as [N, S * pixel, ROWS, Q]: neighbours overlap
+    w: Layout  # the filters as [K, taps * pixel, R, 1]: rows end at 16 bytes, with zeros
 
 
 def pixel_of(problem: ConvProblem) -> int:
@@ -108,25 +109,25 @@ def packing_of(problem: ConvProblem, dtype: torch.dtype) -> Packing:
     g, pixel = problem, pixel_of(problem)
     rows, columns = packed_sizes(g)
     taps = cdiv(g.S * pixel, ALIGNMENT) * ALIGNMENT // pixel
-    image = launch.dense((g.N, pixel, rows, columns), dtype, torch.channels_last)
-    filters = launch.dense((g.K, pixel, g.R, taps), dtype, torch.channels_last)
+    image = dense((g.N, pixel, rows, columns), dtype, torch.channels_last)
+    filters = dense((g.K, pixel, g.R, taps), dtype, torch.channels_last)
     n, h, r = rows * columns * pixel, columns * pixel, taps * pixel
-    x = launch.Layout((g.N, g.S * pixel, rows, g.Q), (n, 1, h, g.stride_w * pixel), dtype)
-    w = launch.Layout((g.K, r, g.R, 1), (g.R * r, 1, r, r), dtype)
+    x = Layout((g.N, g.S * pixel, rows, g.Q), (n, 1, h, g.stride_w * pixel), dtype)
+    w = Layout((g.K, r, g.R, 1), (g.R * r, 1, r, r), dtype)
     return Packing(packed_problem(g), image, filters, x, w)
 
 
 class StemPlan(NamedTuple):
     """Packs the image and the filters, and runs on what it packed."""
 
-    image: launch.Layout
-    filters: launch.Layout
-    pack_image: launch.Plan
-    pack_filters: launch.Plan
-    run: launch.Plan
+    image: Layout
+    filters: Layout
+    pack_image: launch.Launch
+    pack_filters: launch.Launch
+    run: launch.Launch
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, *others: Any) -> None:
-        image, filters = launch.empty(self.image, x), launch.empty(self.filters, w)
+        image, filters = memory.empty(self.image, x), memory.empty(self.filters, w)
         self.pack_image(x, image)
         self.pack_filters(w, filters)
         self.run(image, filters, *others)
@@ -135,14 +136,14 @@ class StemPlan(NamedTuple):
 def plan_stem_fprop(
     problem: ConvProblem,
     tile: BoxTile,
-    x: launch.Laid,
-    w: launch.Laid,
-    y: launch.Laid,
-    residual: launch.Laid | None,
+    x: Laid,
+    w: Laid,
+    y: Laid,
+    residual: Laid | None,
     *epilogue: Any,
 ) -> StemPlan:
     """As `plan_tma_fprop`, which see for the arguments; x and w in any memory layout."""
-    packing = packing_of(problem, launch.layout(x).dtype)
+    packing = packing_of(problem, layout_of(x).dtype)
     run = plan_tma_fprop(packing.problem, tile, packing.x, packing.w, y, residual, *epilogue)
     pack_image, pack_filters = plan_packing(x, packing.image, problem.pad_w), plan_packing(w, packing.filters, 0)
     return StemPlan(packing.image, packing.filters, pack_image, pack_filters, run)
@@ -151,26 +152,24 @@ def plan_stem_fprop(
 class StemWgradPlan(NamedTuple):
     """Packs the image; the gradient of packed filters, in slots whose sum goes to the filters' own places."""
 
-    image: launch.Layout
-    pack_image: launch.Plan
+    image: Layout
+    pack_image: launch.Launch
     run: Callable[..., None]
 
     def __call__(self, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
-        image = launch.empty(self.image, x)
+        image = memory.empty(self.image, x)
         self.pack_image(x, image)
         self.run(image, dy, dw)
 
 
-def plan_stem_wgrad(
-    problem: ConvProblem, tile: BoxTile, x: launch.Laid, dy: launch.Laid, dw: launch.Laid
-) -> StemWgradPlan:
+def plan_stem_wgrad(problem: ConvProblem, tile: BoxTile, x: Laid, dy: Laid, dw: Laid) -> StemWgradPlan:
     """Takes (x, dy, dw), as `tma_wgrad` does; x in any memory layout."""
     g = problem
-    packing, pixel = packing_of(g, launch.layout(x).dtype), pixel_of(g)
+    packing, pixel = packing_of(g, layout_of(x).dtype), pixel_of(g)
     row = g.S * pixel
     size = g.K * g.R * row
-    workspace = launch.dense((tile.SPLIT_K, g.K, g.R, g.S, pixel), torch.float32)
-    slot = launch.Layout((g.K, row, g.R, 1), (g.R * row, 1, row, row), torch.float32)
+    workspace = dense((tile.SPLIT_K, g.K, g.R, g.S, pixel), torch.float32)
+    slot = Layout((g.K, row, g.R, 1), (g.R * row, 1, row, row), torch.float32)
     partials = plan_partials(packing.problem, tile, packing.x, dy, slot, tile.SPLIT_K, size)
     run = WgradPlan(partials, workspace, plan_reduction(tile.SPLIT_K, size, dw, pixel))
     return StemWgradPlan(packing.image, plan_packing(x, packing.image, g.pad_w), run)

@@ -8,13 +8,14 @@ from dataclasses import replace
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import launch
+from ..layout import Laid, Layout
 from ..problem import ConvProblem
 from ..tiling import Precision
 
 ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that a tensor map can start at, and step by
 
 
-def strides_of(t: launch.Laid) -> tuple[int, int, int]:
+def strides_of(t: Laid) -> tuple[int, int, int]:
     """(n, h, w): strides of a tensor [N, C, H, W] with adjacent channels; along an axis of one pixel, what a dense
     tensor would have.
     """
@@ -25,7 +26,7 @@ def strides_of(t: launch.Laid) -> tuple[int, int, int]:
     return n if N > 1 else H * h, h, w
 
 
-def is_mappable(t: launch.Laid) -> bool:
+def is_mappable(t: Laid) -> bool:
     """Whether channels are adjacent, and pixels, rows and images follow one another at multiples of 16 bytes, not
     overlapping.
     """
@@ -44,7 +45,7 @@ def why_not_on(arch: int) -> str:
     return ""
 
 
-def why_not(problem: ConvProblem, precision: Precision, arch: int, aligned: bool, *tensors: launch.Laid) -> str:
+def why_not(problem: ConvProblem, precision: Precision, arch: int, aligned: bool, *tensors: Laid) -> str:
     """Why the tensor-map kernels cannot serve a convolution on these tensors, its result among them; "" if they can.
 
     `aligned`: whether all of them start at a multiple of 16 bytes.
@@ -65,7 +66,7 @@ def why_not(problem: ConvProblem, precision: Precision, arch: int, aligned: bool
     return ""
 
 
-def flattened(problem: ConvProblem, *images: launch.Laid) -> tuple[ConvProblem, Sequence[launch.Laid]]:
+def flattened(problem: ConvProblem, *images: Laid) -> tuple[ConvProblem, Sequence[Laid]]:
     """A 1x1 convolution of dense images as one of a single row, whose boxes waste no pixel: a plain GEMM. Any other as
     it is.
     """
@@ -76,15 +77,12 @@ def flattened(problem: ConvProblem, *images: launch.Laid) -> tuple[ConvProblem, 
     row = g.N * g.H * g.W
     pixels = [strides_of(t)[2] for t in images]
     rows = [
-        launch.Layout((1, t.shape[1], 1, row), (row * w, 1, row * w, w), t.dtype)
-        for t, w in zip(images, pixels, strict=True)
+        Layout((1, t.shape[1], 1, row), (row * w, 1, row * w, w), t.dtype) for t, w in zip(images, pixels, strict=True)
     ]
     return replace(g, N=1, H=1, W=row, P=1, Q=row), rows
 
 
-def map_image(
-    t: launch.Laid, box: tuple[int, int, int], channels: int, phases: tuple[int, int] = (1, 1)
-) -> TensorDescriptor:
+def map_image(t: Laid, box: tuple[int, int, int], channels: int, phases: tuple[int, int] = (1, 1)) -> TensorDescriptor:
     """[N, H, W, C], or in phases, as boxes.py explains them, [N, H / PHASE_H, PHASE_H, W / PHASE_W, PHASE_W * C]."""
     N, C, H, W = t.shape
     n, h, w = strides_of(t)
@@ -96,14 +94,14 @@ def map_image(
     return launch.tensor_map(shape, strides, (box[0], box[1], 1, box[2], channels), t.dtype)
 
 
-def map_column(t: launch.Laid, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
+def map_column(t: Laid, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
     """[H, W, N, C], for boxes of one pixel of several images."""
     N, C, H, W = t.shape
     n, h, w = strides_of(t)
     return launch.tensor_map((H, W, N, C), (h, w, n, 1), (1, 1, box[0], channels), t.dtype)
 
 
-def map_filters(w: launch.Laid, filters: int, channels: int) -> TensorDescriptor:
+def map_filters(w: Laid, filters: int, channels: int) -> TensorDescriptor:
     """Weights [K, C, R, S] as [R, S, K, C]: the block of one tap."""
     K, C, R, S = w.shape
     k, r, s = strides_of(w)

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from .. import launch
 from ..indexing import channel_offset
+from ..layout import Laid, strides_nhwc
 from ..problem import ConvProblem
 from ..slots import WgradPlan, plan_slots
 from ..tiling import cdiv
@@ -97,14 +98,14 @@ def tma_wgrad_kernel(
 
 
 def plan_partials(
-    problem: ConvProblem, tile: BoxTile, x: launch.Laid, dy: launch.Laid, slot: launch.Laid, slots: int, stride: int
-) -> launch.Plan:
+    problem: ConvProblem, tile: BoxTile, x: Laid, dy: Laid, slot: Laid, slots: int, stride: int
+) -> launch.Launch:
     """Takes (x, dy, partials): `slots` gradients laid as `slot` is, `stride` elements apart."""
     g, (x, dy) = flattened(problem, x, dy)
     phases = phases_of(g, "wgrad", tile)
-    box, dws = (tile.TILE_N, tile.TILE_H, tile.TILE_W), launch.strides_nhwc(slot)
+    box, dws = (tile.TILE_N, tile.TILE_H, tile.TILE_W), strides_nhwc(slot)
     map_dy = map_column if tile.TILE_H * tile.TILE_W == 1 else map_image
-    return launch.Plan(
+    return launch.Launch(
         tma_wgrad_kernel, (g.R * g.S * cdiv(g.K, tile.TILE_K) * cdiv(g.C, tile.TILE_C) * slots,),
         g.N, g.H, g.W, g.P, g.Q, g.K, slots, stride, *dws[:4],
         tile=tile, maps={0: map_image(x, box, tile.TILE_C, phases), 1: map_dy(dy, box, tile.TILE_K)},
@@ -116,7 +117,7 @@ def plan_partials(
     )  # fmt: skip
 
 
-def plan_tma_wgrad(problem: ConvProblem, tile: BoxTile, x: launch.Laid, dy: launch.Laid, dw: launch.Laid) -> WgradPlan:
+def plan_tma_wgrad(problem: ConvProblem, tile: BoxTile, x: Laid, dy: Laid, dw: Laid) -> WgradPlan:
     """Takes (x, dy, dw); see `tma_wgrad`."""
     return plan_slots(problem, tile.SPLIT_K, dw, x.dtype, partial(plan_partials, problem, tile, x, dy))
 

@@ -31,9 +31,9 @@ def kept():
 
 @pytest.fixture
 def h200():
-    from cnnfast_kernels import launch
+    from cnnfast_kernels import devices
 
-    return launch.Gpu("NVIDIA H200", 90)
+    return devices.Gpu("NVIDIA H200", 90)
 
 
 def test_a_visit_takes_twelve_minutes_and_no_part_more_than_eight(parts):
@@ -96,9 +96,9 @@ def test_the_costs_that_are_told_are_those_of_the_plan(kept):
 def test_smoke_is_counted_family_by_family(parts, h200):
     from ci.visit.plan import smoke
     from ci.visit.smoke.families import FAMILIES
-    from cnnfast_kernels import launch
+    from cnnfast_kernels import devices
 
-    of_h200, of_a100 = smoke(parts[0], h200), smoke(parts[0], launch.Gpu("NVIDIA A100-SXM4-80GB", 80))
+    of_h200, of_a100 = smoke(parts[0], h200), smoke(parts[0], devices.Gpu("NVIDIA A100-SXM4-80GB", 80))
     assert of_h200.binaries > sum(len(family.kernels) for family in FAMILIES.values())
     assert of_a100.binaries < of_h200.binaries, "there are no kernels with tensor maps"
 

@@ -22,10 +22,10 @@ from cnnfast.bench.task import Task, layer_task
 from cnnfast.demo import ahead as demo_ahead
 from cnnfast.demo import digits
 from cnnfast.models import resnet18
-from cnnfast_kernels import launch
+from cnnfast_kernels import devices, launch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-H200 = launch.Gpu("", 90)
+H200 = devices.Gpu("", 90)
 
 
 HERE = {"device": CPU}
@@ -36,7 +36,7 @@ def gpu(monkeypatch):
     """A GPU is here, as far as it is asked about and models are put on it; nothing runs there."""
     why_torch, empty = dispatch.why_torch, torch.empty
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(launch, "gpu", lambda device: H200)
+    monkeypatch.setattr(devices, "gpu", lambda device: H200)
     monkeypatch.setattr(
         dispatch, "why_torch", lambda x, *others, **options: "" if x.is_cpu else why_torch(x, *others, **options)
     )

@@ -122,11 +122,11 @@ from cnnfast import tuning
 from cnnfast.__main__ import app
 from cnnfast.measuring.timing import Times
 from cnnfast.tuning import racing
-from cnnfast_kernels import launch, tables
+from cnnfast_kernels import devices, tables
 
 folder, slow_from, arguments = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 tables.user_folder = lambda: folder / "tables"
-launch.NO_GPU = launch.Gpu("A GPU", 90)
+devices.NO_GPU = devices.Gpu("A GPU", 90)
 randn, measured = torch.randn, []
 torch.cuda.is_available = lambda: True
 torch.randn = lambda *size, device=None, **how: randn(*size, **how, device=None if device == "cuda" else device)

@@ -32,11 +32,11 @@ from tests.support.child import IMPORTABLE, run_compiled
 
 pytest.importorskip("triton")
 from cnnfast.diagnosing import launching, trial
-from cnnfast_kernels import launch, launchable
+from cnnfast_kernels import devices, launch, launchable
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
-H200 = launch.Gpu("NVIDIA H200", 90)
+H200 = devices.Gpu("NVIDIA H200", 90)
 LISTED = Smi(("NVIDIA H200",), "580.65.06")
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020)."
 STEPS = [name for name, _ in trial.steps(CPU)]

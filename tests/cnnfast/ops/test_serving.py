@@ -17,6 +17,7 @@ from cnnfast.dispatch import Call
 from cnnfast.ops import serving
 from cnnfast_kernels import choosing, launch, tables
 from cnnfast_kernels.choosing import Geometry
+from cnnfast_kernels.layout import dense
 from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.tiles import BoxTile
 from tests.support.agreement import integers
@@ -270,7 +271,7 @@ def test_a_measured_tile_that_the_tensors_cannot_take_does_not_count(gpu):
     """Tensors between multiples of 16 bytes have the key of those at them, but no tensor map: by what was measured
     nobody knows.
     """
-    x, w = (launch.dense((8, 64, 16, 16), HALF, LAST), launch.dense((64, 64, 1, 1), HALF, LAST))
+    x, w = (dense((8, 64, 16, 16), HALF, LAST), dense((64, 64, 1, 1), HALF, LAST))
     geometry = Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1)
     questions = [choosing.ask_fprop(x, w, None, geometry, "", None, False, gpu, aligned) for aligned in (True, False)]
     tables.write(*gpu, [tables.Row(questions[0].key, BoxTile(1, 8, 8, 64, 64, 4, 3), "kernels", {})], {})

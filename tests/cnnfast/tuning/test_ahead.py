@@ -224,7 +224,7 @@ def test_a_whole_tune_over_the_recording_driver():
         from cnnfast import tuning
         from cnnfast.measuring.timing import Times
         from cnnfast.tuning import ahead
-        from cnnfast_kernels import launch, tables
+        from cnnfast_kernels import devices, tables
         from cnnfast_kernels.aot.recording_driver import recording_driver
 
         folder = Path(tempfile.mkdtemp())
@@ -232,8 +232,8 @@ def test_a_whole_tune_over_the_recording_driver():
         tables.user_folder = lambda: folder / "tables"
         torch.manual_seed(0)
         model = nn.Conv2d(16, 16, 1, bias=False).half()
-        gpu = launch.Gpu("A GPU that is not there", 90)
-        launch.gpu = lambda device: gpu
+        gpu = devices.Gpu("A GPU that is not there", 90)
+        devices.gpu = lambda device: gpu
         with recording_driver(90):
             result = tuning.Tuning(*gpu, left=tuning.plan(model, torch.randn(2, 16, 8, 8).half(), gpu=gpu))
             names = list(result.left[0].candidates)

@@ -15,7 +15,7 @@ from cnnfast import tuning
 from cnnfast.measuring import graphs
 from cnnfast.measuring.timing import Times
 from cnnfast.tuning import racing, running
-from cnnfast_kernels import launch
+from cnnfast_kernels import devices, launch
 from tests.support.tuned import convolution, image
 
 pytestmark = pytest.mark.skipif(
@@ -342,4 +342,4 @@ def test_a_lost_gpu_keeps_what_was_measured_before(gpu, device, monkeypatch):
         tuning.proceed(result, device, measure=measure)
     assert (len(result.rows), len(result.left)) == (1, 3)
     assert result.path is not None
-    assert launch.gpu(device) == gpu
+    assert devices.gpu(device) == gpu

@@ -14,7 +14,7 @@ import cnnfast
 from cnnfast import dispatch, tuning
 from cnnfast.precision import float32_products
 from cnnfast.tuning import racing, running
-from cnnfast_kernels import choosing, launch, tables
+from cnnfast_kernels import choosing, devices, launch, memory, tables
 from tests.support.tuned import LAST, Net, clock, convolution, image
 
 pytestmark = pytest.mark.usefixtures("quick_tuning")
@@ -143,7 +143,7 @@ def broken(monkeypatch, spoil):
 
     def ours(convolution, a, tile):
         results = compute(convolution, a, tile)
-        default = choosing.default_tile(convolution.question(False, launch.gpu(results[0].device)))
+        default = choosing.default_tile(convolution.question(False, devices.gpu(results[0].device)))
         return results if tile == default else spoil(results)
 
     monkeypatch.setattr(racing, "ours", ours)
@@ -198,12 +198,12 @@ def test_tf32_candidates_are_run_and_judged_as_tf32(gpu, device, training, monke
 
 def test_what_is_not_written_is_seen_though_memory_holds_the_right_numbers(gpu, device, monkeypatch):
     """Kernels that write nothing, into memory of the default's result."""
-    held, allocate = [], launch.empty
+    held, allocate = [], memory.empty
 
     def lazily(convolution, a, tile):
-        default = choosing.default_tile(convolution.question(False, launch.gpu(a["x"].device)))
+        default = choosing.default_tile(convolution.question(False, devices.gpu(a["x"].device)))
         if tile != default:
-            return (launch.empty("the same memory", a["x"]),)
+            return (memory.empty("the same memory", a["x"]),)
         held[:] = running.ours(convolution, a, tile)
         return tuple(held)
 
@@ -211,7 +211,7 @@ def test_what_is_not_written_is_seen_though_memory_holds_the_right_numbers(gpu, 
         return held[0].clone() if shape == "the same memory" else allocate(shape, *args, **kwargs)
 
     monkeypatch.setattr(racing, "ours", lazily)
-    monkeypatch.setattr(launch, "empty", empty)
+    monkeypatch.setattr(memory, "empty", empty)
     result = tuning.tune(convolution(device), image(device), measure=clock())
     faults = {name: c.fault for name, c in result.measured[0].candidates.items()}
     assert not faults["default"]
@@ -353,7 +353,7 @@ def test_what_costs_the_model_most_comes_first():
 def test_a_resnet_has_at_most_twelve_candidates_a_convolution_and_the_library():
     model, x = cnnfast.models.resnet50(), torch.empty(64, 3, 224, 224, device="meta")
     for train, convolutions in ((False, 24), (True, 68)):
-        planned = tuning.plan(model, x, train=train, dtype="bf16", gpu=launch.Gpu("NVIDIA H200", 90))
+        planned = tuning.plan(model, x, train=train, dtype="bf16", gpu=devices.Gpu("NVIDIA H200", 90))
         assert len(planned) == convolutions
         assert {m.key.gpu for m in planned} == {"NVIDIA H200"}
         assert max(len(m.candidates) for m in planned) == choosing.MOST_CANDIDATES + 1
@@ -603,7 +603,7 @@ def test_converted_models_and_models_in_half_precision(gpu, device):
 
 def test_two_gpus_of_different_kinds_have_a_table_each(device, gpu, monkeypatch):
     first = tuning.tune(convolution(device), image(device), measure=clock())
-    monkeypatch.setattr(launch, "gpu", lambda device: launch.Gpu("Another GPU", 80))
+    monkeypatch.setattr(devices, "gpu", lambda device: devices.Gpu("Another GPU", 80))
     second = tuning.tune(convolution(device), image(device), measure=clock())
     assert first.path != second.path
     assert first.path.exists()

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 import cnnfast.functional as F
-from cnnfast_kernels import launch
+from cnnfast_kernels import memory
 from cnnfast_kernels.conv import Geometry, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.gather.depthwise import (
     depthwise_dgrad,
@@ -264,7 +265,7 @@ def test_epilogue(case, device):
     tile = choose_strip_tile(g, "fprop", "ieee", 4)
     rows = moments_rows(g, tile)
     y = output(case.y, torch.float32, device)
-    moments = launch.empty((cdiv(rows.tiles, tile.BLOCK_M), 2, g.K), x)
+    moments = memory.empty((cdiv(rows.tiles, tile.BLOCK_M), 2, g.K), x)
     depthwise_fprop(g, tile, x, w, y, Epilogue(bias, norm, residual, "relu"), moments)
 
     column = [t.double()[:, None, None] for t in (bias, mean, norm.var, weight, beta)]
@@ -285,7 +286,7 @@ def test_moments_are_of_the_pixels_of_their_tile(P, rows, device):
     x.add_(1000)
     tile = StripTile(4, 2, rows)
     layout = moments_rows(case.problem, tile)
-    moments = launch.empty((cdiv(layout.tiles, tile.BLOCK_M), 2, 2), x)
+    moments = memory.empty((cdiv(layout.tiles, tile.BLOCK_M), 2, 2), x)
     y = output(case.y, torch.float64, device)
     depthwise_fprop(case.problem, tile, x, w.fill_(1), y, moments=moments)
     strips = cdiv(P, rows)
@@ -316,11 +317,11 @@ def test_split(split, dtype, device, monkeypatch):
     rounded.
     """
     made = []
-    allocate = launch.empty
-    monkeypatch.setattr(launch, "empty", lambda *args, **kwargs: made.append(allocate(*args, **kwargs)) or made[-1])
+    allocate = memory.empty
+    monkeypatch.setattr(memory, "empty", lambda *args, **kwargs: made.append(allocate(*args, **kwargs)) or made[-1])
     precision = {torch.float32: "ieee", torch.float64: "fp64"}.get(dtype, "half")
     check("wgrad", PLAIN, device, StripTile(16, 4, 2, SPLIT_K=split), dtype, precision, "transposed")
-    assert [(tuple(t.shape), t.dtype) for t in made] == [((split, 3, 3, 3), launch.accumulator_dtype(dtype))]
+    assert [(tuple(t.shape), t.dtype) for t in made] == [((split, 3, 3, 3), accumulator_dtype(dtype))]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from cnnfast_kernels import launch
+from cnnfast_kernels import memory
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.gather.fprop import fprop
 from cnnfast_kernels.tiling import cdiv
@@ -95,7 +95,7 @@ def test_epilogue(case, device):
     residual = arrange(dy, "nchw")
     rows = g.N * g.P * g.Q
     y = output(case.y, torch.float32, device)
-    moments = launch.empty((cdiv(rows, SMALL.BLOCK_M), 2, g.K), x)
+    moments = memory.empty((cdiv(rows, SMALL.BLOCK_M), 2, g.K), x)
     fprop(g, SMALL, "ieee", x, w, y, Epilogue(bias, norm, residual, "relu"), moments)
 
     column = [t.double()[:, None, None] for t in (bias, mean, norm.var, weight, beta)]

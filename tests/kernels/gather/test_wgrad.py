@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cnnfast_kernels import conv, launch
+from cnnfast_kernels import conv, memory
 from cnnfast_kernels.gather.wgrad import wgrad, wgrad_partials
 from cnnfast_kernels.indexing import divisor
 from cnnfast_kernels.slots import empty_partials, reduce_partials
@@ -88,8 +88,8 @@ def test_split(split, dtype, device):
 def test_workspace_dtype(device, monkeypatch):
     """Partial sums are kept in the accumulator's dtype, and only the total is rounded."""
     made = []
-    allocate = launch.empty
-    monkeypatch.setattr(launch, "empty", lambda *args, **kwargs: made.append(allocate(*args, **kwargs)) or made[-1])
+    allocate = memory.empty
+    monkeypatch.setattr(memory, "empty", lambda *args, **kwargs: made.append(allocate(*args, **kwargs)) or made[-1])
     check(RAGGED, device, replace(SMALL, SPLIT_K=2), torch.float16, "half")
     check(RAGGED, device, replace(SMALL, SPLIT_K=2), torch.float64, "fp64")
     check(RAGGED, device)

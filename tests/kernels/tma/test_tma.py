@@ -10,7 +10,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from cnnfast_kernels import conv, launch
+from cnnfast_kernels import conv, devices, launch, memory
 from cnnfast_kernels.epilogue import ACTIVATIONS, BatchNorm, Epilogue
 from cnnfast_kernels.partials import combine
 from cnnfast_kernels.tiling import TileConfig
@@ -214,7 +214,7 @@ def test_epilogue(case, tile, device):
     norm = BatchNorm(mean, 4.0 ** (bias % 2), weight, beta, eps=0.0)  # standard deviations are powers of two: exact
     y = output(case.y, x)
     rows = box_rows(flattened(g, x, y)[0], tile)
-    moments = launch.empty((rows.tiles, 2, g.K), x, dtype=torch.float32)
+    moments = memory.empty((rows.tiles, 2, g.K), x, dtype=torch.float32)
     tma_fprop(g, tile, x, w, y, Epilogue(bias, norm, dy, "relu"), moments)
 
     column = [t.double()[:, None, None] for t in (bias, mean, norm.var, weight, beta)]
@@ -402,7 +402,7 @@ def test_what_pointers_serve(name, launches, device):
     ("arch", "served"), [(80, False), (89, False), (90, True), (100, True), (103, True), (120, False)]
 )
 def test_architectures(arch, served, launches, device, monkeypatch):
-    monkeypatch.setattr(launch, "gpu", lambda device: launch.Gpu("", arch))
+    monkeypatch.setattr(devices, "gpu", lambda device: devices.Gpu("", arch))
     x, w, _ = operands(SERVED, device)
     geometry = conv.Geometry((1, 1), PADDED, (1, 1), 1)
     conv.conv_fprop(x, w, geometry)

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cnnfast_kernels import choosing, conv, launch, tables
+from cnnfast_kernels import choosing, conv, devices, launch, tables
 from cnnfast_kernels.epilogue import PLAIN, BatchNorm, Epilogue
+from cnnfast_kernels.layout import dense
 from cnnfast_kernels.tables import Row
 from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.stem import is_packed, packed_problem, packing_of
@@ -226,11 +227,11 @@ def test_a_measured_row_names_it(measured_row, launches, device):
 
 def test_measuring_tries_it():
     x, w = (
-        launch.dense((8, 3, 224, 224), torch.float16),
-        launch.dense((64, 3, 7, 7), torch.float16, torch.channels_last),
+        dense((8, 3, 224, 224), torch.float16),
+        dense((64, 3, 7, 7), torch.float16, torch.channels_last),
     )
-    y = launch.dense((8, 64, 112, 112), torch.float16, torch.channels_last)
-    gpu = launch.Gpu("", 90)
+    y = dense((8, 64, 112, 112), torch.float16, torch.channels_last)
+    gpu = devices.Gpu("", 90)
     forward = choosing.ask_fprop(x, w, None, geometry(STEM), "", None, False, gpu, True)
     weights = choosing.ask_wgrad(x, y, w.shape, torch.channels_last, geometry(STEM), False, gpu, True)
     image = choosing.ask_dgrad(y, w, x.shape, torch.channels_last, geometry(STEM), False, gpu, True)

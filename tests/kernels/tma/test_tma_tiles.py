@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cnnfast_kernels import launch
+from cnnfast_kernels.layout import Layout
 from cnnfast_kernels.problem import ConvProblem
 from cnnfast_kernels.tiling import cdiv
 from cnnfast_kernels.tma.tiles import (
@@ -203,7 +203,7 @@ def test_a_plain_gemm_is_one_row():
     flat, (x_row, y_row) = flattened(problem, x, y)
     assert (flat.N, flat.H, flat.W, flat.P, flat.Q) == (1, 1, 72, 1, 72)
     assert torch.equal(elements(map_image(x_row, (1, 1, 8), 16), x)[0, 0], x.permute(0, 2, 3, 1).reshape(72, 16))
-    assert y_row == launch.Layout((1, 32, 1, 72), (72 * 32, 1, 72 * 32, 32), torch.float16)
+    assert y_row == Layout((1, 32, 1, 72), (72 * 32, 1, 72 * 32, 32), torch.float16)
 
 
 def test_what_is_no_plain_gemm_stays():

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 
 from ... import launch
+from ...dtypes import KERNEL_DTYPES, accumulator_dtype
 from ...indexing import channel_offset, class_axis, divisor, pixel_offset
+from ...layout import Laid, strides_nhwc
 from ...problem import ConvProblem, tap_step
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
 from .strips import FAR, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
@@ -106,9 +108,7 @@ def depthwise_dgrad_kernel(
         tl.store(dx_rows + t * dx_stride_h.to(tl.int64) * DX_ALIGN, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def plan_depthwise_dgrad(
-    problem: ConvProblem, tile: StripTile, dy: launch.Laid, w: launch.Laid, dx: launch.Laid
-) -> StripPlan:
+def plan_depthwise_dgrad(problem: ConvProblem, tile: StripTile, dy: Laid, w: Laid, dx: Laid) -> StripPlan:
     """Takes (dy, w, dx, bias); see `depthwise_dgrad`."""
     g = problem
     if tile.ROWS % g.stride_h:
@@ -116,8 +116,8 @@ def plan_depthwise_dgrad(
     strips, columns = cdiv(g.H + g.pad_h % g.stride_h, tile.ROWS), cdiv(g.W, g.stride_w)
     grid = (cdiv(g.N * strips * columns, tile.BLOCK_M) * g.stride_w * cdiv(g.C, tile.BLOCK_C),)
     ws, copies = filters_layout(w, tile)
-    dys, dxs = launch.strides_nhwc(dy), launch.strides_nhwc(dx)
-    run = launch.Plan(
+    dys, dxs = strides_nhwc(dy), strides_nhwc(dx)
+    run = launch.Launch(
         depthwise_dgrad_kernel, grid, g.N, g.H, g.W, g.P, g.Q,
         strips, *divisor(max(strips, 1)), columns, *divisor(max(columns, 1)), *dys[:4], *ws[1:4], *dxs[:4],
         tile=tile, C=g.C, MULTIPLIER=g.group_filters, R=g.R, S=g.S,
@@ -125,7 +125,7 @@ def plan_depthwise_dgrad(
         STEP_W=tap_step(g.stride_w, g.dil_w), MISSES=g.taps_miss_h or g.taps_miss_w,
         DY_ALIGN=dys.align, W_ALIGN=ws.align, DX_ALIGN=dxs.align,
         TAPS=taps_at_once(g.R, tap_step(g.stride_h, g.dil_h)),
-        ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(dx.dtype)],
+        ACC=KERNEL_DTYPES[accumulator_dtype(dx.dtype)],
         ROWS=tile.ROWS, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return StripPlan(run, copies)

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 
 from ... import launch
+from ...dtypes import KERNEL_DTYPES, accumulator_dtype
 from ...epilogue import PLAIN, Epilogue, activate, apply_norm, load_norm, tile_moments
 from ...indexing import channel_offset, divisor, pixel_offset
+from ...layout import Laid, strides_nhwc
 from ...partials import TileRows
 from ...problem import ConvProblem
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
@@ -107,10 +109,10 @@ def depthwise_fprop_kernel(
 def plan_depthwise_fprop(
     problem: ConvProblem,
     tile: StripTile,
-    x: launch.Laid,
-    w: launch.Laid,
-    y: launch.Laid,
-    residual: launch.Laid | None = None,
+    x: Laid,
+    w: Laid,
+    y: Laid,
+    residual: Laid | None = None,
     eps: float = 0.0,
     activation: str | None = None,
     slope: float = 0.0,
@@ -122,16 +124,16 @@ def plan_depthwise_fprop(
     strips = cdiv(g.P, tile.ROWS)
     grid = (cdiv(g.N * strips * g.Q, tile.BLOCK_M) * cdiv(g.K, tile.BLOCK_C),)
     ws, copies = filters_layout(w, tile)
-    xs, ys = launch.strides_nhwc(x), launch.strides_nhwc(y)
-    zs = ys if residual is None else launch.strides_nhwc(residual)
-    run = launch.Plan(
+    xs, ys = strides_nhwc(x), strides_nhwc(y)
+    zs = ys if residual is None else strides_nhwc(residual)
+    run = launch.Launch(
         depthwise_fprop_kernel, grid, slope, g.N, g.H, g.W, g.P, g.Q, strips, *divisor(max(strips, 1)), *divisor(max(g.Q, 1)),
         *xs[:4], *ws[1:4], *ys[:4], *zs[:4],
         tile=tile, K=g.K, MULTIPLIER=g.group_filters, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
         X_ALIGN=xs.align, W_ALIGN=ws.align, Y_ALIGN=ys.align, Z_ALIGN=zs.align,
         EPS=eps, ACTIVATION=activation, TAPS=taps_at_once(g.R),
-        ACC=launch.KERNEL_DTYPES[launch.accumulator_dtype(x.dtype)],
+        ACC=KERNEL_DTYPES[accumulator_dtype(x.dtype)],
         ROWS=tile.ROWS, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return StripPlan(run, copies)

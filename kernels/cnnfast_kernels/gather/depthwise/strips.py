@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ... import launch
 from ...indexing import divide
+from ...layout import Laid, Layout, Strides, dense, strides_nhwc
 from ...tiling import VECTOR_BYTES, StripTile
 
 # A strip whose first row this is has no row in any image: its loads return zero.
@@ -92,23 +93,23 @@ def accumulate_column(
     return acc
 
 
-def vector_length(*images: launch.Laid) -> int:
+def vector_length(*images: Laid) -> int:
     """Adjacent channels that one thread can load at once from each of `images`: 1, 2, 4 or 8; 0 where channels are
     apart.
     """
     length = VECTOR_BYTES // images[0].dtype.itemsize
     for t in images:
-        s = launch.strides_nhwc(t)
+        s = strides_nhwc(t)
         if s.c is not None:
             return 0
         length = min(length, s.align)
     return length
 
 
-def filters_as_channels(w: launch.Laid) -> launch.Layout:
+def filters_as_channels(w: Laid) -> Layout:
     """Weights [K, 1, R, S] as one image [1, K, R, S]."""
     K, _, R, S = w.shape
-    return launch.Layout((1, K, R, S), (0, w.stride(0), w.stride(2), w.stride(3)), w.dtype)
+    return Layout((1, K, R, S), (0, w.stride(0), w.stride(2), w.stride(3)), w.dtype)
 
 
 class StripPlan(NamedTuple):
@@ -116,7 +117,7 @@ class StripPlan(NamedTuple):
     way.
     """
 
-    run: launch.Plan
+    run: launch.Launch
     copies: bool
 
     def __call__(self, image: torch.Tensor, w: torch.Tensor, *others: torch.Tensor | None) -> None:
@@ -128,11 +129,11 @@ def taps_major(w: torch.Tensor) -> torch.Tensor:
     return w.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
-def filters_layout(w: launch.Laid, tile: StripTile) -> tuple[launch.Strides, bool]:
+def filters_layout(w: Laid, tile: StripTile) -> tuple[Strides, bool]:
     """Strides of w [K, 1, R, S] as the kernels take it, with filters as channels, and whether that is a copy,
     taps_major.
     """
     K, _, R, S = w.shape
     copies = tile.BLOCK_C > 1 and w.stride(0) != 1
-    layout = launch.dense((1, K, R, S), w.dtype, torch.channels_last) if copies else filters_as_channels(w)
-    return launch.strides_nhwc(layout), copies
+    layout = dense((1, K, R, S), w.dtype, torch.channels_last) if copies else filters_as_channels(w)
+    return strides_nhwc(layout), copies

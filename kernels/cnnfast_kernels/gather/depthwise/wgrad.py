@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 from ... import launch
+from ...dtypes import KERNEL_DTYPES, accumulator_dtype
 from ...indexing import channel_offset, divisor, pixel_offset
+from ...layout import Laid, dense, strides_nhwc
 from ...problem import ConvProblem
 from ...slots import WgradPlan, plan_reduction
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, columns_at_once, taps_at_once
@@ -116,27 +118,25 @@ def depthwise_wgrad_kernel(
             )  # fmt: skip
 
 
-def plan_depthwise_wgrad(
-    problem: ConvProblem, tile: StripTile, x: launch.Laid, dy: launch.Laid, dw: launch.Laid
-) -> WgradPlan:
+def plan_depthwise_wgrad(problem: ConvProblem, tile: StripTile, x: Laid, dy: Laid, dw: Laid) -> WgradPlan:
     """Takes (x, dy, dw); see `depthwise_wgrad`. dy must not be empty."""
     g, slots = problem, tile.SPLIT_K
     strips = cdiv(g.P, tile.ROWS)
-    acc = launch.accumulator_dtype(x.dtype)
+    acc = accumulator_dtype(x.dtype)
     gradient = slot = filters_as_channels(dw)
     workspace = None
     if slots > 1:
-        slot = launch.dense((1, g.K, g.R, g.S), acc, torch.channels_last)
-        workspace = launch.dense((slots, g.R, g.S, g.K), acc)
+        slot = dense((1, g.K, g.R, g.S), acc, torch.channels_last)
+        workspace = dense((slots, g.R, g.S, g.K), acc)
     slot_stride = g.R * g.S * g.K
-    xs, dys, dws = launch.strides_nhwc(x), launch.strides_nhwc(dy), launch.strides_nhwc(slot)
-    partials = launch.Plan(
+    xs, dys, dws = strides_nhwc(x), strides_nhwc(dy), strides_nhwc(slot)
+    partials = launch.Launch(
         depthwise_wgrad_kernel, (slots * cdiv(g.K, tile.BLOCK_C),),
         g.N, g.H, g.W, g.P, g.Q, slots, strips, *divisor(max(strips, 1)), *divisor(max(g.Q, 1)), *xs[:4], *dys[:4], slot_stride, *dws[1:4],
         tile=tile, K=g.K, MULTIPLIER=g.group_filters, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
         X_ALIGN=xs.align, DY_ALIGN=dys.align, DW_ALIGN=dws.align,
-        TAPS=taps_at_once(g.R), COLUMNS=columns_at_once(g.R, g.S), RAGGED=g.P % tile.ROWS > 0, ACC=launch.KERNEL_DTYPES[acc],
+        TAPS=taps_at_once(g.R), COLUMNS=columns_at_once(g.R, g.S), RAGGED=g.P % tile.ROWS > 0, ACC=KERNEL_DTYPES[acc],
         ROWS=tile.ROWS, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return WgradPlan(partials, workspace, plan_reduction(slots, slot_stride, gradient))

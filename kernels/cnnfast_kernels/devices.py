@@ -1,0 +1,74 @@
+"""The GPU that kernels are chosen and compiled for: that of the tensors, or another one for which meta tensors stand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from triton import runtime
+
+from . import launch
+
+
+class Gpu(NamedTuple):
+    """name: as CUDA tells it, "" where there is none. arch: 90 for sm_90."""
+
+    name: str
+    arch: int
+
+
+NO_GPU = Gpu("", 90)
+
+
+@functools.cache
+def _gpu(index: int) -> Gpu:
+    major, minor = torch.cuda.get_device_capability(index)
+    return Gpu(torch.cuda.get_device_name(index), 10 * major + minor)
+
+
+@functools.cache
+def _unnamed(arch: int) -> Gpu:
+    return Gpu("", arch)
+
+
+_stand_in: tuple[Gpu, str] | None = None
+
+
+@contextmanager
+def meta_stands_for(gpu: Gpu, device_type: str = "cuda") -> Iterator[None]:
+    """Plans for meta tensors, which hold nothing, are made as if they were on `gpu`, for the whole process, while the
+    context lasts.
+
+    device_type: what `type_of` says of their device meanwhile.
+    """
+    global _stand_in
+    before, _stand_in = _stand_in, (gpu, device_type)
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def type_of(device: torch.device) -> str:
+    """`device.type`, and of meta tensors that stand for others, that of theirs."""
+    return device.type if _stand_in is None or device.type != "meta" else _stand_in[1]
+
+
+def gpu(device: torch.device) -> Gpu:
+    """What plans for tensors on `device` are made for. The interpreter runs what sm_90 would."""
+    if _stand_in is not None and device.type == "meta":
+        return _stand_in[0]
+    if launch.INTERPRETED:
+        return NO_GPU
+    if device.type == "cuda":
+        return _gpu(device.index)
+    ahead_of_time: Any = runtime.driver.active.get_current_target()
+    return _unnamed(ahead_of_time.arch)
+
+
+def architecture(device: torch.device) -> int:
+    """90 for sm_90: what kernels for tensors on `device` are compiled for."""
+    return gpu(device).arch

@@ -52,7 +52,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FaultVerdict:
     """outcome "passed", "failed", or "broken": nothing ran, an import or a fixture failed, time was up. `test` is what
     did not pass.
     """
@@ -75,7 +75,7 @@ def copy_tree(to: Path) -> None:
             shutil.copy(source, to / name)
 
 
-def judge(tree: Path, tests: Sequence[str]) -> Verdict:
+def judge(tree: Path, tests: Sequence[str]) -> FaultVerdict:
     """Runs pytest in a copy of the tree, up to the first test that does not pass."""
     report = tree / "report.xml"
     report.unlink(missing_ok=True)
@@ -87,22 +87,24 @@ def judge(tree: Path, tests: Sequence[str]) -> Verdict:
     try:
         run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        return Verdict("broken", "time was up", time.perf_counter() - begun)
+        return FaultVerdict("broken", "time was up", time.perf_counter() - begun)
     seconds = time.perf_counter() - begun
     cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     for kind, outcome in (("error", "broken"), ("failure", "failed")):
         for case in cases:
             if case.find(kind) is not None:
-                return Verdict(outcome, f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}", seconds)
+                return FaultVerdict(
+                    outcome, f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}", seconds
+                )
     passed = [case for case in cases if case.find("skipped") is None]
     return (
-        Verdict("passed", "", seconds)
+        FaultVerdict("passed", "", seconds)
         if run.returncode == 0 and passed
-        else Verdict("broken", run.stdout.strip()[-300:], seconds)
+        else FaultVerdict("broken", run.stdout.strip()[-300:], seconds)
     )
 
 
-def judge_with(tree: Path, fault: Fault) -> Verdict:
+def judge_with(tree: Path, fault: Fault) -> FaultVerdict:
     """The tests of a fault with the fault, which is taken back afterwards."""
     path = tree / fault.file
     original = path.read_text()
@@ -117,7 +119,7 @@ def judge_with(tree: Path, fault: Fault) -> Verdict:
         path.write_text(original)
 
 
-def table(found: Sequence[tuple[Fault, Verdict]]) -> str:
+def table(found: Sequence[tuple[Fault, FaultVerdict]]) -> str:
     rows = Table(box=None, pad_edge=False)
     for column in ("", "fault", "file", "the test that failed", "s"):
         rows.add_column(column, justify="right" if column == "s" else "left", no_wrap=True)
@@ -166,7 +168,7 @@ def main(
                 if before.outcome != "passed":
                     raise SystemExit(f"the named tests must pass without a fault, but {before.test} {before.outcome}")
 
-        def attempt(fault: Fault) -> tuple[Fault, Verdict]:
+        def attempt(fault: Fault) -> tuple[Fault, FaultVerdict]:
             tree = trees.get()
             try:
                 verdict = judge_with(tree, fault)

@@ -41,7 +41,7 @@ class OperatorCall:
         return dict(self.arguments)[name]
 
 
-class _Recorder(TorchDispatchMode):
+class _CallRecorder(TorchDispatchMode):
     """Counts the calls of our operators. with_numbers: tensors hold numbers, and PyTorch computes what ours would."""
 
     def __init__(self, with_numbers: bool) -> None:
@@ -104,7 +104,7 @@ def operator_calls(
         model = convert(model.to(dtype) if dtype else model, inplace=True, memory_format=memory_format)
         model = model if model.training == train else model.train(train)
         inputs = tree_map_only(Tensor, lambda t: _wanting(_prepared(t.detach(), dtype, memory_format), t), inputs)
-        recorder = _Recorder(with_numbers)
+        recorder = _CallRecorder(with_numbers)
         with leaving_no_trace(), torch.set_grad_enabled(train), recorder:
             outputs = tree_leaves(model(*inputs))
             ends = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cnnfast_kernels.gpus import KnownGpu
 
-from .running import ROOT, SECONDS, WORKERS, Command, Stage, workers
+from .running import ROOT, SECONDS, WORKERS, Stage, StageCommand, workers
 from .smoke import sanitizer
 
 KEPT = ROOT / "ci" / "results" / "visit"  # what was counted beforehand: plan.json, and tests.json for it
@@ -67,7 +67,7 @@ def python(*arguments: object) -> tuple[str, ...]:
 
 
 def one(name: str, limit: float, *argv: object, **environment: str) -> Stage:
-    return Stage((Command(name, python(*argv), environment=environment),), limit)
+    return Stage((StageCommand(name, python(*argv), environment=environment),), limit)
 
 
 def families() -> dict[str, tuple[str, ...]]:
@@ -88,7 +88,7 @@ def smoke(folder: Path, pretended: KnownGpu | None) -> Part:
     recorded = ("--recorded", str(pretended.arch)) if pretended else ()
     ours = [kernel for kernels in known.values() for kernel in kernels]
     plain = [
-        Command(
+        StageCommand(
             name, python("ci.visit.smoke", name, "--limit", int(SMOKE_LIMIT - 15), *recorded), SMOKE_LIMIT, BLOCKING,
             clue=sanitizer.last_launched,
         )
@@ -96,7 +96,7 @@ def smoke(folder: Path, pretended: KnownGpu | None) -> Part:
     ]  # fmt: skip
     groups = [tuple(known)[i::GROUPS] for i in range(GROUPS)]
     checked = [
-        Command(
+        StageCommand(
             f"{tool}-{i}",
             (*sanitizer.command(tool), *python("ci.visit.smoke", *group, *(("--no-poison",) if tool == "initcheck" else ()), *recorded)),
             environment={**BLOCKING, **APART}, needs=group, judge=partial(sanitizer.judge, ours), matters=False,

@@ -30,7 +30,7 @@ RUNNING, KILLED = "running", "killed"
 
 
 @dataclass
-class Outcome:
+class PartOutcome:
     """A part, as it went. machine: as machine.py tells it; begun: the time of day."""
 
     part: str
@@ -47,20 +47,20 @@ class Outcome:
         return any(ran.bad for ran in self.ran)
 
 
-def plain(outcomes: Iterable[Outcome]) -> str:
+def plain(outcomes: Iterable[PartOutcome]) -> str:
     return json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n"
 
 
-def revived(text: str) -> list[Outcome]:
-    return [Outcome(**{**entry, "ran": [Ran(**ran) for ran in entry["ran"]]}) for entry in json.loads(text)]
+def revived(text: str) -> list[PartOutcome]:
+    return [PartOutcome(**{**entry, "ran": [Ran(**ran) for ran in entry["ran"]]}) for entry in json.loads(text)]
 
 
-class Results:
+class VisitResults:
     """`folder` is where files are left; `work` is where they come to be, a folder for each part."""
 
     def __init__(self, folder: Path, work: Path) -> None:
         self.folder, self.work = folder, work
-        self.outcomes: dict[str, Outcome] = {}
+        self.outcomes: dict[str, PartOutcome] = {}
         self.published: dict[str, tuple[str, ...]] = {}
 
     def keep_earlier(self) -> None:
@@ -79,7 +79,7 @@ class Results:
             outcome.state = KILLED if outcome.state == RUNNING else outcome.state
             self.outcomes[outcome.part] = outcome
 
-    def begin(self, outcome: Outcome, names: tuple[str, ...]) -> None:
+    def begin(self, outcome: PartOutcome, names: tuple[str, ...]) -> None:
         """Makes the folder of a part, which leaves files of these names beside the archive. What an earlier visit had
         of it goes.
         """
@@ -121,7 +121,7 @@ def check(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
     with tempfile.TemporaryDirectory() as work:
-        Results(folder, Path(work)).keep_earlier()
+        VisitResults(folder, Path(work)).keep_earlier()
 
 
 def add(tar: tarfile.TarFile, entry: Path, name: str) -> None:
@@ -164,7 +164,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     )
 
 
-def summary(outcomes: Sequence[Outcome], work: Path) -> str:
+def summary(outcomes: Sequence[PartOutcome], work: Path) -> str:
     """What ran, how long, what failed, what was measured, the ends of logs that matter: the first things first, cut
     where it gets long.
     """
@@ -192,7 +192,7 @@ def summary(outcomes: Sequence[Outcome], work: Path) -> str:
     return text.rstrip() + "\n"
 
 
-def conditions(outcome: Outcome) -> str:
+def conditions(outcome: PartOutcome) -> str:
     """The machine and the sources, in a line."""
     m = outcome.machine
     names = {"driver": "driver", "torch": "torch", "triton": "triton", "python": "Python", "commit": "cnnfast at"}
@@ -205,7 +205,7 @@ def said(ran: Ran) -> str:
     return f"{ran.state}, {ran.note}" if ran.note else ran.state
 
 
-def troubles(outcome: Outcome, work: Path) -> Iterator[str]:
+def troubles(outcome: PartOutcome, work: Path) -> Iterator[str]:
     """What failed, by name; and what is only to be noted."""
     lines = [f"- **{ran.name}**: {said(ran)}" for ran in outcome.ran if ran.bad]
     alike: dict[str, list[str]] = {}
@@ -310,7 +310,7 @@ def tuned(found: Any) -> Iterator[str]:
     yield f"## tune\n\n{found.get('summary', '')}\n\n{table(heads, lines)}"
 
 
-def ends_of_logs(outcome: Outcome, work: Path) -> Iterator[str]:
+def ends_of_logs(outcome: PartOutcome, work: Path) -> Iterator[str]:
     """Of what failed; three of a part at most."""
     for ran in [ran for ran in outcome.ran if ran.bad][:3]:
         log = work / outcome.part / f"{ran.name}.log"

@@ -27,7 +27,7 @@ OVERHEAD = 5.0  # of these seconds, what a command needs to start and to write i
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StageVerdict:
     """What became of a command: a state, and a note for the reader. `bad`: whether the visit found something wrong by
     it.
     """
@@ -37,16 +37,16 @@ class Verdict:
     bad: bool = False
 
 
-def by_exit_code(code: int, log: Path) -> Verdict:
+def by_exit_code(code: int, log: Path) -> StageVerdict:
     """0 is right. A note names the signal that ended the process, if one did."""
     if code == 0:
-        return Verdict(PASSED)
+        return StageVerdict(PASSED)
     said = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return Verdict(FAILED, said, True)
+    return StageVerdict(FAILED, said, True)
 
 
 @dataclass(frozen=True)
-class Command:
+class StageCommand:
     """`name` is its log's. limit: seconds, if they are fewer than its stage has. needs: the names of commands that must
     have passed before. judge: tells from the exit code and the log what became of it, unless its time was up. clue:
     what the log tells of where it was, if it did not pass. matters: whether being out of time is a fault, or only
@@ -58,7 +58,7 @@ class Command:
     limit: float = inf
     environment: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
-    judge: Callable[[int, Path], Verdict] = by_exit_code
+    judge: Callable[[int, Path], StageVerdict] = by_exit_code
     clue: Callable[[Path], str] = lambda log: ""
     matters: bool = True
 
@@ -69,7 +69,7 @@ class Stage:
     comes on top.
     """
 
-    commands: tuple[Command, ...]
+    commands: tuple[StageCommand, ...]
     limit: float
     jobs: int = 1
 
@@ -110,7 +110,9 @@ class Stop:
 class Process:
     """A command that runs. Its output goes to `log` as it is written."""
 
-    def __init__(self, command: Command, log: Path, environment: Mapping[str, str], end: float, grace: float) -> None:
+    def __init__(
+        self, command: StageCommand, log: Path, environment: Mapping[str, str], end: float, grace: float
+    ) -> None:
         self.command, self.log, self.begun = command, log, time.monotonic()
         self.grace = min(grace, (end - self.begun) / 4)
         self.ask = end - self.grace  # when it is asked to end
@@ -150,9 +152,11 @@ class Process:
         seconds = time.monotonic() - self.begun
         if self.why == LATE:
             how = "which ended it" if len(self.sent) == 1 else "and it did not end by SIGINT"
-            verdict = Verdict(LATE, f"asked to end after {self.ask - self.begun:.0f} s, {how}", self.command.matters)
+            verdict = StageVerdict(
+                LATE, f"asked to end after {self.ask - self.begun:.0f} s, {how}", self.command.matters
+            )
         else:
-            verdict = Verdict(self.why) if self.why else self.command.judge(code, self.log)
+            verdict = StageVerdict(self.why) if self.why else self.command.judge(code, self.log)
         clue = "" if verdict.state == PASSED else self.command.clue(self.log)
         return Ran(
             self.command.name, verdict.state, seconds, "; ".join(filter(None, (verdict.note, clue))), verdict.bad
@@ -216,7 +220,7 @@ def run(
     return ran
 
 
-def why_not(command: Command, ran: Sequence[Ran], stop: Stop, late: bool) -> str:
+def why_not(command: StageCommand, ran: Sequence[Ran], stop: Stop, late: bool) -> str:
     """Why a command is not begun; "" if it is."""
     if stop:
         return "the visit was interrupted"

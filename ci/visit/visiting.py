@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from .parts import MOST_SECONDS, Part
-from .results import RUNNING, Outcome, Results
+from .results import RUNNING, PartOutcome, VisitResults
 from .running import FAILED, GRACE, INTERRUPTED, LATE, PASSED, ROOT, SKIPPED, Ran, Stop, run
 
 EVERY = 15.0  # seconds between two states of the files while a part runs
@@ -62,13 +62,13 @@ def visit(
     folder = folder.absolute()  # commands run elsewhere
     folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="cnnfast-visit-"))
-    results, bad = Results(folder, work), False
+    results, bad = VisitResults(folder, work), False
     parts = make(work)
     try:
         results.keep_earlier()
         with Stop().listening() as stop:
             for part in parts:
-                outcome = Outcome(part.name, RUNNING, part.limit, machine=dict(machine))
+                outcome = PartOutcome(part.name, RUNNING, part.limit, machine=dict(machine))
                 if left := why_not(end, stop):
                     outcome.state, outcome.note = SKIPPED, left
                     results.outcomes.setdefault(part.name, outcome)
@@ -98,13 +98,13 @@ def why_not(end: float, stop: Stop) -> str:
     return "the budget was used up" if end - time.monotonic() < LEAST else ""
 
 
-def shadow(first: Outcome | None) -> str:
+def shadow(first: PartOutcome | None) -> str:
     """What must be known of all results if smoke found kernels that hang or fail; "" if it did not."""
     names = [ran.name for ran in first.ran if ran.bad] if first else []
     return f"smoke had found trouble with {', '.join(names)}" if names else ""
 
 
-def run_part(part: Part, outcome: Outcome, results: Results, end: float, stop: Stop, grace: float) -> None:
+def run_part(part: Part, outcome: PartOutcome, results: VisitResults, end: float, stop: Stop, grace: float) -> None:
     """Fills in the outcome, and leaves files meanwhile. A stage that ends early leaves its time to the next one."""
     folder = results.work / part.name
     begun = last = time.monotonic()

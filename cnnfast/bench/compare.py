@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .report import milliseconds
-from .rows import LEFT_OUT, OK, Row
+from .rows import LEFT_OUT, OK, BenchRow
 
 NOISE = 0.05  # medians nearer than that are the same
 SLOWER, FASTER, BROKEN, SAME, MENDED = "slower", "faster", "BROKEN", "same", "works now"
@@ -22,8 +22,8 @@ ORDER = list(STYLES)
 class Change:
     """One provider on one job, in both runs. ratio: time after / before, None where one of them has none."""
 
-    before: Row
-    after: Row
+    before: BenchRow
+    after: BenchRow
 
     @property
     def ratio(self) -> float | None:
@@ -39,7 +39,7 @@ class Change:
         return FASTER if self.ratio < 1 / (1 + NOISE) and (self.after.high or 0) < (self.before.low or 0) else SAME
 
 
-def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
+def compare(before: Sequence[BenchRow], after: Sequence[BenchRow]) -> list[Change]:
     """Every provider and job that both runs have, and at least one has timed; the worst first.
 
     What a run that ended early left out, or timed alone, is neither slower nor broken: nothing is said of it.
@@ -54,7 +54,7 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
     return sorted(changes, key=lambda change: (ORDER.index(change.verdict), -(change.ratio or 0)))
 
 
-def comparable(row: Row) -> bool:
+def comparable(row: BenchRow) -> bool:
     return row.status != LEFT_OUT and not row.alone
 
 

@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .rows import LAYER, MODEL, Row, jobs, our_best, speedup, strongest
+from .rows import LAYER, MODEL, BenchRow, jobs, our_best, speedup, strongest
 
 OURS, THEIRS, REFERENCE = "#1f6fb4", "#e08214", "#b0b0b0"
 STYLES = ("-", "--", "-.", ":")
 
 
-def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+def draw(rows: Sequence[BenchRow], folder: Path) -> list[Path]:
     """Writes those PNGs for which there are rows, and returns them."""
     folder.mkdir(parents=True, exist_ok=True)
     timed = [row for row in rows if row.median]
@@ -44,22 +44,21 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _color(row: Row) -> str:
+def _color(row: BenchRow) -> str:
     return OURS if row.ours else THEIRS if row.baseline else REFERENCE
 
 
-def _roofline(rows: list[Row]) -> Figure:
+def _roofline(rows: list[BenchRow]) -> Figure:
     """TFLOP/s over FLOPs a byte; each point at its own level of fusion."""
     figure, axes = _figure(9, 6)
     peaks = rows[0].peaks
     intensity = [row.flops / row.bytes for row in rows if row.flops and row.bytes]
-    x = np.geomspace(min(intensity) / 2, max(*intensity, peaks.flops / peaks.bytes) * 2, 200)
-    axes.loglog(x, np.minimum(peaks.flops, x * peaks.bytes) / 1e12, color="black")
+    axis = np.geomspace(min(intensity) / 2, max(*intensity, peaks.flops / peaks.bytes) * 2, 200)
+    axes.loglog(axis, np.minimum(peaks.flops, axis * peaks.bytes) / 1e12, color="black")
     for label, color in (("cnnfast", OURS), ("baselines", THEIRS), ("NCHW", REFERENCE)):
         those = [row for row in rows if _color(row) == color and row.flops and row.bytes]
-        axes.scatter(
-            [r.flops / r.bytes for r in those], [r.tflops for r in those], s=22, alpha=0.8, color=color, label=label
-        )  # pyright: ignore
+        x, y = [row.flops / row.bytes for row in those], [row.tflops for row in those]  # pyright: ignore
+        axes.scatter(x, y, s=22, alpha=0.8, color=color, label=label)
     axes.set_xlabel("FLOPs a byte that must move")
     axes.set_ylabel("TFLOP/s")
     measured = f"{peaks.flops / 1e12:.3g} TFLOP/s and {peaks.bytes / 1e9:.4g} GB/s, both measured"
@@ -68,7 +67,7 @@ def _roofline(rows: list[Row]) -> Figure:
     return figure
 
 
-def _layers(groups: list[list[Row]]) -> Figure:
+def _layers(groups: list[list[BenchRow]]) -> Figure:
     """Speed against the strongest baseline: below 1 we lose."""
     groups = sorted(groups, key=lambda group: speedup(group) or 0)
     figure, axes = _figure(9, 1.5 + 0.19 * len(groups))
@@ -84,7 +83,7 @@ def _layers(groups: list[list[Row]]) -> Figure:
     return figure
 
 
-def _images(rows: list[Row]) -> Figure:
+def _images(rows: list[BenchRow]) -> Figure:
     """Of the strongest baseline and of our best, by batch."""
     figure, axes = _figure(9, 6)
     subjects = list(dict.fromkeys((row.subject, row.mode, row.dtype) for row in rows))

@@ -21,7 +21,7 @@ from .rows import (
     UNAVAILABLE,
     WINS,
     WRONG,
-    Row,
+    BenchRow,
     jobs,
     our_best,
     speedup,
@@ -36,7 +36,7 @@ DISPENSABLE = ("peak MiB", "saved MiB", "kernels", "of net", "GB/s", "images/s",
 STYLES = {LOSES: LOST, EVEN: "", WINS: "green", MEAN: ""}
 
 
-def report(rows: Sequence[Row], width: int) -> Group:
+def report(rows: Sequence[BenchRow], width: int) -> Group:
     """Losses first, then tables of the models, then the layers; what does not fit into `width` is left out (the JSON
     has it).
     """
@@ -56,7 +56,7 @@ def report(rows: Sequence[Row], width: int) -> Group:
     return Group(*parts, *_left_out(rows), Text(), *_legend(rows))
 
 
-def _conditions(rows: Sequence[Row]) -> Iterator[Text]:
+def _conditions(rows: Sequence[BenchRow]) -> Iterator[Text]:
     row = rows[0]
     m = row.machine
     versions = (("driver", m.driver), ("cuDNN", m.cudnn), ("torch", m.torch), ("triton", m.triton))
@@ -69,7 +69,7 @@ def _conditions(rows: Sequence[Row]) -> Iterator[Text]:
     )
 
 
-def verdicts(rows: Iterable[Row]) -> Iterator[Text]:
+def verdicts(rows: Iterable[BenchRow]) -> Iterator[Text]:
     """One line a job of a model, and one a mode of all layers; the worst first."""
     found: list[tuple[float, str, str]] = []
     silent: list[str] = []
@@ -86,7 +86,7 @@ def verdicts(rows: Iterable[Row]) -> Iterator[Text]:
                 f"{milliseconds(row)} ms ({row.provider}{ALONE * row.alone})" for row in (ours, theirs)
             )
             found.append((speedup(group) or 0, verdict(group), f"{title(group[0])}: {times}"))
-    by_mode: dict[tuple[str, str, int], list[list[Row]]] = {}
+    by_mode: dict[tuple[str, str, int], list[list[BenchRow]]] = {}
     for group in jobs(row for row in rows if row.kind == LAYER):
         if speedup(group):
             by_mode.setdefault((group[0].mode, group[0].dtype, group[0].batch), []).append(group)
@@ -105,15 +105,15 @@ def verdicts(rows: Iterable[Row]) -> Iterator[Text]:
     yield from (Text(text, LOST) for text in silent)
 
 
-def title(row: Row) -> str:
+def title(row: BenchRow) -> str:
     return f"{row.subject}, {row.mode}, batch {row.batch}, {row.input}, {row.dtype}"
 
 
-def milliseconds(row: Row) -> str:
+def milliseconds(row: BenchRow) -> str:
     return _short(row.median * 1000) if row.median else ""
 
 
-def model_table(rows: Sequence[Row], width: int) -> Table:
+def model_table(rows: Sequence[BenchRow], width: int) -> Table:
     """The providers of one job, the fastest first."""
     best = strongest(rows)
     columns = {
@@ -134,7 +134,7 @@ def model_table(rows: Sequence[Row], width: int) -> Table:
     return _table(title(rows[0]), cells, width, ["bold" if row.ours else "" for row in order])
 
 
-def _not_run(rows: Sequence[Row]) -> Iterator[Text]:
+def _not_run(rows: Sequence[BenchRow]) -> Iterator[Text]:
     """Whoever has no time, and why: wrong numbers first."""
     width = max(len(row.provider) for row in rows)
     harmless = {UNAVAILABLE: "yellow", LEFT_OUT: "yellow"}
@@ -142,7 +142,7 @@ def _not_run(rows: Sequence[Row]) -> Iterator[Text]:
         yield Text(f"{row.provider:{width}}  {row.status}: {row.reason}", harmless.get(row.status, LOST))
 
 
-def _left_out(rows: Sequence[Row]) -> Iterator[Text]:
+def _left_out(rows: Sequence[BenchRow]) -> Iterator[Text]:
     """The jobs of which nothing was begun, those of one reason together, and of layers what only some providers missed."""
     found: dict[str, dict[str, dict[str, None]]] = {}  # by reason and subject: modes
     for group in jobs(rows):
@@ -158,7 +158,7 @@ def _left_out(rows: Sequence[Row]) -> Iterator[Text]:
         yield from (Text(), Text(f"left out: {reason}", "bold yellow"), Text(named, "yellow"))
 
 
-def layer_table(rows: Sequence[Row], width: int) -> Table:
+def layer_table(rows: Sequence[BenchRow], width: int) -> Table:
     """A line for each layer and direction: the strongest baseline and our best; the worst first."""
     groups = sorted(jobs(rows), key=lambda group: speedup(group) or 0)
     bests = [(strongest(group), our_best(group)) for group in groups]
@@ -199,7 +199,7 @@ def _table(title: str, cells: dict[str, list[str]], width: int, styles: list[str
     return table
 
 
-def _legend(rows: Sequence[Row]) -> Iterator[Text]:
+def _legend(rows: Sequence[BenchRow]) -> Iterator[Text]:
     used = {row.provider: PROVIDERS[row.provider].text for row in rows if row.median and row.provider in PROVIDERS}
     if any(row.kind == MODEL for row in rows):
         yield from (Text(f"{name}: {text}", "dim") for name, text in used.items())

@@ -15,7 +15,7 @@ LOSES, EVEN, WINS = "loses", "even", "wins"
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One provider on one job.
 
     kind: of the subject, "model" or "layer"; count: how often its network has a layer. mode: as job.py has it. status:
@@ -90,30 +90,30 @@ class Row:
         return self.fractions.get(self.level)
 
 
-def jobs(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def jobs(rows: Iterable[BenchRow]) -> Iterator[list[BenchRow]]:
     """The rows of each job, in the order of the jobs."""
-    found: dict[tuple, list[Row]] = {}
+    found: dict[tuple, list[BenchRow]] = {}
     for row in rows:
         found.setdefault(row.job, []).append(row)
     yield from found.values()
 
 
-def strongest(rows: Iterable[Row]) -> Row | None:
+def strongest(rows: Iterable[BenchRow]) -> BenchRow | None:
     """The fastest baseline, with right numbers."""
     return min((row for row in rows if row.baseline and row.median), key=lambda row: row.median or 0, default=None)
 
 
-def our_best(rows: Iterable[Row]) -> Row | None:
+def our_best(rows: Iterable[BenchRow]) -> BenchRow | None:
     return min((row for row in rows if row.ours and row.median), key=lambda row: row.median or 0, default=None)
 
 
-def speedup(rows: Sequence[Row]) -> float | None:
+def speedup(rows: Sequence[BenchRow]) -> float | None:
     """How many times as fast as the strongest baseline our best is; below 1 it loses."""
     theirs, ours = strongest(rows), our_best(rows)
     return theirs.median / ours.median if theirs and ours and theirs.median and ours.median else None
 
 
-def verdict(rows: Sequence[Row]) -> str:
+def verdict(rows: Sequence[BenchRow]) -> str:
     """Whether our best loses, wins, or is even: the spreads from 20 to 80 % meet, or there is nothing to compare."""
     theirs, ours = strongest(rows), our_best(rows)
     if theirs and ours and (ours.low or 0) > (theirs.high or 0):
@@ -121,7 +121,7 @@ def verdict(rows: Sequence[Row]) -> str:
     return WINS if theirs and ours and (ours.high or 0) < (theirs.low or 0) else EVEN
 
 
-def lines(rows: Iterable[Row]) -> list[str]:
+def lines(rows: Iterable[BenchRow]) -> list[str]:
     """JSON, a line for each: complete with machine and conditions, and derived figures."""
     texts = []
     for row in rows:
@@ -138,7 +138,7 @@ def to_json(texts: Iterable[str]) -> str:
     return "[\n " + ",\n ".join(texts) + "\n]"
 
 
-def read(file: Path) -> list[Row]:
+def read(file: Path) -> list[BenchRow]:
     """What `to_json` made of rows. Raises ValueError, naming the file, if it holds anything else."""
     try:
         return [_row(data) for data in json.loads(file.read_text())]
@@ -146,7 +146,7 @@ def read(file: Path) -> list[Row]:
         raise ValueError(f"{file} holds no rows of `cnnfast bench --json`: {type(error).__name__}: {error}") from None
 
 
-def _row(data: dict) -> Row:
-    names = Row.__dataclass_fields__.keys()
+def _row(data: dict) -> BenchRow:
+    names = BenchRow.__dataclass_fields__.keys()
     known = {name: value for name, value in data.items() if name in names}
-    return Row(**{**known, "machine": Machine(**data["machine"]), "peaks": Peaks(**data["peaks"])})
+    return BenchRow(**{**known, "machine": Machine(**data["machine"]), "peaks": Peaks(**data["peaks"])})

@@ -21,12 +21,12 @@ from .gate import Expected, expect
 from .job import Job
 from .numbers import Numbers
 from .providers import EAGER, Prepared, Provider
-from .rows import FAILED, LAYER, LEFT_OUT, OK, UNAVAILABLE, WRONG, Row
+from .rows import FAILED, LAYER, LEFT_OUT, OK, UNAVAILABLE, WRONG, BenchRow
 from .surroundings import empty_caches
 from .task import Task
 
 Tell = Callable[[str], None]
-Found = Callable[[list[Row]], None]
+Found = Callable[[list[BenchRow]], None]
 
 ENDED = "the run ended before"  # the reason of whatever is not done yet: it is right whatever ends the run
 ALONE = 3  # samples of a provider by itself
@@ -43,7 +43,7 @@ def run(
     clock: Clock | None = None,
     tell: Tell = lambda text: None,
     found: Found = lambda rows: None,
-) -> list[Row]:
+) -> list[BenchRow]:
     """A row for each provider.
 
     A model's provider, which may be minutes ahead of the rounds in which all take turns, is also timed alone, at once:
@@ -72,7 +72,7 @@ def run(
     }
     prepared: dict[str, Prepared] = {}
 
-    def told() -> list[Row]:
+    def told() -> list[BenchRow]:
         made = [task.row(provider, machine, peaks, **rows[provider.name]) for provider in task.providers]
         found(made)
         return made

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..measuring.budget import Budget
 from ..measuring.machine import Machine, Peaks
 from .layers_ahead import LayersAhead
-from .rows import FAILED, LEFT_OUT, Row
+from .rows import FAILED, LEFT_OUT, BenchRow
 from .running import ENDED, in_a_line, lost, run
 from .task import Task
 
@@ -28,7 +28,7 @@ class Series:
         self.lost = ""
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[BenchRow]:
         return [row for rows in self.results for row in rows]
 
     def run(self, seconds: float, budget: Budget, tell: Callable[[int, int, str], None]) -> None:
@@ -76,6 +76,6 @@ class Series:
             rows = zip(self.results[i], to_do, strict=True)
             self._set(i, [replace(row, status=status, reason=reason) if other else row for row, other in rows])
 
-    def _set(self, i: int, rows: list[Row]) -> None:
+    def _set(self, i: int, rows: list[BenchRow]) -> None:
         self.results[i] = rows
         self.changed(i)

@@ -15,7 +15,7 @@ CONVOLUTION = (FORWARD, "dgrad", "wgrad")
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerShape:
     """A layer for an input [batch, C, size, size]; `modes` is what to measure of it (job.py)."""
 
     name: str
@@ -62,19 +62,19 @@ NORMS = (
 )  # fmt: skip
 
 
-def layers() -> Iterator[Layer]:
+def layers() -> Iterator[LayerShape]:
     """All of them; the gradient of the image is left out, for no network needs it."""
     for C, size, K, R, stride, count in resnet50_convolutions():
         module = nn.Conv2d(C, K, R, stride, R // 2, bias=False)
         modes = tuple(mode for mode in CONVOLUTION if C > 3 or mode != "dgrad")
-        yield Layer(f"conv {R}x{R}/{stride} > {K},", module, C, size, modes, count)
+        yield LayerShape(f"conv {R}x{R}/{stride} > {K},", module, C, size, modes, count)
     for C, size, stride, count in DEPTHWISE:
-        yield Layer(
+        yield LayerShape(
             f"depthwise 3x3/{stride}", nn.Conv2d(C, C, 3, stride, 1, groups=C, bias=False), C, size, CONVOLUTION, count
         )
     both = (FORWARD, "backward")
     for C, size, count in NORMS:
-        yield Layer("batch norm", nn.BatchNorm2d(C), C, size, both, count)
-    yield Layer("max pool 3x3/2", nn.MaxPool2d(3, 2, 1), 64, 112, both)
-    yield Layer("average pool 2x2/2", nn.AvgPool2d(2), 256, 56, both)
-    yield Layer("global average pool", nn.AdaptiveAvgPool2d(1), 2048, 7, both)
+        yield LayerShape("batch norm", nn.BatchNorm2d(C), C, size, both, count)
+    yield LayerShape("max pool 3x3/2", nn.MaxPool2d(3, 2, 1), 64, 112, both)
+    yield LayerShape("average pool 2x2/2", nn.AvgPool2d(2), 256, 56, both)
+    yield LayerShape("global average pool", nn.AdaptiveAvgPool2d(1), 2048, 7, both)

@@ -14,8 +14,8 @@ from .graph import graph_of
 from .job import Job
 from .providers import Provider
 from .roofline import OPERATORS, Work, levels
-from .rows import LAYER, LEFT_OUT, MODEL, Row
-from .shapes import Layer, layers
+from .rows import LAYER, LEFT_OUT, MODEL, BenchRow
+from .shapes import LayerShape, layers
 
 
 def work_of(job: Job) -> dict[str, Work]:
@@ -45,13 +45,13 @@ class Task:
         """What its network spends in it at least: a bound that is computed, not a time."""
         return self.count * self.work[OPERATORS].seconds(peaks)
 
-    def row(self, provider: Provider, machine: Machine, peaks: Peaks, **found: object) -> Row:
+    def row(self, provider: Provider, machine: Machine, peaks: Peaks, **found: object) -> BenchRow:
         """What was `found` of a provider, by the names of a row, beside what is known without measuring."""
         job = self.job
         kernels_ran = not provider.ours or job.device.type == "cuda"
         level = provider.level if provider.level in self.work and self.kind == MODEL and kernels_ran else OPERATORS
         done = self.work.get(level)
-        return Row(
+        return BenchRow(
             kind=self.kind,
             subject=job.name,
             provider=provider.name,
@@ -72,7 +72,7 @@ class Task:
             **found,  # pyright: ignore[reportArgumentType]
         )
 
-    def left_out(self, machine: Machine, peaks: Peaks, reason: str) -> list[Row]:
+    def left_out(self, machine: Machine, peaks: Peaks, reason: str) -> list[BenchRow]:
         """A row for each provider."""
         return [self.row(provider, machine, peaks, status=LEFT_OUT, reason=reason) for provider in self.providers]
 
@@ -82,7 +82,7 @@ def model_task(job: Job, providers: Sequence[Provider]) -> Task:
 
 
 def layer_task(
-    layer: Layer, batch: int, mode: str, dtype: torch.dtype, device: torch.device, providers: Sequence[Provider]
+    layer: LayerShape, batch: int, mode: str, dtype: torch.dtype, device: torch.device, providers: Sequence[Provider]
 ) -> Task:
     """With as many sets of buffers that the last-level cache does not hold them."""
     job = Job(str(layer), layer.module, ((batch, layer.C, layer.size, layer.size),), mode, dtype, device)

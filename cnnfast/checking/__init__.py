@@ -16,10 +16,10 @@ from ..precision import float32_products
 from .capture import Captured, capture_calls
 from .child import interpreted
 from .judge import judge
-from .report import NOT_JUDGED, NOTE_MARK, ROW_MARK, Comparison, Report, Row
+from .report import NOT_JUDGED, NOTE_MARK, ROW_MARK, CheckReport, CheckRow, Comparison
 from .whole import STATE, judge_conversion, steps
 
-__all__ = ["Comparison", "Report", "Row", "check"]
+__all__ = ["Comparison", "CheckReport", "CheckRow", "check"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -30,7 +30,7 @@ def check(
     backward: bool = True,
     dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
-) -> Report:
+) -> CheckReport:
     """Checks every convolution, batch norm and pooling that `target(*example_inputs)` calls, be they cnnfast's or
     torch's own.
 
@@ -49,7 +49,7 @@ def check(
     backward: gradients too, of input, parameters and residual. dtype: casts floating inputs and the copy of the module:
     a dtype, or its name (bf16, fp16, fp32, fp64, PyTorch's own); "tf32" stands for float32 tensors whose products are
     rounded to TF32, by our kernels in Triton's interpreter too. progress: called with (calls and steps judged, in all,
-    what comes next). Returns a Report: str() is a table; .ok, .rows, .to_json(). The arguments of all calls are held in
+    what comes next). Returns a CheckReport: str() is a table; .ok, .rows, .to_json(). The arguments of all calls are held in
     memory at once. Raises what `target` raises, and ValueError for a name that is none of a dtype.
     """
     cast, products = argument(dtype, "check")
@@ -66,11 +66,11 @@ def check(
             progress(done, total, next_one)
 
     by_child = _judge_calls_in_child([call for call in calls if _needs_interpreter(call.device)], backward, tf32)
-    rows: list[Row] = []
+    rows: list[CheckRow] = []
     for call in calls:
         tell(len(rows), " ".join(filter(None, [call.layer, call.operation])))
         rows.append(next(by_child) if _needs_interpreter(call.device) else judge(call, backward, tf32))
-    whole: list[Row] = []
+    whole: list[CheckRow] = []
     if model is not None:
 
         def watch(text: str) -> None:
@@ -86,7 +86,7 @@ def check(
             if len(whole) < len(to_come):
                 watch(to_come[len(whole)])
     tell(total, "")
-    return Report(rows, whole)
+    return CheckReport(rows, whole)
 
 
 def _needs_interpreter(device: torch.device) -> bool:
@@ -94,7 +94,7 @@ def _needs_interpreter(device: torch.device) -> bool:
     return launch is not None and not launch.INTERPRETED and device.type == "cpu"
 
 
-def _judge_calls_in_child(calls: list[Captured], backward: bool, tf32: bool) -> Iterator[Row]:
+def _judge_calls_in_child(calls: list[Captured], backward: bool, tf32: bool) -> Iterator[CheckRow]:
     if calls:
         yield from _judge_in_child(
             {"backward": backward, "tf32": tf32, "calls": [vars(call) for call in calls]}, len(calls)
@@ -108,7 +108,7 @@ def _judge_conversion_in_child(
     dtype: torch.dtype | None,
     watch: Callable[[str], None],
     tf32: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[CheckRow]:
     """What stands in the way of that is said in a row of its own: a model that cannot be pickled, above all."""
     data = {"model": model, "inputs": inputs, "backward": backward, "dtype": dtype, "tf32": tf32}
     try:
@@ -119,12 +119,12 @@ def _judge_conversion_in_child(
         yield from _judge_in_child(data, None, watch)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         advice = "the model does not reach the process that interprets kernels; with TRITON_INTERPRET=1 none is needed"
-        yield Row("", STATE, "", "", NOT_JUDGED, f"{advice} ({error})")
+        yield CheckRow("", STATE, "", "", NOT_JUDGED, f"{advice} ({error})")
 
 
 def _judge_in_child(
     data: dict[str, Any], missing: int | None = None, watch: Callable[[str], None] = lambda text: None
-) -> Iterator[Row]:
+) -> Iterator[CheckRow]:
     """The rows, `missing` in all if that is known, that a process of its own with TRITON_INTERPRET=1 finds (worker.py)."""
     found = 0
     for line in interpreted(f"{__name__}.worker", data):
@@ -132,6 +132,6 @@ def _judge_in_child(
             watch(line.removeprefix(NOTE_MARK).strip())
         elif line.startswith(ROW_MARK):
             found += 1
-            yield Row.from_dict(json.loads(line.removeprefix(ROW_MARK)))
+            yield CheckRow.from_dict(json.loads(line.removeprefix(ROW_MARK)))
     if missing not in (None, found):
         raise RuntimeError(f"the process that interprets kernels judged {found} of {missing} calls")

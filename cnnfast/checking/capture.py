@@ -88,7 +88,7 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
-class _Recorder(TorchFunctionMode):
+class _CheckRecorder(TorchFunctionMode):
     """Sees the calls of both libraries; what happens inside a call that is already recorded is part of it."""
 
     def __init__(self, owners: dict[int, str]) -> None:
@@ -159,7 +159,7 @@ def capture_calls(
         return t.detach().to(dtype) if dtype is not None and t.is_floating_point() and t.dtype != dtype else clone(t)
 
     inputs = tree_map_only(Tensor, prepare, inputs)
-    recorder = _Recorder(owners)
+    recorder = _CheckRecorder(owners)
     with leaving_no_trace(), torch.no_grad(), dispatch.backend("torch"), dispatch.capture(recorder.ours), recorder:
         target(*inputs)
     return recorder.calls

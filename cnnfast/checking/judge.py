@@ -41,7 +41,7 @@ from ..activations import LEAKY_SLOPE, activate
 from ..dtypes import TF32, dtype_of, name_of
 from ..precision import float32_products
 from .capture import Captured, clone
-from .report import FAIL, NOT_OURS, OK, Comparison, Row
+from .report import FAIL, NOT_OURS, OK, CheckRow, Comparison
 from .tf32 import rounded_products
 
 DIFFERENTIATED = ("input", "weight", "bias", "bn_weight", "bn_bias", "residual")
@@ -50,7 +50,7 @@ MULTIPLYING = ("conv1d", "conv2d", "conv_transpose2d", "conv_bn_act")
 UNITS = {"float64": 64.0, "tf32": 512.0}  # in the last place that the floor allows; of other dtypes 1
 
 
-def judge(call: Captured, backward: bool = True, tf32: bool = False) -> Row:
+def judge(call: Captured, backward: bool = True, tf32: bool = False) -> CheckRow:
     """Runs `call` where its tensors are and judges it. Nothing is raised: a kernel that raises is a FAIL with its
     message.
 
@@ -58,7 +58,7 @@ def judge(call: Captured, backward: bool = True, tf32: bool = False) -> Row:
     TF32.
     """
     shapes = " ".join("x".join(map(str, t.shape)) for name, t in call.tensors().items() if t.dim() > 1)
-    row = Row(call.layer, call.operation, shapes, name_of(call.dtype, tf32))
+    row = CheckRow(call.layer, call.operation, shapes, name_of(call.dtype, tf32))
     try:
         with float32_products("tf32" if tf32 else "ieee"):
             for wanted, label in _runs(call, backward):
@@ -162,7 +162,7 @@ def output_gradient(call: Captured, output: Tensor) -> Tensor:
 # Judgement
 
 
-def _judge_run(call: Captured, wanted: tuple[str, ...], label: str, row: Row) -> str:
+def _judge_run(call: Captured, wanted: tuple[str, ...], label: str, row: CheckRow) -> str:
     """Adds to `row`; returns why the call is not ours, or the empty string."""
     with dispatch.prefer_kernels():
         with dispatch.trace() as forward:

@@ -64,7 +64,7 @@ class Comparison:
 
 
 @dataclass
-class Row:
+class CheckRow:
     """One call, or one step of a whole model: `forward` and `backward` name the kernels that were launched.
 
     `verdict` is "ok", "FAIL", "not ours", or, of steps alone, "not judged"; `reason` says why not.
@@ -81,7 +81,7 @@ class Row:
     comparisons: list[Comparison] = field(default_factory=list)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Row:
+    def from_dict(cls, data: dict[str, Any]) -> CheckRow:
         comparisons = [Comparison(**{**c, "position": tuple(c["position"])}) for c in data["comparisons"]]
         return cls(**{**data, "comparisons": comparisons})
 
@@ -98,15 +98,15 @@ class Row:
 
 
 @dataclass
-class Report:
+class CheckReport:
     """The rows of a check: `rows` are the calls in their order, `whole` the steps of the model that conversion made of
     a module.
 
     str() is a table; rich prints it at the width of its console.
     """
 
-    rows: list[Row]
-    whole: list[Row] = field(default_factory=list)
+    rows: list[CheckRow]
+    whole: list[CheckRow] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -154,12 +154,12 @@ class Report:
         return text.getvalue().rstrip()
 
 
-def _counts(rows: list[Row]) -> str:
+def _counts(rows: list[CheckRow]) -> str:
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in STYLES}
     return ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
 
 
-def _table(rows: list[Row], heading: str, title: str) -> Table:
+def _table(rows: list[CheckRow], heading: str, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in (heading, "forward", "PyTorch", "backward", "PyTorch", ""):
         table.add_column(name, overflow="fold", ratio=1 if name == heading else None)
@@ -171,7 +171,7 @@ def _table(rows: list[Row], heading: str, title: str) -> Table:
     return table
 
 
-def _problems(rows: list[Row]) -> list[Text]:
+def _problems(rows: list[CheckRow]) -> list[Text]:
     lines = []
     for row in rows:
         if row.verdict != OK:

@@ -45,7 +45,7 @@ from ..precision import float32_products
 from .capture import clone
 from .judge import compare, kernels
 from .randomness import reproducible
-from .report import FAIL, NOT_JUDGED, NOT_OURS, OK, Comparison, Row
+from .report import FAIL, NOT_JUDGED, NOT_OURS, OK, CheckRow, Comparison
 from .state import compare_states
 
 STATE, EVAL, TRAINING, AS_GIVEN = "state", "eval", "training", "as given"
@@ -75,12 +75,12 @@ def judge_conversion(
     dtype: torch.dtype | None = None,
     watch: Watch | None = None,
     tf32: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[CheckRow]:
     """What `judge_whole` says of a copy of `model` and what cnnfast.convert makes of another."""
     try:
         converted = convert(copy.deepcopy(model))
     except (TypeError, ValueError) as refused:
-        yield Row("", STATE, "", "", NOT_JUDGED, f"convert: {refused}")
+        yield CheckRow("", STATE, "", "", NOT_JUDGED, f"convert: {refused}")
     else:
         yield from judge_whole(copy.deepcopy(model), converted, inputs, backward, dtype, watch, tf32)
 
@@ -93,7 +93,7 @@ def judge_whole(
     dtype: torch.dtype | None = None,
     watch: Watch | None = None,
     tf32: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[CheckRow]:
     """One row a step. Both models are copied for every run and stay as they are.
 
     Of the converted model's calls our kernels serve all that they can, also those for which the library was measured to
@@ -107,7 +107,7 @@ def judge_whole(
     for step in steps(original, backward):
         if step == STATE:
             compared = compare_states(original, converted)
-            yield Row("", STATE, "", "", OK if all(c.ok for c in compared) else FAIL, comparisons=compared)
+            yield CheckRow("", STATE, "", "", OK if all(c.ok for c in compared) else FAIL, comparisons=compared)
             continue
         with _watched(step, watch), float32_products("tf32" if tf32 else "ieee"):
             row = _Step(original, converted, inputs, step, backward and step != EVAL, dtype, tf32).judged()
@@ -167,8 +167,8 @@ class _Step:
         unit = TF32_UNIT if self.precision == TF32 else torch.finfo(self.dtype).eps
         self.unit = max(unit, SUM * torch.finfo(accumulators).eps)
 
-    def judged(self) -> Row:
-        row = Row(
+    def judged(self) -> CheckRow:
+        row = CheckRow(
             "",
             self.mode,
             " ".join("x".join(map(str, t.shape)) for t in _tensors("", self.inputs).values()),

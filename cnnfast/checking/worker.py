@@ -15,15 +15,15 @@ import torch
 
 from .capture import Captured
 from .judge import judge
-from .report import NOT_JUDGED, NOTE_MARK, ROW_MARK, Row
+from .report import NOT_JUDGED, NOTE_MARK, ROW_MARK, CheckRow
 from .whole import STATE, judge_conversion
 
 
-def rows(path: str) -> Iterator[Row]:
+def rows(path: str) -> Iterator[CheckRow]:
     try:
         data: dict[str, Any] = torch.load(path, weights_only=False)  # the parent process has just written it
     except Exception as error:
-        yield Row(
+        yield CheckRow(
             "",
             STATE,
             "",

@@ -16,7 +16,7 @@ from .console import JSON_HELP, printer, progress, refuse_unwritable, write_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cnnfast_kernels.aot import Row
+    from cnnfast_kernels.aot import KernelRow
 
 
 def aot(
@@ -81,7 +81,7 @@ def refused_by(option: str | None) -> Iterator[None]:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 
-def summary(rows: list[Row]) -> Table:
+def summary(rows: list[KernelRow]) -> Table:
     """One line a kernel and architecture: the worst of its rows."""
     from rich.table import Table
 
@@ -90,7 +90,7 @@ def summary(rows: list[Row]) -> Table:
         table.add_column(heading, no_wrap=True)
     for heading in ("variants", "registers", "spills", "shared memory", "tensor cores", "loop", "seconds"):
         table.add_column(heading, justify="right")
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[KernelRow]] = {}
     for row in rows:
         if row.error is None:
             groups.setdefault((row.kernel, row.arch), []).append(row)

@@ -18,10 +18,10 @@ from ..nn.fused import forward_replaced
 from .fusion import fuse, unfuse
 from .leaves import swap, swap_back
 from .reporting import report_on
-from .rows import Report, Row
+from .rows import ConversionReport, ConvolutionRow
 from .tree import share
 
-__all__ = ["Report", "Row", "convert", "report", "revert"]
+__all__ = ["ConversionReport", "ConvolutionRow", "convert", "report", "revert"]
 
 FORMATS = (None, torch.channels_last, torch.contiguous_format)
 
@@ -76,7 +76,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return model
 
 
-def report(model: nn.Module, *example_inputs: Any) -> Report:
+def report(model: nn.Module, *example_inputs: Any) -> ConversionReport:
     """What of `model` runs on our kernels, and what does not and why.
 
     A copy of the model runs on meta tensors (on real ones if it cannot), in the modes that the model is in: the report

@@ -17,7 +17,7 @@ from ..nn.fused import forward_replaced, served, why_watched
 from . import graphs
 from .effects import buffers, traits
 from .grafts import base_of, graft, grafted_before, own_class, set_class
-from .planning import Group, Plan, Variant, examine, plan
+from .planning import FusionPlan, Group, Variant, examine, plan
 from .refused import Refused
 
 _copying: ContextVar[bool] = ContextVar("whoever copies will give each copy the class of its original", default=False)
@@ -54,7 +54,7 @@ def unfuse(block: nn.Module) -> None:
         block.__dict__.pop("_cnnfast_changed", None)
 
 
-def plan_of(block: nn.Module) -> Plan | None:
+def plan_of(block: nn.Module) -> FusionPlan | None:
     """What a container was fused by, whether or not it has changed since."""
     return getattr(type(block), "_cnnfast_plan", None)
 
@@ -91,12 +91,12 @@ def why_not_fused(block: nn.Module) -> list[str]:
     return list(left) if plan_of(block) or left else ["its forward calls no convolution"]
 
 
-def _fused_class(base: Any, found: Plan) -> type:
+def _fused_class(base: Any, found: FusionPlan) -> type:
     purpose = found, base.forward
     return grafted_before(base, purpose) or _graft_forward(base, found, purpose)
 
 
-def _graft_forward(base: Any, found: Plan, purpose: Any) -> type:
+def _graft_forward(base: Any, found: FusionPlan, purpose: Any) -> type:
     variants = [(variant, _compile(base, variant)) for variant in found.variants]
     in_positions = _by_positions(base.forward)
     serves = _serves  # `forward` has the global variables of the one that it stands for
@@ -178,12 +178,12 @@ def _compile(base: type, variant: Variant) -> Any:
     return namespace["forward"]
 
 
-def _serves(block: nn.Module, found: Plan, variant: Variant, args: tuple[Any, ...]) -> bool:
+def _serves(block: nn.Module, found: FusionPlan, variant: Variant, args: tuple[Any, ...]) -> bool:
     """Whether kernels serve these arguments, and the container and its members are as they were, and unwatched."""
     return served(args[0] if isinstance(args[0], Tensor) else args[0][0]) and not _why_idle(block, found, variant)
 
 
-def _why_idle(block: nn.Module, found: Plan, variant: Variant) -> str:
+def _why_idle(block: nn.Module, found: FusionPlan, variant: Variant) -> str:
     """Why a variant may not stand for the container's own forward now, whatever the arguments; the empty string if it
     may.
 
@@ -196,7 +196,7 @@ def _why_idle(block: nn.Module, found: Plan, variant: Variant) -> str:
     return why_watched(*members, members=variant.members)
 
 
-def _members(block: nn.Module, found: Plan, variant: Variant) -> list[nn.Module]:
+def _members(block: nn.Module, found: FusionPlan, variant: Variant) -> list[nn.Module]:
     """The members of all groups, and all of what these were moved over; none if the container has changed since it was
     fused.
     """

@@ -74,7 +74,7 @@ def _is(argument: Any, kind: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FusionPlan:
     """The fused forwards of a container whose children have these names; equal for containers of equal structure.
 
     left: for each convolution that such a forward does not fuse, or not with all that follows, a sentence that says
@@ -86,7 +86,7 @@ class Plan:
     left: tuple[str, ...]
 
 
-def plan(block: nn.Module) -> Plan | None:
+def plan(block: nn.Module) -> FusionPlan | None:
     """How `block` can be fused; None if there is nothing to fuse. Raises Refused."""
     if not _may_fuse(block):
         return None
@@ -94,7 +94,7 @@ def plan(block: nn.Module) -> Plan | None:
     return found if found.variants else None
 
 
-def examine(block: nn.Module) -> Plan:
+def examine(block: nn.Module) -> FusionPlan:
     """How `block` can be fused, which may be not at all, and what of it cannot. Raises Refused."""
     found: list[tuple[Variant | None, list[str]]] = []
     refusals = []
@@ -110,7 +110,7 @@ def examine(block: nn.Module) -> Plan:
     if refusals and not variants:
         raise refusals[0]
     left = dict.fromkeys(sentence for _, sentences in found for sentence in sentences)
-    return Plan(tuple(block._modules), variants, tuple(left))
+    return FusionPlan(tuple(block._modules), variants, tuple(left))
 
 
 def only_holds(block: nn.Module) -> bool:

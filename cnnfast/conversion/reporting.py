@@ -21,7 +21,7 @@ from .grafts import base_of
 from .leaves import is_norm, is_ours, replacement, stored_weight, why_left
 from .observing import Observation, look
 from .planning import Group, only_holds
-from .rows import FUSED, LEFT, REPLACED, Report, Row
+from .rows import FUSED, LEFT, REPLACED, ConversionReport, ConvolutionRow
 
 if TYPE_CHECKING:
     from cnnfast_kernels.devices import Gpu
@@ -32,7 +32,7 @@ REPLACED_ON_THE_INSTANCE = "its forward was replaced on the instance"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> Report:
+def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> ConversionReport:
     modules = dict(model.named_modules())
     plans = {name: found for name, module in modules.items() if (found := groups_of(module))}
     found, seen, sizes = _look(model, example_inputs)
@@ -43,7 +43,7 @@ def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> Report:
         status, reason = members.told(name) or _container(name, module, plans.get(name, []), members)
         if status:
             rows.append(
-                Row(
+                ConvolutionRow(
                     name,
                     base_of(type(module)).__name__,
                     status,
@@ -61,7 +61,7 @@ def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> Report:
             else f"in its present modes it raises {type(seen).__name__}: {str(seen).strip().partition(chr(10))[0]}"
         )
         notes.insert(0, f"What is fused was planned, and not seen in a run: {why}")
-    return Report(rows, total, sizes, notes)
+    return ConversionReport(rows, total, sizes, notes)
 
 
 class _Members:

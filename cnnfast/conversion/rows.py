@@ -16,7 +16,7 @@ WIDTH = 100  # of str(report)
 
 
 @dataclass
-class Row:
+class ConvolutionRow:
     """One module. `status`: "fused" (each call of it is part of a fused step; `reason` says of which), "replaced" (its
     forward is ours; `reason` says why it is not fused though that was planned, or that no call of it was seen), "left"
     (`reason` says why).
@@ -33,14 +33,14 @@ class Row:
 
 
 @dataclass
-class Report:
+class ConversionReport:
     """The modules that cnnfast covers, or might. str() is a table; rich prints it at the width of its console.
 
     total_flops: of the whole model, None if unknown; input: the sizes that FLOPs are of; notes: what else a user should
     know.
     """
 
-    rows: list[Row]
+    rows: list[ConvolutionRow]
     total_flops: int | None
     input: str
     notes: list[str]

@@ -22,7 +22,6 @@ def launches(cases: Sequence[Case], dtypes: Sequence[str], gpu: Any) -> list[str
     run is left for its call to say.
     """
     from cnnfast import warming
-    from cnnfast_kernels import devices
 
     found: dict[str, None] = {}
     for name in dtypes:

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cnnfast.checking import Comparison, Report
-from cnnfast.conversion import Report as ConversionReport
+from cnnfast.checking import CheckReport, Comparison
+from cnnfast.conversion import ConversionReport
 
 from .digits import ACCURACY_WANTED
 from .timing import Timing
@@ -45,7 +45,7 @@ class Proof:
 
     title: str
     dtype: str
-    report: Report
+    report: CheckReport
     seconds: float
 
     @property

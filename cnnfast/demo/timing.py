@@ -10,9 +10,9 @@ from torch import nn
 
 from cnnfast.bench.job import FORWARD
 from cnnfast.bench.providers import PROVIDERS
-from cnnfast.bench.rows import LEFT_OUT, OK, Row
+from cnnfast.bench.rows import LEFT_OUT, OK, BenchRow
 from cnnfast.bench.series import Series
-from cnnfast.bench.shapes import Layer, layers
+from cnnfast.bench.shapes import LayerShape, layers
 from cnnfast.bench.surroundings import one_thread, quick_collections
 from cnnfast.bench.task import Task, layer_task
 from cnnfast.measuring.budget import Budget
@@ -69,12 +69,12 @@ class Timing:
         )
 
 
-def convolutions() -> list[Layer]:
+def convolutions() -> list[LayerShape]:
     """The 53 convolutions of ResNet-50, each distinct one once."""
     return [layer for layer in layers() if isinstance(layer.module, nn.Conv2d) and layer.module.groups == 1]
 
 
-def directions(layer: Layer, device: torch.device, batch: int, dtype: torch.dtype) -> list[Task]:
+def directions(layer: LayerShape, device: torch.device, batch: int, dtype: torch.dtype) -> list[Task]:
     """Forward and backward."""
     backward = "backward" if "dgrad" in layer.modes else "wgrad"
     providers = [PROVIDERS[name] for name in (THEIRS, OURS)]
@@ -92,11 +92,11 @@ def time_layers(device: torch.device, budget: Budget, tell: Callable[[int, int, 
     return [timing_of(layer, *rows) for (layer, _), rows in zip(found, both, strict=True)]
 
 
-def costliest_first(found: list[tuple[Layer, list[Task]]], peaks: Peaks) -> list[tuple[Layer, list[Task]]]:
+def costliest_first(found: list[tuple[LayerShape, list[Task]]], peaks: Peaks) -> list[tuple[LayerShape, list[Task]]]:
     return sorted(found, key=lambda each: -sum(task.seconds(peaks) for task in each[1]))
 
 
-def timing_of(layer: Layer, forward: Sequence[Row], backward: Sequence[Row]) -> Timing:
+def timing_of(layer: LayerShape, forward: Sequence[BenchRow], backward: Sequence[BenchRow]) -> Timing:
     """Of the rows of both directions."""
     by_name = [{row.provider: row for row in rows} for rows in (forward, backward)]
     milliseconds = (

@@ -164,14 +164,14 @@ def measured(gpus: Sequence[tuple[str, int]]) -> list[Finding]:
     return found
 
 
-def _told(rows: Sequence[tables.Row]) -> str:
+def _told(rows: Sequence[tables.TableRow]) -> str:
     """How many, of each dtype, and who won."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(Counter(row.key.dtype for row in rows).items()))
     library = sum(row.winner == "library" for row in rows)
     return f"{_counted(len(rows), 'row')} ({dtypes}), of which the library won {library},"
 
 
-def _rows(files: Iterable[Path]) -> list[tables.Row]:
+def _rows(files: Iterable[Path]) -> list[tables.TableRow]:
     return [row for file in files for row in _read(file)[0]]
 
 
@@ -182,7 +182,7 @@ def _files(folder: Path) -> list[Path]:
         return []
 
 
-def _read(file: Path) -> tuple[list[tables.Row], str]:
+def _read(file: Path) -> tuple[list[tables.TableRow], str]:
     """The rows that serve, and what tables.py complains of."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

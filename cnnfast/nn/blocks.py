@@ -57,9 +57,8 @@ class ConvBNAct(TraceToScript):
             height, width = (d * (k - 1) // 2 for d, k in zip(_pair(dilation), _pair(kernel_size), strict=True))
             padding = height, width
         factory = {"device": device, "dtype": dtype}
-        self.conv = Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **factory
-        )  # pyright: ignore
+        where = stride, padding, dilation, groups
+        self.conv = Conv2d(in_channels, out_channels, kernel_size, *where, bias, padding_mode, **factory)  # pyright: ignore
         self.bn = BatchNorm2d(out_channels, eps, momentum, **factory)
         self.activation, self.activation_arg = activation, activation_arg
 

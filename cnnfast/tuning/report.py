@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from cnnfast_kernels.tables import Key, Row
+from cnnfast_kernels.tables import Key, TableRow
 
 from ..dtypes import TF32
 from ..precision import Products
@@ -86,7 +86,7 @@ class Measured:
         return library if library is not None and library.computes and library.microseconds is None else None
 
     @property
-    def row(self) -> Row | None:
+    def row(self) -> TableRow | None:
         """What the table is told; nothing, if no kernel of ours was right and timed, or the library was right and not
         timed.
         """
@@ -99,7 +99,7 @@ class Measured:
         }
         times = {name: round(time, 2) for name, time in named.items() if time is not None}
         winner = "library" if times.get("library", times["kernels"]) < times["kernels"] else "kernels"
-        return Row(self.key, self.best.tile, winner, times)
+        return TableRow(self.key, self.best.tile, winner, times)
 
     @property
     def faults(self) -> list[str]:
@@ -138,7 +138,7 @@ class Tuning:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TableRow]:
         return [row for m in self.measured if (row := m.row) is not None]
 
     @property

@@ -225,7 +225,7 @@ def _shape(tile: Tile) -> object:
             return tile.ROWS
 
 
-def measured(q: Question) -> tables.Row | None:
+def measured(q: Question) -> tables.TableRow | None:
     """The row that serves these tensors. One whose winner is a tile that they cannot take, since they are not aligned,
     say, does not.
     """

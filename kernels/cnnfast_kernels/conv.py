@@ -25,7 +25,7 @@ from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
 from .gather.wgrad import plan_wgrad
 from .layout import Layout, dense
 from .partials import TileRows, combine
-from .slots import WgradPlan
+from .slots import WgradLaunches
 from .tiling import StripTile, cdiv
 from .tma.dgrad import plan_tma_dgrad
 from .tma.fprop import box_rows, plan_tma_fprop
@@ -155,24 +155,24 @@ def dgrad_plan(
     )  # fmt: skip
 
 
-class WeightsPlan(NamedTuple):
+class WgradPlan(NamedTuple):
     dw: Layout
-    run: WgradPlan | StemWgradPlan
+    run: WgradLaunches | StemWgradPlan
 
 
 @launch.planned
 def _plan_wgrad(
     x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned
-) -> WeightsPlan:
+) -> WgradPlan:
     x, dy = Layout(x_shape, x_strides, dtype), Layout(dy_shape, dy_strides, dtype)
     q = ask_wgrad(x, dy, w_shape, fmt, geometry, tf32, gpu, aligned)
     tile = _tile(q, tile)
     if isinstance(tile, StripTile):
-        return WeightsPlan(q.w, plan_depthwise_wgrad(q.problem, tile, x, dy, q.w))
+        return WgradPlan(q.w, plan_depthwise_wgrad(q.problem, tile, x, dy, q.w))
     if isinstance(tile, BoxTile):
         plan = plan_stem_wgrad if q.packed else plan_tma_wgrad
-        return WeightsPlan(q.w, plan(q.problem, tile, x, dy, q.w))
-    return WeightsPlan(q.w, plan_wgrad(q.problem, tile, q.precision, x, dy, q.w))
+        return WgradPlan(q.w, plan(q.problem, tile, x, dy, q.w))
+    return WgradPlan(q.w, plan_wgrad(q.problem, tile, q.precision, x, dy, q.w))
 
 
 def wgrad_plan(
@@ -184,7 +184,7 @@ def wgrad_plan(
     *,
     tf32: bool = False,
     tile: Tile | None = None,
-) -> WeightsPlan:
+) -> WgradPlan:
     return _plan_wgrad(
         x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt,
         geometry, tf32, tile, devices.gpu(x.device), (x.data_ptr() | dy.data_ptr()) % 16 == 0,

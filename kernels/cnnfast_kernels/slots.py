@@ -73,7 +73,7 @@ def empty_partials(problem: ConvProblem, slots: int, like: torch.Tensor) -> torc
     return memory.empty(partials_layout(problem, slots, like.dtype), like).permute(0, 1, 4, 2, 3)
 
 
-class WgradPlan(NamedTuple):
+class WgradLaunches(NamedTuple):
     """Partial gradients and their sum, or, without a workspace, the gradient at once."""
 
     partials: launch.Launch
@@ -95,14 +95,14 @@ def plan_slots(
     dw: Laid,
     dtype: torch.dtype,
     plan: Callable[[Laid, int, int], launch.Launch],
-) -> WgradPlan:
+) -> WgradLaunches:
     """The gradient dw in that many slots. plan(slot, slots, stride) plans a launch that takes (x, dy, partials) and
     leaves `slots` partial gradients laid as `slot` is, `stride` elements apart. `dtype` is that of the operands.
     """
     if slots == 1:
-        return WgradPlan(plan(dw, 1, 0))
+        return WgradLaunches(plan(dw, 1, 0))
     workspace = partials_layout(problem, slots, dtype)
     K, R, S, C = workspace.shape[1:]
     size, k, r, s, c = workspace.strides
     slot = Layout((K, C, R, S), (k, c, r, s), workspace.dtype)
-    return WgradPlan(plan(slot, slots, size), workspace, plan_reduction(slots, size, dw))
+    return WgradLaunches(plan(slot, slots, size), workspace, plan_reduction(slots, size, dw))

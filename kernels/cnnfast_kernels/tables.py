@@ -70,7 +70,7 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One measurement. tile: the fastest of ours. winner: who is faster, it or the library.
 
     microseconds: medians, of "kernels" (the tile), "default" (what runs unmeasured) and "library", as far as they could
@@ -91,7 +91,7 @@ class Row:
         return {**named, "tile": tile, "winner": self.winner, "microseconds": self.microseconds}
 
     @classmethod
-    def from_dict(cls, gpu: str, arch: int, data: Mapping[str, Any]) -> Row:
+    def from_dict(cls, gpu: str, arch: int, data: Mapping[str, Any]) -> TableRow:
         """Raises KeyError, TypeError or ValueError for what no row of this version says."""
         problem: ConvProblem = _whole(ConvProblem, data["problem"])
         key = Key(gpu, arch, data["operation"], data["epilogue"], data["dtype"], data["layout"], problem)
@@ -114,7 +114,7 @@ def _whole(kind: type, numbers: Mapping[str, Any]) -> Any:
 # ----------------------------------------------------------------------------------------------------------------------
 # Looking up
 
-Table = dict[Key, list[Row]]  # by key, but for the batch
+Table = dict[Key, list[TableRow]]  # by key, but for the batch
 
 # Whether the library may serve any call; as long as no table has been read, nobody knows.
 library = True
@@ -122,7 +122,7 @@ _tables: tuple[Table, Table] | None = None  # the user's, and what comes with cn
 _reading = threading.Lock()
 
 
-def find(key: Key) -> Row | None:
+def find(key: Key) -> TableRow | None:
     """The row that serves a convolution, if it was measured: of the nearest batch, the smaller of two as near."""
     for table in _read():
         near = [row for row in table.get(key.but_for_batch, ()) if _apart(row, key.problem.N) <= FARTHEST_BATCH]
@@ -131,7 +131,7 @@ def find(key: Key) -> Row | None:
     return None
 
 
-def _apart(row: Row, N: int) -> float:
+def _apart(row: TableRow, N: int) -> float:
     """How many times as large or as small as a batch of N images the one is that was measured."""
     return max(row.key.problem.N, N) / min(row.key.problem.N, N) if N else inf
 
@@ -205,7 +205,7 @@ def user_file(gpu: str, arch: int) -> Path:
     return user_folder() / f"{slug(gpu, arch)}.json"
 
 
-def read(file: Path) -> list[Row]:
+def read(file: Path) -> list[TableRow]:
     """The rows of a table. Of what is no table of this version, none or only those that can be understood, with a
     warning.
     """
@@ -219,11 +219,11 @@ def read(file: Path) -> list[Row]:
     if made_by != (FORMAT, __version__):
         _warn(f"{file} is not used: cnnfast {made_by[1]} wrote it, and this is {__version__}; run cnnfast tune again")
         return []
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     wrong: list[str] = []
     for entry in entries:
         try:
-            rows.append(Row.from_dict(gpu, arch, entry))
+            rows.append(TableRow.from_dict(gpu, arch, entry))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             wrong.append(f"{type(error).__name__}: {error}")
     if wrong:
@@ -264,7 +264,7 @@ def refuse_foreign(file: Path, gpu: str, arch: int) -> None:
         raise OSError(f"a table cannot be written to {file}: {error.strerror or error}") from error
 
 
-def write(gpu: str, arch: int, rows: Iterable[Row], about: Mapping[str, str], file: Path | None = None) -> Path:
+def write(gpu: str, arch: int, rows: Iterable[TableRow], about: Mapping[str, str], file: Path | None = None) -> Path:
     """Adds rows to the user's table of a GPU, or to another file, in the place of those of the same key, and returns
     its path.
 

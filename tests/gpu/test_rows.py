@@ -26,14 +26,14 @@ def operands(device: torch.device, dtype: torch.dtype = torch.float16) -> tuple[
     return x.contiguous(memory_format=LAST), w.contiguous(memory_format=LAST)
 
 
-def row(x: torch.Tensor, w: torch.Tensor, gpu: devices.Gpu, winner: str) -> tables.Row:
+def row(x: torch.Tensor, w: torch.Tensor, gpu: devices.Gpu, winner: str) -> tables.TableRow:
     """Of the convolution of these tensors, as tuning would write it."""
     geometry = Geometry((1, 1), (1, 1, 1, 1), (1, 1), 1)
     q = choosing.ask_fprop(layout_of(x), layout_of(w), None, geometry, "", None, False, gpu, True)
-    return tables.Row(q.key, TILE, winner, TIMES)
+    return tables.TableRow(q.key, TILE, winner, TIMES)
 
 
-def written(gpu: devices.Gpu, *rows: tables.Row) -> None:
+def written(gpu: devices.Gpu, *rows: tables.TableRow) -> None:
     tables.write(gpu.name, gpu.arch, rows, {"driver": "this test"})
     launch.forget_plans()
 

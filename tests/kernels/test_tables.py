@@ -25,7 +25,7 @@ from cnnfast_kernels.dtypes import KERNEL_DTYPES
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.layout import dense
 from cnnfast_kernels.problem import ConvProblem
-from cnnfast_kernels.tables import Key, Row
+from cnnfast_kernels.tables import Key, TableRow
 from cnnfast_kernels.tiling import StripTile, TileConfig, search_tiles, steps_of_loop
 from cnnfast_kernels.tma.tiles import BoxTile
 from tests.support.agreement import integers
@@ -37,12 +37,12 @@ LAST = "NHWC NHWC NHWC"
 ABOUT = {"torch": "2.13.0"}
 
 
-def row(gpu, problem=PROBLEM, tile=TILE, winner="kernels", **changes) -> Row:
+def row(gpu, problem=PROBLEM, tile=TILE, winner="kernels", **changes) -> TableRow:
     key = Key(*gpu, "fprop", "", "float16", LAST, problem)._replace(**changes)
-    return Row(key, tile, winner, {"kernels": 9.0, "default": 12.0, "library": 10.0})
+    return TableRow(key, tile, winner, {"kernels": 9.0, "default": 12.0, "library": 10.0})
 
 
-def write(gpu, *rows: Row):
+def write(gpu, *rows: TableRow):
     return tables.write(*gpu, rows, ABOUT)
 
 
@@ -191,7 +191,7 @@ tables.user_folder = lambda: folder
 print("begins", flush=True)
 for C in range(first, first + count):
     key = tables.Key("A GPU", 90, "fprop", "", "float16", "NHWC NHWC NHWC", ConvProblem(8, C, 14, 14, 32, 3, 3, 12, 12))
-    tables.write("A GPU", 90, [tables.Row(key, TileConfig(32, 32, 16), "kernels", {"kernels": 1.0})], {})
+    tables.write("A GPU", 90, [tables.TableRow(key, TileConfig(32, 32, 16), "kernels", {"kernels": 1.0})], {})
     print(C, flush=True)
 """
 
@@ -460,7 +460,7 @@ def written(gpu, x, w, tile, geometry=ONE, batch=None):
     dtype = str(x.dtype).removeprefix("torch.")
     keys = [Key(*gpu, operation, epilogue, dtype, LAST, problem) for operation, epilogue in calls(x, w, x)]
     split = {key: replace(tile, SPLIT_K=5) if key.operation == "wgrad" else tile for key in keys}
-    write(gpu, *(Row(key, split[key], "kernels", {}) for key in keys))
+    write(gpu, *(TableRow(key, split[key], "kernels", {}) for key in keys))
     launch.forget_plans()
 
 
@@ -563,7 +563,8 @@ def test_candidates_are_few_distinct_and_begin_with_the_default(arch):
                     assert all(isinstance(tile, StripTile) == q.problem.is_depthwise for tile in found)
                     assert {tile.SPLIT_K for tile in found} == {1} or q.operation == "wgrad"
                     assert all(
-                        Row.from_dict(*gpu, Row(q.key, tile, "kernels", {}).to_dict()).tile == tile for tile in found
+                        TableRow.from_dict(*gpu, TableRow(q.key, tile, "kernels", {}).to_dict()).tile == tile
+                        for tile in found
                     )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import cnnfast
 import cnnfast.nn as cnn
-from cnnfast.conversion import Report
+from cnnfast.conversion import ConversionReport
 from cnnfast.dispatch import Trace
 
 Mode = Literal["no_grad", "eval", "train"]
@@ -43,10 +43,12 @@ def seed() -> None:
     np.random.seed(0)
 
 
-def assert_reports_are_true(model: nn.Module, *inputs: Any, modes: tuple[Mode, ...] = MODES) -> dict[Mode, Report]:
+def assert_reports_are_true(
+    model: nn.Module, *inputs: Any, modes: tuple[Mode, ...] = MODES
+) -> dict[Mode, ConversionReport]:
     """The same in every mode; the model's own training flags are then as they were."""
     flags = {m: m.training for m in model.modules()}
-    reports: dict[Mode, Report] = {}
+    reports: dict[Mode, ConversionReport] = {}
     for mode in modes:
         model.train(mode == "train")
         with torch.set_grad_enabled(mode != "no_grad"):
@@ -56,7 +58,7 @@ def assert_reports_are_true(model: nn.Module, *inputs: Any, modes: tuple[Mode, .
     return reports
 
 
-def assert_report_is_true(model: nn.Module, *inputs: Any) -> Report:
+def assert_report_is_true(model: nn.Module, *inputs: Any) -> ConversionReport:
     """cnnfast.report(model, *inputs) says what the very model then does on these inputs, as it is now. Returns the
     report.
 
@@ -112,7 +114,7 @@ def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> Counter[str]:
     return calls
 
 
-def _told(model: nn.Module, report: Report, calls: Counter[str]) -> dict[str, Any]:
+def _told(model: nn.Module, report: ConversionReport, calls: Counter[str]) -> dict[str, Any]:
     """What a trace has to show if the report is true."""
     told: dict[str, Any] = {"fused": Counter(), "alone": Counter(), "norms fused": 0, "norms alone": 0, "pools": 0}
     for row in report.rows:

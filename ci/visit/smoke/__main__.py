@@ -23,7 +23,7 @@ from cnnfast_kernels.tma.views import why_not_on
 
 from .families import FAMILIES, Family
 from .sanitizer import LAUNCHING
-from .trial import Trial
+from .trial import SmokeTrial
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def difference(ours: torch.Tensor, exact: torch.Tensor, tolerance: float) -> str
     return f"{int(wrong.sum())} of {wrong.numel()} elements are wrong, the first at {first}: {found[first].item()}, not {exact[first].item()}"
 
 
-def tried(trial: Trial, device: torch.device, poison: bool, judge: bool) -> list[str]:
+def tried(trial: SmokeTrial, device: torch.device, poison: bool, judge: bool) -> list[str]:
     """What is wrong with a trial's results, launched twice: first by Triton's own code, then by the plan that is kept."""
     cpu = torch.device("cpu")
     operands = trial.operands(device)

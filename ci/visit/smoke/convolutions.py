@@ -20,11 +20,11 @@ from cnnfast_kernels.layout import layout_of
 from cnnfast_kernels.tiling import choose_tile
 from cnnfast_kernels.tma.tiles import candidate_boxes
 
-from .trial import HALF, LAST, NCHW, SINGLE, Tensors, Trial, integers
+from .trial import HALF, LAST, NCHW, SINGLE, SmokeTrial, Tensors, integers
 
 
 @dataclass(frozen=True)
-class Convolution:
+class SmokeConvolution:
     """x [N, C, size, size + 1] and square filters, so that rows and columns cannot be taken for one another."""
 
     N: int
@@ -99,7 +99,7 @@ def split_tile(q: Question) -> Tile:
 ChooseTile = Callable[[Question], Tile]
 
 
-def fprop(c: Convolution, tile: ChooseTile) -> Trial:
+def fprop(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
     """With everything that may follow: norm, addition, activation. Its scale, weight / sqrt(var), is 2 everywhere."""
 
     def ours(x: Tensor, w: Tensor, residual: Tensor, mean: Tensor, shift: Tensor) -> Tensors:
@@ -122,10 +122,10 @@ def fprop(c: Convolution, tile: ChooseTile) -> Trial:
         mean, shift = mean.view(-1, 1, 1), shift.view(-1, 1, 1)
         return (torch.relu((c.convolve(x, w) - mean) * 2 + shift + residual),)
 
-    return Trial(f"fprop {c}", lambda d: (c.x(d), c.w(d), c.dy(d), c.vector(d), c.vector(d, 2)), ours, exact)
+    return SmokeTrial(f"fprop {c}", lambda d: (c.x(d), c.w(d), c.dy(d), c.vector(d), c.vector(d, 2)), ours, exact)
 
 
-def stats(c: Convolution, tile: ChooseTile) -> Trial:
+def stats(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
     """Mean and variance from the kernel's own moments: their sums are not of powers of two."""
 
     def ours(x: Tensor, w: Tensor) -> Tensors:
@@ -137,10 +137,10 @@ def stats(c: Convolution, tile: ChooseTile) -> Trial:
         var, mean = torch.var_mean(y, (0, 2, 3), unbiased=False)
         return y, mean, var
 
-    return Trial(f"stats {c}", lambda d: (c.x(d), c.w(d)), ours, exact, tolerance=2.0**-18)
+    return SmokeTrial(f"stats {c}", lambda d: (c.x(d), c.w(d)), ours, exact, tolerance=2.0**-18)
 
 
-def dgrad(c: Convolution, tile: ChooseTile) -> Trial:
+def dgrad(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
     def ours(dy: Tensor, w: Tensor) -> Tensors:
         q = ask_dgrad(layout_of(dy), layout_of(w), c.x_shape, c.fmt, c.geometry, False, devices.gpu(dy.device), True)
         return (conv_dgrad(dy, w, c.x_shape, c.geometry, fmt=c.fmt, tile=tile(q)),)
@@ -149,10 +149,10 @@ def dgrad(c: Convolution, tile: ChooseTile) -> Trial:
         x = torch.zeros(c.x_shape, dtype=dy.dtype, requires_grad=True)
         return torch.autograd.grad(c.convolve(x, w), x, dy)
 
-    return Trial(f"dgrad {c}", lambda d: (c.dy(d), c.w(d)), ours, exact)
+    return SmokeTrial(f"dgrad {c}", lambda d: (c.dy(d), c.w(d)), ours, exact)
 
 
-def wgrad(c: Convolution, tile: ChooseTile) -> Trial:
+def wgrad(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
     def ours(x: Tensor, dy: Tensor) -> Tensors:
         q = ask_wgrad(layout_of(x), layout_of(dy), c.w_shape, c.fmt, c.geometry, False, devices.gpu(x.device), True)
         return (conv_wgrad(x, dy, c.w_shape, c.geometry, fmt=c.fmt, tile=tile(q)),)
@@ -161,10 +161,10 @@ def wgrad(c: Convolution, tile: ChooseTile) -> Trial:
         w = torch.zeros(c.w_shape, dtype=dy.dtype, requires_grad=True)
         return torch.autograd.grad(c.convolve(x, w), w, dy)
 
-    return Trial(f"wgrad {c}", lambda d: (c.x(d), c.dy(d)), ours, exact)
+    return SmokeTrial(f"wgrad {c}", lambda d: (c.x(d), c.dy(d)), ours, exact)
 
 
-def im2col(c: Convolution) -> Trial:
+def im2col(c: SmokeConvolution) -> SmokeTrial:
     """All three operations by a matrix of columns."""
 
     def ours(x: Tensor, w: Tensor, dy: Tensor) -> Tensors:
@@ -178,13 +178,17 @@ def im2col(c: Convolution) -> Trial:
         y = c.convolve(x, w)
         return y.detach(), *torch.autograd.grad(y, (x, w), dy)
 
-    return Trial(f"im2col {c}", lambda d: (c.x(d), c.w(d), c.dy(d)), ours, exact)
+    return SmokeTrial(f"im2col {c}", lambda d: (c.x(d), c.w(d), c.dy(d)), ours, exact)
 
 
-BODY = Convolution(2, 32, 8, 64, 3)
-RAGGED = Convolution(3, 17, 10, 9, 4, 2, 1, dtype=SINGLE)
-GROUPED = Convolution(2, 24, 7, 12, 3, 1, 2, 2, 2, HALF, NCHW)
+BODY = SmokeConvolution(2, 32, 8, 64, 3)
+RAGGED = SmokeConvolution(3, 17, 10, 9, 4, 2, 1, dtype=SINGLE)
+GROUPED = SmokeConvolution(2, 24, 7, 12, 3, 1, 2, 2, 2, HALF, NCHW)
 GENERAL = (BODY, RAGGED, GROUPED)
-DEPTHWISE = (Convolution(2, 64, 9, 64, 3, groups=64), Convolution(1, 17, 11, 34, 5, 2, 2, 1, 17, SINGLE))
-BOXES = (BODY, Convolution(1, 40, 11, 72, 3, 2, 1), Convolution(3, 64, 7, 32, 1, 1, 0))  # the last is one row of pixels
-STEM = (Convolution(2, 3, 32, 16, 7, 2, 3), Convolution(1, 3, 19, 24, 3, 2, 1))
+DEPTHWISE = (SmokeConvolution(2, 64, 9, 64, 3, groups=64), SmokeConvolution(1, 17, 11, 34, 5, 2, 2, 1, 17, SINGLE))
+BOXES = (
+    BODY,
+    SmokeConvolution(1, 40, 11, 72, 3, 2, 1),
+    SmokeConvolution(3, 64, 7, 32, 1, 1, 0),
+)  # the last is one row of pixels
+STEM = (SmokeConvolution(2, 3, 32, 16, 7, 2, 3), SmokeConvolution(1, 3, 19, 24, 3, 2, 1))

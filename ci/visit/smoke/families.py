@@ -17,7 +17,7 @@ from .convolutions import (
     RAGGED,
     STEM,
     ChooseTile,
-    Convolution,
+    SmokeConvolution,
     box_tile,
     dgrad,
     fprop,
@@ -28,7 +28,7 @@ from .convolutions import (
     wgrad,
 )
 from .passes import PLANES, average, max_pool, moments, normalize, plane_mean
-from .trial import HALF, LAST, NCHW, SINGLE, Trial
+from .trial import HALF, LAST, NCHW, SINGLE, SmokeTrial
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ class Family:
     """`kernels` are the names of those that the trials launch and that no other family answers for."""
 
     kernels: tuple[str, ...]
-    trials: tuple[Trial, ...]
+    trials: tuple[SmokeTrial, ...]
     tensor_maps: bool = False
 
 
-def of_all(trial: Callable[..., Trial], convolutions: tuple[Convolution, ...], tile: ChooseTile) -> tuple[Trial, ...]:
+def of_all(
+    trial: Callable[..., SmokeTrial], convolutions: tuple[SmokeConvolution, ...], tile: ChooseTile
+) -> tuple[SmokeTrial, ...]:
     return tuple(map(partial(trial, tile=tile), convolutions))
 
 

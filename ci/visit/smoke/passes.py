@@ -9,13 +9,13 @@ from torch import Tensor
 from cnnfast_kernels import batchnorm, pooling
 from cnnfast_kernels.problem import PoolProblem
 
-from .trial import HALF, LAST, NCHW, SINGLE, Tensors, Trial, integers
+from .trial import HALF, LAST, NCHW, SINGLE, SmokeTrial, Tensors, integers
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batch norm: scale, weight / sqrt(var), is a power of two
 
 
-def moments(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format) -> Trial:
+def moments(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format) -> SmokeTrial:
     count = shape[0] * shape[2] * shape[3]
 
     def ours(y: Tensor) -> Tensors:
@@ -28,10 +28,12 @@ def moments(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format
         var, mean = torch.var_mean(y, (0, 2, 3), unbiased=False)
         return mean, var, mean / 2, 0.5 + var * count / (count - 1) / 2
 
-    return Trial(f"moments {shape}", lambda d: (integers(shape, 8, d, dtype, fmt),), ours, exact, tolerance=2.0**-18)
+    return SmokeTrial(
+        f"moments {shape}", lambda d: (integers(shape, 8, d, dtype, fmt),), ours, exact, tolerance=2.0**-18
+    )
 
 
-def normalize(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format, gradients: bool) -> Trial:
+def normalize(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format, gradients: bool) -> SmokeTrial:
     """z = leaky_relu((y - mean) * 2 + bias + residual), or the gradients of y, weight, bias and residual with given
     statistics.
     """
@@ -60,7 +62,7 @@ def normalize(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_form
         dz = 2 * integers(shape, 1, device, dtype, fmt)
         return *images, dz, integers((C,), 2, device, SINGLE), integers((C,), 3, device, SINGLE)
 
-    return Trial(f"{'gradients' if gradients else 'normalize'} {shape}", operands, ours, exact)
+    return SmokeTrial(f"{'gradients' if gradients else 'normalize'} {shape}", operands, ours, exact)
 
 
 PLANES = (((4, 32, 8, 8), HALF, LAST), ((3, 17, 5, 6), SINGLE, NCHW))
@@ -76,7 +78,7 @@ def pool(shape: tuple[int, ...], window: int, stride: int, pad: int) -> PoolProb
 
 def max_pool(
     shape: tuple[int, ...], window: int, stride: int, pad: int, dtype: torch.dtype, fmt: torch.memory_format
-) -> Trial:
+) -> SmokeTrial:
     g = pool(shape, window, stride, pad)
 
     def ours(x: Tensor, dy: Tensor) -> Tensors:
@@ -91,12 +93,12 @@ def max_pool(
     def operands(device: torch.device) -> Tensors:
         return integers(shape, 100, device, dtype, fmt), integers((g.N, g.C, g.P, g.Q), 3, device, dtype, fmt)
 
-    return Trial(f"max pool {shape} {window}x{window}/{stride}", operands, ours, exact)
+    return SmokeTrial(f"max pool {shape} {window}x{window}/{stride}", operands, ours, exact)
 
 
 def average(
     shape: tuple[int, ...], window: int, stride: int, pad: int, dtype: torch.dtype, fmt: torch.memory_format
-) -> Trial:
+) -> SmokeTrial:
     """Sums of windows are divided by 4, and of the adaptive windows of two by two too."""
     g, size = pool(shape, window, stride, pad), (shape[2] // 2, shape[3] // 2)
 
@@ -112,11 +114,11 @@ def average(
         gradients = [integers((g.N, g.C, *extent), 3, device, dtype, fmt) for extent in ((g.P, g.Q), size)]
         return integers(shape, 7, device, dtype, fmt), *gradients
 
-    return Trial(f"average pool {shape} {window}x{window}/{stride}", operands, ours, exact)
+    return SmokeTrial(f"average pool {shape} {window}x{window}/{stride}", operands, ours, exact)
 
 
-def plane_mean(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format) -> Trial:
-    return Trial(
+def plane_mean(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format) -> SmokeTrial:
+    return SmokeTrial(
         f"global average pool {shape}",
         lambda d: (shape[2] * shape[3] // 64 * integers(shape, 1, d, dtype, fmt),),  # means are multiples of 1/64
         lambda x: (pooling.global_avg_pool(x),),

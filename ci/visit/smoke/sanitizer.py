@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..running import FAILED, PASSED, Verdict, by_exit_code
+from ..running import FAILED, PASSED, StageVerdict, by_exit_code
 
 LAUNCHING = "    launching "  # what a process of smoke says before the name of each kernel
 PROGRAM = "compute-sanitizer"
@@ -66,7 +66,7 @@ def findings(text: str, ours: Iterable[str]) -> tuple[Counter[str], int]:
     return found, elsewhere
 
 
-def judge(ours: Iterable[str], code: int, log: Path) -> Verdict:
+def judge(ours: Iterable[str], code: int, log: Path) -> StageVerdict:
     """A finding in a kernel of ours is a fault. That the tool does not work here is none: the family itself has passed
     without it.
     """
@@ -74,10 +74,10 @@ def judge(ours: Iterable[str], code: int, log: Path) -> Verdict:
     found, elsewhere = findings(text, ours)
     if found:
         told = ", ".join(f"{count} in {kernel}" for kernel, count in sorted(found.items()))
-        return Verdict(FAILED, told, True)
+        return StageVerdict(FAILED, told, True)
     if "ERROR SUMMARY" not in text and "RACECHECK SUMMARY" not in text:
         said = next(
             (line.removeprefix(MARK).strip() for line in text.splitlines() if line.startswith(f"{MARK} Error")), ""
         )
-        return Verdict(FAILED, f"{PROGRAM} did not come to an end: {said or by_exit_code(code, log).note}")
-    return Verdict(PASSED, f"{elsewhere} findings in kernels that are not ours" if elsewhere else "")
+        return StageVerdict(FAILED, f"{PROGRAM} did not come to an end: {said or by_exit_code(code, log).note}")
+    return StageVerdict(PASSED, f"{elsewhere} findings in kernels that are not ours" if elsewhere else "")

@@ -18,7 +18,7 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 
 
 @dataclass(frozen=True)
-class Trial:
+class SmokeTrial:
     """One call: `ours` of the operands on the GPU, `exact` of the same in float64 on the CPU. Results may differ by
     `tolerance`, relative to the largest of them.
     """

@@ -64,7 +64,7 @@ def empty(*shape: int, dtype: torch.dtype = FLOAT32, fmt: torch.memory_format = 
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class CaseLayer:
     """One convolution of a real network."""
 
     name: str
@@ -145,26 +145,26 @@ class Layer:
         conv_wgrad(x, y, self.w_shape, self.geometry, fmt=self.fmt, algorithm="im2col")
 
 
-STEM = Layer("7x7/2 of 3 channels", 3, 224, 64, 7, stride=2)  # taps x channels without a gap
-BODY = Layer("3x3", 128, 28, 128, 3)
-STRIDED = Layer("3x3/2", 128, 56, 128, 3, stride=2)
-POINTWISE = Layer("1x1", 256, 56, 64, 1)
-SHORTCUT = Layer("1x1/2", 256, 56, 512, 1, stride=2)
+STEM = CaseLayer("7x7/2 of 3 channels", 3, 224, 64, 7, stride=2)  # taps x channels without a gap
+BODY = CaseLayer("3x3", 128, 28, 128, 3)
+STRIDED = CaseLayer("3x3/2", 128, 56, 128, 3, stride=2)
+POINTWISE = CaseLayer("1x1", 256, 56, 64, 1)
+SHORTCUT = CaseLayer("1x1/2", 256, 56, 512, 1, stride=2)
 FORMS = (
     POINTWISE,
-    Layer("7x7", 128, 14, 128, 7),  # too many taps for one bit each
-    Layer("3x3 of 48 channels", 48, 56, 48, 3),  # channels that no block divides
-    Layer("3x3 NCHW", 128, 28, 128, 3, fmt=NCHW),
-    Layer("3x3 in 32 groups", 128, 56, 128, 3, groups=32),
+    CaseLayer("7x7", 128, 14, 128, 7),  # too many taps for one bit each
+    CaseLayer("3x3 of 48 channels", 48, 56, 48, 3),  # channels that no block divides
+    CaseLayer("3x3 NCHW", 128, 28, 128, 3, fmt=NCHW),
+    CaseLayer("3x3 in 32 groups", 128, 56, 128, 3, groups=32),
 )
 
 
 def depthwise_layer(
     window: int, C: int = 96, size: int = 56, stride: int = 1, multiplier: int = 1, fmt: torch.memory_format = LAST
-) -> Layer:
+) -> CaseLayer:
     name = f"{window}x{window}/{stride} depthwise of {C} channels"
     name += f", {multiplier} filters each" * (multiplier > 1) + " NCHW" * (fmt == NCHW)
-    return Layer(name, C, size, C * multiplier, window, stride, C, fmt)
+    return CaseLayer(name, C, size, C * multiplier, window, stride, C, fmt)
 
 
 # Strips of each number of rows, which divide 56 / 1 and none of them 58 / 2: a filter is taken whole, by columns, by
@@ -184,7 +184,7 @@ DEPTHWISE_CHANNELS = (
 
 def case(
     operation: str,
-    layer: Layer,
+    layer: CaseLayer,
     tile: Tile | None,
     precision: Precision,
     dtype: torch.dtype | None = None,
@@ -201,7 +201,11 @@ def case(
 
 def depthwise_convolutions() -> Iterator[Case]:
     three, *_, seven, _ = DEPTHWISE_WINDOWS
-    windows: dict[Precision, tuple[Layer, ...]] = {"half": DEPTHWISE_WINDOWS, "ieee": (three, seven), "fp64": (three,)}
+    windows: dict[Precision, tuple[CaseLayer, ...]] = {
+        "half": DEPTHWISE_WINDOWS,
+        "ieee": (three, seven),
+        "fp64": (three,),
+    }
     operations: dict[str, Operation] = {"infer": "fprop", "dgrad": "dgrad", "wgrad": "wgrad"}
     for precision in windows:
         vector = VECTOR_BYTES // ELEMENT_BYTES[precision]
@@ -245,8 +249,8 @@ def convolutions(arch: int) -> Iterator[Case]:
 
 
 OPERATIONS: dict[str, Operation] = {"infer": "fprop", "train": "fprop", "dgrad": "dgrad", "wgrad": "wgrad"}
-NARROW = Layer("3x3 of 32 channels", 32, 56, 32, 3)  # half a block of channels
-MANY = Layer("3x3 of 200 channels", 200, 28, 200, 3)  # blocks that reach beyond the channels
+NARROW = CaseLayer("3x3 of 32 channels", 32, 56, 32, 3)  # half a block of channels
+MANY = CaseLayer("3x3 of 200 channels", 200, 28, 200, 3)  # blocks that reach beyond the channels
 
 
 def box_convolutions(arch: int) -> Iterator[Case]:

@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class KernelRow:
     """One compiled kernel. `loop_instructions`: of the innermost main loop, unrolled as it is in the machine code.
     `wide_loads`: those of its `global_loads` that load 16 bytes a thread.
 
@@ -64,7 +64,7 @@ class Row:
     error: str | None = None
 
 
-class StubDriver:
+class CompilingDriver:
     """As much of a driver as Triton asks for in order to compile."""
 
     def __init__(self, capability: int) -> None:
@@ -113,7 +113,7 @@ def target(arch: str) -> Iterator[None]:
     launch.observe(compile_only=True).
     """
     require_compiled_kernels()
-    stub = StubDriver(capability_of(arch))
+    stub = CompilingDriver(capability_of(arch))
     before = driver._active
     driver.set_active(stub)  # type: ignore[arg-type]
     try:
@@ -155,7 +155,7 @@ class Binary:
 
 
 def inspect(binaries: Sequence[Binary]) -> list[dict[str, Any]]:
-    """For each of `binaries`, all of one architecture, the fields of a Row that it tells, by name."""
+    """For each of `binaries`, all of one architecture, the fields of a KernelRow that it tells, by name."""
     found = []
     for binary, code in zip(
         binaries, sass.disassemble([b.cubin for b in binaries], binaries[0].capability), strict=True
@@ -213,12 +213,12 @@ def reason(error: Exception, said: str) -> str:
 _reported: set[tuple[int, str]] = set()  # architecture and hash of the kernels that this process has reported
 
 
-def compile_case(arch: str, index: int) -> list[tuple[Row, Binary | None]]:
+def compile_case(arch: str, index: int) -> list[tuple[KernelRow, Binary | None]]:
     """Each kernel that case `index` launches, but for those that an earlier case of this process launched too; not
     inspected yet.
     """
     case = cases(capability_of(arch))[index]
-    rows: list[tuple[Row, Binary | None]] = []
+    rows: list[tuple[KernelRow, Binary | None]] = []
     clock = time.perf_counter()
 
     def see(launched: launch.Launched) -> None:
@@ -228,14 +228,14 @@ def compile_case(arch: str, index: int) -> list[tuple[Row, Binary | None]]:
         if (binary.capability, binary.digest) not in _reported:
             _reported.add((binary.capability, binary.digest))
             tile = "" if launched.tile is None else str(launched.tile)
-            rows.append((Row(launched.kernel, case.name, tile, arch, round(seconds, 3)), binary))
+            rows.append((KernelRow(launched.kernel, case.name, tile, arch, round(seconds, 3)), binary))
         clock = time.perf_counter()
 
     with stderr_captured() as said, target(arch), launch.observe(see, compile_only=True):
         try:
             case.run()
         except Exception as error:  # whatever a compiler raises: a row must say so, and the others be compiled
-            rows.append((Row("", case.name, "", arch, error=reason(error, said())), None))
+            rows.append((KernelRow("", case.name, "", arch, error=reason(error, said())), None))
     return rows
 
 
@@ -262,7 +262,7 @@ def compile_all(
     only: str = "",
     jobs: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Row]:
+) -> list[KernelRow]:
     """Rows of every case whose name contains `only`, for each of `archs`, compiled by `jobs` processes (default: one a
     core).
 
@@ -300,9 +300,9 @@ def in_processes(
     return [future.result() for future in futures]
 
 
-def finished(compiled: Sequence[tuple[Row, Binary | None]]) -> list[Row]:
+def finished(compiled: Sequence[tuple[KernelRow, Binary | None]]) -> list[KernelRow]:
     """Failures, then the rows of one architecture with all that inspection tells; the same binary is one row."""
-    unique: dict[str, tuple[Row, Binary]] = {}
+    unique: dict[str, tuple[KernelRow, Binary]] = {}
     for row, binary in compiled:
         if binary is not None:
             unique.setdefault(binary.digest, (row, binary))

@@ -10,10 +10,10 @@ import triton
 
 from .. import tma
 from ..tma.views import why_not_on
-from .compiling import Row, capability_of
+from .compiling import KernelRow, capability_of
 
 
-def problems(rows: Iterable[Row]) -> list[str]:
+def problems(rows: Iterable[KernelRow]) -> list[str]:
     """What must not be shipped, one line each: failures, spills, too much shared memory, idle tensor cores, waits after
     every wgmma.
     """
@@ -59,7 +59,7 @@ def due_on(arch: str) -> set[str]:
     return {name for name, module in kernel_modules().items() if mapped or not module.startswith(f"{tma.__name__}.")}
 
 
-def uncovered(rows: Iterable[Row]) -> list[str]:
+def uncovered(rows: Iterable[KernelRow]) -> list[str]:
     """One line for each kernel that can be chosen on one of the rows' architectures, and that no row compiles for it."""
     compiled: dict[str, set[str]] = {}
     for row in rows:

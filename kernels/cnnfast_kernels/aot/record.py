@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import triton
 
 if TYPE_CHECKING:
-    from .compiling import Row
+    from .compiling import KernelRow
 
 FILE = Path(__file__).with_suffix(".json")
 RISE = 0.15
@@ -24,21 +24,21 @@ RISE = 0.15
 Record = dict[str, dict[str, int]]  # compiler and architecture -> kernel, variant and tile -> instructions
 
 
-def compiler(row: Row) -> str:
+def compiler(row: KernelRow) -> str:
     """Patch releases of Triton share a record, for they come with the same ptxas."""
     return f"triton {'.'.join(triton.__version__.split('.')[:2])} {row.arch}"
 
 
-def name(row: Row) -> str:
+def name(row: KernelRow) -> str:
     return f"{row.kernel}; {row.variant}; {row.tile}"
 
 
-def recorded(rows: Iterable[Row]) -> list[Row]:
+def recorded(rows: Iterable[KernelRow]) -> list[KernelRow]:
     """Those that a record is kept of."""
     return [row for row in rows if row.kernel.startswith("tma_") and row.loop_instructions is not None]
 
 
-def risen(rows: Iterable[Row], record: Record | None = None) -> list[str]:
+def risen(rows: Iterable[KernelRow], record: Record | None = None) -> list[str]:
     """One line for each row above its record, and for each that has none though its compiler and architecture have one."""
     known: Record = json.loads(FILE.read_text()) if record is None else record
     found = []
@@ -57,7 +57,7 @@ def risen(rows: Iterable[Row], record: Record | None = None) -> list[str]:
     return found
 
 
-def write(rows: Sequence[Row], file: Path = FILE) -> None:
+def write(rows: Sequence[KernelRow], file: Path = FILE) -> None:
     """Replaces what is on record for the compiler and the architectures of `rows`, which are of all cases."""
     record: Record = json.loads(file.read_text()) if file.exists() else {}
     found = recorded(rows)

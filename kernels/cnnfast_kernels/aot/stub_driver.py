@@ -137,11 +137,11 @@ def stub_driver(arch: int = 90, record: bool = True) -> Iterator[Recorder]:
         return kernel
 
     JITFunction._do_compile = record_compile
-    driver.set_active(StubDriver(recorder, record))
+    driver.set_active(StubDriver(recorder, record))  # type: ignore[arg-type]
     try:
         yield recorder
     finally:
         JITFunction._do_compile = do_compile
-        driver.set_active(before)
+        driver.set_active(before)  # type: ignore[arg-type]
         for kernel in recorder.compiled:
             kernel.module = None  # nothing was loaded: nothing to unload when it is collected

@@ -20,7 +20,7 @@ from ..dtypes import KERNEL_DTYPES, accumulator_dtype
 from ..indexing import channel_offset, divide, divisor, pixel_offset
 from ..layout import Laid, strides_nhwc
 from ..problem import ConvProblem
-from ..slots import WgradPlan, plan_slots
+from ..slots import WgradLaunches, plan_slots
 from ..tiling import Precision, TileConfig, cdiv
 from .tiles import multiply_accumulate
 
@@ -142,7 +142,9 @@ def wgrad_partials(
     plan_partials(problem, tile, precision, x, dy, partials[0], partials.shape[0], partials.stride(0))(x, dy, partials)
 
 
-def plan_wgrad(problem: ConvProblem, tile: TileConfig, precision: Precision, x: Laid, dy: Laid, dw: Laid) -> WgradPlan:
+def plan_wgrad(
+    problem: ConvProblem, tile: TileConfig, precision: Precision, x: Laid, dy: Laid, dw: Laid
+) -> WgradLaunches:
     """Takes (x, dy, dw); see `wgrad`. dy must not be empty."""
     return plan_slots(problem, tile.SPLIT_K, dw, x.dtype, partial(plan_partials, problem, tile, precision, x, dy))
 

@@ -22,7 +22,7 @@ from .rows import NUM_WARPS, RUNTIME
 
 
 @dataclass(frozen=True, slots=True)
-class PlaneTile:
+class MeanTile:
     """The block of pixels x channels of one step; CHANNELS_FAST: lanes run along channels, else along pixels."""
 
     BLOCK_PIXELS: int
@@ -75,7 +75,7 @@ def plane_mean_kernel(
     tl.store(y_cols, y.to(y_ptr.dtype.element_ty), mask=channels < C)
 
 
-def _plan_plane(x: Laid, y: Laid, count: int, span: int, tile: PlaneTile) -> launch.Launch:
+def _plan_plane(x: Laid, y: Laid, count: int, span: int, tile: MeanTile) -> launch.Launch:
     """Takes (x, y): y [N, C, splits, 1] = sums over `span` pixels each, divided by `count`."""
     N, C, H, W = x.shape
     splits = y.shape[2]
@@ -88,9 +88,9 @@ def _plan_plane(x: Laid, y: Laid, count: int, span: int, tile: PlaneTile) -> lau
     )  # fmt: skip
 
 
-def _plane_tile(C: int, channels_fast: bool) -> PlaneTile:
+def _plane_tile(C: int, channels_fast: bool) -> MeanTile:
     block_c = min(128 if channels_fast else 16, triton.next_power_of_2(max(C, 1)))
-    return PlaneTile((2048 if channels_fast else 1024) // block_c, block_c, channels_fast)
+    return MeanTile((2048 if channels_fast else 1024) // block_c, block_c, channels_fast)
 
 
 @launch.planned

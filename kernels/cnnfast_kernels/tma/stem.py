@@ -25,7 +25,7 @@ import triton.language as tl
 from .. import launch, memory
 from ..layout import Laid, Layout, dense, layout_of
 from ..problem import MAX_PIXELS, ConvProblem
-from ..slots import WgradPlan, plan_reduction
+from ..slots import WgradLaunches, plan_reduction
 from ..tiling import cdiv
 from .fprop import plan_tma_fprop
 from .tiles import BoxTile
@@ -171,5 +171,5 @@ def plan_stem_wgrad(problem: ConvProblem, tile: BoxTile, x: Laid, dy: Laid, dw: 
     workspace = dense((tile.SPLIT_K, g.K, g.R, g.S, pixel), torch.float32)
     slot = Layout((g.K, row, g.R, 1), (g.R * row, 1, row, row), torch.float32)
     partials = plan_partials(packing.problem, tile, packing.x, dy, slot, tile.SPLIT_K, size)
-    run = WgradPlan(partials, workspace, plan_reduction(tile.SPLIT_K, size, dw, pixel))
+    run = WgradLaunches(partials, workspace, plan_reduction(tile.SPLIT_K, size, dw, pixel))
     return StemWgradPlan(packing.image, plan_packing(x, packing.image, g.pad_w), run)

@@ -27,7 +27,7 @@ from .. import launch
 from ..indexing import channel_offset
 from ..layout import Laid, strides_nhwc
 from ..problem import ConvProblem
-from ..slots import WgradPlan, plan_slots
+from ..slots import WgradLaunches, plan_slots
 from ..tiling import cdiv
 from .boxes import load_box, load_column, load_phases
 from .tiles import BoxTile, phases_of
@@ -117,7 +117,7 @@ def plan_partials(
     )  # fmt: skip
 
 
-def plan_tma_wgrad(problem: ConvProblem, tile: BoxTile, x: Laid, dy: Laid, dw: Laid) -> WgradPlan:
+def plan_tma_wgrad(problem: ConvProblem, tile: BoxTile, x: Laid, dy: Laid, dw: Laid) -> WgradLaunches:
     """Takes (x, dy, dw); see `tma_wgrad`."""
     return plan_slots(problem, tile.SPLIT_K, dw, x.dtype, partial(plan_partials, problem, tile, x, dy))
 

@@ -32,14 +32,14 @@ def row(subject, provider, median, **more):
 
 
 def summary(part, files, tmp_path, **outcome):
-    from ci.visit.results import Outcome
+    from ci.visit.results import PartOutcome
     from ci.visit.results import summary as made
 
     folder = tmp_path / part
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    return made([Outcome(part, "passed", 60, **outcome)], tmp_path)
+    return made([PartOutcome(part, "passed", 60, **outcome)], tmp_path)
 
 
 def test_models_are_told_the_fastest_first_beside_the_strongest_baseline(tmp_path):

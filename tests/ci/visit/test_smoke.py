@@ -53,12 +53,12 @@ def test_a_family_is_right(name, device):
 
 @pytest.fixture
 def trial():
-    from ci.visit.smoke.trial import SINGLE, Trial
+    from ci.visit.smoke.trial import SINGLE, SmokeTrial
 
     def operands(device):
         return (torch.arange(6, device=device, dtype=SINGLE).view(2, 3),)
 
-    return Trial("doubling", operands, lambda x: (2 * x,), lambda x: (2 * x,))
+    return SmokeTrial("doubling", operands, lambda x: (2 * x,), lambda x: (2 * x,))
 
 
 def tried(trial, device):
@@ -143,11 +143,11 @@ def test_a_family_is_launched_over_the_driver_that_records(family):
 
 def test_a_kernel_that_hangs_is_named(tmp_path):
     """By the last line before it: it is written before the launch."""
-    from ci.visit.running import Command, Stage, Stop, run
+    from ci.visit.running import Stage, StageCommand, Stop, run
     from ci.visit.smoke.sanitizer import LAUNCHING, last_launched
 
     code = f"import time; print('{LAUNCHING}one_kernel\\n{LAUNCHING}other_kernel', flush=True); time.sleep(60)"
-    command = Command("family", (sys.executable, "-c", code), clue=last_launched)
+    command = StageCommand("family", (sys.executable, "-c", code), clue=last_launched)
     (found,) = run(Stage((command,), 3), tmp_path, dict(os.environ), time.monotonic() + 3, Stop(), grace=1)
     assert found.state == "out of time"
     assert found.note.endswith("; the last kernel launched was other_kernel")
@@ -235,13 +235,13 @@ def test_a_tool_that_does_not_work_here_is_no_fault(tmp_path):
 
 def test_a_family_that_fails_is_not_checked_again(tmp_path):
     """Nor is any where the tool is not installed, which is said once."""
-    from ci.visit.results import Outcome, troubles
-    from ci.visit.running import Command, Ran, Stage, Stop, run
+    from ci.visit.results import PartOutcome, troubles
+    from ci.visit.running import Ran, Stage, StageCommand, Stop, run
 
     stage = Stage(
         (
-            Command("a-memcheck", (sys.executable, "-c", ""), needs=("a",)),
-            Command("b-memcheck", ("no-such-program",), needs=("b",)),
+            StageCommand("a-memcheck", (sys.executable, "-c", ""), needs=("a",)),
+            StageCommand("b-memcheck", ("no-such-program",), needs=("b",)),
         ),
         5,
     )
@@ -250,6 +250,6 @@ def test_a_family_that_fails_is_not_checked_again(tmp_path):
     assert (found["a-memcheck"].state, found["a-memcheck"].note) == ("not begun", "a did not pass")
     assert found["b-memcheck"].note == "no-such-program is not installed"
     missing = [Ran(name, "not begun", note="no-such-program is not installed") for name in "bcde"]
-    (text,) = troubles(Outcome("smoke", "passed", 1, ran=missing), tmp_path)
+    (text,) = troubles(PartOutcome("smoke", "passed", 1, ran=missing), tmp_path)
     assert text.count("not installed") == 1
     assert "4 processes: not begun, no-such-program is not installed" in text

@@ -20,7 +20,7 @@ import cnnfast
 import cnnfast.functional as F
 from cnnfast.checking.capture import capture_calls, clone
 from cnnfast.checking.judge import compare
-from cnnfast.checking.report import WIDTH, Comparison, Report, Row
+from cnnfast.checking.report import WIDTH, CheckReport, CheckRow, Comparison
 from cnnfast.commands.check import check as check_command
 from cnnfast.dtypes import name_of
 from cnnfast_kernels import batchnorm, launch
@@ -373,7 +373,7 @@ def test_what_the_model_raises_is_raised():
 
 
 def test_report_as_table_and_json():
-    good = Row(
+    good = CheckRow(
         "layer",
         "conv2d",
         "1x3x8x8 4x3x3x3",
@@ -384,7 +384,7 @@ def test_report_as_table_and_json():
         ["kernel"],
         [Comparison("output", 1e-7, 1e-7, 3e-7)],
     )
-    bad = Row(
+    bad = CheckRow(
         "x" * 90,
         "conv2d",
         "1x3x8x8",
@@ -392,7 +392,7 @@ def test_report_as_table_and_json():
         "FAIL",
         comparisons=[Comparison("grad of weight", 0.5, 1e-7, 3e-7, position=(1, 2))],
     )
-    report = Report([good, bad])
+    report = CheckReport([good, bad])
     text = str(report)
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "grad of weight: error 5.00e-01 > 3.00e-07 at (1, 2), PyTorch's own 1.00e-07" in text.replace("\n", " ")
@@ -400,7 +400,7 @@ def test_report_as_table_and_json():
     data = json.loads(report.to_json())
     assert [row["verdict"] for row in data["rows"]] == ["ok", "FAIL"]
     assert data["rows"][1]["comparisons"][0]["ok"] is False
-    assert Report([good]).ok
+    assert CheckReport([good]).ok
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import cnnfast
 from cnnfast.checking import _judge_conversion_in_child, worker
 from cnnfast.checking.randomness import reproducible
-from cnnfast.checking.report import WIDTH, Comparison, Report, Row
+from cnnfast.checking.report import WIDTH, CheckReport, CheckRow, Comparison
 from cnnfast.checking.whole import _Step, judge_conversion, judge_whole, steps
 from tests.support.child import run_compiled
 
@@ -82,7 +82,7 @@ def image(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(shape or (2, 3, 8, 8), generator=torch.Generator().manual_seed(1)).to(device)
 
 
-def judged(original: nn.Module, converted: nn.Module, x: Any, **options: Any) -> dict[str, Row]:
+def judged(original: nn.Module, converted: nn.Module, x: Any, **options: Any) -> dict[str, CheckRow]:
     return {row.operation: row for row in judge_whole(original, converted, (x,), **options)}
 
 
@@ -335,7 +335,7 @@ def test_planted_faults_are_caught(fault, dtype, device):
     assert row.verdict == "FAIL"
     wrong = {c.tensor for c in row.comparisons if not c.ok}
     assert fault.tensor in wrong if fault.tensor else row.reason == "RuntimeError: no such tile"
-    assert not Report([], [row]).ok
+    assert not CheckReport([], [row]).ok
 
 
 def test_a_faulty_conversion_in_place_does_not_hide_behind_its_original(device, monkeypatch):
@@ -363,7 +363,7 @@ def test_a_conversion_that_changes_nothing_is_not_ours(device):
         "eval": "not ours",
         "training": "not ours",
     }
-    assert not Report([], list(rows.values())).ok
+    assert not CheckReport([], list(rows.values())).ok
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def test_randomness(draw, verdict, reason, device):
     assert rows["eval"].verdict == "ok"
     assert rows["training"].verdict == verdict, rows["training"].problems
     assert reason in rows["training"].reason
-    report = Report([Row("", "conv2d", "", "", "ok")], list(rows.values()))
+    report = CheckReport([CheckRow("", "conv2d", "", "", "ok")], list(rows.values()))
     assert report.ok
     assert ("not judged" in report.summary) == bool(reason)
 
@@ -574,10 +574,14 @@ def test_a_compiled_model_is_judged_uncompiled(device):
 
 
 def test_whole_rows_count_and_are_shown_shortened():
-    call = Row("layer", "conv2d", "1x3x8x8", "float32", "ok")
+    call = CheckRow("layer", "conv2d", "1x3x8x8", "float32", "ok")
     wrong = [Comparison(f"grad of layer{i}.weight", 0.5, 1e-7, 3e-7) for i in range(30)]
-    report = Report(
-        [call], [Row("", "state", "", "", "ok"), Row("", "training", "2x3x8x8", "float32", "FAIL", comparisons=wrong)]
+    report = CheckReport(
+        [call],
+        [
+            CheckRow("", "state", "", "", "ok"),
+            CheckRow("", "training", "2x3x8x8", "float32", "FAIL", comparisons=wrong),
+        ],
     )
     assert not report.ok
     text = str(report)
@@ -585,7 +589,7 @@ def test_whole_rows_count_and_are_shown_shortened():
     assert "training 2x3x8x8 float32" in text
     assert "and 20 more" in text
     assert "FAIL: of 1 calls 1 ok; of 2 steps of the whole model 1 ok, 1 FAIL" in text
-    assert Report([call], [Row("", "training", "", "", "not judged", "random")]).ok
+    assert CheckReport([call], [CheckRow("", "training", "", "", "not judged", "random")]).ok
     assert json.loads(report.to_json())["whole"][1]["verdict"] == "FAIL"
 
 

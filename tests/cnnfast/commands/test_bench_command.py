@@ -19,7 +19,7 @@ from cnnfast.bench import compare as comparing
 from cnnfast.bench.job import Job, plain
 from cnnfast.bench.providers import PROVIDERS
 from cnnfast.bench.report import report
-from cnnfast.bench.rows import Row, jobs, lines, read, speedup, to_json, verdict
+from cnnfast.bench.rows import BenchRow, jobs, lines, read, speedup, to_json, verdict
 from cnnfast.bench.running import run
 from cnnfast.bench.task import model_task
 from cnnfast.measuring.machine import Machine, Peaks, this_machine
@@ -64,7 +64,7 @@ def bench(*arguments: str, width: int = 160):
     return CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": str(width), "TERM": "dumb"})
 
 
-def row(provider: str = "eager", median: float | None = 1.0, **other) -> Row:
+def row(provider: str = "eager", median: float | None = 1.0, **other) -> BenchRow:
     spread = (
         {}
         if median is None
@@ -76,7 +76,7 @@ def row(provider: str = "eager", median: float | None = 1.0, **other) -> Row:
         "dtype": "bfloat16", "layout": entry.layout, "batch": 8, "input": "8x3x9x9", "status": "ok", "machine": MACHINE,
         "peaks": Peaks(4e12, 2e9), "flops": 10**12, "bytes": 10**9, "level": entry.level, "ceilings": {entry.level: 0.5},
     }  # fmt: skip
-    return Row(**{**fixed, **spread, **other})
+    return BenchRow(**{**fixed, **spread, **other})
 
 
 def write(rows, file: Path) -> None:

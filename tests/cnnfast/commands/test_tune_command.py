@@ -167,7 +167,7 @@ def until_the_third(child: subprocess.Popen[str]) -> None:
     pytest.fail("".join(lines))
 
 
-def whole(folder) -> list[tables.Row]:
+def whole(folder) -> list[tables.TableRow]:
     (file,) = (folder / "tables").iterdir()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

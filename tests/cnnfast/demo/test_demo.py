@@ -12,8 +12,8 @@ from torch import nn
 
 from cnnfast import backend, trace
 from cnnfast.bench.providers import PROVIDERS, Kernels
-from cnnfast.bench.shapes import Layer as BenchLayer
-from cnnfast.checking import Comparison, Report, Row
+from cnnfast.bench.shapes import LayerShape as BenchLayer
+from cnnfast.checking import CheckReport, CheckRow, Comparison
 from cnnfast.demo import digits, photograph, plain, story, timing
 from cnnfast.demo.markdown import markdown
 from cnnfast.demo.picture import Images, draw
@@ -244,7 +244,7 @@ def test_the_timing_names_whose_kernels_it_times():
 
 def made_up(ok: bool = True) -> Results:
     errors = [Comparison("output", 1e-6, 2e-6, 4e-6), Comparison("grad of weight", 3e-6, 2e-6, 4e-6)]
-    stem = Row(
+    stem = CheckRow(
         "stem",
         "conv_bn_act",
         "1x3x8x8 4x3x3x3",
@@ -255,7 +255,9 @@ def made_up(ok: bool = True) -> Results:
         ["conv_wgrad_kernel"],
         errors,
     )
-    pool = Row("pool", "max_pool2d", "1x4x8x8", "float32", "ok", "", ["max_pool_kernel"], [], [Comparison("output")])
+    pool = CheckRow(
+        "pool", "max_pool2d", "1x4x8x8", "float32", "ok", "", ["max_pool_kernel"], [], [Comparison("output")]
+    )
     if not ok:
         pool.verdict, pool.reason = "FAIL", "it | broke"
     training = Training(3, 1437, 360, [2.0, 0.5], [(17, 8, 1)], "PyTorch", 12.0)
@@ -263,7 +265,7 @@ def made_up(ok: bool = True) -> Results:
     return Results(
         {"torch": "2.x"},
         training,
-        [Proof("photograph", "float32", Report([stem, pool]), 5.0)],
+        [Proof("photograph", "float32", CheckReport([stem, pool]), 5.0)],
         times,
         "conditions",
         20.0,

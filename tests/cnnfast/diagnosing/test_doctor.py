@@ -572,9 +572,11 @@ def test_the_real_child(device):
 PROBLEM = ConvProblem(8, 16, 14, 14, 32, 3, 3, 14, 14, pad_h=1, pad_w=1)
 
 
-def row(gpu, dtype="bfloat16", winner="kernels", **changes) -> tables.Row:
+def row(gpu, dtype="bfloat16", winner="kernels", **changes) -> tables.TableRow:
     key = tables.Key(*gpu, "fprop", "", dtype, "NHWC NHWC NHWC", PROBLEM)._replace(**changes)
-    return tables.Row(key, TileConfig(32, 32, 16, 4, 2), winner, {"kernels": 9.0, "default": 12.0, "library": 10.0})
+    return tables.TableRow(
+        key, TileConfig(32, 32, 16, 4, 2), winner, {"kernels": 9.0, "default": 12.0, "library": 10.0}
+    )
 
 
 @pytest.fixture
@@ -678,7 +680,9 @@ def test_who_serves_is_what_a_trace_says(device, gpu, library_first, monkeypatch
             if winner is not None:
                 key = servers.question(c, device).key
                 tables.write(
-                    *gpu, [tables.Row(key, TileConfig(32, 32, 16, 4, 2), winner, {"kernels": 9.0, "library": 4.5})], {}
+                    *gpu,
+                    [tables.TableRow(key, TileConfig(32, 32, 16, 4, 2), winner, {"kernels": 9.0, "library": 4.5})],
+                    {},
                 )
                 launch.forget_plans()
             with torch.no_grad(), cnnfast.trace() as calls:

@@ -23,7 +23,7 @@ LAST, NCHW = torch.channels_last, torch.contiguous_format
 def library_wins(gpu, monkeypatch):
     """Every convolution has a row, and says that the library is faster."""
     times = {"kernels": 9.0, "library": 4.5}
-    monkeypatch.setattr(tables, "find", lambda key: tables.Row(key, default(key), "library", times))
+    monkeypatch.setattr(tables, "find", lambda key: tables.TableRow(key, default(key), "library", times))
     monkeypatch.setattr(tables, "library", True)
 
     def default(key):
@@ -225,7 +225,7 @@ def test_a_report_counts_what_is_unmeasured(gpu):
         problem = choosing.Geometry((1, 1), (pad,) * 4, (1, 1), 1).problem((2, 4, 8, 8), (4, 4, taps, taps))
         key = tables.Key(*gpu, "fprop", "norm relu", "float16", "NHWC NHWC NHWC", problem)
         assert told(4, 4, 8, 8) == [f"{2 if pad else 1} of 2 {of} 4x4x8x8. {measures}"]
-        tables.write(*gpu, [tables.Row(key, TileConfig(32, 32, 16), "kernels", {})], {})
+        tables.write(*gpu, [tables.TableRow(key, TileConfig(32, 32, 16), "kernels", {})], {})
     assert told(4, 4, 8, 8) == told(1, 4, 8, 8) == []
     assert [len(told(*shape)) for shape in ((6, 4, 8, 8), (2, 4, 9, 8))] == [1, 1]
     assert list(reporting._unmeasured(model, gpu, [], "the model does not take 1x4x224x224")) == [

@@ -160,7 +160,7 @@ def measured(device, gpu, library_first):
     def row(winner, **changes):
         key = tables.Key(*gpu, "fprop", "", "float32", "NHWC NHWC NHWC", problem)._replace(**changes)
         tables.write(
-            *gpu, [tables.Row(key, TileConfig(32, 32, 16, 4, 2), winner, {"kernels": 9.0, "library": 4.5})], {}
+            *gpu, [tables.TableRow(key, TileConfig(32, 32, 16, 4, 2), winner, {"kernels": 9.0, "library": 4.5})], {}
         )
         launch.forget_plans()
 
@@ -274,7 +274,7 @@ def test_a_measured_tile_that_the_tensors_cannot_take_does_not_count(gpu):
     x, w = (dense((8, 64, 16, 16), HALF, LAST), dense((64, 64, 1, 1), HALF, LAST))
     geometry = Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1)
     questions = [choosing.ask_fprop(x, w, None, geometry, "", None, False, gpu, aligned) for aligned in (True, False)]
-    tables.write(*gpu, [tables.Row(questions[0].key, BoxTile(1, 8, 8, 64, 64, 4, 3), "kernels", {})], {})
+    tables.write(*gpu, [tables.TableRow(questions[0].key, BoxTile(1, 8, 8, 64, 64, 4, 3), "kernels", {})], {})
     assert [serving.decide(q, library_first=True).library for q in questions] == [False, True]
     assert [serving.decide(q, library_first=False).library for q in questions] == [False, False]
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from cnnfast_kernels.aot import (
-    Row,
+    KernelRow,
     capability_of,
     compile_all,
     compiling,
@@ -182,7 +182,7 @@ def test_dot_operands():
     assert dot_operands("%y = arith.addf %x, %w : tensor<64x32xf32>") is None
 
 
-GOOD = Row(
+GOOD = KernelRow(
     "conv_fprop_kernel", "infer bfloat16 3x3", "128x64x32 w4 s4", "sm_90", seconds=1.0, registers=168, spill_bytes=0, shared_bytes=49152,
     shared_limit=232448, dot="bf16", tensor_core="HGMMA", async_copies=12, serialised=False, loop_instructions=120,
 )  # fmt: skip
@@ -251,7 +251,7 @@ def test_the_record_is_of_every_triton_of_the_gate():
 
 
 def test_a_failure_is_a_problem_and_covers_no_kernel():
-    row = Row("", "infer bfloat16 3x3", "", "sm_90", error="CompilationError: no")
+    row = KernelRow("", "infer bfloat16 3x3", "", "sm_90", error="CompilationError: no")
     assert problems([row]) == ["sm_90 infer bfloat16 3x3: does not compile: CompilationError: no"]
     assert [line.split()[:2] for line in uncovered([row])] == [
         ["sm_90", f"{kernel}:"] for kernel in sorted(kernel_modules())

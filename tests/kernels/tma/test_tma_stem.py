@@ -12,7 +12,7 @@ import torch
 from cnnfast_kernels import choosing, conv, devices, launch, tables
 from cnnfast_kernels.epilogue import PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.layout import dense
-from cnnfast_kernels.tables import Row
+from cnnfast_kernels.tables import TableRow
 from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.stem import is_packed, packed_problem, packing_of
 from cnnfast_kernels.tma.tiles import BoxTile, box_steps, candidate_boxes
@@ -209,7 +209,7 @@ def test_pointers_serve_by_default(launches, device):
 @pytest.fixture
 def measured_row(monkeypatch):
     """Every convolution has one, and it names TILE."""
-    monkeypatch.setattr(tables, "find", lambda key: Row(key, TILE, "kernels", {}))
+    monkeypatch.setattr(tables, "find", lambda key: TableRow(key, TILE, "kernels", {}))
     launch.forget_plans()
     yield
     launch.forget_plans()

@@ -20,7 +20,7 @@ from ...dtypes import KERNEL_DTYPES, accumulator_dtype
 from ...indexing import channel_offset, divisor, pixel_offset
 from ...layout import Laid, dense, strides_nhwc
 from ...problem import ConvProblem
-from ...slots import WgradPlan, plan_reduction
+from ...slots import WgradLaunches, plan_reduction
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, columns_at_once, taps_at_once
 from .strips import FAR, add_product, filters_as_channels, in_range, load_row, locate_strips, zeros
 
@@ -118,7 +118,7 @@ def depthwise_wgrad_kernel(
             )  # fmt: skip
 
 
-def plan_depthwise_wgrad(problem: ConvProblem, tile: StripTile, x: Laid, dy: Laid, dw: Laid) -> WgradPlan:
+def plan_depthwise_wgrad(problem: ConvProblem, tile: StripTile, x: Laid, dy: Laid, dw: Laid) -> WgradLaunches:
     """Takes (x, dy, dw); see `depthwise_wgrad`. dy must not be empty."""
     g, slots = problem, tile.SPLIT_K
     strips = cdiv(g.P, tile.ROWS)
@@ -139,7 +139,7 @@ def plan_depthwise_wgrad(problem: ConvProblem, tile: StripTile, x: Laid, dy: Lai
         TAPS=taps_at_once(g.R), COLUMNS=columns_at_once(g.R, g.S), RAGGED=g.P % tile.ROWS > 0, ACC=KERNEL_DTYPES[acc],
         ROWS=tile.ROWS, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-    return WgradPlan(partials, workspace, plan_reduction(slots, slot_stride, gradient))
+    return WgradLaunches(partials, workspace, plan_reduction(slots, slot_stride, gradient))
 
 
 def depthwise_wgrad(problem: ConvProblem, tile: StripTile, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:

@@ -56,7 +56,7 @@ FORBIDDEN = [
 # Each may import its own row and those above it. A module that is not named here is free of this rule.
 LAYERS = {
     "cnnfast_kernels": [
-        "problem rounding gpus tiling layout dtypes",
+        "problem rounding gpus tiling layout dtypes operands",
         "epilogue launch launchable indexing memory devices",
         "planes partials slots",
         "gather tma batchnorm pooling",

@@ -25,6 +25,7 @@ from cnnfast import dispatch, ops
 from cnnfast_kernels import conv, launch, memory
 from cnnfast_kernels.aot.recording_driver import recording_driver
 from cnnfast_kernels.aot.stub_driver import stub_driver
+from cnnfast_kernels.operands import FpropOperands
 
 CHANNELS = 64
 GEOMETRY = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
@@ -117,14 +118,14 @@ def layers() -> dict[str, Callable[[], Any]]:
     geometry = conv.Geometry(*GEOMETRY)
     conv.conv_fprop(x, w, geometry)
     planned: Any = conv.fprop_plan(x, w, geometry)
-    arguments = x, w, memory.empty(planned.y, x), *[None] * 7
+    operands = FpropOperands(x, w, memory.empty(planned.y, x))
     calls: list[Callable[[], Any]] = [
         lambda: F.conv2d(x, w, None, 1, 1),
         lambda: torch.ops.cnnfast.conv_fprop(x, w, None, *GEOMETRY, "auto"),
         lambda: ops.conv_fprop(x, w, None, *GEOMETRY, "auto"),
         lambda: conv.conv_fprop(x, w, geometry),
-        lambda: planned.run(*arguments),
-        lambda: planned.run.run(arguments),
+        lambda: planned.run(operands),
+        lambda: planned.run.run(operands),
     ]
     return dict(zip(LAYERS, map(warmed, calls), strict=True))
 

@@ -62,7 +62,7 @@ def bn_act(x: Tensor, w: Tensor, geometry: Geometry, epilogue: Epilogue, decisio
     assert norm.mean is not None
     assert norm.var is not None
     z = batchnorm.normalize(
-        y, norm.mean, norm.var, norm.weight, norm.bias, residual, norm.eps, activation, slope, decision.result
+        y, norm.mean, norm.var, norm.gamma, norm.beta, residual, norm.eps, activation, slope, decision.result
     )
     return _laid(z, decision.result)
 

@@ -14,6 +14,7 @@ with frozen statistics dy = scale * g. Sums over rows take two stages: every pro
 from __future__ import annotations
 
 from itertools import chain
+from typing import no_type_check
 
 import torch
 import triton
@@ -35,6 +36,7 @@ STRIDES = [f"{t}_stride_{d}" for t in ("y", "z", "residual", "dz", "dy", "dresid
 
 
 @triton.jit(do_not_specialize=["L", *STRIDES])
+@no_type_check
 def batch_moments_kernel(
     y_ptr, partials_ptr, L, y_stride_n, y_stride_l, y_stride_c,
     C: tl.constexpr, ALIGN: tl.constexpr, L_ALIGN: tl.constexpr, ACC: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -85,7 +87,7 @@ def batch_moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     y = mergeable(y)
     run, layout, rows = _plan_moments(y.shape, y.stride(), y.dtype)
     partials = memory.empty(layout, y)
-    run(y, partials)
+    run((y, partials))
     mean, var = combine(partials, rows)
     assert var is not None
     return mean, var
@@ -96,6 +98,7 @@ def batch_moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @triton.jit
+@no_type_check
 def load_scale(var_ptr, weight_ptr, c, c_ok, EPS: tl.constexpr, ACC: tl.constexpr):
     """(invstd, weight * invstd) of channels c."""
     invstd = round_quotient(1.0, round_root(load_channels(var_ptr, c, c_ok, ACC) + EPS))
@@ -106,6 +109,7 @@ def load_scale(var_ptr, weight_ptr, c, c_ok, EPS: tl.constexpr, ACC: tl.constexp
 
 
 @triton.jit
+@no_type_check
 def scale_and_shift(centred, scale, bias_ptr, c, c_ok, ACC: tl.constexpr):
     u = centred * scale[None, :]
     if bias_ptr is not None:
@@ -114,6 +118,7 @@ def scale_and_shift(centred, scale, bias_ptr, c, c_ok, ACC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["L", *STRIDES])
+@no_type_check
 def normalize_kernel(
     y_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, z_ptr, slope: tl.float64, L,
     y_stride_n, y_stride_l, y_stride_c, residual_stride_n, residual_stride_l, residual_stride_c, z_stride_n, z_stride_l, z_stride_c,
@@ -182,7 +187,7 @@ def normalize(
         y.shape, y.stride(), None if residual is None else residual.stride(), like, y.dtype, eps, activation, slope
     )
     z = memory.empty(layout, y)
-    run(y, *contiguous(mean, var, weight, bias), residual, z)
+    run((y, *contiguous(mean, var, weight, bias), residual, z))
     return z
 
 
@@ -191,6 +196,7 @@ def normalize(
 
 
 @triton.jit
+@no_type_check
 def load_gradient(
     dz_ptr, y_ptr, z_ptr, residual_ptr, mean_ptr, bias_ptr, invstd, scale, slope,
     dz_stride_n, dz_stride_l, dz_stride_c, y_stride_n, y_stride_l, y_stride_c,
@@ -222,6 +228,7 @@ def load_gradient(
 
 
 @triton.jit(do_not_specialize=["L", *STRIDES])
+@no_type_check
 def gradient_sums_kernel(
     dz_ptr, y_ptr, z_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, partials_ptr, slope: tl.float64, L,
     dz_stride_n, dz_stride_l, dz_stride_c, y_stride_n, y_stride_l, y_stride_c,
@@ -253,6 +260,7 @@ def gradient_sums_kernel(
 
 
 @triton.jit(do_not_specialize=["L", "rows", *STRIDES])
+@no_type_check
 def normalize_backward_kernel(
     dz_ptr, y_ptr, z_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, sum_g_ptr, sum_gx_ptr, dy_ptr, dresidual_ptr,
     slope: tl.float64, L, rows,
@@ -359,7 +367,7 @@ def normalize_backward(
             dz.shape, strides(dz, used, z, argument), dz.dtype, eps, activation, slope, 2 if need_sum_gx else 1
         )
         partials = memory.empty(layout, given)
-        run(dz, used, z, argument, mean, var, weight, bias, partials)
+        run((dz, used, z, argument, mean, var, weight, bias, partials))
         sum_g, sum_gx = combine(partials, None, *(() if training or not need_dweight else (var, eps)))
 
     dy = None
@@ -371,7 +379,7 @@ def normalize_backward(
         )
         dy = memory.empty(layout, given) if need_dy else None
         own = memory.empty(layout, given) if need_dresidual else None
-        run(dz, used, z, argument, mean, var, weight, bias, *sums, dy, own)
+        run((dz, used, z, argument, mean, var, weight, bias, *sums, dy, own))
         dresidual = own if need_dresidual else dresidual
 
     dweight = sum_gx.to((mean if weight is None else weight).dtype) if need_dweight else None
@@ -384,7 +392,7 @@ def channel_sum(dy: torch.Tensor) -> torch.Tensor:
     dy = mergeable(dy)
     run, layout = _plan_sums(dy.shape, strides(dy, None, None, None), dy.dtype, 0.0, None, 0.0, 1)
     partials = memory.empty(layout, dy)
-    run(dy, *[None] * 7, partials)
+    run((dy, *[None] * 7, partials))
     return combine(partials)[0].to(dy.dtype)
 
 
@@ -393,6 +401,7 @@ def channel_sum(dy: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit(do_not_specialize=["mean_stride", "var_stride", "count"])
+@no_type_check
 def update_running_kernel(
     running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, momentum: tl.float64, mean_stride, var_stride, count,
     C: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -434,4 +443,4 @@ def update_running(
         raise ValueError(f"the unbiased variance needs at least 2 values per channel, not {count}")
     wide = torch.float64 in (running_mean.dtype, mean.dtype)
     run = _plan_update(running_mean.shape[0], running_mean.stride(0), running_var.stride(0), momentum, count, wide)
-    run(running_mean, running_var, *contiguous(mean, var))
+    run((running_mean, running_var, *contiguous(mean, var)))

@@ -24,6 +24,7 @@ from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
 from .gather.wgrad import plan_wgrad
 from .layout import Layout, dense
+from .operands import DgradOperands, FpropOperands, WgradOperands
 from .partials import TileRows, combine
 from .slots import WgradLaunches
 from .tiling import StripTile, cdiv
@@ -206,7 +207,7 @@ def conv_fprop(
 ) -> torch.Tensor:
     """What `epilogue` makes of conv(x, w), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
     bias, norm, residual, activation, slope = epilogue
-    bias, mean, var, weight, shift = contiguous(bias, norm.mean, norm.var, norm.weight, norm.bias)
+    bias, mean, var, weight, shift = contiguous(bias, norm.mean, norm.var, norm.gamma, norm.beta)
     addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
     plan: FpropPlan = _plan_fprop(  # as fprop_plan has it, without calling one function more
         x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype, geometry,
@@ -217,7 +218,7 @@ def conv_fprop(
         epilogue = Epilogue(bias, BatchNorm(mean, var, weight, shift, norm.eps), residual, activation, slope)
         im2col_fprop(geometry.problem(x.shape, w.shape), precision_of(x.dtype, tf32), x, w, y, epilogue)
     else:
-        plan.run(x, w, y, bias, mean, var, weight, shift, residual, None)
+        plan.run(FpropOperands(x, w, y, bias, mean, var, weight, shift, residual))
     return y
 
 
@@ -240,7 +241,7 @@ def conv_stats(
     plan = fprop_plan(x, w, geometry, stats=True, tf32=tf32, tile=tile)
     y, moments = memory.empty(plan.y, x), memory.empty(plan.moments, x)
     (bias,) = contiguous(bias)
-    plan.run(x, w, y, bias, None, None, None, None, None, moments)
+    plan.run(FpropOperands(x, w, y, bias, moments=moments))
     mean, var = combine(moments, plan.rows)
     assert var is not None
     return y, mean, var
@@ -265,7 +266,7 @@ def conv_dgrad(
     if algorithm == "im2col":
         im2col_dgrad(geometry.problem(x_shape, w.shape), precision_of(dy.dtype, tf32), dy, w, dx, bias)
     else:
-        run(dy, w, dx, bias)
+        run(DgradOperands(dy, w, dx, bias))
     return dx
 
 
@@ -288,5 +289,5 @@ def conv_wgrad(
     if algorithm == "im2col":
         im2col_wgrad(geometry.problem(x.shape, w_shape), precision_of(x.dtype, tf32), x, dy, dw)
     else:
-        run(x, dy, dw)
+        run(WgradOperands(x, dy, dw))
     return dw

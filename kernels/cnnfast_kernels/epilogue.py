@@ -5,7 +5,7 @@ Activations are compared and selected, never multiplied, so that NaN and infinit
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -19,12 +19,12 @@ FROM_OUTPUT = (None, "relu", "leaky_relu", "relu6")
 
 
 class BatchNorm(NamedTuple):
-    """Batch normalisation with given statistics: (y - mean) * weight / sqrt(var + eps) + bias, each of shape [K]."""
+    """Batch normalisation with given statistics: (y - mean) * gamma / sqrt(var + eps) + beta, each of shape [K]."""
 
     mean: torch.Tensor | None
     var: torch.Tensor | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
+    gamma: torch.Tensor | None
+    beta: torch.Tensor | None
     eps: float = 1e-5
 
 
@@ -47,6 +47,7 @@ PLAIN = Epilogue()
 
 
 @triton.jit
+@no_type_check
 def sigmoid(u):
     """1 / (1 + exp(-u)). The exponential is approximate on a GPU already, to 2 ulp and more, and `/` adds 2 ulp at most
     where 1 + exp(-u) stays below 2**126: an exact division would cost every element of a tile some ten instructions and
@@ -56,6 +57,7 @@ def sigmoid(u):
 
 
 @triton.jit
+@no_type_check
 def activate(u, slope, ACTIVATION: tl.constexpr):
     """act(u); `slope` is leaky_relu's. Formulas as in torch.nn.functional."""
     if ACTIVATION == "relu":
@@ -79,6 +81,7 @@ def activate(u, slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
     """dz * act'(u), with PyTorch's choice at the kinks. For the activations of FROM_OUTPUT, `u` may be act(u) as well."""
     if ACTIVATION == "relu":
@@ -104,39 +107,81 @@ def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
     return dz
 
 
-@triton.jit
-def load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS: tl.constexpr, ACC: tl.constexpr):
-    """What apply_norm needs of some columns: (mean, scale, shift), or (mean, scale) without a bias.
+class Finish(NamedTuple):
+    """What a kernel is compiled for of its epilogue: batch norm's eps, the activation's name, the dtype of sums."""
 
-    Not (mean, scale, None): the interpreter lets a helper return that, the compiler refuses it.
+    eps: float
+    activation: str | None
+    acc: tl.dtype
+
+
+class Channels(NamedTuple):
+    """Inside a kernel, the pointers to what an epilogue reads of each channel, [K]: None for what is absent."""
+
+    bias: tl.tensor
+    mean: tl.tensor
+    var: tl.tensor
+    gamma: tl.tensor
+    beta: tl.tensor
+
+
+@triton.jit
+@no_type_check
+def load_channels(pointers, column, column_ok, e: tl.constexpr):
+    """What `finish` needs of some columns: (bias, mean, scale, beta), of these what there is.
+
+    Not None for what is absent: the interpreter lets a helper return that, the compiler refuses it.
     """
-    mean = tl.load(mean_ptr + column, mask=column_ok, other=0.0).to(ACC)
-    scale = round_quotient(1.0, round_root(tl.load(var_ptr + column, mask=column_ok, other=1.0).to(ACC) + EPS))
-    if weight_ptr is not None:
-        scale = scale * tl.load(weight_ptr + column, mask=column_ok, other=0.0).to(ACC)
-    if bias_ptr is None:
-        return mean, scale
-    else:
-        return mean, scale, tl.load(bias_ptr + column, mask=column_ok, other=0.0).to(ACC)
+    channels = ()
+    if pointers.bias is not None:
+        channels = channels + (tl.load(pointers.bias + column, mask=column_ok, other=0.0).to(e.acc),)
+    if pointers.mean is not None:
+        mean = tl.load(pointers.mean + column, mask=column_ok, other=0.0).to(e.acc)
+        var = tl.load(pointers.var + column, mask=column_ok, other=1.0).to(e.acc)
+        scale = round_quotient(1.0, round_root(var + e.eps))
+        if pointers.gamma is not None:
+            scale = scale * tl.load(pointers.gamma + column, mask=column_ok, other=0.0).to(e.acc)
+        channels = channels + (mean, scale)
+        if pointers.beta is not None:
+            channels = channels + (tl.load(pointers.beta + column, mask=column_ok, other=0.0).to(e.acc),)
+    return channels
 
 
 @triton.jit
-def apply_norm(y, norm):
-    """Batch norm of y [rows, columns]; the mean is subtracted first, for y * scale + shift cancels where |mean| >> std."""
-    y = (y - norm[0][None, :]) * norm[1][None, :]
-    if len(norm) == 3:
-        y = y + norm[2][None, :]
-    return y
+@no_type_check
+def finish(acc, channels, residual, slope, pointers, e: tl.constexpr):
+    """act(batch_norm(acc + bias) + residual) in the accumulator's dtype: acc and residual, if any, [rows, columns].
+
+    channels: of load_channels(pointers, ...). The mean is subtracted first, for y * scale + shift cancels where
+    |mean| >> std.
+    """
+    NORM: tl.constexpr = 0 if pointers.bias is None else 1  # where the norm's begin
+    if pointers.bias is not None:
+        acc = acc + channels[0][None, :]
+    if pointers.mean is not None:
+        acc = (acc - channels[NORM][None, :]) * channels[NORM + 1][None, :]
+        if pointers.beta is not None:
+            acc = acc + channels[NORM + 2][None, :]
+    if residual is not None:
+        acc = acc + residual.to(e.acc)
+    return activate(acc, tl.full((), slope, e.acc), e.activation)
 
 
 @triton.jit
-def normalize_columns(
-    y, mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS: tl.constexpr, ACC: tl.constexpr
-):
-    return apply_norm(y, load_norm(mean_ptr, var_ptr, weight_ptr, bias_ptr, column, column_ok, EPS, ACC))
+@no_type_check
+def store_moments(moments_ptr, tile, parts, exist, column, column_ok, K):
+    """Mean and biased variance of each column of a tile, to moments [tiles, 2, K]; see `tile_moments`.
+
+    Of y as it is stored: batch norm normalises exactly what backward will read.
+    """
+    mean, variance = tile_moments(parts, exist)
+    row = moments_ptr + tile.to(tl.int64) * 2 * K + column
+    tl.store(row, mean, mask=column_ok)
+    tl.store(row + K, variance, mask=column_ok)
 
 
 @triton.jit
+@no_type_check
 def sum_rows(parts, exist):
     """The sum of each column over the rows of all parts that exist."""
     total = tl.where(exist[0][:, None], parts[0], 0.0)
@@ -146,6 +191,7 @@ def sum_rows(parts, exist):
 
 
 @triton.jit
+@no_type_check
 def tile_moments(parts, exist):
     """Mean and biased variance of each column of a tile, over the rows that exist.
 

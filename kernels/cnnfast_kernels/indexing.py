@@ -6,11 +6,14 @@ the mask of the load that uses it is false there.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def unravel_npq(m, M, P, Q):
     """Row m of the implicit GEMM as (n, p, q), and whether it exists."""
     q = m % Q
@@ -27,6 +30,7 @@ def divisor(d: int) -> tuple[int, int]:
 
 
 @triton.jit
+@no_type_check
 def divide(m, magic, shift):
     """m // d for 0 <= m < 2**31 by Granlund and Montgomery's multiplication: 3 instructions where a runtime d takes
     some 20.
@@ -35,6 +39,7 @@ def divide(m, magic, shift):
 
 
 @triton.jit
+@no_type_check
 def class_axis(
     first, extent, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, STEP: tl.constexpr
 ):
@@ -54,6 +59,7 @@ def class_axis(
 
 
 @triton.jit
+@no_type_check
 def has_nan(t):
     """Whether any element is NaN. Over all axes at once: triton 3.7.1 cannot compile one after the other for sums of
     sm_100.
@@ -62,12 +68,38 @@ def has_nan(t):
 
 
 @triton.jit
+@no_type_check
 def channel_offset(c, stride_c):
     """`stride_c` is None where channels are adjacent: then the compiler sees that, and loads vectors."""
     return c.to(tl.int64) if stride_c is None else c.to(tl.int64) * stride_c
 
 
 @triton.jit
-def pixel_offset(n, h, w, stride_n, stride_h, stride_w, ALIGN: tl.constexpr):
-    """Elements from the tensor's start to pixel (n, h, w). Multiplying by ALIGN last tells the compiler the alignment."""
-    return (n.to(tl.int64) * stride_n + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w) * ALIGN
+@no_type_check
+def pixel_offset(n, h, w, strides):
+    """Elements from the start of a tensor of these layout.Strides to pixel (n, h, w).
+
+    Multiplying by their alignment last tells the compiler of it.
+    """
+    return (n.to(tl.int64) * strides.n + h.to(tl.int64) * strides.h + w.to(tl.int64) * strides.w) * strides.align
+
+
+@triton.jit
+@no_type_check
+def dense_pixel_offset(n, h, w, H, W, C, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
+    """Elements from the start of a dense tensor [N, C, H, W], channels_last or contiguous, to channel 0 of a pixel.
+
+    channels_last: C is a multiple of ALIGN.
+    """
+    pixel = (n.to(tl.int64) * H + h) * W + w
+    if CHANNELS_LAST:
+        return pixel * (C // ALIGN) * ALIGN
+    else:
+        return pixel + n.to(tl.int64) * (C - 1) * H * W
+
+
+@triton.jit
+@no_type_check
+def dense_channel_offset(c, H, W, CHANNELS_LAST: tl.constexpr):
+    """Elements from channel 0 of a pixel to channel c in such a tensor."""
+    return c.to(tl.int64) if CHANNELS_LAST else c.to(tl.int64) * H * W

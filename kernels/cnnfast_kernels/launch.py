@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import triton
@@ -145,13 +145,16 @@ def _placeless(map_: TensorDescriptor) -> type[TensorDescriptor]:
     )
 
 
-class Launch:
+Operands = TypeVar("Operands", bound=tuple[torch.Tensor | None, ...])
+
+
+class Launch(Generic[Operands]):
     """A launch but for its tensors: kernel, grid, and every argument that follows from shapes, strides and dtypes.
 
-    Called with the tensors, the kernel's first parameters (None where absent; the first is present), it launches on
-    their device and its current stream. `scalars` are the parameters that follow them; `tile` and `options` as in
-    `run`. `maps` names, by position, the tensors that the kernel gets as tensor maps, and the maps; those tensors are
-    of the map's dtype and start at a multiple of 16 bytes.
+    Called with a record of the tensors (operands.py), which are the kernel's first parameters (None where absent; the
+    first is present), it launches on their device and its current stream. `scalars` are the parameters that follow
+    them; `tile` and `options` as in `run`. `maps` names, by position, the tensors that the kernel gets as tensor maps,
+    and the maps; those tensors are of the map's dtype and start at a multiple of 16 bytes.
 
     Keeps what Triton compiled, by what would make Triton compile again: the device, and each other tensor's dtype and
     whether its address is a multiple of 16 bytes. Keeps no tensor: a map is given its tensor at each launch, in which
@@ -175,7 +178,8 @@ class Launch:
         self.pointers = tuple(i for i in range(tensors) if i not in maps)
         self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
-    def __call__(self, *tensors: Any) -> None:
+    def __call__(self, operands: Operands) -> None:
+        tensors: Any = operands
         if INTERPRETED or _substitutes or not RUN_IS_KNOWN or _triton_must_launch():
             self.run(tensors)
             return
@@ -183,7 +187,7 @@ class Launch:
         device, own = driver.get_current_device(), tensors[0].get_device()
         if own != device and own >= 0:  # -1: not a GPU's
             with torch.cuda.device(tensors[0].device):
-                self(*tensors)
+                self(operands)
             return
         key, addresses = [device], 0
         for i in self.pointers:

@@ -61,6 +61,20 @@ def strides_nhwc(t: Laid) -> Strides:
     return Strides(n // align, h // align, w // align, None if t.shape[1] == 1 or c == 1 else c, align)
 
 
+def dense_alignment(t: Laid) -> tuple[int, bool]:
+    """(alignment of its pixels in elements, whether it is channels_last) of a dense tensor [N, C, H, W].
+
+    Raises ValueError where it is neither channels_last nor contiguous: what kernels write is allocated so.
+    """
+    N, C, H, W = t.shape
+    n, c, h, w = (s if size > 1 else None for s, size in zip(t.stride(), t.shape, strict=True))
+    if all(found in (None, wanted) for found, wanted in zip((n, c, h, w), (H * W * C, 1, W * C, C), strict=True)):
+        return next(a for a in (8, 4, 2, 1) if C % a == 0), True
+    if all(found in (None, wanted) for found, wanted in zip((n, c, h, w), (C * H * W, H * W, W, 1), strict=True)):
+        return 1, False
+    raise ValueError(f"a result of shape {tuple(t.shape)} must be dense, but has strides {tuple(t.stride())}")
+
+
 def is_channels_last(t: Laid) -> bool:
     """PyTorch's `is_channels_last_strides_2d`, which suggest_memory_format follows and Python cannot call."""
     if t.dim() != 4:

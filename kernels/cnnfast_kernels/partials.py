@@ -6,7 +6,7 @@ through all of its partials, and the order depends on shapes alone, so that the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -21,6 +21,7 @@ from .tiling import cdiv
 
 
 @triton.jit
+@no_type_check
 def rows_before(tile, tiles, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH):
     """Elements of the first `tile` tiles, at most `tiles`, that are cut as TileRows says."""
     tile = tl.minimum(tile, tiles).to(tl.int32)
@@ -34,6 +35,7 @@ def rows_before(tile, tiles, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH):
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "group", "tiles_l", "L", "ROWS", "columns", "WIDTH", "planes", "DEPTH"])
+@no_type_check
 def combine_kernel(
     partials_ptr, var_ptr, first_ptr, second_ptr, T, tiles, group, tiles_l, L, ROWS, columns, WIDTH, planes, DEPTH,
     C: tl.constexpr, QUANTITIES: tl.constexpr, MOMENTS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
@@ -137,8 +139,8 @@ def combine(
     *levels, (final, vector) = plan_combine(T, quantities, C, partials.dtype, rows, eps)
     for level, layout in levels:
         combined = memory.empty(layout, partials)
-        level(partials, None, combined[:, 0], combined[:, 1] if quantities == 2 else None)
+        level((partials, None, combined[:, 0], combined[:, 1] if quantities == 2 else None))
         partials = combined
     first, second = memory.empty(vector, partials), memory.empty(vector, partials) if quantities == 2 else None
-    final(partials, var, first, second)
+    final((partials, var, first, second))
     return first, second

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -156,6 +156,7 @@ def mergeable(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @triton.jit
+@no_type_check
 def locate_tile(L, C: tl.constexpr, L_ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr):
     """This program's index among tiles of rows, plane n, rows l [BLOCK_L], channels c [BLOCK_C], and which of them
     exist.
@@ -171,12 +172,14 @@ def locate_tile(L, C: tl.constexpr, L_ALIGN: tl.constexpr, BLOCK_L: tl.constexpr
 
 
 @triton.jit
+@no_type_check
 def axis_offset(i, stride, ALIGN: tl.constexpr):
     """`stride` is None where elements are adjacent: then the compiler sees that, and loads vectors."""
     return i.to(tl.int64) if stride is None else i.to(tl.int64) * stride * ALIGN
 
 
 @triton.jit
+@no_type_check
 def tile_pointers(ptr, stride_n, stride_l, stride_c, n, l, c, ALIGN: tl.constexpr):
     """Pointers [BLOCK_L, BLOCK_C]."""
     rows = ptr + axis_offset(n, stride_n, ALIGN) + axis_offset(l, stride_l, ALIGN)
@@ -184,12 +187,14 @@ def tile_pointers(ptr, stride_n, stride_l, stride_c, n, l, c, ALIGN: tl.constexp
 
 
 @triton.jit
+@no_type_check
 def load_tile(ptr, stride_n, stride_l, stride_c, n, l, c, mask, ALIGN: tl.constexpr, ACC: tl.constexpr):
     """Elements [BLOCK_L, BLOCK_C] in the accumulator's dtype, zero where `mask` is false."""
     return tl.load(tile_pointers(ptr, stride_n, stride_l, stride_c, n, l, c, ALIGN), mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
+@no_type_check
 def load_channels(ptr, c, c_ok, ACC: tl.constexpr):
     """A vector over channels, [BLOCK_C]."""
     return tl.load(ptr + c, mask=c_ok, other=0.0).to(ACC)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 # Rows of the implicit GEMM are counted in 32-bit integers; offsets into tensors are 64-bit.
 MAX_PIXELS = 2**31 - 2**10  # the last tile may run past the end
@@ -18,6 +19,26 @@ def output_extent(size: int, window: int, stride: int, pad_before: int, pad_afte
     stride) + 1.
     """
     return (size + pad_before + pad_after - dilation * (window - 1) - 1) // stride + 1
+
+
+class ConvGeometry(NamedTuple):
+    """What a kernel of a convolution is compiled for: its constexpr argument `g`.
+
+    C and K: channels and filters of a group, None where the kernel takes them at run time. Another image size compiles
+    nothing: N, H, W, P and Q are no part of it.
+    """
+
+    C: int | None
+    K: int | None
+    groups: int
+    R: int
+    S: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dil_h: int
+    dil_w: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +91,11 @@ class ConvProblem:
         P = output_extent(H, R, stride[0], top, bottom, dilation[0])
         Q = output_extent(W, S, stride[1], left, right, dilation[1])
         return cls(N, C, H, W, K, R, S, P, Q, *stride, top, left, *dilation, groups)
+
+    def geometry(self, *, C: int | None = None, K: int | None = None) -> ConvGeometry:
+        """What kernels are compiled for. C, K: channels and filters of a group, where a kernel is compiled for those."""
+        strides, pads, dilations = (self.stride_h, self.stride_w), (self.pad_h, self.pad_w), (self.dil_h, self.dil_w)
+        return ConvGeometry(C, K, self.groups, self.R, self.S, *strides, *pads, *dilations)
 
     @property
     def group_channels(self) -> int:

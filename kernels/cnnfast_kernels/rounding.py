@@ -7,17 +7,21 @@ does not see the difference. What a kernel computes for a channel, or once for a
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def round_quotient(a, b):
     """a / b for a tensor b of float32 or float64. tl.div_rn takes float32 alone; in float64 `/` rounds as it does."""
     return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
+@no_type_check
 def round_root(x):
     """The square root of a tensor of float32 or float64. tl.sqrt_rn takes float32 alone; in float64 tl.sqrt rounds as
     it does.

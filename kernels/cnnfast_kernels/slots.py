@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -13,11 +13,13 @@ from . import launch, memory
 from .dtypes import accumulator_dtype
 from .indexing import channel_offset
 from .layout import Laid, Layout, dense, strides_nhwc
+from .operands import WgradOperands
 from .problem import ConvProblem
 from .tiling import cdiv
 
 
 @triton.jit(do_not_specialize=["SLOTS", "slot_stride"])
+@no_type_check
 def conv_wgrad_reduce_kernel(
     partials_ptr, dw_ptr, K, SLOTS, slot_stride, dw_stride_k, dw_stride_r, dw_stride_s, dw_stride_c,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PITCH: tl.constexpr, DW_ALIGN: tl.constexpr,
@@ -57,7 +59,7 @@ def reduce_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
     """dw = the sum of the slots of `partials`, which is from empty_partials; dw [K, C / groups, R, S] in any layout and
     dtype.
     """
-    plan_reduction(partials.shape[0], partials.stride(0), dw)(partials, dw)
+    plan_reduction(partials.shape[0], partials.stride(0), dw)((partials, dw))
 
 
 def partials_layout(problem: ConvProblem, slots: int, dtype: torch.dtype) -> Layout:
@@ -80,13 +82,14 @@ class WgradLaunches(NamedTuple):
     workspace: Layout | None = None
     reduction: launch.Launch | None = None
 
-    def __call__(self, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
+    def __call__(self, operands: WgradOperands) -> None:
         if self.workspace is None:
-            self.partials(x, dy, dw)
+            self.partials(operands)
         else:
+            x, dy, dw = operands
             partials = memory.empty(self.workspace, x)
-            self.partials(x, dy, partials)
-            self.reduction(partials, dw)
+            self.partials(WgradOperands(x, dy, partials))
+            self.reduction((partials, dw))
 
 
 def plan_slots(

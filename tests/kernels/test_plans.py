@@ -30,10 +30,10 @@ def test_a_plan_runs_on_any_tensors_of_its_shapes(launches, device):
     plan = launch.Launch(scale_kernel, (2,), 3.0, 8, tile="a tile", BLOCK=4)
     for bias in (None, torch.ones(8, device=device), None):
         x, y = torch.arange(9.0, device=device)[1:], torch.zeros(8, device=device)  # not aligned
-        plan(x, y, bias)
+        plan((x, y, bias))
         assert torch.equal(y, 3 * x + (0 if bias is None else bias))
     assert [(event.kernel, event.tile, event.grid) for event in launches] == [("scale_kernel", "a tile", (2,))] * 3
-    launch.Launch(scale_kernel, (0,), 3.0, 0, BLOCK=4)(x, y, None)
+    launch.Launch(scale_kernel, (0,), 3.0, 0, BLOCK=4)((x, y, None))
     assert len(launches) == 3
 
 
@@ -108,11 +108,8 @@ def test_a_plan_makes_its_tensors_device_current(monkeypatch):
     plan = launch.Launch(kernel, (1,))
     for index in (1, 0, 2):
         device = torch.device("cuda", index)
-        plan(
-            SimpleNamespace(
-                device=device, dtype=torch.float32, get_device=lambda index=index: index, data_ptr=lambda: 16
-            )
-        )
+        known = {"device": device, "dtype": torch.float32, "get_device": lambda index=index: index}
+        plan((SimpleNamespace(**known, data_ptr=lambda: 16),))
     assert kernel.ran_on == [1, 0, 2]
     assert entered == [torch.device("cuda", 1), torch.device("cuda", 2)]
     assert current == [0]
@@ -129,6 +126,7 @@ def specialisations():
     from cnnfast_kernels import launch
     from cnnfast_kernels.aot.stub_driver import stub_driver
     from cnnfast_kernels.gather.fprop import plan_fprop
+    from cnnfast_kernels.operands import FpropOperands
     from cnnfast_kernels.problem import ConvProblem
     from cnnfast_kernels.tiling import TileConfig
 
@@ -154,7 +152,7 @@ def specialisations():
     seen = []
     with stub_driver() as gpu:
         for name, tensors in cases.items():
-            plan(*tensors, *[None] * 6)
+            plan(FpropOperands(*tensors))
             seen.append([name, gpu.launches[-1].function, gpu.compiles])
         kept = len(plan.compiled)
         by_plan = gpu.launches[-1]

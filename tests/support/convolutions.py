@@ -169,6 +169,17 @@ def output(
     return arrange(poison(torch.empty(shape, dtype=dtype, device=device)), layout)
 
 
+def dense_output(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: str = "channels_last"
+) -> torch.Tensor:
+    """For kernels that write dense tensors: channels_last beside operands that are, contiguous beside all others."""
+    last = layout in ("channels_last", "expanded")
+    dense = torch.empty(shape, device="meta", memory_format=torch.channels_last if last else torch.contiguous_format)
+    around = 16  # elements on either side: what is written there shows
+    whole = poison(torch.empty(dense.numel() + 2 * around, dtype=dtype, device=device))
+    return whole.as_strided(shape, dense.stride(), around)
+
+
 def reference(
     case: Case, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -218,7 +229,9 @@ def input_gradient(case: Case, w: torch.Tensor, dy: torch.Tensor) -> torch.Tenso
 
 
 def assert_exact(ours: torch.Tensor, exact: torch.Tensor) -> None:
-    """Bit equality with `exact` (float64), and not a byte written around `ours`, which is from output()."""
+    """Bit equality with `exact` (float64), and not a byte written around `ours`, which is from output()
+    or dense_output().
+    """
     rounded = exact.to(ours.dtype)
     assert torch.equal(rounded.double().nan_to_num(nan=0.0), exact.nan_to_num(nan=0.0)), (
         "the test asks for numbers that the dtype cannot hold"

@@ -142,7 +142,7 @@ class Comparison:
             self.seen.add(key)
         return compiled
 
-    def planned(self, plan: launch.Launch, *tensors: Any) -> None:
+    def planned(self, plan: launch.Launch[Any], tensors: Any) -> None:
         """In place of a plan's call."""
         key = pattern(plan.kernel, tensors, [i for i, _ in plan.maps])
         if 0 in plan.grid or (self.once and key in self.seen):
@@ -172,7 +172,7 @@ class Comparison:
         self.driver.taken()
         plan.run(tuple(tensors))
         by_triton = self.taken(tensors)
-        self.call(plan, *tensors)  # in which the plan comes to know the kernel
+        self.call(plan, tensors)  # in which the plan comes to know the kernel
         before = self.launched_by_triton
         by_plan = self.launched(plan, tensors)
         if self.launched_by_triton != before:
@@ -185,7 +185,7 @@ class Comparison:
 
     def launched(self, plan: launch.Launch, tensors: Sequence[Any]) -> Any:
         self.driver.taken()
-        self.call(plan, *tensors)
+        self.call(plan, tensors)
         return self.taken(tensors)
 
     def differs(self, plan: launch.Launch, when: str, expected: Any, found: Any) -> None:
@@ -233,9 +233,7 @@ def survey(once: bool, part: int = 0, parts: int = 1, capability: int = 90) -> S
         driver.stream = STREAM
         watch = Comparison(driver, found, once)
         stack.enter_context(patch.object(aot_cases, "empty", empty))
-        stack.enter_context(
-            patch.object(launch.Launch, "__call__", lambda plan, *tensors: watch.planned(plan, *tensors))
-        )
+        stack.enter_context(patch.object(launch.Launch, "__call__", lambda plan, tensors: watch.planned(plan, tensors)))
         stack.enter_context(patch.object(launch, "run", watch.without_a_plan))
         for case in list(cases(capability, once))[part::parts]:
             watch.case = case.name

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 from unittest.mock import patch
 
 import torch
@@ -89,9 +89,9 @@ def announced() -> Iterator[None]:
     """Says the name of each kernel before it is launched."""
     launched = launch.Launch.__call__
 
-    def announce(plan: launch.Launch, *tensors: torch.Tensor | None) -> None:
+    def announce(plan: launch.Launch[Any], operands: Any) -> None:
         print(f"{LAUNCHING}{plan.kernel.__name__}", flush=True)
-        launched(plan, *tensors)
+        launched(plan, operands)
 
     with patch.object(launch.Launch, "__call__", announce):
         yield

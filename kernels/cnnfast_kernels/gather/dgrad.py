@@ -12,6 +12,8 @@ GEMM_M = N * H * W input pixels of a class, GEMM_N = C channels, GEMM_K = taps o
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +21,11 @@ import triton.language as tl
 from .. import launch
 from ..dtypes import KERNEL_DTYPES, accumulator_dtype
 from ..indexing import channel_offset, class_axis, has_nan, pixel_offset, unravel_npq
-from ..layout import Laid, strides_nhwc
+from ..layout import Laid, Strides, strides_nhwc
+from ..operands import DgradOperands
 from ..problem import ConvProblem, tap_step
 from ..tiling import Precision, TileConfig, cdiv, register_limit
-from .tiles import load_taps, multiply_accumulate, reaches, tap_bits, unravel_rsc
+from .tiles import Rows, load_taps, multiply_accumulate, reaches, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
 STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx") for d in "nhwc"]
@@ -31,6 +34,7 @@ CAREFUL_N = tl.constexpr(16)
 
 
 @triton.jit
+@no_type_check
 def load_step(
     step, dy_rows, w_ptr, bits, p, q, row_ok, first_k, c, C, P, Q, r0, s0, taps_r, taps_s,
     dy_stride_h, dy_stride_w, dy_stride_c, w_stride_k, w_stride_r, w_stride_s, w_stride_c,
@@ -42,10 +46,9 @@ def load_step(
     """
     EVEN: tl.constexpr = K % BLOCK_K == 0
     tap_r, tap_s, k, k_ok = unravel_rsc(step, K, taps_r, taps_s, BLOCK_K, FLAT)
-    dy = load_taps(
-        dy_rows, bits, p, q, row_ok, tap_r, tap_s, k, k_ok, P, Q, dy_stride_h, dy_stride_w, dy_stride_c,
-        MAX_S, P_STEP, Q_STEP, DY_ALIGN, FLAT, EVEN,
-    )  # fmt: skip
+    rows = Rows(dy_rows, p, q, row_ok, bits)
+    strides = Strides(0, dy_stride_h, dy_stride_w, dy_stride_c, DY_ALIGN)
+    dy = load_taps(rows, (tap_r, tap_s, k, k_ok), P, Q, strides, MAX_S, P_STEP, Q_STEP, FLAT, EVEN)
     c_ok = (c < C)[None, :]
     r = (r0 + tap_r * STEP_H).to(tl.int64)
     s = (s0 + tap_s * STEP_W).to(tl.int64)
@@ -56,6 +59,7 @@ def load_step(
 
 
 @triton.jit
+@no_type_check
 def store_dx(
     dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, stride_n, stride_h, stride_w, stride_c, ALIGN: tl.constexpr
 ):
@@ -64,12 +68,13 @@ def store_dx(
     """
     if bias_ptr is not None:
         acc = acc + tl.load(bias_ptr + column, mask=c_ok, other=0.0).to(acc.dtype)[None, :]
-    dx_rows = dx_ptr + pixel_offset(n, h, w, stride_n, stride_h, stride_w, ALIGN)
+    dx_rows = dx_ptr + pixel_offset(n, h, w, Strides(stride_n, stride_h, stride_w, stride_c, ALIGN))
     dx = dx_rows[:, None] + channel_offset(column, stride_c)[None, :]
     tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
 
 
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
+@no_type_check
 def conv_dgrad_kernel(
     dy_ptr, w_ptr, dx_ptr, bias_ptr, N, H, W, P, Q, C,
     dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
@@ -113,7 +118,7 @@ def conv_dgrad_kernel(
     q = q0 + j
     dy_rows = (
         dy_ptr
-        + pixel_offset(n, p, q, dy_stride_n, dy_stride_h, dy_stride_w, DY_ALIGN)
+        + pixel_offset(n, p, q, Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, DY_ALIGN))
         + channel_offset(group * K, dy_stride_c)
     )
     bits = None if FLAT or MAX_R * MAX_S > 31 else tap_bits(p, q, row_ok, P, Q, MAX_R, MAX_S, P_STEP, Q_STEP)
@@ -149,7 +154,7 @@ def conv_dgrad_kernel(
                     dy_stride_h, dy_stride_w, dy_stride_c, w_stride_k, w_stride_r, w_stride_s, w_stride_c,
                     K, MAX_S, STEP_H, STEP_W, P_STEP, Q_STEP, DY_ALIGN, W_ALIGN, BLOCK_K, False,
                 )  # fmt: skip
-                reached = reaches(bits, p, q, row_ok, tap_r, tap_s, P, Q, MAX_S, P_STEP, Q_STEP)
+                reached = reaches(Rows(dy_rows, p, q, row_ok, bits), tap_r, tap_s, P, Q, MAX_S, P_STEP, Q_STEP)
                 part = tl.where(reached[:, None], multiply_accumulate(dy, w, part, PRECISION), part)
             store_dx(
                 dx_ptr, bias_ptr, part, n, h, w_pixel, row_ok, group * C + columns, columns < C,
@@ -196,4 +201,4 @@ def dgrad(
 
     Shapes: dy [N, K, P, Q], w [K, C / groups, R, S], dx [N, C, H, W], in any memory layout; bias [C].
     """
-    plan_dgrad(problem, tile, precision, dy, w, dx)(dy, w, dx, bias)
+    plan_dgrad(problem, tile, precision, dy, w, dx)(DgradOperands(dy, w, dx, bias))

@@ -11,6 +11,7 @@ channel).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import no_type_check
 
 import torch
 import triton
@@ -20,7 +21,7 @@ from .. import devices, launch, memory
 from ..dtypes import KERNEL_DTYPES, accumulator_dtype
 from ..epilogue import PLAIN, Epilogue
 from ..indexing import channel_offset, pixel_offset, unravel_npq
-from ..layout import strides_nhwc
+from ..layout import Strides, strides_nhwc
 from ..problem import ConvProblem
 from ..slots import empty_partials, reduce_partials
 from ..tiling import Precision, TileConfig, cdiv, choose_tile
@@ -35,6 +36,7 @@ STRIDES = [f"x_stride_{d}" for d in "nhwc"]
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "P0", *STRIDES])
+@no_type_check
 def im2col_kernel(
     x_ptr, columns_ptr, N, H, W, P, Q, P0, x_stride_n, x_stride_h, x_stride_w, x_stride_c,
     C: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
@@ -59,13 +61,14 @@ def im2col_kernel(
     w = (q * STRIDE_W - PAD_W)[:, None] + (s * DIL_W)[None, :]
     stored = row_ok[:, None] & (column < COLUMNS)[None, :]
     inside = stored & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    x = x_ptr + pixel_offset(n[:, None], h, w, x_stride_n, x_stride_h, x_stride_w, X_ALIGN)
+    x = x_ptr + pixel_offset(n[:, None], h, w, Strides(x_stride_n, x_stride_h, x_stride_w, x_stride_c, X_ALIGN))
     values = tl.load(x + channel_offset(group * C + c, x_stride_c)[None, :], mask=inside, other=0.0)
     rows = columns_ptr + (m.to(tl.int64) * GROUPS + group) * COLUMNS
     tl.store(rows[:, None] + column[None, :], values, mask=stored)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "C0", *STRIDES])
+@no_type_check
 def col2im_kernel(
     columns_ptr, x_ptr, bias_ptr, N, H, W, P, Q, C0, x_stride_n, x_stride_h, x_stride_w, x_stride_c,
     C: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
@@ -105,7 +108,7 @@ def col2im_kernel(
     channel = group * CHANNELS + C0 + c
     if bias_ptr is not None:
         acc = acc + tl.load(bias_ptr + channel, mask=c_ok, other=0.0).to(ACC)[None, :]
-    x = x_ptr + pixel_offset(n, h, w, x_stride_n, x_stride_h, x_stride_w, X_ALIGN)
+    x = x_ptr + pixel_offset(n, h, w, Strides(x_stride_n, x_stride_h, x_stride_w, x_stride_c, X_ALIGN))
     x = x[:, None] + channel_offset(channel, x_stride_c)[None, :]
     tl.store(x, acc.to(x_ptr.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
 
@@ -186,7 +189,12 @@ def im2col_fprop(
         gemm = as_1x1(problem, columns.shape[0], p1 - p0, columns.shape[1])
         residual = None if epilogue.residual is None else epilogue.residual[images, :, p0:p1]
         tile = choose_tile(gemm, "fprop", precision, arch=devices.architecture(x.device))
-        fprop(gemm, tile, precision, columns, filters, y[images, :, p0:p1], epilogue._replace(residual=residual))
+        part = y[images, :, p0:p1]
+        # Rows of a contiguous image are no dense tensor of their own, and fprop writes nothing else.
+        dense = part if y.stride(1) == 1 or p1 - p0 == problem.P else memory.empty(part.shape, y)
+        fprop(gemm, tile, precision, columns, filters, dense, epilogue._replace(residual=residual))
+        if dense is not part:
+            part.copy_(dense)
 
 
 def im2col_dgrad(

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, no_type_check
+
 import triton
 import triton.language as tl
 
 from ..indexing import channel_offset
 
 
+class Rows(NamedTuple):
+    """Inside a kernel, the rows of a tile, [BLOCK_M] each: pointers to their pixels (h0, w0), which tap (0, 0) reads,
+    and whether they exist. bits: of tap_bits, or None where the masks of taps are computed when they are needed.
+    """
+
+    pointers: tl.tensor
+    h0: tl.tensor
+    w0: tl.tensor
+    ok: tl.tensor
+    bits: tl.tensor
+
+
 @triton.jit
+@no_type_check
 def tap_bits(h0, w0, row_ok, H, W, R: tl.constexpr, S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr):
     """Bit r * S + s of a row says whether tap (r, s), at (h0 + r * STEP_H, w0 + s * STEP_W), lies in the image. R * S
     <= 31.
@@ -25,6 +40,7 @@ def tap_bits(h0, w0, row_ok, H, W, R: tl.constexpr, S: tl.constexpr, STEP_H: tl.
 
 
 @triton.jit
+@no_type_check
 def unravel_rsc(step, C: tl.constexpr, R, S, BLOCK_K: tl.constexpr, FLAT: tl.constexpr):
     """Tap and channels of k-step `step` over R x S taps: (r, s, c, c_ok) with c [BLOCK_K].
 
@@ -48,42 +64,43 @@ def unravel_rsc(step, C: tl.constexpr, R, S, BLOCK_K: tl.constexpr, FLAT: tl.con
 
 
 @triton.jit
-def reaches(bits, h0, w0, row_ok, r, s, H, W, S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr):
-    """Whether tap (r, s) of each row lies in the image: [BLOCK_M]. `bits` is from tap_bits, or None: then it is
-    computed here.
-    """
-    if bits is None:
-        h = h0 + r * STEP_H
-        w = w0 + s * STEP_W
-        return row_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+@no_type_check
+def reaches(rows, r, s, H, W, S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr):
+    """Whether tap (r, s) of each of the Rows lies in the image: [BLOCK_M]."""
+    if rows.bits is None:
+        h = rows.h0 + r * STEP_H
+        w = rows.w0 + s * STEP_W
+        return rows.ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     else:
-        return ((bits >> (r * S + s)) & 1) != 0
+        return ((rows.bits >> (r * S + s)) & 1) != 0
 
 
 @triton.jit
+@no_type_check
 def load_taps(
-    rows, bits, h0, w0, row_ok, r, s, c, c_ok, H, W, stride_h, stride_w, stride_c,
-    S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
+    rows, k, H, W, strides,
+    S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Pixels of tap (r, s) for each row, channels c: [BLOCK_M, BLOCK_K], zero in the padding.
+    """The pixels that the Rows meet in a k-step: [BLOCK_M, BLOCK_K], zero in the padding.
 
-    `rows` points at pixel (h0, w0) of each row; `bits` is from tap_bits, or None: then the mask is computed here.
-    EVEN: all of `c` exist.
+    k: (r, s, c, c_ok) of unravel_rsc. The image is H x W, of these layout.Strides. EVEN: all of `c` exist.
     """
+    r, s, c, c_ok = k
     if FLAT:
-        h = h0[:, None] + (r * STEP_H)[None, :]
-        w = w0[:, None] + (s * STEP_W)[None, :]
-        mask = row_ok[:, None] & c_ok[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        h = rows.h0[:, None] + (r * STEP_H)[None, :]
+        w = rows.w0[:, None] + (s * STEP_W)[None, :]
+        mask = rows.ok[:, None] & c_ok[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     else:
-        mask = reaches(bits, h0, w0, row_ok, r, s, H, W, S, STEP_H, STEP_W)[:, None]
+        mask = reaches(rows, r, s, H, W, S, STEP_H, STEP_W)[:, None]
         if not EVEN:
             mask = mask & c_ok[None, :]
-    tap = ((r * STEP_H).to(tl.int64) * stride_h + (s * STEP_W).to(tl.int64) * stride_w) * ALIGN
-    offset = tap + channel_offset(c, stride_c)
-    return tl.load(rows[:, None] + offset[None, :], mask=mask, other=0.0)
+    tap = ((r * STEP_H).to(tl.int64) * strides.h + (s * STEP_W).to(tl.int64) * strides.w) * strides.align
+    offset = tap + channel_offset(c, strides.c)
+    return tl.load(rows.pointers[:, None] + offset[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
+@no_type_check
 def round_tf32(x):
     """Nearest tf32 (ties away from zero, as cvt.rna). The matrix unit itself truncates: far worse on non-negative data."""
     bits = x.to(tl.int32, bitcast=True)
@@ -92,6 +109,7 @@ def round_tf32(x):
 
 
 @triton.jit
+@no_type_check
 def multiply_accumulate(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b; PRECISION: "half" | "tf32" | "ieee" | "fp64"."""
     if PRECISION == "tf32":

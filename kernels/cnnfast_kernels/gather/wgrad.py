@@ -10,6 +10,7 @@ partial gradient to its own slot, and a second kernel adds the slots in a fixed 
 from __future__ import annotations
 
 from functools import partial
+from typing import no_type_check
 
 import torch
 import triton
@@ -18,7 +19,8 @@ import triton.language as tl
 from .. import launch
 from ..dtypes import KERNEL_DTYPES, accumulator_dtype
 from ..indexing import channel_offset, divide, divisor, pixel_offset
-from ..layout import Laid, strides_nhwc
+from ..layout import Laid, Strides, strides_nhwc
+from ..operands import WgradOperands
 from ..problem import ConvProblem
 from ..slots import WgradLaunches, plan_slots
 from ..tiling import Precision, TileConfig, cdiv
@@ -29,6 +31,7 @@ STRIDES = [f"{t}_stride_{d}" for t in ("x", "dy") for d in "nhwc"]
 
 
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
+@no_type_check
 def conv_wgrad_kernel(
     x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, K, SLOTS, p_magic, p_shift, q_magic, q_shift,
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
@@ -72,12 +75,12 @@ def conv_wgrad_kernel(
         p = t - n * P
         q = m - t * Q
         ok = m < M
-        dy_rows = pixel_offset(n, p, q, dy_stride_n, dy_stride_h, dy_stride_w, DY_ALIGN)
+        dy_rows = pixel_offset(n, p, q, Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, DY_ALIGN))
         # [BLOCK_M, BLOCK_K]
         dy = tl.load(dy_cols[:, None] + dy_rows[None, :], mask=k_ok[:, None] & ok[None, :], other=0.0)
         h = p * STRIDE_H
         w = q * STRIDE_W
-        x_rows = pixel_offset(n, h, w, x_stride_n, x_stride_h, x_stride_w, X_ALIGN)
+        x_rows = pixel_offset(n, h, w, Strides(x_stride_n, x_stride_h, x_stride_w, x_stride_c, X_ALIGN))
         if ONE_TAP:
             inside = ok & (h >= -h_tap) & (h < H - h_tap) & (w >= -w_tap) & (w < W - w_tap)
             mask = inside[:, None] & column_ok[None, :]
@@ -139,7 +142,9 @@ def wgrad_partials(
     then zeros. The sum is taken in the accumulator's dtype and rounded to that of `partials`. `tile.SPLIT_K` is not
     read.
     """
-    plan_partials(problem, tile, precision, x, dy, partials[0], partials.shape[0], partials.stride(0))(x, dy, partials)
+    plan_partials(problem, tile, precision, x, dy, partials[0], partials.shape[0], partials.stride(0))(
+        WgradOperands(x, dy, partials)
+    )
 
 
 def plan_wgrad(
@@ -159,4 +164,4 @@ def wgrad(
     if dy.numel() == 0:
         dw.zero_()
     else:
-        plan_wgrad(problem, tile, precision, x, dy, dw)(x, dy, dw)
+        plan_wgrad(problem, tile, precision, x, dy, dw)(WgradOperands(x, dy, dw))

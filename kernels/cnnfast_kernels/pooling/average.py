@@ -7,6 +7,8 @@ Backward gathers: each pixel of dx sums over the windows that cover it, in a fix
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,7 @@ from .rows import RUNTIME, element_offset, plan_rows, unravel_rows
 
 
 @triton.jit
+@no_type_check
 def window(p, H, P, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, ADAPTIVE: tl.constexpr):
     """Window p of an average covers [start, end): PyTorch counts its padding, but not what ceil_mode lets run beyond
     that.
@@ -34,6 +37,7 @@ def window(p, H, P, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, AD
 
 
 @triton.jit
+@no_type_check
 def window_pixels(h0, h1, w0, w1, H, W, COUNT_PAD: tl.constexpr):
     """Pixels of [h0, h1) x [w0, w1), those outside the image included or not."""
     if not COUNT_PAD:
@@ -45,6 +49,7 @@ def window_pixels(h0, h1, w0, w1, H, W, COUNT_PAD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=RUNTIME)
+@no_type_check
 def avg_pool_kernel(
     x_ptr, y_ptr, N, H, W, P, Q,
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
@@ -86,6 +91,7 @@ def avg_pool_kernel(
 
 
 @triton.jit(do_not_specialize=RUNTIME)
+@no_type_check
 def avg_pool_backward_kernel(
     dy_ptr, dx_ptr, N, H, W, P, Q,
     dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
@@ -175,7 +181,7 @@ def _average(
 ) -> torch.Tensor:  # fmt: skip
     run, layout = _plan(problem, x.stride(), x.dtype, memory_format, adaptive, count_include_pad, divisor_override)
     y = memory.empty(layout, x)
-    run(x, y)
+    run((x, y))
     return y
 
 

@@ -9,6 +9,8 @@ need no atomics.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -21,12 +23,14 @@ from .rows import RUNTIME, element_offset, plan_rows, unravel_rows
 
 
 @triton.jit
+@no_type_check
 def first_tap(start, DIL: tl.constexpr):
     """The first tap of a window from `start` on that lies at or after 0."""
     return (tl.maximum(-start, 0) + DIL - 1) // DIL
 
 
 @triton.jit(do_not_specialize=RUNTIME)
+@no_type_check
 def max_pool_kernel(
     x_ptr, y_ptr, taps_ptr, N, H, W, P, Q,
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
@@ -61,6 +65,7 @@ def max_pool_kernel(
 
 
 @triton.jit(do_not_specialize=RUNTIME)
+@no_type_check
 def max_pool_indices_kernel(
     taps_ptr, y_ptr, N, H, W, P, Q,
     taps_stride_n, taps_stride_h, taps_stride_w, taps_stride_c,
@@ -81,6 +86,7 @@ def max_pool_indices_kernel(
 
 
 @triton.jit(do_not_specialize=RUNTIME)
+@no_type_check
 def max_pool_backward_kernel(
     dy_ptr, taps_ptr, dx_ptr, N, H, W, P, Q,
     dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
@@ -146,7 +152,7 @@ def max_pool(problem: PoolProblem, x: torch.Tensor, with_taps: bool) -> tuple[to
     run, y_layout, taps_layout = _plan_max(problem, x.stride(), x.dtype)
     y = memory.empty(y_layout, x)
     taps = memory.empty(taps_layout, x) if with_taps else None
-    run(x, y, taps)
+    run((x, y, taps))
     return y, taps
 
 
@@ -162,7 +168,7 @@ def max_pool_indices(problem: PoolProblem, taps: torch.Tensor) -> torch.Tensor:
     """PyTorch's indices, h * W + w of each maximum, int64 [N, C, P, Q] in the layout of `taps`."""
     run, layout = _plan_indices(problem, taps.stride(), taps.dtype)
     indices = memory.empty(layout, taps)
-    run(taps, indices)
+    run((taps, indices))
     return indices
 
 
@@ -186,5 +192,5 @@ def max_pool_backward(
     """dx [N, C, H, W] in `memory_format`, from dy and taps [N, C, P, Q] in any layout."""
     run, layout = _plan_backward(problem, dy.stride(), taps.stride(), dy.dtype, taps.dtype, memory_format)
     dx = memory.empty(layout, dy)
-    run(dy, taps, dx)
+    run((dy, taps, dx))
     return dx

@@ -7,6 +7,7 @@ end.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import torch
 import triton
@@ -34,6 +35,7 @@ class MeanTile:
 
 
 @triton.jit(do_not_specialize=["count", "span", "splits", *RUNTIME])
+@no_type_check
 def plane_mean_kernel(
     x_ptr, y_ptr, count, span, splits, H, W,
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
@@ -122,9 +124,9 @@ def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
     layout, first, parts_layout, second = _plan(x.shape, x.stride(), x.dtype)
     y = memory.empty(layout, x)
     if parts_layout is None:
-        first(x, y)
+        first((x, y))
     else:
         parts = memory.empty(parts_layout, x)
-        first(x, parts)
-        second(parts, y)
+        first((x, parts))
+        second((parts, y))
     return y

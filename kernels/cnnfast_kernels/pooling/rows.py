@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd, prod
-from typing import Any
+from typing import Any, no_type_check
 
 import triton
 import triton.language as tl
 
 from .. import launch
 from ..indexing import channel_offset, pixel_offset
-from ..layout import Laid, is_channels_last, strides_nhwc
+from ..layout import Laid, Strides, is_channels_last, strides_nhwc
 from ..problem import PoolProblem
 from ..tiling import MAX_REGISTERS, VECTOR_BYTES, cdiv
 
@@ -42,6 +42,7 @@ class PoolTile:
 
 
 @triton.jit
+@no_type_check
 def unravel_rows(N, H, W, C: tl.constexpr, CHANNELS_FAST: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr):
     """This program's elements of an [N, C, H, W] tensor: n, h, w and whether they exist, [ROWS], and channels, [ROWS,
     VEC].
@@ -72,9 +73,12 @@ def unravel_rows(N, H, W, C: tl.constexpr, CHANNELS_FAST: tl.constexpr, ROWS: tl
 
 
 @triton.jit
+@no_type_check
 def element_offset(n, h, w, c, stride_n, stride_h, stride_w, stride_c, ALIGN: tl.constexpr):
     """Elements from the tensor's start to channels c [ROWS, VEC] of pixels (n, h, w) [ROWS]."""
-    return pixel_offset(n, h, w, stride_n, stride_h, stride_w, ALIGN)[:, None] + channel_offset(c, stride_c)
+    return pixel_offset(n, h, w, Strides(stride_n, stride_h, stride_w, stride_c, ALIGN))[:, None] + channel_offset(
+        c, stride_c
+    )
 
 
 def plan_rows(kernel: Any, problem: PoolProblem, operands: dict[str, Laid], loop: int, **options: Any) -> launch.Launch:

@@ -16,11 +16,14 @@ registers. As the second operand, all do.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def locate_box(tile, extent_h, extent_w, TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     """The first image, row and column of box `tile`; columns vary fastest, then rows."""
     tiles_w = tl.cdiv(extent_w, TILE_W)
@@ -30,6 +33,7 @@ def locate_box(tile, extent_h, extent_w, TILE_N: tl.constexpr, TILE_H: tl.conste
 
 
 @triton.jit
+@no_type_check
 def rows_of_box(n0, h0, w0, N, extent_h, extent_w, TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     """Whether each of a box's pixels [TILE_N * TILE_H * TILE_W] is one of the tensor's."""
     m = tl.arange(0, TILE_N * TILE_H * TILE_W)
@@ -38,6 +42,7 @@ def rows_of_box(n0, h0, w0, N, extent_h, extent_w, TILE_N: tl.constexpr, TILE_H:
 
 
 @triton.jit
+@no_type_check
 def pixels_inside(m, h0, w0, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     """Whether pixels m of the box at row h0 and column w0 lie in an image of H x W."""
     h = h0 + m // TILE_W % TILE_H
@@ -46,6 +51,7 @@ def pixels_inside(m, h0, w0, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def take_part(box, i, PARTS: tl.constexpr):
     """Part i of the pixels of a box [pixels, channels] cut into PARTS, a power of two: by halves, which keep the dtype,
     as no sum would.
@@ -58,6 +64,7 @@ def take_part(box, i, PARTS: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def taps_inside(first, extent, taps, STEP: tl.constexpr, TILE: tl.constexpr):
     """The first of `taps` taps that see an axis of `extent` pixels, and the number of them: tap t of a box sees pixel
     first + t * STEP.
@@ -76,6 +83,7 @@ def taps_inside(first, extent, taps, STEP: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def load_box(x_map, n, h, w, c):
     """Pixels of the box at (n, h, w), channels from c on: [pixels, channels], zero outside the tensor."""
     box = x_map.load([n, h, w, c])
@@ -83,6 +91,7 @@ def load_box(x_map, n, h, w, c):
 
 
 @triton.jit
+@no_type_check
 def load_column(x_map, n, h, w, c):
     """`load_box` of one pixel of several images, from a map of [H, W, N, C]."""
     box = x_map.load([h, w, n, c])
@@ -90,6 +99,7 @@ def load_column(x_map, n, h, w, c):
 
 
 @triton.jit
+@no_type_check
 def load_phases(x_map, n, h, w, c, PIXEL: tl.constexpr, PHASE_H: tl.constexpr, PHASE_W: tl.constexpr):
     """`load_box` from an image seen in phases. PIXEL: elements from one pixel to the next."""
     if PHASE_H * PHASE_W == 1:
@@ -104,12 +114,14 @@ def load_phases(x_map, n, h, w, c, PIXEL: tl.constexpr, PHASE_H: tl.constexpr, P
 
 
 @triton.jit
+@no_type_check
 def store_box(y_map, n, h, w, c, y):
     """Writes y [pixels, channels] to the box at (n, h, w), as far as it lies in the tensor."""
     y_map.store([n, h, w, c], y.reshape(y_map.block_shape))
 
 
 @triton.jit
+@no_type_check
 def store_phases(y_map, n, h, w, c, y, PIXEL: tl.constexpr, PHASE_H: tl.constexpr, PHASE_W: tl.constexpr):
     """`store_box` to an image seen in phases; h and w are not negative."""
     if PHASE_H * PHASE_W == 1:

@@ -13,6 +13,8 @@ Written for sm_90 and later. Not yet run on a GPU.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,7 @@ import triton.language as tl
 from .. import launch
 from ..indexing import class_axis, has_nan
 from ..layout import Laid
+from ..operands import DgradOperands
 from ..problem import ConvProblem, tap_step
 from ..tiling import MAX_REGISTERS, cdiv
 from .boxes import load_box, locate_box, pixels_inside, store_phases, take_part, taps_inside
@@ -33,6 +36,7 @@ CAREFUL_SUMS = tl.constexpr(2048)
 
 
 @triton.jit
+@no_type_check
 def locate_step(
     step, p0, q0, r0, s0, tap_r0, tap_s0, taps_s, STEP_H: tl.constexpr, STEP_W: tl.constexpr, P_STEP: tl.constexpr, Q_STEP: tl.constexpr,
     TILE_K: tl.constexpr, STEPS_K: tl.constexpr,
@@ -44,6 +48,7 @@ def locate_step(
 
 
 @triton.jit
+@no_type_check
 def add_bias(bias_ptr, dx, c0, C, TILE_C: tl.constexpr):
     """dx [pixels, TILE_C] plus the bias of channels from c0 on, if there is one."""
     if bias_ptr is not None:
@@ -53,6 +58,7 @@ def add_bias(bias_ptr, dx, c0, C, TILE_C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=EXTENTS)
+@no_type_check
 def tma_dgrad_kernel(
     dy_map, w_map, dx_map, bias_ptr, H, W, P, Q, rows, columns, C,
     K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PIXEL: tl.constexpr,
@@ -162,4 +168,4 @@ def tma_dgrad(
     Shapes: dy [N, K, P, Q], w [K, C, R, S], dx [N, C, H, W], all of one dtype, float16 or bfloat16, and as
     `views.why_not` demands; bias [C]. Raises ValueError where the tile's boxes cannot step with the problem's stride.
     """
-    plan_tma_dgrad(problem, tile, dy, w, dx)(dy, w, dx, bias)
+    plan_tma_dgrad(problem, tile, dy, w, dx)(DgradOperands(dy, w, dx, bias))

@@ -13,13 +13,16 @@ Written for sm_90 and later. Not yet run on a GPU.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
 
 from .. import launch
-from ..epilogue import PLAIN, Epilogue, activate, normalize_columns, tile_moments
+from ..epilogue import PLAIN, Channels, Epilogue, Finish, finish, load_channels, store_moments
 from ..layout import Laid
+from ..operands import FpropOperands
 from ..partials import TileRows
 from ..problem import ConvProblem
 from ..tiling import cdiv
@@ -31,54 +34,50 @@ EXTENTS = ["N", "H", "W", "P", "Q"]
 
 
 @triton.jit(do_not_specialize=EXTENTS)
+@no_type_check
 def tma_fprop_kernel(
-    x_map, w_map, y_map, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, z_map, moments_ptr, slope: tl.float64, N, H, W, P, Q, K,
-    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PIXEL: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    PHASE_H: tl.constexpr, PHASE_W: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
+    x_map, w_map, y_map, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_map, moments_ptr,
+    slope: tl.float64, N, H, W, P, Q, K, g: tl.constexpr, e: tl.constexpr,
+    PIXEL: tl.constexpr, PHASE_H: tl.constexpr, PHASE_W: tl.constexpr,
     TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILE_K: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
-    """One box of y, TILE_K filters of it; z is the residual; `moments` [boxes, 2, K]. PIXEL: elements from a pixel of x
-    to the next.
+    """One box of y, TILE_K filters of it; `moments` [boxes, 2, K].
+
+    g: ConvGeometry, with the channels; e: Finish. PIXEL: elements from a pixel of x to the next.
     """
-    STEPS_C: tl.constexpr = (C + TILE_C - 1) // TILE_C
+    STEPS_C: tl.constexpr = (g.C + TILE_C - 1) // TILE_C
 
     # Filters vary fastest: programs that run together share their pixels.
     tiles_k = tl.cdiv(K, TILE_K)
     k0 = tl.program_id(0) % tiles_k * TILE_K
     tile = tl.program_id(0) // tiles_k
     n0, p0, q0 = locate_box(tile, P, Q, TILE_N, TILE_H, TILE_W)
-    h0 = p0 * STRIDE_H - PAD_H
-    w0 = q0 * STRIDE_W - PAD_W
-    r0, taps_r = taps_inside(h0, H, R, DIL_H, TILE_H)
-    s0, taps_s = taps_inside(w0, W, S, DIL_W, TILE_W)
+    h0 = p0 * g.stride_h - g.pad_h
+    w0 = q0 * g.stride_w - g.pad_w
+    r0, taps_r = taps_inside(h0, H, g.R, g.dil_h, TILE_H)
+    s0, taps_s = taps_inside(w0, W, g.S, g.dil_w, TILE_W)
 
-    acc = tl.zeros((TILE_K, TILE_N * TILE_H * TILE_W), tl.float32)
+    acc = tl.zeros((TILE_K, TILE_N * TILE_H * TILE_W), e.acc)
     for step in range(taps_r * taps_s * STEPS_C):
         r = r0 + step // STEPS_C // taps_s
         s = s0 + step // STEPS_C % taps_s
         c = step % STEPS_C * TILE_C
-        x = load_phases(x_map, n0, h0 + r * DIL_H, w0 + s * DIL_W, c, PIXEL, PHASE_H, PHASE_W)  # [pixels, TILE_C]
+        x = load_phases(x_map, n0, h0 + r * g.dil_h, w0 + s * g.dil_w, c, PIXEL, PHASE_H, PHASE_W)  # [pixels, TILE_C]
         w = w_map.load([r, s, k0, c]).reshape(TILE_K, TILE_C)
         acc = tl.dot(w, x.T, acc)
 
-    acc = acc.T  # [pixels, TILE_K]
     k = k0 + tl.arange(0, TILE_K)
     k_ok = k < K
-    if bias_ptr is not None:
-        acc = acc + tl.load(bias_ptr + k, mask=k_ok, other=0.0).to(tl.float32)[None, :]
-    if mean_ptr is not None:
-        acc = normalize_columns(acc, mean_ptr, var_ptr, gamma_ptr, beta_ptr, k, k_ok, EPS, tl.float32)
-    if z_map is not None:
-        acc = acc + load_box(z_map, n0, p0, q0, k0).to(tl.float32)
-    y = activate(acc, tl.full((), slope, tl.float32), ACTIVATION).to(y_map.dtype)
+    residual = None
+    if residual_map is not None:
+        residual = load_box(residual_map, n0, p0, q0, k0)
+    of_channels = Channels(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+    channels = load_channels(of_channels, k, k_ok, e)
+    y = finish(acc.T, channels, residual, slope, of_channels, e).to(y_map.dtype)  # [pixels, TILE_K]
     store_box(y_map, n0, p0, q0, k0, y)
-    if moments_ptr is not None:  # of y as stored: batch norm normalises exactly what backward will read
+    if moments_ptr is not None:
         exist = rows_of_box(n0, p0, q0, N, P, Q, TILE_N, TILE_H, TILE_W)
-        mean, variance = tile_moments((y.to(tl.float32),), (exist,))
-        row = moments_ptr + tile.to(tl.int64) * 2 * K + k
-        tl.store(row, mean, mask=k_ok)
-        tl.store(row + K, variance, mask=k_ok)
+        store_moments(moments_ptr, tile, (y.to(e.acc),), (exist,), k, k_ok, K)
 
 
 def plan_tma_fprop(
@@ -91,10 +90,8 @@ def plan_tma_fprop(
     eps: float = 0.0,
     activation: str | None = None,
     slope: float = 0.0,
-) -> launch.Launch:
-    """Takes (x, w, y, bias, mean, var, gamma, beta, residual, moments), each of the last seven or None; see
-    `tma_fprop`.
-    """
+) -> launch.Launch[FpropOperands]:
+    """See `tma_fprop`."""
     residuals = [] if residual is None else [residual]
     g, (x, y, *residuals) = flattened(problem, x, y, *residuals)
     phases = phases_of(g, "fprop", tile)
@@ -108,9 +105,8 @@ def plan_tma_fprop(
         maps[8] = map_image(residuals[0], box, tile.TILE_K)
     return launch.Launch(
         tma_fprop_kernel, (box_count(g, "fprop", tile) * cdiv(g.K, tile.TILE_K),), slope, g.N, g.H, g.W, g.P, g.Q, g.K,
-        tile=tile, maps=maps, C=g.C, R=g.R, S=g.S, PIXEL=strides_of(x)[2],
-        STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
-        PHASE_H=phases[0], PHASE_W=phases[1], EPS=eps, ACTIVATION=activation,
+        tile=tile, maps=maps, g=g.geometry(C=g.C), e=Finish(eps, activation, tl.float32),
+        PIXEL=strides_of(x)[2], PHASE_H=phases[0], PHASE_W=phases[1],
         TILE_N=tile.TILE_N, TILE_H=tile.TILE_H, TILE_W=tile.TILE_W, TILE_K=tile.TILE_K, TILE_C=tile.TILE_C,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -134,7 +130,7 @@ def tma_fprop(
     """
     e = epilogue
     plan = plan_tma_fprop(problem, tile, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
-    plan(x, w, y, e.bias, *e.norm[:4], e.residual, moments)
+    plan(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments))
 
 
 def box_rows(problem: ConvProblem, tile: BoxTile) -> TileRows:

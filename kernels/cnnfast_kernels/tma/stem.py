@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
@@ -24,6 +24,7 @@ import triton.language as tl
 
 from .. import launch, memory
 from ..layout import Laid, Layout, dense, layout_of
+from ..operands import FpropOperands, WgradOperands
 from ..problem import MAX_PIXELS, ConvProblem
 from ..slots import WgradLaunches, plan_reduction
 from ..tiling import cdiv
@@ -36,6 +37,7 @@ from .wgrad import plan_partials
 @triton.jit(
     do_not_specialize=["H", "W", "LEFT", "ROWS", "COLUMNS", "PIXELS", "stride_n", "stride_c", "stride_h", "stride_w"]
 )
+@no_type_check
 def pack_pixels_kernel(
     image_ptr, packed_ptr, H, W, LEFT, ROWS, COLUMNS, PIXELS, stride_n, stride_c, stride_h, stride_w,
     C: tl.constexpr, PIXEL: tl.constexpr, BLOCK: tl.constexpr,
@@ -126,11 +128,12 @@ class StemPlan(NamedTuple):
     pack_filters: launch.Launch
     run: launch.Launch
 
-    def __call__(self, x: torch.Tensor, w: torch.Tensor, *others: Any) -> None:
+    def __call__(self, operands: FpropOperands) -> None:
+        x, w = operands.x, operands.w
         image, filters = memory.empty(self.image, x), memory.empty(self.filters, w)
-        self.pack_image(x, image)
-        self.pack_filters(w, filters)
-        self.run(image, filters, *others)
+        self.pack_image((x, image))
+        self.pack_filters((w, filters))
+        self.run(FpropOperands(image, filters, *operands[2:]))
 
 
 def plan_stem_fprop(
@@ -156,10 +159,11 @@ class StemWgradPlan(NamedTuple):
     pack_image: launch.Launch
     run: Callable[..., None]
 
-    def __call__(self, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor) -> None:
+    def __call__(self, operands: WgradOperands) -> None:
+        x, dy, dw = operands
         image = memory.empty(self.image, x)
-        self.pack_image(x, image)
-        self.run(image, dy, dw)
+        self.pack_image((x, image))
+        self.run(WgradOperands(image, dy, dw))
 
 
 def plan_stem_wgrad(problem: ConvProblem, tile: BoxTile, x: Laid, dy: Laid, dw: Laid) -> StemWgradPlan:

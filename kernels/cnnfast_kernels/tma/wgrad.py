@@ -18,6 +18,7 @@ Written for sm_90 and later. Not yet run on a GPU.
 from __future__ import annotations
 
 from functools import partial
+from typing import no_type_check
 
 import torch
 import triton
@@ -26,6 +27,7 @@ import triton.language as tl
 from .. import launch
 from ..indexing import channel_offset
 from ..layout import Laid, strides_nhwc
+from ..operands import WgradOperands
 from ..problem import ConvProblem
 from ..slots import WgradLaunches, plan_slots
 from ..tiling import cdiv
@@ -37,6 +39,7 @@ EXTENTS = ["N", "H", "W", "P", "Q", "SLOTS"]
 
 
 @triton.jit
+@no_type_check
 def boxes_inside(offset, inputs, outputs, STRIDE: tl.constexpr, TILE: tl.constexpr):
     """The first box of TILE outputs that meets the image, and how many do: output p reads input p * STRIDE + offset."""
     begin = tl.cdiv(tl.maximum(-offset, 0), STRIDE)
@@ -46,6 +49,7 @@ def boxes_inside(offset, inputs, outputs, STRIDE: tl.constexpr, TILE: tl.constex
 
 
 @triton.jit(do_not_specialize=EXTENTS)
+@no_type_check
 def tma_wgrad_kernel(
     x_map, dy_map, dw_ptr, N, H, W, P, Q, K, SLOTS, dw_stride_slot, dw_stride_k, dw_stride_r, dw_stride_s, dw_stride_c,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PIXEL: tl.constexpr,
@@ -128,4 +132,4 @@ def tma_wgrad(problem: ConvProblem, tile: BoxTile, x: torch.Tensor, dy: torch.Te
     Shapes: x [N, C, H, W], dy [N, K, P, Q], of one dtype, float16 or bfloat16, and as `views.why_not` demands; dw [K,
     C, R, S] in any memory layout. Raises ValueError where the tile's boxes cannot step with the problem's stride.
     """
-    plan_tma_wgrad(problem, tile, x, dy, dw)(x, dy, dw)
+    plan_tma_wgrad(problem, tile, x, dy, dw)(WgradOperands(x, dy, dw))

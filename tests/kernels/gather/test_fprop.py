@@ -31,6 +31,7 @@ from tests.support.convolutions import (
     assert_exact,
     assert_rounded_not_truncated,
     cases,
+    dense_output,
     operands,
     output,
     positive_operands,
@@ -40,7 +41,7 @@ from tests.support.convolutions import (
 
 def check(case, device, tile=SMALL, dtype=torch.float32, precision="ieee", layout="channels_last"):
     x, w, dy = operands(case, dtype, device, layout)
-    y = output(case.y, dtype, device, "channels_last" if layout == "expanded" else layout)
+    y = dense_output(case.y, dtype, device, layout)
     fprop(case.problem, tile, precision, x, w, y)
     assert_exact(y, reference(case, x, w, dy)[0])
 
@@ -70,9 +71,17 @@ def test_default_tile(precision, tile, device):
 def test_mixed_layouts(device):
     """Each tensor brings its own strides."""
     x, w, dy = operands(RAGGED, torch.float32, device, "nchw")
-    y = output(RAGGED.y, torch.float32, device, "transposed")
+    y = dense_output(RAGGED.y, torch.float32, device, "nchw")
     fprop(RAGGED.problem, SMALL, "ieee", x, arrange(w, "channels_last"), y)
     assert_exact(y, reference(RAGGED, x, w, dy)[0])
+
+
+@pytest.mark.parametrize("layout", ["transposed", "batch_last"])
+def test_a_result_that_is_not_dense_is_refused(layout, device):
+    x, w, _ = operands(RAGGED, torch.float32, device)
+    y = output(RAGGED.y, torch.float32, device, layout)
+    with pytest.raises(ValueError, match=r"a result of shape \(1, 18, 5, 5\) must be dense, but has strides"):
+        fprop(RAGGED.problem, SMALL, "ieee", x, w, y)
 
 
 @SEEDED
@@ -94,7 +103,7 @@ def test_epilogue(case, device):
     norm = BatchNorm(mean, 4.0 ** (bias + 1), weight, beta, eps=0.0)  # standard deviations are powers of two: exact
     residual = arrange(dy, "nchw")
     rows = g.N * g.P * g.Q
-    y = output(case.y, torch.float32, device)
+    y = dense_output(case.y, torch.float32, device)
     moments = memory.empty((cdiv(rows, SMALL.BLOCK_M), 2, g.K), x)
     fprop(g, SMALL, "ieee", x, w, y, Epilogue(bias, norm, residual, "relu"), moments)
 
@@ -111,7 +120,7 @@ def test_nan_passes(device):
     """A NaN of the input reaches the outputs whose windows hold it, through relu too, and no others."""
     x, w, dy = operands(EVEN, torch.float32, device)
     x[0, 3, 2, 2] = float("nan")
-    y = output(EVEN.y, torch.float32, device)
+    y = dense_output(EVEN.y, torch.float32, device)
     fprop(EVEN.problem, SMALL, "ieee", x, w, y, Epilogue(activation="relu"))
     expected = torch.relu(reference(EVEN, x, w, dy)[0]).float()
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
@@ -119,6 +128,6 @@ def test_nan_passes(device):
 
 def test_tf32_rounds(device):
     x, w, dy = positive_operands(POSITIVE, device)
-    y = output(POSITIVE.y, torch.float32, device)
+    y = dense_output(POSITIVE.y, torch.float32, device)
     fprop(POSITIVE.problem, SMALL, "tf32", x, w, y)
     assert_rounded_not_truncated(y, reference(POSITIVE, x, w, dy)[0])

@@ -10,6 +10,8 @@ gather.dgrad: a program takes columns of one such class. So no work is spent on 
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,8 @@ import triton.language as tl
 from ... import launch
 from ...dtypes import KERNEL_DTYPES, accumulator_dtype
 from ...indexing import channel_offset, class_axis, divisor, pixel_offset
-from ...layout import Laid, strides_nhwc
+from ...layout import Laid, Strides, strides_nhwc
+from ...operands import DgradOperands
 from ...problem import ConvProblem, tap_step
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
 from .strips import FAR, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
@@ -39,6 +42,7 @@ STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx") for d in "nhwc"]
 
 
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
+@no_type_check
 def depthwise_dgrad_kernel(
     dy_ptr, w_ptr, dx_ptr, bias_ptr, N, H, W, P, Q, strips, strips_magic, strips_shift, columns, columns_magic, columns_shift,
     dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
@@ -74,7 +78,7 @@ def depthwise_dgrad_kernel(
     q = q0 + j
     dy_row = dy_stride_h.to(tl.int64) * DY_ALIGN
     dy_column = dy_stride_w.to(tl.int64) * DY_ALIGN
-    dy_pixels = dy_ptr + pixel_offset(n, p0, q, dy_stride_n, dy_stride_h, dy_stride_w, DY_ALIGN)
+    dy_pixels = dy_ptr + pixel_offset(n, p0, q, Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, DY_ALIGN))
     w_row = w_stride_r * W_ALIGN
     w_column = w_stride_s * W_ALIGN
     first_row = tl.where(ok, p0, FAR)
@@ -98,7 +102,10 @@ def depthwise_dgrad_kernel(
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c, mask=c_ok, other=0.0).to(ACC)
-    dx_rows = dx_ptr + pixel_offset(n, h, x_column, dx_stride_n, dx_stride_h, dx_stride_w, DX_ALIGN)[:, None]
+    dx_rows = (
+        dx_ptr
+        + pixel_offset(n, h, x_column, Strides(dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, DX_ALIGN))[:, None]
+    )
     dx_rows = dx_rows + channel_offset(c, dx_stride_c)[None, :]
     for t in tl.static_range(ROWS):
         dx = acc[t]
@@ -145,4 +152,4 @@ def depthwise_dgrad(
     Shapes: dy [N, K, P, Q], w [K, 1, R, S], dx [N, C, H, W], in any memory layout; bias [C]. tile.ROWS must be a
     multiple of the stride.
     """
-    plan_depthwise_dgrad(problem, tile, dy, w, dx)(dy, w, dx, bias)
+    plan_depthwise_dgrad(problem, tile, dy, w, dx)(DgradOperands(dy, w, dx, bias))

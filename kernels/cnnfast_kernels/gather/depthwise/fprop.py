@@ -9,39 +9,44 @@ strip's rows go by.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
 
 from ... import launch
 from ...dtypes import KERNEL_DTYPES, accumulator_dtype
-from ...epilogue import PLAIN, Epilogue, activate, apply_norm, load_norm, tile_moments
+from ...epilogue import PLAIN, Channels, Epilogue, Finish, finish, load_channels, store_moments
 from ...indexing import channel_offset, divisor, pixel_offset
-from ...layout import Laid, strides_nhwc
+from ...layout import Laid, Strides, strides_nhwc
+from ...operands import FpropOperands
 from ...partials import TileRows
 from ...problem import ConvProblem
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
 from .strips import FAR, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
 
 EXTENTS = ["N", "H", "W", "P", "Q", "strips", "strips_magic", "strips_shift", "q_magic", "q_shift"]
-STRIDES = [f"{t}_stride_{d}" for t in ("x", "y", "z") for d in "nhwc"]
+STRIDES = [f"{t}_stride_{d}" for t in ("x", "y", "residual") for d in "nhwc"]
 
 
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
+@no_type_check
 def depthwise_fprop_kernel(
-    x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, z_ptr, moments_ptr, slope: tl.float64, N, H, W, P, Q,
+    x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, moments_ptr, slope: tl.float64, N, H, W, P, Q,
     strips, strips_magic, strips_shift, q_magic, q_shift,
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
     w_stride_r, w_stride_s, w_stride_k,
     y_stride_n, y_stride_h, y_stride_w, y_stride_c,
-    z_stride_n, z_stride_h, z_stride_w, z_stride_c,
+    residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c,
     K: tl.constexpr, MULTIPLIER: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    X_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, Z_ALIGN: tl.constexpr,
-    EPS: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, ACC: tl.constexpr,
+    X_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, RESIDUAL_ALIGN: tl.constexpr,
+    e: tl.constexpr, TAPS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M strips of BLOCK_C filters of y; z is the residual; `moments` [tiles, 2, K]."""
+    """BLOCK_M strips of BLOCK_C filters of y; `moments` [tiles, 2, K]."""
+    ACC: tl.constexpr = e.acc
     EVEN: tl.constexpr = K % BLOCK_C == 0
     TILES_K: tl.constexpr = (K + BLOCK_C - 1) // BLOCK_C  # vary fastest: programs that run together read whole pixels
     tile = tl.program_id(0) // TILES_K
@@ -56,7 +61,7 @@ def depthwise_fprop_kernel(
     x_column = x_stride_w.to(tl.int64) * X_ALIGN
     w_row = w_stride_r * W_ALIGN
     w_column = w_stride_s * W_ALIGN
-    x_rows = x_ptr + pixel_offset(n, h0, w0, x_stride_n, x_stride_h, x_stride_w, X_ALIGN)[:, None]
+    x_rows = x_ptr + pixel_offset(n, h0, w0, Strides(x_stride_n, x_stride_h, x_stride_w, x_stride_c, X_ALIGN))[:, None]
     x_rows = x_rows + channel_offset(k // MULTIPLIER, x_stride_c)[None, :]
     # every thread loads its own
     w_taps = w_ptr + tl.zeros((BLOCK_M,), tl.int32)[:, None] + channel_offset(k, w_stride_k)[None, :]
@@ -71,39 +76,39 @@ def depthwise_fprop_kernel(
                 ROWS, min(TAPS, R - r0), STRIDE_H, DIL_H, 1, EVEN, ACC,
             )  # fmt: skip
 
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + k, mask=k_ok, other=0.0).to(ACC)
-    if mean_ptr is not None:
-        norm = load_norm(mean_ptr, var_ptr, gamma_ptr, beta_ptr, k, k_ok, EPS, ACC)
+    of_channels = Channels(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+    channels = load_channels(of_channels, k, k_ok, e)
     y_rows = (
         y_ptr
-        + pixel_offset(n, p, q, y_stride_n, y_stride_h, y_stride_w, Y_ALIGN)[:, None]
+        + pixel_offset(n, p, q, Strides(y_stride_n, y_stride_h, y_stride_w, y_stride_c, Y_ALIGN))[:, None]
         + channel_offset(k, y_stride_c)[None, :]
     )
-    if z_ptr is not None:
-        z_rows = z_ptr + pixel_offset(n, p, q, z_stride_n, z_stride_h, z_stride_w, Z_ALIGN)[:, None]
-        z_rows = z_rows + channel_offset(k, z_stride_c)[None, :]
+    if residual_ptr is not None:
+        residual_rows = (
+            residual_ptr
+            + pixel_offset(
+                n,
+                p,
+                q,
+                Strides(residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c, RESIDUAL_ALIGN),
+            )[:, None]
+        )
+        residual_rows = residual_rows + channel_offset(k, residual_stride_c)[None, :]
     stored = ()
     exist = ()
     for t in tl.static_range(ROWS):
         row_ok = ok & (p + t < P)
         mask = row_ok[:, None] & k_ok[None, :]
-        u = acc[t]
-        if bias_ptr is not None:
-            u = u + bias[None, :]
-        if mean_ptr is not None:
-            u = apply_norm(u, norm)
-        if z_ptr is not None:
-            u = u + tl.load(z_rows + t * z_stride_h.to(tl.int64) * Z_ALIGN, mask=mask, other=0.0).to(ACC)
-        y = activate(u, tl.full((), slope, ACC), ACTIVATION).to(y_ptr.dtype.element_ty)
+        residual = None
+        if residual_ptr is not None:
+            residual_row = residual_stride_h.to(tl.int64) * RESIDUAL_ALIGN
+            residual = tl.load(residual_rows + t * residual_row, mask=mask, other=0.0)
+        y = finish(acc[t], channels, residual, slope, of_channels, e).to(y_ptr.dtype.element_ty)
         tl.store(y_rows + t * y_stride_h.to(tl.int64) * Y_ALIGN, y, mask=mask)
         stored = stored + (y.to(ACC),)
         exist = exist + (row_ok,)
-    if moments_ptr is not None:  # of y as stored: batch norm normalises exactly what backward will read
-        mean, variance = tile_moments(stored, exist)
-        row = moments_ptr + tile.to(tl.int64) * 2 * K + k
-        tl.store(row, mean, mask=k_ok)
-        tl.store(row + K, variance, mask=k_ok)
+    if moments_ptr is not None:
+        store_moments(moments_ptr, tile, stored, exist, k, k_ok, K)
 
 
 def plan_depthwise_fprop(
@@ -131,9 +136,8 @@ def plan_depthwise_fprop(
         *xs[:4], *ws[1:4], *ys[:4], *zs[:4],
         tile=tile, K=g.K, MULTIPLIER=g.group_filters, R=g.R, S=g.S,
         STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
-        X_ALIGN=xs.align, W_ALIGN=ws.align, Y_ALIGN=ys.align, Z_ALIGN=zs.align,
-        EPS=eps, ACTIVATION=activation, TAPS=taps_at_once(g.R),
-        ACC=KERNEL_DTYPES[accumulator_dtype(x.dtype)],
+        X_ALIGN=xs.align, W_ALIGN=ws.align, Y_ALIGN=ys.align, RESIDUAL_ALIGN=zs.align,
+        e=Finish(eps, activation, KERNEL_DTYPES[accumulator_dtype(x.dtype)]), TAPS=taps_at_once(g.R),
         ROWS=tile.ROWS, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return StripPlan(run, copies)
@@ -163,4 +167,4 @@ def depthwise_fprop(
     """
     e = epilogue
     plan = plan_depthwise_fprop(problem, tile, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
-    plan(x, w, y, e.bias, *e.norm[:4], e.residual, moments)
+    plan(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments))

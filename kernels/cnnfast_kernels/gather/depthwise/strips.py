@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -11,6 +11,7 @@ import triton.language as tl
 from ... import launch
 from ...indexing import divide
 from ...layout import Laid, Layout, Strides, dense, strides_nhwc
+from ...operands import DgradOperands, FpropOperands
 from ...tiling import VECTOR_BYTES, StripTile
 
 # A strip whose first row this is has no row in any image: its loads return zero.
@@ -18,6 +19,7 @@ FAR = tl.constexpr(-(1 << 30))
 
 
 @triton.jit
+@no_type_check
 def locate_strips(
     tile, N, strips, columns, strips_magic, strips_shift, columns_magic, columns_shift, BLOCK_M: tl.constexpr
 ):
@@ -31,12 +33,14 @@ def locate_strips(
 
 
 @triton.jit
+@no_type_check
 def in_range(i, extent):
     """0 <= i < extent in one comparison."""
     return i.to(tl.uint32, bitcast=True) < extent.to(tl.uint32)
 
 
 @triton.jit
+@no_type_check
 def load_row(pointers, row, rows, c_ok, EVEN: tl.constexpr, ACC: tl.constexpr):
     """[BLOCK_M, BLOCK_C] in the accumulator's dtype, zero where `row` [BLOCK_M] is outside an image of `rows`. EVEN:
     all channels exist.
@@ -48,6 +52,7 @@ def load_row(pointers, row, rows, c_ok, EVEN: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def zeros(COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
     """A tuple of COUNT accumulators."""
     acc = ()
@@ -57,6 +62,7 @@ def zeros(COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ACC
 
 
 @triton.jit
+@no_type_check
 def add_product(acc, INDEX: tl.constexpr, a, b, reached=None):
     """The tuple with a * b added to one of its members: where `reached`, or everywhere if that is None."""
     total = acc[INDEX] + a * b
@@ -64,6 +70,7 @@ def add_product(acc, INDEX: tl.constexpr, a, b, reached=None):
 
 
 @triton.jit
+@no_type_check
 def accumulate_column(
     acc, x_rows, row, rows, row_stride, w_taps, tap_stride, c_ok,
     ROWS: tl.constexpr, TAPS: tl.constexpr, PIXEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr, UNIT: tl.constexpr,
@@ -120,8 +127,8 @@ class StripPlan(NamedTuple):
     run: launch.Launch
     copies: bool
 
-    def __call__(self, image: torch.Tensor, w: torch.Tensor, *others: torch.Tensor | None) -> None:
-        self.run(image, taps_major(w) if self.copies else w, *others)
+    def __call__(self, operands: FpropOperands | DgradOperands) -> None:
+        self.run(operands._replace(w=taps_major(operands.w)) if self.copies else operands)
 
 
 def taps_major(w: torch.Tensor) -> torch.Tensor:

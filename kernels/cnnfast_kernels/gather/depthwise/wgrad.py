@@ -11,6 +11,8 @@ fixed order: the same bits every time.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,8 @@ import triton.language as tl
 from ... import launch
 from ...dtypes import KERNEL_DTYPES, accumulator_dtype
 from ...indexing import channel_offset, divisor, pixel_offset
-from ...layout import Laid, dense, strides_nhwc
+from ...layout import Laid, Strides, dense, strides_nhwc
+from ...operands import WgradOperands
 from ...problem import ConvProblem
 from ...slots import WgradLaunches, plan_reduction
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, columns_at_once, taps_at_once
@@ -42,6 +45,7 @@ STRIDES = [f"{t}_stride_{d}" for t in ("x", "dy") for d in "nhwc"]
 
 
 @triton.jit
+@no_type_check
 def sum_taps(
     x_cols, dy_cols, dw_cols, first, last, r0, s0, N, H, W, P, Q, strips, strips_magic, strips_shift, q_magic, q_shift,
     x_stride_n, x_stride_h, x_stride_w, dy_stride_n, dy_stride_h, dy_stride_w, dw_row, dw_column, k_ok,
@@ -59,8 +63,10 @@ def sum_taps(
         p = i * ROWS
         h0 = p * STRIDE_H - PAD_H + r0 * DIL_H
         w0 = q * STRIDE_W - PAD_W + s0 * DIL_W
-        dy_rows = dy_cols + pixel_offset(n, p, q, dy_stride_n, dy_stride_h, dy_stride_w, DY_ALIGN)[:, None]
-        x_rows = x_cols + pixel_offset(n, h0, w0, x_stride_n, x_stride_h, x_stride_w, X_ALIGN)[:, None]
+        dy_rows = (
+            dy_cols + pixel_offset(n, p, q, Strides(dy_stride_n, dy_stride_h, dy_stride_w, None, DY_ALIGN))[:, None]
+        )
+        x_rows = x_cols + pixel_offset(n, h0, w0, Strides(x_stride_n, x_stride_h, x_stride_w, None, X_ALIGN))[:, None]
         p = tl.where(ok, p, FAR)
         dy = ()
         for t in tl.static_range(ROWS):
@@ -82,6 +88,7 @@ def sum_taps(
 
 
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
+@no_type_check
 def depthwise_wgrad_kernel(
     x_ptr, dy_ptr, dw_ptr, N, H, W, P, Q, SLOTS, strips, strips_magic, strips_shift, q_magic, q_shift,
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
@@ -150,4 +157,4 @@ def depthwise_wgrad(problem: ConvProblem, tile: StripTile, x: torch.Tensor, dy: 
     if dy.numel() == 0:
         dw.zero_()
     else:
-        plan_depthwise_wgrad(problem, tile, x, dy, dw)(x, dy, dw)
+        plan_depthwise_wgrad(problem, tile, x, dy, dw)(WgradOperands(x, dy, dw))

@@ -1,0 +1,47 @@
+"""The tensors of a convolution's launch, by name: what a prepared launch is called with.
+
+Their order is that of the kernels' first parameters, so that a launch hands a record on as it is. Kernels that have
+other tensors keep their records beside them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class FpropOperands(NamedTuple):
+    """x [N, C, H, W], w [K, C / groups, R, S] and the result y [N, K, P, Q]; what of the rest is absent is None.
+
+    bias and the batch norm's mean, var, gamma and beta: [K], contiguous. residual: of y's shape. moments: where the
+    kernel leaves mean and variance of each of its tiles of y, [tiles, 2, K] in the accumulator's dtype.
+    """
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    residual: Tensor | None = None
+    moments: Tensor | None = None
+
+
+class DgradOperands(NamedTuple):
+    """dy [N, K, P, Q], w [K, C / groups, R, S] and the result dx [N, C, H, W], to which bias [C] is added, if given."""
+
+    dy: Tensor
+    w: Tensor
+    dx: Tensor
+    bias: Tensor | None = None
+
+
+class WgradOperands(NamedTuple):
+    """x [N, C, H, W], dy [N, K, P, Q] and the result dw [K, C / groups, R, S], or slots of it, one after the other."""
+
+    x: Tensor
+    dy: Tensor
+    dw: Tensor

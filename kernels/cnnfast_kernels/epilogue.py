@@ -156,6 +156,7 @@ def finish(acc, channels, residual, slope, pointers, e: tl.constexpr):
     |mean| >> std.
     """
     NORM: tl.constexpr = 0 if pointers.bias is None else 1  # where the norm's begin
+    ACTIVATION: tl.constexpr = e.activation
     if pointers.bias is not None:
         acc = acc + channels[0][None, :]
     if pointers.mean is not None:
@@ -164,7 +165,7 @@ def finish(acc, channels, residual, slope, pointers, e: tl.constexpr):
             acc = acc + channels[NORM + 2][None, :]
     if residual is not None:
         acc = acc + residual.to(e.acc)
-    return activate(acc, tl.full((), slope, e.acc), e.activation)
+    return activate(acc, tl.full((), slope, e.acc), ACTIVATION)
 
 
 @triton.jit

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -20,18 +19,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from checkout import RESULTS, ROOT, versions
 from rich.console import Console
 from rich.table import Table
 
-from tests.support.fuzz import commit
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "ci" / "results" / "aot.txt"
+RESULT = RESULTS / "aot.txt"
 # With what each needs beside it: those that ci/check.sh installs.
 TRITONS = {"3.6.0": ["numpy<2.4"], "3.7.1": [], "3.9.0": []}
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -143,7 +139,7 @@ def main(
     tritons, archs = triton or list(TRITONS), arch or list(ARCHS)
     if unknown := [name for name in tritons if name not in TRITONS]:
         raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(TRITONS)}", param_hint="--triton")
-    origin = commit()  # now: the tree may be changed meanwhile
+    origin = versions("torch")  # now: the tree may be changed meanwhile
     found = []
     with tempfile.TemporaryDirectory() as directory:
         for name in tritons:
@@ -155,8 +151,7 @@ def main(
                 print(f"triton {name}, {target}: {found[-1].rows} rows, {len(found[-1].problems)} problems", flush=True)
 
     problems = sum(len(combination.problems) for combination in found)
-    versions = f"torch {version('torch')}, Python {platform.python_version()}, commit {origin}"
-    text = f"ci/aot_matrix.py: {problems} problems in {len(found)} combinations; {versions}\n\n{table(found)}"
+    text = f"ci/aot_matrix.py: {problems} problems in {len(found)} combinations; {origin}\n\n{table(found)}"
     print(f"\n{text}")
     if not only and (tuple(tritons), tuple(archs)) == (tuple(TRITONS), ARCHS):
         out.parent.mkdir(parents=True, exist_ok=True)

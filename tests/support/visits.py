@@ -22,7 +22,7 @@ import json, sys
 from pathlib import Path
 from ci.visit import visiting
 from ci.visit.parts import Part
-from ci.visit.running import Command, Stage
+from ci.visit.running import Stage, StageCommand
 
 visiting.EVERY = 0.2
 parts, out, budget, grace = json.loads(sys.argv[1])
@@ -30,7 +30,7 @@ parts, out, budget, grace = json.loads(sys.argv[1])
 
 def made(work):
     return [
-        Part(name, "a made-up part", (Stage((Command(name, (sys.executable, "-c", code)),), limit),), (f"{name}.json",))
+        Part(name, "a made-up part", (Stage((StageCommand(name, (sys.executable, "-c", code)),), limit),), (f"{name}.json",))
         for name, code, limit in [(name, code.replace("WORK", str(work / name)), limit) for name, code, limit in parts]
     ]
 

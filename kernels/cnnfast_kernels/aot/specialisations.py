@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -143,6 +143,24 @@ def described(kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any])
 # Which of them to compile
 
 
+def named_numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
+    """The integers of a decoded constant, each with its name: "C", and "g.C" for a field of a record."""
+    if type(value) is int:
+        yield name, value
+    elif isinstance(value, tuple):
+        for field, member in zip(getattr(value, "_fields", range(len(value))), value, strict=True):
+            yield from named_numbers(f"{name}.{field}", member)
+
+
+def without_numbers(value: Any) -> Any:
+    """An encoded constant, with the same in place of every number, those of a record among them."""
+    if type(value) in (int, float):
+        return 0
+    if isinstance(value, dict) and "tuple" in value:
+        return value | {"tuple": [without_numbers(member) for member in value["tuple"]]}
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Described:
     """A description, read again. `arguments` are as `encoded` makes them."""
@@ -181,9 +199,10 @@ class Described:
         return ", ".join(told)
 
     def numbers(self) -> dict[str, int]:
-        """The constexpr arguments that are integers."""
+        """The integers among the constexpr arguments, and in the records among them."""
         known = parameters(self.kernel)
-        return {name: v for name, v in self.arguments.items() if known[name].is_constexpr and type(v) is int}
+        constants = {name: decoded(value) for name, value in self.arguments.items() if known[name].is_constexpr}
+        return dict(number for name, value in constants.items() for number in named_numbers(name, value))
 
     def program(self) -> tuple[Any, ...]:
         """What Triton's front end goes by: the types of operands, which of them are absent or the constant 1, constants
@@ -199,8 +218,8 @@ class Described:
                 types.append((value["map"], len(value["box"])))
             elif isinstance(value, dict) and "tensor" in value:
                 types.append(value["tensor"])
-            elif known[name].is_constexpr and type(value) in (int, float):
-                continue
+            elif known[name].is_constexpr:
+                types.append(json.dumps(without_numbers(value)))
             elif isinstance(value, int) and value > 1:
                 types.append(value.bit_length() > 32)
             else:

@@ -88,6 +88,42 @@ def test_what_the_launcher_passes_is_kept():
     assert seen["nothing_is_told_twice"]
 
 
+def launch_with_records():
+    """A kernel whose constants are records, launched by Triton and twice by a plan: the launches, and whether the
+    binaries fit what is passed.
+    """
+    import torch
+
+    from cnnfast_kernels.aot.recording_driver import recording_driver
+    from cnnfast_kernels.launch import Launch
+    from tests.support.records import BLOCK, ENDING, WINDOW, operands, sum_rows_kernel
+
+    found = []
+    with recording_driver(90) as driver:
+        for dtype in (torch.float32, torch.float16):
+            x, y, bias = operands(dtype)
+            for optional, stride in ((bias, 2), (None, None)):
+                planned = Launch(sum_rows_kernel, (2,), 16, stride, g=WINDOW, e=ENDING, BLOCK=BLOCK)
+                planned.run((x, y, optional))
+                planned(x, y, optional)  # in which it comes to know the kernel
+                planned(x, y, optional)
+                by_triton, _, by_plan = driver.taken()[0]
+                found.append([by_triton == by_plan, [p.hex() for p in by_plan.parameters], x.data_ptr()])
+        fits = [kernel.parameter_bytes == kernel.passed_bytes for kernel in driver.kernels.values()]
+    return found, fits
+
+
+@pytest.mark.compiled
+def test_constants_that_are_records_are_not_passed():
+    """By Triton nor by a plan, which pass the same: pointers, strides, two pointers to scratch memory."""
+    found, fits = run_compiled(launch_with_records)
+    assert fits == [True] * 4
+    for same, parameters, address in found:
+        assert same
+        assert bytes.fromhex(parameters[0]) == struct.pack("<Q", address)
+    assert [len(parameters) for _, parameters, _ in found] == [7, 5, 7, 5]
+
+
 def encode(cases):
     """[what cuTensorMapEncodeTiled returns, the refusal on record] for each of `cases`, which change a legal map of
     float16 in two axes.

@@ -78,9 +78,9 @@ def conv_fprop_kernel(
     w0 = q * g.stride_w - g.pad_w
     x_strides = Strides(x_stride_n, x_stride_h, x_stride_w, x_stride_c, memory.x_align)
     x_pixels = x_ptr + pixel_offset(n, h0, w0, x_strides) + channel_offset(group * C, x_stride_c)
+    w_cols = w_ptr + (group * K + k).to(tl.int64) * w_stride_k * memory.w_align
     bits = None if FLAT or g.R * g.S > 31 else tap_bits(h0, w0, row_ok, H, W, g.R, g.S, g.dil_h, g.dil_w)
     rows = Rows(x_pixels, h0, w0, row_ok, bits)
-    w_cols = w_ptr + (group * K + k).to(tl.int64) * w_stride_k * memory.w_align
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), e.acc)
     for step in range(STEPS):

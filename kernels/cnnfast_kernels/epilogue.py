@@ -85,7 +85,7 @@ def activate(u, slope, ACTIVATION: tl.constexpr):
 @triton.jit
 @no_type_check
 def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
-    """dz * act'(u), with PyTorch's choice at the kinks. For the activations of FROM_OUTPUT, `u` may be act(u) as well."""
+    """dz * act'(u), with PyTorch's choice at the kinks. For activations of FROM_OUTPUT `u` may be act(u) as well."""
     if ACTIVATION == "relu":
         dz = tl.where(u <= 0, 0.0, dz)
     elif ACTIVATION == "leaky_relu":
@@ -175,11 +175,11 @@ def load_channels(pointers, column, column_ok, e: tl.constexpr):
 @triton.jit
 @no_type_check
 def finish(acc, channels, residual, slope, pointers, e: tl.constexpr, LOAD: tl.constexpr):
-    """act(batch_norm(acc + bias) + residual) in the accumulator's dtype: acc [rows, columns].
+    """act(batch_norm(acc + bias) + residual) of acc [rows, columns], in the accumulator's dtype.
 
-    channels: of load_channels(pointers, ...). residual: of what LOAD loads a tile, if its `source` is not None: here and no
-    sooner, because a tile that waits in registers takes them from the main loop. The mean is subtracted first, for y * scale + shift cancels where
-    |mean| >> std.
+    channels: what load_channels(pointers, ...) returned. residual: if its `source` is not None, LOAD(residual) loads a
+    tile of it; here and no sooner, because a tile that waits in registers takes them from the main loop. The mean is
+    subtracted first: y * scale + shift would cancel where |mean| is much larger than the standard deviation.
     """
     NORM: tl.constexpr = 0 if pointers.bias is None else 1  # where the norm's begin
     ACTIVATION: tl.constexpr = e.activation

@@ -1,6 +1,7 @@
 """Convolution forward as an implicit GEMM.
 
-    y[n, p, q, k] = sum over r, s, c of x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c] * w[k, r, s, c]
+    y[n, p, q, k] = sum over r, s, c of x[n, h, w, c] * w[k, r, s, c]
+    where h = p * stride_h - pad_h + r * dil_h, w = q * stride_w - pad_w + s * dil_w
 
 GEMM_M = N * P * Q output pixels, GEMM_N = K filters, GEMM_K = R * S * C, one GEMM a group; the matrix of
 patches is never stored: each tile of it is gathered from x when it is needed. 1x1 convolutions are the case R = S = 1.
@@ -144,11 +145,13 @@ def fprop(
     epilogue: Epilogue = PLAIN,
     moments: torch.Tensor | None = None,
 ) -> None:
-    """Writes y, what `epilogue` makes of conv(x, w), and, if asked, the (mean, biased variance) of each tile of BLOCK_M pixels of y.
+    """Writes y, which is what `epilogue` makes of conv(x, w), and, if asked, the mean and the biased variance of each
+    tile of BLOCK_M pixels of y.
 
-    Shapes: x [N, C, H, W], w [K, C / groups, R, S] and the residual [N, K, P, Q] in any memory layout, y [N, K, P, Q]
-    dense, channels_last or contiguous; bias and those of the batch norm [K]; moments [ceil(N * P * Q / BLOCK_M), 2, K] in the accumulator's dtype.
+    Shapes: x [N, C, H, W], w [K, C / groups, R, S] and the residual [N, K, P, Q] in any memory layout; y [N, K, P, Q]
+    dense, channels_last or contiguous; bias and those of the batch norm [K]; moments [ceil(N * P * Q / BLOCK_M), 2, K]
+    in the accumulator's dtype. Raises ValueError if y is not dense.
     """
     e = epilogue
-    plan = plan_fprop(problem, tile, precision, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
-    plan(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments))
+    prepared = plan_fprop(problem, tile, precision, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
+    prepared(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments))

@@ -34,8 +34,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import launch
 from ..tma.views import why_not_on
-from .compiling import capability_of, reason, stderr_captured, target
+from .compiling import reason, stderr_captured
 from .decisions import decisions
+from .stub_driver import capability_of, require_compiled_kernels, target
 
 ALIGNMENT = 16  # bytes of an address, and what an integer is divisible by, that Triton compiles for
 
@@ -67,7 +68,7 @@ def representative(n: int, specialized: bool) -> int:
 
 
 def encoded(value: Any, parameter: KernelParam) -> Any:
-    """What JSON can hold of an argument. Raises TypeError for an argument of a type that no kernel here has had so far."""
+    """What JSON can hold of an argument. Raises TypeError for one of a type that no kernel has had so far."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, tuple):
@@ -89,7 +90,7 @@ def encoded(value: Any, parameter: KernelParam) -> Any:
     elif isinstance(value, float):
         return 0.5  # Triton compiles by the type alone
     raise TypeError(
-        f"{parameter.name}={value!r} is of {type(value)}: aot/specialisations.py does not know yet how to write that down"
+        f"{parameter.name}={value!r} is of {type(value)}, which aot/specialisations.py cannot write down yet"
     )
 
 
@@ -108,7 +109,8 @@ def decoded(value: Any) -> Any:
     match value:
         case {"tuple": members, "class": name}:
             module, _, qualified = name.partition(":")
-            return functools.reduce(getattr, qualified.split("."), import_module(module))(*map(decoded, members))  # type: ignore[operator]
+            record: Any = functools.reduce(getattr, qualified.split("."), import_module(module))
+            return record(*map(decoded, members))
         case {"tuple": members}:
             return tuple(map(decoded, members))
         case {"constant": name}:
@@ -182,7 +184,7 @@ class Described:
         return cls(kernel, told["arguments"], told["options"])
 
     def compile(self) -> Any:
-        """Triton's handle of what it compiles, or finds in its cache, for the driver that is active (compiling.target)."""
+        """Triton's handle of what it compiles, or finds in its cache, for the active driver (stub_driver.target)."""
         arguments = {name: decoded(value) for name, value in self.arguments.items()}
         return self.kernel.warmup(**arguments, grid=(1,), enable_fp_fusion=True, **self.options)
 
@@ -234,10 +236,7 @@ def representatives(lines: Iterable[str]) -> list[str]:
     Numbers alone make no other program, unless the kernel or a helper decides by them; but a block of 8 may be refused
     where one of 16 is not. Raises RuntimeError where kernels are interpreted, and what `Described.of` does.
     """
-    if launch.INTERPRETED:
-        raise RuntimeError(
-            "kernels are interpreted in this process, not compiled: unset TRITON_INTERPRET and start again"
-        )
+    require_compiled_kernels()
     told = {line: Described.of(line) for line in sorted(set(lines))}
     first: dict[Any, str] = {}
     for line, launched in told.items():

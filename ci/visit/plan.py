@@ -147,7 +147,9 @@ def model_lines(mode: str, batch: int, backend: dispatch.Backend, gpu: devices.G
 def bench(
     part: Part, gpu: devices.Gpu, mode: str, batches: Iterable[int], providers: Iterable[str], compiled_at: int
 ) -> Cost:
-    """Each of our providers compiles what it launches, with nothing on disk: what others compiled is not found there."""
+    """Each of our providers compiles what it launches, with nothing on disk: what others compiled is not found
+    there.
+    """
     binaries = makers = 0
     seconds = 0.0
     runs = [(batch, provider) for batch in batches for provider in providers] + [

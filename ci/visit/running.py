@@ -124,9 +124,15 @@ class Process:
             output.write(f"$ {' '.join(argv)}\n".encode())
             output.flush()
             self.popen = subprocess.Popen(
-                argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**environment, **command.environment}, preexec_fn=end_with_parent,
-            )  # fmt: skip
+                argv,
+                cwd=ROOT,
+                env={**environment, **command.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
 
     def tell(self, number: int) -> None:
         with suppress(ProcessLookupError):

@@ -1,4 +1,6 @@
-"""The cases of fuzz.py whose results take a batch norm: its statistics and scale are chosen so that nothing is rounded."""
+"""The cases of fuzz.py whose results take a batch norm: its statistics and scale are chosen so that nothing is
+rounded.
+"""
 
 from __future__ import annotations
 

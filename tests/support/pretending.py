@@ -225,7 +225,8 @@ def pretended_gpu(launch_anywhere: bool = False) -> Iterator[Pretended]:
             t = getattr(argument, "base", argument)
             if isinstance(t, Tensor) and _plain(t) and t.numel() and not pretended.holds(t):
                 raise ValueError(
-                    f"Pointer argument cannot be accessed from Triton (cpu tensor?): {list(t.shape)} of {self.fn.__name__}"
+                    "Pointer argument cannot be accessed from Triton (cpu tensor?): "
+                    f"{list(t.shape)} of {self.fn.__name__}"
                 )
         with _disable_current_modes():
             return launch(self, *args, **kwargs)

@@ -28,14 +28,17 @@ visiting.EVERY = 0.2
 parts, out, budget, grace = json.loads(sys.argv[1])
 
 
+def part(work, name, code, limit):
+    command = StageCommand(name, (sys.executable, "-c", code.replace("WORK", str(work / name))))
+    return Part(name, "a made-up part", (Stage((command,), limit),), (f"{name}.json",))
+
+
 def made(work):
-    return [
-        Part(name, "a made-up part", (Stage((StageCommand(name, (sys.executable, "-c", code)),), limit),), (f"{name}.json",))
-        for name, code, limit in [(name, code.replace("WORK", str(work / name)), limit) for name, code, limit in parts]
-    ]
+    return [part(work, *told) for told in parts]
 
 
-raise SystemExit(visiting.visit(made, Path(out), {"device": "a made-up GPU", "commit": "abc"}, {}, budget=budget, grace=grace))
+machine = {"device": "a made-up GPU", "commit": "abc"}
+raise SystemExit(visiting.visit(made, Path(out), machine, {}, budget=budget, grace=grace))
 """
 
 
@@ -103,7 +106,9 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 @dataclass(frozen=True)
 class Left:
-    """What lies in the folder of a visit: the names of its files, the summary, the archive's members, states by part."""
+    """What lies in the folder of a visit: the names of its files, the summary, the archive's members, states by
+    part.
+    """
 
     files: set[str]
     summary: str

@@ -41,6 +41,11 @@ def command(tool: str) -> tuple[str, ...]:
     return PROGRAM, "--tool", tool, "--target-processes", "all", "--print-limit", "20"
 
 
+def options(tool: str) -> tuple[str, ...]:
+    """What a process of smoke is told under a tool: initcheck finds nothing in memory that was filled beforehand."""
+    return ("--no-poison",) if tool == "initcheck" else ()
+
+
 def blocks(text: str) -> Iterable[str]:
     """Its reports: lines behind the mark, up to one that is empty behind it."""
     block: list[str] = []

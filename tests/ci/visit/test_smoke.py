@@ -185,7 +185,11 @@ RACECHECK = """========= COMPUTE-SANITIZER
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
 CLEAN = "========= COMPUTE-SANITIZER\n    right, 0.1 s\n========= ERROR SUMMARY: 0 errors\n"
-REFUSED = "========= COMPUTE-SANITIZER\n========= Error: Device not supported. Please refer to the documentation.\n========= ERROR\n"
+REFUSED = """\
+========= COMPUTE-SANITIZER
+========= Error: Device not supported. Please refer to the documentation.
+========= ERROR
+"""
 OURS = ("conv_fprop_kernel", "tma_wgrad_kernel")
 
 

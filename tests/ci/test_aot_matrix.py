@@ -6,13 +6,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support.child import run_compiled
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.child import REPOSITORY, run_compiled
 
 ROWS = [
     {"registers": 168, "spill_bytes": 0},

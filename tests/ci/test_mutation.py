@@ -8,11 +8,11 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.child import REPOSITORY
+
 FAULTS = tomllib.loads((REPOSITORY / "ci" / "faults.toml").read_text())["fault"]
 KERNELS = REPOSITORY / "kernels" / "cnnfast_kernels"
 NO_KERNELS = {  # compilation ahead of time, and lists of names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.child import REPOSITORY, environment
+
 MOST_FILES = 8
 
 DRIVER = """
@@ -51,20 +51,12 @@ class Fake:
     limit: float = 30.0
 
 
-def environment() -> dict[str, str]:
-    paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    inherited = {
-        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
-    }
-    return {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-
-
 def start(fakes: Sequence[Fake], out: Path, budget: float = 60.0, grace: float = 1.0) -> subprocess.Popen[str]:
     told = json.dumps([[(fake.name, fake.code, fake.limit) for fake in fakes], str(out), budget, grace])
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, told],
         cwd=REPOSITORY,
-        env=environment(),
+        env=environment() | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -17,7 +17,7 @@ import torch
 
 from cnnfast_kernels import launch, memory
 from cnnfast_kernels.aot.judging import due_on, kernel_modules
-from tests.support.visits import REPOSITORY, environment
+from tests.support.child import REPOSITORY, environment
 
 
 def test_every_kernel_belongs_to_one_family():

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.visits import REPOSITORY, Fake, environment, interrupt, left, log, run, start, states, until
+from tests.support.child import REPOSITORY, environment
+from tests.support.visits import Fake, interrupt, left, log, run, start, states, until
 
 MEASURES = (
     "import json, time; from pathlib import Path; "

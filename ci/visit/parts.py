@@ -49,7 +49,9 @@ GROUPS = 5
 
 @dataclass(frozen=True)
 class Part:
-    """what: one sentence. results: names of files in its folder that are left beside the archive too."""
+    """One part of a visit. `what` describes it in a sentence; `results` are the files of its folder that are left
+    beside the archive too.
+    """
 
     name: str
     what: str

@@ -109,7 +109,7 @@ def smoke(part: Part, gpu: devices.Gpu) -> Cost:
 
 
 def tests(part: Part, gpu: devices.Gpu) -> Cost:
-    """As counted in the interpreter; see launches.py."""
+    """The cost of the tests, whose launches were counted in the interpreter (launches.py)."""
     counted = json.loads(COUNTED.read_text())
     binaries, makers, seconds = of_counts(counted["launches"], counted["launchers"], "a binary of the tests", CORES)
     seconds += len(part.stages) * RATES["a process's start"] + RATES["the tests themselves, by one core"] / CORES

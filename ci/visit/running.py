@@ -150,7 +150,7 @@ class Process:
             self.tell((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[step])
 
     def ended(self) -> Ran | None:
-        """What became of it, once its first process is gone; the rest of its group is ended then."""
+        """What became of the command, once its first process is gone; the rest of its group is ended then."""
         code = self.popen.poll()
         if code is None:
             return None

@@ -17,8 +17,8 @@ IMPORTABLE = (REPOSITORY, REPOSITORY / "kernels")
 
 
 def environment(overlay: str = "") -> dict[str, str]:
-    """That of a process in which this checkout is imported, and kernels are compiled: this one's, without what is said
-    to its own tests. `overlay` is a folder whose packages stand before all others.
+    """The environment of a process that imports this checkout and compiles its kernels: this process's own, without
+    what is meant for its tests. `overlay` is a folder whose packages stand before all others.
     """
     paths = [overlay, *map(str, IMPORTABLE), os.environ.get("PYTHONPATH")]
     inherited = {

@@ -59,7 +59,7 @@ def around_a_mean(shape: tuple[int, ...], spread: float) -> Tensor:
 
 
 def norm_dtypes(dtype: torch.dtype) -> st.SearchStrategy[torch.dtype]:
-    """Of the parameters and statistics of a norm."""
+    """The dtype of the parameters and statistics of a norm."""
     return st.just(dtype) if dtype == torch.float64 else st.sampled_from([dtype, torch.float32])
 
 

@@ -54,7 +54,7 @@ class Survey:
     overlapping: int = 0
 
     def __add__(self, other: Survey) -> Survey:
-        """Both, of other cases of one version of Triton."""
+        """Both surveys in one, if they are of different cases on one version of Triton."""
         both = Survey(
             self.triton, **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Survey)[1:]}
         )
@@ -67,12 +67,12 @@ class Survey:
 
     @property
     def wrong(self) -> list[str]:
-        """Every line that should not be there."""
+        """All lines of the lists that should be empty."""
         return [*self.differing, *self.failed, *self.size_mismatches, *self.scratch, *self.illegal, *self.outside]
 
 
 def plain(survey: Survey) -> dict[str, Any]:
-    """As JSON has it."""
+    """The survey as JSON can hold it."""
     told = {f.name: getattr(survey, f.name) for f in fields(survey)}
     return {name: dict(value) if isinstance(value, Counter) else value for name, value in told.items()}
 
@@ -86,7 +86,7 @@ Pattern = tuple[Any, ...]
 
 
 def pattern(kernel: Any, tensors: Sequence[Any], mapped: Sequence[int]) -> Pattern:
-    """The kernel, and of each operand whether it is there, its dtype, and whether it goes as a tensor map."""
+    """The kernel, and for each operand: whether it is there, its dtype, and whether it is passed as a tensor map."""
     return kernel.__name__, *(None if t is None else (t.dtype, i in mapped) for i, t in enumerate(tensors))
 
 
@@ -97,7 +97,7 @@ def unaligned(t: torch.Tensor) -> torch.Tensor:
 
 
 def last_byte(e: RecordedEncode) -> int:
-    """Of those that the map can reach, counted from where its tensor starts."""
+    """The offset of the last byte that the map can reach, from where its tensor starts."""
     strides = e.element_bytes, *e.strides[1:]
     return sum((dim - 1) * stride for dim, stride in zip(e.dims, strides, strict=True)) + e.element_bytes - 1
 
@@ -116,12 +116,12 @@ class Comparison:
         self.call, self.run = launch.Launch.__call__, launch.run
 
     def unplanned(self, kernel: Any, *args: Any, **options: Any) -> Any:
-        """In place of launch.run, which plans call too where they do not know the kernel yet."""
+        """Stands in for launch.run while a plan is called, which calls it where it does not know the kernel yet."""
         self.launched_by_triton += 1
         return self.run(kernel, *args, **options)
 
     def without_a_plan(self, kernel: Any, grid: Any, device: Any, *args: Any, **options: Any) -> Any:
-        """In place of launch.run for what is not called from a plan."""
+        """Stands in for launch.run for launches that no plan makes."""
         if (
             self.once
             and (key := pattern(kernel, [a for a in args if a is None or isinstance(a, torch.Tensor)], ())) in self.seen
@@ -136,7 +136,7 @@ class Comparison:
         return compiled
 
     def planned(self, plan: launch.Launch, *tensors: Any) -> None:
-        """In place of a plan's call."""
+        """Stands in for Launch.__call__."""
         key = pattern(plan.kernel, tensors, [i for i, _ in plan.maps])
         if 0 in plan.grid or (self.once and key in self.seen):
             return
@@ -161,7 +161,7 @@ class Comparison:
                 self.differs(plan, "with aligned operands again", repeated, again)
 
     def compare(self, plan: launch.Launch, tensors: Sequence[Any]) -> Any:
-        """Launches by Triton, twice by the plan, and compares the first with the last."""
+        """Launches by Triton, then twice by the plan, and compares the first launch with the last."""
         self.driver.taken()
         plan.run(tuple(tensors))
         by_triton = self.taken(tensors)

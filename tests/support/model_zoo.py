@@ -56,7 +56,7 @@ class Family:
 
 
 def vgg(torchvision: Any) -> nn.Module:
-    """With two small layers for a classifier: its own has 120 million weights."""
+    """A VGG with two small layers for a classifier: its own has 120 million weights."""
     with torch.device("meta"):
         model = torchvision.models.VGG(nn.Identity(), init_weights=False)
     model.features = torchvision.models.vgg.make_layers([16, "M", 32, "M", 32, 32, "M", 64, 64, "M"], batch_norm=True)

@@ -97,7 +97,7 @@ class Pretended(TorchDispatchMode):
         return found is not None and not found.expired()
 
     def put(self, t: Tensor, there: bool) -> Tensor:
-        """Says of the memory of `t` where it is."""
+        """Remembers the memory of `t` as the GPU's or the CPU's."""
         if t.layout is torch.sparse_coo and type(t) is Tensor:
             t = t._values()
         if _plain(t):

@@ -27,7 +27,7 @@ from .trial import SmokeTrial
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
-    """As integers, of which a NaN equals itself."""
+    """The tensor's bytes as integers, so that a NaN equals itself."""
     return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 

@@ -61,8 +61,8 @@ def due_on(arch: str) -> set[str]:
 
 
 def uncovered(rows: Iterable[KernelRow]) -> list[str]:
-    """One line for each kernel that can be chosen on an architecture of the rows, while no row of that architecture is
-    its.
+    """One line for each kernel that can be chosen on an architecture of the rows though no row there is that
+    kernel's.
     """
     compiled: dict[str, set[str]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Launches, as far as Triton compiles by them: written down where kernels are interpreted, compiled where they are not.
+"""Descriptions of launches: all that decides what Triton compiles for a launch, and nothing else of it.
 
     line = described(kernel, arguments, options)  # in an interpreted process, for each launch
     reason = refused(line, "sm_90")  # in another one: why Triton's front end refuses it, or None
@@ -9,8 +9,9 @@ whose type changes in a loop, an unknown method. What the tests have interpreted
 
 A description is one line of JSON, and launches that Triton compiles alike have the same one: of a tensor it keeps the
 dtype and whether its address is a multiple of 16 bytes, of a tensor map the dtype and the box, of an integer a small
-one that Triton takes for its like, and of constexpr arguments everything. The arguments that it stands for are handed
-to Triton's own launch, so that it is Triton which works out types, constants and attributes from them.
+one that makes no difference to Triton, and of constexpr arguments everything; a NamedTuple comes back as its class, by
+module and name. To compile a description, arguments like those of the launch are made from it and handed to Triton's
+own launch, which works out types, constants and attributes from them.
 """
 
 from __future__ import annotations
@@ -53,10 +54,9 @@ def parameters(kernel: Any) -> dict[str, KernelParam]:
 
 
 def representative(n: int, specialized: bool) -> int:
-    """A small integer for which Triton compiles what it compiles for `n`: of n's width, and if `specialized` as much 1,
-    or divisible by 16.
-
-    0 is divisible by 16. A parameter of do_not_specialize is not specialized.
+    """A small integer for which Triton compiles the same code as for `n`. It needs as many bits as `n`; if
+    `specialized` it is also 1, or divisible by 16, exactly where `n` is. Triton counts 0 as divisible by 16, and does
+    not specialize parameters of do_not_specialize.
     """
     narrow = -(2**31) <= n < 2**31
     if not specialized:
@@ -189,7 +189,9 @@ class Described:
         return self.kernel.warmup(**arguments, grid=(1,), enable_fp_fusion=True, **self.options)
 
     def operands(self) -> str:
-        """The operands that are tensors, and those that are absent, for a reader: "x_ptr float16, bias_ptr None"."""
+        """The operands, for a reader: each tensor with its dtype, and which are absent, as in "x_ptr float16,
+        bias_ptr None".
+        """
         told = []
         for name, value in self.arguments.items():
             if value is None:
@@ -207,8 +209,8 @@ class Described:
         return dict(number for name, value in constants.items() for number in named_numbers(name, value))
 
     def program(self) -> tuple[Any, ...]:
-        """What Triton's front end goes by: the types of operands, which of them are absent or the constant 1, constants
-        but for numbers, and what the kernel decides by numbers.
+        """What makes another program to Triton's front end: the types of operands, which of them are absent or the
+        constant 1, constants that are no numbers, and what the kernel decides by numbers.
         """
         known = parameters(self.kernel)
         types: list[Any] = []
@@ -230,11 +232,10 @@ class Described:
 
 
 def representatives(lines: Iterable[str]) -> list[str]:
-    """Those of `lines` that are another program to Triton's front end, and for each other number of a parameter, in
-    each dtype, one.
-
-    Numbers alone make no other program, unless the kernel or a helper decides by them; but a block of 8 may be refused
-    where one of 16 is not. Raises RuntimeError where kernels are interpreted, and what `Described.of` does.
+    """The lines to compile: one for each program to Triton's front end, and one for each further number that a
+    parameter has, in each dtype. Numbers alone make no other program, unless the kernel or a helper decides by them;
+    but a block of 8 may be refused where one of 16 is not. Raises RuntimeError where kernels are interpreted, and
+    what `Described.of` does.
     """
     require_compiled_kernels()
     told = {line: Described.of(line) for line in sorted(set(lines))}

@@ -1,7 +1,7 @@
 """Every kernel and tile compiled ahead of time by every Triton of the gate for every architecture that it compiles for.
 
     python ci/aot_matrix.py                                           # all twelve combinations
-    python ci/aot_matrix.py --triton 3.7.1 --arch sm_89 --only dgrad  # one of them, and only the cases with that word in their name
+    python ci/aot_matrix.py --triton 3.7.1 --arch sm_89 --only dgrad  # one of them, cases with dgrad in their name
 
 Each Triton is installed into a folder that is thrown away, with the numpy that it needs: pip has to find it. `cnnfast
 aot` runs on it, once an architecture. Prints a table and the problems, and writes them to ci/results/aot.txt; exit code
@@ -54,7 +54,7 @@ def install(triton: str, folder: Path) -> None:
 
 
 def told(triton: str, arch: str, output: str, rows: Sequence[dict[str, Any]], seconds: float) -> Combination:
-    """From what `cnnfast aot` printed, and the rows that it wrote. Raises ValueError if the one does not fit the other."""
+    """From what `cnnfast aot` printed and the rows that it wrote. Raises ValueError if they do not fit each other."""
     problems = tuple(line.removeprefix("problem ") for line in output.splitlines() if line.startswith("problem "))
     end = re.search(r"^(\d+) kernels compiled, (\d+) problems$", output, re.MULTILINE)
     if end is None or (int(end[1]), int(end[2])) != (len(rows), len(problems)):

@@ -1,10 +1,11 @@
 """The long fuzz: thousands of random calls of every operation, forward and backward, bit for bit, and of bad arguments.
 
-    python ci/fuzz.py                                  # all properties of tests/support/fuzz_properties.py, some ten minutes
+    python ci/fuzz.py                                     # all properties: some ten minutes
     python ci/fuzz.py --only conv2d --cases 100 --seed 7
 
-Prints, and writes to ci/results/fuzz/<property>.txt, how many cases of each property passed and what they were
-instances of. The first case that fails is printed, as small as it can be made, and ends the run.
+The properties are those of tests/support/fuzz_properties.py. How many cases of each passed, and what they were
+instances of, is printed and written to ci/results/fuzz/<property>.txt. The first case that fails is printed, as small
+as it can be made, and ends the run.
 """
 
 from __future__ import annotations

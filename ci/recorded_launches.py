@@ -1,8 +1,10 @@
 """What reaches CUDA, of every kernel and tile, all dtypes, layouts and many geometries: by plans and by Triton,
 compared to the byte.
 
-    python ci/recorded_launches.py                                 # on the triton that is installed: a quarter of an hour on one core
-    python ci/recorded_launches.py --overlay FOLDER --overlay ...  # on those in these folders (pip install --target), one by one
+    python ci/recorded_launches.py                                 # on the installed triton: 15 minutes on one core
+    python ci/recorded_launches.py --overlay FOLDER --overlay ...  # on the tritons in these folders, one by one
+
+A folder of --overlay is what pip install --target fills.
 
 No GPU is needed: Triton's real launcher runs over a driver that records (cnnfast_kernels/aot/recording_driver; what is
 launched is in tests/support/launch_survey.py). Prints a table and writes it to
@@ -43,7 +45,8 @@ def surveyed(overlay: str, jobs: int, console: Console) -> Survey:
     def take(part: int) -> Survey:
         found = revived(run_compiled(survey_part, part, PARTS, timeout=3600, overlay=overlay))
         console.print(
-            f"triton {found.triton}, part {part + 1} of {PARTS}: {found.by_plan.total()} launches, {len(found.wrong)} wrong"
+            f"triton {found.triton}, part {part + 1} of {PARTS}: "
+            f"{found.by_plan.total()} launches, {len(found.wrong)} wrong"
         )
         return found
 

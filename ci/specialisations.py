@@ -2,12 +2,12 @@
 
     PYTEST_ADDOPTS="--specialisations FOLDER" pytest -n 2     # each process of the tests leaves a file in FOLDER
     python ci/specialisations.py front-end FOLDER             # Triton's front end: quick enough for ci/check.sh
-    python ci/specialisations.py whole FOLDER                 # all of the compiler: long, writes ci/results/specialisations/
+    python ci/specialisations.py whole FOLDER                 # all of the compiler: long
 
-A recording serves every version of Triton. The front end sees one of the launches that differ only in numbers, and
-cnnfast_kernels/aot/specialisations.py says which those are; `whole` compiles every one. Launches with tensor maps are
-compiled for architectures that have them. Exit code 1 if one is refused or a kernel was never launched, 2 if nothing
-was recorded.
+A recording serves every version of Triton. Of launches that differ only in numbers the front end sees one;
+cnnfast_kernels/aot/specialisations.py says which those are. `whole` compiles every launch, and writes its result to
+ci/results/specialisations/. Launches with tensor maps are compiled for architectures that have them. Exit code 1 if one
+is refused or a kernel was never launched, 2 if nothing was recorded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from cnnfast_kernels.aot import kernel_modules
-from cnnfast_kernels.aot.compiling import in_processes
+from cnnfast_kernels.aot.processes import in_processes
 from cnnfast_kernels.aot.specialisations import Described, refused, representatives, runs_on
 
 RECORDED = typer.Argument(help="Where the tests recorded their launches.")
@@ -106,7 +106,8 @@ def whole(
         found = compiled(able, name, True, jobs)
         failures += found
         told.append(
-            f"{name}: {len(able) - len(found)} of {len(able)} compile, {time.perf_counter() - begun:.0f} s by {jobs} processes"
+            f"{name}: {len(able) - len(found)} of {len(able)} compile, "
+            f"{time.perf_counter() - begun:.0f} s by {jobs} processes"
         )
     text = "\n".join([*told, *(f"\n{failure}" for failure in failures)]) + "\n"
     print(text)

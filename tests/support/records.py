@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 class Window(NamedTuple):
-    """Numbers alone."""
+    """A record of numbers alone."""
 
     C: int
     R: int
@@ -27,7 +27,7 @@ class Limits(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """A name, a dtype, and a record."""
+    """A record of a name, a dtype, and another record."""
 
     ACTIVATION: str | None
     ACC: tl.dtype
@@ -35,7 +35,7 @@ class Ending(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Made inside the kernel."""
+    """A record that is made inside the kernel."""
 
     row: tl.tensor
     column: tl.tensor | None

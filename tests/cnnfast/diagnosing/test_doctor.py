@@ -460,7 +460,8 @@ import json, os, signal, sys, time
 from collections import namedtuple
 def begin(step): print({trial.MARK!r} + json.dumps(dict(device=sys.argv[2], step=step)), flush=True)
 def end(step, wrong="", fatal=False):
-    print({trial.MARK!r} + json.dumps(dict(device=sys.argv[2], step=step, wrong=wrong, fatal=fatal, seconds=0.1)), flush=True)
+    told = dict(device=sys.argv[2], step=step, wrong=wrong, fatal=fatal, seconds=0.1)
+    print({trial.MARK!r} + json.dumps(told), flush=True)
 """
 
     def start(script: str, limit: float = 60) -> launching.Trial:
@@ -723,7 +724,9 @@ def test_how_float32_is_multiplied(device):
 
 @pytest.fixture
 def machine(monkeypatch, kept, tmp_path) -> SimpleNamespace:
-    """A machine without a GPU, where kernels are not interpreted; a test may change it. Its GPU is this ring's device."""
+    """A machine without a GPU, where kernels are not interpreted; a test may change it. Its GPU is this ring's
+    device.
+    """
     m = SimpleNamespace(
         smi=Smi(), cuda=Cuda(0, "Found no NVIDIA driver"), newest=None, built="13.0", covered=[], trial=FINE, tried=0
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cnnfast
 from cnnfast.models import resnet18, resnet50
 from cnnfast.summary import Layer, attempt, layers, summarize
-from tests.support import model_zoo
+from tests.support.packages import package
 
 
 def meta(build: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
@@ -477,7 +476,7 @@ def test_hooks_that_are_objects_of_the_model_run():
 
 
 @pytest.mark.parametrize(
-    ("package", "name", "options", "size", "field"),
+    ("library", "name", "options", "size", "field"),
     [
         ("torchvision", "alexnet", {}, 224, 195),
         ("torchvision", "inception_v3", {"init_weights": False}, 299, 1311),
@@ -485,10 +484,10 @@ def test_hooks_that_are_objects_of_the_model_run():
         ("timm", "inception_resnet_v2", {}, 299, 3039),
     ],
 )
-def test_published_receptive_fields(package, name, options, size, field):
+def test_published_receptive_fields(library, name, options, size, field):
     """Those of the article that receptive_field.py cites."""
-    torchvision = model_zoo.torchvision()  # timm imports it
-    create = torchvision.models.get_model if package == "torchvision" else importlib.import_module("timm").create_model
+    module = package(library)
+    create = module.models.get_model if library == "torchvision" else module.create_model
     found = summarize(meta(lambda: create(name, **options)), image(1, 3, size, size))
     assert max(layer.receptive_field or 0 for layer in found.layers) == field
     assert sum(layer.parameters for layer in found.layers) + found.unused == found.parameters
@@ -496,8 +495,7 @@ def test_published_receptive_fields(package, name, options, size, field):
 
 @pytest.mark.parametrize("name", ["ResNet", "ConvNext", "Swin"])
 def test_models_of_transformers(name):
-    model_zoo.torchvision()
-    transformers = importlib.import_module("transformers")
+    transformers = package("transformers")
     model = meta(lambda: getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")()))
     found = summarize(model, image(1, 3, 224, 224))
     with FlopCounterMode(display=False) as counter:

@@ -133,7 +133,8 @@ def encode(cases):
     from cnnfast_kernels.aot.recording_driver import recording_driver
 
     legal = {
-        "offset": 0, "type": 6, "rank": 2, "address": 4096, "dims": [64, 64], "strides": [128], "box": [64, 16], "steps": [1, 1],
+        "offset": 0, "type": 6, "rank": 2, "address": 4096,
+        "dims": [64, 64], "strides": [128], "box": [64, 16], "steps": [1, 1],
         "interleave": 0, "swizzle": 3, "promotion": 2, "fill": 0,
     }  # fmt: skip
     memory = ctypes.create_string_buffer(512)
@@ -151,7 +152,8 @@ def encode(cases):
             lists = {name: (kind * len(c[name]))(*c[name]) for name, kind in kinds.items()}
             code = driver.library.cuTensorMapEncodeTiled(
                 ctypes.byref(memory, start + c["offset"]), c["type"], c["rank"], ctypes.c_void_p(c["address"]),
-                lists["dims"], lists["strides"], lists["box"], lists["steps"], c["interleave"], c["swizzle"], c["promotion"], c["fill"],
+                lists["dims"], lists["strides"], lists["box"], lists["steps"],
+                c["interleave"], c["swizzle"], c["promotion"], c["fill"],
             )  # fmt: skip
             ((), (encoded,)) = driver.taken()
             found.append([code, encoded.refusal])
@@ -272,8 +274,9 @@ def use_beside_another():
     import ctypes
 
     from cnnfast_kernels.aot import recording_driver
+    from cnnfast_kernels.aot.recording_driver import library
 
-    ctypes.CDLL(str(recording_driver.build()))
+    ctypes.CDLL(str(library.build()))
     try:
         with recording_driver.recording_driver(90):
             pass

@@ -78,7 +78,8 @@ def test_blocks_are_what_copy_engine_and_matrix_unit_take():
 
 
 @given(
-    outputs=st.integers(1, 20), inputs=st.integers(1, 20), taps=st.integers(1, 7), stride=st.integers(1, 4), pad=st.integers(0, 9),
+    outputs=st.integers(1, 20), inputs=st.integers(1, 20), taps=st.integers(1, 7), stride=st.integers(1, 4),
+    pad=st.integers(0, 9),
     dilation=st.integers(1, 4),
 )  # fmt: skip
 def test_tap_pairs(outputs, inputs, taps, stride, pad, dilation):

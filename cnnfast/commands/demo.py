@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from .console import JSON_HELP, printer, refuse_no_time, refuse_unwritable, write_text
+from .console import JsonFile, bars, printer, refuse_no_time, refuse_unwritable, write_text
 
 EPOCHS = 30
-# seconds: 46 directions of layers are timed for 0.2 s each, which is 9; the rest is for compiling and judging them
+# Seconds. Timing 46 directions of layers for 0.2 s each takes 9 s; the rest is for compiling and judging them.
 BUDGET = 30.0
 
 
@@ -22,7 +22,7 @@ def demo(
     budget: Annotated[
         float, typer.Option(help="Seconds for timing ResNet-50's convolutions on a GPU, the costliest first.")
     ] = BUDGET,
-    json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Train a small residual network on real digits, then run the kernels on real images and judge every error.
 
@@ -52,7 +52,8 @@ def demo(
     from ..demo.picture import draw
     from ..demo.story import tell
 
-    results, images = tell(seed, epochs, console, budget)
+    with bars(console) as shown:
+        results, images = tell(seed, epochs, shown, budget)
     out.mkdir(parents=True, exist_ok=True)
     draw(results, images, out / "demo.png")
     (out / "report.md").write_text(markdown(results, "demo.png"))

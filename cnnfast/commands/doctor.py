@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from .console import JSON_HELP, printer, progress, refuse_unwritable, write_text
+from .console import JsonFile, printer, progress, refuse_unwritable, write_text
 
 
-def doctor(json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None) -> None:
+def doctor(json_file: JsonFile = None) -> None:
     """Tell what this machine has for cnnfast, what is broken, who serves which call, and what to do next.
 
     Asks for versions, NVIDIA's driver, GPUs, a C compiler, and the folders of caches and tables. On a GPU another

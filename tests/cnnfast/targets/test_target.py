@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from torch import nn
 
-from cnnfast.commands import target
-from cnnfast.commands.target import input_shape, parse_shape, resolve, resolve_module
+from cnnfast.targets.inputs import input_shape, parse_shape
+from cnnfast.targets.libraries import imported
+from cnnfast.targets.naming import resolve, resolve_module
+from cnnfast.targets.target import TargetError
 from tests.support import model_zoo
 
 
@@ -23,9 +24,9 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty current folder; what is imported from it is forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    target._import.cache_clear()
+    imported.cache_clear()
     yield tmp_path
-    target._import.cache_clear()
+    imported.cache_clear()
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)) or name.startswith("package"):
             del sys.modules[name]
@@ -66,7 +67,7 @@ def libraries(folder, monkeypatch):
 
 
 def says(text: str) -> str:
-    with pytest.raises(typer.BadParameter) as raised:
+    with pytest.raises(TargetError) as raised:
         resolve_module(text)
     return str(raised.value)
 
@@ -107,7 +108,8 @@ def test_a_source_that_is_not_installed_is_said_to_be_so(libraries):
 def test_unknown_names_are_told_near_ones(libraries):
     message = says("resnext50_32x4")
     assert message.startswith(
-        "'resnext50_32x4' is no model of cnnfast, timm (torchvision installed, but not importable); near: resnext50_32x4d"
+        "'resnext50_32x4' is no model of cnnfast, timm (torchvision installed, but not importable); "
+        "near: resnext50_32x4d"
     )
     assert "near: resnet50" in says("ResNet-50")
     assert "file.py:NAME" in says("xyzzy")
@@ -227,7 +229,8 @@ def test_functions_of_tensors_stand_for_themselves(files):
     [
         (
             "nets.py",
-            "nets.py names no model: write file.py:NAME; nets.py has Configured, Namespace, Needy, Net, apply, build, factory",
+            "nets.py names no model: write file.py:NAME; "
+            "nets.py has Configured, Namespace, Needy, Net, apply, build, factory",
         ),
         ("nothing.py:Net", "there is no file nothing.py"),
         ("nothing.py", "there is no file nothing.py"),
@@ -258,7 +261,7 @@ def test_parse_shape(text, shape):
 
 @pytest.mark.parametrize("text", ["", "1x0x4", "1x-3", "3,4", "axb", "1x"])
 def test_parse_shape_refuses(text):
-    with pytest.raises(typer.BadParameter, match="is no shape"):
+    with pytest.raises(TargetError, match="is no shape"):
         parse_shape(text)
 
 
@@ -306,7 +309,7 @@ def test_inputs_that_a_model_takes(model, large, small):
 
 
 def test_a_model_without_weights_needs_an_input():
-    with pytest.raises(typer.BadParameter, match="ReLU has no layer with a weight"):
+    with pytest.raises(TargetError, match="ReLU has no layer with a weight"):
         input_shape(nn.ReLU(), 1, small=False)
 
 

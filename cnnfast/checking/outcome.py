@@ -17,7 +17,7 @@ from .randomness import reproducible
 
 
 @dataclass
-class Outcome:
+class RunOutcome:
     """Outputs, inputs, buffers and gradients after a run, by name, and the calls that were made. A gradient that does
     not exist is missing.
     """
@@ -27,7 +27,7 @@ class Outcome:
     backward: dispatch.Trace = field(default_factory=dispatch.Trace)
 
 
-def outcome_of(model: nn.Module, inputs: Any, output_gradient: Callable[[Tensor, int], Tensor] | None) -> Outcome:
+def outcome_of(model: nn.Module, inputs: Any, output_gradient: Callable[[Tensor, int], Tensor] | None) -> RunOutcome:
     """Runs `model` on copies of `inputs`, always with the same random numbers.
 
     output_gradient: makes the gradient that backward starts from, of an output and its number; None: no gradients.
@@ -36,7 +36,7 @@ def outcome_of(model: nn.Module, inputs: Any, output_gradient: Callable[[Tensor,
     leaves = tree_map_only(Tensor, lambda t: clone(t).requires_grad_(backward and t.is_floating_point()), inputs)
     candidates = (*named_tensors("input", leaves).items(), *model.named_parameters())
     wanted = {name: t for name, t in candidates if t.requires_grad}
-    outcome = Outcome()
+    outcome = RunOutcome()
     with reproducible(0), torch.set_grad_enabled(backward):
         given = tree_map_only(Tensor, Tensor.clone, leaves)  # the model may write into them
         with dispatch.trace() as outcome.forward:
@@ -67,7 +67,7 @@ def distance(t: Tensor, u: Tensor) -> float:
     return float((t - u).square().nansum())
 
 
-def deviation(a: Outcome, b: Outcome) -> float:
+def deviation(a: RunOutcome, b: RunOutcome) -> float:
     """The relative root mean square of the difference, for the output or buffer that differs most."""
     names = [
         name

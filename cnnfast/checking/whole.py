@@ -43,7 +43,7 @@ from ..precision import UNIT as TF32_UNIT
 from ..precision import float32_products
 from .judge import compare, kernels
 from .moving import Mover
-from .outcome import Outcome, deviation, distance, named_tensors, outcome_of
+from .outcome import RunOutcome, deviation, distance, named_tensors, outcome_of
 from .report import FAIL, NOT_JUDGED, NOT_OURS, OK, CheckRow, Comparison
 from .state import compare_states
 
@@ -160,8 +160,8 @@ class _Step:
     def judged(self) -> CheckRow:
         shapes = " ".join("x".join(map(str, t.shape)) for t in named_tensors("", self.inputs).values())
         row = CheckRow("", self.mode, shapes, self.precision)
-        theirs = exact = Outcome()
-        samples: dict[float, list[Outcome]] = {}
+        theirs = exact = RunOutcome()
+        samples: dict[float, list[RunOutcome]] = {}
         try:
             theirs = self.scaled()
             exact = self.run(self.original, exact=True)
@@ -187,7 +187,7 @@ class _Step:
             row.verdict, row.reason = NOT_OURS, "none of its calls was served by our kernels"
         return row
 
-    def scaled(self) -> Outcome:
+    def scaled(self) -> RunOutcome:
         """PyTorch's outcome. Finds a scale of the gradients with which none overflows: float16 needs that."""
         outcome = self.run(self.original)
         while self.scale > SMALLEST_SCALE and any(
@@ -201,14 +201,16 @@ class _Step:
     def gradient_unit(self) -> float:
         return self.unit if not self.backward or self.dtype == torch.float64 else max(self.unit, KINK)
 
-    def moved(self, unit: float) -> list[Outcome]:
+    def moved(self, unit: float) -> list[RunOutcome]:
         info = torch.finfo(self.dtype)
         return [
             self.run(self.original, exact=True, mover=Mover(unit, info.tiny * info.eps, seed))
             for seed in range(SAMPLES)
         ]
 
-    def run(self, model: nn.Module, *, ours: bool = False, exact: bool = False, mover: Mover | None = None) -> Outcome:
+    def run(
+        self, model: nn.Module, *, ours: bool = False, exact: bool = False, mover: Mover | None = None
+    ) -> RunOutcome:
         """Runs a copy of `model` in this step's mode: by our kernels if `ours`, in float64 if `exact`, moved about by
         `mover`.
         """
@@ -229,7 +231,7 @@ class _Step:
         dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
         return torch.empty_like(output).copy_(dy * self.scale)
 
-    def randomness(self, theirs: Outcome, exact: Outcome, samples: list[Outcome]) -> str:
+    def randomness(self, theirs: RunOutcome, exact: RunOutcome, samples: list[RunOutcome]) -> str:
         """Why the original is too random to be judged, or the empty string."""
         if deviation(exact, self.run(self.original, exact=True)) > ALIKE:
             return "random: with the same seed the original gives other numbers the second time"
@@ -238,7 +240,7 @@ class _Step:
             return f"{what}, and not by rounding: random ones, perhaps"
         return ""
 
-    def chaos(self, exact: Outcome, samples: list[Outcome]) -> str:
+    def chaos(self, exact: RunOutcome, samples: list[RunOutcome]) -> str:
         """Why rounding alone decides the results, or the empty string."""
         for what in ("output", "gradients"):
             names = [name for name, t in exact.tensors.items() if name.startswith(what[:4]) and t.is_floating_point()]
@@ -251,7 +253,7 @@ class _Step:
         return ""
 
     def compare(
-        self, ours: Outcome, theirs: Outcome, exact: Outcome, samples: dict[float, list[Outcome]]
+        self, ours: RunOutcome, theirs: RunOutcome, exact: RunOutcome, samples: dict[float, list[RunOutcome]]
     ) -> Iterator[Comparison]:
         for name in dict.fromkeys([*theirs.tensors, *ours.tensors]):
             mine, right = ours.tensors.get(name), theirs.tensors.get(name)

@@ -75,7 +75,7 @@ LAYERS = {
         "warming",
         "checking tuning bench",
         "diagnosing",
-        "commands",
+        "demo commands",
     ],
 }
 

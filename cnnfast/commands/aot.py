@@ -1,4 +1,4 @@
-"""`cnnfast aot`: every kernel compiled for GPUs that need not be there, and what their machine code says."""
+"""`cnnfast aot`: every kernel compiled for GPUs that need not be there, and what its machine code holds."""
 
 from __future__ import annotations
 

@@ -83,22 +83,22 @@ def bench(
         typer.Option(help="Measure nothing: compare two files of --json, the earlier first.", metavar="A B"),
     ] = None,
 ) -> None:
-    """Measure MODEL in eval or training against the strongest baselines: what is lost comes first.
+    """Measure MODEL in eval or training against the strongest baselines; losses are listed first.
 
     Baselines are PyTorch in channels_last with cudnn.benchmark, the same as a CUDA graph, torch.compile, cuDNN's fused
-    convolutions and JAX, as far as this machine has them; what did not run is listed with the reason. Before it is
-    timed, every one is checked against float64 (dropout is off for that): wrong numbers get no time. All take turns in
-    every round. Beside each time stands what the machine allows, by its bandwidth and matrix rate, measured in the same
-    run.
+    convolutions and JAX, as far as this machine has them; what did not run is listed with the reason. Each is checked
+    against float64 before it is timed (dropout is off for that), and one that computes wrong numbers is not timed. All
+    take turns in every round. Beside each time stands what the machine allows, by its bandwidth and matrix rate, which
+    are measured in the same run.
 
     Without MODEL the standard set runs: ResNet-50 in eval and in training, and --layers. Without a GPU PyTorch serves
     every call, so that ratios show what conversion costs. `--compare A B` ends with exit code 1 if something became
     slower or wrong.
 
-    The file of --json is written whenever something is known. Ctrl-C and SIGTERM end the run with a report of what it
-    has, and exit code 130 or 143. A --budget counts from the start, compilation included; models come before layers,
-    and what computes or moves most comes first of these. Whatever has begun is finished: a provider that compiles for a
-    minute may exceed the budget by it.
+    The file of --json is written after every result. Ctrl-C and SIGTERM end the run with a report of what it has, and
+    exit code 130 or 143. A --budget counts from the start, compilation included. Models come before layers, and those
+    that compute or move most come first. A measurement that has begun is finished: a provider that compiles for a
+    minute may exceed the budget by that minute.
     """
     if compare is not None:
         raise typer.Exit(_compare(*compare))
@@ -169,7 +169,9 @@ def bench(
 def _run(
     tasks: list[Task], device: torch.device, dtype: torch.dtype, seconds: float, budget: Budget, json_file: Path | None
 ) -> tuple[Series | None, int]:
-    """What was measured, None if nothing was before an interrupt, and the exit code. The file is written meanwhile."""
+    """What was measured, or None if an interrupt came before anything was, and the exit code. Writes the file after
+    every result.
+    """
     from ..bench.rows import lines, to_json
     from ..bench.series import Series
     from ..bench.task import in_order

@@ -39,9 +39,9 @@ def check(
     forward and backward.
 
     A class, or a function that can be called without arguments, is called to build the model; no weights are fetched.
-    Without a GPU the kernels are interpreted: minutes for a small network, an hour and more for a ResNet-50. float64 is
-    the sharpest test of a whole model. float32 is judged as IEEE multiplies, whatever PyTorch would do by default; what
-    it does on a GPU, rounding to TF32, is --dtype tf32. Our kernels are asked wherever there is one, also for
+    Without a GPU the kernels are interpreted, which takes minutes for a small network, and an hour or more for a
+    ResNet-50. float64 is the sharpest test of a whole model. float32 is judged with IEEE products, whatever PyTorch's
+    settings are; its default on a GPU, rounding to TF32, is --dtype tf32. Our kernels serve wherever there is one, also
     convolutions that the library otherwise serves because it is faster.
 
     Ends with exit code 0 only if every covered call launched our kernels and everything holds.
@@ -65,7 +65,7 @@ def check(
     with progress("capturing the calls") as tell:
         try:
             report = run_check(checked, *inputs, backward=backward, dtype=name, progress=tell)
-        except (RuntimeError, TypeError, ValueError) as error:  # above all: an input that the model does not take
+        except (RuntimeError, TypeError, ValueError) as error:  # most often the model does not take the input
             needs = [] if isinstance(checked, torch.nn.Module) else missing_arguments(checked)
             called = f" (called with them as {', '.join(needs)})" if needs else ""
             given = " ".join("x".join(map(str, t.shape)) for t in inputs)

@@ -17,7 +17,7 @@ BUDGET = 30.0
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and demo.png.")] = Path("cnnfast-report"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the split, the weights and the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split, the weights and the training.")] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = EPOCHS,
     budget: Annotated[
         float, typer.Option(help="Seconds for timing ResNet-50's convolutions on a GPU, the costliest first.")
@@ -26,7 +26,7 @@ def demo(
 ) -> None:
     """Train a small residual network on real digits, then run the kernels on real images and judge every error.
 
-    The network is built on cnnfast.functional and trained on scikit-learn's 1,797 handwritten digits. Then the kernels
+    The network is built of cnnfast.nn's layers and trained on scikit-learn's 1,797 handwritten digits. Then the kernels
     run, forward and backward, on a photograph through a ResNet's first layers, and on held-out digits through the
     trained network, each call against float64 and beside PyTorch. Without a GPU they run in Triton's interpreter, in
     float32. On a GPU they run in float32, tf32, float16 and bfloat16, and ResNet-50's convolutions are timed too, as

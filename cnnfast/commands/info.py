@@ -32,7 +32,7 @@ UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 def info(model: Model, shapes: Shapes = None, json_file: JsonFile = None) -> None:
     """Show the layers of MODEL: output shape, parameters, FLOPs and receptive field of each, and totals.
 
-    Nothing is computed and no weights are fetched: the model, in eval mode, runs on tensors that have a shape and no
+    Nothing is computed and no weights are fetched: the model runs in eval mode on tensors that have a shape but no
     memory. FLOPs are the multiplications and additions of convolutions and matrix products, two to a
     multiply-accumulate (MAC). The receptive field is the number of input rows that one output can depend on ("all"
     after global pooling, attention, or a linear layer over positions), and beside it the step, in input rows, from one

@@ -26,15 +26,17 @@ def tune(
     dtype: console.Dtype = "bf16",
     mode: Annotated[str, typer.Option(help="infer; train: gradients too; or infer,train.")] = "infer",
     memory_format: Annotated[
-        str, typer.Option("--format", help="Of images and weights in memory: channels_last or contiguous.")
+        str, typer.Option("--format", help="Layout of images and weights in memory: channels_last or contiguous.")
     ] = FORMATS[0],
     budget: console.BudgetSeconds = None,
     seconds: Annotated[float | None, typer.Option(help=console.SECONDS_HELP, show_default="0.05")] = None,
     table: Annotated[
-        Path | None, typer.Option(help="Add the rows to this file too, a table that can be given to others.")
+        Path | None, typer.Option(help="Add the rows to this file too, a table that others can use.")
     ] = None,
     json_file: console.JsonFile = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be measured. Needs no GPU.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be measured; this needs no GPU.")
+    ] = False,
     gpu: Annotated[
         str | None, typer.Option(help="With --dry-run: the GPU to list for.", show_default="the one that is here")
     ] = None,
@@ -42,11 +44,11 @@ def tune(
     """Measure the convolutions of MODEL on this GPU, and let the fastest serve from then on.
 
     MODEL is converted. Each of its convolutions is tried with about a dozen tiles and with the library's (cuDNN's)
-    kernels, on random numbers; whoever computes wrong ones is out. What wins is written at once to a table in your
-    cache folder, which cnnfast reads in every later run; rows of other models and sizes stay in it. A row serves its
-    own sizes, and batches half to twice as large.
+    kernels, on random numbers; a candidate that computes wrong results is excluded. The winner is written at once to a
+    table in your cache folder, which cnnfast reads in every later run; rows of other models and sizes stay in it. A row
+    serves its own sizes, and batches half to twice as large.
 
-    Measure the sizes that you will run, and the dtype: PyTorch's convolutions of float32 on a GPU are tf32 unless you
+    Measure the sizes and the dtype that you will run: PyTorch's convolutions of float32 on a GPU are tf32 unless you
     set them to IEEE. Ends with exit code 1 if a convolution could not be measured, or anything computed wrong numbers.
     Ctrl-C loses nothing: what was measured is printed and kept, and the exit code is 130, or 143 after SIGTERM.
     """

@@ -134,30 +134,32 @@ def follow(operator: Any, args: Sequence[Any], kwargs: dict[str, Any], result: A
 
 def _viewed(field: Field, x: Tensor, y: Tensor) -> Field:
     """Of a view y of x: each of its axes runs through those digits of x that lie as far apart in memory."""
-    digits: list[tuple[int, int, float]] = []  # distance in memory, extent, step
+    digits: list[tuple[int, int, float]] = []  # of x: distance in memory between neighbours, extent, step
     for axis, distance in zip(field.axes, x.stride(), strict=True):
         for n, step in reversed(axis):
             digits += [(distance, n, step)] if n > 1 and distance else []
             distance *= n
     digits.sort(reverse=True)
-    offset, start, axes = int(y.storage_offset() - x.storage_offset()), 0.0, []
-    for distance, _, step in digits:
+    offset, start = int(y.storage_offset() - x.storage_offset()), 0.0
+    for distance, _, step in digits:  # y begins at this element of x, and so many rows further on
         start += offset // distance * step
         offset %= distance
+    axes: list[Axis] = []
     for extent, stride in zip(y.shape, y.stride(), strict=True):
-        axis, left = [], extent
-        while left > 1 and stride:
+        made: list[tuple[int, float]] = []
+        left = extent
+        while left > 1 and stride:  # its fastest digit first: that of x along which `stride` moves
             distance, n, step = next((d for d in digits if stride % d[0] == 0), (stride, left, 0.0))
             taken = min(left, -(-n * distance // stride))
             if left % taken or taken == 1:  # an axis that is not made of whole digits
                 return plain(y.shape).whole()
             step *= stride // distance
-            if axis and step == axis[0][0] * axis[0][1]:  # two digits that count as one
-                axis[0] = (axis[0][0] * taken, axis[0][1])
+            if made and step == made[0][0] * made[0][1]:  # two digits that count as one
+                made[0] = (made[0][0] * taken, made[0][1])
             else:
-                axis.insert(0, (taken, step))
+                made.insert(0, (taken, step))
             left, stride = left // taken, stride * taken
-        axes.append(tuple(axis) or ((extent, 0.0),))
+        axes.append(tuple(made) or ((extent, 0.0),))
     return Field(tuple(axes), field.first + start, field.last + start)
 
 

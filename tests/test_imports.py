@@ -66,15 +66,16 @@ LAYERS = {
         "aot",
     ],
     "cnnfast": [
-        "ops dispatch aside receptive_field precision dtypes measuring children",
+        "ops dispatch aside precision dtypes measuring children torchvision_import",
         "functional summary",
         "nn",
         "models conversion",
+        "targets",
         "calls",
         "warming",
         "checking tuning bench",
         "diagnosing",
-        "commands",
+        "demo commands",
     ],
 }
 

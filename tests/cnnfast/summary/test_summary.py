@@ -203,6 +203,13 @@ def tokens(x: Tensor) -> Tensor:
     return F.layer_norm(x.flatten(2).transpose(1, 2), (C,)).transpose(1, 2).unflatten(2, (H, W))
 
 
+def windows(x: Tensor) -> Tensor:
+    """Cut into windows of 4x4 and put together again, as networks with local attention do it."""
+    N, C, H, W = x.shape
+    cut = x.view(N, C, H // 4, 4, W // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, C)
+    return cut.view(N, H // 4, W // 4, 4, 4, C).permute(0, 5, 1, 3, 2, 4).reshape(N, C, H, W)
+
+
 def focus(x: Tensor) -> Tensor:
     return torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
 
@@ -224,6 +231,8 @@ NETWORKS = {
     "space to depth": nn.Sequential(Apply(space_to_depth), nn.Conv2d(8, 2, 3, padding=1)),
     "pixel unshuffle": nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(32, 2, 3, padding=1)),
     "focus": nn.Sequential(Apply(focus), nn.Conv2d(8, 2, 3, padding=1)),
+    "windows": nn.Sequential(Apply(windows), nn.Conv2d(2, 2, 3, padding=1)),
+    "halves": nn.Sequential(Apply(lambda x: torch.cat(x.chunk(2, 2), 1)), nn.Conv2d(4, 2, 3, padding=1)),
     "tokens": nn.Sequential(nn.Conv2d(2, 2, 4, 4), Apply(tokens), nn.Conv2d(2, 2, 3, padding=1)),
     "channels last": nn.Sequential(
         Apply(lambda x: x.permute(0, 2, 3, 1)), nn.Linear(2, 3), Apply(lambda x: x.permute(0, 3, 1, 2)), nn.MaxPool2d(3)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from torch import nn
 
-from cnnfast.commands import target
-from cnnfast.commands.target import input_shape, parse_shape, resolve, resolve_module
+from cnnfast.targets.inputs import input_shape, parse_shape
+from cnnfast.targets.libraries import imported
+from cnnfast.targets.naming import resolve, resolve_module
+from cnnfast.targets.target import TargetError
 from tests.support.packages import package
 
 
@@ -22,9 +23,9 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty current folder; what is imported from it is forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    target._import.cache_clear()
+    imported.cache_clear()
     yield tmp_path
-    target._import.cache_clear()
+    imported.cache_clear()
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)) or name.startswith("package"):
             del sys.modules[name]
@@ -65,7 +66,7 @@ def libraries(folder, monkeypatch):
 
 
 def says(text: str) -> str:
-    with pytest.raises(typer.BadParameter) as raised:
+    with pytest.raises(TargetError) as raised:
         resolve_module(text)
     return str(raised.value)
 
@@ -259,7 +260,7 @@ def test_parse_shape(text, shape):
 
 @pytest.mark.parametrize("text", ["", "1x0x4", "1x-3", "3,4", "axb", "1x"])
 def test_parse_shape_refuses(text):
-    with pytest.raises(typer.BadParameter, match="is no shape"):
+    with pytest.raises(TargetError, match="is no shape"):
         parse_shape(text)
 
 
@@ -307,7 +308,7 @@ def test_inputs_that_a_model_takes(model, large, small):
 
 
 def test_a_model_without_weights_needs_an_input():
-    with pytest.raises(typer.BadParameter, match="ReLU has no layer with a weight"):
+    with pytest.raises(TargetError, match="ReLU has no layer with a weight"):
         input_shape(nn.ReLU(), 1, small=False)
 
 

@@ -11,34 +11,13 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from ..activations import activation_of
+from ..patterns import NAMES, Activation, activation_of, addition, called_activation, is_activation
 from .effects import Effects, Obstacle
 from .grafts import base_of
 from .leaves import is_convolution, is_norm, normalizes_and_activates, replacement, why_left
 
-Activation = str | tuple[str, float | None]
-
-SUMS = {operator.add: ("input", "other"), torch.add: ("input", "other"), "add": ("self", "other")}
-IN_PLACE_SUMS = {operator.iadd: ("input", "other"), "add_": ("self", "other")}
-# Functions and methods that activate: the name of the activation, and of their arguments those that may be given by
-# position.
-ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
-    F.relu: ("relu", ("input",)),
-    torch.relu: ("relu", ("input",)),
-    "relu": ("relu", ("input",)),
-    "relu_": ("relu", ("input",)),
-    F.relu6: ("relu6", ("input",)),
-    F.silu: ("silu", ("input",)),
-    F.hardswish: ("hardswish", ("input",)),
-    F.gelu: ("gelu", ("input",)),
-    F.leaky_relu: ("leaky_relu", ("input", "negative_slope")),
-}
-UNKNOWN_ACTIVATIONS = (F.hardsigmoid, F.sigmoid, F.elu, F.softmax, torch.sigmoid, torch.tanh, torch.softmax)
-UNKNOWN_ACTIVATION_METHODS = ("sigmoid", "sigmoid_", "tanh", "softmax")
 SYMBOLS = {operator.add: "+", operator.iadd: "+=", operator.isub: "-=", operator.imul: "*=", operator.itruediv: "/="}
 
 
@@ -52,7 +31,7 @@ class Chain:
     norm: fx.Node | None = None
     residual: fx.Node | None = None
     in_place: bool = False
-    activation: Activation | None = None
+    activation: Activation | str | None = None
     stopped: str = ""
 
     @property
@@ -121,19 +100,17 @@ class Chains:
     def _add_sum(self, chain: Chain) -> str:
         identities, last, users = self._ahead(chain)
         if len(users) != 1:
-            wanted = any(_is_sum(user) or self._activates(user) for user in users)
+            wanted = any(addition(user) or self._activates(user) for user in users)
             return f"the result of {named(last)} {used_by(users)}" if wanted else ""
         (user,) = users
-        if not _is_sum(user):
+        found = addition(user)
+        if found is None:
             return ""
-        in_place = user.target in IN_PLACE_SUMS
-        given = _bound(user, (IN_PLACE_SUMS if in_place else SUMS)[user.target])  # pyright: ignore[reportArgumentType]
-        left, right = given.pop("input", None), given.pop("other", None)
+        left, right, in_place, options = found
         if left is right:
             return f"the result of {named(last)} is added to itself"
         if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
             return f"what is added to the result of {named(last)} is not a tensor"
-        options = [name for name, value in given.items() if not (value is None or (name == "alpha" and value == 1))]
         if options:
             return f"{named(user)} is called with {' and '.join(options)}"
         if in_place and left is not last:
@@ -149,13 +126,13 @@ class Chains:
         (user,) = users
         module = self.module(user)
         if module is not None:
-            activation: Activation | None = str(user.target) if activation_of(module) else None
+            activation = str(user.target) if activation_of(module) else None
             if activation and self._argument(user) is not last:
                 return f"{named(user)} is called with something else than one tensor"
         else:
-            activation = _function(user)
+            activation = called_activation(user)
         if activation is None:
-            kind = f" ({_class(module)})" if module is not None else ", as it is called," * (user.target in ACTIVATIONS)
+            kind = f" ({_class(module)})" if module is not None else ", as it is called," * (user.target in NAMES)
             return f"{named(user)}{kind} is not an activation that kernels know"
         return self._take(chain, [*identities, user], activation=activation)
 
@@ -191,14 +168,7 @@ class Chains:
         return value if list(node.kwargs) == expected and isinstance(value, fx.Node) else None
 
     def _activates(self, node: fx.Node) -> bool:
-        """Whether a node is an activation, known to kernels or not."""
-        module = self.module(node)
-        if module is not None:
-            bases = type(module).__mro__
-            return nn.MultiheadAttention not in bases and any(c.__module__ == nn.ReLU.__module__ for c in bases)
-        if node.op == "call_method":
-            return node.target in ACTIVATIONS or node.target in UNKNOWN_ACTIVATION_METHODS
-        return node.op == "call_function" and (node.target in ACTIVATIONS or node.target in UNKNOWN_ACTIVATIONS)
+        return is_activation(node, self.module(node))
 
     def _disturbed(self, obstacle: Obstacle, last: fx.Node) -> str:
         mine, between = named(obstacle.mine), f"{named(obstacle.node)}, called before {named(last)},"
@@ -241,38 +211,6 @@ def used_by(users: list[fx.Node]) -> str:
     return " and ".join(
         filter(None, [f"is used by {callers}" * bool(callers), "is returned" * (users[-1].op == "output")])
     )
-
-
-def _bound(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
-    """The arguments of a node by name; "input" is what a method is called on. Positions beyond `names` have numbers."""
-    names = tuple("input" if name == "self" else name for name in names)
-    positions = {names[i] if i < len(names) else f"argument {i + 1}": value for i, value in enumerate(node.args)}
-    return positions | dict(node.kwargs)
-
-
-def _is_sum(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and (node.target in SUMS or node.target in IN_PLACE_SUMS)
-
-
-def _function(node: fx.Node) -> tuple[str, float | None] | None:
-    """(name, slope or None) of the activation that a function or method computes; None if kernels do not know it as it
-    is called.
-    """
-    if node.target not in ACTIVATIONS:
-        return None
-    name, names = ACTIVATIONS[node.target]
-    options = _bound(node, names)
-    options.pop("input", None)
-    options.pop("inplace", None)
-    slope = None
-    if name == "leaky_relu":
-        slope = options.pop("negative_slope", 0.01)
-        if not isinstance(slope, int | float):
-            return None
-        slope = float(slope)
-    if name == "gelu":
-        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(options.pop("approximate", "none"), "")
-    return (name, slope) if name and not options else None
 
 
 def _class(module: Any) -> str:

@@ -9,6 +9,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .. import nn as cnn
+from ..patterns import FROZEN_NORMS
 from .grafts import base_of, graft, grafted_before, own_class, set_class
 
 LEAVES: dict[type, type] = {
@@ -27,13 +28,6 @@ COMPUTING = ("forward", "_conv_forward", "_check_input_dim", "__call__")
 
 # What a report mentions although no class takes its place.
 UNCOVERED = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-# Batch norms whose statistics and weights are all constants: buffers running_mean, running_var, weight, bias, and eps.
-FROZEN_NORMS = {
-    "torchvision.ops.misc.FrozenBatchNorm2d",
-    "timm.layers.norm_act.FrozenBatchNormAct2d",
-    "detectron2.layers.batch_norm.FrozenBatchNorm2d",
-}
 
 
 def class_name(module: nn.Module) -> str:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import nn as cnn
-from ..activations import activation_of
 from ..dispatch import on_gpu
+from ..patterns import activation_of
 from .chains import Chain, Chains
 from .effects import Conduct, Effects, Traits, buffers, traits
 from .grafts import own_class

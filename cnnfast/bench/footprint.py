@@ -18,11 +18,6 @@ def collect(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 

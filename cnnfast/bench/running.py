@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from .. import dispatch
+from ..measuring import failing
 from ..measuring.budget import Budget
 from ..measuring.machine import Machine, Peaks
 from ..measuring.timing import Clock, Times, clock_of, measure
-from .footprint import allocated, collect, kernels, peak, saved_bytes, wait
+from .footprint import allocated, collect, kernels, peak, saved_bytes
 from .gate import Expected, expect
 from .job import Job
 from .numbers import Numbers
@@ -78,9 +79,9 @@ def run(
         return made
 
     def failed(name: str, error: Exception) -> None:
-        rows[name] = {**rows[name], **UNTIMED, "status": FAILED, "reason": in_a_line(error)}
+        rows[name] = {**rows[name], **UNTIMED, "status": FAILED, "reason": reason_of(error)}
         prepared.pop(name, None)
-        if lost(job.device):
+        if failing.lost(job.device):
             told()
             raise error
 
@@ -141,7 +142,7 @@ def _first(job: Job, provider: Provider, expected: Expected, layer: bool) -> tup
     with nullcontext() if layer else empty_caches(provider.how != EAGER):
         ready = provider.prepare(job)
         results = ready.read(ready.step())
-    wait(job.device)
+    failing.wait(job.device)
     figures: dict[str, Any] = {}
     if not layer:
         figures["first"] = time.perf_counter() - began
@@ -153,17 +154,6 @@ def _first(job: Job, provider: Provider, expected: Expected, layer: bool) -> tup
     return ready, {**figures, "saved_bytes": saved_bytes(job, provider, ready)}
 
 
-def lost(device: torch.device) -> bool:
-    """Whether an error of CUDA stays with the process: whatever it asks of the device from then on fails."""
-    try:
-        wait(device)
-    except RuntimeError:
-        return True
-    return False
-
-
-def in_a_line(error: BaseException) -> str:
-    first = next(iter(str(error).strip().splitlines()), "")
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {first}"
+def reason_of(error: BaseException) -> str:
+    """Why a row has no times, in few words."""
+    return "out of memory" if isinstance(error, torch.cuda.OutOfMemoryError) else failing.in_a_line(error)

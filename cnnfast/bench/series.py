@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from ..measuring import failing
 from ..measuring.budget import Budget
 from ..measuring.machine import Machine, Peaks
 from .layers_ahead import LayersAhead
 from .rows import FAILED, LEFT_OUT, BenchRow
-from .running import ENDED, in_a_line, lost, run
+from .running import ENDED, reason_of, run
 from .task import Task
 
 
@@ -57,8 +58,8 @@ class Series:
                 found=lambda rows: self._set(i, rows),
             )
         except Exception as error:  # whatever the model raises in PyTorch: the other tasks may do better
-            reason = in_a_line(error)  # the error itself would keep tensors alive
-            if lost(task.job.device):
+            reason = reason_of(error)  # the error itself would keep tensors alive
+            if failing.lost(task.job.device):
                 self.lost = f"the GPU answers no more since {task}: {reason}"
                 self._not_done(i, LEFT_OUT, self.lost)
             else:

@@ -11,6 +11,7 @@ import torch
 
 from cnnfast_kernels import memory
 
+from ..measuring.failing import in_a_line, lost
 from ..measuring.graphs import captured
 from ..measuring.rotation import copies_for
 from ..measuring.timing import Step, Times, cudnn_benchmark
@@ -44,7 +45,7 @@ def race(measured: Measured, device: torch.device, measure: Measure, in_time: Ca
         judge = Judge(convolution, first)
     except Exception as error:  # memory, above all
         end_if_lost(device, f"PyTorch on {measured}", error)
-        measured.reason = f"PyTorch does not compute it: {_in_a_line(error)}"
+        measured.reason = f"PyTorch does not compute it: {in_a_line(error)}"
         return
     for name, candidate in measured.candidates.items():
         in_time()
@@ -54,14 +55,14 @@ def race(measured: Measured, device: torch.device, measure: Measure, in_time: Ca
             candidate.computes = not candidate.fault
         except Exception as error:  # too large for this GPU, or not to be compiled
             end_if_lost(device, f"{name} on {measured}", error)
-            candidate.failure = _in_a_line(error)
+            candidate.failure = in_a_line(error)
     in_time()
     del judge  # it holds the results in float64
     right = {name: computes[name] for name, candidate in measured.candidates.items() if candidate.computes}
     for name, result in timed(right, convolution, first, device, measure).items():
         if isinstance(result, Exception):
             end_if_lost(device, f"{name} on {measured}", result)
-            measured.candidates[name].failure = _in_a_line(result)
+            measured.candidates[name].failure = in_a_line(result)
         else:
             measured.candidates[name].microseconds = result * 1e6
 
@@ -137,15 +138,11 @@ def _at_its_best(name: str) -> AbstractContextManager[None]:
 
 
 def end_if_lost(device: torch.device, who: str, error: Exception) -> None:
-    """Raises RuntimeError if the GPU no longer answers, for then nothing that comes later can be measured; `who` was
-    the last one on it.
+    """Raises RuntimeError if the GPU no longer answers, for then nothing that comes later can be measured. `who` ran
+    last, and `error` is what it raised.
     """
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-    except Exception:
-        raise RuntimeError(f"the GPU no longer answers since {who} ran: {_in_a_line(error)}") from error
+    if lost(device):
+        raise RuntimeError(f"the GPU no longer answers since {who} ran: {in_a_line(error)}") from error
 
 
 def _is_of_memory(error: BaseException | None) -> bool:
@@ -153,7 +150,3 @@ def _is_of_memory(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, torch.OutOfMemoryError):
         error = error.__cause__ or error.__context__
     return error is not None
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])

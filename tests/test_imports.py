@@ -29,6 +29,8 @@ FORBIDDEN = [
     ("cnnfast*", "benchmarks*", []),
     ("tests*", "benchmarks*", []),
     ("benchmarks*", "tests*", []),
+    # It stands in for a GPU's drivers, and is there for benchmarks and tests alone.
+    ("cnnfast*", "cnnfast.bench.host_cost*", ["by cnnfast.bench.host_cost"]),
     ("cnnfast.reference", "cnnfast*", []),
     ("cnnfast*", "cnnfast.reference*", ["by cnnfast.checking*"]),
     # Kernel files do not import one another, but a family's index algebra and tiles are shared in it, im2col and stem

@@ -58,6 +58,8 @@ MOST = {
     "avg_pool2d": (25, 31, 13),
     "global_avg_pool2d": (14, 20, 13),
 }
+# What pretends that there is a GPU, and what a user's call does not enter.
+PRETENDING = ("cnnfast.bench.host_cost", "cnnfast_kernels.aot.stub_driver")
 # What works out a launch.
 PLANNING = (
     "triton.runtime.jit",
@@ -91,7 +93,10 @@ def test_a_repeated_call_does_not_pass_the_dispatcher(entered):
 
 def test_a_repeated_call_enters_few_functions(entered):
     counts = {
-        o: tuple(sum(f.startswith("cnnfast") for f in functions) for functions in modes.values())
+        o: tuple(
+            sum(f.startswith("cnnfast") and not f.startswith(PRETENDING) for f in functions)
+            for functions in modes.values()
+        )
         for o, modes in entered.items()
     }
     assert set(counts) == set(MOST)

@@ -1,7 +1,7 @@
-"""Finding what follows a convolution in a trace and can be computed with it, and saying why it is not more.
+"""Finds what follows a convolution in a trace and can be computed with it, and says why it is not more.
 
-A chain is: convolution, norm, sum with another tensor, activation. The norm must follow, the rest may; identities may
-stand between.
+A chain is: convolution, norm, sum with another tensor, activation. The norm has to follow, the sum and the activation
+may; identities may stand between any two of them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ SYMBOLS = {operator.add: "+", operator.iadd: "+=", operator.isub: "-=", operator
 
 @dataclass
 class Chain:
-    """The nodes in order; `activation`: a module's path, or (name, slope) of a function. `stopped`: why it does not go
-    on as its forward does; the empty string if it does. Without a norm it is no group.
+    """A convolution and what is to be computed with it.
+
+    nodes: in their order. activation: the path of a module, or what a function computes. stopped: why the chain ends
+    before what follows in the forward, or the empty string. A chain without a norm is not fused.
     """
 
     nodes: list[fx.Node]
@@ -36,7 +38,7 @@ class Chain:
 
     @property
     def said(self) -> str:
-        """What is not fused and why, for a report; the empty string if all is."""
+        """A report's sentence on what is not fused, and why; the empty string if all of it is."""
         if not self.stopped:
             return ""
         fused = f" only up to {named(self.nodes[-1])}" if self.norm is not None else ""
@@ -44,6 +46,8 @@ class Chain:
 
 
 class Chains:
+    """The chains of one graph. modules: by the names that its nodes call them."""
+
     def __init__(self, effects: Effects, modules: dict[str, nn.Module]) -> None:
         self.effects, self.modules = effects, modules
 
@@ -54,7 +58,7 @@ class Chains:
         return isinstance(self.module(node), nn.Conv2d)
 
     def find(self, conv: fx.Node) -> Chain:
-        """What begins with a convolution's node."""
+        """The chain that begins with a convolution's node."""
         chain, module = Chain([conv]), self.modules[str(conv.target)]
         if not is_convolution(module):
             chain.stopped = why_left(module) or (
@@ -68,7 +72,7 @@ class Chains:
                 chain.stopped = self._add_sum(chain) or self._add_activation(chain)
         return chain
 
-    # The steps: each adds to a chain what it can, and returns why it stops there, or the empty string.
+    # Each of these steps adds to a chain what it can, and returns why the chain stops there, or the empty string.
 
     def _add_norm(self, chain: Chain) -> str:
         identities, last, users = self._ahead(chain)
@@ -137,7 +141,9 @@ class Chains:
         return self._take(chain, [*identities, user], activation=activation)
 
     def _ahead(self, chain: Chain) -> tuple[list[fx.Node], fx.Node, list[fx.Node]]:
-        """(identities that follow, the last node before what matters, what uses its result)."""
+        """What comes after the chain: (the identities that follow it, the last of these or of the chain, what uses the
+        result of that one).
+        """
         identities: list[fx.Node] = []
         last = chain.nodes[-1]
         users = list(last.users)
@@ -148,7 +154,7 @@ class Chains:
         return identities, last, users
 
     def _take(self, chain: Chain, nodes: list[fx.Node], **found: Any) -> str:
-        """Adds nodes, if all of the chain may be computed in the place of the last of them."""
+        """Adds nodes to the chain, and what was found of them, if all of it may be computed in the last one's place."""
         obstacle = self.effects.in_the_way([*chain.nodes, *nodes[:-1]], nodes[-1])
         if obstacle is not None:
             return self._disturbed(obstacle, nodes[-1])
@@ -171,14 +177,14 @@ class Chains:
         return is_activation(node, self.module(node))
 
     def _disturbed(self, obstacle: Obstacle, last: fx.Node) -> str:
+        """Why an obstacle keeps a node of the chain from being computed in the place of `last`."""
         mine, between = named(obstacle.mine), f"{named(obstacle.node)}, called before {named(last)},"
         if obstacle.why == "watched":
             return f"{between} has hooks or a forward of its own on the instance"
         if obstacle.why == "strange":
-            stranger = (
-                between if self.effects.is_stranger(obstacle.node) else f"{mine}, called before {named(obstacle.node)},"
-            )
-            return f"{stranger} runs code that conversion does not know"
+            if not self.effects.is_stranger(obstacle.node):
+                between = f"{mine}, called before {named(obstacle.node)},"
+            return f"{between} runs code that conversion does not know"
         if obstacle.why == "memory":
             return f"{between} may write into what {mine} reads"
         module = self.module(obstacle.mine)

@@ -1,5 +1,5 @@
-"""Inference as a library does it best: batch norms folded into the weights, and convolutions that add, activate and
-store at once.
+"""Inference as a library does it best: batch norms are folded into the weights, and one kernel convolves, adds, applies
+ReLU and stores.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ RELUS = ACTIVATIONS["relu"]
 
 
 class Engine(Protocol):
-    """relu(conv(x) + bias + z) as one kernel."""
+    """What computes relu(conv(x) + bias + z). unavailable: why it cannot, or the empty string."""
 
     def unavailable(self, device: torch.device) -> str: ...
     def conv(self, layer: nn.Conv2d, x: Tensor, z: Tensor | None) -> Tensor: ...
 
 
 class Plain:
-    """PyTorch's operators one after the other: what the others replace."""
+    """PyTorch's operators one after the other: the reference for the two others, and what jax_model.py reads."""
 
     def unavailable(self, device: torch.device) -> str:
         return ""
@@ -39,7 +39,7 @@ class Plain:
 
 
 class Cudnn:
-    """The fused operators that PyTorch has of cuDNN."""
+    """PyTorch's operators for cuDNN's fused kernels."""
 
     def unavailable(self, device: torch.device) -> str:
         return "" if device.type == "cuda" and torch.backends.cudnn.is_available() else "cuDNN needs an NVIDIA GPU"
@@ -52,7 +52,7 @@ class Cudnn:
 
 
 class CudnnGraph:
-    """cuDNN's own graphs, one for each convolution and size, built when first called."""
+    """cuDNN's own graphs, by nvidia-cudnn-frontend: one for each convolution and size, built at its first call."""
 
     def __init__(self) -> None:
         self.handle: Any = None
@@ -122,7 +122,7 @@ ENGINES: dict[str, Engine] = {"cudnn-fused": Cudnn(), "cudnn-graph": CudnnGraph(
 
 
 class FusedConv(nn.Module):
-    """relu(conv(x) + z) by an engine."""
+    """relu(conv(x) + z), computed by an engine."""
 
     def __init__(self, layer: nn.Conv2d, engine: Engine) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def unavailable(model: nn.Module, dtype: torch.dtype) -> str:
     """Why a model cannot be folded, or the empty string."""
     try:
         folded = fold(model)
-    except Exception as error:  # of any kind: tracing runs the model's own code
+    except Exception as error:  # of whatever kind: tracing runs the model's own code
         return f"torch.fx cannot trace the model: {type(error).__name__}"
     return (
         ""

@@ -17,7 +17,7 @@ from ..patterns import SUMS, callee
 from .folding import RELUS, FusedConv
 from .job import Job
 
-SAME = (nn.Identity, nn.Dropout)  # in eval
+SAME = (nn.Identity, nn.Dropout)  # in eval mode they return their input
 FLATTEN = (torch.flatten, "flatten", nn.Flatten)
 LAYERS = (FusedConv, nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AdaptiveAvgPool2d, *SAME, *FLATTEN, *RELUS, *SUMS)
 
@@ -36,9 +36,9 @@ def unavailable(model: fx.GraphModule, device: torch.device) -> str:
 
 
 def step(model: fx.GraphModule, job: Job) -> Callable[[], Any]:
-    """Computes the model by jax.jit and waits for it; returns a list of jax arrays.
+    """A step that computes the model by jax.jit, waits for the results, and returns them as a list of jax arrays.
 
-    float32 is multiplied as PyTorch's settings say: jax by itself would round to TF32 on a GPU.
+    float32 is multiplied as PyTorch's settings say: by default jax would round to TF32 on a GPU.
     """
     jax = _jax()
 
@@ -60,14 +60,17 @@ def step(model: fx.GraphModule, job: Job) -> Callable[[], Any]:
 
 
 def tensor(array: Any, device: torch.device) -> Tensor:
+    """A result in float32, NCHW."""
     y = torch.from_numpy(numpy.array(array, dtype=numpy.float32)).to(device)
     return y.permute(0, 3, 1, 2) if y.dim() == 4 else y
 
 
 def _jax() -> Any:
-    """The module. At its first use of a GPU it takes three quarters of the memory, which others need here, unless this
-    variable, which it reads then and has no other setting for, says otherwise; a user who has set it, or has imported
-    jax before, is let have it so.
+    """The module jax.
+
+    When it first uses a GPU it takes three quarters of its memory, which the other providers need here. Only this
+    variable, which it reads then, can prevent that; jax has no other setting for it. It stays as it is if the user has
+    set it, or has imported jax before.
     """
     if "jax" not in sys.modules:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -100,7 +103,9 @@ def _run(model: fx.GraphModule, parameters: dict[str, Any], images: list[Any]) -
         elif node.op == "output":
             return [values[n] for n in node.all_input_nodes]
         else:
-            operands = [values[n] for n in node.args if isinstance(n, fx.Node)]  # one may be there twice
+            operands = [
+                values[n] for n in node.args if isinstance(n, fx.Node)
+            ]  # not all_input_nodes, which has x only once for x + x
             values[node] = _call(modules, node, parameters, *operands)
     raise AssertionError("a graph ends with its output")
 

@@ -115,7 +115,7 @@ def _exact(job: Job, precision: torch.dtype, images: int | None) -> list[Tensor]
 
 
 def relative_errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    """Of each result; infinite for one that is not finite."""
+    """The error of each result, by norms; infinite for one that is not finite."""
     sizes = [float(t.norm()) / max(1, t.numel()) ** 0.5 for t in exact]
     least = SMALL * _mean(sizes)
     errors = []

@@ -157,7 +157,9 @@ def bare_operator() -> Callable[[], Any]:
 
 
 def microseconds(call: Callable[[], Any], repeat: int = 20) -> float:
-    """Of one call, the mean of `repeat`: so few that the system seldom gives the processor to others meanwhile."""
+    """The time of one call, as the mean of `repeat` calls: so few that the system seldom gives the processor to others
+    meanwhile.
+    """
     start = time.perf_counter()
     for _ in range(repeat):
         call()

@@ -105,7 +105,7 @@ def verdicts(rows: Iterable[BenchRow]) -> Iterator[Text]:
 
 
 def title(row: BenchRow) -> str:
-    """What a row's job is."""
+    """The job of a row, in words."""
     return f"{row.subject}, {row.mode}, batch {row.batch}, {row.input}, {row.dtype}"
 
 

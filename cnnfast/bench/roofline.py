@@ -156,7 +156,7 @@ class _Fused:
         return [r for v in self.nodes[i].writes for r in self.readers.get(v, ())]
 
     def fold_norms(self) -> None:
-        """In eval mode: a batch norm goes into the convolution before it, if nothing else reads that one's result."""
+        """Puts a batch norm in eval mode into the convolution before it, if nothing else reads that one's result."""
         for i, node in enumerate(self.nodes):
             before = self.makers(node.reads[:1])
             if (

@@ -167,7 +167,7 @@ class Effects:
             del self._memory[node]
 
     def _touched(self, node: fx.Node, own: Sequence[fx.Node] = ()) -> Touched:
-        """What a node touches that calls no stranger. The results of `own` are left out, which no other node uses."""
+        """What a node touches, if it calls no stranger. The results of `own` are left out: no other node uses them."""
         if node in self._groups or node.op == "get_attr":  # get_attr names the members for the call of a group
             return self._groups.get(node, Touched())
         given = self._shared(a for a in node.all_input_nodes if a not in own)

@@ -71,7 +71,7 @@ def look(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Layer], Observ
         return on_a_copy(
             both, model, inputs, meta_only=torch.distributed.is_available() and torch.distributed.is_initialized()
         )
-    except Exception as error:  # as of a batch norm in training that gets one value a channel
+    except Exception as error:  # as a batch norm in training raises for a single value a channel
         reason = error
     finally:
         fusing_again.close()

@@ -78,7 +78,7 @@ class _Members:
             for group, reason in groups:
                 described = _described(modules[container], group)
                 for name in (_joined(container, member) for member in group.members):
-                    # containers may stand in one another: the one that does fuse counts
+                    # Two containers, one inside the other, may both plan it: the one that does fuse counts.
                     if name not in self.planned or self.planned[name][2]:
                         self.planned[name] = container, described, reason
 

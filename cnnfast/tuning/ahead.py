@@ -21,7 +21,7 @@ from .running import by_library, operands, ours
 Compiling = Callable[[devices.Gpu], AbstractContextManager[warming.Compile]]  # as warming.compiling
 Wait = Callable[[Measured, float], None]
 
-SECONDS_TO_END = 5.0  # for which it is waited, at the end, for a kernel that is being compiled
+SECONDS_TO_END = 5.0  # how long the end waits for a kernel that is being compiled
 
 
 @contextmanager

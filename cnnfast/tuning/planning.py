@@ -46,7 +46,7 @@ def planned(
 ) -> list[Measured]:
     """Each convolution that has a row of its own, for all modes together; the most expensive first."""
     device = device_of(model)
-    where = device.type if gpu is None and gpu_of(device).name else "cuda"  # a GPU that is not here is imagined
+    where = device.type if gpu is None and gpu_of(device).name else "cuda"  # without a GPU here, that of one is assumed
     pretended = gpu is not None
     gpu = gpu or gpu_of(device)
     cast, products = argument(dtype, "tune")

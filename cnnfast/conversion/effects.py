@@ -95,9 +95,7 @@ class Effects:
         self._modules = modules
         self._conducts = {node: self._conduct(node) for node in graph.nodes if node.op == "call_module"}
         self._tensors: set[fx.Node] = set()  # the nodes whose result is a tensor in new memory
-        self._memory: dict[
-            fx.Node, frozenset[Resource]
-        ] = {}  # of each result: the memory that it, or a list, may share
+        self._memory: dict[fx.Node, frozenset[Resource]] = {}  # what each result, or what is in a list, may share
         self._groups: dict[fx.Node, Touched] = {}  # what the nodes did that a group has replaced
         for node in graph.nodes:
             self._memory[node] = self._result(node)
@@ -203,9 +201,7 @@ class Effects:
         if self.is_stranger(node):
             self._mix(given | {OUTSIDE})
             given |= {OUTSIDE, RETURNED}
-        elif (
-            node.target is operator.iadd and node.args[0] not in self._tensors
-        ):  # of a list: it now holds what was added to it
+        elif node.target is operator.iadd and node.args[0] not in self._tensors:  # a list holds what was added to it
             self._mix(given)
         return given | {node}
 

@@ -103,9 +103,8 @@ def _run(model: fx.GraphModule, parameters: dict[str, Any], images: list[Any]) -
         elif node.op == "output":
             return [values[n] for n in node.all_input_nodes]
         else:
-            operands = [
-                values[n] for n in node.args if isinstance(n, fx.Node)
-            ]  # not all_input_nodes, which has x only once for x + x
+            # Not all_input_nodes, in which x stands once for x + x.
+            operands = [values[n] for n in node.args if isinstance(n, fx.Node)]
             values[node] = _call(modules, node, parameters, *operands)
     raise AssertionError("a graph ends with its output")
 

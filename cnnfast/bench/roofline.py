@@ -105,9 +105,8 @@ class _Fused:
             self.chain()
         self.share_reductions()
         self.sources: dict[int, frozenset[int]] = {}
-        self.stored: dict[
-            int, frozenset[int]
-        ] = {}  # results of loose maps that are in memory > what they are made from
+        # The results of loose maps that are in memory, and from which values there each is made.
+        self.stored: dict[int, frozenset[int]] = {}
         for i, node in enumerate(self.nodes):
             if self.loose(i):
                 for v in node.writes:

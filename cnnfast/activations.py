@@ -1,13 +1,11 @@
-"""The activations by name, in plain PyTorch: what the fused kernels compute, for the paths that PyTorch takes; and
-PyTorch's modules.
-"""
+"""The activations by name, in plain PyTorch: what the fused kernels compute, for the paths that PyTorch takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 LEAKY_SLOPE = 0.01
 
@@ -21,8 +19,6 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
     "silu": lambda u, slope: F.silu(u),
     "hardswish": lambda u, slope: F.hardswish(u),
 }
-
-MODULES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 
 
 def activate(u: Tensor, activation: str | None, slope: float = LEAKY_SLOPE) -> Tensor:
@@ -39,15 +35,3 @@ def check_activation(function: str, activation: str | None, activation_arg: floa
         raise ValueError(
             f"{function}(): activation_arg is leaky_relu's slope, but got activation_arg={activation_arg} for {activation!r}"
         )
-
-
-def activation_of(module: nn.Module) -> tuple[str, float | None] | None:
-    """(name, slope or None) of what an activation module of PyTorch's computes, as conv_bn_act takes them; None if
-    there is no kernel.
-    """
-    if type(module) is nn.LeakyReLU:
-        return "leaky_relu", module.negative_slope
-    if type(module) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate], None
-    name = MODULES.get(type(module))
-    return None if name is None else (name, None)

@@ -1,4 +1,4 @@
-"""Running a model for what can be learnt from it, and not for its caller."""
+"""Runs a copy of a model to learn something of it, without a trace in the model or in its caller's state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ T = TypeVar("T")
 
 @contextmanager
 def leaving_no_trace() -> Iterator[None]:
-    """Random numbers, PyTorch's, Python's and numpy's, are afterwards as they were; what is compiled runs uncompiled."""
+    """The random numbers of PyTorch, Python and numpy are afterwards as they were, and what torch.compile compiled runs
+    uncompiled meanwhile.
+    """
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     # Nothing is compiled before torch._dynamo is imported, and importing it takes seconds.
     uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
@@ -37,13 +39,13 @@ def leaving_no_trace() -> Iterator[None]:
 
 
 def meta(tree: Any) -> Any:
-    """The same on meta tensors, strides included."""
+    """The same structure with meta tensors, of the same strides."""
     return tree_map_only(Tensor, lambda t: torch.empty_like(t.detach(), device="meta"), tree)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy with meta tensors in the place of all that the model holds, shared ones still shared, and those of lazy
-    modules still lazy.
+    """A copy with meta tensors in the place of all tensors that the model holds. Those that were shared still are, and
+    those of lazy modules are still without a size.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -65,8 +67,8 @@ def _real_copy(model: nn.Module) -> nn.Module:
 
 
 class _CopiesTensors(TorchFunctionMode):
-    """copy.deepcopy copies tensors by `copied`, wherever they are held, such as in objects that hook: results too,
-    which it refuses.
+    """Meanwhile copy.deepcopy copies tensors by `copied`, wherever they are held, such as in objects that are hooks. By
+    itself it refuses tensors that are results of others.
     """
 
     def __init__(self, copied: Callable[[Tensor], Tensor]) -> None:
@@ -83,7 +85,7 @@ class _CopiesTensors(TorchFunctionMode):
 
 
 def _another(t: Any, device: torch.device | str) -> Tensor:
-    """A parameter or buffer that is to get its size at the first call, as `t` is."""
+    """A parameter or buffer of a lazy module, like `t`, which gets its size when the module is first called."""
     return type(t)(requires_grad=t.requires_grad, device=device, dtype=t.data.dtype)
 
 
@@ -94,8 +96,8 @@ def on_a_copy(
     *,
     meta_only: bool = False,
 ) -> T:
-    """run(a copy of the model, the inputs) on meta tensors; on real ones if that raises, unless the inputs are meta, or
-    meta_only.
+    """run(a copy of the model, the inputs), on meta tensors. If that raises, it runs again on real ones, unless the
+    inputs are meta tensors themselves, or meta_only.
 
     Random numbers are afterwards as they were, and what is compiled runs uncompiled. Raises what the last run raised.
     """
@@ -108,7 +110,7 @@ def on_a_copy(
 
 
 def run_aside(run: Callable[[nn.Module, tuple[Any, ...]], T], model: nn.Module, inputs: tuple[Any, ...]) -> T:
-    """run(model, inputs), leaving no trace; where inputs are meta tensors, others that are made are too."""
+    """run(model, inputs), leaving no trace. If inputs are meta tensors, those that are made meanwhile are, too."""
     made = (
         torch.device("meta") if any(t.is_meta for t in tree_leaves(inputs) if isinstance(t, Tensor)) else nullcontext()
     )
@@ -117,8 +119,8 @@ def run_aside(run: Callable[[nn.Module, tuple[Any, ...]], T], model: nn.Module, 
 
 
 def is_callers(hook: Any) -> bool:
-    """Whether a hook of a copy is the caller's, who shall not hear of the copy: functions are. Objects that hook have
-    been copied with the model, and may be part of it, as pruning is.
+    """Whether a hook of a copied model is still the caller's own, who shall not see calls of the copy. Functions are:
+    copy.deepcopy shares them. Other objects were copied with the model, and may be a part of it, as torch's pruning is.
     """
     while isinstance(hook, functools.partial):
         hook = hook.func

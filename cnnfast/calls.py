@@ -1,4 +1,4 @@
-"""Which of our operators a model calls, forward and backward: one run of it, converted, in which no kernel is launched."""
+"""The operators that a model calls, forward and backward: it is converted and run once, and no kernel is launched."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .conversion import convert
 from .ops import plain
 from .ops.registry import OPERATORS
 
-# Operators that a forward pass calls, conv_dgrad for a transposed convolution.
+# The operators that a forward pass calls; conv_dgrad is that of a transposed convolution.
 FORWARD = (
-    "conv_fprop", "conv_stats", "conv_bn_act", "conv_dgrad", "batch_moments", "update_running", "normalize", "max_pool", "avg_pool",
-    "adaptive_avg_pool", "global_avg_pool",
-)  # fmt: skip
+    *("conv_fprop", "conv_stats", "conv_bn_act", "conv_dgrad", "batch_moments", "update_running", "normalize"),
+    *("max_pool", "avg_pool", "adaptive_avg_pool", "global_avg_pool"),
+)
 
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """One call of an operator of torch.ops.cnnfast: its arguments by name, tensors as Layout."""
+    """One call of an operator of torch.ops.cnnfast: its arguments by name, with a Layout in place of each tensor."""
 
     operator: str
     arguments: tuple[tuple[str, Any], ...]
@@ -64,14 +64,14 @@ def _described(value: Any) -> Any:
 
 
 def _by_pytorch(name: str, arguments: tuple[Any, ...]) -> Any:
-    """Results laid out as the operator's, and their numbers as PyTorch computes them. Of gradients they are zero:
-    nobody branches on what a backward pass holds.
+    """Results that are laid out as the operator's, with the numbers that PyTorch computes. The operators of a backward
+    pass give zeros, since no model branches on their values.
     """
     results = OPERATORS[name].fake(*arguments)
     tensors = [t.zero_() for t in tree_leaves(results) if isinstance(t, Tensor)]
     if name in FORWARD:
         for result, numbers in zip(tensors, tree_leaves(getattr(plain, name)(*arguments)), strict=False):
-            if result.is_floating_point():  # where a maximum was is written down differently
+            if result.is_floating_point():  # the positions of maxima are numbered in another way
                 result.copy_(numbers)
     return results
 
@@ -86,18 +86,18 @@ def operator_calls(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
 ) -> Counter[OperatorCall]:
-    """The operators that a call of the model would call on a GPU, and how often each: once it is converted, under the
-    settings that are in force (autocast, backend).
+    """The operators that the model would call on a GPU once it is converted, and how often each, under the settings
+    that are in force (autocast, backend).
 
-    A copy of the model is converted and run on meta tensors. One that cannot run so, because it branches on values, and
-    any under autocast, which PyTorch does not apply to meta tensors, is copied and run where it lies, with PyTorch
-    computing what our operators would. The model itself, its gradients and the random numbers stay as they are. Of one
-    that is wrapped by DistributedDataParallel or torch.compile, what they wrap is run: it calls the same operators.
+    A copy of the model is converted and run on meta tensors. Some cannot run so: those that branch on values, and all
+    under autocast, which PyTorch does not apply to meta tensors. These are copied and run where they lie, and PyTorch
+    computes what our operators would. The model itself, its gradients and the random numbers stay as they are. If
+    DistributedDataParallel or torch.compile has wrapped the model, what they wrap is run: it calls the same operators.
 
-    train: with gradients of all that wants one, the backward pass too; modules are then in training mode, unless the
-    model as a whole is already: its members' own modes stay. dtype: casts floating inputs and the copy. memory_format:
-    as `convert` takes it; inputs of four axes are laid out likewise. gpu, device_type: as devices.meta_stands_for has
-    them. Raises RuntimeError if the model does not run on these inputs.
+    train: whether the copy is in training mode, and the gradients of all that wants one are computed, too. If the model
+    is in that mode already, its members keep the modes that they are in. dtype: floating inputs and the copy are cast
+    to it. memory_format: as `convert` takes it; inputs of four axes are laid out likewise. gpu, device_type: as
+    devices.meta_stands_for has them. Raises RuntimeError if the model does not run on these inputs.
     """
 
     def run(model: nn.Module, inputs: tuple[Any, ...], with_numbers: bool) -> Counter[OperatorCall]:
@@ -122,11 +122,9 @@ def operator_calls(
     held = [t for t in (*model.parameters(), *model.buffers(), *tree_leaves(inputs)) if isinstance(t, Tensor)]
     if any(t.device.type != device_type for t in held):
         shapes = " ".join("x".join(map(str, t.shape)) for t in tree_leaves(inputs) if isinstance(t, Tensor))
-        because = (
-            f": {type(reason).__name__}: {reason}"
-            if reason
-            else f" under autocast unless all of it is on the {device_type}"
-        )
+        because = f" under autocast unless all of it is on the {device_type}"
+        if reason is not None:
+            because = f": {type(reason).__name__}: {reason}"
         raise RuntimeError(f"{type(model).__name__} does not run on {shapes}{because}") from reason
     return run(copy.deepcopy(model), tree_map_only(Tensor, lambda t: _wanting(t.detach().clone(), t), inputs), True)
 
@@ -152,7 +150,7 @@ def _prepared(t: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_
 
 @contextmanager
 def standing_for(gpu: devices.Gpu, device_type: str = "cuda") -> Iterator[None]:
-    """Meta tensors are taken for tensors on a GPU while the context lasts, for the whole process."""
+    """As long as the context lasts, the whole process takes meta tensors for tensors on this GPU."""
     with ExitStack() as stack:
         stack.enter_context(dispatch.meta_as_gpu())
         stack.enter_context(devices.meta_stands_for(gpu, device_type))
@@ -160,7 +158,9 @@ def standing_for(gpu: devices.Gpu, device_type: str = "cuda") -> Iterator[None]:
 
 
 def replay(call: OperatorCall) -> None:
-    """Runs what the operator would on a GPU, on meta tensors: within `standing_for` and launch.substituted."""
+    """Runs what the operator would run on a GPU, on meta tensors. To be called within `standing_for`, and where
+    launches are recorded and not made (launch.substituted).
+    """
     arguments = (
         torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device="meta")
         if isinstance(value, Layout)

@@ -1,5 +1,5 @@
-"""Processes of Python that this one starts: fresh interpreters, which do not run the user's script again, as
-multiprocessing's would.
+"""Starts processes of Python: fresh interpreters, which do not run the user's script again, as those of multiprocessing
+would.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from typing import Any
 
 
 def start(module: str, *arguments: str, environment: dict[str, str], **options: Any) -> subprocess.Popen[str]:
-    """`python -m module arguments...`, which can import what this process can, and sees `environment` beside what this
-    one sees.
-
-    options: as subprocess.Popen takes them.
+    """`python -m module arguments...`, which can import what this process can. Its environment is this one's and
+    `environment`. options: as subprocess.Popen takes them.
     """
     importable = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     command = [sys.executable, "-P", "-m", module, *arguments]

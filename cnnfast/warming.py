@@ -1,9 +1,9 @@
-"""Kernels compiled before they are needed, many at a time.
+"""Kernels are compiled before they are needed, many at a time.
 
 Triton compiles a kernel when it is first launched, one after the other: the first training step of a ResNet-50 waits
-for more than a hundred. Which ones a call will launch follows from shapes, strides and dtypes. So the model is run once
-without launching anything (calls.py), each launch is written down as far as Triton compiles by it
-(aot/specialisations.py), and processes of their own compile them into Triton's cache on disk (aot/worker.py), where
+for more than a hundred. Which kernels a call will launch follows from shapes, strides and dtypes. So the model is run
+once without launching anything (calls.py). Of each launch all that Triton compiles by is written down
+(aot/specialisations.py). And other processes compile the kernels into Triton's cache on disk (aot/worker.py), where
 this process and every later one finds them.
 """
 
@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from . import dispatch
 from .children import start
 
-# without triton `warm` says that PyTorch serves, and nothing else here is of use
+# Without triton `warm` says that PyTorch serves every call, and nothing else here is used.
 if TYPE_CHECKING or dispatch.launch is not None:
     import fcntl
 
@@ -51,8 +51,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Warming:
-    """What compiling ahead did. kernels: how many binaries are in Triton's cache now, whoever compiled them. failures:
-    of each that could not be compiled the reason. reason: why there was nothing to compile, or the empty string.
+    """What compiling ahead has done. kernels: how many of the kernels are in Triton's cache now, also if they were
+    there before. failures: a line for each kernel that could not be compiled. reason: why there was nothing to compile,
+    or the empty string.
     """
 
     kernels: int = 0
@@ -72,17 +73,17 @@ class Warming:
 
 
 def warm(model: nn.Module, *example_inputs: Any, train: bool = False) -> Warming:
-    """Compiles, in processes of their own, every kernel that `model(*example_inputs)` would launch, so that the first
-    call does not.
+    """Compiles every kernel that `model(*example_inputs)` would launch, in other processes, so that the first call need
+    not do it.
 
-    model: as `cnnfast.convert` made it; another one is taken as convert would make it. example_inputs: of the shapes,
+    model: as `cnnfast.convert` made it; any other is treated as convert would make it. example_inputs: with the shapes,
     dtypes and layouts of the real ones; other batch sizes mostly need the same kernels. train: with gradients, and the
     backward pass too. Settings that are in force count: torch.autocast, cnnfast.backend, TF32, and the tables of
     measured tiles.
 
     Parameters, buffers, gradients and random numbers stay as they are. A model that branches on the values of tensors,
-    and any under autocast, is copied and run once, with PyTorch computing. One set of processes compiles on a machine
-    at a time: others wait for it and then find what it compiled. On a terminal a bar shows how far it is.
+    and any model under autocast, is copied and run once by PyTorch. On one machine, one call at a time compiles: others
+    wait for it, and then find what it has compiled. On a terminal a bar shows how far it is.
 
     Returns a Warming: str() is a line; .ok is False if a kernel could not be compiled, which a warning says as well.
     Where PyTorch serves every call there is nothing to compile, and .reason says why. Raises RuntimeError if the model
@@ -103,8 +104,9 @@ def warm(model: nn.Module, *example_inputs: Any, train: bool = False) -> Warming
     with _bar() as progress:
         done = compile_ahead(lines, gpu, progress=progress)
     if not done.ok:
-        count = f"{len(done.failures)} of {len(lines)} kernels could not be compiled, and the calls that need them will raise"
-        warnings.warn(f"{count}: {done.failures[0]}", RuntimeWarning, stacklevel=2)
+        failed = f"{len(done.failures)} of {len(lines)} kernels could not be compiled"
+        text = f"{failed}, and the calls that need them will raise: {done.failures[0]}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     return done
 
 
@@ -115,10 +117,11 @@ def launches(
     gpu: devices.Gpu | None = None,
     device_type: str = "cuda",
 ) -> list[str]:
-    """Descriptions (aot/specialisations.py) of what a call would launch on a GPU, each once; nothing is compiled.
+    """Descriptions (aot/specialisations.py) of the kernels that a call would launch on a GPU, each once. Nothing is
+    compiled.
 
-    Arguments and RuntimeError as `warm` has them. gpu: by default that of the model, which is on one; given, none need
-    be there. device_type: where tensors on it are, for whoever takes those of a CPU for a GPU's.
+    Arguments and RuntimeError are as `warm` has them. gpu: by default the one that the model is on; another one need
+    not be there. device_type: that of its tensors; tests take those of a CPU for a GPU's.
     """
     if gpu is None:
         gpu = devices.gpu(
@@ -133,8 +136,8 @@ def launches(
 
 @contextmanager
 def recorded(gpu: devices.Gpu, device_type: str = "cuda") -> Iterator[dict[str, None]]:
-    """The descriptions of what this thread would launch meanwhile, in order, each once: calls of cnnfast_kernels'
-    functions on meta tensors, which stand for tensors on `gpu`. Nothing is launched or compiled.
+    """Meanwhile this thread launches nothing, and calls of cnnfast_kernels' functions on meta tensors, which stand for
+    tensors on `gpu`, are written down: the context's dictionary has their descriptions as its keys, in order.
     """
     found: dict[str, None] = {}
 
@@ -150,7 +153,9 @@ def recorded(gpu: devices.Gpu, device_type: str = "cuda") -> Iterator[dict[str, 
 
 
 class Compile(Protocol):
-    """Compiles what is not in Triton's cache yet of descriptions; may be called from several threads, and again."""
+    """Compiles those of some descriptions that are not in Triton's cache yet. May be called again, and from several
+    threads.
+    """
 
     def __call__(self, lines: Iterable[str], progress: Progress | None = None) -> Warming: ...
 
@@ -158,7 +163,8 @@ class Compile(Protocol):
 def compile_ahead(
     lines: Iterable[str], gpu: devices.Gpu, *, jobs: int | None = None, progress: Progress | None = None
 ) -> Warming:
-    """Compiles descriptions of launches for a GPU, which need not be there, by `jobs` processes (default: one a core).
+    """Compiles the kernels of descriptions for a GPU, which need not be there, by `jobs` processes (default: one for
+    each core).
 
     progress: called with (kernels done, all kernels). Raises RuntimeError where kernels are interpreted.
     """
@@ -168,8 +174,8 @@ def compile_ahead(
 
 @contextmanager
 def compiling(gpu: devices.Gpu, jobs: int | None = None) -> Iterator[Compile]:
-    """What compiles for a GPU, by processes that are started when first needed and end with the context. RuntimeError
-    as above.
+    """The context is a function that compiles for a GPU, by processes that are started when they are first needed, and
+    end with the context. Raises RuntimeError where kernels are interpreted.
     """
     require_compiled_kernels()
     children = [_Child(f"sm_{gpu.arch}") for _ in range(jobs or usable_cores())]
@@ -216,12 +222,12 @@ class _Child:
         return self.end()
 
     def kill(self) -> None:
-        """Ends the process at once, from any thread; whoever waits for its answer learns that it ended."""
+        """Ends the process at once, from any thread. A thread that waits for its answer learns that it has ended."""
         if (process := self.process) is not None:
             process.kill()
 
     def end(self) -> str:
-        """Ends the process, if there is one, and forgets it; returns how it ended, and the last that it said."""
+        """Ends the process, if there is one, and forgets it. Returns how it ended, and the last that it printed."""
         if self.process is None or self.said is None:
             return ""
         self.process.kill()
@@ -229,14 +235,14 @@ class _Child:
         self.said.seek(0)
         last = self.said.read().strip().splitlines()[-1:]
         for stream in (self.process.stdin, self.process.stdout, self.said):
-            with suppress(BrokenPipeError):  # closing writes what is still to be written
+            with suppress(BrokenPipeError):  # closing first writes what is still in the buffer
                 stream.close()  # type: ignore[union-attr]
         self.process = self.said = None
         return " ".join([f"the process that compiles ended with {code}", *last])
 
 
 def _share(work: list[str], children: list[_Child], progress: Progress) -> list[str]:
-    """Hands each item to the next child that is free; returns the failures."""
+    """Hands each item to the next child that is free, and returns the failures."""
     free: queue.SimpleQueue[_Child] = queue.SimpleQueue()
     for child in children:
         free.put(child)
@@ -255,7 +261,7 @@ def _share(work: list[str], children: list[_Child], progress: Progress) -> list[
         try:
             for done, _ in enumerate(as_completed(futures), 1):
                 progress(done, len(work))
-        except BaseException:  # an interrupt, above all: nobody waits for what is being compiled
+        except BaseException:  # an interrupt, mostly: it does not wait for what is being compiled
             pool.shutdown(wait=False, cancel_futures=True)
             for child in children:
                 child.kill()
@@ -265,7 +271,7 @@ def _share(work: list[str], children: list[_Child], progress: Progress) -> list[
 
 @contextmanager
 def _machine_lock() -> Iterator[None]:
-    """Held by one process of a machine, or of all that share Triton's cache folder; released when that process ends,
+    """A lock that one process holds of all that share Triton's cache folder. It is released when that process ends,
     however it does.
     """
     folder = Path(knobs.cache.dir)

@@ -29,6 +29,8 @@ FORBIDDEN = [
     ("cnnfast*", "benchmarks*", []),
     ("tests*", "benchmarks*", []),
     ("benchmarks*", "tests*", []),
+    # It stands in for a GPU's drivers, and is there for benchmarks and tests alone.
+    ("cnnfast*", "cnnfast.bench.host_cost*", ["by cnnfast.bench.host_cost"]),
     ("cnnfast.reference", "cnnfast*", []),
     ("cnnfast*", "cnnfast.reference*", ["by cnnfast.checking*"]),
     # Kernel files do not import one another, but a family's index algebra and tiles are shared in it, im2col and stem
@@ -66,6 +68,7 @@ LAYERS = {
         "aot",
     ],
     "cnnfast": [
+        "activations patterns",
         "ops dispatch aside precision dtypes measuring children torchvision_import",
         "functional summary",
         "nn",
@@ -73,7 +76,8 @@ LAYERS = {
         "targets",
         "calls",
         "warming",
-        "checking tuning bench",
+        "checking tuning",
+        "bench",
         "diagnosing",
         "demo commands",
     ],

@@ -1,9 +1,12 @@
 """What cnnfast is worth on this machine: models and layers against the strongest baselines, with the roofline, losses
 first.
 
-A job (job.py, shapes.py, numbers.py) and who is to do it are a task (task.py); tasks are run one after the other
-(series.py), each (running.py) by providers (providers.py; folding.py and jax_model.py are two of them): compiled ahead
-(ahead.py), gated (gate.py), timed (measuring/), and looked at besides (footprint.py), in surroundings that are alike
-(surroundings.py). Rows (rows.py) hold what was found beside what the machine allows (roofline.py, graph.py), as text
-(report.py), pictures (pictures.py) or against an earlier run (compare.py).
+A job says what is measured (job.py, shapes.py, numbers.py), and a task is a job with those who do it (task.py). A
+series (series.py) runs one task after the other (running.py). Each provider (providers.py; folding.py and jax_model.py
+are two of them) has its kernels compiled ahead (ahead.py, layers_ahead.py), is judged before it is timed (gate.py), is
+timed (cnnfast/measuring), and is asked for its memory and its kernels (footprint.py), all in the same surroundings
+(surroundings.py). Rows (rows.py) hold what was found beside what the machine allows (roofline.py, graph.py). They are
+printed (report.py), drawn (pictures.py), and compared with an earlier run (compare.py).
+
+host_cost.py is apart from all that: what the host's part of a call costs, without a GPU.
 """

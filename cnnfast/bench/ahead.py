@@ -1,8 +1,8 @@
-"""Kernels compiled before they are launched, by several processes at once, as cnnfast.warm does for its users
+"""Kernels are compiled before they are launched, by several processes at once, as cnnfast.warm does for its users
 (warming.py).
 
-Triton compiles a kernel at its first launch, one after the other: of a ResNet-50 for a minute, of all single layers for
-longer.
+Triton compiles a kernel when it is first launched, one after the other. For a ResNet-50 that takes a minute, and for
+all single layers longer.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from torch import nn
 from .. import dispatch
 from .job import AUTOCAST, MODELS, Job, channels_last_of
 
-_launched: set[str] = set()  # by models in this process, which compiles none of them again, wherever its cache is
+# What models in this process have launched: Triton keeps it in memory, and compiles none of it again in any cache.
+_launched: set[str] = set()
 
 
 def launches(job: Job, network: nn.Module, input_gradient: bool = False) -> list[str]:
-    """Descriptions of what a step of the job launches where `network` computes it; none where PyTorch serves.
+    """Descriptions (aot/specialisations.py) of the kernels that a step of the job launches if `network` computes it.
+    There are none where PyTorch serves.
 
-    Of a single layer they are those of all its modes, with input_gradient that of its input too. Raises RuntimeError
-    under backend("kernels") where PyTorch would have to serve, and what the network raises.
+    Of a single layer they are the kernels of all its modes; the input's gradient is among them if input_gradient.
+    Raises what the network raises, and under backend("kernels") RuntimeError where PyTorch would have to serve.
     """
     if job.device.type != "cuda":
         return []
@@ -35,7 +37,7 @@ def launches(job: Job, network: nn.Module, input_gradient: bool = False) -> list
 
     if launch.INTERPRETED:
         return []
-    if job.mode in MODELS:  # with numbers: under autocast, or if it branches on them, a model is run where it lies
+    if job.mode in MODELS:  # on real inputs: under autocast, and if it branches on values, a model is run with numbers
         inputs = job.inputs()
     else:
         described = (torch.empty(shape, dtype=job.dtype, device="meta") for shape in job.shapes)
@@ -45,8 +47,8 @@ def launches(job: Job, network: nn.Module, input_gradient: bool = False) -> list
 
 
 def compile_for(job: Job, network: nn.Module) -> None:
-    """What a model will launch, unless this process has launched it before. Raises nothing: whatever cannot be found or
-    compiled now is compiled, or raises, when it is launched.
+    """Compiles what a model will launch and this process has not launched before. Raises nothing: what cannot be found
+    or compiled now is compiled when it is launched, or raises then.
     """
     new: list[str] = []
     if job.mode in MODELS:

@@ -12,7 +12,7 @@ from rich.text import Text
 from .report import milliseconds
 from .rows import LEFT_OUT, OK, BenchRow
 
-NOISE = 0.05  # medians nearer than that are the same
+NOISE = 0.05  # two medians that differ by less are the same
 SLOWER, FASTER, BROKEN, SAME, MENDED = "slower", "faster", "BROKEN", "same", "works now"
 STYLES = {BROKEN: "bold red", SLOWER: "red", FASTER: "green", MENDED: "green", SAME: ""}
 ORDER = list(STYLES)
@@ -20,7 +20,7 @@ ORDER = list(STYLES)
 
 @dataclass(frozen=True)
 class Change:
-    """One provider on one job, in both runs. ratio: time after / before, None where one of them has none."""
+    """One provider on one job, in both runs. ratio: the time after by the time before, None if one is missing."""
 
     before: BenchRow
     after: BenchRow
@@ -31,7 +31,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """Slower or faster: medians differ by more than NOISE, and the spreads from 20 to 80 % do not meet."""
+        """Slower or faster if the medians differ by more than NOISE, and the spreads from 20 to 80 % do not overlap."""
         if self.ratio is None:
             return SAME if self.before.status == self.after.status else MENDED if self.after.status == OK else BROKEN
         if self.ratio > 1 + NOISE and (self.after.low or 0) > (self.before.high or 0):
@@ -40,9 +40,9 @@ class Change:
 
 
 def compare(before: Sequence[BenchRow], after: Sequence[BenchRow]) -> list[Change]:
-    """Every provider and job that both runs have, and at least one has timed; the worst first.
+    """A change for each provider and job that both runs have, and that at least one of them has timed; the worst first.
 
-    What a run that ended early left out, or timed alone, is neither slower nor broken: nothing is said of it.
+    A row that one of the runs left out or timed alone, because it ended early, says nothing and is not compared.
     """
     known = {(row.job, row.provider): row for row in before if comparable(row)}
     changes = [
@@ -55,14 +55,17 @@ def compare(before: Sequence[BenchRow], after: Sequence[BenchRow]) -> list[Chang
 
 
 def comparable(row: BenchRow) -> bool:
+    """Whether a row is of the rounds in which all providers take turns, or says why there is no time."""
     return row.status != LEFT_OUT and not row.alone
 
 
 def regressed(changes: Sequence[Change]) -> list[Change]:
+    """Those that are slower or broken."""
     return [change for change in changes if change.verdict in (SLOWER, BROKEN)]
 
 
 def comparison(changes: Sequence[Change]) -> Group:
+    """A table of the changes, and what differs between the machines of the two runs."""
     table = Table("provider", "job", "before ms", "after ms", "time", "", title="after / before", title_justify="left")
     for change in changes:
         row, verdict = change.after, change.verdict

@@ -1,5 +1,5 @@
-"""Inference as a library does it best: batch norms folded into the weights, and convolutions that add, activate and
-store at once.
+"""Inference as a library does it best: batch norms are folded into the weights, and one kernel convolves, adds, applies
+ReLU and stores.
 """
 
 from __future__ import annotations
@@ -7,28 +7,28 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import operator
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
-RELUS = (nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
-ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+from ..patterns import ACTIVATIONS, addition, callee
+
+# Of the activations in patterns.py, the only one that cuDNN's fused operators compute.
+RELUS = ACTIVATIONS["relu"]
 
 
 class Engine(Protocol):
-    """relu(conv(x) + bias + z) as one kernel."""
+    """What computes relu(conv(x) + bias + z). unavailable: why it cannot, or the empty string."""
 
     def unavailable(self, device: torch.device) -> str: ...
     def conv(self, layer: nn.Conv2d, x: Tensor, z: Tensor | None) -> Tensor: ...
 
 
 class Plain:
-    """PyTorch's operators one after the other: what the others replace."""
+    """PyTorch's operators one after the other: the reference for the two others, and what jax_model.py reads."""
 
     def unavailable(self, device: torch.device) -> str:
         return ""
@@ -39,7 +39,7 @@ class Plain:
 
 
 class Cudnn:
-    """The fused operators that PyTorch has of cuDNN."""
+    """PyTorch's operators for cuDNN's fused kernels."""
 
     def unavailable(self, device: torch.device) -> str:
         return "" if device.type == "cuda" and torch.backends.cudnn.is_available() else "cuDNN needs an NVIDIA GPU"
@@ -52,7 +52,7 @@ class Cudnn:
 
 
 class CudnnGraph:
-    """cuDNN's own graphs, one for each convolution and size, built when first called."""
+    """cuDNN's own graphs, by nvidia-cudnn-frontend: one for each convolution and size, built at its first call."""
 
     def __init__(self) -> None:
         self.handle: Any = None
@@ -122,7 +122,7 @@ ENGINES: dict[str, Engine] = {"cudnn-fused": Cudnn(), "cudnn-graph": CudnnGraph(
 
 
 class FusedConv(nn.Module):
-    """relu(conv(x) + z) by an engine."""
+    """relu(conv(x) + z), computed by an engine."""
 
     def __init__(self, layer: nn.Conv2d, engine: Engine) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def unavailable(model: nn.Module, dtype: torch.dtype) -> str:
     """Why a model cannot be folded, or the empty string."""
     try:
         folded = fold(model)
-    except Exception as error:  # of any kind: tracing runs the model's own code
+    except Exception as error:  # of whatever kind: tracing runs the model's own code
         return f"torch.fx cannot trace the model: {type(error).__name__}"
     return (
         ""
@@ -146,38 +146,37 @@ def unavailable(model: nn.Module, dtype: torch.dtype) -> str:
 
 
 def fold(model: nn.Module, engine: Engine | None = None) -> fx.GraphModule:
-    """A copy of the model in eval; convolution (> batch norm) (> addition) > ReLU is a FusedConv. Raises what torch.fx
-    raises.
+    """A copy of the model in eval mode, in which convolution (> batch norm) (> sum) > ReLU is one FusedConv.
+
+    model: in PyTorch's own classes (job.plain), for `fuse`, which folds the norms, knows modules by their exact types.
+    Raises what torch.fx raises.
     """
     folded = fuse(copy.deepcopy(model).eval())
     assert isinstance(folded, fx.GraphModule)
-
-    def is_a(node: Any, kinds: tuple[Any, ...]) -> bool:
-        if not isinstance(node, fx.Node):
-            return False
-        if node.op == "call_module":
-            return type(folded.get_submodule(str(node.target))) in kinds
-        return node.op.startswith("call") and node.target in kinds
+    modules: dict[str, nn.Module] = dict(folded.named_modules(remove_duplicate=False))
 
     def fusable(node: Any) -> bool:
-        """A convolution whose result goes one way, and that every engine can do."""
-        if not is_a(node, (nn.Conv2d,)) or len(node.users) > 1:
+        """Whether it is a convolution that every engine can do, and whose result nobody else uses."""
+        if callee(node, modules) is not nn.Conv2d or len(node.users) > 1:
             return False
-        layer: Any = folded.get_submodule(node.target)
+        layer: Any = modules[str(node.target)]
         return layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
 
-    for relu in [node for node in folded.graph.nodes if is_a(node, RELUS)]:
-        before, z = relu.args[0], ()
-        if is_a(before, ADDITIONS) and len(before.users) == 1 and all(isinstance(a, fx.Node) for a in before.args[:2]):
+    for relu in [node for node in folded.graph.nodes if callee(node, modules) in RELUS]:
+        before: Any = relu.args[0]
+        z: tuple[Any, ...] = ()
+        found = addition(before)
+        if found is not None and found.is_of_two_tensors and len(before.users) == 1:
+            # Of two convolutions the later one adds: what the other computes is there when it runs.
             order = {node: i for i, node in enumerate(folded.graph.nodes)}
-            candidates = sorted(filter(fusable, before.args[:2]), key=lambda node: order[node])
-            if candidates:  # the later one: the other operand is there when it runs
-                z = tuple(a for a in before.args[:2] if a is not candidates[-1])
-                before = candidates[-1]
-        if not fusable(before) or (z and len(z) != 1):
+            *_, before = sorted((found.left, found.right), key=lambda node: (fusable(node), order[node]))
+            z = (found.right if before is found.left else found.left,)
+        if not fusable(before):
             continue
-        name, layer = f"fused_{relu.name}", folded.get_submodule(before.target)
-        folded.add_module(name, FusedConv(layer, engine or Plain()))  # pyright: ignore[reportArgumentType]
+        layer: Any = modules[str(before.target)]
+        name = f"fused_{relu.name}"
+        modules[name] = FusedConv(layer, engine or Plain())
+        folded.add_module(name, modules[name])
         with folded.graph.inserting_before(relu):
             relu.replace_all_uses_with(folded.graph.call_module(name, (before.args[0], *z)))
     folded.graph.eliminate_dead_code()

@@ -12,28 +12,26 @@ from .providers import EAGER, Prepared, Provider
 
 
 def collect(device: torch.device) -> None:
+    """Frees what no longer is in use on a GPU, and lets its peak of memory start anew."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def allocated(device: torch.device) -> int:
+    """Bytes that PyTorch has allocated on a GPU now."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def peak(device: torch.device, before: int) -> int | None:
+    """How many bytes more than `before` were allocated at the most since `collect`; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
 
 
 def saved_bytes(job: Job, provider: Provider, prepared: Prepared) -> int | None:
-    """What a training step keeps for backward, parameters not counted; None of a captured or compiled one, which does
-    not say.
+    """Bytes that a training step keeps for its backward pass, without parameters. None for a step that is captured or
+    compiled, since that does not call the hooks of saved tensors.
     """
     if job.mode != "train" or provider.graph or provider.how != EAGER:
         return None
@@ -50,8 +48,8 @@ def saved_bytes(job: Job, provider: Provider, prepared: Prepared) -> int | None:
 
 
 def kernels(job: Job, prepared: Prepared) -> int | None:
-    """That one step launches on a GPU; None where there is none, or its profiler sees nothing (which may need
-    permission).
+    """How many kernels one step launches on a GPU. None without a GPU, or if the profiler sees none, which may be for
+    want of permission.
     """
     if job.device.type != "cuda":
         return None

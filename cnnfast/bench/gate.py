@@ -1,17 +1,19 @@
 """The gate before any timing: a provider whose numbers are wrong gets no time.
 
-Outputs and gradients are compared with the model in float64. The rule, for every tensor, in relative errors |ours -
-exact| / |exact| (norms of all elements):
+Outputs and gradients are compared with the model in float64. For every tensor, in relative errors |ours - exact| /
+|exact| (norms over all elements), the rule is:
 
     error <= 2 x error of plain PyTorch in the same dtype + 2 x the same of all tensors together + floor
 
-Plain PyTorch is the model as it is, NCHW, eager, by the algorithms that cuDNN takes without trying them all (which
-takes seconds, and nobody times them), and multiplies float32 as all do: IEEE, or TF32, whichever is in force. The floor
-is a few units of the dtype (of TF32 where its products are in force: PyTorch's kernel may have rounded nothing), and
-SUM units of float32, for sums in another order; and in a training step KINK besides: which of the activations nearest
-to a ReLU's kink pass it is chance, and one of a hundred positions is a tenth of a channel's gradient. A tensor that is
-small beside the others counts as if it were not: the gradient of a bias before a batch norm is exactly zero, and all
-that anybody computes of it is rounding.
+Plain PyTorch is the model as it is: NCHW, eager, and by the algorithms that cuDNN takes if it does not try them all,
+which takes seconds, and these calls are not timed. It multiplies float32 as the providers do: IEEE or TF32, whichever
+is in force.
+
+The floor is a sum of three. A few units of the dtype (of TF32 where its products are in force, since PyTorch's kernel
+may have rounded nothing). SUM units of float32, for sums in another order. And in a training step KINK: which of the
+activations nearest to a ReLU's kink pass it is chance, and one of a hundred positions is a tenth of a channel's
+gradient. A tensor that is small beside the others is measured as if it were not: the gradient of a bias before a batch
+norm is exactly zero, and whatever is computed for it is rounding.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ from .job import Job, placed, step_of
 UNITS = 4
 SUM = 64
 KINK = 2.0**-5
-IMAGES = 8  # in eval every image is by itself: so many are compared
+IMAGES = 8  # that are compared in eval mode, where no image depends on another
 SMALL = 0.01
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The largest relative error, and what is wrong: "" if nothing."""
+    """error: the largest relative one. message: what is wrong, or the empty string."""
 
     error: float
     message: str
@@ -47,15 +49,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Expected:
-    """exact: in float64, outputs before gradients. plain: PyTorch's own relative errors. precision: of `exact`, as a
-    text.
+    """What is right. exact: the results in float64, outputs before gradients. plain: PyTorch's own relative errors.
+    precision: the name of the dtype of `exact`. images: how many of each tensor are compared; None for all.
     """
 
     exact: list[Tensor]
     plain: list[float]
     floor: float
     precision: str
-    images: int | None  # compared of each tensor; None: all
+    images: int | None
 
     def judge(self, results: Sequence[Tensor]) -> Verdict:
         if len(results) != len(self.exact):
@@ -78,7 +80,7 @@ class Expected:
 
 
 def expect(job: Job) -> Expected:
-    """Runs the job's model twice, in float64 (in float32 if memory does not suffice) and in the job's dtype.
+    """Runs the job's model twice: in float64 (or float32, if memory does not suffice), and in the job's dtype.
 
     Raises what the model raises, and ValueError if PyTorch's own results are not finite or no better than noise.
     """
@@ -88,7 +90,7 @@ def expect(job: Job) -> Expected:
         exact = _exact(job, precision, images)
     except torch.cuda.OutOfMemoryError:
         precision = torch.float32
-    if exact is None:  # only now: the error, as long as it is handled, keeps what was allocated
+    if exact is None:  # not inside `except`: while an error is handled, what was allocated stays alive
         exact = _exact(job, precision, images)
     model = placed(job.model, job)
     with cudnn_benchmark(False):
@@ -97,9 +99,8 @@ def expect(job: Job) -> Expected:
         ]
     errors = relative_errors(plain, exact)
     if not max(errors, default=math.inf) < 1:
-        raise ValueError(
-            f"PyTorch's own results in {job.precision} are off by {max(errors, default=math.inf):.1g}: nothing to judge by"
-        )
+        off = f"{max(errors, default=math.inf):.1g}"
+        raise ValueError(f"PyTorch's own results in {job.precision} are off by {off}: nothing to judge by")
     unit = TF32_UNIT if job.tf32 else torch.finfo(job.dtype).eps
     floor = UNITS * unit + SUM * torch.finfo(torch.float32).eps + KINK * (job.mode == "train")
     return Expected(exact, errors, floor, name_of(precision), images)
@@ -114,7 +115,7 @@ def _exact(job: Job, precision: torch.dtype, images: int | None) -> list[Tensor]
 
 
 def relative_errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    """Infinite where a result is not finite."""
+    """The error of each result, by norms; infinite for one that is not finite."""
     sizes = [float(t.norm()) / max(1, t.numel()) ** 0.5 for t in exact]
     least = SMALL * _mean(sizes)
     errors = []

@@ -1,5 +1,9 @@
-"""What a step of a model computes, operator by operator, found on meta tensors: which values each reads and writes, and
-its FLOPs.
+"""What a step of a model computes, operator by operator: which values each reads and writes, and its FLOPs. The step
+runs on meta tensors.
+
+torch.fx's make_fx records the same operators. It was tried on fake tensors, and is slower and spares little: its graph
+has views and operators in place, too, so that values have to be numbered by their memory, and norms and gradients have
+to be taken apart, as here.
 """
 
 from __future__ import annotations
@@ -32,9 +36,9 @@ NORMS = (
     ATEN._native_batch_norm_legit_no_training,
 )
 NORM_GRADIENTS = (ATEN.native_batch_norm_backward, ATEN.cudnn_batch_norm_backward)
-# of the second one
+# Gradients that need the shape of their second operand, and not its values.
 SHAPE_ALONE = (ATEN.max_pool2d_with_indices_backward, ATEN.avg_pool2d_backward, ATEN._adaptive_avg_pool2d_backward)
-# in names: values meet across positions
+# Words in the names of operators whose results depend on many positions.
 WHOLE = ("mean", "sum", "adaptive", "softmax", "layer_norm", "group_norm", "amax", "var", "norm")
 
 
@@ -43,8 +47,8 @@ class Node:
     """One operator, or a part of one that a kernel could do by itself.
 
     kind: "matrix" (convolutions and matrix products), "reduce" (its results depend on many positions), "map"
-    (elementwise, and pooling over windows). reads, writes: values, by number. pointwise: of a convolution whether it is
-    1x1, and its stride.
+    (elementwise, and pooling over windows). reads, writes: values, by number. pointwise: the strides of a 1x1
+    convolution, and nothing for any other operator.
     """
 
     name: str
@@ -55,21 +59,23 @@ class Node:
     pointwise: tuple[int, ...] = ()
 
     def bytes_of(self, v: int, sizes: dict[int, int]) -> int:
-        """What it reads of value `v`: a 1x1 convolution with a stride skips the rest of its image."""
+        """How many bytes of value `v` it reads: a 1x1 convolution with a stride skips a part of its image."""
         return sizes[v] // (math.prod(self.pointwise) if v == self.reads[0] else 1)
 
 
 @dataclass
 class Graph:
-    """Nodes in an order in which they can run. sizes: bytes of each value; indices: bytes if positions in a window took
-    a byte each.
+    """Nodes in an order in which they can run.
+
+    sizes: bytes of each value. indices: the same, if the positions in pooling windows took a byte each, not eight.
+    results: the values that the step is for. parameters: how many numbers an optimizer updates.
     """
 
     nodes: list[Node] = field(default_factory=list)
     sizes: dict[int, int] = field(default_factory=dict)
     indices: dict[int, int] = field(default_factory=dict)
     results: set[int] = field(default_factory=set)
-    parameters: int = 0  # that an optimizer updates
+    parameters: int = 0
 
     @property
     def flops(self) -> int:
@@ -77,8 +83,8 @@ class Graph:
 
 
 def graph_of(model: nn.Module, shapes: Sequence[Sequence[int]], dtype: torch.dtype, mode: str) -> Graph:
-    """Of a forward pass ("infer" and "forward", see job.py), of one with all gradients of parameters ("train"), or of
-    gradients alone.
+    """The graph of a forward pass (modes "infer" and "forward", see job.py), of a forward pass with all gradients of
+    parameters ("train"), or of gradients alone.
 
     Nothing is computed. Raises whatever the model raises on meta tensors of these shapes.
     """
@@ -104,15 +110,16 @@ def graph_of(model: nn.Module, shapes: Sequence[Sequence[int]], dtype: torch.dty
 
 
 class _Recorder(TorchDispatchMode):
-    """Numbers values: the contents of a tensor's memory until somebody writes into it again."""
+    """Records the operators, and numbers values. A value is what a tensor's memory holds until it is written again."""
 
     def __init__(self) -> None:
         super().__init__()
         self.graph = Graph()
         self.current: dict[int, int] = {}  # memory > its value
-        self.alive: list[Any] = []  # an address means the same memory as long as that is not freed
+        self.alive: list[Any] = []  # keeps all memory alive, so that no address comes to mean another memory
 
     def value(self, t: Tensor, fresh: bool = False) -> int:
+        """The number of what a tensor's memory holds; a new one if it was just written."""
         memory = t.untyped_storage()
         if fresh or memory._cdata not in self.current:
             self.alive.append(memory)
@@ -122,7 +129,7 @@ class _Recorder(TorchDispatchMode):
         return self.current[memory._cdata]
 
     def small(self, like: Tensor) -> int:
-        """A value that is no tensor here: two statistics for each channel."""
+        """The number of a value for which there is no tensor: two statistics of each channel, in float32."""
         number = len(self.graph.sizes)
         self.graph.sizes[number] = self.graph.indices[number] = 2 * 4 * like.shape[1]
         return number
@@ -140,7 +147,7 @@ class _Recorder(TorchDispatchMode):
         written = func._schema.is_mutable
         made = [t for t in outputs if written or t.untyped_storage()._cdata not in memory]
         name = func._overloadpacket.__name__
-        if not made or not reads or "empty" in name:  # views; constants and memory, which nobody reads
+        if not made or not reads or "empty" in name:  # a view, a constant, or memory without values
             return result
         if func._overloadpacket in SHAPE_ALONE:
             reads = tuple(v for v in reads if v != self.value(inputs[1]))
@@ -151,6 +158,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def parts(self, packet: Any, args: Any, inputs: list[Tensor], reads: Any, writes: Any, flops: int) -> list[Node]:
+        """The nodes of one call of an operator: norms and the gradients of convolutions have several."""
         name = packet.__name__
         if packet is ATEN.convolution_backward:
             return list(self.gradients(args))
@@ -175,11 +183,11 @@ class _Recorder(TorchDispatchMode):
         return [Node(name, "reduce" if any(word in name for word in WHOLE) else "map", reads, writes)]
 
     def gradients(self, args: Any) -> Iterator[Node]:
-        """Of a convolution: that of its input, of its weight, and of its bias."""
+        """The gradients of a convolution that are asked for: of its input, of its weight, and of its bias."""
         dy, x, w = (self.value(t) for t in args[:3])
         wanted = args[-1]
         made = iter(range(len(self.graph.sizes) - sum(wanted), len(self.graph.sizes)))
-        # each of them, of the input if transposed, meets every tap of every filter
+        # Each pixel of the output, or of the input if the convolution is transposed, meets every tap of every filter.
         pixels = args[1] if args[7] else args[0]
         each = 2 * pixels[:, 0].numel() * args[2].numel()
         if wanted[0]:
@@ -191,6 +199,6 @@ class _Recorder(TorchDispatchMode):
 
 
 def _trains(packet: Any, args: Any) -> bool:
-    """The `training` argument of a batch norm."""
+    """Whether a call of a batch norm is in training: its `training` argument."""
     names = [argument.name for argument in packet.default._schema.arguments]
     return "training" in names and bool(args[names.index("training")])

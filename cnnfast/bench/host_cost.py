@@ -1,12 +1,13 @@
-"""What the host spends on a call: every operation of cnnfast.functional, over kernels that are launched but not
-executed.
+"""What a call costs the host: every operation of cnnfast.functional, over kernels that are launched and not executed.
 
-Only for processes in which kernels are compiled. Tensors are the CPU's, and dispatch takes them for a GPU's: the code
-that runs is a GPU's but for CUDA's own, that is allocating from its pool, and encoding tensor maps and taking launches
-in its driver.
+For processes in which kernels are compiled, not interpreted. The tensors lie on the CPU, and dispatch takes them for a
+GPU's. So the code that runs is the one that a GPU would see, except for CUDA's own part: allocating memory from its
+pool, encoding tensor maps, and taking launches in its driver.
 
     with pretended_gpu(launcher=True), prepared("conv2d", "inference") as call:
         print(microseconds(call))
+
+benchmarks/test_host_cost.py prints the figures.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from unittest.mock import patch
 
 import torch
 
-import cnnfast.functional as F
-from cnnfast import dispatch, ops
 from cnnfast_kernels import conv, launch, memory
 from cnnfast_kernels.aot.recording_driver import recording_driver
 from cnnfast_kernels.aot.stub_driver import stub_driver
 from cnnfast_kernels.operands import FpropOperands
+
+from .. import dispatch, ops
+from .. import functional as F
 
 CHANNELS = 64
 GEOMETRY = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
@@ -34,10 +36,11 @@ MODES = ("inference", "gradients", "backward")
 
 @contextmanager
 def pretended_gpu(launcher: bool) -> Iterator[None]:
-    """CPU tensors are served by our kernels, every call of them (cnnfast.backend("kernels")); nothing runs.
+    """Every call on CPU tensors is served by our kernels (backend("kernels")): they are launched, and do not run.
 
-    With `launcher` Triton's own launcher turns the arguments into a launch and asks for each tensor map, of a libcuda
-    that takes both and does nothing (aot/recording_driver). Without it the stub driver takes the arguments as they are.
+    With `launcher` Triton's own launcher turns the arguments into a launch and asks for each tensor map, and a libcuda
+    that does nothing takes both (aot/recording_driver). Without it the stub driver takes the arguments as they are.
+    Raises RuntimeError where kernels are interpreted.
     """
     if launch.INTERPRETED:
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET and start again")
@@ -47,14 +50,16 @@ def pretended_gpu(launcher: bool) -> Iterator[None]:
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """Operands of a 3x3 convolution, as a network in half precision has them: small, for on the CPU PyTorch fills some."""
+    """Operands of a 3x3 convolution, as a network in half precision has them. They are small, because some calls fill
+    tensors, which PyTorch does on the CPU here.
+    """
     half = {name: torch.ones(2, CHANNELS, 8, 8, dtype=torch.float16) for name in ("x", "z")}
     half["w"] = torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=torch.float16)
     vectors = {name: torch.ones(CHANNELS) for name in ("mean", "var", "g", "b")}
     return {name: t.contiguous(memory_format=torch.channels_last) for name, t in half.items()} | vectors
 
 
-# The leaves that want gradients, and the call.
+# By name: the operands that want gradients, and the call.
 OPERATIONS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "conv2d": ("x w", lambda x, w, **_: F.conv2d(x, w, None, 1, 1)),
     "conv_bn_act": (
@@ -75,8 +80,8 @@ OPERATIONS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
 
 @contextmanager
 def prepared(operation: str, mode: str) -> Iterator[Callable[[], Any]]:
-    """The call to time, once it has run: under inference_mode, recording what its gradients need, or taking all of
-    them.
+    """The call to time, which has run before. mode: "inference" is under inference_mode, "gradients" records what the
+    gradients need, and "backward" computes all of them.
     """
     leaves, function = OPERATIONS[operation]
     operands = tensors()
@@ -94,7 +99,7 @@ def prepared(operation: str, mode: str) -> Iterator[Callable[[], Any]]:
 
 
 def warmed(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Compiles what the call launches, plans it, and remembers what Triton compiled."""
+    """The call, once its kernels are compiled, its launches are planned, and Triton's caches know both."""
     for _ in range(3):
         call()
     return call
@@ -111,8 +116,8 @@ LAYERS = (
 
 
 def layers() -> dict[str, Callable[[], Any]]:
-    """conv2d, from the outermost layer to the innermost: each call contains those below it. The last one is what a plan
-    spares.
+    """conv2d from the outermost layer to the innermost: each call contains those that come after it. The last one, a
+    launch by Triton alone, is what a plan spares.
     """
     x, w = tensors()["x"], tensors()["w"]
     geometry = conv.Geometry(*GEOMETRY)
@@ -130,7 +135,8 @@ def layers() -> dict[str, Callable[[], Any]]:
     return dict(zip(LAYERS, map(warmed, calls), strict=True))
 
 
-# Of torch.nn.functional, or ours in its place, and a one-pixel image: a call that is hardly more than its own cost.
+# Functions of a module, torch.nn.functional or ours, on an image of one pixel: such a call costs hardly more than the
+# host's part of it.
 ONE_PIXEL: dict[str, Callable[[Any, torch.Tensor], Callable[[], Any]]] = {
     "conv2d": lambda f, x: partial(f.conv2d, x, x),
     "batch_norm": lambda f, x: partial(f.batch_norm, x, x.flatten(), x.flatten()),
@@ -141,18 +147,18 @@ ONE_PIXEL: dict[str, Callable[[Any, torch.Tensor], Callable[[], Any]]] = {
 
 
 def bare_operator() -> Callable[[], Any]:
-    """An operator of one tensor that returns an empty one: what PyTorch's dispatcher costs, and how fast this machine
-    is just now.
+    """An operator that takes a tensor and returns an empty one: what PyTorch's dispatcher costs, and so how fast this
+    machine is at present.
     """
     library = torch.library.Library("cnnfast_host_cost", "DEF")
     library.define("bare(Tensor x) -> Tensor")
     library.impl("bare", torch.empty_like, "CPU")
     x, operator = torch.ones(1), torch.ops.cnnfast_host_cost.bare.default
-    return lambda: (library, operator(x))[1]  # the library must live
+    return lambda: (library, operator(x))[1]  # an operator ends with the Library that defined it
 
 
 def microseconds(call: Callable[[], Any], repeat: int = 20) -> float:
-    """Of one call, by the clock over `repeat` of them: so few that the system seldom takes the processor away
+    """The time of one call, as the mean of `repeat` calls: so few that the system seldom gives the processor to others
     meanwhile.
     """
     start = time.perf_counter()
@@ -162,7 +168,9 @@ def microseconds(call: Callable[[], Any], repeat: int = 20) -> float:
 
 
 def fastest(calls: dict[str, Callable[[], Any]], rounds: int = 400) -> dict[str, float]:
-    """The least microseconds of each, taking turns: whatever else runs on the machine only ever adds."""
+    """The least microseconds of each call. They take turns, and the least counts because what else runs on the machine
+    can only add to a time.
+    """
     least = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
         for name, call in calls.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy
@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.utils import _pair
 
-from .folding import ADDITIONS, RELUS, FusedConv
+from ..patterns import SUMS, callee
+from .folding import RELUS, FusedConv
 from .job import Job
 
-SAME = (nn.Identity, nn.Dropout)  # in eval
+SAME = (nn.Identity, nn.Dropout)  # in eval mode they return their input
 FLATTEN = (torch.flatten, "flatten", nn.Flatten)
-LAYERS = (FusedConv, nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AdaptiveAvgPool2d, *SAME, *FLATTEN, *RELUS, *ADDITIONS)
+LAYERS = (FusedConv, nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AdaptiveAvgPool2d, *SAME, *FLATTEN, *RELUS, *SUMS)
 
 
 def unavailable(model: fx.GraphModule, device: torch.device) -> str:
     """Why this model cannot run, or the empty string."""
-    unknown = [kind for node in model.graph.nodes if (kind := _kind(model, node)) is not None and kind not in LAYERS]
-    if unknown:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    kinds = [kind for node in model.graph.nodes if (kind := callee(node, modules)) is not None]
+    if unknown := [kind for kind in kinds if kind not in LAYERS]:
         return f"its model has no {getattr(unknown[0], '__name__', unknown[0])}"
     try:
         _device(device)
@@ -34,9 +36,9 @@ def unavailable(model: fx.GraphModule, device: torch.device) -> str:
 
 
 def step(model: fx.GraphModule, job: Job) -> Callable[[], Any]:
-    """Computes the model by jax.jit and waits for it; returns a list of jax arrays.
+    """A step that computes the model by jax.jit, waits for the results, and returns them as a list of jax arrays.
 
-    float32 is multiplied as PyTorch's settings say: jax by itself would round to TF32 on a GPU.
+    float32 is multiplied as PyTorch's settings say: by default jax would round to TF32 on a GPU.
     """
     jax = _jax()
 
@@ -58,21 +60,17 @@ def step(model: fx.GraphModule, job: Job) -> Callable[[], Any]:
 
 
 def tensor(array: Any, device: torch.device) -> Tensor:
+    """A result in float32, NCHW."""
     y = torch.from_numpy(numpy.array(array, dtype=numpy.float32)).to(device)
     return y.permute(0, 3, 1, 2) if y.dim() == 4 else y
 
 
-def _kind(model: fx.GraphModule, node: fx.Node) -> Any:
-    """The class or function that a node calls."""
-    if node.op == "call_module":
-        return type(model.get_submodule(str(node.target)))
-    return node.target if node.op.startswith("call") else None
-
-
 def _jax() -> Any:
-    """The module. At its first use of a GPU it takes three quarters of the memory, which others need here, unless this
-    variable, which it reads then and has no other setting for, says otherwise; a user who has set it, or has imported
-    jax before, is let have it so.
+    """The module jax.
+
+    When it first uses a GPU it takes three quarters of its memory, which the other providers need here. Only this
+    variable, which it reads then, can prevent that; jax has no other setting for it. It stays as it is if the user has
+    set it, or has imported jax before.
     """
     if "jax" not in sys.modules:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -96,6 +94,7 @@ def _bias(layer: nn.Conv2d | nn.Linear, job: Job, place: Any) -> Any:
 
 
 def _run(model: fx.GraphModule, parameters: dict[str, Any], images: list[Any]) -> list[Any]:
+    modules = dict(model.named_modules(remove_duplicate=False))
     values: dict[fx.Node, Any] = {}
     given = iter(images)
     for node in model.graph.nodes:
@@ -104,17 +103,17 @@ def _run(model: fx.GraphModule, parameters: dict[str, Any], images: list[Any]) -
         elif node.op == "output":
             return [values[n] for n in node.all_input_nodes]
         else:
-            operands = [values[n] for n in node.args if isinstance(n, fx.Node)]  # one may be there twice
-            values[node] = _call(model, node, parameters, *operands)
+            # Not all_input_nodes, in which x stands once for x + x.
+            operands = [values[n] for n in node.args if isinstance(n, fx.Node)]
+            values[node] = _call(modules, node, parameters, *operands)
     raise AssertionError("a graph ends with its output")
 
 
-def _call(model: fx.GraphModule, node: fx.Node, parameters: dict[str, Any], x: Any, z: Any = None) -> Any:
+def _call(modules: Mapping[str, nn.Module], node: fx.Node, parameters: dict[str, Any], x: Any, z: Any = None) -> Any:
     jax = _jax()
 
-    kind = _kind(model, node)
-    name = str(node.target)
-    layer: Any = model.get_submodule(name) if node.op == "call_module" else None
+    kind, name = callee(node, modules), str(node.target)
+    layer: Any = modules.get(name)
     if kind is FusedConv:
         y = _conv(layer.layer, parameters[f"{name}.layer"], x)
         return jax.nn.relu(y if z is None else y + z)
@@ -132,7 +131,7 @@ def _call(model: fx.GraphModule, node: fx.Node, parameters: dict[str, Any], x: A
         return jax.numpy.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1)
     if kind in RELUS:
         return jax.nn.relu(x)
-    return x + z if kind in ADDITIONS else x
+    return x + z if kind in SUMS else x
 
 
 def _conv(layer: nn.Conv2d, parameters: tuple[Any, Any], x: Any) -> Any:

@@ -18,9 +18,9 @@ from ..dtypes import name_of
 from ..precision import allow_tf32
 from .numbers import Numbers
 
-# infer: eval, under inference_mode. train: forward, all gradients, SGD with momentum; in 16 bits under autocast, as
-# users train. Of single layers, in training mode: forward, and the gradients of the input, of the parameters, or of
-# both.
+# The modes. Of models: "infer" is eval under inference_mode, and "train" a forward pass, all gradients, and SGD with
+# momentum, in 16 bits under autocast, as users train. Of single layers, which are in training mode: the forward pass,
+# or the gradients of the input ("dgrad"), of the parameters ("wgrad"), or of both ("backward").
 MODELS = ("infer", "train")
 BACKWARD = ("dgrad", "wgrad", "backward")
 FORWARD = "forward"
@@ -31,11 +31,11 @@ AUTOCAST = (torch.float16, torch.bfloat16)
 class Job:
     """A step to measure.
 
-    model: in PyTorch's own classes (see `plain`), float32, on the CPU. original: what cnnfast converts, over the same
-    parameters; None: the same. shapes: of its inputs, the first size being the batch. dtype: of the inputs; parameters
-    have it too, except 16 bits in mode "train". copies: sets of buffers that take turns, so that a single layer finds
-    them no warmer than in a network. numbers: what inputs and output gradients are filled with; a job that `replace`
-    makes of this one shares them.
+    model: in PyTorch's own classes (see `plain`), in float32, on the CPU. original: the model over the same parameters
+    that cnnfast converts; None for `model` itself. shapes: of the inputs; the first size of each is the batch. dtype:
+    of the inputs, and of the parameters, except in mode "train", where those of a 16-bit job stay float32. copies: how
+    many sets of buffers take turns, so that a single layer finds them no warmer in the cache than in a network.
+    numbers: what inputs and output gradients are filled with; a job that `replace` makes of this one shares them.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Job:
 
     @property
     def tf32(self) -> bool:
-        """Whether float32 products are TF32, by the settings in force now."""
+        """Whether float32 is multiplied as TF32, by the settings in force now."""
         return allow_tf32(torch.empty(0, dtype=self.dtype, device=self.device))
 
     @property
@@ -63,22 +63,22 @@ class Job:
         return name_of(self.dtype, self.tf32)
 
     def inputs(self, channels_last: bool = True) -> list[Tensor]:
-        """In memory of their own, the same numbers every time, normally distributed."""
+        """New tensors, with the same normally distributed numbers every time."""
         drawn = (self.numbers.normal(i, shape, self.device) for i, shape in enumerate(self.shapes))
         made = [t.to(self.dtype, copy=True) for t in drawn]
         return [channels_last_of(t) for t in made] if channels_last else made
 
     def output_gradients(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """What backward starts from: the same numbers every time, laid out as the outputs and of their dtype."""
+        """The gradients that a backward pass starts from: the same numbers every time, in the outputs' layouts and
+        dtypes.
+        """
         drawn = (self.numbers.normal(len(self.shapes) + i, t.shape, self.device) for i, t in enumerate(outputs))
         return [torch.empty_like(t).copy_(numbers) for t, numbers in zip(outputs, drawn, strict=True)]
 
 
 def numbers_drawn(job: Job) -> int:
-    """How many random numbers a run of the job draws, for all providers together: its inputs, and gradients of what it
-    returns.
-
-    Nothing is computed; raises what the model raises on meta tensors.
+    """How many random numbers a run of the job draws, for all providers together: its inputs, and the gradients of its
+    outputs. Nothing is computed. Raises what the model raises on meta tensors.
     """
     meta = replace(job, device=torch.device("meta"), numbers=Numbers())
     inputs = meta.inputs(channels_last=False)
@@ -91,15 +91,16 @@ def numbers_drawn(job: Job) -> int:
 
 
 def channels_last_of(t: Tensor) -> Tensor:
-    """Images and volumes, and filters for them; anything else as it is."""
+    """A tensor of images or volumes, or of filters for them, in channels_last; any other tensor as it is."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return t.contiguous(memory_format=formats[t.dim()]) if t.dim() in formats else t
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The model as PyTorch alone would run it: without any class of this package.
+    """The model as PyTorch alone would run it, without any class of this package.
 
-    One that is built from cnnfast.nn is written out as the calls of torch.nn that it makes in the mode that it is in.
+    A model that is built from blocks of cnnfast.nn becomes the torch.fx graph of the torch.nn modules that it calls in
+    the mode that it is in.
     """
     reverted = conversion.revert(model)
     if any(type(module).__module__.startswith("cnnfast.") for module in reverted.modules()):
@@ -108,7 +109,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """The model itself, which now drops nothing in training: what is random cannot be compared."""
+    """The same model, whose dropout no longer drops anything: results that are random cannot be compared."""
     for module in model.modules():
         if "drop" in type(module).__name__.lower():
             for name in ("p", "drop_prob"):
@@ -122,24 +123,24 @@ def float_tensors(tree: Any) -> list[Tensor]:
 
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """By name: torch.fx registers modules in the order of their calls."""
+    """All parameters, in the order of their names: a graph of torch.fx has its modules in the order of their calls."""
     return [p for _, p in sorted(model.named_parameters(), key=lambda named: named[0])]
 
 
 def wanted_by(mode: str, model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors whose gradients a step takes; inputs then require one."""
+    """The tensors whose gradients a step computes. Inputs among them are made to require a gradient."""
     wanted = [t.requires_grad_() for t in inputs] if mode in ("dgrad", "backward") else []
     return wanted + (parameters_of(model) if mode in ("wgrad", "backward") else [])
 
 
 def placed(model: nn.Module, job: Job) -> nn.Module:
-    """A copy on the job's device, in its mode and, except for 16 bits in mode "train", its dtype."""
+    """A copy on the job's device, in its mode and its dtype; a 16-bit job in mode "train" keeps float32 parameters."""
     model = copy.deepcopy(model).to(job.device).train(job.mode != "infer")
     return model if job.mode == "train" and job.dtype in AUTOCAST else model.to(job.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Steps: each returns what the gate judges, outputs and gradients
+# Steps: each returns the outputs and the gradients, which the gate judges
 
 Step = Callable[[], list[Tensor]]
 
@@ -147,15 +148,15 @@ Step = Callable[[], list[Tensor]]
 def steps_of(
     job: Job, compiled: Callable[[nn.Module], Callable[..., Any]], model: nn.Module, channels_last: bool = True
 ) -> list[Step]:
-    """One step for each set of buffers, which are inputs and the model's own. compiled: makes the network that runs of
-    a model.
+    """One step for each set of buffers, that is of inputs and of the model's parameters. compiled: makes a callable of
+    the model.
     """
     models = [model, *(copy.deepcopy(model) for _ in range(job.copies - 1))]
     return [step_of(job, compiled(each), each, job.inputs(channels_last)) for each in models]
 
 
 def step_of(job: Job, network: Callable[..., Any], model: nn.Module, inputs: list[Tensor]) -> Step:
-    """network: `model`, or what was compiled from it."""
+    """A step of the job. network: `model`, or what was compiled from it."""
     if job.mode == "train":
         return _training_step(job, network, model, inputs)
     if job.mode in BACKWARD:

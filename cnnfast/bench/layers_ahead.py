@@ -1,4 +1,4 @@
-"""Kernels of single layers compiled ahead, for several tasks at a time (ahead.py does so for models)."""
+"""Kernels of single layers are compiled ahead, for several tasks at a time (ahead.py does so for models)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from .rows import LAYER
 from .task import Task
 
-WINDOW = 16  # tasks that are compiled for at a time: a short budget shall not be spent on what is never measured
+WINDOW = 16  # tasks at a time: a short budget shall not be spent on kernels that are never measured
 INPUT_GRADIENT = ("dgrad", "backward")
 
 
 class LayersAhead:
-    """Compiles for the layers among some tasks, a window of them at a time; a context, in which its processes live."""
+    """Compiles for the layers among some tasks, WINDOW of them at a time. Its processes end with this context."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
@@ -31,7 +31,7 @@ class LayersAhead:
         self.stack.close()
 
     def before(self, i: int, tell: Callable[[str], None]) -> None:
-        """Called before task `i` is run."""
+        """Compiles for task `i`, and those after it, unless that was done. Called before task `i` is run."""
         if self.tasks[i].kind != LAYER or i < self.until:
             return
         self.until = i + WINDOW
@@ -51,17 +51,17 @@ class LayersAhead:
             from .. import warming
 
             self.compile = self.stack.enter_context(warming.compiling(devices.gpu(self.tasks[i].job.device)))
-        with suppress(OSError):  # as above
+        with suppress(OSError):  # no process can be started: kernels are compiled when they are launched
             self.compile(lines, lambda done, total: tell(f"compiling kernels, {done} of {total}"))
 
     def lines(self, task: Task) -> list[str]:
-        """For all tasks of the same layer; none for the second of them."""
+        """Descriptions of the kernels of a task's layer, in all its modes; none if another task had the same layer."""
         found: list[str] = []
         model = id(task.job.model)
         gradient = any(id(other.job.model) == model and other.job.mode in INPUT_GRADIENT for other in self.tasks)
         for provider in task.providers:
             if provider.ours and not provider.unavailable(task.job) and (model, provider.name) not in self.traced:
                 self.traced.add((model, provider.name))
-                with suppress(Exception):  # of whatever kind: it raises again, and is then that provider's
+                with suppress(Exception):  # of whatever kind: the provider raises it again when it runs
                     found += provider.launches(task.job, gradient)
         return found

@@ -9,11 +9,10 @@ from torch import Tensor
 
 
 class Numbers:
-    """Normally distributed numbers in float32, drawn on the device that they are for, once, and then shared by all who
-    ask for the same.
+    """Normally distributed numbers in float32. They are drawn once, on the device that they are for, and shared by all
+    who ask for the same.
 
-    A GPU draws in a second what takes one thread of a processor minutes. The same device draws the same numbers every
-    time.
+    A GPU draws in a second what takes one thread of a processor minutes. Each device draws the same numbers every time.
     """
 
     def __init__(self) -> None:
@@ -21,11 +20,11 @@ class Numbers:
 
     @property
     def count(self) -> int:
-        """Numbers that were drawn so far."""
+        """How many numbers were drawn so far."""
         return sum(t.numel() for t in self.drawn.values())
 
     def normal(self, seed: int, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Not to be written into: others get the same tensor. On meta tensors nothing is drawn."""
+        """A tensor that is not to be written into, since others get the same. On the meta device nothing is drawn."""
         key = seed, tuple(shape), device
         if key not in self.drawn:
             generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)

@@ -17,7 +17,7 @@ STYLES = ("-", "--", "-.", ":")
 
 
 def draw(rows: Sequence[BenchRow], folder: Path) -> list[Path]:
-    """Writes those PNGs for which there are rows, and returns them."""
+    """Writes the pictures for which there are rows into `folder`, as PNG files, and returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     timed = [row for row in rows if row.median]
     layers = [group for group in jobs(row for row in timed if row.kind == LAYER) if speedup(group)]
@@ -49,7 +49,7 @@ def _color(row: BenchRow) -> str:
 
 
 def _roofline(rows: list[BenchRow]) -> Figure:
-    """TFLOP/s over FLOPs a byte; each point at its own level of fusion."""
+    """TFLOP/s over FLOPs a byte; the bytes of each point are those of its own level of fusion."""
     figure, axes = _figure(9, 6)
     peaks = rows[0].peaks
     intensity = [row.flops / row.bytes for row in rows if row.flops and row.bytes]
@@ -68,7 +68,7 @@ def _roofline(rows: list[BenchRow]) -> Figure:
 
 
 def _layers(groups: list[list[BenchRow]]) -> Figure:
-    """Speed against the strongest baseline: below 1 we lose."""
+    """The speed of each layer against the strongest baseline; below 1 it loses."""
     groups = sorted(groups, key=lambda group: speedup(group) or 0)
     figure, axes = _figure(9, 1.5 + 0.19 * len(groups))
     ratios = [speedup(group) or 0 for group in groups]
@@ -84,7 +84,7 @@ def _layers(groups: list[list[BenchRow]]) -> Figure:
 
 
 def _images(rows: list[BenchRow]) -> Figure:
-    """Of the strongest baseline and of our best, by batch."""
+    """Images a second by batch, of the strongest baseline and of our best."""
     figure, axes = _figure(9, 6)
     subjects = list(dict.fromkeys((row.subject, row.mode, row.dtype) for row in rows))
     for i, subject in enumerate(subjects):

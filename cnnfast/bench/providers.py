@@ -1,7 +1,7 @@
 """Who computes a step: PyTorch in every form that is worth beating, cuDNN's fused kernels, JAX, and cnnfast.
 
-A provider says why it cannot run, or prepares a step. `level` is how far it fuses (roofline.py). Only baselines are
-beaten; the NCHW one is there because others compare with it.
+A provider says why it cannot run, or prepares a step. Only baselines are to be beaten; the NCHW provider is none, and
+is there because others compare with it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ EAGER, COMPILE, MAX_AUTOTUNE = "eager", "compile", "max-autotune"
 
 @dataclass(frozen=True)
 class Prepared:
-    """step: what is timed; `calls` steps of the job. read: makes tensors of what it returns, the results on the first
-    buffers.
+    """step: what is timed. calls: how many steps of the job it makes. read: makes tensors of what it returns, which are
+    the results on the first set of buffers.
     """
 
     step: Callable[[], Any]
@@ -40,8 +40,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Provider:
-    """how: eager, compile or max-autotune. graph: replayed as a CUDA graph. baseline: whether cnnfast has to beat it.
-    skipped: why it shall not run, though it could.
+    """One way to compute a step.
+
+    text: what the legend of a report says of it. how: eager, compile or max-autotune. graph: whether it is replayed as
+    a CUDA graph. baseline: whether cnnfast has to beat it. level: how far it fuses (roofline.py). skipped: why it shall
+    not run, though it could.
     """
 
     name: str
@@ -54,7 +57,7 @@ class Provider:
     ours: bool = False
     level: str = OPERATORS
     skipped: str = ""
-    in_torch: ClassVar[bool] = True  # whether PyTorch allocates its memory, and so can tell how much there is of it
+    in_torch: ClassVar[bool] = True  # whether PyTorch allocates its memory, and can tell how much that is
 
     @property
     def layout(self) -> str:
@@ -81,7 +84,7 @@ class Provider:
         return model
 
     def prepare(self, job: Job) -> Prepared:
-        """A step that has run once: what had to be compiled or captured is. Raises whatever that raises."""
+        """A step that has run once, so that all is compiled and captured. Raises whatever that raises."""
         model = self.network(job)
         self.compile_ahead(job, model)
         with compiler(self.how, job.mode == "infer") as compiled:
@@ -94,10 +97,10 @@ class Provider:
         return Prepared(step)
 
     def compile_ahead(self, job: Job, model: nn.Module) -> None:
-        """Where something is to be gained by it."""
+        """Compiles what the model will launch, by several processes. Here there is nothing to compile."""
 
     def launches(self, job: Job, input_gradient: bool) -> list[str]:
-        """Of our kernels; ahead.py says which."""
+        """Descriptions of those of our kernels that a step launches (ahead.py)."""
         return []
 
 
@@ -115,8 +118,8 @@ class Ours(Provider):
 
 
 class Kernels(Ours):
-    """The same with every call served by our kernels, whether or not they were measured to be faster. What a CUDA graph
-    captured stays.
+    """The same with every call served by our kernels, whether or not they were measured to be faster. The backend is
+    set while the step is captured, and its CUDA graph keeps the kernels.
     """
 
     def prepare(self, job: Job) -> Prepared:
@@ -129,9 +132,7 @@ class Kernels(Ours):
 
 
 class Fused(Provider):
-    """Batch norm folded into the weights, and one library kernel for a convolution with its bias, activation and
-    addition.
-    """
+    """Batch norms folded into the weights, and one kernel of a library for a convolution with bias, sum and ReLU."""
 
     def unavailable(self, job: Job) -> str:
         engine = folding.ENGINES[self.name]
@@ -162,8 +163,7 @@ class Jax(Provider):
         return Prepared(step, read=lambda results: [jax_model.tensor(y, job.device) for y in results])
 
 
-# In the order in which they run. Whoever compiles longest comes last: a run that ends early, or whose budget does, has
-# the others.
+# In the order in which they run. Those that compile longest come last, so that a run that ends early has the others.
 PROVIDERS = {
     provider.name: provider
     for provider in (
@@ -201,7 +201,9 @@ PROVIDERS = {
 
 @contextmanager
 def compiler(how: str, inference: bool) -> Iterator[Callable[[nn.Module], Callable[..., Any]]]:
-    """What makes a model callable; it compiles when first called, within the context."""
+    """A function that makes a callable of a model. The callable compiles when it is first called, which has to be
+    within this context.
+    """
     if how == EAGER:
         yield lambda model: model
         return

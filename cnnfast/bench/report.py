@@ -30,15 +30,15 @@ from .rows import (
 )
 
 LOST, MEAN = "bold red", "mean"
-ALONE = " ~"  # behind a time that is not of the rounds
-# the first to go first
+ALONE = " ~"  # behind a time that is not of the rounds in which all take turns
+# Columns that may be left out of a narrow table, the most dispensable first.
 DISPENSABLE = ("peak MiB", "saved MiB", "kernels", "of net", "GB/s", "images/s", "TFLOP/s", "first s")
 STYLES = {LOSES: LOST, EVEN: "", WINS: "green", MEAN: ""}
 
 
 def report(rows: Sequence[BenchRow], width: int) -> Group:
-    """Losses first, then tables of the models, then the layers; what does not fit into `width` is left out (the JSON
-    has it).
+    """Losses first, then a table for each model, then the layers. Columns that do not fit into `width` are left out;
+    the JSON has them.
     """
     parts: list[RenderableType] = [*_conditions(rows), Text(), *verdicts(rows)]
     done = [group for group in jobs(rows) if {row.status for row in group} != {LEFT_OUT}]
@@ -57,6 +57,7 @@ def report(rows: Sequence[BenchRow], width: int) -> Group:
 
 
 def _conditions(rows: Sequence[BenchRow]) -> Iterator[Text]:
+    """The machine, its software, its clocks, and what was measured on it."""
     row = rows[0]
     m = row.machine
     versions = (("driver", m.driver), ("cuDNN", m.cudnn), ("torch", m.torch), ("triton", m.triton))
@@ -64,13 +65,12 @@ def _conditions(rows: Sequence[BenchRow]) -> Iterator[Text]:
     yield Text(", ".join([m.device, *software, *([f"cnnfast at {m.commit}"] if m.commit else [])]))
     if m.clocks:
         yield Text(f"clocks of SMs and memory, each with its limit: {m.clocks}")
-    yield Text(
-        f"measured on it: {row.peaks.flops / 1e12:.3g} TFLOP/s (product of matrices), {row.peaks.bytes / 1e9:.4g} GB/s (copy)"
-    )
+    flops, bytes_moved = f"{row.peaks.flops / 1e12:.3g} TFLOP/s", f"{row.peaks.bytes / 1e9:.4g} GB/s"
+    yield Text(f"measured on it: {flops} (product of matrices), {bytes_moved} (copy)")
 
 
 def verdicts(rows: Iterable[BenchRow]) -> Iterator[Text]:
-    """One line a job of a model, and one a mode of all layers; the worst first."""
+    """A line for each job of a model, and one for all layers in each mode; the worst first."""
     found: list[tuple[float, str, str]] = []
     silent: list[str] = []
     for group in jobs(row for row in rows if row.kind == MODEL):
@@ -78,9 +78,8 @@ def verdicts(rows: Iterable[BenchRow]) -> Iterator[Text]:
         if {row.status for row in group} == {LEFT_OUT}:
             continue
         if theirs is None or ours is None:
-            silent.append(
-                f"nothing to compare: {title(group[0])}: no right result of {'a baseline' if theirs is None else 'cnnfast'}"
-            )
+            missing = "a baseline" if theirs is None else "cnnfast"
+            silent.append(f"nothing to compare: {title(group[0])}: no right result of {missing}")
         else:
             times = " against ".join(
                 f"{milliseconds(row)} ms ({row.provider}{ALONE * row.alone})" for row in (ours, theirs)
@@ -106,6 +105,7 @@ def verdicts(rows: Iterable[BenchRow]) -> Iterator[Text]:
 
 
 def title(row: BenchRow) -> str:
+    """The job of a row, in words."""
     return f"{row.subject}, {row.mode}, batch {row.batch}, {row.input}, {row.dtype}"
 
 
@@ -135,7 +135,7 @@ def model_table(rows: Sequence[BenchRow], width: int) -> Table:
 
 
 def _not_run(rows: Sequence[BenchRow]) -> Iterator[Text]:
-    """Whoever has no time, and why: wrong numbers first."""
+    """Each provider without a time, and why it has none: wrong numbers first."""
     width = max(len(row.provider) for row in rows)
     harmless = {UNAVAILABLE: "yellow", LEFT_OUT: "yellow"}
     for row in sorted((row for row in rows if not row.median), key=lambda row: row.status in harmless):
@@ -143,8 +143,10 @@ def _not_run(rows: Sequence[BenchRow]) -> Iterator[Text]:
 
 
 def _left_out(rows: Sequence[BenchRow]) -> Iterator[Text]:
-    """The jobs of which nothing was begun, those of one reason together, and of layers what only some providers missed."""
-    found: dict[str, dict[str, dict[str, None]]] = {}  # by reason and subject: modes
+    """The jobs of which nothing was begun, with those of one reason together. Of layers also the jobs that only some
+    providers missed.
+    """
+    found: dict[str, dict[str, dict[str, None]]] = {}  # reason > subject > modes
     for group in jobs(rows):
         missed = [row for row in group if row.status == LEFT_OUT]
         whole = len(missed) == len(group)
@@ -159,7 +161,7 @@ def _left_out(rows: Sequence[BenchRow]) -> Iterator[Text]:
 
 
 def layer_table(rows: Sequence[BenchRow], width: int) -> Table:
-    """A line for each layer and direction: the strongest baseline and our best; the worst first."""
+    """A line for each layer and mode, with the strongest baseline and our best; the worst first."""
     groups = sorted(jobs(rows), key=lambda group: speedup(group) or 0)
     bests = [(strongest(group), our_best(group)) for group in groups]
     cells = {
@@ -178,7 +180,9 @@ def layer_table(rows: Sequence[BenchRow], width: int) -> Table:
 
 
 def _table(title: str, cells: dict[str, list[str]], width: int, styles: list[str]) -> Table:
-    """One line an entry of `styles`; empty columns are left out, and in a narrow window some of the others."""
+    """A table of the columns `cells`, a line for each of `styles`. Empty columns are left out, and of the dispensable
+    ones those that do not fit into `width`.
+    """
     shown = {name: values for name, values in cells.items() if any(values)}
     for name in DISPENSABLE:
         if sum(max(map(len, [name, *values])) + 2 for name, values in shown.items()) > width:
@@ -200,6 +204,7 @@ def _table(title: str, cells: dict[str, list[str]], width: int, styles: list[str
 
 
 def _legend(rows: Sequence[BenchRow]) -> Iterator[Text]:
+    """What the names of providers and columns mean."""
     used = {row.provider: PROVIDERS[row.provider].text for row in rows if row.median and row.provider in PROVIDERS}
     if any(row.kind == MODEL for row in rows):
         yield from (Text(f"{name}: {text}", "dim") for name, text in used.items())
@@ -207,8 +212,9 @@ def _legend(rows: Sequence[BenchRow]) -> Iterator[Text]:
         "ms, us: median of one step (what 20 and 80 % of the samples stay below). speed: against"
         " the strongest baseline (*). GB/s: of the"
         " bytes that must move. of ceiling: of what the machine allows a step whose operators are fused so far:"
-        " each its own kernel, pointwise operators fused, one kernel a conv(olution). first: setup and compilation.", "dim",
-    )  # fmt: skip
+        " each its own kernel, pointwise operators fused, one kernel a conv(olution). first: setup and compilation.",
+        "dim",
+    )
     if any(row.alone for row in rows):
         yield Text(
             "~: timed alone, right after its first result: the run did not reach the rounds in which all take turns.",
@@ -216,13 +222,14 @@ def _legend(rows: Sequence[BenchRow]) -> Iterator[Text]:
         )
     if not rows[0].machine.driver:
         yield Text(
-            "No GPU here: times are those of one thread, and PyTorch serves cnnfast's calls too, so that its rows show what"
-            " conversion costs. What a launch costs the host: pytest benchmarks/test_host_cost.py", "dim",
-        )  # fmt: skip
+            "No GPU here: times are those of one thread, and PyTorch serves cnnfast's calls too, so that its rows show"
+            " what conversion costs. What a launch costs the host: pytest benchmarks/test_host_cost.py",
+            "dim",
+        )
 
 
 def _short(value: float) -> str:
-    """Three digits."""
+    """The number with three digits."""
     digits = next((digits for digits, least in enumerate((99.95, 9.995, 0.9995)) if value >= least), 3)
     return f"{value:,.{digits}f}"
 

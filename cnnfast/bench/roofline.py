@@ -1,20 +1,22 @@
 """What the machine allows: the least time of a step, if its kernels are fused so far and no further.
 
-A kernel takes max(FLOPs / matrix rate, bytes / bandwidth). It reads from memory every value that it needs, once, and
-writes every value that another kernel needs, once; kernels run one after the other, and what one has written the next
-reads from memory (so that a step whose values stay in the last-level cache may be faster). What decides is which
-operators share a kernel:
+A kernel takes max(FLOPs / matrix rate, bytes / bandwidth). It reads every value that it needs from memory, once, and
+writes every value that another kernel needs, once. Kernels run one after the other, and each reads from memory what
+those before it have written, so that a step whose values stay in the last-level cache may be faster. The levels differ
+in which operators share a kernel:
 
-    operators    every operator is a kernel of its own: PyTorch, eager
-    pointwise    everything between two convolutions is one kernel, in eval a batch norm goes into the weights before it: a compiler
-                 around a library's convolutions
-    conv         one kernel for a convolution: what follows it (norm, activation, addition, pooling over windows, and the sums for a
-                 norm in training) happens before it stores, the rest (what waits for those sums) as the next one loads
-    chains       the same, and a 1x1 convolution is in the kernel that makes its input, or that adds its output (inference only: in
-                 training sums stand between)
+    operators    Every operator is a kernel of its own, as in eager PyTorch.
+    pointwise    Everything between two convolutions is one kernel, and in eval mode a batch norm is folded into the
+                 weights of the convolution before it, as by a compiler around a library's convolutions.
+    conv         There is one kernel for each convolution. What follows it (norm, activation, sum, pooling over windows,
+                 and the sums that a norm needs in training) is done before it stores its result. The rest, which needs
+                 those sums, is done when the next kernel loads that result.
+    chains       The same, and a 1x1 convolution is part of the kernel that computes its input, or of the one that adds
+                 its output. In inference only: in training the sums for a norm stand between.
 
-Values of maps are recomputed by whoever reads them, from what is in memory (ReLU's mask, or a norm, from the
-convolution's output); sums of two tensors are stored. Positions of a pooling window take one byte.
+The result of a map (an elementwise operator, or pooling over windows) is not stored where its readers can recompute it
+from what is in memory, as ReLU's mask, or a norm, from the convolution's output. A sum of two tensors is stored.
+Positions in pooling windows take one byte each.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from ..measuring.machine import Peaks
 from .graph import Graph, Node
 
 OPERATORS, POINTWISE, CONV, CHAINS = LEVELS = ("operators", "pointwise", "conv", "chains")
-TWICE = 2  # a map may be recomputed from what is at most so many times as large
-# SGD with momentum, a parameter in float32: it, its gradient and its momentum read, two of them written
+TWICE = 2  # a map is recomputed by its readers only if they read at most so many times its own bytes for it
+# For each parameter, in float32, SGD with momentum reads it, its gradient and its momentum, and writes two of them.
 OPTIMIZER_BYTES = 20
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Names of its operators; FLOPs; bytes that it must move."""
+    """One kernel: the names of its operators, its FLOPs, and the bytes that it must move."""
 
     operators: tuple[str, ...]
     flops: int
@@ -45,7 +47,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Work:
-    """A step at one level of fusion."""
+    """A step at one level of fusion, as the kernels that it takes."""
 
     kernels: tuple[Kernel, ...]
 
@@ -63,7 +65,7 @@ class Work:
 
 
 def levels(graph: Graph) -> dict[str, Work]:
-    """The step at every level that it has; where there is an optimizer, it is a kernel too."""
+    """The step at every level: without "chains" if it trains, but with a kernel for the optimizer."""
     names = LEVELS[:-1] if graph.parameters else LEVELS
     optimizer = [Kernel(("optimizer",), 0, OPTIMIZER_BYTES * graph.parameters)] if graph.parameters else []
     return {
@@ -73,6 +75,7 @@ def levels(graph: Graph) -> dict[str, Work]:
 
 
 def _separate(graph: Graph) -> Iterator[Kernel]:
+    """A kernel for each operator."""
     needed = graph.results.union(*(node.reads for node in graph.nodes))
     for node in graph.nodes:
         moved = [
@@ -102,7 +105,8 @@ class _Fused:
             self.chain()
         self.share_reductions()
         self.sources: dict[int, frozenset[int]] = {}
-        self.stored: dict[int, frozenset[int]] = {}  # values of loose maps that are in memory > what they are made from
+        # The results of loose maps that are in memory, and from which values there each is made.
+        self.stored: dict[int, frozenset[int]] = {}
         for i, node in enumerate(self.nodes):
             if self.loose(i):
                 for v in node.writes:
@@ -112,17 +116,20 @@ class _Fused:
         return any(self.nodes[i].kind == "matrix" for i in self.members[group])
 
     def loose(self, i: int) -> bool:
-        """A map that is in no convolution's kernel."""
+        """Whether a node is a map that is in no convolution's kernel."""
         return self.nodes[i].kind == "map" and not self.is_matrix(self.group[i])
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Who shares a kernel
+    # Which nodes share a kernel
 
     def makers(self, reads: tuple[int, ...]) -> list[int]:
+        """The nodes that compute these values."""
         return [self.maker[v] for v in reads if v in self.maker]
 
     def merge(self, i: int, j: int) -> bool:
-        """Puts two nodes into one kernel, unless a third would have to run between its parts."""
+        """Puts two nodes into one kernel, unless another node has to run after one part of it and before another.
+        Returns whether that has made one kernel of two.
+        """
         a, b = self.group[i], self.group[j]
         if a == b:
             return False
@@ -144,9 +151,11 @@ class _Fused:
         return True
 
     def readers_of(self, i: int) -> list[int]:
+        """The nodes that read what a node computes."""
         return [r for v in self.nodes[i].writes for r in self.readers.get(v, ())]
 
     def fold_norms(self) -> None:
+        """Puts a batch norm in eval mode into the convolution before it, if nothing else reads that one's result."""
         for i, node in enumerate(self.nodes):
             before = self.makers(node.reads[:1])
             if (
@@ -158,7 +167,9 @@ class _Fused:
                 self.merge(before[0], i)
 
     def add_epilogues(self) -> None:
-        """To the latest kernel that can wait for everything else."""
+        """Puts what follows convolutions into their kernels: of several into that of the latest, for what the others
+        compute is there when it runs.
+        """
         for i, node in enumerate(self.nodes):
             whole = node.kind == "reduce" and not any(word in node.name for word in ("statistics", "sums"))
             if node.kind == "matrix" or whole:
@@ -170,6 +181,7 @@ class _Fused:
                     break
 
     def chain(self) -> None:
+        """Puts 1x1 convolutions into the kernels that add their results, or that compute their inputs."""
         for i, node in enumerate(self.nodes):
             if not node.pointwise:
                 continue
@@ -190,8 +202,8 @@ class _Fused:
                     self.merge(other, i)
 
     def added_to(self, i: int) -> list[int]:
-        """The nodes of other convolutions' kernels whose values the maps after a node, in its kernel, read besides its
-        own.
+        """The nodes of other convolutions' kernels whose results are added to that of this node, by the maps after it
+        in its own kernel.
         """
         found: list[int] = []
         readers = self.readers_of(i)
@@ -201,25 +213,25 @@ class _Fused:
         return found
 
     def share_reductions(self) -> None:
-        """Those of the same value."""
+        """Puts reductions of the same value into one kernel."""
         for readers in self.readers.values():
             alike = [r for r in readers if self.nodes[r].kind == "reduce" and not self.is_matrix(self.group[r])]
             for other in alike[1:]:
                 self.merge(alike[0], other)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # What is in memory
+    # Which values are in memory
 
     def from_memory(self, v: int) -> frozenset[int]:
-        """The values in memory that v is, or is recomputed from."""
+        """The values in memory from which v is recomputed, or v itself."""
         return self.sources.get(v, frozenset([v]))
 
     def decide(self, node: Node, v: int) -> None:
-        """Whether a value of a loose map is stored, and what its readers read."""
+        """Decides for a result of a loose map whether it is stored, and what its readers read in its place."""
         made_from = frozenset().union(*(self.from_memory(u) for u in node.reads))
         large = [u for u in made_from if 8 * self.sizes[u] >= self.sizes[v]]
         readers = self.readers.get(v, [])
-        passed_on = len(readers) == 1 and self.loose(readers[0])  # stored after that one, if at all
+        passed_on = len(readers) == 1 and self.loose(readers[0])  # if anything is stored, it is that one's result
         a_sum = len(large) > 1 and not node.name.endswith("backward")
         too_much = sum(self.sizes[u] for u in large) > TWICE * self.sizes[v]
         alone = v in self.results or ((a_sum or too_much) and not passed_on)
@@ -230,8 +242,10 @@ class _Fused:
             self.sources[v] = made_from
 
     def kernels(self) -> Iterator[Kernel]:
-        """Kernels of convolutions and of reductions with what they share, then what stores maps on its own."""
-        reads: dict[int, dict[int, int]] = {}  # bytes of each value
+        """The kernels of convolutions and of reductions, with all that is done in them, and then those that only store
+        results of maps.
+        """
+        reads: dict[int, dict[int, int]] = {}  # group > value > bytes of it that are read
         own: dict[int, set[int]] = {}
         for group, members in self.members.items():
             if self.loose(members[0]):

@@ -1,4 +1,4 @@
-"""What a run found, as data: one row a provider and job, and the files that hold them."""
+"""What a run found, as data: one row for each provider and job, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,23 @@ LOSES, EVEN, WINS = "loses", "even", "wins"
 class BenchRow:
     """One provider on one job.
 
-    kind: of the subject, "model" or "layer"; count: how often its network has a layer. mode: as job.py has it. status:
-    "ok", "unavailable", "wrong" (the gate), "failed" (it raised), "left out" (there was no time for it); `reason` says
-    why. Times are seconds of one step: median, and what 20 and 80 % of the samples stay below. alone: they are not of
-    rounds in which all take turns, which the run did not reach, but of this provider by itself, right after its first
-    result. first: seconds from the provider's setup to its first result, with nothing compiled on disk; a provider may
-    find what another before it compiled in the process. Ours compile ahead what they will launch, by several processes
-    at once, as cnnfast.warm does for its users: that is counted. None of layers, whose kernels are compiled ahead for
-    all of them. flops: of the model, whoever saves some. bytes: the least at the level that the provider fuses to.
-    ceilings: least seconds at every level. kernels, peak_bytes (from setup to the first result, weights included) and
-    saved_bytes (kept for backward) are None where unknown. error: the largest relative one against float64.
+    kind: of the subject, "model" or "layer". count: how often its network has a layer. mode: as job.py has it. status:
+    "ok", "unavailable", "wrong" (by the gate), "failed" (it raised), or "left out" (there was no time for it); `reason`
+    says why.
+
+    median, low, high: seconds of one step, the median of all samples, and what 20 and 80 % of them stay below. alone:
+    whether the samples are of this provider by itself, right after its first result, because the run did not reach the
+    rounds in which all take turns.
+
+    first: seconds from the provider's setup to its first result, with nothing compiled on disk; but it finds what
+    providers before it have compiled in the process. Ours compile ahead what they will launch, by several processes at
+    once, as cnnfast.warm does for its users, and that is counted. None for layers, whose kernels are compiled ahead for
+    several layers together.
+
+    flops: of the model, also if a provider needs fewer. bytes: the least at the level that the provider fuses to.
+    ceilings: the least seconds at every level. kernels, peak_bytes (from setup to the first result, weights included)
+    and saved_bytes (kept for the backward pass) are None where unknown. error: the largest relative one against
+    float64.
     """
 
     kind: str
@@ -62,7 +69,7 @@ class BenchRow:
 
     @property
     def job(self) -> tuple[str, str, str, int, str, str]:
-        """What rows that may be compared have in common."""
+        """What is the same in rows that may be compared."""
         return self.kind, self.subject, self.mode, self.batch, self.input, self.dtype
 
     @property
@@ -71,22 +78,22 @@ class BenchRow:
 
     @property
     def tflops(self) -> float | None:
-        """10^12 FLOPs a second."""
+        """FLOPs a second, in units of 10^12."""
         return self.flops / self.median / 1e12 if self.median and self.flops else None
 
     @property
     def gbps(self) -> float | None:
-        """10^9 of the least bytes a second."""
+        """The least bytes, by the seconds that were taken, in units of 10^9."""
         return self.bytes / self.median / 1e9 if self.median and self.bytes else None
 
     @property
     def fractions(self) -> dict[str, float]:
-        """Of every level's ceiling, what is reached: 1 is as fast as the machine allows."""
+        """How much of every level's ceiling is reached: 1 is as fast as the machine allows."""
         return {level: seconds / self.median for level, seconds in self.ceilings.items()} if self.median else {}
 
     @property
     def fraction(self) -> float | None:
-        """Of its own level's."""
+        """How much of the ceiling of its own level is reached."""
         return self.fractions.get(self.level)
 
 
@@ -99,22 +106,25 @@ def jobs(rows: Iterable[BenchRow]) -> Iterator[list[BenchRow]]:
 
 
 def strongest(rows: Iterable[BenchRow]) -> BenchRow | None:
-    """The fastest baseline, with right numbers."""
+    """The fastest baseline; only one with right numbers has a time."""
     return min((row for row in rows if row.baseline and row.median), key=lambda row: row.median or 0, default=None)
 
 
 def our_best(rows: Iterable[BenchRow]) -> BenchRow | None:
+    """The fastest of cnnfast's."""
     return min((row for row in rows if row.ours and row.median), key=lambda row: row.median or 0, default=None)
 
 
 def speedup(rows: Sequence[BenchRow]) -> float | None:
-    """How many times as fast as the strongest baseline our best is; below 1 it loses."""
+    """How many times as fast as the strongest baseline our best is; below 1 it loses. None if either is missing."""
     theirs, ours = strongest(rows), our_best(rows)
     return theirs.median / ours.median if theirs and ours and theirs.median and ours.median else None
 
 
 def verdict(rows: Sequence[BenchRow]) -> str:
-    """Whether our best loses, wins, or is even: the spreads from 20 to 80 % meet, or there is nothing to compare."""
+    """Whether our best loses, wins, or is even, which it is where the spreads from 20 to 80 % overlap, or where there
+    is nothing to compare.
+    """
     theirs, ours = strongest(rows), our_best(rows)
     if theirs and ours and (ours.low or 0) > (theirs.high or 0):
         return LOSES
@@ -122,7 +132,7 @@ def verdict(rows: Sequence[BenchRow]) -> str:
 
 
 def lines(rows: Iterable[BenchRow]) -> list[str]:
-    """JSON, a line for each: complete with machine and conditions, and derived figures."""
+    """Each row as one line of JSON, with the machine, the conditions, and the figures that follow from the times."""
     texts = []
     for row in rows:
         data = {**vars(row), "machine": vars(row.machine), "peaks": vars(row.peaks)}
@@ -134,12 +144,12 @@ def lines(rows: Iterable[BenchRow]) -> list[str]:
 
 
 def to_json(texts: Iterable[str]) -> str:
-    """A list of what `lines` returns."""
+    """The JSON list of these lines."""
     return "[\n " + ",\n ".join(texts) + "\n]"
 
 
 def read(file: Path) -> list[BenchRow]:
-    """What `to_json` made of rows. Raises ValueError, naming the file, if it holds anything else."""
+    """The rows in a file that `to_json` made. Raises ValueError, naming the file, if it holds anything else."""
     try:
         return [_row(data) for data in json.loads(file.read_text())]
     except (KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Runs the providers of a task: gate, setup, times, memory; a row for each, told whenever something is known."""
+"""Runs the providers of a task: setup, gate, times, memory. Each has a row, which is told whenever it has changed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from .. import dispatch
+from ..measuring import failing
 from ..measuring.budget import Budget
 from ..measuring.machine import Machine, Peaks
 from ..measuring.timing import Clock, Times, clock_of, measure
-from .footprint import allocated, collect, kernels, peak, saved_bytes, wait
+from .footprint import allocated, collect, kernels, peak, saved_bytes
 from .gate import Expected, expect
 from .job import Job
 from .numbers import Numbers
@@ -28,8 +29,8 @@ from .task import Task
 Tell = Callable[[str], None]
 Found = Callable[[list[BenchRow]], None]
 
-ENDED = "the run ended before"  # the reason of whatever is not done yet: it is right whatever ends the run
-ALONE = 3  # samples of a provider by itself
+ENDED = "the run ended before"  # why a row has no times as long as nothing else is known, whatever may end the run
+ALONE = 3  # samples of a provider that is timed by itself
 UNTIMED = {"median": None, "low": None, "high": None, "samples": 0, "alone": False}
 
 
@@ -46,19 +47,20 @@ def run(
 ) -> list[BenchRow]:
     """A row for each provider.
 
-    A model's provider, which may be minutes ahead of the rounds in which all take turns, is also timed alone, at once:
-    its row says so until the rounds replace that time. A layer's is seconds ahead at most; and what it needs may have
-    been compiled before, so that its row has no `first`.
+    All providers are prepared, and then take turns in rounds. A model's provider may be ready minutes before the rounds
+    begin, so it is also timed alone, at once: its row says so until the rounds replace that time. A layer's provider is
+    ready only seconds before. What it needs may have been compiled earlier, so its row has no `first`.
 
-    seconds: of timing for each. budget: for all of it; what no longer fits into it, the rounds of what is prepared
-    included, is left out. tell: called with what comes next. found: called with all rows whenever one has changed, and
-    every few seconds during the rounds. Raises what the model itself raises in PyTorch, ValueError if nothing can be
-    judged by it (gate.py), or if it is no baseline because it calls cnnfast itself, and what a provider raises if the
-    GPU is `lost` with it.
+    seconds: of timing for each provider. budget: for all of it. A provider is left out if it and the rounds of those
+    that are prepared no longer fit into it. tell: called with what comes next. found: called with all rows whenever one
+    has changed, and every few seconds during the rounds.
+
+    Raises what the model itself raises in PyTorch. Raises ValueError if nothing can be judged by its results (gate.py),
+    and if it is no baseline because it calls cnnfast itself. Raises what a provider raises if the GPU is lost with it.
     """
-    job = replace(task.job, numbers=Numbers())  # which are released when this returns
+    job = replace(task.job, numbers=Numbers())  # the numbers are released when this returns
     budget, clock = budget or Budget(), clock or clock_of(job.device)
-    # of the last job; between providers it would make the earlier ones compile again
+    # Forgets what was compiled for the last job. Between two providers this would make the first compile again.
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     collect(job.device)
@@ -78,9 +80,9 @@ def run(
         return made
 
     def failed(name: str, error: Exception) -> None:
-        rows[name] = {**rows[name], **UNTIMED, "status": FAILED, "reason": in_a_line(error)}
+        rows[name] = {**rows[name], **UNTIMED, "status": FAILED, "reason": reason_of(error)}
         prepared.pop(name, None)
-        if lost(job.device):
+        if failing.lost(job.device):
             told()
             raise error
 
@@ -116,32 +118,36 @@ def run(
                         )
         told()
     times = measure(
-        {name: ready.step for name, ready in prepared.items()}, clock, seconds, tell=lambda name: tell(f"{name}: timing"),
-        left=lambda: budget.left, found=lambda times: (keep(times, alone=False), told()),
-    )  # fmt: skip
+        {name: ready.step for name, ready in prepared.items()},
+        clock,
+        seconds,
+        tell=lambda name: tell(f"{name}: timing"),
+        left=lambda: budget.left,
+        found=lambda times: (keep(times, alone=False), told()),
+    )
     keep(times, alone=False)
     for name in prepared:
         if rows[name]["status"] == LEFT_OUT:
             rows[name]["reason"] = str(budget)
     told()
     for name, ready in prepared.items():
-        # last: a profiler that has once run may slow down what comes after it
+        # After all timing: once a profiler has run, it may slow down what comes after it.
         if task.kind != LAYER and budget.left > 0:
             tell(f"{name}: kernels")
-            with suppress(RuntimeError):  # its times are good without
+            with suppress(RuntimeError):  # the times are good without
                 rows[name]["kernels"] = kernels(job, ready)
     return told()
 
 
 def _first(job: Job, provider: Provider, expected: Expected, layer: bool) -> tuple[Prepared | None, dict[str, Any]]:
-    """A provider that has run once and been judged, None if it was wrong, and what its row says of that."""
+    """A provider that has run once and was judged, or None if it was wrong, and what its row says of that."""
     if not layer:
         collect(job.device)
     began, before = time.perf_counter(), allocated(job.device)
     with nullcontext() if layer else empty_caches(provider.how != EAGER):
         ready = provider.prepare(job)
         results = ready.read(ready.step())
-    wait(job.device)
+    failing.wait(job.device)
     figures: dict[str, Any] = {}
     if not layer:
         figures["first"] = time.perf_counter() - began
@@ -153,17 +159,6 @@ def _first(job: Job, provider: Provider, expected: Expected, layer: bool) -> tup
     return ready, {**figures, "saved_bytes": saved_bytes(job, provider, ready)}
 
 
-def lost(device: torch.device) -> bool:
-    """Whether an error of CUDA stays with the process: whatever it asks of the device from then on fails."""
-    try:
-        wait(device)
-    except RuntimeError:
-        return True
-    return False
-
-
-def in_a_line(error: BaseException) -> str:
-    first = next(iter(str(error).strip().splitlines()), "")
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {first}"
+def reason_of(error: BaseException) -> str:
+    """Why a row has no times, in few words."""
+    return "out of memory" if isinstance(error, torch.cuda.OutOfMemoryError) else failing.in_a_line(error)

@@ -1,22 +1,25 @@
-"""Tasks one after the other, within a budget; whatever ends them, there is a row for every provider of every task."""
+"""Tasks are run one after the other, within a budget. Whatever ends them, each provider of each task has a row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from ..measuring import failing
 from ..measuring.budget import Budget
 from ..measuring.machine import Machine, Peaks
 from .layers_ahead import LayersAhead
 from .rows import FAILED, LEFT_OUT, BenchRow
-from .running import ENDED, in_a_line, lost, run
+from .running import ENDED, reason_of, run
 from .task import Task
 
 
 class Series:
-    """results: the rows of each task, which are "left out" until something else is known. changed: called with the
-    number of a task whenever its rows are others. errors: of tasks that PyTorch itself could not do, by their number.
-    lost: why the GPU is of no more use, or "".
+    """A run of several tasks.
+
+    results: the rows of each task, which are "left out" until something else is known. changed: called with the number
+    of a task whenever its rows have changed. errors: why PyTorch itself could not do a task, by the task's number.
+    lost: why the GPU can no longer be used, or the empty string.
     """
 
     def __init__(
@@ -32,7 +35,9 @@ class Series:
         return [row for rows in self.results for row in rows]
 
     def run(self, seconds: float, budget: Budget, tell: Callable[[int, int, str], None]) -> None:
-        """seconds: of timing for each provider and task. tell: called with (tasks done, tasks in all, what comes next)."""
+        """Runs the tasks. seconds: of timing, for each provider and task. tell: called with (tasks done, tasks in all,
+        what comes next).
+        """
         with LayersAhead(self.tasks) as ahead:
             for i, task in enumerate(self.tasks):
                 if self.lost or budget.left <= 0:
@@ -56,9 +61,9 @@ class Series:
                 tell=tell,
                 found=lambda rows: self._set(i, rows),
             )
-        except Exception as error:  # whatever the model raises in PyTorch: the other tasks may do better
-            reason = in_a_line(error)  # the error itself would keep tensors alive
-            if lost(task.job.device):
+        except Exception as error:  # whatever the model raises in PyTorch: the other tasks may work
+            reason = reason_of(error)  # not the error itself, which would keep tensors alive
+            if failing.lost(task.job.device):
                 self.lost = f"the GPU answers no more since {task}: {reason}"
                 self._not_done(i, LEFT_OUT, self.lost)
             else:
@@ -66,7 +71,7 @@ class Series:
                 self._not_done(i, FAILED, reason)
 
     def ended(self, reason: str) -> None:
-        """Says why what is not done yet is left out."""
+        """Gives all rows of which nothing is known yet the reason why they are left out."""
         for i in range(len(self.tasks)):
             self._not_done(i, LEFT_OUT, reason)
 

@@ -1,5 +1,5 @@
-"""Single layers to measure, as ResNet-50 and MobileNetV2 have them: each distinct one once, and how often the network
-has it.
+"""The single layers that are measured: those of ResNet-50, and MobileNetV2's depthwise ones. Each is there once, with
+how often its network has it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ CONVOLUTION = (FORWARD, "dgrad", "wgrad")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer for an input [batch, C, size, size]; `modes` is what to measure of it (job.py)."""
+    """A layer for an input [batch, C, size, size]. modes: what to measure of it (job.py). count: how often its network
+    has it.
+    """
 
     name: str
     module: nn.Module
@@ -30,7 +32,7 @@ class LayerShape:
 
 
 def resnet50_convolutions() -> list[tuple[int, int, int, int, int, int]]:
-    """The 23 of 53 that differ (strides in the 3x3 ones): C, size, K, R, stride, count."""
+    """C, size, K, R, stride and count of the 23 that differ among its 53; the strides are in the 3x3 ones."""
     found = [(3, 224, 64, 7, 2, 1)]
     C, size = 64, 56
     for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
@@ -50,20 +52,20 @@ def resnet50_convolutions() -> list[tuple[int, int, int, int, int, int]]:
     return [(*shape, count) for shape, count in counts.items()]  # pyright: ignore[reportReturnType]
 
 
-# C, size, stride, count of MobileNetV2's depthwise 3x3 convolutions at 224 x 224.
+# C, size, stride and count of MobileNetV2's depthwise 3x3 convolutions at 224 x 224.
 DEPTHWISE = (
     (32, 112, 1, 1), (96, 112, 2, 1), (144, 56, 1, 1), (144, 56, 2, 1), (192, 28, 1, 2), (192, 28, 2, 1),
     (384, 14, 1, 4), (576, 14, 1, 2), (576, 14, 2, 1), (960, 7, 1, 3),
 )  # fmt: skip
-# C, size, count of ResNet-50's batch norms.
+# C, size and count of ResNet-50's batch norms.
 NORMS = (
-    (64, 112, 1), (64, 56, 6), (256, 56, 4), (128, 56, 1), (128, 28, 7), (512, 28, 5), (256, 28, 1), (256, 14, 11), (1024, 14, 7),
-    (512, 14, 1), (512, 7, 5), (2048, 7, 4),
+    (64, 112, 1), (64, 56, 6), (256, 56, 4), (128, 56, 1), (128, 28, 7), (512, 28, 5), (256, 28, 1), (256, 14, 11),
+    (1024, 14, 7), (512, 14, 1), (512, 7, 5), (2048, 7, 4),
 )  # fmt: skip
 
 
 def layers() -> Iterator[LayerShape]:
-    """All of them; the gradient of the image is left out, for no network needs it."""
+    """All layers. The gradient of the image is left out, for no network needs it."""
     for C, size, K, R, stride, count in resnet50_convolutions():
         module = nn.Conv2d(C, K, R, stride, R // 2, bias=False)
         modes = tuple(mode for mode in CONVOLUTION if C > 3 or mode != "dgrad")

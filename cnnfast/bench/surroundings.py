@@ -1,4 +1,4 @@
-"""What a run is surrounded by: one thread on a CPU, caches that are empty, and a collector that is quick."""
+"""The surroundings of a run: one thread on a CPU, empty caches, and a garbage collector that is quick."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..measuring.timing import cudnn_benchmark
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU one thread computes, so that times do not hang on who else uses the cores; cuDNN may try all its
-    algorithms.
+    """On a CPU one thread computes, so that times do not depend on who else uses the cores. On a GPU cuDNN may try all
+    its algorithms.
     """
     threads = torch.get_num_threads()
     if device.type == "cpu":
@@ -30,8 +30,8 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def empty_caches(compiling: bool) -> Iterator[None]:
-    """Compilers find nothing on disk, so that the first result is a cold one; what this process has compiled before is
-    there.
+    """Compilers find nothing on disk, so that the first result is a cold one. What this process has compiled before
+    stays. compiling: whether torch.compile is to find nothing, too.
     """
     with ExitStack() as stack:
         if dispatch.launch is not None:
@@ -48,8 +48,8 @@ def empty_caches(compiling: bool) -> Iterator[None]:
 
 @contextmanager
 def quick_collections() -> Iterator[None]:
-    """Python's collector does not look through what is there already: PyTorch has a seventh of a second of it, and
-    every job collects.
+    """Python's collector does not look through the objects that are there already. PyTorch has so many that this takes
+    a seventh of a second, and each job collects several times.
     """
     gc.freeze()
     try:

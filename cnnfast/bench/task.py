@@ -1,4 +1,6 @@
-"""A job, and who is to do it: models in the order that they are asked for, layers by what they cost."""
+"""A task is a job and the providers that are to do it. Models come in the order in which they are asked for, layers by
+what they cost.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from .shapes import LayerShape, layers
 
 
 def work_of(job: Job) -> dict[str, Work]:
-    """At every level of fusion; empty for a model that does not run without values."""
+    """The work of a job at every level of fusion; empty for a model that does not run on meta tensors."""
     try:
         return levels(graph_of(job.model, job.shapes, job.dtype, job.mode))
     except Exception:  # whatever a foreign forward raises on meta tensors
@@ -28,9 +30,7 @@ def work_of(job: Job) -> dict[str, Work]:
 
 @dataclass(frozen=True)
 class Task:
-    """work: of the job, at every level of fusion. kind: of its subject, and count: how often its network has it, as
-    rows say both.
-    """
+    """A job, and the providers that are to do it. work: at every level of fusion. kind, count: as a row has them."""
 
     job: Job
     providers: Sequence[Provider]
@@ -42,11 +42,11 @@ class Task:
         return f"{self.job.name}, {self.job.mode}, batch {self.job.batch}"
 
     def seconds(self, peaks: Peaks) -> float:
-        """What its network spends in it at least: a bound that is computed, not a time."""
+        """The least seconds that its network spends in the layer: computed by the roofline, not measured."""
         return self.count * self.work[OPERATORS].seconds(peaks)
 
     def row(self, provider: Provider, machine: Machine, peaks: Peaks, **found: object) -> BenchRow:
-        """What was `found` of a provider, by the names of a row, beside what is known without measuring."""
+        """A row of what is known without measuring. found: the rest, by the names that a row has for it."""
         job = self.job
         kernels_ran = not provider.ours or job.device.type == "cuda"
         level = provider.level if provider.level in self.work and self.kind == MODEL and kernels_ran else OPERATORS
@@ -73,7 +73,7 @@ class Task:
         )
 
     def left_out(self, machine: Machine, peaks: Peaks, reason: str) -> list[BenchRow]:
-        """A row for each provider."""
+        """For each provider a row that was left out."""
         return [self.row(provider, machine, peaks, status=LEFT_OUT, reason=reason) for provider in self.providers]
 
 
@@ -84,7 +84,7 @@ def model_task(job: Job, providers: Sequence[Provider]) -> Task:
 def layer_task(
     layer: LayerShape, batch: int, mode: str, dtype: torch.dtype, device: torch.device, providers: Sequence[Provider]
 ) -> Task:
-    """With as many sets of buffers that the last-level cache does not hold them."""
+    """A task of a single layer, with so many sets of buffers that the last-level cache does not hold them all."""
     job = Job(str(layer), layer.module, ((batch, layer.C, layer.size, layer.size),), mode, dtype, device)
     work = work_of(job)
     return Task(replace(job, copies=copies_for(work[OPERATORS].bytes, device)), providers, work, LAYER, layer.count)
@@ -93,7 +93,7 @@ def layer_task(
 def layer_tasks(
     batches: Sequence[int], dtype: torch.dtype, device: torch.device, providers: Sequence[Provider]
 ) -> Iterator[Task]:
-    """Of every layer in each of its modes."""
+    """A task for every layer in each of its modes."""
     for batch in batches:
         for layer in layers():
             for mode in layer.modes:
@@ -101,5 +101,7 @@ def layer_tasks(
 
 
 def in_order(tasks: Sequence[Task], peaks: Peaks) -> list[Task]:
-    """What matters most first: models as they come, then layers, those first in which their network spends most."""
+    """What matters most first: the models as they come, and then the layers, the one in which its network spends most
+    first.
+    """
     return sorted(tasks, key=lambda task: -task.seconds(peaks) if task.kind == LAYER else -math.inf)

@@ -1,10 +1,10 @@
 """convert: any CNN of PyTorch's onto our kernels. revert: back. report: what was done.
 
 A converted model is the same tree of modules, with other classes. Single modules (leaves.py) get the class of
-cnnfast.nn that inherits from their own. Containers get a subclass of their own class (grafts.py) whose forward was
-generated (fusion.py) from a trace of theirs (tracing.py); it serves only where it is sure to compute the same, and
-calls the container's own otherwise. Names, parameters, buffers, hooks, methods and isinstance are what they were. (A
-GraphModule of torch.fx has a class that was made for it alone, and its copy has another: graphs.py.)
+cnnfast.nn that inherits from their own. Containers get a subclass of their own class (grafts.py), whose forward was
+generated (fusion.py) from a trace of the container's own (tracing.py). It serves only where it is sure to compute the
+same, and calls the container's own forward otherwise. Names, parameters, buffers, hooks, methods and isinstance are
+what they were. (A GraphModule of torch.fx has a class that was made for it alone, and its copy has another: graphs.py.)
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ def convert(model: nn.Module, *, inplace: bool = False, memory_format: torch.mem
     """The same model on cnnfast's kernels: convolutions, batch norms and pools replaced, and fused where they follow
     one another.
 
-    Not in place, the result is a new tree of modules over the same Parameter and buffer objects: an optimizer made
-    before still trains it, a checkpoint of one is a checkpoint of the other, and training one changes the statistics of
-    both. What a hook holds of the model is the copy's, as after copy.deepcopy; what it holds besides, such as a
-    recorder of yours, is shared. So are functions, as deepcopy shares them: where one has closed over the model, use
-    inplace=True. memory_format: torch.channels_last lays out the weights so that kernels read vectors (and outputs
-    become channels_last: a later `.view` may raise where `.reshape` would not); the weights are the original's too.
-    None keeps all strides. Converting a converted model converts what is new in it. `report` says what was done, and
-    what was left and why.
+    Unless `inplace`, the result is a new tree of modules over the same Parameter and buffer objects: an optimizer that
+    was made before still trains it, a checkpoint of one is a checkpoint of the other, and training one changes the
+    statistics of both. Where a hook holds a part of the model, its copy holds the copy of that part, as after
+    copy.deepcopy; what else it holds, such as a recorder of yours, is shared. Functions are shared too, as deepcopy
+    shares them: where one has closed over the model, use inplace=True.
 
-    Raises TypeError if `model` is no module, or has parts that cannot be copied, or not without other tensors, as
-    scripted modules (then use inplace=True); ValueError for another memory format, and for a compiled model (convert it
-    first, then compile).
+    memory_format: torch.channels_last lays out the weights, which are the original's too, so that kernels read vectors.
+    Outputs then become channels_last, and a later `.view` may raise where `.reshape` would not. None keeps all strides.
+    Converting a converted model converts what is new in it. `report` says what was done, and what was left and why.
+
+    Raises TypeError if `model` is no module, and if a part of it cannot be copied over the same tensors, as a scripted
+    module (then use inplace=True); ValueError for another memory format, and for a compiled model (convert it first,
+    then compile).
     """
     _check("convert", model)
     if memory_format not in FORMATS:
-        raise ValueError(
-            f"convert(): memory_format must be None, torch.channels_last or torch.contiguous_format, but got {memory_format!r}"
-        )
+        allowed = "None, torch.channels_last or torch.contiguous_format"
+        raise ValueError(f"convert(): memory_format must be {allowed}, but got {memory_format!r}")
     if not inplace:
         model = share(model, "convert")
     modules = list(model.modules())
     for module in modules:
         if "forward" in module.__dict__ and not forward_replaced(module):
-            # its class's own, left by a library that had wrapped it: the class is about to change
+            # A library that had wrapped the forward left the class's own here. The class is about to change.
             del module.__dict__["forward"]
         swap(module)
-    for module in reversed(modules):  # children first: whether one may write into its arguments is known then
+    for module in reversed(modules):  # children first: then it is known what calling one may do to its arguments
         fuse(module)
     return model if memory_format is None else model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
 
@@ -79,9 +79,9 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 def report(model: nn.Module, *example_inputs: Any) -> ConversionReport:
     """What of `model` runs on our kernels, and what does not and why.
 
-    A copy of the model runs on meta tensors (on real ones if it cannot), in the modes that the model is in: the report
-    says what was fused there, and what was called alone. Where that run fails, it says what is planned, and that
-    nothing was seen. The model, its hooks, lazy modules and random numbers stay as they are.
+    A copy of the model runs on meta tensors, or on real ones if it cannot, in the modes that the model is in. The
+    report says what was fused in that run, and what was called alone. Where the run fails, it says what is planned, and
+    that nothing was seen. The model, its hooks, its lazy modules and the random numbers stay as they are.
 
     example_inputs: what the model takes; FLOPs are counted on them. Without them one image of 224 x 224 is tried.
     Raises TypeError if `model` is no module, RuntimeError if it does not run on inputs that were given, not even in

@@ -1,10 +1,9 @@
-"""What the nodes of a traced forward read and write, and so over which others a group of them may move.
+"""What the nodes of a traced forward read and write, and so past which other nodes a group of them may be moved.
 
-There are two kinds of what can be read and written: the memory of tensors that arguments and results have, and the
-state of modules, which is the storages of their parameters and buffers. Two results may share memory, and so may two
-modules their state. Nothing moves over a stranger, a module whose code is not known: it may hold any other module in a
-list, a closure or a global variable, and use it. Random numbers are no third kind: convolution, norm, sum and
-activation draw none.
+Two kinds of things are read and written: the memory of arguments and results, and the state of modules, which is the
+storages of their parameters and buffers. Two results may share memory, and two modules may share state. Nothing is
+moved past a stranger, that is a module whose code is not known: it may hold any other module, in a list, a closure or a
+global variable, and use it. Random numbers need no third kind, because convolution, norm, sum and activation draw none.
 """
 
 from __future__ import annotations
@@ -26,22 +25,23 @@ from .leaves import is_convolution, is_norm, normalizes_and_activates
 IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 NEW_TENSORS = (torch.add, torch.cat, torch.concat, torch.stack)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
-LIBRARY = ("torch.nn.", "cnnfast.nn")  # modules whose code is PyTorch's or ours
+LIBRARY = ("torch.nn.", "cnnfast.nn")  # where the classes are whose code is PyTorch's or ours
 
-# Memory that somebody outside of the forward may know: its arguments, and whatever a stranger was given or has
-# returned.
+# Memory that code outside of the forward may know: its arguments, and whatever a stranger was given or has returned.
 OUTSIDE = "outside"
-# Memory that a stranger has returned: it may be the state of some module.
+# Memory that a stranger has returned. It may be the state of some module.
 RETURNED = "returned"
-# One of these, the memory that a node made, or the address of a storage that belongs to the state of a module.
+# What is read and written: one of these two, the memory that a node made, or a storage of a module's state by address.
 Resource = fx.Node | str | int
 Traits = tuple[tuple[type, bool], ...]
 
 
 @dataclass(frozen=True)
 class Conduct:
-    """What calling a module may do with its arguments. Unless all its code is `known` it is a stranger, which may keep
-    them, return them, and write them at a later call. `writes`: it may write into them now.
+    """What calling a module may do with its arguments.
+
+    known: all its code is known. Otherwise the module is a stranger, which may keep its arguments, return them, and
+    write into them at a later call. writes: this call may write into them.
     """
 
     known: bool
@@ -53,7 +53,7 @@ STRANGE = Conduct(known=False, writes=True)
 
 @dataclass(frozen=True)
 class Touched:
-    """What a node reads and what it writes; `state` is the part of both that belongs to modules."""
+    """What a node reads and what it writes. state: whatever of these two belongs to modules."""
 
     reads: frozenset[Resource] = frozenset()
     writes: frozenset[Resource] = frozenset()
@@ -65,8 +65,10 @@ class Touched:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """`mine` cannot be computed after `node`. why: "watched" (node is), "strange" (one of them is), "state" or "memory"
-    (they share it).
+    """Why `mine`, a node of a group, cannot be computed after `node`, which is not of the group.
+
+    why: "watched" (hooks see the call of `node`), "strange" (one of the two is a stranger), "state" or "memory" (both
+    touch it, and one writes it).
     """
 
     node: fx.Node
@@ -75,35 +77,37 @@ class Obstacle:
 
 
 def traits(module: nn.Module) -> Traits:
-    """What the effects of calling a module depend on and may be changed afterwards: of it and of all below it."""
+    """What the effects of calling a module depend on, and what may change after a conversion: the class and the flag
+    `inplace` of the module and of all below it.
+    """
     return tuple((own_class(m), bool(m.__dict__.get("inplace"))) for m in module.modules())
 
 
 def buffers(modules: Iterable[nn.Module]) -> int:
-    """How many buffers modules have among them: fewer than they had, if some share them now."""
+    """How many different buffers the modules have. Once some of them come to share one, it is fewer than before."""
     return len({id(t) for m in modules for t in m._buffers.values() if t is not None})
 
 
 class Effects:
-    """Of the nodes of a graph. `modules`: by the names that its nodes call them."""
+    """The effects of all nodes of a graph. modules: by the names that its nodes call them."""
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         self._modules = modules
         self._conducts = {node: self._conduct(node) for node in graph.nodes if node.op == "call_module"}
-        self._tensors: set[fx.Node] = set()  # whose results are a tensor in new memory
-        self._memory: dict[fx.Node, frozenset[Resource]] = {}  # what a result, or what a list holds, may share
-        self._groups: dict[fx.Node, Touched] = {}
+        self._tensors: set[fx.Node] = set()  # the nodes whose result is a tensor in new memory
+        self._memory: dict[fx.Node, frozenset[Resource]] = {}  # what each result, or what is in a list, may share
+        self._groups: dict[fx.Node, Touched] = {}  # what the nodes did that a group has replaced
         for node in graph.nodes:
             self._memory[node] = self._result(node)
 
     @property
     def conduct(self) -> Conduct:
-        """Of the forward whose graph it is."""
+        """What calling the container whose forward this is may do with its arguments."""
         known = all(conduct.known for conduct in self._conducts.values())
         return Conduct(known, not known or any(OUTSIDE in self._shared(self._written(node)) for node in self._memory))
 
     def in_the_way(self, own: Sequence[fx.Node], last: fx.Node) -> Obstacle | None:
-        """The first node that is not of `own` and keeps one of them from being computed in the place of `last`."""
+        """The first node between those of `own` that keeps one of them from being computed in the place of `last`."""
         passing: list[fx.Node] = []
         node = own[0]
         while node is not last:
@@ -117,7 +121,7 @@ class Effects:
         return None
 
     def _why_before(self, node: fx.Node, mine: fx.Node, own: Sequence[fx.Node]) -> str:
-        """Why `mine`, which is of `own`, has to be computed before `node`; the empty string if it need not."""
+        """Why `mine`, one of `own`, has to be computed before `node`; the empty string if it need not be."""
         if node.op == "call_module" and _is_watched(self._modules[str(node.target)]):
             return "watched"
         if self.is_stranger(node) or self.is_stranger(mine):
@@ -133,9 +137,9 @@ class Effects:
         return ""
 
     def rests_on(self, own: Sequence[fx.Node]) -> list[str]:
-        """Paths of the modules that have to stay as they are, and unwatched, so that `own` may be computed in the place
-        of its last: those called in between, and those whose results count as new memory. Empty if nothing is in
-        between.
+        """The paths of the modules that have to stay as they are, and without hooks, so that `own` may be computed in
+        the place of its last: those called in between, and those whose results were taken for new memory. Empty if
+        nothing stands in between.
         """
         between = self.passed(own)
         called = [
@@ -144,7 +148,7 @@ class Effects:
         return [str(n.target) for n in called] if between else []
 
     def passed(self, own: Sequence[fx.Node]) -> set[fx.Node]:
-        """What is not of `own` and stands between the first and the last of them."""
+        """The nodes between the first and the last of `own` that are not of them."""
         node, between = own[0], set()
         while node is not own[-1]:
             between |= {node} - set(own)
@@ -152,7 +156,7 @@ class Effects:
         return between
 
     def replace(self, own: Sequence[fx.Node], group: fx.Node) -> None:
-        """From now on `group` does what `own` did, in the place of the last of them."""
+        """The node `group` replaces those of `own`: it does all that they did, in the place of the last of them."""
         self._groups[group] = functools.reduce(Touched.joined, (self._touched(node, own) for node in own))
         self._memory[group] = self._memory[own[-1]]
         if any(map(self.is_stranger, own)):
@@ -161,8 +165,8 @@ class Effects:
             del self._memory[node]
 
     def _touched(self, node: fx.Node, own: Sequence[fx.Node] = ()) -> Touched:
-        """Of a node that calls no stranger; apart from the results of `own`, which nobody else knows."""
-        if node in self._groups or node.op == "get_attr":  # the members that the call of a group names
+        """What a node touches, if it calls no stranger. The results of `own` are left out: no other node uses them."""
+        if node in self._groups or node.op == "get_attr":  # get_attr names the members for the call of a group
             return self._groups.get(node, Touched())
         given = self._shared(a for a in node.all_input_nodes if a not in own)
         written = self._shared(a for a in self._written(node) if a not in own)
@@ -174,20 +178,20 @@ class Effects:
         return Touched(given | state, written | buffers, state)
 
     def is_stranger(self, node: fx.Node) -> bool:
-        """Whether a node calls a module, or stands for a group with one, of which not all code is known."""
+        """Whether a node calls a module of which not all code is known, or stands for a group with such a module."""
         return node in self._conducts and not self._conducts[node].known
 
     def _takes_images(self, node: fx.Node) -> bool:
-        """Whether what it reads has too many axes to be a norm's statistics."""
+        """Whether a node is known to read images, which have too many axes to be the statistics of a norm."""
         return node in self._groups or (node.op == "call_module" and node in self._tensors)
 
-    # Memory
+    # The memory of results
 
     def _shared(self, nodes: Iterable[fx.Node]) -> frozenset[Resource]:
         return frozenset().union(*(self._memory[node] for node in nodes))
 
     def _result(self, node: fx.Node) -> frozenset[Resource]:
-        """The memory that a result may share."""
+        """The memory that the result of a node may share, by what is known of the nodes before it."""
         if node.op == "placeholder":
             return frozenset([OUTSIDE])
         if self._is_new_tensor(node):
@@ -202,15 +206,16 @@ class Effects:
         return given | {node}
 
     def _mix(self, resources: frozenset[Resource]) -> None:
-        """What may be one of these may from now on be any of them."""
+        """From now on, whatever may share one of these resources may share any of them."""
         for node, memory in self._memory.items():
             if memory & resources:
                 self._memory[node] = memory | resources
 
     def _is_new_tensor(self, node: fx.Node) -> bool:
-        """Whether a result is certainly a tensor in memory of its own. Much that looks like it may return its argument:
-        identities, dropout, flatten, contiguous, to, activations in place; and a sum may be of two lists, and hold what
-        they held.
+        """Whether the result of a node is certainly a tensor in memory of its own.
+
+        Many operations may return their argument: identities, dropout, flatten, contiguous, to, and activations in
+        place. And what looks like a sum may be two lists, joined to one that holds what they held.
         """
         if node.kwargs.get("out") is not None:
             return False
@@ -228,7 +233,7 @@ class Effects:
         return node.op == "call_function" and node.target in NEW_TENSORS
 
     def _written(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes into whose results a node may write, if it calls no stranger."""
+        """The nodes into whose results a node writes, unless it calls a stranger, which may write into others too."""
         first = [*node.args, *node.kwargs.values()][:1]
         if node.op == "call_module":
             written: Any = node.all_input_nodes if self._conducts[node].writes else []
@@ -240,7 +245,7 @@ class Effects:
         map_arg([*written, node.kwargs.get("out")], found.append)  # `out` may be a list
         return found
 
-    # Modules
+    # The conduct of modules
 
     def _conduct(self, node: fx.Node) -> Conduct:
         tensors = not node.kwargs and all(isinstance(a, fx.Node | list | tuple) for a in node.args)
@@ -248,11 +253,13 @@ class Effects:
 
 
 def _conduct_of(module: nn.Module, arguments: int | None) -> Conduct:
-    """Of a call with so many arguments, each of them a tensor or a list; None if it has others, or names them."""
+    """What a call of a module may do. arguments: how many it has, if they are tensors or lists and given by position;
+    otherwise None.
+    """
     if forward_replaced(module):
         return STRANGE
     found = vars(type(module)).get("_cnnfast_plan")
-    if found is not None:  # its code was traced, for certain arguments
+    if found is not None:  # a fused container: its code was traced, for certain arguments
         conducts = [v.conduct for v in found.variants if v.kinds == ("any",) * (arguments or 0)]
         if "_cnnfast_changed" in module.__dict__:
             return STRANGE
@@ -264,12 +271,12 @@ def _conduct_of(module: nn.Module, arguments: int | None) -> Conduct:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether it or a module below has hooks, which may do anything, or a forward that was put on the instance."""
+    """Whether a module or one below it has hooks, which may do anything, or a forward that was put on the instance."""
     return any(forward_replaced(m) or any(m.__dict__.get(hooks) for hooks in HOOKS_OF_CALLS) for m in module.modules())
 
 
 def _storage(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # tensors that have none, or not yet
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # a tensor that has no storage, or not yet
         return id(tensor)

@@ -20,13 +20,13 @@ from .grafts import base_of, graft, grafted_before, own_class, set_class
 from .planning import FusionPlan, Group, Variant, examine, plan
 from .refused import Refused
 
-_copying: ContextVar[bool] = ContextVar("whoever copies will give each copy the class of its original", default=False)
+_copying: ContextVar[bool] = ContextVar("copies are not fused: their classes are set afterwards", default=False)
 
 
 @contextmanager
 def copying_without_fusing() -> Iterator[None]:
-    """Copies are not fused anew, which takes its time: they have the classes that their originals had before they were
-    fused.
+    """Copies of fused containers are not traced and fused anew, which takes long: they keep the classes that their
+    originals had before they were fused. Who copies gives them the fused classes.
     """
     token = _copying.set(True)
     try:
@@ -36,7 +36,7 @@ def copying_without_fusing() -> Iterator[None]:
 
 
 def fuse(block: nn.Module) -> None:
-    """Gives a container a fused forward, if there is one, on top of its own class; on none that was there before."""
+    """Gives a container a class with a fused forward, if there is one; it takes the place of an earlier such class."""
     if _copying.get():
         return
     unfuse(block)
@@ -49,19 +49,20 @@ def fuse(block: nn.Module) -> None:
 
 
 def unfuse(block: nn.Module) -> None:
+    """Gives a fused container its own class again."""
     if plan_of(block) is not None:
         set_class(block, base_of(own_class(block)))
         block.__dict__.pop("_cnnfast_changed", None)
 
 
 def plan_of(block: nn.Module) -> FusionPlan | None:
-    """What a container was fused by, whether or not it has changed since."""
+    """What a container was fused by, also if it has changed since; None if it is not fused."""
     return getattr(type(block), "_cnnfast_plan", None)
 
 
 def groups_of(block: nn.Module) -> list[tuple[Group, str]]:
-    """The groups that a container was fused with, each with the reason for which it is not computed in one step now; ""
-    where it is.
+    """The groups that a container was fused with, each with the reason why it is not computed in one step now, or with
+    the empty string if it is.
     """
     found = plan_of(block)
     if found is None:
@@ -81,9 +82,7 @@ def groups_of(block: nn.Module) -> list[tuple[Group, str]]:
 
 
 def why_not_fused(block: nn.Module) -> list[str]:
-    """What of a container is not fused, and why: a sentence for the whole, or one for each convolution, as they follow
-    "not fused:".
-    """
+    """Why a container is not fused, or each of its convolutions that is not, in sentences that follow "not fused:"."""
     try:
         left = (plan_of(block) or examine(block)).left
     except Refused as reason:
@@ -99,7 +98,7 @@ def _fused_class(base: Any, found: FusionPlan) -> type:
 def _graft_forward(base: Any, found: FusionPlan, purpose: Any) -> type:
     variants = [(variant, _compile(base, variant)) for variant in found.variants]
     in_positions = _by_positions(base.forward)
-    serves = _serves  # `forward` has the global variables of the one that it stands for
+    serves = _serves  # `forward` will have the global variables of base.forward: it sees only what it closes over
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = in_positions(args, kwargs) if kwargs or (args and args[-1] is None) else args
@@ -120,10 +119,10 @@ def _graft_forward(base: Any, found: FusionPlan, purpose: Any) -> type:
         changed(self)
 
     def changed(self: Any) -> None:
-        """Another attribute may mean another forward: it is traced anew."""
+        """The forward may depend on what has changed: it is traced anew."""
         if type(self) is cls:
             fuse(self)
-        elif isinstance(self, cls):  # another library has put its own class on top of ours
+        elif isinstance(self, cls):  # another library has put a class of its own on top of ours
             self.__dict__["_cnnfast_changed"] = True
 
     unread = ["training", "__class__"]
@@ -131,14 +130,14 @@ def _graft_forward(base: Any, found: FusionPlan, purpose: Any) -> type:
     methods["forward"] = _in_place_of(base.forward, forward)
     if issubclass(base, fx.GraphModule):
         methods |= graphs.methods(base, fuse)
-        unread += ["graph", "_graph"]  # to set the first sets the other, and then recompiles
+        unread += ["graph", "_graph"]  # setting `graph` sets `_graph`, and then recompiles
     cls = graft(base, (base,), methods, fuse, purpose)
     return cls
 
 
 def _in_place_of(original: Any, forward: types.FunctionType) -> Any:
-    """`forward` with the name, and in the module, of another: torch.fx looks there for functions that it shall not
-    enter.
+    """`forward` with the name and the global variables of `original`: torch.fx looks into the latter for functions that
+    it shall not trace into.
     """
     names = getattr(original, "__globals__", forward.__globals__)
     moved = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -146,8 +145,8 @@ def _in_place_of(original: Any, forward: types.FunctionType) -> Any:
 
 
 def _by_positions(forward: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
-    """A function that gives the arguments of a call of `forward` by position, without a None at the end that is the
-    default; () if some can be given by keyword only, or are not as they should be.
+    """A function that turns the arguments of a call of `forward` into positional ones. It leaves out a None at the end
+    where that is the default, and returns () if the arguments do not fit, or if one of them is keyword-only.
     """
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -170,7 +169,7 @@ def _by_positions(forward: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], t
 
 
 def _compile(base: type, variant: Variant) -> Any:
-    """The function that the source says. Its lines show in tracebacks."""
+    """The function that the source of a variant defines. Tracebacks show its lines."""
     file = f"<cnnfast fusion of {base.__module__}.{base.__qualname__} {abs(hash(variant)):x}>"
     linecache.cache[file] = (len(variant.source), None, variant.source.splitlines(keepends=True), file)
     namespace: dict[str, Any] = dict(variant.names)
@@ -179,16 +178,18 @@ def _compile(base: type, variant: Variant) -> Any:
 
 
 def _serves(block: nn.Module, found: FusionPlan, variant: Variant, args: tuple[Any, ...]) -> bool:
-    """Whether kernels serve these arguments, and the container and its members are as they were, and unwatched."""
+    """Whether a variant may compute this call: kernels serve the arguments, and the container and its members are as
+    they were, without hooks.
+    """
     return served(args[0] if isinstance(args[0], Tensor) else args[0][0]) and not _why_idle(block, found, variant)
 
 
 def _why_idle(block: nn.Module, found: FusionPlan, variant: Variant) -> str:
     """Why a variant may not stand for the container's own forward now, whatever the arguments; the empty string if it
-    may.
+    may. Every call asks this, and so does a report.
 
-    A report asks this, and so does every call. A forward may also outlive its class on the instance, where nothing told
-    it of changes.
+    The first question is for a forward that a library has kept on the instance: its class may be another by now, and
+    nothing told it.
     """
     members = _members(block, found, variant) if plan_of(block) is found else []
     if not members:
@@ -197,8 +198,8 @@ def _why_idle(block: nn.Module, found: FusionPlan, variant: Variant) -> str:
 
 
 def _members(block: nn.Module, found: FusionPlan, variant: Variant) -> list[nn.Module]:
-    """The members of all groups, and all of what these were moved over; none if the container has changed since it was
-    fused.
+    """The members of all groups, and all modules that these were moved past; none if the container has changed since it
+    was fused.
     """
     if tuple(block._modules) != found.children or "_cnnfast_changed" in block.__dict__:
         return []

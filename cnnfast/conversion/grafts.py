@@ -1,7 +1,7 @@
 """Subclasses made at run time: a module keeps its identity, its state and its class's name, and gets another forward.
 
-A grafted class stands directly on the module's own class, so that isinstance, super(), methods, repr and state_dict are
-what they were. It is never pickled: what is pickled is the module's own class, and reading it back grafts again.
+A grafted class inherits directly from the module's own class, so that isinstance, super(), methods, repr and state_dict
+are what they were. It is never pickled: a pickle names the module's own class, and reading it grafts again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ def base_of(cls: type) -> type:
 
 
 def own_class(module: nn.Module) -> type:
-    """The class of `module` without its parametrizations, for which torch.nn.utils.parametrize puts a class of the
-    module's own on top.
-    """
+    """The class of `module` below the one that torch.nn.utils.parametrize makes for a parametrized module."""
     cls = type(module)
     return cls.__bases__[0] if _is_of_parametrizations(cls, module) else cls
 
@@ -33,9 +31,9 @@ def own_class(module: nn.Module) -> type:
 def set_class(module: nn.Module, cls: type) -> None:
     """Makes `cls` the class of `module`; its parametrizations stay on top.
 
-    PyTorch removes a parametrization from the module's class, and the last one by going back to the first base of that
-    class. So the class on top is made anew, directly on `cls`, and for this module alone: a deepcopy shares it with
-    what it is a copy of.
+    When its last parametrization is removed, PyTorch gives a module the first base of its class. So the class on top is
+    made anew, directly on `cls`. It is made for this module alone, since a deepcopy shares the class on top with its
+    original.
     """
     top: Any = type(module)
     module.__class__ = type(top.__name__, (cls,), dict(top.__dict__)) if _is_of_parametrizations(top, module) else cls
@@ -47,7 +45,7 @@ def _is_of_parametrizations(cls: type, module: nn.Module) -> bool:
         return False
     names: Any = module._modules["parametrizations"]._modules  # pyright: ignore[reportOptionalMemberAccess]
     base, *others = cls.__bases__
-    # not by cls.__dict__, of which torch.compile makes a graph break: this is asked in compiled calls too
+    # Compiled calls ask this too, and torch.compile breaks the graph at cls.__dict__: hence getattr.
     own = (isinstance(p := getattr(cls, name, None), property) and p is not getattr(base, name, None) for name in names)
     return not others and all(own)
 
@@ -55,8 +53,8 @@ def _is_of_parametrizations(cls: type, module: nn.Module) -> bool:
 def grafted_before(base: type, purpose: Any) -> type | None:
     """The class that was grafted on `base` for an equal purpose, if there is still one.
 
-    A class knows its subclasses by weak references. A cache of ours would keep alive, with all that it holds, every
-    class that is made for a single instance, as torch.fx and torch.nn.utils.parametrize make them.
+    It is looked for among the subclasses, which a class knows by weak references. A cache of ours would keep every
+    class alive, with all that it holds, also those that torch.fx and parametrizations make for a single instance.
     """
     return next(
         (cls for cls in type.__subclasses__(base) if base_of(cls) is base and vars(cls)["_cnnfast_purpose"] == purpose),
@@ -65,10 +63,9 @@ def grafted_before(base: type, purpose: Any) -> type | None:
 
 
 def graft(base: type, bases: tuple[type, ...], namespace: dict[str, Any], regraft: Regraft, purpose: Any) -> type:
-    """A subclass of `bases`, the first of which is `base`, under the name of `base`. `regraft` does it again, for a
-    copy or a pickle.
+    """A subclass of `bases`, the first of which is `base`, with the name of `base`.
 
-    purpose: by which `grafted_before` finds it.
+    regraft: grafts a copy of a module, or one that is read from a pickle. purpose: by which `grafted_before` finds it.
     """
 
     def reduce(self: Any, protocol: Any) -> Any:
@@ -86,7 +83,7 @@ def graft(base: type, bases: tuple[type, ...], namespace: dict[str, Any], regraf
 
 
 def _rebuilt(regraft: Regraft, has_state: bool, function: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
-    """What `function` makes, grafted; if its state is still to come, then as soon as it gets that."""
+    """The module that `function` makes, grafted: at once, or if its state is still to come, when it gets that."""
     module = function(*arguments)
     if has_state:
         object.__setattr__(module, "__class__", _pending_class(type(module), regraft))
@@ -96,6 +93,8 @@ def _rebuilt(regraft: Regraft, has_state: bool, function: Callable[..., nn.Modul
 
 
 def _pending_class(base: type, regraft: Regraft) -> Any:
+    """A subclass of `base` for a module that waits for its state, and is grafted when it is set."""
+
     def set_state(self: Any, state: dict[str, Any]) -> None:
         object.__setattr__(self, "__class__", base)
         self.__setstate__(state)

@@ -9,6 +9,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .. import nn as cnn
+from ..patterns import FROZEN_NORMS
 from .grafts import base_of, graft, grafted_before, own_class, set_class
 
 LEAVES: dict[type, type] = {
@@ -22,38 +23,33 @@ LEAVES: dict[type, type] = {
 }
 ORIGINALS = {ours: theirs for theirs, ours in LEAVES.items()}
 
-# Methods that compute: a subclass that has one of its own is another operation.
+# The methods that compute: a subclass that overrides one of them computes something else.
 COMPUTING = ("forward", "_conv_forward", "_check_input_dim", "__call__")
 
-# What a report mentions although no class takes its place.
+# Classes that a report mentions although there is none to take their place.
 UNCOVERED = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-# Batch norms whose statistics and weights are all constants: buffers running_mean, running_var, weight, bias, and eps.
-FROZEN_NORMS = {
-    "torchvision.ops.misc.FrozenBatchNorm2d",
-    "timm.layers.norm_act.FrozenBatchNormAct2d",
-    "detectron2.layers.batch_norm.FrozenBatchNorm2d",
-}
 
 
 def class_name(module: nn.Module) -> str:
+    """The full name of a module's own class, without what conversion and parametrizations put on top."""
     cls = base_of(own_class(module))
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class _NormAct(cnn.BatchNorm2d):
-    """timm's BatchNormAct2d: children drop and act follow the normalisation."""
+    """timm's BatchNormAct2d: its children drop and act follow the normalisation."""
 
     drop: nn.Module
     act: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # timm has another name for it
-        if not isinstance(x, Tensor):  # torch.fx enters timm's layer, and shall find what is there
+        if not isinstance(x, Tensor):  # torch.fx traces into timm's layer, and shall record timm's own
             return base_of(type(self)).forward(self, x)  # pyright: ignore[reportAttributeAccessIssue]
         return self.act(self.drop(cnn.BatchNorm2d.forward(self, x)))
 
 
-# Foreign classes with a forward of their own, by name, so that nothing is imported: what computes the same.
+# For classes of other libraries that have a forward of their own: a class of ours that computes the same. They are
+# known by name, so that no library is imported.
 ADAPTERS: dict[str, type] = {"timm.layers.norm_act.BatchNormAct2d": _NormAct}
 
 
@@ -67,7 +63,7 @@ def is_ours(module: nn.Module) -> bool:
 
 
 def replacement(module: nn.Module) -> type | None:
-    """The class of cnnfast.nn, or one grafted on the module's own, that computes the same by our kernels."""
+    """The class that computes the same by our kernels: one of cnnfast.nn, or one grafted on the module's own."""
     cls = own_class(module)
     if is_ours(module) or why_left(module):
         return None
@@ -86,7 +82,7 @@ def swap(module: nn.Module) -> None:
 
 
 def swap_back(module: nn.Module) -> None:
-    """What `swap` did, undone; also for a cnnfast.nn module that was never PyTorch's."""
+    """Undoes `swap`. A module that was made as cnnfast.nn's becomes one of torch.nn's too."""
     cls = own_class(module)
     original = ORIGINALS.get(cls, base_of(cls))
     if original is not cls:
@@ -94,14 +90,14 @@ def swap_back(module: nn.Module) -> None:
 
 
 def why_left(module: nn.Module) -> str:
-    """Why a convolution, batch norm or pooling of PyTorch's keeps its class; the empty string if it need not, or is
-    none.
+    """Why a convolution, batch norm or pooling of PyTorch's keeps its class. The empty string if it can be replaced,
+    and for any other module.
     """
     cls = own_class(module)
     if is_ours(module):
         return ""
     if isinstance(module, LazyModuleMixin):
-        becomes: Any = module.cls_to_become  # a lazy batch norm does not inherit from what it becomes
+        becomes: Any = module.cls_to_become  # a lazy batch norm does not inherit from the class that it becomes
         return "not initialised yet: run the model once, then convert it" if _original(becomes or cls) else ""
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance" if _original(cls) else ""
@@ -124,10 +120,10 @@ def _original(cls: type) -> type | None:
 
 
 def stored_weight(module: Any) -> Tensor:
-    """The weight of a convolution as it is kept, for its dtype, device and strides.
+    """The weight of a convolution as it is stored: its dtype, device and strides are of interest.
 
-    To read a parametrized weight is to compute it, and spectral_norm takes that for a step of its iteration: of such a
-    weight this is the largest of the tensors that it is computed from.
+    Reading a parametrized weight computes it, and spectral_norm takes each time for a step of its iteration. So of a
+    parametrized weight this is the largest of the tensors that it is computed from.
     """
     if not parametrize.is_parametrized(module, "weight"):
         return module.weight
@@ -143,8 +139,8 @@ def is_convolution(module: nn.Module | None) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether calling `module` is a batch norm that may be fused with the convolution before it, timm's with what
-    follows included.
+    """Whether calling `module` is a batch norm that may be fused with the convolution before it, or timm's layer of a
+    batch norm and an activation.
     """
     if isinstance(module, cnn.BatchNorm2d):
         return type(module).forward is cnn.BatchNorm2d.forward or normalizes_and_activates(module)
@@ -152,6 +148,6 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _grafted(base: type, ours: type) -> type:
-    """`base` with the computation of `ours`: for subclasses and adapters."""
+    """A subclass of `base` that computes as `ours` does."""
     methods = {name: ours.__dict__[name] for name in COMPUTING if name in ours.__dict__}
     return grafted_before(base, ours) or graft(base, (base, ours), methods, swap, ours)

@@ -1,9 +1,9 @@
-"""A look at a run: which members of a converted model are computed in fused steps there, and which by calls of their
+"""Looks at a run of a converted model: which of its modules are computed in fused steps, and which by calls of their
 own.
 
-A copy of the model runs on meta tensors, in the modes that the model is in. Hooks would show the calls and prevent the
-fusions that are to be seen, so calls are intercepted where PyTorch leaves room for a compiled one, and fused steps tell
-of themselves.
+A copy of the model runs on meta tensors, in the modes that the model is in. Hooks would show the calls, but containers
+with hooks in them are not fused. So calls are intercepted at _compiled_call_impl, the attribute of a module that
+PyTorch calls in the place of its forward if it is set, and fused steps report themselves (nn/fused.py).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .leaves import is_norm, is_ours
 class Observation:
     """What a run did with modules, by their names.
 
-    fused: how often each took part in a fused step; into: what such a step computed. alone: how often a call of its own
-    was served by its class of ours. elsewhere: how often a call of its own was not. outside: those of which a call of
-    their own came while no fused container around them was running.
+    fused: how often each took part in a fused step. into: what that step computed. alone: how often a module was called
+    by itself, and its class of ours served the call. elsewhere: how often it was called by itself, and that class did
+    not serve. outside: the modules that were called by themselves while no fused container around them was running.
     """
 
     fused: Counter[str] = field(default_factory=Counter)
@@ -46,12 +46,12 @@ class Observation:
 
 
 def look(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Layer], Observation | Exception | None]:
-    """(the model's layers, what a call of the model on these inputs does, in its modes and with gradients or without as
-    they are now).
+    """(the model's layers, what a call of the model on these inputs does).
 
-    Instead of the latter the error that such a call raises, though the model runs in eval mode; and None for a model
-    without a module of ours, and while hooks of all modules are registered: they would hear of the call, and nothing is
-    fused. Raises RuntimeError if the model does not run at all.
+    The call is made in the modes that the model is in now, and with gradients if they are recorded now. The second
+    result is the error if that call raises although the model runs in eval mode. It is None for a model without a
+    module of ours, and while hooks of all modules are registered: these would see the call, and nothing is fused then.
+    Raises RuntimeError if the model does not run at all.
     """
 
     def both(copied: nn.Module, given: tuple[Any, ...]) -> tuple[list[Layer], Observation]:
@@ -71,7 +71,7 @@ def look(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Layer], Observ
         return on_a_copy(
             both, model, inputs, meta_only=torch.distributed.is_available() and torch.distributed.is_initialized()
         )
-    except Exception as error:  # as in training, of a batch norm that has one value a channel
+    except Exception as error:  # as a batch norm in training raises for a single value a channel
         reason = error
     finally:
         fusing_again.close()
@@ -80,7 +80,7 @@ def look(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Layer], Observ
 
 def _observed(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
     run = _Observer(model)
-    # In PyTorch's own operators; autocast does not know meta tensors that stand for nothing.
+    # By PyTorch's own operators, and with meta tensors taken for a GPU's: autocast does not act on others.
     with dispatch.backend("torch"), dispatch.meta_as_gpu(), observed(run.step), dispatch.trace() as run.served:
         model(*inputs)
     for module in model.modules():
@@ -89,11 +89,13 @@ def _observed(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
 
 
 class _Observer:
+    """Takes the place of the calls of a model's modules, and notes them."""
+
     def __init__(self, model: nn.Module) -> None:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.seen = Observation()
         self.served = dispatch.Trace()
-        self.running: list[str] = []  # names of the fused containers that are
+        self.running: list[str] = []  # the names of the fused containers whose forward is running
         for module in model.modules():
             _silence(module)
             if plan_of(module) is not None:
@@ -102,6 +104,7 @@ class _Observer:
                 module.__dict__["_compiled_call_impl"] = functools.partial(self.member, module)
 
     def container(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """The call of a fused container."""
         self.running.append(self.names[id(module)])
         try:
             return module._call_impl(*args, **kwargs)
@@ -109,6 +112,7 @@ class _Observer:
             self.running.pop()
 
     def member(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """The call of a convolution, norm or pool by itself."""
         name, before = self.names[id(module)], len(self.served)
         result = module._call_impl(*args, **kwargs)
         (self.seen.alone if len(self.served) > before else self.seen.elsewhere)[name] += 1
@@ -117,6 +121,7 @@ class _Observer:
         return result
 
     def step(self, conv: nn.Module, bn: nn.Module, residual: bool, activation: str | None) -> None:
+        """Told by nn/fused.py of each fused step."""
         names = [self.names[id(m)] for m in (conv, bn) if id(m) in self.names]
         into = " + ".join(
             [*(name.rpartition(".")[2] for name in names), *["residual"] * residual, *filter(None, [activation])]
@@ -127,7 +132,9 @@ class _Observer:
 
 
 def _silence(module: nn.Module) -> None:
-    """Hooks that are the caller's shall not hear of this run; something keeps their place, because fusion asks for it."""
+    """The caller's hooks shall not see this run. A hook that does nothing takes their place, for a module with hooks is
+    not fused.
+    """
     for hooks in (getattr(module, name) for name in HOOKS_OF_CALLS):
         for key in [key for key, hook in hooks.items() if is_callers(hook)]:
             hooks[key] = _nothing

@@ -1,10 +1,10 @@
-"""Planning a fused forward: which modules of a container become one call, and the source that makes it.
+"""Plans a fused forward: which modules of a container become one call, and the source that makes this call.
 
     convolution > batch norm (> addition) (> activation)
 
-is one call of nn.conv_bn_act (chains.py finds them). Everything else of the forward stays as it was and where it was;
-only the members of a group move, to the place of its last, if nothing in between minds (effects.py); else the group is
-cut short, or left.
+is one call of nn.conv_bn_act (chains.py finds these groups). The members of a group are computed in the place of the
+last of them, if nothing in between depends on their order (effects.py); otherwise the group ends earlier, or is not
+fused. Everything else of the forward stays as it was and where it was.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import nn as cnn
-from ..activations import activation_of
 from ..dispatch import on_gpu
+from ..patterns import activation_of
 from .chains import Chain, Chains
 from .effects import Conduct, Effects, Traits, buffers, traits
 from .grafts import own_class
@@ -28,7 +28,9 @@ from .tracing import Traced, signatures, trace
 
 @dataclass(frozen=True)
 class Group:
-    """Paths of the modules that one call computes; `activation` is the path of a module or the name of a function."""
+    """The paths of the modules that one call computes. activation: the path of a module, or the name of an activation
+    that a function computes, or the empty string.
+    """
 
     conv: str
     norm: str
@@ -39,12 +41,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Variant:
-    """A fused forward for arguments of certain kinds: `kinds` has "tensor", "list" (of tensors) or "any" of the two for
-    each.
+    """A fused forward for arguments of certain kinds: "tensor", "list" (of tensors), or "any" of the two.
 
-    It stands for the container's own while the modules at the paths of `members` are of these classes, and those at the
-    paths of `crossed`, over which members were moved, have these traits. If any was moved, all of them have so many
-    `buffers` among them: more that they share might be statistics of a norm that one of them updates at another time.
+    It stands for the container's own forward as long as the modules at the paths of `members` are of these classes, and
+    the modules at the paths of `crossed`, past which members were moved, have these traits. buffers: if members were
+    moved, how many buffers all these modules have among them. If there are fewer now, two of them have come to share
+    one, which may be the statistics of a norm that is no longer called at the same time.
     """
 
     kinds: tuple[str, ...]
@@ -77,8 +79,7 @@ def _is(argument: Any, kind: str) -> bool:
 class FusionPlan:
     """The fused forwards of a container whose children have these names; equal for containers of equal structure.
 
-    left: for each convolution that such a forward does not fuse, or not with all that follows, a sentence that says
-    why.
+    left: for each convolution that is not fused, or not with all that follows it, a sentence that says why.
     """
 
     children: tuple[str, ...]
@@ -95,14 +96,14 @@ def plan(block: nn.Module) -> FusionPlan | None:
 
 
 def examine(block: nn.Module) -> FusionPlan:
-    """How `block` can be fused, which may be not at all, and what of it cannot. Raises Refused."""
+    """How `block` can be fused, and what of it cannot; there may be nothing to fuse. Raises Refused."""
     found: list[tuple[Variant | None, list[str]]] = []
     refusals = []
     for arguments in signatures(type(block)):
         try:
             traced = trace(block, arguments)
             found.append(_variant(block, traced))
-            if traced.asked:  # the forward tells tensors from lists
+            if traced.asked:  # the forward asks whether an argument is a tensor or a list
                 found.append(_variant(block, trace(block, arguments, lists=traced.asked)))
         except Refused as reason:
             refusals.append(reason)
@@ -114,12 +115,14 @@ def examine(block: nn.Module) -> FusionPlan:
 
 
 def only_holds(block: nn.Module) -> bool:
-    """Whether it has no forward: a list or dict of modules, or what torch.fx puts where a traced model had a container."""
-    return getattr(type(block), "forward", None) is nn.Module.forward  # a scripted module's class has none to read
+    """Whether it has no forward: a list or dict of modules, or the module that torch.fx puts where a traced model had
+    a container.
+    """
+    return getattr(type(block), "forward", None) is nn.Module.forward  # the class of a scripted module has none
 
 
 def _may_fuse(block: nn.Module) -> bool:
-    """Whether it is a container that may have both a convolution and a batch norm to call."""
+    """Whether it is a container with both a convolution and a batch norm somewhere below it."""
     if only_holds(block) or is_ours(block) or not block._modules:
         return False
     below = list(block.modules())
@@ -127,7 +130,7 @@ def _may_fuse(block: nn.Module) -> bool:
 
 
 def _variant(block: nn.Module, traced: Traced) -> tuple[Variant | None, list[str]]:
-    """(the fused forward, if there is something to fuse; what is left, and why)."""
+    """(the fused forward, or None if there is nothing to fuse; sentences on what is not fused, and why)."""
     modules = dict(block.named_modules(remove_duplicate=False))
     rewriter = _Rewriter(traced.graph, modules)
     conduct = rewriter.effects.conduct
@@ -160,8 +163,8 @@ def call(
     activation: nn.Module | str | None,
     slope: float | None,
 ) -> Tensor:
-    """What a generated forward calls for a group. in_place: the sum keeps the dtype of the norm's output, whatever the
-    residual's.
+    """What a generated forward calls for a group. in_place: the sum was written into the norm's output, and so it has
+    that dtype, whatever the residual's is.
     """
     if in_place and residual is not None:
         device = "cuda" if on_gpu(x) else x.device.type
@@ -173,8 +176,10 @@ def call(
 
 
 class _Rewriter:
-    """Puts calls of groups into a graph. `moved`: whether some did not stand there as a whole; `crossed`: paths of the
-    modules on which it rests that they may stand where they do.
+    """Puts calls of groups into a graph.
+
+    moved: whether other nodes stood between the members of a group. crossed: the paths of the modules that have to stay
+    as they are for that (Effects.rests_on).
     """
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -184,7 +189,7 @@ class _Rewriter:
         self.moved = False
 
     def rewrite(self) -> tuple[list[Group], list[str]]:
-        """(the groups, what is left and why)."""
+        """(the groups, sentences on what is not fused, and why)."""
         chains = Chains(self.effects, self.modules)
         found = []
         groups = []

@@ -2,4 +2,4 @@
 
 
 class Refused(Exception):
-    """Says, in words that follow "not fused:", what stands against tracing a container's forward."""
+    """A container's forward cannot be traced. The message says why, in words that follow "not fused:"."""

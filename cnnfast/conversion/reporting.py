@@ -1,4 +1,4 @@
-"""What a conversion did, module by module: what the model as it is now has planned, corrected by what a run of it
+"""What a conversion did, module by module: what is planned in the model as it is now, corrected by what a run of it
 shows.
 """
 
@@ -55,36 +55,35 @@ def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> ConversionRe
     total = sum(costs.values()) if found else None
     notes = list(_notes(model, found, sizes))
     if members.seen is None and any(row.status == FUSED for row in rows):
-        why = (
-            sizes
-            if seen is None
-            else f"in its present modes it raises {type(seen).__name__}: {str(seen).strip().partition(chr(10))[0]}"
-        )
+        why = sizes
+        if seen is not None:
+            first_line = str(seen).strip().partition("\n")[0]
+            why = f"in its present modes it raises {type(seen).__name__}: {first_line}"
         notes.insert(0, f"What is fused was planned, and not seen in a run: {why}")
     return ConversionReport(rows, total, sizes, notes)
 
 
 class _Members:
-    """What is to say of convolutions, norms and pools: what was seen of them in a run, or what was planned for them
-    without one.
+    """The statuses of convolutions, norms and pools: by what was seen of them in a run, or without a run by what was
+    planned for them.
     """
 
     def __init__(
         self, modules: dict[str, nn.Module], plans: dict[str, list[tuple[Group, str]]], seen: Observation | None
     ) -> None:
         self.modules, self.seen = modules, seen
-        # name of a member > (its container's name, what the group computes, why not)
+        # name of a member > (its container's name, what the group computes, why it is not computed so, or "")
         self.planned: dict[str, tuple[str, str, str]] = {}
         for container, groups in plans.items():
             for group, reason in groups:
                 described = _described(modules[container], group)
                 for name in (_joined(container, member) for member in group.members):
-                    # of containers in one another it is the one that fuses
+                    # Two containers, one inside the other, may both plan it: the one that does fuse counts.
                     if name not in self.planned or self.planned[name][2]:
                         self.planned[name] = container, described, reason
 
     def told(self, name: str) -> tuple[str, str] | None:
-        """(status, reason) of a module; None if it is none that might be covered."""
+        """(status, reason) of a module; None if it is of no kind that cnnfast covers or could cover."""
         module = self.modules[name]
         if self.fused(name) and (is_ours(module) or is_norm(module)):
             return FUSED, self.into(name)
@@ -94,16 +93,17 @@ class _Members:
         return (LEFT, reason) if reason else None
 
     def fused(self, name: str) -> bool:
-        """Whether each call of it is part of a fused step, as far as is known."""
+        """Whether each call of the module is part of a fused step, as far as is known."""
         if self.seen is not None:
             return 0 < self.seen.fused[name] == self.seen.calls(name)
         return name in self.planned and not self.planned[name][2]
 
     def into(self, name: str) -> str:
+        """What the fused step computes that a module is part of; the empty string if it is part of none."""
         return self.planned[name][1] if name in self.planned else self.seen.into[name] if self.seen else ""
 
     def _unfused(self, name: str, module: nn.Module) -> tuple[str, str]:
-        """Of a module of ours. A reason says why it is not as planned."""
+        """(status, reason) of a module of ours that is not always fused; the reason says why, if that was planned."""
         if self.seen is None:
             if forward_replaced(module):
                 return LEFT, REPLACED_ON_THE_INSTANCE
@@ -112,9 +112,8 @@ class _Members:
         if not calls:
             return REPLACED, "no call of it was seen"
         if self.seen.elsewhere[name]:
-            return LEFT, REPLACED_ON_THE_INSTANCE if forward_replaced(
-                module
-            ) else "our forward was not reached by its calls"
+            replaced = forward_replaced(module)
+            return LEFT, REPLACED_ON_THE_INSTANCE if replaced else "our forward was not reached by its calls"
         parts = [f"{fused} of its {calls} calls fused into {self.into(name)}"] if fused else []
         if name in self.planned:
             parts.append(f"alone, because {self._why_alone(name)}")
@@ -147,7 +146,7 @@ def _joined(container: str, path: str) -> str:
 
 
 def _described(block: nn.Module, group: Group) -> str:
-    """Names of what a group computes; classes where children are numbered."""
+    """What a group computes, by the names of its modules, or by their classes where the children are numbered."""
 
     def named(path: str) -> str:
         last = path.rpartition(".")[2]
@@ -158,12 +157,12 @@ def _described(block: nn.Module, group: Group) -> str:
 
 
 def _why_plain(module: nn.Module) -> str:
-    """Whether it is a module that `convert` would take, but has not."""
+    """The reason for a module that `convert` would replace, and has not; the empty string for any other."""
     return "not converted: it came later, or the model never was" if replacement(module) else ""
 
 
 def _why_not(block: nn.Module) -> str:
-    """Why a container whose own children could be fused is not, or not all of it."""
+    """Why a container is not fused, or not all of it, if its own children could be; otherwise the empty string."""
     if only_holds(block):
         return ""
     own = list(_own(block))
@@ -176,7 +175,7 @@ def _why_not(block: nn.Module) -> str:
 
 
 def _own(block: nn.Module) -> Iterator[nn.Module]:
-    """What its forward calls: children, and those of children that have no forward."""
+    """The modules that a container's forward calls: its children, and those of children that have no forward."""
     for child in block.children():
         yield child
         if only_holds(child):
@@ -184,9 +183,10 @@ def _own(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def _look(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[list[Layer], Observation | Exception | None, str]:
-    """(the model's layers, what a run of it as it is now showed, or why there was none, what input they are of).
+    """(the model's layers; what a run of the model as it is now showed, or the error that it raised, or None; a text
+    that says which input these are of, or why there are none).
 
-    Without inputs an image as large as ImageNet's is tried; there are no layers if the model does not take it.
+    Without inputs an image as large as ImageNet's is tried. There are no layers if the model does not take it.
     """
     inputs = example_inputs or _image(model)
     if not inputs:
@@ -200,8 +200,8 @@ def _look(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[list[Layer
 
 
 def _image(model: nn.Module) -> tuple[Any, ...]:
-    """Of ImageNet's size, with as many channels as the first convolution takes, or is taken to if it is lazy; ()
-    without one.
+    """An image of ImageNet's size with the channels of the first convolution, or with 3 if that is lazy; no input for a
+    model without a convolution.
     """
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
@@ -210,7 +210,7 @@ def _image(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _flops(found: list[Layer]) -> Counter[str]:
-    """Of each module by name."""
+    """The FLOPs of each module by name, all of its calls together."""
     costs: Counter[str] = Counter()
     for layer in found:
         costs[layer.name] += layer.flops
@@ -237,14 +237,14 @@ def _notes(model: nn.Module, found: list[Layer], sizes: str) -> Iterator[str]:
     strided = sum(not w.is_contiguous(memory_format=torch.channels_last) for w in images)
     if strided:
         yield (
-            f"{strided} convolutions have NCHW weights. With an NCHW input our kernels read single elements, not vectors, and on a GPU"
-            " they serve only where they were measured to be faster all the same. convert(model, memory_format=torch.channels_last), and"
-            " channels_last inputs, avoid that."
+            f"{strided} convolutions have NCHW weights. With an NCHW input our kernels read single elements, not"
+            " vectors, and on a GPU they serve only where they were measured to be faster all the same."
+            " convert(model, memory_format=torch.channels_last), and channels_last inputs, avoid that."
         )
 
 
 def _unmeasured(model: nn.Module, gpu: Gpu, found: list[Layer], sizes: str) -> Iterator[str]:
-    """One line, if some convolutions were not measured on the GPU."""
+    """A line that says how many convolutions were not measured on this GPU, if any were not."""
     from cnnfast_kernels import tables
 
     call = "cnnfast tune MODEL, or cnnfast.tune(model, *inputs), measures them."
@@ -258,7 +258,7 @@ def _unmeasured(model: nn.Module, gpu: Gpu, found: list[Layer], sizes: str) -> I
 
 
 def _problem(module: nn.Module, input_shape: tuple[int, ...]) -> ConvProblem | None:
-    """What a module that is ours convolves; None for any other."""
+    """The convolution that a module of ours computes on an input of this shape; None for any other module."""
     if not isinstance(module, nn.Conv2d) or not is_ours(module) or len(input_shape) != 4:
         return None
     left, right, top, bottom = module._reversed_padding_repeated_twice

@@ -17,11 +17,12 @@ WIDTH = 100  # of str(report)
 
 @dataclass
 class ConvolutionRow:
-    """One module. `status`: "fused" (each call of it is part of a fused step; `reason` says of which), "replaced" (its
-    forward is ours; `reason` says why it is not fused though that was planned, or that no call of it was seen), "left"
-    (`reason` says why).
+    """One module.
 
-    flops: multiplications and additions of its forward, None where the model could not be run to find the sizes.
+    status: "fused" (each call of it is part of a fused step, and `reason` says of which), "replaced" (its forward is
+    ours, and `reason` says why it is not fused though that was planned, or that no call of it was seen), or "left"
+    (`reason` says why). flops: multiplications and additions of its forward; None where the model could not be run to
+    find the sizes.
     """
 
     name: str
@@ -34,10 +35,10 @@ class ConvolutionRow:
 
 @dataclass
 class ConversionReport:
-    """The modules that cnnfast covers, or might. str() is a table; rich prints it at the width of its console.
+    """The modules that cnnfast covers, or could cover. str() is a table; rich prints it at the width of its console.
 
-    total_flops: of the whole model, None if unknown; input: the sizes that FLOPs are of; notes: what else a user should
-    know.
+    total_flops: of the whole model, None if unknown. input: of which input sizes the FLOPs are. notes: what else a user
+    should know.
     """
 
     rows: list[ConvolutionRow]
@@ -51,7 +52,7 @@ class ConversionReport:
 
     @property
     def coverage(self) -> float | None:
-        """Share of the model's FLOPs that modules with our forward have, 0 to 1."""
+        """The share of the model's FLOPs that are in modules with our forward, from 0 to 1."""
         if not self.total_flops:
             return None
         return sum(row.flops or 0 for row in self.rows if row.status != LEFT) / self.total_flops

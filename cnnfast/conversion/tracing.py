@@ -1,8 +1,8 @@
-"""What a container's forward does, one level deep: children are called, never entered.
+"""What a container's forward does, one level deep: its children are called, and not looked into.
 
-The trace must be the same program as the forward, or there is none. `Refused` says what stands against it: whatever the
-forward decides or computes while it is traced (randomness, tensors of its own, types of its arguments, side effects)
-would be frozen into the trace.
+A trace is made only if it is the same program as the forward. Whatever the forward decides or computes by itself while
+it is traced would be frozen into the trace: random numbers, tensors of its own, the types of its arguments, side
+effects. A forward that does any of that is not traced, and `Refused` says why.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
-import io
 import itertools
 import operator
-import random
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -28,34 +25,41 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .grafts import own_class
 from .refused import Refused
+from .restoring import in_mode, unchanged
 from .watching import watched
 
-# Functions that may stand in a rewritten forward: their results depend on their arguments alone.
+# Functions and methods that may stand in a rewritten forward: their results depend on their arguments alone.
 FUNCTIONS: set[Any] = {
     getattr(namespace, name)
     for namespace, names in (
         (operator, "add sub mul truediv floordiv mod neg pow matmul getitem iadd isub imul itruediv"),
-        (torch, "add sub mul div cat concat stack flatten unflatten reshape permute transpose squeeze unsqueeze chunk split"
-                " relu sigmoid tanh softmax mean sum amax maximum minimum clamp matmul einsum pixel_shuffle"),
-        (F, "relu relu6 leaky_relu silu gelu hardswish hardsigmoid sigmoid elu softmax pad interpolate pixel_shuffle linear"
-            " normalize max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d"),
+        (
+            torch,
+            "add sub mul div cat concat stack flatten unflatten reshape permute transpose squeeze unsqueeze chunk split"
+            " relu sigmoid tanh softmax mean sum amax maximum minimum clamp matmul einsum pixel_shuffle",
+        ),
+        (
+            F,
+            "relu relu6 leaky_relu silu gelu hardswish hardsigmoid sigmoid elu softmax pad interpolate pixel_shuffle"
+            " linear normalize max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d",
+        ),
     )
     for name in names.split()
-} | {getattr}  # fmt: skip
-_METHOD_NAMES = (
-    "add sub mul div add_ sub_ mul_ div_ relu relu_ sigmoid sigmoid_ tanh softmax mean sum amax view reshape flatten unflatten size dim"
-    " permute transpose squeeze unsqueeze chunk split expand expand_as contiguous repeat clamp to float type_as"
+} | {getattr}
+_METHODS = (
+    "add sub mul div add_ sub_ mul_ div_ relu relu_ sigmoid sigmoid_ tanh softmax mean sum amax view reshape flatten"
+    " unflatten size dim permute transpose squeeze unsqueeze chunk split expand expand_as contiguous repeat clamp to"
+    " float type_as"
 )
-METHODS = set(_METHOD_NAMES.split())
+METHODS = set(_METHODS.split())
 
-
-# Optional arguments that are tried as tensors too; each costs two traces.
+# The optional arguments of a forward that are tried as tensors too: for each the forward is traced twice more.
 MOST_OPTIONAL = 2
 
 
 class _Proxy(fx.Proxy):
-    """Stands for a tensor or a list, and does not let itself be asked what it is, unless it is an argument: then its
-    kind is known.
+    """Stands for a tensor or a list. isinstance() of an argument is answered by the kind that it is traced as. Of a
+    result nothing is known, and a forward that asks for its type is refused.
     """
 
     @property
@@ -73,22 +77,10 @@ def _record_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-for _name in (
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-    "imatmul",
-    "ilshift",
-    "irshift",
-):
-    setattr(_Proxy, f"__{_name}__", _record_in_place(getattr(operator, _name)))  # fx would take them for x = x + y
+# torch.fx by itself would record `x += y` as `x = x + y`.
+_IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul ilshift irshift"
+for _name in _IN_PLACE.split():
+    setattr(_Proxy, f"__{_name}__", _record_in_place(getattr(operator, _name)))
 
 
 class _Tracer(fx.Tracer):
@@ -129,8 +121,8 @@ class _Tracer(fx.Tracer):
 
 @dataclass(frozen=True)
 class Traced:
-    """kinds: of each argument, "tensor" or "list" if the forward asked, "any" if not. asked: names of those it asked
-    about.
+    """kinds: what each argument was traced as, "tensor" or "list" if the forward asked for its type, "any" if it did
+    not. asked: the names of the arguments whose type it asked for.
     """
 
     graph: fx.Graph
@@ -139,18 +131,18 @@ class Traced:
 
 
 class _NoTensors(TorchDispatchMode):
-    """No operation on a real tensor happens while a forward is traced."""
+    """Refuses a forward that computes on real tensors while it is traced."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise Refused(f"its forward computes on tensors of its own ({func})")
 
 
 def signatures(cls: type) -> list[tuple[str, ...]]:
-    """Names of the positional arguments of `cls.forward` that a call may give: those required; then with optional ones
-    too.
+    """The names of the arguments of `cls.forward` that a call may give by position: first the required ones alone, then
+    one optional argument more each time, at most MOST_OPTIONAL.
 
-    Optional ones count if they default to None. Raises Refused if it takes *args, **kwargs or a required keyword, or
-    needs no argument.
+    An optional argument counts if its default is None. Raises Refused if the forward takes *args, **kwargs or a
+    required keyword, or needs no argument.
     """
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]  # pyright: ignore[reportAttributeAccessIssue]
     for p in parameters:
@@ -166,13 +158,13 @@ def signatures(cls: type) -> list[tuple[str, ...]]:
 
 
 def trace(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str] = frozenset()) -> Traced:
-    """The graph of the forward of `block`'s class, the same in training and in eval mode, with gradients and without.
-    Raises Refused.
+    """The graph of the forward of `block`'s class, which is the same in training and in eval mode, with gradients and
+    without. Raises Refused where there is none.
 
-    `arguments` are tensors, those in `lists` lists of tensors. `block` is afterwards as it was, whatever its forward
-    does to it.
+    `arguments` are tensors, except that those in `lists` are lists of tensors. `block` is afterwards as it was,
+    whatever its forward does to it.
     """
-    # a parametrized tensor is its own too
+    # A parametrized tensor is in neither dictionary: PyTorch keeps it as a property, in a class of this module alone.
     if block._parameters or block._buffers or own_class(block) is not type(block):
         raise Refused("it owns parameters or buffers")
     traced = _trace_once(block, arguments, lists, training=True)
@@ -190,10 +182,10 @@ def trace(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str] = 
 
 
 def _alive(references: Sequence[weakref.ref[Any]]) -> bool:
-    """Whether any refers to an object that is reachable: torch.fx leaves some in cycles (a frame that refers to
-    itself).
+    """Whether any of the objects is still reachable. torch.fx leaves some in cycles, of a frame that refers to itself,
+    which the collector has to find first.
     """
-    for generation in (0, 2):  # most are young; to search all objects takes its time
+    for generation in (0, 2):  # most of them are young, and to search all objects takes long
         if all(reference() is None for reference in references):
             return False
         gc.collect(generation)
@@ -201,19 +193,19 @@ def _alive(references: Sequence[weakref.ref[Any]]) -> bool:
 
 
 def _trace_once(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str], training: bool) -> Traced:
-    with _unchanged(block), _in_mode(block, training), torch.set_grad_enabled(training), _NoTensors():
+    with unchanged(block), in_mode(block, training), torch.set_grad_enabled(training), _NoTensors():
         tracer = _Tracer(arguments, lists)
         try:
             with _lists_recorded(tracer), watched(block):
                 graph = tracer.trace(block)
         except Refused:
             raise
-        except Exception as error:  # control flow on values, len() of a tensor, ...: fx says which
+        except Exception as error:  # control flow on values, or len() of a tensor, say: the message of torch.fx tells
             line = str(error).strip().splitlines()
             raise Refused(f"its forward cannot be traced ({type(error).__name__}: {line[0] if line else ''})") from None
     if _alive(tracer.proxies):
         raise Refused("its forward keeps a tensor somewhere")
-    # an annotation may name what its module has imported, and the generated one has not
+    # The annotation of a result may name what the forward's own module has imported; the generated source has not.
     graph.output_node().type = None
     kinds = tuple(("list" if name in lists else "tensor") if name in tracer.asked else "any" for name in arguments)
     return Traced(graph, kinds, frozenset(tracer.asked))
@@ -221,8 +213,8 @@ def _trace_once(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[s
 
 @contextlib.contextmanager
 def _lists_recorded(tracer: _Tracer) -> Iterator[None]:
-    """torch.cat and its kin ask for the type of their list before they let anyone record them: of an argument they are
-    recorded first.
+    """torch.cat, concat and stack look into their first argument before torch.fx can record the call. Meanwhile they
+    are replaced by functions that record the call at once where that argument is a proxy.
     """
     originals = {name: getattr(torch, name) for name in ("cat", "concat", "stack")}
 
@@ -241,61 +233,3 @@ def _lists_recorded(tracer: _Tracer) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(torch, name, original)
-
-
-@contextlib.contextmanager
-def _in_mode(block: nn.Module, training: bool) -> Iterator[None]:
-    """Sets the flag of every module below, past whatever their `train` and `__setattr__` do."""
-    # scripted modules have theirs elsewhere
-    before = [(m, m.training) for m in block.modules() if "training" in m.__dict__]
-    for m, _ in before:
-        m.__dict__["training"] = training
-    try:
-        yield
-    finally:
-        for m, flag in before:
-            m.__dict__["training"] = flag
-
-
-@contextlib.contextmanager
-def _unchanged(block: nn.Module) -> Iterator[None]:
-    """Puts back attributes, lists, dicts and sets of all modules, and random numbers; raises Refused if any of them
-    changed.
-    """
-    modules = list(block.modules())
-    before = [(vars(m), _contents(vars(m))) for m in modules]
-    inner = [[(v, _contents(v)) for v in vars(m).values() if isinstance(v, list | dict | set)] for m in modules]
-    draws = random.getstate(), numpy.random.get_state()
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            yield
-    finally:
-        changed = [_restore(*entry) for entry in (*before, *(e for entries in inner for e in entries))]
-        drawn = random.getstate() != draws[0] or not all(map(numpy.array_equal, numpy.random.get_state(), draws[1]))
-        random.setstate(draws[0])
-        numpy.random.set_state(draws[1])
-    if drawn:
-        raise Refused("its forward draws random numbers")
-    if any(changed):
-        raise Refused("its forward changes attributes")
-    if printed.getvalue():
-        raise Refused("its forward prints")
-
-
-def _contents(value: Any) -> Any:
-    return dict(value) if isinstance(value, dict) else list(value)
-
-
-def _restore(value: Any, contents: Any) -> bool:
-    """Whether a list, dict or set holds other objects than it did; it does not any more."""
-    now, then = _contents(value), contents
-    if isinstance(value, dict):
-        same = list(now) == list(then) and all(now[k] is then[k] for k in then)
-    else:
-        same = len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True))
-    if same:
-        return False
-    value.clear()
-    value.extend(then) if isinstance(value, list) else value.update(then)
-    return True

@@ -1,9 +1,9 @@
 """Watches the Python that a forward runs while it is traced, for what a trace does not show.
 
-A traced forward is run once and its decisions are kept. They must therefore follow from things that conversion is told
-of when they change: children, and plain values among the container's own attributes. `watched` raises Refused if the
-forward, or a function that it calls, reads anything else that may change, asks what an object is, catches errors,
-enters a context or writes attributes.
+A traced forward is run once, and its decisions are kept. So they may depend only on things whose change conversion
+notices: children, and plain values among the container's own attributes. `watched` raises Refused if the forward, or a
+function that it calls, reads anything else that may change, asks what an object is, catches errors, enters a context or
+writes attributes.
 """
 
 from __future__ import annotations
@@ -23,19 +23,17 @@ from torch import fx, nn
 
 from .refused import Refused
 
-# Builtins that tell objects apart, look into them or act beyond the forward. isinstance is the proxies' own affair.
-FORBIDDEN_BUILTINS = {
-    getattr(builtins, name)
-    for name in ("callable", "delattr", "eval", "exec", "globals", "hasattr", "hash", "id", "input", "issubclass", "locals", "open",
-                 "print", "setattr", "type", "vars")
-} | {warnings.warn}  # fmt: skip
+# Builtins that tell objects apart, look into them or act beyond the forward. isinstance is not among them: the proxies
+# of tracing.py answer it.
+_BUILTINS = "callable delattr eval exec globals hasattr hash id input issubclass locals open print setattr type vars"
+FORBIDDEN_BUILTINS = {getattr(builtins, name) for name in _BUILTINS.split()} | {warnings.warn}
 FORBIDDEN_OPERATIONS = {
     "PUSH_EXC_INFO": "catches errors or enters a context",
     "STORE_ATTR": "sets an attribute",
     "DELETE_ATTR": "deletes an attribute",
     "STORE_GLOBAL": "sets a global variable",
 }
-# Parts of torch that change what is recorded, not what is computed.
+# Parts of torch that change how something is computed, which a trace does not record.
 FORBIDDEN_TORCH = (
     "torch.utils.checkpoint",
     "torch.autograd",
@@ -63,10 +61,10 @@ UNREAD: Any = object()  # a value that is not followed further
 
 @contextmanager
 def watched(block: nn.Module) -> Iterator[None]:
-    """Raises Refused, from within what `block` runs, for the first thing that does not bear tracing."""
+    """While `block` runs, raises Refused at the first thing in its Python that a trace would not show."""
     forward: Any = type(block).forward
     starts = {getattr(f, "__code__", None) for f in (forward, inspect.unwrap(forward))}
-    own: set[Any] = set()  # code of the forward and of what it calls, down to torch's
+    own: set[Any] = set()  # the code of the forward and of the functions that it calls, without torch's
 
     def observe(frame: types.FrameType, event: str, argument: Any) -> None:
         if event == "call":
@@ -92,7 +90,7 @@ def watched(block: nn.Module) -> Iterator[None]:
 
 
 def _examine(code: types.CodeType, frame: types.FrameType, block: nn.Module) -> None:
-    """Refuses by the instructions of a function that is about to run."""
+    """Reads the instructions of a function that is about to run, and raises Refused at one that is not allowed."""
     value: Any = UNREAD
     for instruction in dis.get_instructions(code):
         name = instruction.opname
@@ -107,19 +105,19 @@ def _examine(code: types.CodeType, frame: types.FrameType, block: nn.Module) -> 
             )
         elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
             found = frame.f_locals.get(instruction.argval)
-            # only its own function can rebind it
+            # a plain value is the same at each call: only the enclosing function could bind another
             value = UNREAD if _is_plain(found) else _outside(instruction.argval, found)
         elif name.startswith("LOAD_FAST"):
             local = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
             found = frame.f_locals.get(local)
-            value = found if issubclass(type(found), nn.Module) else UNREAD  # isinstance would ask a proxy
+            value = found if issubclass(type(found), nn.Module) else UNREAD  # isinstance would ask the proxy
         elif name not in ("CACHE", "PUSH_NULL", "EXTENDED_ARG", "RESUME", "COPY_FREE_VARS"):
             value = UNREAD
 
 
 def _outside(name: str, value: Any) -> Any:
-    """A global variable, or one of an enclosing function: it may name a module, class, function or constant, and
-    nothing that changes.
+    """The value of a global variable, or of an enclosing function's. Raises Refused unless it is a module, a class,
+    a function or a constant: nothing that changes.
     """
     if issubclass(type(value), fx.Proxy):
         return UNREAD
@@ -133,7 +131,7 @@ def _outside(name: str, value: Any) -> Any:
 
 
 def _attribute(value: Any, name: str, block: nn.Module) -> Any:
-    """What `value.name` is, as far as it matters; refuses values that may change unnoticed."""
+    """The value of `value.name`, if it is to be followed further. Raises Refused if it may change unnoticed."""
     if value is UNREAD or value is None:
         return UNREAD
     if isinstance(value, types.ModuleType):
@@ -152,7 +150,7 @@ def _attribute(value: Any, name: str, block: nn.Module) -> Any:
         return child if child is not None else UNREAD
     found = value.__dict__.get(name, UNREAD)
     if found is UNREAD or callable(found):
-        return UNREAD  # methods and properties run, and are watched
+        return UNREAD  # methods and properties are watched when they run
     if value is block and _is_plain(found):
         return UNREAD
     raise Refused(f"its forward reads {name}, which may change unnoticed")

@@ -1,4 +1,4 @@
-"""How long measuring may take in all."""
+"""The time that a whole run of measurements may take."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 
 class Budget:
-    """Seconds for the whole of something, counted from when this is made. None: as many as it takes."""
+    """Seconds that something may take as a whole, counted from when this object is made; None: as many as it takes."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self.seconds = seconds
@@ -15,9 +15,9 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds that are left: below zero once more were spent, infinite where there is no limit."""
+        """The seconds that are left: negative once more were spent, infinite where there is no limit."""
         return math.inf if self.seconds is None else self.began + self.seconds - time.monotonic()
 
     def __str__(self) -> str:
-        """Why something is left out."""
+        """Why something was left out, once nothing is left."""
         return "" if self.seconds is None else f"the budget of {self.seconds:g} s was spent"

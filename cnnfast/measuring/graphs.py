@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: replayed, they cost the host one call, so that what is measured is the GPU's."""
+"""Steps as CUDA graphs. To replay one costs the host a single call, so that what is measured is the GPU's time."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 
 from .timing import Step
 
-# calls of each step before it is captured: they compile, let cuDNN choose, and allocate an optimizer's state
+# Calls of each step before it is captured: they compile, let cuDNN choose, and allocate the state of an optimizer.
 WARM_UPS = 3
 
 
 def captured(make: Callable[[], Sequence[Step]], device: torch.device) -> Step:
-    """All steps that `make` returns, one after the other, as one CUDA graph. A replay returns what the first of them
-    does.
+    """All steps that `make` returns, one after the other, as one CUDA graph. Each replay returns the result of the
+    first step.
 
-    `make` is called on the stream that is captured, because gradients are taken on the stream of their forward pass.
-    Raises what a step raises, and RuntimeError if one does what a graph cannot hold, waiting for the GPU, say.
+    `make` is called on the stream that is captured, because gradients are computed on the stream of their forward pass.
+    Raises what a step raises, and RuntimeError if a step does what a graph cannot hold, such as to wait for the GPU.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -37,6 +37,6 @@ def captured(make: Callable[[], Sequence[Step]], device: torch.device) -> Step:
 
 
 def _replay(graph: torch.cuda.CUDAGraph, results: list[Any], steps: Sequence[Step]) -> Any:
-    """steps: a graph knows the addresses that they read and write, and nothing else keeps what lies there alive."""
+    """steps: they keep alive what the graph reads and writes, of which it has only the addresses."""
     graph.replay()
     return results[0]

@@ -1,4 +1,4 @@
-"""The machine that a run is made on: what it is, and what it does at most."""
+"""The machine that a run is made on: what it is, and how fast it can be."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ MATRIX = {"cuda": 8192, "cpu": 768}
 
 @dataclass(frozen=True)
 class Machine:
-    """What every row carries. device: the GPU's name, or the processor's. clocks: in MHz with the limits, before the
-    run; "" if unknown. commit: of cnnfast's own checkout, with + if it was changed since; "" if there is none.
+    """The machine and its software, which every row carries. device: the name of the GPU, or of the processor. clocks:
+    in MHz, each with its limit, before the run; empty if unknown. commit: of cnnfast's own checkout, with + if files
+    have changed since; empty if there is none.
     """
 
     device: str
@@ -33,7 +34,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the machine does at most: FLOPs a second of a matrix product, bytes a second of a copy (read and written)."""
+    """The most that the machine does in a second: FLOPs of a matrix product, and bytes of a copy, read and written."""
 
     flops: float
     bytes: float
@@ -76,7 +77,7 @@ def _smi(fields: str) -> str:
 
 
 def _commit() -> str:
-    """Of the repository that this file is in, if it is one."""
+    """The commit of the repository that this file is in; the empty string if it is in none."""
     here = str(Path(__file__).resolve().parents[2])
     if not Path(here, ".git").exists():
         return ""
@@ -85,15 +86,15 @@ def _commit() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; "" where it does not exist or fails."""
+    """What a command prints; the empty string where it does not exist or fails."""
     if shutil.which(command[0]) is None:
         return ""
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype, clock: Clock | None = None) -> Peaks:
-    """The fastest of a few copies of a large tensor, and of a few products of large matrices in `dtype`, as PyTorch
-    does them.
+    """Measures the peaks: the fastest of five copies of a large tensor, and of five products of large matrices in
+    `dtype`, as PyTorch does them.
     """
     clock = clock or clock_of(device)
     source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)

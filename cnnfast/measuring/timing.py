@@ -1,7 +1,7 @@
 """Times of steps that take turns: on a GPU by its own events, on a CPU by the clock.
 
-A step is warmed up until it is no longer getting faster. Then come rounds, in each of which every step gives one
-sample, in an order that moves on from round to round: what heats or slows the machine does so to all. A sample is the
+A step is warmed up until it is no longer getting faster. Then come rounds. In each of them every step gives one sample,
+and each round begins with another step, so that what heats or slows the machine does so to all of them. A sample is the
 mean of so many calls in a row that the clock can be trusted.
 """
 
@@ -20,19 +20,19 @@ import torch
 
 Step = Callable[[], Any]
 
-# nanoseconds that the thread ran, that it waited for a core, and slices
+# Linux tells here for how many nanoseconds this thread has run, and for how many it has waited for a core.
 SCHEDULER = Path("/proc/thread-self/schedstat")
 
-ROUNDS = 9  # at least, where time suffices
-FEWEST = 3  # rounds before anybody is told of times
-PAUSE = 2.0  # seconds between two tellings
-STABLE = 0.03  # of two consecutive warm-up samples
+ROUNDS = 9  # at least, if there is time for them
+FEWEST = 3  # rounds, before times are told
+PAUSE = 2.0  # seconds from one telling of times to the next
+STABLE = 0.03  # two warm-up samples in a row agree if they differ by no more than that
 WARM_UPS = 20  # samples, at most
-GROWTH = 10  # of the calls in a sample, from one to the next
+GROWTH = 10  # a warm-up sample has at most so many times the calls of the one before
 
 
 class Clock(Protocol):
-    """sample: seconds of one call, the mean of `calls` in a row. least: seconds that a sample should take."""
+    """sample: the seconds of one call, as the mean of `calls` in a row. least: seconds that a sample should take."""
 
     least: float
 
@@ -40,7 +40,7 @@ class Clock(Protocol):
 
 
 class DeviceClock:
-    """CUDA events on the current stream: what the GPU is busy with, and its waiting for the host."""
+    """CUDA events on the current stream: the time in which the GPU works, or waits for the host."""
 
     least = 0.005
 
@@ -55,8 +55,8 @@ class DeviceClock:
 
 
 class HostClock:
-    """The time that passes, less what this thread spent waiting for a core (where Linux tells): others' load is not
-    counted.
+    """The time that passes, without the time that this thread waited for a core, if Linux tells it: so what other
+    processes do is not counted.
     """
 
     least = 0.005
@@ -66,11 +66,12 @@ class HostClock:
         for _ in range(calls):
             step()
         passed, waited, worked = time.perf_counter() - start, _waited() - waited, time.thread_time() - worked
-        return max(passed - waited, worked) / calls  # of a wait that began before, Linux tells when it ends
+        # Linux counts a wait when it ends, also one that began before `start`: `worked` is a lower bound all the same.
+        return max(passed - waited, worked) / calls
 
 
 def _waited() -> float:
-    """Seconds that this thread could have run in and did not."""
+    """Seconds for which this thread could have run, and waited for a core."""
     try:
         return int(SCHEDULER.read_text().split()[1]) / 1e9
     except OSError:
@@ -83,7 +84,7 @@ def clock_of(device: torch.device) -> Clock:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one step: the median of all samples, and what 20 and 80 % of them stay below."""
+    """Seconds of one step: the median of all samples, and what 20 % and 80 % of them stay below."""
 
     median: float
     low: float
@@ -99,7 +100,7 @@ class Times:
 
 
 def warm_up(step: Step, clock: Clock) -> int:
-    """Calls `step` until two samples in a row agree; returns how many calls make a sample."""
+    """Calls `step` until two samples in a row agree, and returns how many calls a sample needs."""
     taken = clock.sample(step, 1)
     calls = 1
     for _ in range(WARM_UPS):
@@ -120,13 +121,12 @@ def measure(
     left: Callable[[], float] = lambda: math.inf,
     found: Callable[[dict[str, Times | Exception]], object] = lambda times: None,
 ) -> dict[str, Times | Exception]:
-    """Times of each step, or what it raised.
+    """The times of each step, or what it raised.
 
-    seconds: of timing for each step, its warm-up not counted. At least `rounds` samples are taken.
-    tell: called with the name of what is measured next.
-    left: seconds that are left for all of this. Once there are none, the round under way is the last one; what has no
-    sample by then is not in the result. found: called between two rounds every few seconds with what is known by then,
-    so that it can be kept.
+    seconds: of timing for each step, without its warm-up. At least `rounds` samples of each are taken. tell: called
+    with the name of what is measured next. left: the seconds that are left for all of this. Once there are none, the
+    round under way is the last one, and what has no sample by then is not in the result. found: called between two
+    rounds, every few seconds, with what is known by then.
     """
     results: dict[str, Times | Exception] = {}
     calls: dict[str, int] = {}
@@ -135,7 +135,7 @@ def measure(
     def attempt(name: str, take: Callable[[], None]) -> None:
         try:
             take()
-        except Exception as error:  # it is out of the race; the others run on
+        except Exception as error:  # that step is out; the others go on
             results[name] = error
             calls.pop(name, None)
 
@@ -168,9 +168,10 @@ def measure(
 
 @contextmanager
 def cudnn_benchmark(on: bool) -> Iterator[None]:
-    """Whether cuDNN tries all its algorithms.
+    """Says whether cuDNN tries all its algorithms, as long as the context lasts.
 
-    Not by torch.backends.cudnn.flags: that reads allow_tf32, and PyTorch raises there once fp32_precision has been set.
+    torch.backends.cudnn.flags would do it too, but it reads allow_tf32, and PyTorch raises there once fp32_precision
+    has been set.
     """
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, on
     try:

@@ -1,4 +1,6 @@
-"""What torch.utils.flop_counter counts for our convolutions: as for PyTorch's own, taps in the padding included."""
+"""Tells torch.utils.flop_counter how many FLOPs our convolutions have: as many as PyTorch's own, taps in the padding
+counted. The summary of a model, conversion's report and bench count by its table.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ OPERATORS = torch.ops.cnnfast
 
 
 def _flops(y_shape: Sequence[int], w_shape: Sequence[int]) -> int:
-    """Of a convolution that gives y [N, K, P, Q], and as many of each of its gradients."""
+    """FLOPs of a convolution that gives y [N, K, P, Q]; each of its gradients has as many."""
     N, _, P, Q = y_shape
     return 2 * N * P * Q * prod(w_shape)
 

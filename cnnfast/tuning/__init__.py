@@ -1,4 +1,4 @@
-"""tune: measures the convolutions of a model on this GPU and writes what won to the user's table
+"""tune: measures the convolutions of a model on this GPU, and writes the winners to the user's table
 (cnnfast_kernels/tables.py).
 """
 
@@ -50,28 +50,33 @@ def tune(
 ) -> Tuning:
     """Measures the convolutions of the model on its GPU, and writes the user's table, which is used from now on.
 
-    For each convolution that the converted model makes, forward and, if `train`, backward, about a dozen tiles of our
-    kernels and the library's convolution, in its benchmark mode, run on random operands. Who computes wrong numbers, by
-    the rule of cnnfast.check, is out; the others take turns on the clock, each as one CUDA graph over sets of operands
-    that together do not fit the GPU's second-level cache. The row says which of our tiles is the fastest, and whether
-    the library is faster still.
+    The convolutions are those that the converted model makes, in a forward pass and, if `train`, in its backward pass.
+    For each of them about a dozen tiles of our kernels, and the library's convolution in its benchmark mode, run on
+    random operands. A candidate that computes wrong numbers, by the rule of cnnfast.check, is out. The others take
+    turns on the clock, each as one CUDA graph over sets of operands that together do not fit the GPU's second-level
+    cache. The row says which of our tiles is the fastest, and whether the library is faster still.
 
     model: on a GPU; it stays as it is. memory_format: as `convert` takes it.
-    budget: seconds of the whole, compilation included; by default everything is measured. The layers that cost the
-    model most come first: calls x the larger of FLOPs / rate and bytes / bandwidth. That is an estimate by the round
-    numbers of planning.py, and only orders. What no longer fits is in the result's .left, and its rows in the table, if
-    there are any, stay. dtype: casts floating inputs and a copy of the model: a dtype, or its name (bf16, fp16, fp32,
-    fp64, PyTorch's own), or "tf32", float32 tensors whose products are rounded to TF32. A name says how float32 is
-    multiplied, "fp32" IEEE; otherwise PyTorch's settings do, which let convolutions be TF32. Rows of the two are apart,
-    and a call finds those of the settings that it is made under. table: a file that the rows are also written to, to be
-    shipped: a new one, or a table of this GPU and version. seconds: of one timing. measure: what times steps by their
-    names, by default measuring/timing.py. progress: called with (convolutions done, in all, what comes next).
 
-    A row is written as soon as its convolution is measured: an interrupted run loses nothing. Returns a Tuning: str()
-    is a table; .ok, .measured, .left, .rows, .to_json(). Raises ValueError for a name that is none of a dtype, for
-    seconds that are not positive, and for a `table` that is something else; RuntimeError without a GPU, if the model
-    does not run on these inputs, if it makes no convolution, and if the GPU no longer answers; OSError, before anything
-    is measured, if a table could not be written.
+    budget: seconds for the whole, compilation included; by default everything is measured. The layers that cost the
+    model most come first: calls x the larger of FLOPs / rate and bytes / bandwidth, an estimate by the round numbers of
+    planning.py that only orders them. What no longer fits is in the result's .left, and its rows in the table, if there
+    are any, stay.
+
+    dtype: floating inputs and a copy of the model are cast to it. It is a dtype, or its name (bf16, fp16, fp32, fp64,
+    or PyTorch's own), or "tf32" for float32 tensors whose products are rounded to TF32. A name says how float32 is
+    multiplied: "fp32" means IEEE. Without a name PyTorch's settings say it, which by default let convolutions be TF32.
+    TF32 and IEEE have rows of their own, and a call finds those of the settings that it is made under.
+
+    table: a file to which the rows are written too, so that it can be shipped: a new file, or a table of this GPU and
+    version. seconds: of one timing. measure: what times steps by their names, by default measuring/timing.py. progress:
+    called with (convolutions done, in all, what comes next).
+
+    A row is written as soon as its convolution is measured, so that an interrupted run loses nothing. Returns a Tuning:
+    str() is a table; .ok, .measured, .left, .rows, .to_json(). Raises ValueError for a name that is none of a dtype,
+    for seconds that are not positive, and for a `table` that is something else; RuntimeError without a GPU, if the
+    model does not run on these inputs, if it makes no convolution, and if the GPU no longer answers; OSError, before
+    anything is measured, if a table could not be written.
     """
     table = None if table is None else Path(table)
     _refuse_durations(budget=budget, seconds=seconds)
@@ -89,11 +94,11 @@ def plan(
     memory_format: torch.memory_format | None = torch.channels_last,
     gpu: devices.Gpu | None = None,
 ) -> list[Measured]:
-    """What `tune` would measure, in that order, each convolution that tables tell apart once, its candidates still
-    without times.
+    """What `tune` would measure, in that order: each convolution that has a row of its own, with candidates that have
+    no times yet.
 
-    Needs no GPU: `gpu` is the one that it would be measured on, by default the model's, or else any of sm_90.
-    Arguments, ValueError and RuntimeError otherwise as of `tune`.
+    No GPU is needed: `gpu` is the one that it would be measured on, by default the model's, or else any of sm_90. Other
+    arguments, ValueError and RuntimeError are as `tune` has them.
     """
     return planned(model, example_inputs, (train,), dtype=dtype, memory_format=memory_format, gpu=gpu)
 
@@ -106,10 +111,10 @@ def begin(
     memory_format: torch.memory_format | None = torch.channels_last,
     table: Path | None = None,
 ) -> Tuning:
-    """The first half of `tune`: a Tuning of which everything is left, to which `proceed` does the rest.
+    """The first half of `tune`: a Tuning with everything left to measure, for `proceed`.
 
-    Whoever holds it has what was measured, however `proceed` ends. trains: (False, True) is of a model in eval and in
-    training.
+    The caller holds it, and so has what was measured however `proceed` ends. trains: the modes to measure; (False,
+    True) is both eval and training.
     """
     device = device_of(model)
     gpu = gpu_of(device)
@@ -137,10 +142,10 @@ def proceed(
     progress: Progress | None = None,
     compiling: Compiling | None = None,
 ) -> None:
-    """Measures what is left of a tuning, as far as it fits into the budget, and writes its rows.
+    """The second half of `tune`: measures what is left of a tuning, as far as it fits into the budget, and writes rows.
 
-    compiling: what compiles ahead in other processes, by default warming.compiling; in the interpreter nothing does.
-    Raises whatever ends it early; the tuning then holds what was measured, and all of that is written.
+    compiling: what compiles ahead in other processes, by default warming.compiling; where kernels are interpreted
+    nothing is compiled. Raises whatever ends it early; the tuning then holds what was measured, and that is written.
     """
     budget = budget or Budget()
     gpu = devices.Gpu(tuning.gpu, tuning.arch)
@@ -149,8 +154,7 @@ def proceed(
     machine = {name: value for name, value in asdict(this_machine(device)).items() if name != "device"}
     about = {**machine, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     todo, written = list(tuning.left), len(tuning.rows)
-    # seconds that a candidate of the convolution before took: those that come later cost less, and should not take
-    # longer
+    # Seconds that each candidate of the last convolution took. The next ones cost less, and should not take longer.
     each = 0.0
 
     def write() -> None:
@@ -189,14 +193,14 @@ def proceed(
             progress(len(todo), len(todo), "")
     finally:
         tuning.seconds += monotonic() - began
-        write()  # what was measured, if it was interrupted before that was written
+        write()  # in case it was interrupted after a measurement, and before its row was written
         launch.forget_plans()
 
 
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Whatever modes the caller is in, operands have their dtypes, gradients can be taken, and the GPU is the current
-    one.
+    """Whatever modes the caller is in: operands keep their dtypes, gradients can be computed, and the GPU is the
+    current one.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -1,4 +1,4 @@
-"""Candidates' kernels, compiled by other processes while the convolution before them is measured."""
+"""The kernels of candidates are compiled by other processes, while the convolutions before them are measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .running import by_library, operands, ours
 Compiling = Callable[[devices.Gpu], AbstractContextManager[warming.Compile]]  # as warming.compiling
 Wait = Callable[[Measured, float], None]
 
-SECONDS_TO_END = 5.0  # that the kernel which is being compiled may take, when nothing more is to be
+SECONDS_TO_END = 5.0  # how long the end waits for a kernel that is being compiled
 
 
 @contextmanager
@@ -30,9 +30,9 @@ def compiled_ahead(
 ) -> Iterator[Wait]:
     """Compiles for one convolution after the other, in the order given, as long as the context lasts.
 
-    Gives a function that waits until one of them is compiled, so many seconds at most: then it raises OutOfTimeError. A
-    kernel that does not compile fails again, with its reason, where it is launched. Where no other process can compile,
-    `note` is told why, and kernels are compiled where they are launched.
+    The context is a function that waits until the kernels of one convolution are compiled, for so many seconds at most,
+    and then raises OutOfTimeError. A kernel that does not compile fails again, with its reason, when it is launched.
+    Where no other process can compile, `note` is told why, and kernels are compiled when they are launched.
     """
     compiling = compiling or (None if launch.INTERPRETED else _beside_measuring)
     if compiling is None:
@@ -67,13 +67,12 @@ def compiled_ahead(
             raise OutOfTimeError from None
         except Exception as error:
             if not noted:
-                note(
-                    f"Kernels were compiled where they were measured, one after the other: {type(error).__name__}: {error}"
-                )
+                why = f"{type(error).__name__}: {error}"
+                note(f"Kernels were compiled where they were measured, one after the other: {why}")
             noted = True
 
     with compiling(gpu) as compile_:
-        # A daemon: where it waits for another process that compiles, nobody waits for it when this one is interrupted.
+        # A daemon: it may wait for another process that compiles, and shall not keep this one alive after an interrupt.
         thread = threading.Thread(target=work, args=(compile_,), name="cnnfast-tune-compiles", daemon=True)
         thread.start()
         try:
@@ -84,13 +83,13 @@ def compiled_ahead(
 
 
 def _beside_measuring(gpu: devices.Gpu) -> AbstractContextManager[warming.Compile]:
-    """One core is this process's, which must not keep the GPU waiting."""
+    """Compiles on all cores but one, which this process needs, so that the GPU does not wait for it."""
     return warming.compiling(gpu, max(1, usable_cores() - 1))
 
 
 def launches(measured: Measured, gpu: devices.Gpu) -> list[str]:
-    """What all candidates of a convolution launch, one line of JSON a kernel, as warming compiles it. A candidate that
-    cannot be called adds nothing: it fails where it is measured.
+    """The kernels that the candidates of a convolution launch, each as a line of JSON (aot/specialisations.py). A
+    candidate that cannot be called adds none, and fails when it is measured.
     """
     lines: dict[str, None] = {}
     for candidate in measured.candidates.values():

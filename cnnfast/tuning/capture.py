@@ -1,4 +1,4 @@
-"""Which convolutions a model makes, forward and backward: one run of it, converted, in which no kernel is launched."""
+"""Which convolutions a model makes, forward and backward: it is converted and run once, and no kernel is launched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cnnfast_kernels.layout import Layout
 from .. import dispatch
 from ..calls import OperatorCall, operator_calls
 
-# and what the kernel does besides (conv.ask_fprop)
+# The operators of a forward pass, and what their kernels do besides the convolution (choosing.ask_fprop has the words).
 FORWARD = {"conv_fprop": "", "conv_stats": "stats", "conv_bn_act": "norm"}
 OPERATORS = (*FORWARD, "conv_dgrad", "conv_wgrad")
 
@@ -35,11 +35,11 @@ class Convolution(OperatorCall):
 
     @property
     def format(self) -> torch.memory_format:
-        """Of a gradient."""
+        """The memory format of a gradient."""
         return torch.channels_last if self["channels_last"] else torch.contiguous_format
 
     def question(self, tf32: bool, gpu: devices.Gpu) -> Question:
-        """What a tile is chosen by, of tensors that start at multiples of 16 bytes, as allocated ones do."""
+        """What a tile is chosen by. Tensors are taken to start at multiples of 16 bytes, as allocated ones do."""
         how = self.geometry, tf32, gpu, True
         if self.operator == "conv_dgrad":
             return ask_dgrad(self["dy"], self["w"], self["x_shape"], self.format, *how)
@@ -57,9 +57,7 @@ def capture(
     model: nn.Module, inputs: tuple[Any, ...], *, gpu: devices.Gpu, device_type: str, **how: Any
 ) -> Counter[Convolution]:
     """The convolutions that our operators would be called with on a GPU, and how often each, whatever backend is in
-    force.
-
-    Arguments, and RuntimeError, as calls.operator_calls has them.
+    force. Arguments and RuntimeError are as calls.operator_calls has them.
     """
     with dispatch.backend("auto"):
         calls = operator_calls(model, inputs, gpu=gpu, device_type=device_type, **how)

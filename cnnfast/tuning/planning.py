@@ -1,4 +1,4 @@
-"""What there is to measure for a model, what costs it most first."""
+"""What there is to measure for a model: what costs it most comes first."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ..precision import allow_tf32, float32_products
 from .capture import capture
 from .report import DEFAULT, LIBRARY, Candidate, Measured
 
-# Round numbers of a data-centre GPU, from data sheets: FLOPs a second by how they are multiplied, and bytes of memory a
-# second. They put convolutions into an order, and nothing else follows from them.
+# Round numbers of a data-centre GPU, from data sheets: FLOPs a second by how operands are multiplied, and bytes of
+# memory a second. They put convolutions into an order, and are used for nothing else.
 FLOPS_PER_SECOND: dict[Precision, float] = {"half": 8e14, "tf32": 4e14, "ieee": 6e13, "fp64": 6e13}
 BYTES_PER_SECOND = 4e12
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model lies: the device of its first parameter, or buffer."""
+    """The device of the model: of its first parameter, or buffer."""
     return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), torch.device("cpu"))
 
 
 def gpu_of(device: torch.device) -> devices.Gpu:
-    """The GPU that rows measured on `device` are of; devices.NO_GPU if it is none."""
+    """The GPU whose rows are measured on `device`; devices.NO_GPU if it is none."""
     return devices.gpu(device) if launch.INTERPRETED or device.type == "cuda" else devices.NO_GPU
 
 
@@ -44,9 +44,9 @@ def planned(
     memory_format: torch.memory_format | None,
     gpu: devices.Gpu | None = None,
 ) -> list[Measured]:
-    """Each convolution that tables tell apart once, for all modes together, the most expensive first."""
+    """Each convolution that has a row of its own, for all modes together; the most expensive first."""
     device = device_of(model)
-    where = device.type if gpu is None and gpu_of(device).name else "cuda"  # without a GPU here it is imagined
+    where = device.type if gpu is None and gpu_of(device).name else "cuda"  # without a GPU here, that of one is assumed
     pretended = gpu is not None
     gpu = gpu or gpu_of(device)
     cast, products = argument(dtype, "tune")
@@ -75,8 +75,6 @@ def planned(
 
 
 def estimated_seconds(question: choosing.Question) -> float:
-    """Of one call, as if it did nothing but multiply, or nothing but move each of its tensors once: whichever takes
-    longer.
-    """
+    """Seconds of one call, if it only multiplied, or if it only moved each of its tensors once: whichever is longer."""
     moved = sum(math.prod(t.shape) * t.dtype.itemsize for t in (*question.images, question.w))
     return max(question.problem.flops / FLOPS_PER_SECOND[question.precision], moved / BYTES_PER_SECOND)

@@ -1,4 +1,4 @@
-"""One convolution's candidates: who computes right numbers, and how long each takes."""
+"""The candidates of one convolution: which compute right numbers, and how long each takes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from cnnfast_kernels import memory
 
+from ..measuring.failing import in_a_line, lost
 from ..measuring.graphs import captured
 from ..measuring.rotation import copies_for
 from ..measuring.timing import Step, Times, cudnn_benchmark
@@ -25,14 +26,14 @@ FEWEST_SETS = 2
 
 
 class OutOfTimeError(Exception):
-    """The budget ends before a convolution is measured."""
+    """The budget ended before a convolution was measured."""
 
 
 def race(measured: Measured, device: torch.device, measure: Measure, in_time: Callable[[], None]) -> None:
-    """Fills in the candidates; whatever they raise is said there. in_time: called between them, raises OutOfTimeError
-    if it shall end, and `measure` leaves out what it has no time for.
+    """Judges and times the candidates, and writes the results, or what they raised, into them. in_time: called between
+    candidates, raises OutOfTimeError if there is no time left. measure: leaves out what it has no time for.
 
-    Raises OutOfTimeError if some could not be measured in time, RuntimeError if the GPU no longer answers.
+    Raises OutOfTimeError if some could not be measured in time, and RuntimeError if the GPU no longer answers.
     """
     convolution = measured.convolution
     computes: dict[str, Compute] = {
@@ -42,9 +43,9 @@ def race(measured: Measured, device: torch.device, measure: Measure, in_time: Ca
     try:
         first = operands(convolution, device)
         judge = Judge(convolution, first)
-    except Exception as error:  # memory, above all
+    except Exception as error:  # for want of memory, mostly
         end_if_lost(device, f"PyTorch on {measured}", error)
-        measured.reason = f"PyTorch does not compute it: {_in_a_line(error)}"
+        measured.reason = f"PyTorch does not compute it: {in_a_line(error)}"
         return
     for name, candidate in measured.candidates.items():
         in_time()
@@ -54,14 +55,14 @@ def race(measured: Measured, device: torch.device, measure: Measure, in_time: Ca
             candidate.computes = not candidate.fault
         except Exception as error:  # too large for this GPU, or not to be compiled
             end_if_lost(device, f"{name} on {measured}", error)
-            candidate.failure = _in_a_line(error)
+            candidate.failure = in_a_line(error)
     in_time()
-    del judge  # it holds the results in float64
+    del judge  # which holds results in float64
     right = {name: computes[name] for name, candidate in measured.candidates.items() if candidate.computes}
     for name, result in timed(right, convolution, first, device, measure).items():
         if isinstance(result, Exception):
             end_if_lost(device, f"{name} on {measured}", result)
-            measured.candidates[name].failure = _in_a_line(result)
+            measured.candidates[name].failure = in_a_line(result)
         else:
             measured.candidates[name].microseconds = result * 1e6
 
@@ -69,12 +70,12 @@ def race(measured: Measured, device: torch.device, measure: Measure, in_time: Ca
 def timed(
     computes: Mapping[str, Compute], convolution: Convolution, first: Arguments, device: torch.device, measure: Measure
 ) -> dict[str, float | Exception]:
-    """Seconds of one call of each candidate, the median, or why it was not timed.
+    """The median seconds of one call of each candidate, or why it was not timed.
 
-    They take turns with a pass over the same sets of operands, of which `first` is one. On a GPU a pass is one CUDA
-    graph, and the sets together are larger than the second-level cache, for a network's layers find their operands in
-    memory too. What cannot be captured is not timed. Where memory is short there are fewer sets, down to two, and after
-    that each candidate is measured alone.
+    They take turns, each with a pass over the same sets of operands, of which `first` is one. On a GPU a pass is one
+    CUDA graph, and the sets together are larger than the second-level cache, because the layers of a network find their
+    operands in memory, too. A candidate that cannot be captured is not timed. Where memory is short there are fewer
+    sets, down to two; if that does not help, each candidate is measured alone.
     """
     bytes_of_one = sum(t.nbytes for t in first.values() if isinstance(t, torch.Tensor))
     count = max(FEWEST_SETS, copies_for(bytes_of_one, device)) if device.type == "cuda" else FEWEST_SETS
@@ -85,7 +86,7 @@ def timed(
         if count == FEWEST_SETS:
             if len(computes) == 1:
                 break
-            passes.clear()  # and with them what the graphs hold
+            passes.clear()  # frees the memory that their graphs hold
             alone = ({name: compute} for name, compute in computes.items())
             return {
                 name: result
@@ -107,7 +108,7 @@ def timed(
 def _passes(
     computes: Mapping[str, Compute], convolution: Convolution, first: Arguments, count: int, device: torch.device
 ) -> dict[str, Step | Exception]:
-    """Of each candidate a step that is one pass over `count` sets of operands, or why there is none."""
+    """For each candidate a step that is one pass over `count` sets of operands, or why there is none."""
     try:
         sets = [first, *(operands(convolution, device, seed) for seed in range(1, count))]
     except torch.OutOfMemoryError as error:
@@ -122,7 +123,7 @@ def _passes(
             with _at_its_best(name):
                 passes[name] = captured(lambda steps=steps: steps, device)
         except Exception as error:
-            passes[name] = error.with_traceback(None)  # whose frames would hold memory
+            passes[name] = error.with_traceback(None)  # the frames of its traceback would hold memory
     return passes
 
 
@@ -132,28 +133,20 @@ def _one_after_the_other(steps: Sequence[Step]) -> Any:
 
 
 def _at_its_best(name: str) -> AbstractContextManager[None]:
-    """The library tries all its algorithms the first time, and remembers the best, which a graph then holds."""
+    """The library may try all its algorithms at its first call. It remembers the best, which a graph then holds."""
     return cudnn_benchmark(True) if name == LIBRARY else nullcontext()
 
 
 def end_if_lost(device: torch.device, who: str, error: Exception) -> None:
-    """Raises RuntimeError if the GPU no longer answers, for then nothing that comes later can be measured; `who` was
-    the last one on it.
+    """Raises RuntimeError if the GPU no longer answers, for then nothing that comes later can be measured. `who` ran
+    last, and `error` is what it raised.
     """
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-    except Exception:
-        raise RuntimeError(f"the GPU no longer answers since {who} ran: {_in_a_line(error)}") from error
+    if lost(device):
+        raise RuntimeError(f"the GPU no longer answers since {who} ran: {in_a_line(error)}") from error
 
 
 def _is_of_memory(error: BaseException | None) -> bool:
-    """Whether memory was short, also where ending the capture raised something else because of that."""
+    """Whether memory was short, also if the end of the capture has raised another error because of that."""
     while error is not None and not isinstance(error, torch.OutOfMemoryError):
         error = error.__cause__ or error.__context__
     return error is not None
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])

@@ -1,4 +1,4 @@
-"""What tuning measured, as data, as a table and as JSON."""
+"""What was measured by tuning: as data, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..dtypes import TF32
 from ..precision import Products
 from .capture import Convolution
 
-DEFAULT, LIBRARY = "default", "library"  # candidates beside the tiles, which are named as they print
+DEFAULT, LIBRARY = "default", "library"  # the names of these two candidates; other tiles are named as they print
 WIDTH = 120  # of str(tuning)
 
 
 @dataclass
 class Candidate:
-    """One way to compute a convolution: by a tile of ours, or, where that is None, by the library.
+    """One way to compute a convolution: by our kernels with a tile, or by the library, where `tile` is None.
 
-    computes: whether it gave right numbers. microseconds: the median; None if it was not timed, because of a `fault`
-    (wrong numbers) or a `failure` (it does not run here, or could not be timed).
+    computes: whether its numbers were right. microseconds: the median, or None if it was not timed. fault: what is
+    wrong with its numbers. failure: why it does not run here, or could not be timed.
     """
 
     tile: Any
@@ -39,8 +39,10 @@ class Candidate:
 
 @dataclass
 class Measured:
-    """One convolution, which the model makes `count` times. cost: seconds of all its calls, an estimate that only
-    orders (planning.py). reason: why nothing was measured; "" if something was, or is to be.
+    """One convolution, and its candidates by name.
+
+    count: how often the model makes it. cost: seconds of all its calls, by an estimate that only puts convolutions into
+    an order (planning.py). reason: why nothing was measured, or the empty string.
     """
 
     key: Key
@@ -60,11 +62,11 @@ class Measured:
 
     @property
     def products(self) -> Products:
-        """How its float32 operands are multiplied."""
+        """How float32 operands are multiplied."""
         return "tf32" if self.key.dtype == TF32 else "ieee"
 
     def forget(self) -> None:
-        """Nothing was measured: of what was begun only wrong numbers stay."""
+        """Drops what was measured before time ran out, but for faults: numbers that were wrong stay known."""
         self.reason = ""
         for candidate in self.candidates.values():
             candidate.computes, candidate.microseconds, candidate.failure = False, None, ""
@@ -75,19 +77,19 @@ class Measured:
 
     @property
     def best(self) -> Candidate | None:
-        """The fastest of ours."""
+        """The fastest candidate of ours."""
         timed = [c for c in self.candidates.values() if c.tile is not None and c.microseconds is not None]
         return min(timed, key=lambda c: c.microseconds or 0.0, default=None)
 
     @property
     def rival(self) -> Candidate | None:
-        """The library, if it computes but could not be timed: nobody knows who is faster."""
+        """The library, if it computes right numbers and could not be timed: then it is not known who is faster."""
         library = self.candidates.get(LIBRARY)
         return library if library is not None and library.computes and library.microseconds is None else None
 
     @property
     def row(self) -> TableRow | None:
-        """What the table is told; nothing, if no kernel of ours was right and timed, or the library was right and not
+        """The row for the table. None if no candidate of ours was right and timed, or if the library was right and not
         timed.
         """
         if self.best is None or self.best.microseconds is None or self.rival is not None:
@@ -107,7 +109,7 @@ class Measured:
 
     @property
     def problems(self) -> list[str]:
-        """Wrong numbers, and what could not be measured at all."""
+        """A line for each candidate with wrong numbers, and one if the convolution has no row."""
         lines = self.faults
         if self.row is None:
             failures = [
@@ -123,9 +125,9 @@ class Tuning:
     """What was measured on a GPU, and the tables that it was written to. str() is a table; rich prints it at the width
     of its console.
 
-    left: what was not measured, since the budget or the run ended before. path: the user's table; table: the other that
-    was asked for; both None until there is a row. seconds: of all measuring. notes: what else a reader should know of
-    the run.
+    left: what was not measured, because the budget or the run ended before. path: the user's table. table: the other
+    table that was asked for. Both are None until there is a row. seconds: of all measuring. notes: what else a reader
+    should know of the run.
     """
 
     gpu: str
@@ -143,8 +145,8 @@ class Tuning:
 
     @property
     def problems(self) -> list[tuple[Measured, str]]:
-        """Wrong numbers, and what could not be measured. What is left is no problem, unless something was wrong before
-        it was given up.
+        """Wrong numbers, and what could not be measured. What is left is no problem, unless its numbers were wrong
+        before time ran out.
         """
         return [(m, line) for m in self.measured for line in m.problems] + [
             (m, line) for m in self.left for line in m.faults
@@ -152,7 +154,7 @@ class Tuning:
 
     @property
     def ok(self) -> bool:
-        """Whether no candidate computed wrong numbers, and all that was tried could be measured. See also `left`."""
+        """Whether no candidate computed wrong numbers, and all that was tried could be measured; see also `left`."""
         return not self.problems
 
     @property
@@ -168,14 +170,14 @@ class Tuning:
             sum(count * min(times["kernels"], times.get("library", times["kernels"])) for count, times in both) / 1000
         )
         return (
-            f"{len(self.rows)} of {len(self.measured) + len(self.left)} convolutions measured in {self.seconds:.0f} seconds: our kernels"
-            f" win {len(self.rows) - won}, the library {won}; one after the other they take {default:.3f} ms by default, {best:.3f} ms by"
-            " this table"
+            f"{len(self.rows)} of {len(self.measured) + len(self.left)} convolutions measured in {self.seconds:.0f}"
+            f" seconds: our kernels win {len(self.rows) - won}, the library {won}; one after the other they take"
+            f" {default:.3f} ms by default, {best:.3f} ms by this table"
         )
 
     def to_json(self) -> str:
-        """An object with gpu, arch, ok, summary, seconds, table (the path of the user's), other_table (of the one that
-        was asked for), notes, measured, each with its candidates, and left.
+        """An object with gpu, arch, ok, summary, seconds, table (the path of the user's), other_table (the path of the
+        one that was asked for), notes, measured (each convolution with its candidates), and left.
         """
         measured = [
             {
@@ -185,17 +187,28 @@ class Tuning:
                 "row": row.to_dict() if (row := m.row) else None,
                 "problems": m.problems,
                 "candidates": [
-                    {"name": name, "tile": None if c.tile is None else str(c.tile), "microseconds": c.microseconds, "fault": c.fault,
-                     "failure": c.failure}
+                    {
+                        "name": name,
+                        "tile": None if c.tile is None else str(c.tile),
+                        "microseconds": c.microseconds,
+                        "fault": c.fault,
+                        "failure": c.failure,
+                    }
                     for name, c in m.candidates.items()
                 ],
             }
             for m in self.measured
-        ]  # fmt: skip
+        ]
         head = {
-            "gpu": self.gpu, "arch": self.arch, "ok": self.ok, "summary": self.summary, "seconds": round(self.seconds, 1),
-            "table": str(self.path) if self.path else None, "other_table": str(self.table) if self.table else None, "notes": self.notes,
-        }  # fmt: skip
+            "gpu": self.gpu,
+            "arch": self.arch,
+            "ok": self.ok,
+            "summary": self.summary,
+            "seconds": round(self.seconds, 1),
+            "table": str(self.path) if self.path else None,
+            "other_table": str(self.table) if self.table else None,
+            "notes": self.notes,
+        }
         left = [
             {"convolution": str(m), "dtype": m.key.dtype, "count": m.count, "problems": m.faults} for m in self.left
         ]

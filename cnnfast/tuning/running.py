@@ -1,5 +1,5 @@
-"""A convolution on random operands: by our kernels with a given tile, by the library, and by PyTorch in any dtype,
-which judges both.
+"""A convolution on random operands: by our kernels with a given tile, by the library, and by PyTorch in any dtype, by
+which both are judged.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .capture import FORWARD, Convolution
 Arguments = dict[str, Any]
 Results = tuple[Tensor, ...]
 
-RESULTS = ("result", "mean", "variance")  # of the operators, in this order
+RESULTS = ("result", "mean", "variance")  # of an operator, in this order
 POSITIVE = ("var", "bn_weight")
 VECTORS = ("mean", "var", "bn_weight", "bn_bias")
 MULTIPLIED = ("x", "w", "dy")
 
 
 def operands(convolution: Convolution, device: torch.device, seed: int = 0) -> Arguments:
-    """The call's arguments, with random numbers in tensors laid out as its own were; on the meta device, without
-    numbers.
+    """Arguments for the convolution: tensors of random numbers, laid out as those of the call that was seen. On the
+    meta device they have no numbers.
     """
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
@@ -57,6 +57,7 @@ def _epilogue(a: Arguments) -> Epilogue:
 
 
 def ours(convolution: Convolution, a: Arguments, tile: conv.Tile) -> Results:
+    """By our kernels with this tile."""
     how: Any = {"tf32": _in_tf32(a), "tile": tile}
     match convolution.operator:
         case "conv_dgrad":
@@ -73,7 +74,7 @@ def ours(convolution: Convolution, a: Arguments, tile: conv.Tile) -> Results:
 
 
 def _in_tf32(a: Arguments) -> bool:
-    """As the operator asks."""
+    """Whether products are rounded to TF32, as the operator would ask it."""
     return allow_tf32(a["dy"] if "dy" in a else a["x"])
 
 
@@ -83,7 +84,7 @@ def _decision(convolution: Convolution) -> serving.Decision:
 
 
 def by_library(convolution: Convolution, a: Arguments) -> Results:
-    """As the operator would give it to the library."""
+    """By the library, as the operator would call it."""
     geometry, decision = convolution.geometry, _decision(convolution)
     match convolution.operator:
         case "conv_dgrad":
@@ -103,7 +104,7 @@ def by_library(convolution: Convolution, a: Arguments) -> Results:
 
 
 def by_pytorch(convolution: Convolution, a: Arguments, dtype: torch.dtype | None = None) -> Results:
-    """PyTorch's own functions and gradients, in `dtype` or that of the call."""
+    """By PyTorch's own functions and gradients, in `dtype`, or in the dtype of the arguments."""
     a = {name: t.to(dtype) if dtype and isinstance(t, Tensor) else t for name, t in a.items()}
     stride, (top, bottom, left, right), dilation, groups = convolution.geometry
 
@@ -133,9 +134,10 @@ def by_pytorch(convolution: Convolution, a: Arguments, dtype: torch.dtype | None
 
 
 class Judge:
-    """What is right for one set of operands, by the rule of checking/judge.py: in float64, beside PyTorch's own error.
+    """Knows what is right for one set of operands, by the rule of checking/judge.py: beside the results in float64,
+    with PyTorch's own error for a measure.
 
-    Of float32 operands it judges the products that are in force while it is made: TF32 or IEEE, its own as PyTorch's.
+    How float32 is multiplied, TF32 or IEEE, counts as it is set while the judge is made.
     """
 
     def __init__(self, convolution: Convolution, a: Arguments) -> None:
@@ -148,7 +150,7 @@ class Judge:
         self.exact = by_pytorch(convolution, a, torch.float64)
 
     def fault(self, results: Results) -> str:
-        """What is wrong with results of the same operands; "" if nothing is."""
+        """What is wrong with results for these operands; the empty string if nothing is."""
         for name, result, *others in zip(RESULTS, results, self.theirs, self.plain, self.exact, strict=False):
             comparison = compare(name, result, *others, precision=self.precision)
             if not comparison.ok:

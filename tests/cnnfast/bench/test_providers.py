@@ -354,6 +354,25 @@ def test_folding_gives_the_same_numbers(small):
     torch.testing.assert_close(folded(x), small(x))
 
 
+@pytest.mark.parametrize("scale", [1, 2])
+def test_only_a_sum_of_two_tensors_is_folded(scale):
+    """Neither a tensor that is added to itself, nor one of the two at another scale, is what an engine adds."""
+
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.other = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return torch.relu(y + y if scale == 1 else torch.add(y, self.other(x), alpha=scale))
+
+    model = Doubled().eval()
+    folded, x = folding.fold(model), torch.randn(2, 3, 8, 8)
+    assert not [m for m in folded.modules() if isinstance(m, folding.FusedConv)]
+    torch.testing.assert_close(folded(x), model(x))
+
+
 def test_cudnns_fused_operators_get_what_they_need(small, monkeypatch):
     """Both operators replaced by what PyTorch documents of them."""
     calls = []

@@ -24,6 +24,7 @@ from cnnfast.bench.series import Series
 from cnnfast.bench.shapes import layers
 from cnnfast.bench.task import in_order, layer_task, layer_tasks, model_task
 from cnnfast.measuring import budget as budgets
+from cnnfast.measuring import failing
 from cnnfast.measuring.budget import Budget
 from cnnfast.measuring.machine import Peaks, this_machine
 
@@ -183,7 +184,7 @@ def test_a_gpu_that_answers_no_more_ends_the_series(monkeypatch):
         broken.append(True)
         wait(CPU)
 
-    monkeypatch.setattr(running, "wait", wait)
+    monkeypatch.setattr(failing, "wait", wait)
     tasks = [
         task(PYTORCH, doing("breaks", break_it), doing("after", lambda: pytest.fail("it runs"))),
         task(PYTORCH, mode="train"),

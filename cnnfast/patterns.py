@@ -1,0 +1,135 @@
+"""How PyTorch writes convolution > norm > sum > activation: with modules, functions, methods and operators.
+
+These are tables, and what reads a module, or a node of a torch.fx graph, by them. A node's callee is the class of the
+module, the function, or the name of the method that it calls. Which of these steps become one kernel is not decided
+here: conversion fuses all that stands here, and bench's cuDNN a sum of two and ReLU.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .activations import LEAKY_SLOPE
+
+Activation = tuple[str, float | None]  # its name and leaky_relu's slope, as functional.conv_bn_act takes them
+
+# Batch norms whose statistics and weights are constants: buffers running_mean, running_var, weight and bias, and eps.
+# They are known by name, so that none of these libraries has to be there.
+FROZEN_NORMS = {
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+    "timm.layers.norm_act.FrozenBatchNormAct2d",
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d",
+}
+
+NEW_SUMS: tuple[Any, ...] = (operator.add, torch.add, "add")
+IN_PLACE_SUMS: tuple[Any, ...] = (operator.iadd, "add_")  # they write the sum into what stands on the left
+SUMS = NEW_SUMS + IN_PLACE_SUMS
+
+# The activations that kernels compute, by the names that functional.conv_bn_act has for them.
+ACTIVATIONS: dict[str, tuple[Any, ...]] = {
+    "relu": (nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"),
+    "leaky_relu": (nn.LeakyReLU, F.leaky_relu),
+    "relu6": (nn.ReLU6, F.relu6),
+    "gelu": (nn.GELU, F.gelu),
+    "silu": (nn.SiLU, F.silu),
+    "hardswish": (nn.Hardswish, F.hardswish),
+}
+# Functions and methods that activate, and that no kernel computes.
+OTHER_ACTIVATIONS: tuple[Any, ...] = (
+    *(F.hardsigmoid, F.sigmoid, F.elu, F.softmax, torch.sigmoid, torch.tanh, torch.softmax),
+    *("sigmoid", "sigmoid_", "tanh", "softmax"),
+)
+GELUS: dict[Any, Activation] = {"none": ("gelu", None), "tanh": ("gelu_tanh", None)}  # by `approximate`
+
+NAMES = {callee: name for name, callees in ACTIVATIONS.items() for callee in callees}
+
+
+def callee(node: Any, modules: Mapping[str, nn.Module]) -> Any:
+    """What a node calls; None if it calls nothing, as arguments and results do. modules: by the names in its graph."""
+    if not isinstance(node, fx.Node) or not node.op.startswith("call"):
+        return None
+    return type(modules[str(node.target)]) if node.op == "call_module" else node.target
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sums
+
+
+class Addition(NamedTuple):
+    """left + right, both of which may be numbers. in_place: the sum is written into `left`. options: the names of other
+    arguments, which make it another sum.
+    """
+
+    left: Any
+    right: Any
+    in_place: bool
+    options: tuple[str, ...]
+
+    @property
+    def is_of_two_tensors(self) -> bool:
+        """Whether two different nodes are added, and nothing else happens."""
+        nodes = isinstance(self.left, fx.Node) and isinstance(self.right, fx.Node)
+        return nodes and self.left is not self.right and not self.options
+
+
+def addition(node: Any) -> Addition | None:
+    """The sum that a node computes, by a function, an operator or a method; None if it computes anything else."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method") or node.target not in SUMS:
+        return None
+    given = _by_name(node, ("input", "other"))
+    left, right = given.pop("input", None), given.pop("other", None)
+    options = [name for name, value in given.items() if not (value is None or (name == "alpha" and value == 1))]
+    return Addition(left, right, node.target in IN_PLACE_SUMS, tuple(options))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Activations
+
+
+def activation_of(module: Any) -> Activation | None:
+    """What a module of exactly one of PyTorch's classes computes; None if kernels do not compute it. Each call of a
+    fused container asks this.
+    """
+    name = NAMES.get(type(module))
+    if name == "leaky_relu":
+        return name, module.negative_slope
+    if name == "gelu":
+        return GELUS.get(module.approximate)
+    return None if name is None else (name, None)
+
+
+def called_activation(node: fx.Node) -> Activation | None:
+    """What a function or a method computes; None if kernels do not compute it, or not with these arguments."""
+    name = NAMES.get(node.target)
+    if name is None:
+        return None
+    given = _by_name(node, ("input", "negative_slope") if name == "leaky_relu" else ("input",))
+    given.pop("input", None)
+    given.pop("inplace", None)
+    found: Activation | None = (name, None)
+    if name == "leaky_relu":
+        slope = given.pop("negative_slope", LEAKY_SLOPE)
+        found = (name, float(slope)) if isinstance(slope, int | float) else None
+    if name == "gelu":
+        found = GELUS.get(given.pop("approximate", "none"))
+    return None if given else found
+
+
+def is_activation(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node computes an activation, which kernels may know or not. module: what it calls, if it calls one."""
+    if module is not None:
+        bases = type(module).__mro__
+        return nn.MultiheadAttention not in bases and any(c.__module__ == nn.ReLU.__module__ for c in bases)
+    return node.op in ("call_function", "call_method") and (node.target in NAMES or node.target in OTHER_ACTIVATIONS)
+
+
+def _by_name(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
+    """The arguments of a node by name; "input" is what a method is called on. Positions beyond `names` have numbers."""
+    positions = {names[i] if i < len(names) else f"argument {i + 1}": value for i, value in enumerate(node.args)}
+    return positions | dict(node.kwargs)

@@ -33,14 +33,14 @@ def costs() -> dict[str, str]:
     return {part["part"]: f"; counted beforehand: {part['told']}" for part in json.loads(PLANNED.read_text())["parts"]}
 
 
-HELP = f"""Everything worth doing while a GPU is at hand for fifteen minutes.
-
-Parts, in this order, all unless some are named: {", ".join(PARTS)}. Each says what it will take, writes as it goes, is
-ended at its limit, and leaves its files before the next begins; Ctrl-C and SIGTERM end the part that runs and leave
-what there is. The folder then holds summary.md, visit.tar.gz with all logs, and the measured rows: eight files at most.
-Parts that another visit has left there stay. Exit code 0, 1 if anything failed, 2 if nothing could be begun, 130 if
-interrupted.
-"""
+HELP = (
+    "Everything worth doing while a GPU is at hand for fifteen minutes.\n\n"
+    f"Parts, in this order, all unless some are named: {', '.join(PARTS)}. Each says what it will take, writes as it "
+    "goes, is ended at its limit, and leaves its files before the next begins; Ctrl-C and SIGTERM end the part that "
+    "runs and leave what there is. The folder then holds summary.md, visit.tar.gz with all logs, and the measured "
+    "rows: eight files at most. Parts that another visit has left there stay. "
+    "Exit code 0, 1 if anything failed, 2 if nothing could be begun, 130 if interrupted."
+)
 RECORDED_HELP = (
     "As far as a machine without a GPU goes: kernels are compiled and launched over a driver that records, "
     "and nothing is judged; small models are measured on the CPU."

@@ -58,7 +58,6 @@ MOST = {
     "avg_pool2d": (25, 31, 13),
     "global_avg_pool2d": (14, 20, 13),
 }
-# What pretends that there is a GPU, and what a user's call does not enter.
 # What works out a launch.
 PLANNING = (
     "triton.runtime.jit",

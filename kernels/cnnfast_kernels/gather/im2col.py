@@ -23,11 +23,11 @@ from ..epilogue import PLAIN, Epilogue
 from ..indexing import channel_offset, pixel_offset, unravel_npq
 from ..layout import Strides, strides_nhwc
 from ..problem import ConvProblem
-from ..slots import empty_partials, reduce_partials
+from ..slots import empty_slots, reduce_slots
 from ..tiling import Precision, TileConfig, cdiv, choose_tile
 from .dgrad import dgrad
 from .fprop import fprop
-from .wgrad import wgrad_partials
+from .wgrad import wgrad_slots
 
 MAX_WORKSPACE = 256 * 2**20
 COPY_TILE = TileConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_K=1)
@@ -235,12 +235,12 @@ def im2col_wgrad(
     parts = list(pieces(problem, x.element_size()))
     first = as_1x1(problem, parts[0][0].stop, parts[0][2], problem.R * problem.S * problem.C)
     tile = choose_tile(first, "wgrad", precision, arch=devices.architecture(x.device))
-    partials = empty_partials(problem, len(parts) * tile.SPLIT_K, x)
+    partials = empty_slots(problem, len(parts) * tile.SPLIT_K, x)
     flat = partials.permute(0, 1, 3, 4, 2).flatten(2)[..., None, None]  # the same memory in the order of the columns
     for i, (images, p0, p1) in enumerate(parts):
         columns = im2col(problem, x[images], p0, p1)
         gemm = as_1x1(problem, columns.shape[0], p1 - p0, columns.shape[1])
-        wgrad_partials(
+        wgrad_slots(
             gemm, tile, precision, columns, dy[images, :, p0:p1], flat[i * tile.SPLIT_K : (i + 1) * tile.SPLIT_K]
         )
-    reduce_partials(partials, dw)
+    reduce_slots(partials, dw)

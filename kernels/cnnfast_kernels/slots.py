@@ -45,7 +45,7 @@ def conv_wgrad_reduce_kernel(
 
 
 class ReductionOperands(NamedTuple):
-    """slots, from empty_slots, and the result dw [K, C / groups, R, S]."""
+    """slots, laid as slots_layout says, and the result dw [K, C / groups, R, S]."""
 
     slots: torch.Tensor
     dw: torch.Tensor
@@ -54,7 +54,10 @@ class ReductionOperands(NamedTuple):
 def plan_reduction(
     slots: int, slot_stride: int, dw: Laid, pitch: int | None = None
 ) -> launch.Launch[ReductionOperands]:
-    """See `reduce_slots`. pitch: channels of a slot, if it has more than dw, whose channels are the first ones."""
+    """Sets dw, in any layout and dtype, to the sum of so many slots, slot_stride elements apart.
+
+    pitch: the channels of a slot, if it has more than dw, whose channels are the first of them.
+    """
     K, C, R, S = dw.shape
     dws = strides_nhwc(dw)
     many = slots > 64  # then a program takes fewer weights and more of their slots at once
@@ -63,11 +66,6 @@ def plan_reduction(
         conv_wgrad_reduce_kernel, (cdiv(K * C * R * S, BLOCK),), K, slots, slot_stride, *dws[:4],
         C=C, R=R, S=S, PITCH=pitch or C, DW_ALIGN=dws.align, BLOCK=BLOCK, BLOCK_SLOTS=BLOCK_SLOTS, num_warps=4,
     )  # fmt: skip
-
-
-def reduce_slots(slots: torch.Tensor, dw: torch.Tensor) -> None:
-    """dw = the sum of `slots`, which are from empty_slots; dw [K, C / groups, R, S] in any layout and dtype."""
-    plan_reduction(slots.shape[0], slots.stride(0), dw)(ReductionOperands(slots, dw))
 
 
 def slots_layout(problem: ConvProblem, slots: int, dtype: torch.dtype) -> Layout:

@@ -109,8 +109,9 @@ def conv_wgrad_kernel(
     tap = columns // C
     dw_rows = dw_ptr + slot.to(tl.int64) * dw_stride_slot + (group * K + k).to(tl.int64) * dw_stride_k * align.dw
     dw_taps = ((tap // g.S).to(tl.int64) * dw_stride_r + (tap % g.S).to(tl.int64) * dw_stride_s) * align.dw
-    dw = dw_rows[:, None] + (dw_taps + channel_offset(c, dw_stride_c))[None, :]
-    tl.store(dw, acc.to(dw_ptr.dtype.element_ty), mask=k_ok[:, None] & column_ok[None, :])
+    dw_cols = dw_taps + channel_offset(c, dw_stride_c)
+    dw = acc.to(dw_ptr.dtype.element_ty)
+    tl.store(dw_rows[:, None] + dw_cols[None, :], dw, mask=k_ok[:, None] & column_ok[None, :])
 
 
 def plan_wgrad_slots(
@@ -123,7 +124,13 @@ def plan_wgrad_slots(
     slots: int,
     slot_stride: int,
 ) -> launch.Launch[WgradOperands]:
-    """See `wgrad_slots`. Writes `slots` slots that are laid as `slot` is, slot_stride elements apart."""
+    """Writes so many slots of dw, laid as `slot` is, slot_stride elements apart: slot i gets the gradient from the i-th
+    part of the output pixels.
+
+    Shapes: x [N, C, H, W], dy [N, K, P, Q], slot [K, C / groups, R, S], in any memory layout. There may be more slots
+    than work: the last ones are then zeros. The sum is taken in the accumulator's dtype and rounded to that of the
+    slots. `tile.SPLIT_K` is not read.
+    """
     g = problem
     grid = (cdiv(g.group_filters, tile.BLOCK_M) * cdiv(g.R * g.S * g.group_channels, tile.BLOCK_N) * g.groups * slots,)
     xs, dys, dws = strides_nhwc(x), strides_nhwc(dy), strides_nhwc(slot)
@@ -136,24 +143,6 @@ def plan_wgrad_slots(
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-
-
-def wgrad_slots(
-    problem: ConvProblem,
-    tile: TileConfig,
-    precision: Precision,
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    slots: torch.Tensor,
-) -> None:
-    """Writes slots [slots, K, C / groups, R, S], any strides: slot i gets the gradient from the i-th part of the output
-    pixels.
-
-    Shapes: x [N, C, H, W], dy [N, K, P, Q], in any memory layout. There may be more slots than work: the last ones are
-    then zeros. The sum is taken in the accumulator's dtype and rounded to that of `slots`. `tile.SPLIT_K` is not read.
-    """
-    plan = plan_wgrad_slots(problem, tile, precision, x, dy, slots[0], slots.shape[0], slots.stride(0))
-    plan(WgradOperands(x, dy, slots))
 
 
 def plan_wgrad(

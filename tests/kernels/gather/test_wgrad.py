@@ -10,9 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cnnfast_kernels import conv, memory
-from cnnfast_kernels.gather.wgrad import wgrad, wgrad_slots
+from cnnfast_kernels.gather.wgrad import plan_wgrad_slots, wgrad
 from cnnfast_kernels.indexing import divisor
-from cnnfast_kernels.slots import empty_slots, reduce_slots
+from cnnfast_kernels.operands import WgradOperands
+from cnnfast_kernels.slots import ReductionOperands, empty_slots, plan_reduction
 from tests.support.convolutions import (
     CASES,
     DTYPES,
@@ -103,8 +104,10 @@ def test_chunks_of_a_batch(device):
     slots = empty_slots(STRIDED.problem, 4, x)
     one_image = replace(STRIDED.problem, N=1)
     for i in range(2):
-        wgrad_slots(one_image, SMALL, "ieee", x[i : i + 1], dy[i : i + 1], slots[2 * i : 2 * i + 2])
-    reduce_slots(slots, dw)
+        image, gradient, mine = x[i : i + 1], dy[i : i + 1], slots[2 * i : 2 * i + 2]
+        plan = plan_wgrad_slots(one_image, SMALL, "ieee", image, gradient, mine[0], 2, mine.stride(0))
+        plan(WgradOperands(image, gradient, mine))
+    plan_reduction(4, slots.stride(0), dw)(ReductionOperands(slots, dw))
     assert_exact(dw, reference(STRIDED, x, w, dy)[2])
 
 

@@ -1,6 +1,5 @@
-"""Gradients of weights in slots, and the second stage, which adds the slots in a fixed order.
-
-A slot holds the gradient from a part of the output pixels, or, by im2col, of the workspace's pieces.
+"""Gradients of weights in slots, each from a part of the output pixels; and a kernel that adds the slots, in a fixed
+order.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def im2col_fprop(
         gemm = as_1x1(problem, columns.shape[0], p1 - p0, columns.shape[1])
         tile = choose_tile(gemm, "fprop", precision, arch=devices.architecture(x.device))
         part = y[images, :, p0:p1]
-        # Rows of a contiguous image are no dense tensor of their own, and fprop writes nothing else.
+        # fprop writes dense tensors only. Some of the rows of a contiguous image are none: they are copied from one.
         written = part if y.stride(1) == 1 or p1 - p0 == problem.P else memory.empty(part.shape, y)
         added = None if residual is None else residual[images, :, p0:p1]
         plan = planned_fprop(

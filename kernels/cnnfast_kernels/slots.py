@@ -89,9 +89,10 @@ class WgradLaunches(NamedTuple):
         if self.workspace is None or self.reduction is None:
             self.slots(operands)
         else:
-            slots = memory.empty(self.workspace, operands.x)
-            self.slots(operands._replace(dw=slots))
-            self.reduction(ReductionOperands(slots, operands.dw))
+            x, dy, dw = operands
+            slots = memory.empty(self.workspace, x)
+            self.slots(WgradOperands(x, dy, slots))
+            self.reduction(ReductionOperands(slots, dw))
 
 
 def plan_slots(

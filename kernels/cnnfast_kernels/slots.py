@@ -1,4 +1,6 @@
-"""The second stage of weight gradients: partial ones, each in a slot of its own, are added in a fixed order."""
+"""Gradients of weights in slots, each from a part of the output pixels; and a kernel that adds the slots, in a fixed
+order.
+"""
 
 from __future__ import annotations
 
@@ -21,30 +23,40 @@ from .tiling import cdiv
 @triton.jit(do_not_specialize=["SLOTS", "slot_stride"])
 @no_type_check
 def conv_wgrad_reduce_kernel(
-    partials_ptr, dw_ptr, K, SLOTS, slot_stride, dw_stride_k, dw_stride_r, dw_stride_s, dw_stride_c,
+    slots_ptr, dw_ptr, K, SLOTS, slot_stride, dw_stride_k, dw_stride_r, dw_stride_s, dw_stride_c,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PITCH: tl.constexpr, DW_ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK weights of dw: the sum over all slots of the first C channels of partials [SLOTS, K, R, S, PITCH]."""
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    k = e // (R * S * C)
+    """BLOCK weights of dw: the sum over all slots of the first C channels of slots [SLOTS, K, R, S, PITCH]."""
+    weight = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    k = weight // (R * S * C)
     ok = k < K
-    e_partial = e if PITCH == C else e // C * PITCH + e % C
-    acc = tl.zeros((BLOCK,), partials_ptr.dtype.element_ty)
+    in_slot = weight if PITCH == C else weight // C * PITCH + weight % C
+    acc = tl.zeros((BLOCK,), slots_ptr.dtype.element_ty)
     for first in range(0, SLOTS, BLOCK_SLOTS):
-        slots = first + tl.arange(0, BLOCK_SLOTS)
-        offsets = slots.to(tl.int64)[:, None] * slot_stride + e_partial[None, :]
-        acc += tl.sum(tl.load(partials_ptr + offsets, mask=(slots < SLOTS)[:, None] & ok[None, :], other=0.0), 0)
-    c = e % C
-    tap = e // C % (R * S)
-    dw_offset = (k * dw_stride_k + tap // S * dw_stride_r + tap % S * dw_stride_s) * DW_ALIGN + channel_offset(
-        c, dw_stride_c
-    )
-    tl.store(dw_ptr + dw_offset, acc.to(dw_ptr.dtype.element_ty), mask=ok)
+        slot = first + tl.arange(0, BLOCK_SLOTS)
+        offsets = slot.to(tl.int64)[:, None] * slot_stride + in_slot[None, :]
+        acc += tl.sum(tl.load(slots_ptr + offsets, mask=(slot < SLOTS)[:, None] & ok[None, :], other=0.0), 0)
+    c = weight % C
+    tap = weight // C % (R * S)
+    dw_tap = (k * dw_stride_k + tap // S * dw_stride_r + tap % S * dw_stride_s) * DW_ALIGN
+    tl.store(dw_ptr + dw_tap + channel_offset(c, dw_stride_c), acc.to(dw_ptr.dtype.element_ty), mask=ok)
 
 
-def plan_reduction(slots: int, slot_stride: int, dw: Laid, pitch: int | None = None) -> launch.Launch:
-    """Takes (partials, dw); see `reduce_partials`. `pitch`: channels of partials, of which the first are dw's."""
+class ReductionOperands(NamedTuple):
+    """slots, laid as slots_layout says, and the result dw [K, C / groups, R, S]."""
+
+    slots: torch.Tensor
+    dw: torch.Tensor
+
+
+def plan_reduction(
+    slots: int, slot_stride: int, dw: Laid, pitch: int | None = None
+) -> launch.Launch[ReductionOperands]:
+    """Sets dw, in any layout and dtype, to the sum of so many slots, slot_stride elements apart.
+
+    pitch: the channels of a slot, if it has more than dw, whose channels are the first of them.
+    """
     K, C, R, S = dw.shape
     dws = strides_nhwc(dw)
     many = slots > 64  # then a program takes fewer weights and more of their slots at once
@@ -55,41 +67,32 @@ def plan_reduction(slots: int, slot_stride: int, dw: Laid, pitch: int | None = N
     )  # fmt: skip
 
 
-def reduce_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
-    """dw = the sum of the slots of `partials`, which is from empty_partials; dw [K, C / groups, R, S] in any layout and
-    dtype.
-    """
-    plan_reduction(partials.shape[0], partials.stride(0), dw)((partials, dw))
-
-
-def partials_layout(problem: ConvProblem, slots: int, dtype: torch.dtype) -> Layout:
-    """Of a workspace [slots, K, R, S, C / groups] for partial gradients, in the dtype that sums of products of `dtype`
-    have.
-    """
+def slots_layout(problem: ConvProblem, slots: int, dtype: torch.dtype) -> Layout:
+    """Of a workspace [slots, K, R, S, C / groups], in the dtype that sums of products of `dtype` have."""
     g = problem
     return dense((slots, g.K, g.R, g.S, g.group_channels), accumulator_dtype(dtype))
 
 
-def empty_partials(problem: ConvProblem, slots: int, like: torch.Tensor) -> torch.Tensor:
+def empty_slots(problem: ConvProblem, slots: int, like: torch.Tensor) -> torch.Tensor:
     """Workspace [slots, K, C / groups, R, S], channels innermost, in the dtype that sums of products of `like` have."""
-    return memory.empty(partials_layout(problem, slots, like.dtype), like).permute(0, 1, 4, 2, 3)
+    return memory.empty(slots_layout(problem, slots, like.dtype), like).permute(0, 1, 4, 2, 3)
 
 
 class WgradLaunches(NamedTuple):
-    """Partial gradients and their sum, or, without a workspace, the gradient at once."""
+    """A gradient in slots of a workspace, and the reduction of these; without a workspace, the gradient at once."""
 
-    partials: launch.Launch
+    slots: launch.Launch[WgradOperands]
     workspace: Layout | None = None
-    reduction: launch.Launch | None = None
+    reduction: launch.Launch[ReductionOperands] | None = None
 
     def __call__(self, operands: WgradOperands) -> None:
-        if self.workspace is None:
-            self.partials(operands)
+        if self.workspace is None or self.reduction is None:
+            self.slots(operands)
         else:
             x, dy, dw = operands
-            partials = memory.empty(self.workspace, x)
-            self.partials(WgradOperands(x, dy, partials))
-            self.reduction((partials, dw))
+            slots = memory.empty(self.workspace, x)
+            self.slots(WgradOperands(x, dy, slots))
+            self.reduction(ReductionOperands(slots, dw))
 
 
 def plan_slots(
@@ -97,14 +100,15 @@ def plan_slots(
     slots: int,
     dw: Laid,
     dtype: torch.dtype,
-    plan: Callable[[Laid, int, int], launch.Launch],
+    plan: Callable[[Laid, int, int], launch.Launch[WgradOperands]],
 ) -> WgradLaunches:
-    """The gradient dw in that many slots. plan(slot, slots, stride) plans a launch that takes (x, dy, partials) and
-    leaves `slots` partial gradients laid as `slot` is, `stride` elements apart. `dtype` is that of the operands.
+    """The gradient dw of operands of `dtype`, in so many slots.
+
+    plan(slot, slots, stride) plans the launch that writes the slots, laid as `slot` is, `stride` elements apart.
     """
     if slots == 1:
         return WgradLaunches(plan(dw, 1, 0))
-    workspace = partials_layout(problem, slots, dtype)
+    workspace = slots_layout(problem, slots, dtype)
     K, R, S, C = workspace.shape[1:]
     size, k, r, s, c = workspace.strides
     slot = Layout((K, C, R, S), (k, c, r, s), workspace.dtype)

@@ -1,18 +1,19 @@
 """Gradient of a convolution's input as an implicit GEMM.
 
-    dx[n, h, w, c] = sum over r, s, k of dy[n, p, q, k] * w[k, r, s, c]    where p * stride_h = h + pad_h - r * dil_h, q alike
+    dx[n, h, w, c] = sum over r, s, k of dy[n, p, q, k] * w[k, r, s, c]
+    where p * stride_h = h + pad_h - r * dil_h, and q alike
 
-With a stride most (h, r) pairs meet no p. Pixels with the same h mod stride_h meet the same taps, a stride /
-gcd(stride, dilation) apart, so the pixels are sorted into stride_h * stride_w classes, and within a class the sum is a
-correlation of stride 1 over dy: no work is spent on zeros, and all classes run in one launch. A class that meets no tap
-writes zeros.
+With a stride, most pairs (h, r) meet no p. Pixels with the same h mod stride_h and the same w mod stride_w meet the
+same taps, which are stride / gcd(stride, dilation) apart. So the pixels are sorted into stride_h * stride_w classes.
+Within a class the sum is a correlation of stride 1 over dy: no work is spent on zeros, and all classes run in one
+launch. A class that meets no tap writes zeros.
 
 GEMM_M = N * H * W input pixels of a class, GEMM_N = C channels, GEMM_K = taps of the class * K, one GEMM a group.
 """
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -33,43 +34,55 @@ STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx") for d in "nhwc"]
 CAREFUL_N = tl.constexpr(16)
 
 
-@triton.jit
-@no_type_check
-def load_step(
-    step, dy_rows, w_ptr, bits, p, q, row_ok, first_k, c, C, P, Q, r0, s0, taps_r, taps_s,
-    dy_stride_h, dy_stride_w, dy_stride_c, w_stride_k, w_stride_r, w_stride_s, w_stride_c,
-    K: tl.constexpr, MAX_S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, P_STEP: tl.constexpr, Q_STEP: tl.constexpr,
-    DY_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, BLOCK_K: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
-    """The operands of one k-step, dy [BLOCK_M, BLOCK_K] and w [BLOCK_K, BLOCK_N], and its tap, or taps, (r, s) within
-    the class.
+class DgradAlignments(NamedTuple):
+    """The alignment of the tensors' strides in elements, for which the kernel is compiled."""
+
+    dy: int
+    w: int
+    dx: int
+
+
+class ClassTaps(NamedTuple):
+    """Inside a kernel, the taps that a class of pixels meets, rows x columns of them, step_h and step_w apart.
+
+    The first is (r0, s0).
     """
-    EVEN: tl.constexpr = K % BLOCK_K == 0
-    tap_r, tap_s, k, k_ok = unravel_rsc(step, K, taps_r, taps_s, BLOCK_K, FLAT)
-    rows = Rows(dy_rows, p, q, row_ok, bits)
-    strides = Strides(0, dy_stride_h, dy_stride_w, dy_stride_c, DY_ALIGN)
-    dy = load_taps(rows, (tap_r, tap_s, k, k_ok), P, Q, strides, MAX_S, P_STEP, Q_STEP, FLAT, EVEN)
-    c_ok = (c < C)[None, :]
-    r = (r0 + tap_r * STEP_H).to(tl.int64)
-    s = (s0 + tap_s * STEP_W).to(tl.int64)
-    w_rows = ((first_k + k).to(tl.int64) * w_stride_k + r * w_stride_r + s * w_stride_s) * W_ALIGN
-    w_cols = w_ptr + channel_offset(c, w_stride_c)
-    w = tl.load(w_cols[None, :] + w_rows[:, None], mask=c_ok if EVEN else c_ok & k_ok[:, None], other=0.0)
-    return dy, w, tap_r, tap_s
+
+    r0: tl.tensor
+    s0: tl.tensor
+    rows: tl.tensor
+    columns: tl.tensor
+    step_h: tl.constexpr
+    step_w: tl.constexpr
 
 
 @triton.jit
 @no_type_check
-def store_dx(
-    dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, stride_n, stride_h, stride_w, stride_c, ALIGN: tl.constexpr
-):
-    """Rows of acc go to pixels (n, h, w), columns to channels `column` of all groups, plus the bias of these if there
-    is one.
+def load_filters(w_ptr, strides, taps, step, first_k, c, C, EVEN: tl.constexpr):
+    """The weights that a k-step needs: [BLOCK_K, BLOCK_N], for channels `c` of which C exist.
+
+    step: (tap row, tap column, k, k_ok) of unravel_rsc, the taps counted within the class. first_k: the first filter of
+    the group. EVEN: all of `k` exist.
+    """
+    tap_r, tap_s, k, k_ok = step
+    c_ok = (c < C)[None, :]
+    r = (taps.r0 + tap_r * taps.step_h).to(tl.int64)
+    s = (taps.s0 + tap_s * taps.step_w).to(tl.int64)
+    rows = pixel_offset(first_k + k, r, s, strides)
+    columns = w_ptr + channel_offset(c, strides.c)
+    return tl.load(columns[None, :] + rows[:, None], mask=c_ok if EVEN else c_ok & k_ok[:, None], other=0.0)
+
+
+@triton.jit
+@no_type_check
+def store_dx(dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, strides):
+    """Stores rows of acc to pixels (n, h, w), columns of it to channels `column` of all groups.
+
+    Adds the bias of these channels, if there is one.
     """
     if bias_ptr is not None:
         acc = acc + tl.load(bias_ptr + column, mask=c_ok, other=0.0).to(acc.dtype)[None, :]
-    dx_rows = dx_ptr + pixel_offset(n, h, w, Strides(stride_n, stride_h, stride_w, stride_c, ALIGN))
-    dx = dx_rows[:, None] + channel_offset(column, stride_c)[None, :]
+    dx = (dx_ptr + pixel_offset(n, h, w, strides))[:, None] + channel_offset(column, strides.c)[None, :]
     tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
 
 
@@ -80,61 +93,59 @@ def conv_dgrad_kernel(
     dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
     w_stride_k, w_stride_r, w_stride_s, w_stride_c,
     dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c,
-    K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr, MISSES: tl.constexpr,
-    DY_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    g: tl.constexpr, align: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MISSES: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx, plus the bias of a transposed convolution if there is one. C and K are channels and filters of a
-    group.
+    """One tile of dx, plus the bias of a transposed convolution if there is one. C are the channels of a group.
 
-    MISSES: some pixel has taps that lie outside dy.
+    g: ConvGeometry, with the filters of a group; align: DgradAlignments. STEP_H, STEP_W: distance between taps that
+    meet the same pixel. MISSES: some pixel has taps that lie outside dy.
     """
-    MAX_R: tl.constexpr = (R + STEP_H - 1) // STEP_H  # taps of the class that meets most
-    MAX_S: tl.constexpr = (S + STEP_W - 1) // STEP_W
+    K: tl.constexpr = g.K
+    MAX_R: tl.constexpr = (g.R + STEP_H - 1) // STEP_H  # taps of the class that meets most
+    MAX_S: tl.constexpr = (g.S + STEP_W - 1) // STEP_W
     FLAT: tl.constexpr = K < BLOCK_K and MAX_R * MAX_S > 1
-    P_STEP: tl.constexpr = -(DIL_H * STEP_H // STRIDE_H)
-    Q_STEP: tl.constexpr = -(DIL_W * STEP_W // STRIDE_W)
+    EVEN: tl.constexpr = K % BLOCK_K == 0
+    P_STEP: tl.constexpr = -(g.dil_h * STEP_H // g.stride_h)  # from the pixel of dy that a tap meets to the next tap's
+    Q_STEP: tl.constexpr = -(g.dil_w * STEP_W // g.stride_w)
 
     # Channels vary fastest, then classes: programs that run together share their part of dy.
     tiles_c = tl.cdiv(C, BLOCK_N)
-    tiles_m = tl.cdiv(N * tl.cdiv(H, STRIDE_H) * tl.cdiv(W, STRIDE_W), BLOCK_M)
+    tiles_m = tl.cdiv(N * tl.cdiv(H, g.stride_h) * tl.cdiv(W, g.stride_w), BLOCK_M)
     pid = tl.program_id(0)
-    first_h = pid // tiles_c % STRIDE_H
-    first_w = pid // tiles_c // STRIDE_H % STRIDE_W
-    tile_m = pid // tiles_c // (STRIDE_H * STRIDE_W) % tiles_m
-    group = pid // tiles_c // (STRIDE_H * STRIDE_W) // tiles_m
+    first_h = pid // tiles_c % g.stride_h
+    first_w = pid // tiles_c // g.stride_h % g.stride_w
+    tile_m = pid // tiles_c // (g.stride_h * g.stride_w) % tiles_m
+    group = pid // tiles_c // (g.stride_h * g.stride_w) // tiles_m
 
-    rows, r0, taps_r, p0 = class_axis(first_h, H, R, STRIDE_H, PAD_H, DIL_H, STEP_H)
-    cols, s0, taps_s, q0 = class_axis(first_w, W, S, STRIDE_W, PAD_W, DIL_W, STEP_W)
+    rows, r0, taps_r, p0 = class_axis(first_h, H, g.R, g.stride_h, g.pad_h, g.dil_h, STEP_H)
+    cols, s0, taps_s, q0 = class_axis(first_w, W, g.S, g.stride_w, g.pad_w, g.dil_w, STEP_W)
     M = N * rows * cols
     n, i, j, row_ok = unravel_npq(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M, rows, cols)
     c = pid % tiles_c * BLOCK_N + tl.arange(0, BLOCK_N)
-    h = first_h + i * STRIDE_H
-    w_pixel = first_w + j * STRIDE_W
+    h = first_h + i * g.stride_h
+    w_pixel = first_w + j * g.stride_w
 
     p = p0 + i
     q = q0 + j
-    dy_rows = (
-        dy_ptr
-        + pixel_offset(n, p, q, Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, DY_ALIGN))
-        + channel_offset(group * K, dy_stride_c)
-    )
+    taps = ClassTaps(r0, s0, taps_r, taps_s, STEP_H, STEP_W)
+    dy_strides = Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, align.dy)
+    w_strides = Strides(w_stride_k, w_stride_r, w_stride_s, w_stride_c, align.w)
+    dx_strides = Strides(dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, align.dx)
+    pixels = dy_ptr + pixel_offset(n, p, q, dy_strides) + channel_offset(group * K, dy_stride_c)
     bits = None if FLAT or MAX_R * MAX_S > 31 else tap_bits(p, q, row_ok, P, Q, MAX_R, MAX_S, P_STEP, Q_STEP)
+    dy_rows = Rows(pixels, p, q, row_ok, bits)
 
-    taps = taps_r * taps_s
-    careful_steps = taps * ((K + BLOCK_K - 1) // BLOCK_K)
-    steps = tl.cdiv(taps * K, BLOCK_K) if FLAT else careful_steps
-    if STRIDE_H * STRIDE_W > 1:
+    careful_steps = taps_r * taps_s * ((K + BLOCK_K - 1) // BLOCK_K)
+    steps = tl.cdiv(taps_r * taps_s * K, BLOCK_K) if FLAT else careful_steps
+    if g.stride_h * g.stride_w > 1:
         steps = tl.where(tile_m * BLOCK_M < M, steps, 0)  # classes differ in size: a smaller one has fewer tiles
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for step in range(steps):
-        dy, w, _, _ = load_step(
-            step, dy_rows, w_ptr, bits, p, q, row_ok, group * K, c, C, P, Q, r0, s0, taps_r, taps_s,
-            dy_stride_h, dy_stride_w, dy_stride_c, w_stride_k, w_stride_r, w_stride_s, w_stride_c,
-            K, MAX_S, STEP_H, STEP_W, P_STEP, Q_STEP, DY_ALIGN, W_ALIGN, BLOCK_K, FLAT,
-        )  # fmt: skip
+        k = unravel_rsc(step, K, taps_r, taps_s, BLOCK_K, FLAT)
+        dy = load_taps(dy_rows, k, P, Q, dy_strides, MAX_S, P_STEP, Q_STEP, FLAT, EVEN)
+        w = load_filters(w_ptr, w_strides, taps, k, group * K, c, C, EVEN)
         acc = multiply_accumulate(dy, w, acc, PRECISION)
 
     # Where a tap misses dy, its zero stands for nothing and must not meet a weight that is infinite or NaN. Where it
@@ -149,41 +160,33 @@ def conv_dgrad_kernel(
             columns = pid % tiles_c * BLOCK_N + block * CAREFUL_N + tl.arange(0, CAREFUL_N)
             part = tl.zeros((BLOCK_M, CAREFUL_N), ACC)
             for step in tl.range(careful_steps, num_stages=1):
-                dy, w, tap_r, tap_s = load_step(
-                    step, dy_rows, w_ptr, bits, p, q, row_ok, group * K, columns, C, P, Q, r0, s0, taps_r, taps_s,
-                    dy_stride_h, dy_stride_w, dy_stride_c, w_stride_k, w_stride_r, w_stride_s, w_stride_c,
-                    K, MAX_S, STEP_H, STEP_W, P_STEP, Q_STEP, DY_ALIGN, W_ALIGN, BLOCK_K, False,
-                )  # fmt: skip
-                reached = reaches(Rows(dy_rows, p, q, row_ok, bits), tap_r, tap_s, P, Q, MAX_S, P_STEP, Q_STEP)
+                k = unravel_rsc(step, K, taps_r, taps_s, BLOCK_K, False)
+                dy = load_taps(dy_rows, k, P, Q, dy_strides, MAX_S, P_STEP, Q_STEP, False, EVEN)
+                w = load_filters(w_ptr, w_strides, taps, k, group * K, columns, C, EVEN)
+                reached = reaches(dy_rows, k[0], k[1], P, Q, MAX_S, P_STEP, Q_STEP)
                 part = tl.where(reached[:, None], multiply_accumulate(dy, w, part, PRECISION), part)
-            store_dx(
-                dx_ptr, bias_ptr, part, n, h, w_pixel, row_ok, group * C + columns, columns < C,
-                dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, DX_ALIGN,
-            )  # fmt: skip
+            column = group * C + columns
+            store_dx(dx_ptr, bias_ptr, part, n, h, w_pixel, row_ok, column, columns < C, dx_strides)
     else:
-        store_dx(
-            dx_ptr, bias_ptr, acc, n, h, w_pixel, row_ok, group * C + c, c < C,
-            dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, DX_ALIGN,
-        )  # fmt: skip
+        store_dx(dx_ptr, bias_ptr, acc, n, h, w_pixel, row_ok, group * C + c, c < C, dx_strides)
 
 
 def plan_dgrad(
     problem: ConvProblem, tile: TileConfig, precision: Precision, dy: Laid, w: Laid, dx: Laid
-) -> launch.Launch:
-    """Takes (dy, w, dx, bias); see `dgrad`."""
+) -> launch.Launch[DgradOperands]:
+    """See `dgrad`."""
     g = problem
     pixels = g.N * cdiv(g.H, g.stride_h) * cdiv(g.W, g.stride_w)  # of the largest class
     grid = (cdiv(pixels, tile.BLOCK_M) * g.parities * cdiv(g.group_channels, tile.BLOCK_N) * g.groups,)
     dys, ws, dxs = strides_nhwc(dy), strides_nhwc(w), strides_nhwc(dx)
     return launch.Launch(
         conv_dgrad_kernel, grid, g.N, g.H, g.W, g.P, g.Q, g.group_channels, *dys[:4], *ws[:4], *dxs[:4],
-        tile=tile, K=g.group_filters, R=g.R, S=g.S,
-        STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
+        tile=tile, g=g.geometry(K=g.group_filters), align=DgradAlignments(dys.align, ws.align, dxs.align),
         STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
-        MISSES=g.taps_miss_h or g.taps_miss_w, DY_ALIGN=dys.align, W_ALIGN=ws.align, DX_ALIGN=dxs.align,
+        MISSES=g.taps_miss_h or g.taps_miss_w,
         PRECISION=precision, ACC=KERNEL_DTYPES[accumulator_dtype(dx.dtype)],
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        maxnreg=register_limit(g, "dgrad", precision, tile),
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=register_limit(g, "dgrad", precision, tile),
     )  # fmt: skip
 
 
@@ -196,9 +199,9 @@ def dgrad(
     dx: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> None:
-    """Writes every element of dx, the gradient of a convolution's input, or with `bias` the result of a transposed
-    convolution.
+    """Writes every element of dx: the gradient of a convolution's input, to which `bias` is added, if given.
 
-    Shapes: dy [N, K, P, Q], w [K, C / groups, R, S], dx [N, C, H, W], in any memory layout; bias [C].
+    Shapes: dy [N, K, P, Q], w [K, C / groups, R, S], dx [N, C, H, W], in any memory layout; bias [C]: then it is
+    the result of a transposed convolution.
     """
     plan_dgrad(problem, tile, precision, dy, w, dx)(DgradOperands(dy, w, dx, bias))

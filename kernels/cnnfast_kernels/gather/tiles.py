@@ -25,8 +25,9 @@ class Rows(NamedTuple):
 @triton.jit
 @no_type_check
 def tap_bits(h0, w0, row_ok, H, W, R: tl.constexpr, S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr):
-    """Bit r * S + s of a row says whether tap (r, s), at (h0 + r * STEP_H, w0 + s * STEP_W), lies in the image. R * S
-    <= 31.
+    """Bit r * S + s of a row says whether tap (r, s), at (h0 + r * STEP_H, w0 + s * STEP_W), lies in the image.
+
+    R * S is at most 31.
     """
     columns = tl.zeros_like(w0)
     for s in tl.static_range(S):
@@ -102,7 +103,10 @@ def load_taps(
 @triton.jit
 @no_type_check
 def round_tf32(x):
-    """Nearest tf32 (ties away from zero, as cvt.rna). The matrix unit itself truncates: far worse on non-negative data."""
+    """The nearest tf32, ties away from zero, as cvt.rna has it.
+
+    The matrix unit itself truncates, which is far worse where data are not negative: the errors do not cancel.
+    """
     bits = x.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.where(x == x, rounded, x)

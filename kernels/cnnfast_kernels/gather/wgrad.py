@@ -1,16 +1,17 @@
 """Gradient of a convolution's weights as an implicit GEMM.
 
-    dw[k, r, s, c] = sum over n, p, q of dy[n, p, q, k] * x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c]
+    dw[k, r, s, c] = sum over n, p, q of dy[n, p, q, k] * x[n, h, w, c]
+    where h = p * stride_h - pad_h + r * dil_h, and w alike
 
 GEMM_M = K filters, GEMM_N = R * S * C weights of a filter (c fastest), GEMM_K = N * P * Q output pixels, one GEMM a
-group. The result is small and the sum long, so the pixels are cut into parts that run side by side; each writes a
-partial gradient to its own slot, and a second kernel adds the slots in a fixed order: the same bits every time.
+group. The result is small and the sum long, so the pixels are cut into parts that run side by side. Each part writes a
+gradient to its own slot, and a second kernel adds the slots in a fixed order: the same bits every time.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -30,6 +31,14 @@ EXTENTS = ["N", "H", "W", "P", "Q", "SLOTS", "p_magic", "p_shift", "q_magic", "q
 STRIDES = [f"{t}_stride_{d}" for t in ("x", "dy") for d in "nhwc"]
 
 
+class WgradAlignments(NamedTuple):
+    """The alignment of the tensors' strides in elements, for which the kernel is compiled."""
+
+    x: int
+    dy: int
+    dw: int
+
+
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
 @no_type_check
 def conv_wgrad_kernel(
@@ -37,32 +46,38 @@ def conv_wgrad_kernel(
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
     dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
     dw_stride_slot, dw_stride_k, dw_stride_r, dw_stride_s, dw_stride_c,
-    C: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    X_ALIGN: tl.constexpr, DY_ALIGN: tl.constexpr, DW_ALIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    g: tl.constexpr, align: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one slot of dw [SLOTS, K * GROUPS, C, R, S]. C and K are channels and filters of a group."""
-    ONE_TAP: tl.constexpr = C % BLOCK_N == 0 or R * S == 1  # no tile of columns spans two taps
+    """One tile of one slot of dw [SLOTS, K * groups, C, R, S]. K are the filters of a group.
+
+    g: ConvGeometry, with the channels of a group; align: WgradAlignments. p_magic ... q_shift: of divisor(P) and
+    divisor(Q).
+    """
+    C: tl.constexpr = g.C
+    COLUMNS: tl.constexpr = g.R * g.S * C
+    ONE_TAP: tl.constexpr = C % BLOCK_N == 0 or g.R * g.S == 1  # no tile of columns spans two taps
 
     # Weights vary fastest: programs that run together share their pixels.
     M = N * P * Q
-    tiles_rsc = tl.cdiv(R * S * C, BLOCK_N)
+    tiles_rsc = tl.cdiv(COLUMNS, BLOCK_N)
     tiles_k = tl.cdiv(K, BLOCK_M)
     pid = tl.program_id(0)
     column = pid % tiles_rsc * BLOCK_N
-    group = pid // tiles_rsc // tiles_k % GROUPS
-    slot = pid // tiles_rsc // tiles_k // GROUPS
+    group = pid // tiles_rsc // tiles_k % g.groups
+    slot = pid // tiles_rsc // tiles_k // g.groups
 
     k = pid // tiles_rsc % tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
     k_ok = k < K
     columns = column + tl.arange(0, BLOCK_N)
-    column_ok = columns < R * S * C
+    column_ok = columns < COLUMNS
     c = columns % C
     tap = (column if ONE_TAP else columns) // C
-    h_tap = tap // S * DIL_H - PAD_H  # scalars if ONE_TAP, else [BLOCK_N]
-    w_tap = tap % S * DIL_W - PAD_W
-    x_tap = (h_tap.to(tl.int64) * x_stride_h + w_tap.to(tl.int64) * x_stride_w) * X_ALIGN
+    h_tap = tap // g.S * g.dil_h - g.pad_h  # scalars if ONE_TAP, else [BLOCK_N]
+    w_tap = tap % g.S * g.dil_w - g.pad_w
+    x_strides = Strides(x_stride_n, x_stride_h, x_stride_w, x_stride_c, align.x)
+    dy_strides = Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, align.dy)
+    x_tap = (h_tap.to(tl.int64) * x_stride_h + w_tap.to(tl.int64) * x_stride_w) * align.x
     x_cols = x_ptr + x_tap + channel_offset(group * C + c, x_stride_c)
     dy_cols = dy_ptr + channel_offset(group * K + k, dy_stride_c)
 
@@ -75,12 +90,12 @@ def conv_wgrad_kernel(
         p = t - n * P
         q = m - t * Q
         ok = m < M
-        dy_rows = pixel_offset(n, p, q, Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, DY_ALIGN))
+        dy_rows = pixel_offset(n, p, q, dy_strides)
         # [BLOCK_M, BLOCK_K]
         dy = tl.load(dy_cols[:, None] + dy_rows[None, :], mask=k_ok[:, None] & ok[None, :], other=0.0)
-        h = p * STRIDE_H
-        w = q * STRIDE_W
-        x_rows = pixel_offset(n, h, w, Strides(x_stride_n, x_stride_h, x_stride_w, x_stride_c, X_ALIGN))
+        h = p * g.stride_h
+        w = q * g.stride_w
+        x_rows = pixel_offset(n, h, w, x_strides)
         if ONE_TAP:
             inside = ok & (h >= -h_tap) & (h < H - h_tap) & (w >= -w_tap) & (w < W - w_tap)
             mask = inside[:, None] & column_ok[None, :]
@@ -92,16 +107,14 @@ def conv_wgrad_kernel(
         acc = multiply_accumulate(dy, x, acc, PRECISION)
 
     tap = columns // C
-    dw_rows = dw_ptr + slot.to(tl.int64) * dw_stride_slot + (group * K + k).to(tl.int64) * dw_stride_k * DW_ALIGN
-    dw_cols = (
-        (tap // S).to(tl.int64) * dw_stride_r + (tap % S).to(tl.int64) * dw_stride_s
-    ) * DW_ALIGN + channel_offset(c, dw_stride_c)
-    tl.store(
-        dw_rows[:, None] + dw_cols[None, :], acc.to(dw_ptr.dtype.element_ty), mask=k_ok[:, None] & column_ok[None, :]
-    )
+    dw_rows = dw_ptr + slot.to(tl.int64) * dw_stride_slot + (group * K + k).to(tl.int64) * dw_stride_k * align.dw
+    dw_taps = ((tap // g.S).to(tl.int64) * dw_stride_r + (tap % g.S).to(tl.int64) * dw_stride_s) * align.dw
+    dw_cols = dw_taps + channel_offset(c, dw_stride_c)
+    dw = acc.to(dw_ptr.dtype.element_ty)
+    tl.store(dw_rows[:, None] + dw_cols[None, :], dw, mask=k_ok[:, None] & column_ok[None, :])
 
 
-def plan_partials(
+def plan_wgrad_slots(
     problem: ConvProblem,
     tile: TileConfig,
     precision: Precision,
@@ -110,8 +123,14 @@ def plan_partials(
     slot: Laid,
     slots: int,
     slot_stride: int,
-) -> launch.Launch:
-    """Takes (x, dy, partials): `slots` gradients laid as `slot` is, slot_stride elements apart; see `wgrad_partials`."""
+) -> launch.Launch[WgradOperands]:
+    """Writes so many slots of dw, laid as `slot` is, slot_stride elements apart: slot i gets the gradient from the i-th
+    part of the output pixels.
+
+    Shapes: x [N, C, H, W], dy [N, K, P, Q], slot [K, C / groups, R, S], in any memory layout. There may be more slots
+    than work: the last ones are then zeros. The sum is taken in the accumulator's dtype and rounded to that of the
+    slots. `tile.SPLIT_K` is not read.
+    """
     g = problem
     grid = (cdiv(g.group_filters, tile.BLOCK_M) * cdiv(g.R * g.S * g.group_channels, tile.BLOCK_N) * g.groups * slots,)
     xs, dys, dws = strides_nhwc(x), strides_nhwc(dy), strides_nhwc(slot)
@@ -119,45 +138,24 @@ def plan_partials(
         conv_wgrad_kernel, grid,
         g.N, g.H, g.W, g.P, g.Q, g.group_filters, slots, *divisor(max(g.P, 1)), *divisor(max(g.Q, 1)),
         *xs[:4], *dys[:4], slot_stride, *dws[:4],
-        tile=tile, C=g.group_channels, GROUPS=g.groups, R=g.R, S=g.S,
-        STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
-        X_ALIGN=xs.align, DY_ALIGN=dys.align, DW_ALIGN=dws.align,
+        tile=tile, g=g.geometry(C=g.group_channels), align=WgradAlignments(xs.align, dys.align, dws.align),
         PRECISION=precision, ACC=KERNEL_DTYPES[accumulator_dtype(x.dtype)],
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-
-
-def wgrad_partials(
-    problem: ConvProblem,
-    tile: TileConfig,
-    precision: Precision,
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    partials: torch.Tensor,
-) -> None:
-    """Writes partials [slots, K, C / groups, R, S], any strides: slot i holds the gradient from the i-th part of the
-    output pixels.
-
-    Shapes: x [N, C, H, W], dy [N, K, P, Q], in any memory layout. There may be more slots than work: the last ones are
-    then zeros. The sum is taken in the accumulator's dtype and rounded to that of `partials`. `tile.SPLIT_K` is not
-    read.
-    """
-    plan_partials(problem, tile, precision, x, dy, partials[0], partials.shape[0], partials.stride(0))(
-        WgradOperands(x, dy, partials)
-    )
 
 
 def plan_wgrad(
     problem: ConvProblem, tile: TileConfig, precision: Precision, x: Laid, dy: Laid, dw: Laid
 ) -> WgradLaunches:
-    """Takes (x, dy, dw); see `wgrad`. dy must not be empty."""
-    return plan_slots(problem, tile.SPLIT_K, dw, x.dtype, partial(plan_partials, problem, tile, precision, x, dy))
+    """See `wgrad`. dy must not be empty."""
+    return plan_slots(problem, tile.SPLIT_K, dw, x.dtype, partial(plan_wgrad_slots, problem, tile, precision, x, dy))
 
 
 def wgrad(
     problem: ConvProblem, tile: TileConfig, precision: Precision, x: torch.Tensor, dy: torch.Tensor, dw: torch.Tensor
 ) -> None:
-    """Writes every element of dw, the gradient of a convolution's weights, from tile.SPLIT_K partial sums.
+    """Writes every element of dw, the gradient of a convolution's weights, summed in tile.SPLIT_K slots.
 
     Shapes: x [N, C, H, W], dy [N, K, P, Q], dw [K, C / groups, R, S], in any memory layout.
     """

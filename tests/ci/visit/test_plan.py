@@ -119,9 +119,9 @@ def test_launchers_are_counted_by_types_alone():
         return json.dumps({"kernel": f"cnnfast_kernels.slots:{kernel}", "arguments": arguments, "options": {}})
 
     half, single = {"tensor": "float16", "aligned": True}, {"tensor": "float32", "aligned": True}
-    one = line("conv_wgrad_reduce_kernel", partials_ptr=half, dw_ptr=half)
-    assert launchers([one, line("conv_wgrad_reduce_kernel", partials_ptr=single, dw_ptr=half)]) == 1
-    assert launchers([one, line("conv_wgrad_reduce_kernel", partials_ptr=half, dw_ptr=None)]) == 2
+    one = line("conv_wgrad_reduce_kernel", slots_ptr=half, dw_ptr=half)
+    assert launchers([one, line("conv_wgrad_reduce_kernel", slots_ptr=single, dw_ptr=half)]) == 1
+    assert launchers([one, line("conv_wgrad_reduce_kernel", slots_ptr=half, dw_ptr=None)]) == 2
 
 
 def test_launches_that_tests_recorded_are_counted_once(tmp_path):

@@ -297,8 +297,8 @@ PAIRS = [
     (
         "a stride and the taps of its classes",
         DGRAD,
-        {"R": 9, "STRIDE_H": 2, "STEP_H": 2},
-        {"R": 9, "STRIDE_H": 3, "STEP_H": 3},
+        {"g.R": 9, "g.stride_h": 2, "STEP_H": 2},
+        {"g.R": 9, "g.stride_h": 3, "STEP_H": 3},
         1,
     ),
     ("the turns of an unrolled loop", DEPTHWISE, {"ROWS": 4}, {"ROWS": 8}, 1),
@@ -315,8 +315,8 @@ PAIRS = [
     (
         "what a helper decides: class_axis, of rows alone",
         DGRAD,
-        {"STRIDE_W": 2, "STRIDE_H": 1},
-        {"STRIDE_W": 2, "STRIDE_H": 2},
+        {"g.stride_w": 2, "g.stride_h": 1},
+        {"g.stride_w": 2, "g.stride_h": 2},
         2,
     ),
     ("an unrolled loop of one turn", DEPTHWISE, {"ROWS": 1}, {"ROWS": 2}, 2),

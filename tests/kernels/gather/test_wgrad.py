@@ -10,9 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cnnfast_kernels import conv, memory
-from cnnfast_kernels.gather.wgrad import wgrad, wgrad_partials
+from cnnfast_kernels.gather.wgrad import plan_wgrad_slots, wgrad
 from cnnfast_kernels.indexing import divisor
-from cnnfast_kernels.slots import empty_partials, reduce_partials
+from cnnfast_kernels.operands import WgradOperands
+from cnnfast_kernels.slots import ReductionOperands, empty_slots, plan_reduction
 from tests.support.convolutions import (
     CASES,
     DTYPES,
@@ -100,11 +101,13 @@ def test_chunks_of_a_batch(device):
     """Callers that see the pixels chunk by chunk fill one workspace, a range of slots each."""
     x, w, dy = operands(STRIDED, torch.float32, device)
     dw = output(STRIDED.w, torch.float32, device)
-    partials = empty_partials(STRIDED.problem, 4, x)
+    slots = empty_slots(STRIDED.problem, 4, x)
     one_image = replace(STRIDED.problem, N=1)
     for i in range(2):
-        wgrad_partials(one_image, SMALL, "ieee", x[i : i + 1], dy[i : i + 1], partials[2 * i : 2 * i + 2])
-    reduce_partials(partials, dw)
+        image, gradient, mine = x[i : i + 1], dy[i : i + 1], slots[2 * i : 2 * i + 2]
+        plan = plan_wgrad_slots(one_image, SMALL, "ieee", image, gradient, mine[0], 2, mine.stride(0))
+        plan(WgradOperands(image, gradient, mine))
+    plan_reduction(4, slots.stride(0), dw)(ReductionOperands(slots, dw))
     assert_exact(dw, reference(STRIDED, x, w, dy)[2])
 
 
@@ -143,7 +146,7 @@ def test_tf32_rounds(device):
 @example(m=2**31 - 2, d=2**31 - 1)
 @example(m=3 * 715827882 - 1, d=3)
 def test_division_by_multiplication(m, d):
-    """What tiles.divide computes: the high word of 2 m * magic, shifted. Neither factor has more than 32 bits."""
+    """What indexing.divide computes: the high word of 2 m * magic, shifted. Neither factor has more than 32 bits."""
     magic, shift = divisor(d)
     assert 2**31 <= magic < 2**32
     assert (2 * m * magic >> 32) >> shift == m // d

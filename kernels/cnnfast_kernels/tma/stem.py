@@ -31,7 +31,7 @@ from ..tiling import cdiv
 from .fprop import plan_tma_fprop
 from .tiles import BoxTile
 from .views import ALIGNMENT
-from .wgrad import plan_partials
+from .wgrad import plan_slot_gradients
 
 
 @triton.jit(
@@ -174,6 +174,6 @@ def plan_stem_wgrad(problem: ConvProblem, tile: BoxTile, x: Laid, dy: Laid, dw: 
     size = g.K * g.R * row
     workspace = dense((tile.SPLIT_K, g.K, g.R, g.S, pixel), torch.float32)
     slot = Layout((g.K, row, g.R, 1), (g.R * row, 1, row, row), torch.float32)
-    partials = plan_partials(packing.problem, tile, packing.x, dy, slot, tile.SPLIT_K, size)
+    partials = plan_slot_gradients(packing.problem, tile, packing.x, dy, slot, tile.SPLIT_K, size)
     run = WgradLaunches(partials, workspace, plan_reduction(tile.SPLIT_K, size, dw, pixel))
     return StemWgradPlan(packing.image, plan_packing(x, packing.image, g.pad_w), run)

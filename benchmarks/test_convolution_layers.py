@@ -11,10 +11,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cnnfast.bench.gate import expect
 from cnnfast.bench.providers import PROVIDERS
 from cnnfast.bench.shapes import layers
-from cnnfast.bench.surroundings import one_thread
 from cnnfast.bench.task import layer_task
 
 GPU = torch.cuda.is_available()
@@ -26,20 +24,5 @@ CASES = [pytest.param(layer, mode, id=f"{layer}, {mode}") for layer in LAYERS fo
 
 @pytest.mark.parametrize("provider", CHOSEN)
 @pytest.mark.parametrize(("layer", "mode"), CASES)
-def test_layer(benchmark, layer, mode, provider):
-    with one_thread(DEVICE):
-        job = layer_task(layer, BATCH, mode, DTYPE, DEVICE, [PROVIDERS[provider]]).job
-        if reason := PROVIDERS[provider].unavailable(job):
-            pytest.skip(reason)
-        expected = expect(job)
-        prepared = PROVIDERS[provider].prepare(job)
-        verdict = expected.judge(prepared.read(prepared.step()))
-        assert not verdict.message, verdict.message
-
-        def step() -> None:
-            prepared.step()
-            if GPU:
-                torch.cuda.synchronize()
-
-        benchmark.extra_info["calls"] = prepared.calls
-        benchmark.pedantic(step, rounds=9, warmup_rounds=3)
+def test_layer(measure, layer, mode, provider):
+    measure(lambda: layer_task(layer, BATCH, mode, DTYPE, DEVICE, [PROVIDERS[provider]]).job, provider)

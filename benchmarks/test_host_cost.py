@@ -28,7 +28,10 @@ compiled = pytest.mark.skipif(
 
 # What the figures contain; pytest-benchmark prints it above them.
 SERVED_BY_PYTORCH = "PyTorch serves, the work included"
-LAUNCHED = "kernels serve: Python, and Triton's launcher with its tensor maps; neither CUDA's driver nor its allocator, nor the work"
+LAUNCHED = (
+    "kernels serve: Python, and Triton's launcher with its tensor maps; "
+    "neither CUDA's driver nor its allocator, nor the work"
+)
 STUBBED = "kernels serve: Python without Triton's launcher"
 
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cnnfast.bench.gate import expect
 from cnnfast.bench.job import MODELS, Job, plain
 from cnnfast.bench.providers import EAGER, PROVIDERS
-from cnnfast.bench.surroundings import one_thread
 from cnnfast.models import resnet50
 
 GPU = torch.cuda.is_available()
@@ -27,23 +25,8 @@ CHOSEN = [name for name, provider in PROVIDERS.items() if GPU or provider.how ==
 @pytest.mark.parametrize("provider", CHOSEN)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("mode", MODELS)
-def test_resnet50(benchmark, mode, batch, provider):
+def test_resnet50(measure, mode, batch, provider):
     torch.manual_seed(0)
     model = resnet50().train(mode == "train")
-    with one_thread(DEVICE):
-        job = Job(
-            "resnet50", plain(model), ((batch + (mode == "train"), 3, 224, 224),), mode, DTYPE, DEVICE, original=model
-        )
-        if reason := PROVIDERS[provider].unavailable(job):
-            pytest.skip(reason)
-        expected = expect(job)
-        prepared = PROVIDERS[provider].prepare(job)
-        verdict = expected.judge(prepared.read(prepared.step()))
-        assert not verdict.message, verdict.message
-
-        def step() -> None:
-            prepared.step()
-            if GPU:
-                torch.cuda.synchronize()
-
-        benchmark.pedantic(step, rounds=9, warmup_rounds=3)
+    size = (batch + (mode == "train"), 3, 224, 224)
+    measure(lambda: Job("resnet50", plain(model), (size,), mode, DTYPE, DEVICE, original=model), provider)

@@ -1,7 +1,7 @@
 """Every kernel and tile compiled ahead of time by every Triton of the gate for every architecture that it compiles for.
 
     python ci/aot_matrix.py                                           # all twelve combinations
-    python ci/aot_matrix.py --triton 3.7.1 --arch sm_89 --only dgrad  # one of them, and only the cases with that word in their name
+    python ci/aot_matrix.py --triton 3.7.1 --arch sm_89 --only dgrad  # one of them, cases with dgrad in their name
 
 Each Triton is installed into a folder that is thrown away, with the numpy that it needs: pip has to find it. `cnnfast
 aot` runs on it, once an architecture. Prints a table and the problems, and writes them to ci/results/aot.txt; exit code
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -20,18 +19,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from checkout import RESULTS, ROOT, versions
 from rich.console import Console
 from rich.table import Table
 
-from tests.support.fuzz import commit
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "ci" / "results" / "aot.txt"
+RESULT = RESULTS / "aot.txt"
 # With what each needs beside it: those that ci/check.sh installs.
 TRITONS = {"3.6.0": ["numpy<2.4"], "3.7.1": [], "3.9.0": []}
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -58,7 +54,7 @@ def install(triton: str, folder: Path) -> None:
 
 
 def told(triton: str, arch: str, output: str, rows: Sequence[dict[str, Any]], seconds: float) -> Combination:
-    """From what `cnnfast aot` printed, and the rows that it wrote. Raises ValueError if the one does not fit the other."""
+    """From what `cnnfast aot` printed and the rows that it wrote. Raises ValueError if they do not fit each other."""
     problems = tuple(line.removeprefix("problem ") for line in output.splitlines() if line.startswith("problem "))
     end = re.search(r"^(\d+) kernels compiled, (\d+) problems$", output, re.MULTILINE)
     if end is None or (int(end[1]), int(end[2])) != (len(rows), len(problems)):
@@ -143,7 +139,7 @@ def main(
     tritons, archs = triton or list(TRITONS), arch or list(ARCHS)
     if unknown := [name for name in tritons if name not in TRITONS]:
         raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(TRITONS)}", param_hint="--triton")
-    origin = commit()  # now: the tree may be changed meanwhile
+    origin = versions("torch")  # now: the tree may be changed meanwhile
     found = []
     with tempfile.TemporaryDirectory() as directory:
         for name in tritons:
@@ -155,8 +151,7 @@ def main(
                 print(f"triton {name}, {target}: {found[-1].rows} rows, {len(found[-1].problems)} problems", flush=True)
 
     problems = sum(len(combination.problems) for combination in found)
-    versions = f"torch {version('torch')}, Python {platform.python_version()}, commit {origin}"
-    text = f"ci/aot_matrix.py: {problems} problems in {len(found)} combinations; {versions}\n\n{table(found)}"
+    text = f"ci/aot_matrix.py: {problems} problems in {len(found)} combinations; {origin}\n\n{table(found)}"
     print(f"\n{text}")
     if not only and (tuple(tritons), tuple(archs)) == (tuple(TRITONS), ARCHS):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,39 +1,21 @@
 """The long fuzz: thousands of random calls of every operation, forward and backward, bit for bit, and of bad arguments.
 
-    python ci/fuzz.py                                  # all properties of tests/support/fuzz_properties.py, some ten minutes
+    python ci/fuzz.py                                     # all properties: some ten minutes
     python ci/fuzz.py --only conv2d --cases 100 --seed 7
 
-Prints, and writes to ci/results/fuzz/<property>.txt, how many cases of each property passed and what they were
-instances of. The first case that fails is printed, as small as it can be made, and ends the run.
+The properties are those of tests/support/fuzz_properties.py. How many cases of each passed, and what they were
+instances of, is printed and written to ci/results/fuzz/<property>.txt. The first case that fails is printed, as small
+as it can be made, and ends the run.
 """
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "ci" / "results" / "fuzz"
-sys.path[:0] = [str(ROOT)]
-
-
-def commit() -> str:
-    """That of the working tree, and whether anything differs from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + (
-        ", with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    )
+from checkout import RESULTS, versions
 
 
 def describe(name: str, tally: Any) -> str:
@@ -64,12 +46,11 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="A property; may be given several times.")] = None,
     cases: Annotated[int | None, typer.Option(help="Of each property, instead of its usual share.")] = None,
     seed: Annotated[int, typer.Option(help="Another one draws other cases.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS / "fuzz",
 ) -> None:
     """Fuzz every operation against PyTorch in float64."""
     on_gpu = choose_ring()
     import torch
-    import triton
 
     from tests.support.fuzz_properties import PROPERTIES, assert_addresses_are_checked, campaign
 
@@ -80,8 +61,7 @@ def main(
     for name in only or []:
         if name not in PROPERTIES:
             raise typer.BadParameter(f"{name}: the properties are {', '.join(PROPERTIES)}", param_hint="--only")
-    versions = f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}"
-    head = f"ci/fuzz.py --seed {seed}: {versions}, commit {commit()}\non {ring}\n"
+    head = f"ci/fuzz.py --seed {seed}: {versions('torch', 'triton')}\non {ring}\n"
     print(head, flush=True)
     out.mkdir(parents=True, exist_ok=True)
     for name in only or PROPERTIES:

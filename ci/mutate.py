@@ -11,7 +11,6 @@ and writes it to ci/results/mutations.txt; exit code 1 if a fault survives.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -22,20 +21,17 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated
 
 import typer
+from checkout import RESULTS, ROOT, versions
 from rich.console import Console
 from rich.table import Table
 
-from tests.support.fuzz import commit
-
-ROOT = Path(__file__).resolve().parent.parent
 FAULTS = ROOT / "ci" / "faults.toml"
-RESULT = ROOT / "ci" / "results" / "mutations.txt"
+RESULT = RESULTS / "mutations.txt"
 TREE = ("cnnfast", "kernels", "tests", "ci", "pyproject.toml", "README.md")
 LIMIT = 600  # seconds of one run of tests: a fault may make a loop endless
 
@@ -152,7 +148,7 @@ def main(
     chosen = [fault for fault in load(faults) if only in fault.name or only in fault.file]
     if not chosen:
         raise typer.BadParameter(f"no fault has {only!r} in its name or file", param_hint="--only")
-    origin = commit()  # now: the tree may be changed while copies of it are tried
+    origin = versions("torch", "triton")  # now: the tree may be changed while copies of it are tried
     with tempfile.TemporaryDirectory() as directory:
         copies = [Path(directory) / str(i) for i in range(jobs)]
         trees: SimpleQueue[Path] = SimpleQueue()
@@ -181,10 +177,7 @@ def main(
             found = list(pool.map(attempt, chosen))
 
     caught = sum(verdict.outcome == "failed" for _, verdict in found)
-    versions = (
-        f"torch {version('torch')}, triton {version('triton')}, Python {platform.python_version()}, commit {origin}"
-    )
-    text = f"ci/mutate.py: {caught} of {len(found)} faults caught; {versions}\n\n{table(found)}"
+    text = f"ci/mutate.py: {caught} of {len(found)} faults caught; {origin}\n\n{table(found)}"
     print(f"\n{text}")
     if not only and faults == FAULTS:
         out.parent.mkdir(parents=True, exist_ok=True)

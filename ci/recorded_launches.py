@@ -1,8 +1,10 @@
 """What reaches CUDA, of every kernel and tile, all dtypes, layouts and many geometries: by plans and by Triton,
 compared to the byte.
 
-    python ci/recorded_launches.py                                 # on the triton that is installed: a quarter of an hour on one core
-    python ci/recorded_launches.py --overlay FOLDER --overlay ...  # on those in these folders (pip install --target), one by one
+    python ci/recorded_launches.py                                 # on the installed triton: 15 minutes on one core
+    python ci/recorded_launches.py --overlay FOLDER --overlay ...  # on the tritons in these folders, one by one
+
+A folder of --overlay is what pip install --target fills.
 
 No GPU is needed: Triton's real launcher runs over a driver that records (cnnfast_kernels/aot/recording_driver; what is
 launched is in tests/support/launch_survey.py). Prints a table and writes it to
@@ -13,28 +15,22 @@ anything is wrong.
 from __future__ import annotations
 
 import os
-import platform
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
-from importlib.metadata import version
 from operator import add
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from checkout import RESULTS, versions
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "ci" / "results" / "recorded_launches"
+from tests.support.child import run_compiled
+from tests.support.launch_survey import Survey, revived
+
 # processes, each of which takes every sixteenth case: so much is told on the way, and no more compiled twice
 PARTS = 16
-sys.path[:0] = [str(ROOT / folder) for folder in ("kernels", "")]
-
-from tests.support.child import run_compiled  # noqa: E402
-from tests.support.fuzz import commit  # noqa: E402
-from tests.support.launch_survey import Survey, revived  # noqa: E402
 
 
 def survey_part(part, parts):  # runs in a process of its own, to which its source alone travels
@@ -49,7 +45,8 @@ def surveyed(overlay: str, jobs: int, console: Console) -> Survey:
     def take(part: int) -> Survey:
         found = revived(run_compiled(survey_part, part, PARTS, timeout=3600, overlay=overlay))
         console.print(
-            f"triton {found.triton}, part {part + 1} of {PARTS}: {found.by_plan.total()} launches, {len(found.wrong)} wrong"
+            f"triton {found.triton}, part {part + 1} of {PARTS}: "
+            f"{found.by_plan.total()} launches, {len(found.wrong)} wrong"
         )
         return found
 
@@ -76,8 +73,8 @@ ROWS = {
 
 
 def report(s: Survey, origin: str, console: Console) -> None:
-    machine = f"triton {s.triton}, sm_90, torch {version('torch')}, Python {platform.python_version()}, commit {origin}"
-    console.print(f"\nci/recorded_launches.py: {len(s.wrong)} wrong; {machine}\n", highlight=False)
+    head = f"ci/recorded_launches.py: {len(s.wrong)} wrong; triton {s.triton}, sm_90, {origin}"
+    console.print(f"\n{head}\n", highlight=False)
     table = Table(box=None, show_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -96,10 +93,10 @@ def main(
         list[Path] | None, typer.Option(help="Folder with another triton; may be given several times.")
     ] = None,
     jobs: Annotated[int, typer.Option(help="Processes at once.")] = os.cpu_count() or 1,
-    results: Annotated[Path, typer.Option(help="The folder where the tables go.")] = RESULTS,
+    results: Annotated[Path, typer.Option(help="The folder where the tables go.")] = RESULTS / "recorded_launches",
 ) -> None:
     """What reaches CUDA, by plans and by Triton, compared to the byte."""
-    console, origin = Console(width=140), commit()  # now: the tree may be changed meanwhile
+    console, origin = Console(width=140), versions("torch")  # now: the tree may be changed meanwhile
     wrong = 0
     results.mkdir(parents=True, exist_ok=True)
     for folder in overlay or [""]:

@@ -2,35 +2,32 @@
 
     PYTEST_ADDOPTS="--specialisations FOLDER" pytest -n 2     # each process of the tests leaves a file in FOLDER
     python ci/specialisations.py front-end FOLDER             # Triton's front end: quick enough for ci/check.sh
-    python ci/specialisations.py whole FOLDER                 # all of the compiler: long, writes ci/results/specialisations/
+    python ci/specialisations.py whole FOLDER                 # all of the compiler: long
 
-A recording serves every version of Triton. The front end sees one of the launches that differ only in numbers, and
-cnnfast_kernels/aot/specialisations.py says which those are; `whole` compiles every one. Launches with tensor maps are
-compiled for architectures that have them. Exit code 1 if one is refused or a kernel was never launched, 2 if nothing
-was recorded.
+A recording serves every version of Triton. Of launches that differ only in numbers the front end sees one;
+cnnfast_kernels/aot/specialisations.py says which those are. `whole` compiles every launch, and writes its result to
+ci/results/specialisations/. Launches with tensor maps are compiled for architectures that have them. Exit code 1 if one
+is refused or a kernel was never launched, 2 if nothing was recorded.
 """
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import triton
 import typer
+from checkout import RESULTS, versions
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from cnnfast_kernels.aot import kernel_modules
-from cnnfast_kernels.aot.compiling import in_processes
+from cnnfast_kernels.aot.processes import in_processes
 from cnnfast_kernels.aot.specialisations import Described, refused, representatives, runs_on
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "ci" / "results" / "specialisations"
 RECORDED = typer.Argument(help="Where the tests recorded their launches.")
 JOBS = typer.Option(help="How many processes compile.")
 
@@ -59,15 +56,6 @@ def compiled(lines: list[str], arch: str, whole: bool, jobs: int) -> list[str]:
 def never_launched(lines: list[str]) -> list[str]:
     missing = set(kernel_modules()) - {Described.of(line).kernel.__name__ for line in lines}
     return [f"{name} was launched by no test that was recorded" for name in sorted(missing)]
-
-
-def versions() -> str:
-    # not above: the processes that compile import this file too, and find tests/support/fuzz.py by that name
-    from tests.support.fuzz import commit
-
-    return (
-        f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}, commit {commit()}"
-    )
 
 
 app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
@@ -104,10 +92,11 @@ def whole(
     folder: Annotated[Path, RECORDED],
     arch: Annotated[list[str] | None, typer.Option(help="May be given several times; sm_80 and sm_90 if not.")] = None,
     jobs: Annotated[int, JOBS] = 2,
-    out: Annotated[Path, typer.Option(help="The folder of results, a file for each version of Triton.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="The folder of results, a file for each version of Triton.")] = RESULTS
+    / "specialisations",
 ) -> None:
     """Compile every launch, to machine code."""
-    origin = versions()
+    origin = versions("torch", "triton")
     lines = load(folder)
     told = [f"ci/specialisations.py whole: {len(lines)} launches of the tests; {origin}", ""]
     failures = never_launched(lines)
@@ -117,7 +106,8 @@ def whole(
         found = compiled(able, name, True, jobs)
         failures += found
         told.append(
-            f"{name}: {len(able) - len(found)} of {len(able)} compile, {time.perf_counter() - begun:.0f} s by {jobs} processes"
+            f"{name}: {len(able) - len(found)} of {len(able)} compile, "
+            f"{time.perf_counter() - begun:.0f} s by {jobs} processes"
         )
     text = "\n".join([*told, *(f"\n{failure}" for failure in failures)]) + "\n"
     print(text)

@@ -37,8 +37,9 @@ if TYPE_CHECKING or dispatch.launch is not None:
     from triton import knobs
 
     from cnnfast_kernels import devices, launch
-    from cnnfast_kernels.aot.compiling import require_compiled_kernels, usable_cores
+    from cnnfast_kernels.aot.processes import usable_cores
     from cnnfast_kernels.aot.specialisations import described
+    from cnnfast_kernels.aot.stub_driver import require_compiled_kernels
 
     from . import calls
 

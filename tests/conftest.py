@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pretend-gpu",
         action="store_true",
-        help="in the interpreter: refuse what would not work if the `device` fixture were a GPU (tests/support/pretending.py)",
+        help="in the interpreter: refuse what would not work on a GPU (tests/support/pretending.py)",
     )
 
 
@@ -130,20 +130,16 @@ def pretended(request: pytest.FixtureRequest) -> Iterator[None]:
     with pretended_gpu(launch_anywhere=on_purpose) as gpu:
         yield
     if gpu.served_by_torch and not on_purpose:
-        pytest.fail(
-            f"on a GPU PyTorch would serve these calls, whose tensors are on the CPU: {', '.join(gpu.served_by_torch[:5])}"
-        )
+        calls = ", ".join(gpu.served_by_torch[:5])
+        pytest.fail(f"on a GPU PyTorch would serve these calls, whose tensors are on the CPU: {calls}")
 
 
 @pytest.fixture(scope="session")
 def torchvision() -> ModuleType:
     """The package; the tests of what it defines are skipped where it is not installed."""
-    from cnnfast import torchvision_import
+    from tests.support.packages import package
 
-    try:
-        return torchvision_import.torchvision()
-    except ModuleNotFoundError:
-        pytest.skip("torchvision is not installed")
+    return package("torchvision")
 
 
 @pytest.fixture(autouse=True)
@@ -190,8 +186,8 @@ def no_tables_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device) -> Iterator:
-    """The devices.Gpu whose tables hold for tensors on `device`: the one there is, or a name for the interpreter. It has
-    no rows yet.
+    """The devices.Gpu whose tables hold for tensors on `device`: the one there is, or a name for the interpreter.
+    It has no rows yet.
     """
     from cnnfast_kernels import devices, launch, tables
 

@@ -1,8 +1,8 @@
 """Tests work where the `device` fixture is a GPU: no tensor of the CPU is made before it is known, and a GPU can be
 pretended.
 
-What a test makes inside of functions is held by `pytest --pretend-gpu` (tests/support/pretending.py), which runs the suite so
-that tensors of `device` and of the CPU cannot be mixed.
+What a test makes inside of functions is held by `pytest --pretend-gpu` (tests/support/pretending.py), which runs the
+suite so that tensors of `device` and of the CPU cannot be mixed.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import torch
 TESTS = Path(__file__).resolve().parent
 # Functions that make tensors: torch's, and the helpers' of these names.
 OF_TORCH = {
-    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "from_numpy", "full", "linspace", "logspace", "normal", "ones",
-    "rand", "randint", "randn", "randperm", "tensor", "tril_indices", "zeros",
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "from_numpy", "full", "linspace", "logspace",
+    "normal", "ones", "rand", "randint", "randn", "randperm", "tensor", "tril_indices", "zeros",
 }  # fmt: skip
 OF_HELPERS = {"image", "integers", "multiples", "normal", "signed"}
 # Files that make tensors as they are imported, and why they work on a GPU all the same. Each is run with --pretend-gpu.
 MAY = {
-    "cnnfast/functional/test_arguments.py": "values of arguments, and results to compare with: a test makes the tensors of a call",
+    "cnnfast/functional/test_arguments.py": "values of arguments, and results: a test makes the tensors of a call",
     "cnnfast/functional/test_conv1d_and_transposed.py": "templates: a test sends them to the device",
     "cnnfast/functional/test_conv_bn_act.py": "statistics, which a test sends to where the input is",
     "cnnfast/test_dispatch.py": "templates: the fixture `operands` sends them to the device",
     "cnnfast/functional/test_entrance.py": "templates: the fixture `operands` sends them to the device",
     "cnnfast/ops/test_operators.py": "templates: a test sends them to the device",
     "cnnfast/test_precision.py": "templates: a test sends them to the device",
-    "cnnfast/functional/test_errors.py": "of the CPU only numbers that stand for arguments; what should be a tensor is a size on meta until then",
+    "cnnfast/functional/test_errors.py": "numbers that stand for arguments; what should be a tensor is a size on meta",
     "kernels/tma/test_tma_tiles.py": "a layout, of which only the strides are read",
 }
 

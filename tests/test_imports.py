@@ -66,15 +66,16 @@ LAYERS = {
         "aot",
     ],
     "cnnfast": [
-        "ops dispatch aside receptive_field precision dtypes measuring children",
+        "ops dispatch aside precision dtypes measuring children torchvision_import",
         "functional summary",
         "nn",
         "models conversion",
+        "targets",
         "calls",
         "warming",
         "checking tuning bench",
         "diagnosing",
-        "commands",
+        "demo commands",
     ],
 }
 
@@ -170,8 +171,8 @@ MAY_ALLOCATE = tuple(f"cnnfast_kernels.{name}" for name in ("memory", "layout", 
 
 
 def test_memory_comes_from_one_function():
-    """So that poisoned_workspaces (conftest.py) sees all of it: no torch.empty but in memory.empty, and no `from .memory
-    import empty`, which would hide its replacement.
+    """So that poisoned_workspaces (conftest.py) sees all of it: no torch.empty but in memory.empty, and no
+    `from .memory import empty`, which would hide its replacement.
     """
     uninitialised = ("torch.empty", "torch.empty_like", "torch.empty_strided")
     for module, path in sources("cnnfast_kernels").items():

@@ -53,7 +53,7 @@ def run(*command: str | Path, cwd: Path = REPOSITORY, environment: dict[str, str
     return child.stdout
 
 
-# --- What pip resolves -------------------------------------------------------------------------------------------------------------
+# --- What pip resolves ------------------------------------------------------------------------------------------------
 
 
 def pip_report(*arguments: str) -> dict[str, dict]:
@@ -190,7 +190,7 @@ def test_messages_install_from_a_clone():
             assert extra in PROJECT["optional-dependencies"], f"{name}: pip install {hint}"
 
 
-# --- What is built -----------------------------------------------------------------------------------------------------------------
+# --- What is built ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_the_sdist_builds_the_same_wheel_and_brings_the_tests(built, tmp_path):
     assert names_in(again) == names_in(wheel)
 
 
-# --- What runs where only the wheel is ---------------------------------------------------------------------------------------------
+# --- What runs where only the wheel is --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -33,25 +33,38 @@ def costs() -> dict[str, str]:
     return {part["part"]: f"; counted beforehand: {part['told']}" for part in json.loads(PLANNED.read_text())["parts"]}
 
 
-@app.command(name="ci/gpu.sh", help=f"""Everything worth doing while a GPU is at hand for fifteen minutes.
+HELP = f"""Everything worth doing while a GPU is at hand for fifteen minutes.
 
-    Parts, in this order, all unless some are named: {', '.join(PARTS)}. Each says what it will take, writes as it goes, is ended at its
-    limit, and leaves its files before the next begins; Ctrl-C and SIGTERM end the part that runs and leave what there is. The folder then
-    holds summary.md, visit.tar.gz with all logs, and the measured rows: eight files at most. Parts that another visit has left there stay.
-    Exit code 0, 1 if anything failed, 2 if nothing could be begun, 130 if interrupted.
-    """)  # fmt: skip
+Parts, in this order, all unless some are named: {", ".join(PARTS)}. Each says what it will take, writes as it goes, is
+ended at its limit, and leaves its files before the next begins; Ctrl-C and SIGTERM end the part that runs and leave
+what there is. The folder then holds summary.md, visit.tar.gz with all logs, and the measured rows: eight files at most.
+Parts that another visit has left there stay. Exit code 0, 1 if anything failed, 2 if nothing could be begun, 130 if
+interrupted.
+"""
+RECORDED_HELP = (
+    "As far as a machine without a GPU goes: kernels are compiled and launched over a driver that records, "
+    "and nothing is judged; small models are measured on the CPU."
+)
+
+
+@app.command(name="ci/gpu.sh", help=HELP)
 def main(
-    parts: Annotated[list[str] | None, typer.Argument(metavar="PART", help=f"Of {', '.join(PARTS)}.", show_default="all")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Only print the parts with limits and counted costs. Needs no GPU.")] = False,
-    recorded: Annotated[
-        bool, typer.Option("--recorded", help="As far as a machine without a GPU goes: kernels are compiled and launched over a driver "
-                           "that records, and nothing is judged; small models are measured on the CPU.")
+    parts: Annotated[
+        list[str] | None, typer.Argument(metavar="PART", help=f"Of {', '.join(PARTS)}.", show_default="all")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only print the parts with limits and counted costs. Needs no GPU.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="The folder of results.", show_default="benchmarks/results/<gpu>")] = None,
+    recorded: Annotated[bool, typer.Option("--recorded", help=RECORDED_HELP)] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of results.", show_default="benchmarks/results/<gpu>")
+    ] = None,
     budget: Annotated[float, typer.Option(help="Seconds of all parts together.")] = MOST_SECONDS,
-    gpu: Annotated[str | None, typer.Option(help="With --plan or --recorded: the GPU that is meant.", show_default=DEFAULT_GPU)] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="With --plan or --recorded: the GPU that is meant.", show_default=DEFAULT_GPU)
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help=f"With --plan. {JSON_HELP}")] = None,
-) -> None:  # fmt: skip
+) -> None:
     if wrong := [part for part in parts or [] if part not in PARTS]:
         raise typer.BadParameter(f"{wrong[0]!r} is none of {', '.join(PARTS)}", param_hint="PART")
     if not (isfinite(budget) and budget > 0):
@@ -132,7 +145,8 @@ def print_plan(names: list[str], name: str, arch: int, json_file: Path | None) -
     console.print(table, markup=False, highlight=False)
     notes = [f"{cost.part}: {cost.note}" for cost in costs if cost.note]
     notes.append(
-        "Kernels, launchers (triton 3.6 builds them) and numbers are counted. Seconds are modelled: no GPU has confirmed them."
+        "Kernels, launchers (triton 3.6 builds them) and numbers are counted. "
+        "Seconds are modelled: no GPU has confirmed them."
     )
     console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
     write_text(json_file, plain_json(costs, wanted, folder, gpu, this_machine(torch.device("cpu")).commit))

@@ -49,7 +49,9 @@ GROUPS = 5
 
 @dataclass(frozen=True)
 class Part:
-    """what: one sentence. results: names of files in its folder that are left beside the archive too."""
+    """One part of a visit. `what` describes it in a sentence; `results` are the files of its folder that are left
+    beside the archive too.
+    """
 
     name: str
     what: str
@@ -98,12 +100,15 @@ def smoke(folder: Path, pretended: KnownGpu | None) -> Part:
     checked = [
         StageCommand(
             f"{tool}-{i}",
-            (*sanitizer.command(tool), *python("ci.visit.smoke", *group, *(("--no-poison",) if tool == "initcheck" else ()), *recorded)),
-            environment={**BLOCKING, **APART}, needs=group, judge=partial(sanitizer.judge, ours), matters=False,
+            (*sanitizer.command(tool), *python("ci.visit.smoke", *group, *sanitizer.options(tool), *recorded)),
+            environment={**BLOCKING, **APART},
+            needs=group,
+            judge=partial(sanitizer.judge, ours),
+            matters=False,
         )
         for tool in sanitizer.TOOLS
         for i, group in enumerate(groups, 1)
-    ]  # fmt: skip
+    ]
     what = f"every kernel once, in {len(plain)} processes, then under {sanitizer.PROGRAM} where it is installed"
     limit = len(plain) * SMOKE_LIMIT if pretended else SMOKE_LIMIT  # a machine without a GPU may have one core
     return Part("smoke", what, (Stage(tuple(plain), limit, workers()), Stage(tuple(checked), 23.0, workers())))

@@ -109,7 +109,7 @@ def smoke(part: Part, gpu: devices.Gpu) -> Cost:
 
 
 def tests(part: Part, gpu: devices.Gpu) -> Cost:
-    """As counted in the interpreter; see launches.py."""
+    """The cost of the tests, whose launches were counted in the interpreter (launches.py)."""
     counted = json.loads(COUNTED.read_text())
     binaries, makers, seconds = of_counts(counted["launches"], counted["launchers"], "a binary of the tests", CORES)
     seconds += len(part.stages) * RATES["a process's start"] + RATES["the tests themselves, by one core"] / CORES
@@ -147,7 +147,9 @@ def model_lines(mode: str, batch: int, backend: dispatch.Backend, gpu: devices.G
 def bench(
     part: Part, gpu: devices.Gpu, mode: str, batches: Iterable[int], providers: Iterable[str], compiled_at: int
 ) -> Cost:
-    """Each of our providers compiles what it launches, with nothing on disk: what others compiled is not found there."""
+    """Each of our providers compiles what it launches, with nothing on disk: what others compiled is not found
+    there.
+    """
     binaries = makers = 0
     seconds = 0.0
     runs = [(batch, provider) for batch in batches for provider in providers] + [

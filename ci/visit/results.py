@@ -31,7 +31,7 @@ RUNNING, KILLED = "running", "killed"
 
 @dataclass
 class PartOutcome:
-    """A part, as it went. machine: as machine.py tells it; begun: the time of day."""
+    """How a part went. `machine` is what machine.py tells, `begun` the time of day."""
 
     part: str
     state: str
@@ -137,7 +137,7 @@ def add(tar: tarfile.TarFile, entry: Path, name: str) -> None:
 
 
 def is_json(file: Path) -> bool:
-    """Whether it is there, and whole: it may be written just now."""
+    """Whether the archive is there and whole: it may be being written just now."""
     try:
         json.loads(file.read_text())
     except (OSError, ValueError):
@@ -157,7 +157,7 @@ def into_place(file: Path, target: Path) -> None:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """In Markdown; the first column to the left, the others to the right."""
+    """A table in Markdown, the first column to the left, the others to the right."""
     lines = [heads, [":--", *["--:"] * (len(heads) - 1)], *rows]
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in line) + " |" for line in lines
@@ -193,7 +193,7 @@ def summary(outcomes: Sequence[PartOutcome], work: Path) -> str:
 
 
 def conditions(outcome: PartOutcome) -> str:
-    """The machine and the sources, in a line."""
+    """One line about the machine and the commit that ran."""
     m = outcome.machine
     names = {"driver": "driver", "torch": "torch", "triton": "triton", "python": "Python", "commit": "cnnfast at"}
     return ", ".join(
@@ -249,7 +249,7 @@ def by_job(rows: Rows) -> Iterator[Rows]:
 
 
 def fastest(rows: Rows, kind: str) -> dict[str, Any] | None:
-    """Of the baselines, or of `ours`."""
+    """The fastest row of a kind, which is "baseline" or "ours"."""
     return min((row for row in rows if row[kind] and row["median"]), key=lambda row: row["median"], default=None)
 
 
@@ -311,7 +311,7 @@ def tuned(found: Any) -> Iterator[str]:
 
 
 def ends_of_logs(outcome: PartOutcome, work: Path) -> Iterator[str]:
-    """Of what failed; three of a part at most."""
+    """The last lines of the logs of what failed, of three commands a part at most."""
     for ran in [ran for ran in outcome.ran if ran.bad][:3]:
         log = work / outcome.part / f"{ran.name}.log"
         if log.exists():

@@ -124,9 +124,15 @@ class Process:
             output.write(f"$ {' '.join(argv)}\n".encode())
             output.flush()
             self.popen = subprocess.Popen(
-                argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**environment, **command.environment}, preexec_fn=end_with_parent,
-            )  # fmt: skip
+                argv,
+                cwd=ROOT,
+                env={**environment, **command.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
 
     def tell(self, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -144,7 +150,7 @@ class Process:
             self.tell((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[step])
 
     def ended(self) -> Ran | None:
-        """What became of it, once its first process is gone; the rest of its group is ended then."""
+        """What became of the command, once its first process is gone; the rest of its group is ended then."""
         code = self.popen.poll()
         if code is None:
             return None

@@ -34,7 +34,7 @@ def environment() -> dict[str, str]:
 
 
 def state_of(ran: Sequence[Ran]) -> str:
-    """A part's, from its commands': the worst that matters."""
+    """The state of a part, which is the worst that matters among its commands'."""
     for state in (INTERRUPTED, LATE, FAILED):
         if any(r.state == state and (r.bad or state == INTERRUPTED) for r in ran):
             return state
@@ -92,7 +92,7 @@ def visit(
 
 
 def why_not(end: float, stop: Stop) -> str:
-    """Why no further part is begun; "" if one is."""
+    """Why no further part is begun; "" if the next one is."""
     if stop:
         return "the visit was interrupted"
     return "the budget was used up" if end - time.monotonic() < LEAST else ""

@@ -1,4 +1,6 @@
-"""check: every covered call of a model or function, and the whole model converted, against float64 and beside PyTorch."""
+"""cnnfast.check: every covered call of a model or function, and the whole model converted, is judged against float64
+and beside PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from .judge import judge
 from .report import NOT_JUDGED, NOTE_MARK, ROW_MARK, CheckReport, CheckRow, Comparison
 from .whole import STATE, judge_conversion, steps
 
-__all__ = ["Comparison", "CheckReport", "CheckRow", "check"]
+__all__ = ["CheckReport", "CheckRow", "Comparison", "check"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -31,12 +33,12 @@ def check(
     dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
-    """Checks every convolution, batch norm and pooling that `target(*example_inputs)` calls, be they cnnfast's or
-    torch's own.
+    """Checks every convolution, batch norm and pooling that `target(*example_inputs)` calls, whether of cnnfast or of
+    torch.
 
     Each call is computed on its actual values by our kernels, by PyTorch, and in float64; the rule is in
-    checking/judge.py. Where nothing but compiled kernels could run and the tensors are on the CPU, a child process
-    interprets the kernels.
+    checking/judge.py. For tensors on the CPU, in a process whose kernels are compiled, a child process interprets the
+    kernels.
 
     What cnnfast.convert makes of a module is judged as a whole, too: its state, outputs, gradients and statistics, in
     eval and in training (checking/whole.py).
@@ -48,15 +50,17 @@ def check(
     target: a module (copied first; it and its buffers stay as they are, and it keeps its mode) or a function.
     backward: gradients too, of input, parameters and residual. dtype: casts floating inputs and the copy of the module:
     a dtype, or its name (bf16, fp16, fp32, fp64, PyTorch's own); "tf32" stands for float32 tensors whose products are
-    rounded to TF32, by our kernels in Triton's interpreter too. progress: called with (calls and steps judged, in all,
-    what comes next). Returns a CheckReport: str() is a table; .ok, .rows, .to_json(). The arguments of all calls are held in
-    memory at once. Raises what `target` raises, and ValueError for a name that is none of a dtype.
+    rounded to TF32, by our kernels in Triton's interpreter too. progress: called with the number of calls and steps
+    that are judged, the number of all, and what comes next.
+
+    Returns a CheckReport: str() is a table; .ok, .rows, .to_json(). The arguments of all calls are held in memory at
+    once. Raises what `target` raises, and ValueError for a name that is not a dtype's.
     """
     cast, products = argument(dtype, "check")
     tf32 = products == "tf32"
     with float32_products(products or "ieee"):
         calls = capture_calls(target, example_inputs, cast)
-    # What torch.compile wraps, conversion cannot see through.
+    # Conversion cannot see into what torch.compile has wrapped.
     model = getattr(target, "_orig_mod", target) if isinstance(target, torch.nn.Module) and calls else None
     to_come = steps(model, backward) if model is not None else []
     total = len(calls) + len(to_come)
@@ -79,9 +83,8 @@ def check(
         watch(to_come[0])
         devices = {t.device for t in (*model.parameters(), *tree_leaves(example_inputs)) if isinstance(t, torch.Tensor)}
         elsewhere = any(map(_needs_interpreter, devices))
-        for row in (_judge_conversion_in_child if elsewhere else judge_conversion)(
-            model, example_inputs, backward, cast, watch, tf32
-        ):
+        judged = _judge_conversion_in_child if elsewhere else judge_conversion
+        for row in judged(model, example_inputs, backward, cast, watch, tf32):
             whole.append(row)
             if len(whole) < len(to_come):
                 watch(to_come[len(whole)])
@@ -109,7 +112,9 @@ def _judge_conversion_in_child(
     watch: Callable[[str], None],
     tf32: bool = False,
 ) -> Iterator[CheckRow]:
-    """What stands in the way of that is said in a row of its own: a model that cannot be pickled, above all."""
+    """The rows of `judge_conversion`, or one row that says why the child process cannot have the model: above all,
+    because it cannot be pickled.
+    """
     data = {"model": model, "inputs": inputs, "backward": backward, "dtype": dtype, "tf32": tf32}
     try:
         if main := sorted({type(m).__qualname__ for m in model.modules() if type(m).__module__ == "__main__"}):
@@ -125,7 +130,9 @@ def _judge_conversion_in_child(
 def _judge_in_child(
     data: dict[str, Any], missing: int | None = None, watch: Callable[[str], None] = lambda text: None
 ) -> Iterator[CheckRow]:
-    """The rows, `missing` in all if that is known, that a process of its own with TRITON_INTERPRET=1 finds (worker.py)."""
+    """The rows that worker.py finds in a process with TRITON_INTERPRET=1. missing: how many there must be, if that is
+    known.
+    """
     found = 0
     for line in interpreted(f"{__name__}.worker", data):
         if line.startswith(NOTE_MARK):

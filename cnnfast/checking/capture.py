@@ -74,7 +74,7 @@ class Captured:
 
 
 def clone(t: Tensor) -> Tensor:
-    """A copy with the same strides, whatever they are: of everything from the first element to the last."""
+    """A copy with the same strides, whatever they are: it copies the memory from the first element to the last."""
     t = t.detach()
     if t.numel() == 0:
         return t.clone()
@@ -89,7 +89,7 @@ def _plain(value: Any) -> Any:
 
 
 class _CheckRecorder(TorchFunctionMode):
-    """Sees the calls of both libraries; what happens inside a call that is already recorded is part of it."""
+    """Records the calls of both libraries, but none that are made inside a call that is recorded already."""
 
     def __init__(self, owners: dict[int, str]) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class _CheckRecorder(TorchFunctionMode):
     def record(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
             bound = SIGNATURES[operation].bind(*args, **kwargs)
-        except TypeError:  # the call itself is about to say what is wrong
+        except TypeError:  # the call itself will say what is wrong
             return
         bound.apply_defaults()
         if not isinstance(bound.arguments.get("input"), Tensor):

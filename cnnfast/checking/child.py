@@ -1,4 +1,4 @@
-"""A process of its own in which Triton interprets: for tensors on the CPU in a process whose kernels are compiled."""
+"""A process of its own in which Triton interprets, for tensors on the CPU where this process compiles its kernels."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..children import start
 
 
 def interpreted(module: str, data: Any) -> Iterator[str]:
-    """Lines that `python -m module FILE` prints under TRITON_INTERPRET=1; FILE is `data` as torch.save writes it.
+    """The lines that `python -m module FILE` prints under TRITON_INTERPRET=1; FILE is `data` as torch.save writes it.
 
-    Raises RuntimeError, with the end of what it wrote to stderr, if it does not end with exit code 0.
+    Raises RuntimeError, with the end of its standard error, if the process does not end with exit code 0.
     """
     with tempfile.TemporaryDirectory(prefix="cnnfast-") as folder:
         path = Path(folder, "data.pt")

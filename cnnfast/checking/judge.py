@@ -196,7 +196,9 @@ def _judge_run(call: Captured, wanted: tuple[str, ...], label: str, row: CheckRo
 
 
 def _not_ours(trace: dispatch.Trace, empty: bool, launched: list[str]) -> str:
-    """Why PyTorch, or its library, served a call or no kernel ran, or the empty string; the kernels go to `launched`."""
+    """Why a call is not ours, or the empty string: PyTorch or its library served it, or no kernel ran. Adds the kernels
+    to `launched`.
+    """
     for served in trace:
         if served.served_by != "kernels":
             return served.reason
@@ -205,17 +207,17 @@ def _not_ours(trace: dispatch.Trace, empty: bool, launched: list[str]) -> str:
 
 
 def kernels(trace: dispatch.Trace) -> list[str]:
-    """Those that were launched, with their tiles, each once."""
+    """The kernels that were launched, with their tiles, each once."""
     events = [event for call in trace for event in call.launches]
     return list(dict.fromkeys(f"{event.kernel} [{event.tile}]" if event.tile else event.kernel for event in events))
 
 
 def _cancelled_terms(exact: _Evaluation) -> float:
-    """How large a sum is whose terms cancel: the gradient of a bias before a batch norm that subtracts the mean is
-    exactly zero.
+    """How large the terms are of a sum that cancels: the gradient of a bias before a batch norm, which subtracts the
+    mean, is exactly zero.
 
-    Both results are rounding noise then, in proportion to their terms dy * bn_weight / std, and no multiple of the
-    other's.
+    Both results are rounding noise then, in proportion to their terms dy * bn_weight / std; the error of one is no
+    measure for that of the other.
     """
     a, call = exact.arguments, exact.call
     if call.operation != "conv_bn_act" or not call.training:
@@ -231,8 +233,11 @@ def _cancelled_terms(exact: _Evaluation) -> float:
 def compare(
     name: str, ours: Tensor, theirs: Tensor, plain: Tensor, exact: Tensor, *, precision: str, terms: float = 0.0
 ) -> Comparison:
-    """The rule above. `exact` is float64, `plain` the reference's result as the floor wants it; `precision` names the
-    call's dtype, or is "tf32". The last place is that of the results or, if larger, of summands of size `terms`.
+    """Judges one tensor by the rule above.
+
+    exact: the reference in float64; plain: its formulas in the accumulators' dtype, whose error the floor counts.
+    precision: the name of the call's dtype, or "tf32". The unit in the last place is that of the largest result or, if
+    that is larger, of summands of size `terms`.
     """
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return Comparison(
@@ -251,7 +256,8 @@ def compare(
     )
     if wrong.any():
         at = _first(wrong)
-        message = f"{int(wrong.sum())} of {wrong.numel()} are not finite, or finite, wrongly: {float(ours[at])}, not {float(expected[at])}"
+        count = f"{int(wrong.sum())} of {wrong.numel()} are not finite, or finite, wrongly"
+        message = f"{count}: {float(ours[at])}, not {float(expected[at])}"
         return Comparison(name, message=message, position=at)
 
     finite = expected.isfinite()
@@ -280,7 +286,7 @@ def _first(wrong: Tensor) -> tuple[int, ...]:
 
 
 def _errors(t: Tensor, exact: Tensor, finite: Tensor) -> Tensor:
-    """Distances where the result should be finite; a result that is not counts as no distance: PyTorch's own may
+    """Distances where the result should be finite. One that is not finite there counts as 0, because PyTorch's own may
     overflow.
     """
     distance = (t.double() - exact).abs()

@@ -23,8 +23,8 @@ DRAWS_LIKE = (torch.rand_like, torch.randn_like, torch.bernoulli)
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Seeds PyTorch, Python and NumPy, and sets all of them back. Dropout and the like draw alike in every dtype: see
-    `_DrawsAlike`.
+    """Seeds PyTorch, Python and NumPy, and sets all of them back afterwards. Dropout and the like draw the same numbers
+    in every dtype: see `_DrawsAlike`.
     """
     with leaving_no_trace(), _DrawsAlike():
         torch.manual_seed(seed)
@@ -34,7 +34,7 @@ def reproducible(seed: int) -> Iterator[None]:
 
 
 class _DrawsAlike(TorchFunctionMode):
-    """Draws in float32 on the CPU what is floating: the generators give other numbers in float64, on a GPU even to
+    """Draws all floating numbers in float32 on the CPU: generators give other numbers in float64, and on a GPU so does
     dropout.
     """
 

@@ -13,18 +13,20 @@ from rich.text import Text
 
 OK, FAIL, NOT_OURS, NOT_JUDGED = "ok", "FAIL", "not ours", "not judged"
 STYLES = {OK: "green", FAIL: "bold red", NOT_OURS: "yellow", NOT_JUDGED: "yellow"}
-ROW_MARK = "cnnfast-row "  # a row on its way from the child process, amid whatever kernels and libraries print
-NOTE_MARK = "cnnfast-note "  # what it is doing
-PROBLEMS = 10  # that are shown of one row
+# Lines of the child process begin so; kernels and libraries may print others.
+ROW_MARK = "cnnfast-row "  # a row follows
+NOTE_MARK = "cnnfast-note "  # what the child is doing
+PROBLEMS = 10  # problems of one row that are shown
 WIDTH = 100  # of str(report)
 
 
 @dataclass
 class Comparison:
-    """One tensor of a call: errors of ours and of PyTorch's against float64 (largest, root mean square), and what was
-    allowed.
+    """One tensor of a call: our errors and PyTorch's against float64, the largest and the root mean square, and the
+    limits.
 
-    `message` says what is wrong beyond an error too large: shape, dtype, NaN. `position` is that of the largest error.
+    `message` says what is wrong other than an error too large: shape, dtype, NaN. `position` is that of the largest
+    error.
     """
 
     tensor: str
@@ -60,14 +62,15 @@ class Comparison:
             return f"{self.tensor}: {self.message}{at}"
         if self.error > self.limit:
             return f"{self.tensor}: error {self.error:.2e} > {self.limit:.2e}{at}, PyTorch's own {self.torch_error:.2e}"
-        return f"{self.tensor}: root mean square of the error {self.rms:.2e}, limit {self.rms_limit:.2e}, PyTorch's own {self.torch_rms:.2e}"
+        limit = f"limit {self.rms_limit:.2e}, PyTorch's own {self.torch_rms:.2e}"
+        return f"{self.tensor}: root mean square of the error {self.rms:.2e}, {limit}"
 
 
 @dataclass
 class CheckRow:
     """One call, or one step of a whole model: `forward` and `backward` name the kernels that were launched.
 
-    `verdict` is "ok", "FAIL", "not ours", or, of steps alone, "not judged"; `reason` says why not.
+    `verdict` is "ok", "FAIL", "not ours", or, for steps alone, "not judged"; `reason` says why it is not "ok".
     """
 
     layer: str
@@ -110,8 +113,8 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether there was a covered call, each launched our kernels, and all hold; and every step of the whole that
-        could be judged.
+        """Whether there was a covered call, every call launched our kernels and holds, and so does every step of the
+        whole model that could be judged.
         """
         return (
             bool(self.rows)

@@ -55,7 +55,7 @@ def _compare_state(mine: dict[str, Any], right: dict[str, Any]) -> str:
 
 
 def _compare_tensors(mine: Callable[..., Any], right: Callable[..., Any]) -> str:
-    """Names in order, which of them are one tensor, and which are trained."""
+    """Compares the names and their order, which of them share a tensor, and which require gradients."""
     ours, theirs = (dict(named(remove_duplicate=False)) for named in (mine, right))
     if names := _compare_names(list(ours), list(theirs)):
         return names
@@ -76,7 +76,7 @@ def _compare_flags(mine: nn.Module, right: nn.Module) -> str:
 
 
 def _compare_loading(into: nn.Module, source: nn.Module) -> str:
-    """What a state_dict of `source`, with other numbers, leaves in `into`."""
+    """Compares a state_dict of `source`, with other numbers, with what loading it leaves in a copy of `into`."""
     state = {
         name: t + 1 if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in source.state_dict().items()
     }

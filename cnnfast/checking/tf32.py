@@ -1,5 +1,5 @@
-"""TF32 as plain float32 computes it: what the best rounding of a product's operands costs, forward and backward, on any
-device.
+"""What TF32 costs at best: products of float32 numbers whose operands were rounded to the nearest TF32, forward and
+backward, on any device.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ..precision import nearest_tf32
 
 
 def rounded_products() -> TorchFunctionMode:
-    """A context manager: every torch.einsum (the one way in which the reference multiplies) rounds both operands, and
-    in backward the gradient that comes back to it, which is an operand of both products there. All of them are float32.
+    """A context manager in which torch.einsum, by which alone the reference multiplies, rounds both operands, and in
+    backward the gradient that comes back, which is an operand of both products there. All of them are float32.
     """
     return _RoundedProducts()
 
@@ -29,7 +29,7 @@ class _RoundedProducts(TorchFunctionMode):
 
 
 class _Round(torch.autograd.Function):
-    """Forward alone: a derivative does not see that its operand was rounded."""
+    """Rounds in forward alone: the derivative is that of the identity."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class _Round(torch.autograd.Function):
 
 
 class _RoundGradient(torch.autograd.Function):
-    """Backward alone."""
+    """Rounds in backward alone."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""The child process of check, in which Triton interprets: judges what a file holds, one line of JSON a row.
+"""The child process of check, in which Triton interprets: judges what a file holds, and prints a line of JSON for each
+row.
 
-python -m cnnfast.checking.worker FILE
+    python -m cnnfast.checking.worker FILE
 """
 
 from __future__ import annotations
@@ -23,14 +24,8 @@ def rows(path: str) -> Iterator[CheckRow]:
     try:
         data: dict[str, Any] = torch.load(path, weights_only=False)  # the parent process has just written it
     except Exception as error:
-        yield CheckRow(
-            "",
-            STATE,
-            "",
-            "",
-            NOT_JUDGED,
-            f"the process that interprets kernels cannot load it: {type(error).__name__}: {error}",
-        )
+        reason = f"the process that interprets kernels cannot load it: {type(error).__name__}: {error}"
+        yield CheckRow("", STATE, "", "", NOT_JUDGED, reason)
         return
     if "model" in data:
         yield from judge_conversion(**data, watch=lambda text: print(NOTE_MARK + text, flush=True))

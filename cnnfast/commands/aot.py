@@ -1,17 +1,13 @@
-"""`cnnfast aot`: every kernel compiled for GPUs that need not be there, and what their machine code says."""
+"""`cnnfast aot`: every kernel compiled for GPUs that need not be there, and what its machine code holds."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import JSON_HELP, printer, progress, refuse_unwritable, write_text
+from .console import JsonFile, printer, progress, refuse_unwritable, refused_by, table, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,12 +19,12 @@ def aot(
     arch: Annotated[
         list[str] | None, typer.Option(help="GPU architecture to compile for; may be repeated.", show_default="sm_90")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
+    json_file: JsonFile = None,
     only: Annotated[
         str, typer.Option(help="Only cases whose name contains this: fprop, wgrad, float64, pooling, ...")
     ] = "",
     record: Annotated[
-        bool, typer.Option("--record", help="Note the instructions of main loops, to be compared with from now on.")
+        bool, typer.Option("--record", help="Write down the lengths of main loops: later runs are compared with them.")
     ] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compile.", show_default="one a core")] = None,
 ) -> None:
@@ -49,15 +45,15 @@ def aot(
     if record and only:
         raise typer.BadParameter("the record is of all cases: leave --only out", param_hint="--record")
     refuse_unwritable(json_file)
-    with refused_by("--arch"):
+    with refused_by("--arch", RuntimeError, ValueError):
         archs = [f"sm_{compiler.capability_of(name)}" for name in arch or ["sm_90"]]
-    with refused_by("--only"):
+    with refused_by("--only", RuntimeError, ValueError):
         compiler.selected(archs, only)
-    with refused_by(None):
+    with refused_by(None, RuntimeError):
         compiler.require_compiled_kernels()
     with progress(f"compiling for {', '.join(archs)}") as tell:
         rows = compiler.compile_all(archs, only, jobs, tell)
-    write_text(json_file, json.dumps([asdict(row) for row in rows], indent=1))
+    write_json(json_file, [asdict(row) for row in rows])
 
     if record:
         loops.write(rows)
@@ -72,33 +68,26 @@ def aot(
     raise typer.Exit(1 if found else 0)
 
 
-@contextmanager
-def refused_by(option: str | None) -> Iterator[None]:
-    """What the compiler refuses inside ends the command with exit code 2 and the reason, as a wrong value of `option`."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
-
-
 def summary(rows: list[KernelRow]) -> Table:
-    """One line a kernel and architecture: the worst of its rows."""
-    from rich.table import Table
-
-    table = Table(title="the worst of all variants and tiles of each kernel")
-    for heading in ("kernel", "arch"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("variants", "registers", "spills", "shared memory", "tensor cores", "loop", "seconds"):
-        table.add_column(heading, justify="right")
+    """One line for each kernel and architecture: the worst of its rows."""
+    figures = ("variants", "registers", "spills", "shared memory", "tensor cores", "loop", "seconds")
+    title = "the worst of all variants and tiles of each kernel"
+    shown = table(("kernel", "arch", *figures), right=figures, title=title)
     groups: dict[tuple[str, str], list[KernelRow]] = {}
     for row in rows:
         if row.error is None:
             groups.setdefault((row.kernel, row.arch), []).append(row)
     for (kernel, arch), group in sorted(groups.items()):
         loops = [row.loop_instructions for row in group if row.loop_instructions is not None]
-        table.add_row(
-            kernel, arch, str(len(group)), str(max(row.registers or 0 for row in group)), str(max(row.spill_bytes or 0 for row in group)),
-            str(max(row.shared_bytes or 0 for row in group)), " ".join(sorted({row.tensor_core for row in group if row.tensor_core})),
-            f"{min(loops)}-{max(loops)}" if loops else "", f"{sum(row.seconds for row in group):.1f}",
-        )  # fmt: skip
-    return table
+        shown.add_row(
+            kernel,
+            arch,
+            str(len(group)),
+            str(max(row.registers or 0 for row in group)),
+            str(max(row.spill_bytes or 0 for row in group)),
+            str(max(row.shared_bytes or 0 for row in group)),
+            " ".join(sorted({row.tensor_core for row in group if row.tensor_core})),
+            f"{min(loops)}-{max(loops)}" if loops else "",
+            f"{sum(row.seconds for row in group):.1f}",
+        )
+    return shown

@@ -13,19 +13,29 @@ import typer
 
 from ..dtypes import TF32, dtype_of
 from .console import (
-    BUDGET_HELP,
-    JSON_HELP,
+    DTYPE_HELP,
+    INPUT_DEFAULT,
+    INPUT_HELP,
+    MODEL_HELP,
+    MODES,
     SECONDS_HELP,
     STANDARD_OUTPUT,
+    BudgetSeconds,
+    JsonFile,
+    dtype_named,
     exit_code,
     interruptible,
+    modes_of,
+    module_of,
     printer,
     progress,
     refuse_no_time,
     refuse_unwritable,
+    refused_by,
+    shape_for,
+    sizes_of,
     write_text,
 )
-from .target import DTYPE_HELP, INPUT_HELP, MODEL_HELP, input_shape, parse_dtype, parse_shape, resolve_module
 
 if TYPE_CHECKING:
     import torch
@@ -35,9 +45,8 @@ if TYPE_CHECKING:
     from ..bench.task import Task
     from ..measuring.budget import Budget
 
-MODES = ("infer", "train")
 STANDARD = "resnet50"
-# By device: images a step of the standard set.
+# Images of each step of the standard set, by device.
 BATCHES = {
     "cuda": {"infer": [1, 8, 32, 256], "train": [32, 256], "layers": [64]},
     "cpu": {"infer": [1], "train": [2], "layers": [1]},
@@ -58,18 +67,14 @@ def bench(
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP, show_default="bf16 on a GPU, fp32 on a CPU")] = "",
     shapes: Annotated[
         list[str] | None,
-        typer.Option(
-            "--input",
-            help=INPUT_HELP + " --batch replaces its first size.",
-            show_default="what the model is made for, or 224",
-        ),
+        typer.Option("--input", help=f"{INPUT_HELP} --batch replaces its first size.", show_default=INPUT_DEFAULT),
     ] = None,
     provider: Annotated[
         list[str] | None, typer.Option(help="Only this one; repeat for several.", show_default="all")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0, help=f"{SECONDS_HELP} Each provider has one in each job.")] = 1.0,
-    budget: Annotated[float | None, typer.Option(help=BUDGET_HELP, show_default="no limit")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
+    budget: BudgetSeconds = None,
+    json_file: JsonFile = None,
     pictures: Annotated[
         Path | None, typer.Option(help="Folder for pictures: roofline, layers, images a second.")
     ] = None,
@@ -78,22 +83,22 @@ def bench(
         typer.Option(help="Measure nothing: compare two files of --json, the earlier first.", metavar="A B"),
     ] = None,
 ) -> None:
-    """Measure MODEL in eval or training against the strongest baselines: what is lost comes first.
+    """Measure MODEL in eval or training against the strongest baselines; losses are listed first.
 
     Baselines are PyTorch in channels_last with cudnn.benchmark, the same as a CUDA graph, torch.compile, cuDNN's fused
-    convolutions and JAX, as far as this machine has them; what did not run is listed with the reason. Before it is
-    timed, every one is checked against float64 (dropout is off for that): wrong numbers get no time. All take turns in
-    every round. Beside each time stands what the machine allows, by its bandwidth and matrix rate, measured in the same
-    run.
+    convolutions and JAX, as far as this machine has them; what did not run is listed with the reason. Each is checked
+    against float64 before it is timed (dropout is off for that), and one that computes wrong numbers is not timed. All
+    take turns in every round. Beside each time stands what the machine allows, by its bandwidth and matrix rate, which
+    are measured in the same run.
 
     Without MODEL the standard set runs: ResNet-50 in eval and in training, and --layers. Without a GPU PyTorch serves
     every call, so that ratios show what conversion costs. `--compare A B` ends with exit code 1 if something became
     slower or wrong.
 
-    The file of --json is written whenever something is known. Ctrl-C and SIGTERM end the run with a report of what it
-    has, and exit code 130 or 143. A --budget counts from the start, compilation included; models come before layers,
-    and what computes or moves most comes first of these. Whatever has begun is finished: a provider that compiles for a
-    minute may exceed the budget by it.
+    The file of --json is written after every result. Ctrl-C and SIGTERM end the run with a report of what it has, and
+    exit code 130 or 143. A --budget counts from the start, compilation included. Models come before layers, and those
+    that compute or move most come first. A measurement that has begun is finished: a provider that compiles for a
+    minute may exceed the budget by that minute.
     """
     if compare is not None:
         raise typer.Exit(_compare(*compare))
@@ -101,10 +106,10 @@ def bench(
         raise typer.BadParameter(
             "single layers have their own sizes and modes: leave out MODEL, --mode and --input", param_hint="--layers"
         )
-    modes = _modes(mode)
+    modes = modes_of(mode)
     batches = _batches(batch)
-    sizes = [parse_shape(shape) for shape in shapes or []]
-    name = parse_dtype(dtype) if dtype else ""
+    sizes = sizes_of(shapes)
+    name = dtype_named(dtype) if dtype else ""
     refuse_no_time(budget)
     refuse_unwritable(json_file)
     refuse_unwritable(pictures, "--pictures")
@@ -164,7 +169,9 @@ def bench(
 def _run(
     tasks: list[Task], device: torch.device, dtype: torch.dtype, seconds: float, budget: Budget, json_file: Path | None
 ) -> tuple[Series | None, int]:
-    """What was measured, None if nothing was before an interrupt, and the exit code. The file is written meanwhile."""
+    """What was measured, or None if an interrupt came before anything was, and the exit code. Writes the file after
+    every result.
+    """
     from ..bench.rows import lines, to_json
     from ..bench.series import Series
     from ..bench.task import in_order
@@ -207,22 +214,13 @@ def _compare(before: Path, after: Path) -> int:
     from ..bench.compare import compare, comparison, regressed
     from ..bench.rows import read
 
-    try:
+    with refused_by("--compare", OSError, ValueError):
         runs = [read(file) for file in (before, after)]
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="--compare") from None
     changes = compare(*runs)
     if not changes:
         raise typer.BadParameter(f"{before} and {after} have no provider and job in common", param_hint="--compare")
     Console().print(comparison(changes))
     return 1 if regressed(changes) else 0
-
-
-def _modes(text: str) -> tuple[str, ...]:
-    modes = tuple(filter(None, text.split(",")))
-    if wrong := [mode for mode in modes if mode not in MODES]:
-        raise typer.BadParameter(f"{wrong[0]!r} is neither infer nor train", param_hint="--mode")
-    return modes
 
 
 def _batches(text: str) -> list[int]:
@@ -248,16 +246,20 @@ def _providers(names: list[str], device: torch.device, layers: bool) -> list[Pro
 
 
 def _model_tasks(
-    text: str, modes: tuple[str, ...], batches: list[int], sizes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device,
+    text: str,
+    modes: tuple[str, ...],
+    batches: list[int],
+    sizes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
     providers: list[Provider],
-) -> Iterator[Task]:  # fmt: skip
-
+) -> Iterator[Task]:
     from ..bench.job import Job, plain, without_dropout
     from ..bench.task import model_task
 
-    target, module = resolve_module(text)
+    target, module = module_of(text)
     module = without_dropout(module.float().cpu())
-    given = sizes or [input_shape(module, 1, small=False)]
+    given = sizes or [shape_for(module)]
     for mode in modes:
         try:
             baseline = plain(module.train(mode == "train"))

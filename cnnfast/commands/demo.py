@@ -8,25 +8,25 @@ from typing import Annotated
 
 import typer
 
-from .console import JSON_HELP, printer, refuse_no_time, refuse_unwritable, write_text
+from .console import JsonFile, bars, printer, refuse_no_time, refuse_unwritable, write_text
 
 EPOCHS = 30
-# seconds: 46 directions of layers are timed for 0.2 s each, which is 9; the rest is for compiling and judging them
+# Seconds. Timing 46 directions of layers for 0.2 s each takes 9 s; the rest is for compiling and judging them.
 BUDGET = 30.0
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and demo.png.")] = Path("cnnfast-report"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the split, the weights and the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split, the weights and the training.")] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = EPOCHS,
     budget: Annotated[
         float, typer.Option(help="Seconds for timing ResNet-50's convolutions on a GPU, the costliest first.")
     ] = BUDGET,
-    json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Train a small residual network on real digits, then run the kernels on real images and judge every error.
 
-    The network is built on cnnfast.functional and trained on scikit-learn's 1,797 handwritten digits. Then the kernels
+    The network is built of cnnfast.nn's layers and trained on scikit-learn's 1,797 handwritten digits. Then the kernels
     run, forward and backward, on a photograph through a ResNet's first layers, and on held-out digits through the
     trained network, each call against float64 and beside PyTorch. Without a GPU they run in Triton's interpreter, in
     float32. On a GPU they run in float32, tf32, float16 and bfloat16, and ResNet-50's convolutions are timed too, as
@@ -52,7 +52,8 @@ def demo(
     from ..demo.picture import draw
     from ..demo.story import tell
 
-    results, images = tell(seed, epochs, console, budget)
+    with bars(console) as shown:
+        results, images = tell(seed, epochs, shown, budget)
     out.mkdir(parents=True, exist_ok=True)
     draw(results, images, out / "demo.png")
     (out / "report.md").write_text(markdown(results, "demo.png"))

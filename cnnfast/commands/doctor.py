@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from .console import JSON_HELP, printer, progress, refuse_unwritable, write_text
+from .console import JsonFile, printer, progress, refuse_unwritable, write_text
 
 
-def doctor(json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None) -> None:
+def doctor(json_file: JsonFile = None) -> None:
     """Tell what this machine has for cnnfast, what is broken, who serves which call, and what to do next.
 
-    Asks for versions, NVIDIA's driver, GPUs, a C compiler, and the folders of caches and tables. On a GPU another
-    process launches small kernels and compares what they compute with what is right, so that a hang or a crash is
-    reported and ends only that process. Changes no setting, and writes nothing but Triton's own cache.
+    Looks at versions, NVIDIA's driver, GPUs, a C compiler, and the folders of caches and tables. On a GPU another
+    process launches small kernels and compares their results with the right ones, so that a hang or a crash is reported
+    and ends only that process. Changes no setting, and writes nothing but Triton's own cache.
 
     Ends with exit code 1 only if something is broken: a driver that does not fit torch, a GPU that PyTorch or Triton
     cannot use, wrong numbers, a folder that cannot be written, a corrupt table. A machine without a GPU is not broken:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from .console import JSON_HELP, printer, refuse_unwritable, write_text
-from .target import INPUT_HELP, MODEL_HELP, input_shape, parse_shape, resolve_module
+from .console import (
+    JsonFile,
+    Model,
+    Shapes,
+    module_of,
+    printer,
+    refuse_unwritable,
+    shape_for,
+    sizes_of,
+    table,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,22 +29,16 @@ STYLES = {"conv": "cyan", "linear": "magenta", "norm": "green", "pool": "yellow"
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def info(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    shapes: Annotated[
-        list[str] | None, typer.Option("--input", help=INPUT_HELP, show_default="what the model is made for, or 224")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
-) -> None:
+def info(model: Model, shapes: Shapes = None, json_file: JsonFile = None) -> None:
     """Show the layers of MODEL: output shape, parameters, FLOPs and receptive field of each, and totals.
 
-    Nothing is computed and no weights are fetched: the model, in eval mode, runs on tensors that have a shape and no
+    Nothing is computed and no weights are fetched: the model runs in eval mode on tensors that have a shape but no
     memory. FLOPs are the multiplications and additions of convolutions and matrix products, two to a
     multiply-accumulate (MAC). The receptive field is the number of input rows that one output can depend on ("all"
     after global pooling, attention, or a linear layer over positions), and beside it the step, in input rows, from one
     output to the next.
     """
-    sizes = [parse_shape(shape) for shape in shapes or []]
+    sizes = sizes_of(shapes)
     refuse_unwritable(json_file)
 
     import torch
@@ -44,8 +46,8 @@ def info(
 
     from ..summary import summarize
 
-    target, module = resolve_module(model)
-    sizes = sizes or [input_shape(module, 1, small=False)]
+    target, module = module_of(model)
+    sizes = sizes or [shape_for(module)]
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     try:
         summary = summarize(module, *(torch.zeros(size, dtype=dtype) for size in sizes))
@@ -56,19 +58,20 @@ def info(
     given = ", ".join("x".join(map(str, size)) for size in sizes)
     found = "" if target.name.startswith(target.source) else f" ({target.source})"
     console.print(Text.assemble((target.name, "bold"), found, f", input {given}"))
-    console.print(table(summary.layers, console.width))
+    console.print(listed(summary.layers, console.width))
     for line in totals(summary):
         console.print(line, highlight=False)
     total = {name: value for name, value in asdict(summary).items() if name != "layers"} | {"macs": summary.macs}
     layers = [asdict(layer) for layer in summary.layers]
     data = {"model": target.name, "source": target.source, "input": sizes, "layers": layers, "total": total}
-    write_text(json_file, json.dumps(data, indent=1))
+    write_json(json_file, data)
 
 
-def table(layers: list[Layer], width: int) -> Table:
-    """One line a layer. In a narrow window names lose their beginning: what tells layers apart stands at their end."""
+def listed(layers: list[Layer], width: int) -> Table:
+    """One line for each layer. In a narrow window names lose their beginning, because what tells layers apart stands at
+    their end.
+    """
     from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     names = [layer.name or "(model)" for layer in layers]
@@ -87,9 +90,8 @@ def table(layers: list[Layer], width: int) -> Table:
     if room() < min(24, max(map(len, names), default=0)):
         del columns["step"]
     longest = max(12, room())
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for heading in ("layer", *columns):
-        shown.add_column(heading, no_wrap=True, justify="left" if heading in ("layer", "kind", "output") else "right")
+    style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
+    shown = table(("layer", *columns), right=columns.keys() - {"kind", "output"}, no_wrap=True, **style)
     for layer, name, kind, *cells in zip(layers, names, *columns.values(), strict=True):
         name = name if len(name) <= longest else "…" + name[1 - longest :]
         shown.add_row(Text(name), Text(kind, STYLES.get(layer.kind, "")), *cells)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import console
-from .target import DTYPE_HELP, INPUT_HELP, MODEL_HELP, input_shape, parse_dtype, parse_shape, resolve_module
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,29 +17,26 @@ if TYPE_CHECKING:
 
     from ..tuning import Measured, Tuning
 
-MODES = ("infer", "train")
 FORMATS = ("channels_last", "contiguous")
 
 
 def tune(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    shapes: Annotated[
-        list[str] | None, typer.Option("--input", help=INPUT_HELP, show_default="what the model is made for, or 224")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "bf16",
+    model: console.Model,
+    shapes: console.Shapes = None,
+    dtype: console.Dtype = "bf16",
     mode: Annotated[str, typer.Option(help="infer; train: gradients too; or infer,train.")] = "infer",
     memory_format: Annotated[
-        str, typer.Option("--format", help="Of images and weights in memory: channels_last or contiguous.")
+        str, typer.Option("--format", help="Layout of images and weights in memory: channels_last or contiguous.")
     ] = FORMATS[0],
-    budget: Annotated[
-        float | None, typer.Option(help=console.BUDGET_HELP, show_default="until everything is measured")
-    ] = None,
+    budget: console.BudgetSeconds = None,
     seconds: Annotated[float | None, typer.Option(help=console.SECONDS_HELP, show_default="0.05")] = None,
     table: Annotated[
-        Path | None, typer.Option(help="Add the rows to this file too, a table that can be given to others.")
+        Path | None, typer.Option(help="Add the rows to this file too, a table that others can use.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help=console.JSON_HELP)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be measured. Needs no GPU.")] = False,
+    json_file: console.JsonFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be measured; this needs no GPU.")
+    ] = False,
     gpu: Annotated[
         str | None, typer.Option(help="With --dry-run: the GPU to list for.", show_default="the one that is here")
     ] = None,
@@ -49,19 +44,17 @@ def tune(
     """Measure the convolutions of MODEL on this GPU, and let the fastest serve from then on.
 
     MODEL is converted. Each of its convolutions is tried with about a dozen tiles and with the library's (cuDNN's)
-    kernels, on random numbers; whoever computes wrong ones is out. What wins is written at once to a table in your
-    cache folder, which cnnfast reads in every later run; rows of other models and sizes stay in it. A row serves its
-    own sizes, and batches half to twice as large.
+    kernels, on random numbers; a candidate that computes wrong results is excluded. The winner is written at once to a
+    table in your cache folder, which cnnfast reads in every later run; rows of other models and sizes stay in it. A row
+    serves its own sizes, and batches half to twice as large.
 
-    Measure the sizes that you will run, and the dtype: PyTorch's convolutions of float32 on a GPU are tf32 unless you
+    Measure the sizes and the dtype that you will run: PyTorch's convolutions of float32 on a GPU are tf32 unless you
     set them to IEEE. Ends with exit code 1 if a convolution could not be measured, or anything computed wrong numbers.
     Ctrl-C loses nothing: what was measured is printed and kept, and the exit code is 130, or 143 after SIGTERM.
     """
-    sizes = [parse_shape(shape) for shape in shapes or []]
-    name = parse_dtype(dtype)
-    modes = mode.split(",")
-    if wrong := [m for m in modes if m not in MODES]:
-        raise typer.BadParameter(f"{wrong[0]!r} is neither infer nor train", param_hint="--mode")
+    sizes = console.sizes_of(shapes)
+    name = console.dtype_named(dtype)
+    modes = console.modes_of(mode)
     if memory_format not in FORMATS:
         raise typer.BadParameter(f"{memory_format!r} is neither {' nor '.join(FORMATS)}", param_hint="--format")
     console.refuse_no_time(budget)
@@ -98,22 +91,20 @@ def tune(
         )
 
     torch.manual_seed(0)
-    _, module = resolve_module(model)
-    sizes = sizes or [input_shape(module, 1, small=False)]
+    _, module = console.module_of(model)
+    sizes = sizes or [console.shape_for(module)]
     how: dict[str, Any] = {
         "dtype": name,
         "memory_format": getattr(torch, {"contiguous": "contiguous_format"}.get(memory_format, memory_format)),
     }
-    trains = tuple(m == "train" for m in dict.fromkeys(modes))
+    trains = tuple(m == "train" for m in modes)
     if dry_run:
         known = known or (devices.gpu(torch.device("cuda", torch.cuda.current_device())) if here else None)
-        try:
+        with console.refused_by("tune", RuntimeError):
             found = planned(module, tuple(torch.empty(size, device="meta") for size in sizes), trains, gpu=known, **how)
-        except RuntimeError as error:
-            raise typer.BadParameter(str(error), param_hint="tune") from None
         console.printer(json_file).print(listed(found, known))
         data = [{"convolution": str(m), "count": m.count, "candidates": list(m.candidates)} for m in found]
-        console.write_text(json_file, json.dumps(data, indent=1))
+        console.write_json(json_file, data)
         return
 
     time = Budget(budget)
@@ -150,22 +141,21 @@ def tune(
 def _known(text: str) -> devices.Gpu:
     from cnnfast_kernels import devices, gpus
 
-    try:
+    with console.refused_by("--gpu", ValueError):
         return devices.Gpu(*gpus.named(text)[1:])
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--gpu") from None
 
 
 def listed(found: list[Measured], gpu: devices.Gpu | None) -> Table:
-    """What would be measured."""
-    from rich.table import Table
-
+    """A table of what would be measured."""
     candidates = sum(len(m.candidates) for m in found)
     on = "any GPU of sm_90" if gpu is None else f"{gpu.name} (sm_{gpu.arch})"
-    title = f"{len(found)} convolutions to measure on {on}, with {candidates} candidates in all; what costs most comes first"
-    table = Table(title=title, title_justify="left")
-    for heading in ("calls", "convolution", "dtype", "x, w, y", "candidates"):
-        table.add_column(heading, justify="right" if heading in ("calls", "candidates") else "left", overflow="fold")
+    what = f"{len(found)} convolutions to measure on {on}, with {candidates} candidates in all"
+    table = console.table(
+        ("calls", "convolution", "dtype", "x, w, y", "candidates"),
+        right=("calls", "candidates"),
+        title=f"{what}; what costs most comes first",
+        title_justify="left",
+    )
     for m in found:
         table.add_row(str(m.count), str(m), m.key.dtype, m.key.layout, str(len(m.candidates)))
     return table

@@ -1,4 +1,4 @@
-"""The demo's kernels on a GPU, compiled by several processes at once before it needs them (warming.py)."""
+"""On a GPU the demo's kernels are compiled by several processes at once before it needs them, as warming.py does."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Case = tuple[nn.Module, Tensor, bool]  # a network, its input, and whether it is
 
 
 def launches(cases: Sequence[Case], dtypes: Sequence[str], gpu: Any) -> list[str]:
-    """Descriptions (warming.py) of the kernels of each case in each dtype, each once, on a devices.Gpu; what does not
-    run is left for its call to say.
+    """Descriptions, as warming.py has them, of the kernels of each case in each dtype on `gpu`, a devices.Gpu; each is
+    listed once. A case that raises is skipped here: the demo's own call of it will report that.
     """
     from cnnfast import warming
 
@@ -35,7 +35,9 @@ def launches(cases: Sequence[Case], dtypes: Sequence[str], gpu: Any) -> list[str
 def compile_ahead(
     cases: Sequence[Case], dtypes: Sequence[str], device: torch.device, progress: Callable[[int, int], None]
 ) -> None:
-    """Nothing where no kernel can run; whatever cannot be compiled is said when it is launched."""
+    """Compiles the kernels of each case in each dtype, if the device can run them. What does not compile is reported
+    when it is launched.
+    """
     if launch is None or launch.INTERPRETED or why_torch(cases[0][1].to(device)):
         return
     from cnnfast import warming

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast.functional as F
+import cnnfast.nn as cnn
 
-from .layers import ConvBN, ResidualBlock
+from .layers import ResidualBlock, seeded
 
 HELD_OUT = 360  # of 1,797
 BATCH = 64
@@ -22,7 +23,7 @@ ACCURACY_WANTED = 0.97
 
 @dataclass(frozen=True)
 class Digits:
-    """Images [N, 1, 8, 8] in [0, 1], labels [N] in 0..9; `rows` tells which of scikit-learn's images they are."""
+    """Images [N, 1, 8, 8] in [0, 1] and labels [N] in 0..9; `rows` are their indices among scikit-learn's images."""
 
     images: Tensor
     labels: Tensor
@@ -54,7 +55,7 @@ class DigitNet(nn.Module):
 
     def __init__(self, width: int = 16):
         super().__init__()
-        self.stem = ConvBN(1, width, 3)
+        self.stem = cnn.ConvBNAct(1, width, 3)
         self.block1 = ResidualBlock(width, width)
         self.block2 = ResidualBlock(width, 2 * width)
         self.head = nn.Linear(2 * width, 10)
@@ -65,13 +66,11 @@ class DigitNet(nn.Module):
 
 
 def make_network(seed: int) -> DigitNet:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return DigitNet()
+    return seeded(DigitNet, seed)
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by -1, 0 or 1 pixel in both directions; what comes in is background."""
+    """Each image moved by -1, 0 or 1 pixel in both directions; the background fills what becomes free."""
     N, _, H, W = images.shape
     padded = nn.functional.pad(images[:, 0], (1, 1, 1, 1))
     dy, dx = torch.randint(0, 3, (2, N), generator=generator).to(images.device)
@@ -84,7 +83,9 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 def train(
     network: nn.Module, digits: Digits, epochs: int, seed: int, on_epoch: Callable[[float], None] = lambda loss: None
 ) -> list[float]:
-    """Trains `network` in place, on the device of its parameters; returns each epoch's mean loss, and tells `on_epoch`."""
+    """Trains `network` in place, on the device of its parameters. Returns the mean loss of each epoch, and calls
+    `on_epoch` with it.
+    """
     device = next(network.parameters()).device
     digits = digits.to(device)
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +95,7 @@ def train(
     network.train()
     losses = []
     threads = torch.get_num_threads()
-    # images so small gain nothing from more, and sums in one order give the same network on every machine
+    # Images as small as these gain nothing from more threads, and sums in one order give the same network everywhere.
     torch.set_num_threads(1)
     for _ in range(epochs):
         total = torch.zeros((), device=device)

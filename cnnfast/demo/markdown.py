@@ -18,9 +18,10 @@ def markdown(results: Results, picture: str) -> str:
         table(("", ""), results.environment.items()),
         f"![photograph, feature maps, digits, errors]({picture})",
         "## Handwritten digits",
-        f"A residual network was trained on {t.images} of scikit-learn's images for {len(t.losses)} epochs ({t.seconds:.0f} s,"
-        f" seed {t.seed}; served by {t.served_by}). Of {t.held_out} held-out images it reads {t.held_out - len(t.mistakes)} right:"
-        f" **{t.accuracy:.1%}** (wanted: {ACCURACY_WANTED:.0%})."
+        f"A residual network was trained on {t.images} of scikit-learn's images for {len(t.losses)} epochs"
+        f" ({t.seconds:.0f} s, seed {t.seed}; served by {t.served_by})."
+        f" Of {t.held_out} held-out images it reads {t.held_out - len(t.mistakes)} right: **{t.accuracy:.1%}**"
+        f" (wanted: {ACCURACY_WANTED:.0%})."
         f" Loss: {t.losses[0]:.3f} after the first epoch, {t.losses[-1]:.3f} after the last.",
     ]
     if t.mistakes:
@@ -28,10 +29,12 @@ def markdown(results: Results, picture: str) -> str:
     parts.append("## The kernels")
     if results.proofs:
         parts.append(
-            "Each call, on the values that reached it, by our kernels, by PyTorch, and in float64. Errors are the largest distances from"
-            " float64, shown for the tensor nearest to its limit. The limit: twice PyTorch's own error, twice that of the plain formulas"
-            " in the accumulators' dtype, and one unit in the last place. The root mean square of the errors is held to the same rule."
-            " In float32 all multiply as IEEE says; tf32 is float32 with products of operands rounded to TF32, by the plain formulas too."
+            "Each call was computed, on the values that reached it, by our kernels, by PyTorch, and in float64."
+            " Errors are the largest distances from float64, shown for the tensor nearest to its limit. The limit is"
+            " the sum of twice PyTorch's own error, twice that of the plain formulas in the accumulators' dtype, and"
+            " one unit in the last place. The root mean square of the errors is held to the same rule. In float32 all"
+            " multiply as IEEE says; tf32 is float32 with products of operands rounded to TF32, in the plain formulas"
+            " too."
         )
         parts += [part for proof in results.proofs for part in proof_parts(proof)]
     else:
@@ -40,8 +43,8 @@ def markdown(results: Results, picture: str) -> str:
         rows = [(row.name, row.kind, row.status, row.reason) for row in c.report.rows]
         parts += [
             "## A model of plain torch.nn, converted",
-            "The same network written with nothing but torch.nn, with the trained weights, and then `cnnfast.convert(model)`:"
-            f" **{c.summary}** ({c.seconds:.0f} s; kernels launched: {len(c.launches)}).",
+            "The same network written with nothing but torch.nn, with the trained weights, and then"
+            f" `cnnfast.convert(model)`: **{c.summary}** ({c.seconds:.0f} s; kernels launched: {len(c.launches)}).",
             table(("module", "class", "", "into, or why"), rows),
         ]
     if results.timings:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast.functional as F
+import cnnfast.nn as cnn
 
-from .layers import ConvBN, ResidualBlock
+from .layers import ResidualBlock, seeded
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every published ResNet expects
 
@@ -29,7 +30,7 @@ def load_photograph(size: int | None) -> Tensor:
 
 
 def normalized(image: Tensor) -> Tensor:
-    """As a network wants it: mean 0 and variance 1 over ImageNet, channels_last."""
+    """The image as networks expect it: in channels_last, with mean 0 and variance 1 over ImageNet."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     return ((image - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -39,7 +40,7 @@ class StemAndBlock(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = ConvBN(3, 64, 7, 2)
+        self.stem = cnn.ConvBNAct(3, 64, 7, 2)
         self.block = ResidualBlock(64, 64)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +48,5 @@ class StemAndBlock(nn.Module):
 
 
 def make_layers(seed: int) -> StemAndBlock:
-    """With weights as ResNets start with, in training mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return StemAndBlock()
+    """The layers in training mode, with weights as ResNets start with."""
+    return seeded(StemAndBlock, seed)

@@ -22,7 +22,9 @@ DIGITS = 12
 
 @dataclass
 class Images:
-    """photograph [3, H, W] in [0, 1]; features [C, P, Q]; digits [N, 8, 8], what they are and what was read, [N]."""
+    """photograph [3, H, W] in [0, 1]; features [C, P, Q] of it, and who computed them; digits [N, 8, 8], with what they
+    are and what was read, each [N].
+    """
 
     photograph: Tensor
     features: Tensor
@@ -52,9 +54,8 @@ def _photograph(figure, images: Images) -> None:
     axes.imshow(images.photograph.permute(1, 2, 0).numpy())
     axes.set_title(f"photograph, {images.photograph.shape[1]} x {images.photograph.shape[2]}", fontsize=11)
     axes.axis("off")
-    right.suptitle(
-        f"after the stem and one residual block: {MAPS[0] * MAPS[1]} of {len(images.features)} channels (by {images.features_by})"
-    )
+    shown = f"{MAPS[0] * MAPS[1]} of {len(images.features)} channels (by {images.features_by})"
+    right.suptitle(f"after the stem and one residual block: {shown}")
     liveliest = images.features.flatten(1).std(1).argsort(descending=True)
     for axes, channel in zip(right.subplots(*MAPS).flat, liveliest, strict=False):
         axes.imshow(images.features[channel].numpy(), cmap="magma")
@@ -62,12 +63,10 @@ def _photograph(figure, images: Images) -> None:
 
 
 def _digits(figure, images: Images, results: Results) -> None:
-    """Mistakes first."""
+    """Some of the held-out digits, those that were misread first."""
     t = results.training
-    figure.suptitle(
-        f"held-out digits as the network reads them: {t.held_out - len(t.mistakes)} of {t.held_out} right, {t.accuracy:.1%}",
-        fontsize=11,
-    )
+    right = f"{t.held_out - len(t.mistakes)} of {t.held_out} right, {t.accuracy:.1%}"
+    figure.suptitle(f"held-out digits as the network reads them: {right}", fontsize=11)
     order = (images.read == images.labels).int().argsort(stable=True)
     for axes, i in zip(figure.subplots(1, DIGITS).flat, order, strict=False):
         axes.imshow(images.digits[i].numpy(), cmap="gray_r")
@@ -80,7 +79,7 @@ def _digits(figure, images: Images, results: Results) -> None:
 
 
 def _errors(figure, proofs: list[Proof]) -> None:
-    """Bars of the largest errors against float64, one pair a call and direction; the first dtype of each subject."""
+    """Bars of the largest errors against float64, a pair for each call and direction, in the first dtype of a proof."""
     subjects = list({proof.title: proof for proof in reversed(proofs)}.values())[::-1]
     if not subjects:
         figure.suptitle("triton is not installed here: no kernel ran")

@@ -1,7 +1,7 @@
-"""The digits network as anybody writes it, in plain torch.nn, with the trained weights: converted, it must read every
-digit the same.
+"""The digits network as anybody writes it, in plain torch.nn, with the trained weights: after conversion it must read
+every digit as before.
 
-python -m cnnfast.demo.plain FILE is the process in which Triton interprets its kernels.
+`python -m cnnfast.demo.plain FILE` reads digits in a process of its own, in which Triton interprets the kernels.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast
+import cnnfast.nn as cnn
 from cnnfast.checking.child import interpreted
 from cnnfast.dispatch import launch, prefer_kernels
 
 from .digits import DigitNet
-from .layers import ConvBN
 
 MARK = "cnnfast-read "
 
@@ -67,21 +67,20 @@ def plain_twin(network: DigitNet) -> PlainDigitNet:
     """A PlainDigitNet with the weights and statistics of `network`, on its device, in eval mode."""
     twin = PlainDigitNet(network.head.in_features // 2).to(network.head.weight)
     blocks = ((network.block1, twin.block1), (network.block2, twin.block2))
-    pairs: list[tuple[ConvBN, nn.Module, nn.Module]] = [(network.stem, twin.stem[0], twin.stem[1])]
+    pairs: list[tuple[cnn.ConvBNAct, nn.Module, nn.Module]] = [(network.stem, twin.stem[0], twin.stem[1])]
     for ours, plain in blocks:
         pairs += [(ours.first, plain.conv1, plain.bn1), (ours.second, plain.conv2, plain.bn2)]
-        if isinstance(ours.shortcut, ConvBN):
+        if isinstance(ours.shortcut, cnn.ConvBNAct):
             pairs.append((ours.shortcut, plain.shortcut[0], plain.shortcut[1]))
     for trained, conv, norm in pairs:
-        conv.load_state_dict({"weight": trained.weight})
-        statistics = {"running_mean": trained.running_mean, "running_var": trained.running_var}
-        norm.load_state_dict({"weight": trained.bn_weight, "bias": trained.bn_bias, **statistics}, strict=False)
+        conv.load_state_dict(trained.conv.state_dict())
+        norm.load_state_dict(trained.bn.state_dict())
     twin.head.load_state_dict(network.head.state_dict())
     return twin.eval()
 
 
 def read(model: nn.Module, images: Tensor) -> tuple[list[int], list[str]]:
-    """(digit read in each image, kernels launched): by our kernels, in Triton's interpreter where there is no GPU."""
+    """(digit read in each image, kernels launched). Our kernels serve, in Triton's interpreter if there is no GPU."""
     if launch is not None and not launch.INTERPRETED and not images.is_cuda:
         lines = interpreted(__name__, {"weights": model.state_dict(), "images": images})
         answer = next(json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK))

@@ -16,8 +16,8 @@ from .timing import Timing
 
 @dataclass
 class Training:
-    """A training run; `mistakes` are (row of scikit-learn's images, digit, what the network read). Accuracy is of the
-    held-out part.
+    """A training run. Each of `mistakes` is (index among scikit-learn's images, digit, what the network read); accuracy
+    is that on the held-out part.
     """
 
     seed: int
@@ -39,7 +39,7 @@ class Training:
 
 @dataclass
 class Proof:
-    """A check of some layers on real images: what went through which layers, in which dtype; "tf32" is float32 with
+    """A check of some layers on real images. `title` says what went through which layers; dtype "tf32" is float32 with
     TF32 products.
     """
 
@@ -56,7 +56,7 @@ class Proof:
 
 @dataclass
 class Conversion:
-    """The same network in plain torch.nn, converted: how many of `digits` it reads as PyTorch does, by which kernels."""
+    """The same network in plain torch.nn, converted: it reads `same` of `digits` digits as PyTorch does."""
 
     digits: int
     same: int
@@ -75,7 +75,9 @@ class Conversion:
 
 @dataclass
 class Results:
-    """`environment` says where this ran; `timings` is empty without a GPU, `proofs` and `conversion` without triton."""
+    """`environment` says where this ran. `timings` is empty without a GPU; `proofs` is empty, and `conversion` None,
+    without triton.
+    """
 
     environment: dict[str, str]
     training: Training
@@ -87,7 +89,7 @@ class Results:
 
     @property
     def left_out(self) -> str:
-        """The timings that there was no time for, and why; "" if there are all."""
+        """Which timings there was no time for, and why; "" if all were made."""
         reasons = dict.fromkeys(t.left_out for t in self.timings if t.left_out)
         named = ("; ".join(t.layer for t in self.timings if t.left_out == reason) for reason in reasons)
         return " ".join(f"Left out, because {reason}: {layers}." for reason, layers in zip(reasons, named, strict=True))

@@ -7,8 +7,7 @@ import time
 from collections.abc import Iterable
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from . import ahead, digits, photograph, plain, timing
 from .picture import Images
 from .results import Conversion, Proof, Results, Training
 
-# What the interpreter can do in the time that a demo may take.
+# As much as Triton's interpreter can do in the time that a demo may take.
 INTERPRETED_SIZE = 96
 INTERPRETED_BACKWARD_SIZE = 32  # the stem's two gradients, of 49 taps, take longest
 INTERPRETED_DIGITS = 4
@@ -36,64 +35,55 @@ OURS = "our kernels"
 PHOTOGRAPH_PATH = "through a ResNet's stem and first block, in training"
 
 
-def tell(seed: int, epochs: int, console: Console, budget: float) -> tuple[Results, Images]:
-    """Runs everything; on a GPU if there is one. budget: seconds of the timing there."""
-    began = time.perf_counter()
+def tell(seed: int, epochs: int, bars: Progress, budget: float) -> tuple[Results, Images]:
+    """Runs everything, on a GPU if there is one, and tells it on the console of `bars`. budget: seconds for the timing
+    on a GPU.
+    """
+    began, console = time.perf_counter(), bars.console
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     place = environment(device)
     console.print(", ".join(f"{name} {value}" for name, value in place.items()), highlight=False, soft_wrap=True)
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as bars:
-        network = digits.make_network(seed).to(device)
-        training_part, held_out = digits.load_digits(seed)
-        image = photograph.load_photograph(None if gpu else INTERPRETED_SIZE)
-        layers = photograph.make_layers(seed).to(device)
-        x = photograph.normalized(image).to(device)
-        some = held_out.images[: GPU_DIGITS if gpu else INTERPRETED_DIGITS].to(device)
-        if gpu:
-            compile_kernels([(layers, x, True), (network, some, True), (network, some, False)], device, bars)
-        training, read = learn(network, training_part, held_out, epochs, seed, bars)
-        console.print(
-            f"held-out digits read right: {training.accuracy:.1%} ({training.held_out - len(training.mistakes)} of {training.held_out});"
-            f" {training.seconds:.0f} s of training, served by {training.served_by}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        results = Results(place, training)
+    network = digits.make_network(seed).to(device)
+    training_part, held_out = digits.load_digits(seed)
+    image = photograph.load_photograph(None if gpu else INTERPRETED_SIZE)
+    layers = photograph.make_layers(seed).to(device)
+    x = photograph.normalized(image).to(device)
+    some = held_out.images[: GPU_DIGITS if gpu else INTERPRETED_DIGITS].to(device)
+    if gpu:
+        compile_kernels([(layers, x, True), (network, some, True), (network, some, False)], device, bars)
+    training, read = learn(network, training_part, held_out, epochs, seed, bars)
+    right = f"{training.accuracy:.1%} ({training.held_out - len(training.mistakes)} of {training.held_out})"
+    spent = f"{training.seconds:.0f} s of training, served by {training.served_by}"
+    console.print(f"held-out digits read right: {right}; {spent}", highlight=False, soft_wrap=True)
+    results = Results(place, training)
 
-        with torch.no_grad(), prefer_kernels(), trace() as calls:
-            features = layers(x)
-        by = OURS if served_by(calls) == OURS else "PyTorch"
-        images = Images(image[0], features[0].float().cpu(), by, held_out.images[:, 0], held_out.labels, read)
+    with torch.no_grad(), prefer_kernels(), trace() as calls:
+        features = layers(x)
+    by = OURS if served_by(calls) == OURS else "PyTorch"
+    images = Images(image[0], features[0].float().cpu(), by, held_out.images[:, 0], held_out.labels, read)
 
-        if launch is None:
-            console.print("triton is not installed here: no kernel can run")
-        else:
-            for dtype in GPU_DTYPES if gpu else GPU_DTYPES[:1]:
-                if not gpu:
-                    results.proofs.append(
-                        prove(f"photograph, {sizes(x)}, {PHOTOGRAPH_PATH}", layers, x, dtype, bars, backward=False)
-                    )
-                    x = centre(x, INTERPRETED_BACKWARD_SIZE)
-                results.proofs.append(prove(f"photograph, {sizes(x)}, {PHOTOGRAPH_PATH}", layers, x, dtype, bars))
+    if launch is None:
+        console.print("triton is not installed here: no kernel can run")
+    else:
+        for dtype in GPU_DTYPES if gpu else GPU_DTYPES[:1]:
+            if not gpu:
                 results.proofs.append(
-                    prove(f"{len(some)} held-out digits through the trained network", network, some, dtype, bars)
+                    prove(f"photograph, {sizes(x)}, {PHOTOGRAPH_PATH}", layers, x, dtype, bars, backward=False)
                 )
-            results.conversion = convert_digits(
-                network, held_out.images[: len(held_out) if gpu else INTERPRETED_CONVERTED].to(device), bars
+                x = centre(x, INTERPRETED_BACKWARD_SIZE)
+            results.proofs.append(prove(f"photograph, {sizes(x)}, {PHOTOGRAPH_PATH}", layers, x, dtype, bars))
+            results.proofs.append(
+                prove(f"{len(some)} held-out digits through the trained network", network, some, dtype, bars)
             )
-        if gpu:
-            results.timed = timing.CONDITIONS
-            results.timings = measure(device, Budget(budget), bars)
-            console.print(results.left_out, highlight=False, soft_wrap=True)
+        results.conversion = convert_digits(
+            network, held_out.images[: len(held_out) if gpu else INTERPRETED_CONVERTED].to(device), bars
+        )
+    if gpu:
+        results.timed = timing.CONDITIONS
+        results.timings = measure(device, Budget(budget), bars)
+        console.print(results.left_out, highlight=False, soft_wrap=True)
     results.seconds = time.perf_counter() - began
     return results, images
 
@@ -128,11 +118,11 @@ def learn(
     seed: int,
     bars: Progress,
 ) -> tuple[Training, Tensor]:
-    """Trains, then reads the held-out part: what was learned, and what was read in each image."""
+    """Trains, then reads the held-out part. Returns what was learned, and the digit read in each image."""
     bar = bars.add_task("training on digits", total=epochs, note="")
     began = time.perf_counter()
     gpu = next(network.parameters()).is_cuda
-    # An interpreter that somebody switched on would take hours to train.
+    # Without a GPU the kernels could only be interpreted, which would take hours.
     with prefer_kernels() if gpu else backend("torch"):
         losses = digits.train(
             network, training_part, epochs, seed, lambda loss: bars.update(bar, advance=1, note=f"loss {loss:.3f}")

@@ -23,18 +23,19 @@ DTYPE = torch.bfloat16
 SECONDS = 0.1  # of timing, for each of the two in each direction
 OURS, THEIRS = "cnnfast-kernels", "eager-graph"
 CONDITIONS = (
-    f"ResNet-50's convolutions, batch {BATCH}, bfloat16, channels_last: milliseconds of one call, median of interleaved rounds, of our"
-    " kernels alone (whatever would serve by default) and of PyTorch's with cudnn.benchmark; both are CUDA graphs over so many copies of"
-    " the operands that the last-level cache does not hold them"
+    f"ResNet-50's convolutions, batch {BATCH}, bfloat16, channels_last: milliseconds of one call, median of interleaved"
+    " rounds, of our kernels alone (whatever would serve by default) and of PyTorch's with cudnn.benchmark; both are"
+    " CUDA graphs over so many copies of the operands that the last-level cache does not hold them"
 )
 HEADING = ("convolution", "times in the network", "forward", "PyTorch", "backward", "PyTorch", "against float64")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of one call, None where there is none. backward: both gradients; of the network's first
-    layer, whose input needs none, that of the filters. problem: what went wrong with ours; "" if nothing did. left_out:
-    why nothing was measured, or "".
+    """Median milliseconds of one call in each direction, None where it was not measured.
+
+    backward: both gradients, or only that of the filters for the network's first layer, whose input needs none.
+    problem: what went wrong with our kernels; "" if nothing did. left_out: why nothing was measured, or "".
     """
 
     layer: str
@@ -53,7 +54,7 @@ class Timing:
 
     @property
     def right(self) -> bool:
-        """Whatever of ours was measured held against float64 before."""
+        """Whether our kernels computed right numbers, or were not measured."""
         return not self.problem
 
     @property
@@ -82,7 +83,10 @@ def directions(layer: LayerShape, device: torch.device, batch: int, dtype: torch
 
 
 def time_layers(device: torch.device, budget: Budget, tell: Callable[[int, int, str], None]) -> list[Timing]:
-    """Those first in which the network spends most. tell: called with (directions done, of how many, what comes next)."""
+    """The layers in which the network spends most come first.
+
+    tell: called with the number of directions that are done, the number of all, and what comes next.
+    """
     with one_thread(device), quick_collections():
         machine, peaks = this_machine(device), measure_peaks(device, DTYPE)
         found = costliest_first([(layer, directions(layer, device, BATCH, DTYPE)) for layer in convolutions()], peaks)
@@ -97,7 +101,7 @@ def costliest_first(found: list[tuple[LayerShape, list[Task]]], peaks: Peaks) ->
 
 
 def timing_of(layer: LayerShape, forward: Sequence[BenchRow], backward: Sequence[BenchRow]) -> Timing:
-    """Of the rows of both directions."""
+    """The times of a layer, taken from bench's rows of both directions."""
     by_name = [{row.provider: row for row in rows} for rows in (forward, backward)]
     milliseconds = (
         row.median * 1000 if (row := rows[name]).median else None for rows in by_name for name in (OURS, THEIRS)

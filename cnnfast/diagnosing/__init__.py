@@ -1,9 +1,9 @@
 """What `cnnfast doctor` asks of this machine, and what it makes of the answers.
 
-Each question is a function that returns a Finding, or several; `diagnose` puts them in order, because what one finds
-decides what can be asked next: nothing of PyTorch where torch does not import, no kernel where there is no GPU, nothing
-in this process of a launch that crashed another. A module of this package imports no more than its questions need:
-software.py asks even where there is no torch.
+Each question is a function that returns a Finding, or several. `diagnose` puts them in order, because one answer
+decides what can be asked next: nothing about PyTorch if torch does not import, nothing of a kernel if there is no GPU,
+and nothing is launched in this process that crashed another. A module of this package imports no more than its
+questions need: software.py asks even if there is no torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INFO = Command("cnnfast info resnet50", "the layers of a model: shapes, paramete
 
 
 def diagnose(tell: Callable[[str], None] = lambda text: None) -> Diagnosis:
-    """All findings of this machine and this process. tell: told of what begins.
+    """All findings about this machine and this process. tell: called with what begins.
 
     On a GPU nothing is launched in this process that was not launched in another before, which takes as long as a few
     small kernels take to compile. Without a GPU all of it takes about as long as importing torch.
@@ -55,7 +55,7 @@ def _with_torch(found: list[Finding], tell: Callable[[str], None]) -> Diagnosis:
     found += _asked(gpus.TOPIC, lambda: [gpus.driver(smi), gpus.usable(smi, cuda), *gpus.each(cuda.gpus)])
 
     launches = False if covered else None  # None: there is nothing to launch on
-    refusal = ""  # to ask who serves, which builds a launcher in this process
+    refusal = ""  # why nobody may be asked who serves: that builds a launcher in this process
     names: dict[str, Gpu] = {}
     kernels: Any = dispatch.launch
     if kernels is not None:
@@ -68,7 +68,7 @@ def _with_torch(found: list[Finding], tell: Callable[[str], None]) -> Diagnosis:
             found += launching.findings(launching.here(torch.device("cpu")), {"cpu": "the CPU, interpreted,"})
             launches = None
         elif covered:
-            # Before this process puts anything on a GPU: one that only a single process may use would refuse the other.
+            # This comes before this process uses a GPU: one that only a single process may use would refuse the child.
             from cnnfast_kernels import devices
 
             names = {str(gpu): devices.gpu(gpu) for gpu in covered}
@@ -103,7 +103,7 @@ def _with_torch(found: list[Finding], tell: Callable[[str], None]) -> Diagnosis:
 
 
 def _asked(topic: str, ask: Callable[[], list[Finding]]) -> list[Finding]:
-    """The answers; if a question fails in a way that nobody foresaw, that it did: the others are answered all the same."""
+    """The answers. A question that fails unexpectedly becomes a note, and the others are still asked."""
     try:
         return ask()
     except Exception as error:
@@ -113,7 +113,7 @@ def _asked(topic: str, ask: Callable[[], list[Finding]]) -> list[Finding]:
 
 
 def _otherwise(covered: bool) -> list[Command]:
-    """What to run where nothing has to be mended. covered: whether there is a GPU that our kernels cover."""
+    """What to run if nothing is broken. covered: whether there is a GPU that our kernels cover."""
     missing = [
         line
         for name, (_, line) in software.OPTIONAL.items()

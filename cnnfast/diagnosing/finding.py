@@ -1,4 +1,4 @@
-"""What doctor says of one thing, and all that it says, for people and as JSON."""
+"""What doctor says about one thing, and all that it says, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ AGAIN = Command("cnnfast doctor", "again, to see that all is mended")
 class Finding:
     """What is known of one thing.
 
-    topic: the heading that it stands under. state: "ok"; "note", which is worth knowing, and nothing fails by it; or
-    "broken". text: of what is broken, what it is and why that matters. advice: what to do, "" where nothing has to be
+    topic: the heading that it stands under. state: "ok"; "note", which is worth knowing but makes nothing fail; or
+    "broken". text: what is known; of something broken also why it matters. advice: what to do, "" if nothing has to be
     done. command: a line that does it.
     """
 
@@ -49,7 +49,7 @@ class Finding:
 class Diagnosis:
     """All findings, in the order of the topics, and what to do next.
 
-    otherwise: commands that are worth running where no finding has one.
+    otherwise: commands that are worth running if nothing is broken.
     """
 
     def __init__(self, findings: Sequence[Finding], otherwise: Sequence[Command] = ()) -> None:
@@ -66,7 +66,7 @@ class Diagnosis:
 
     @property
     def commands(self) -> list[Command]:
-        """What to run next, at most MOST_COMMANDS: while something is broken what mends it, and this again."""
+        """What to run next, at most MOST_COMMANDS. If something is broken: what mends it, and then doctor again."""
         if self.ok:
             found = [finding.command for finding in self.findings] + self.otherwise
         else:
@@ -105,7 +105,7 @@ class Diagnosis:
 
 
 def _listed(findings: Sequence[Finding]) -> Table:
-    """One line a finding, and what to do about it below."""
+    """One line for each finding, and below it what to do about it."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(max_width=36, overflow="fold")
@@ -119,6 +119,6 @@ def _listed(findings: Sequence[Finding]) -> Table:
 
 
 def in_a_line(text: object, longest: int = 300) -> str:
-    """What somebody else said, without its line ends, cut where it becomes long."""
+    """A message in one line, cut after `longest` characters."""
     words = " ".join(str(text).split())
     return words if len(words) <= longest else words[: longest - 4] + " ..."

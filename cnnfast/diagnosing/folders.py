@@ -1,4 +1,4 @@
-"""The folders that kernels and measurements are kept in: whether they can be written, and what is in them."""
+"""The folders that hold compiled kernels and measurements: whether they can be written, and what is in them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cnnfast_kernels import __version__, tables
 from .finding import Command, Finding, in_a_line
 
 TOPIC = "Kept on this machine"
-COUNTING = 0.2  # seconds that counting a folder may take: a cache holds tens of thousands of files
-LITTLE = 2**30  # bytes of free space that are worth a note: a network's kernels take some hundred megabytes
+COUNTING = 0.2  # seconds that counting a folder may take: a cache may hold tens of thousands of files
+LITTLE = 2**30  # fewer free bytes are worth a note: the kernels of one network take some hundred megabytes
 TUNE = "cnnfast tune MODEL --input 64x3x224x224"
 
 
@@ -36,9 +36,7 @@ class Held(NamedTuple):
 
 
 def why_unwritable(folder: Path) -> str:
-    """Why nothing can be written to a folder, which need not exist; "" if something can. Tried, and nothing is left
-    there.
-    """
+    """Why a folder, which need not exist, cannot be written; "" if it can. Tries it, and leaves nothing there."""
     try:
         while not folder.exists():
             folder = folder.parent
@@ -51,7 +49,7 @@ def why_unwritable(folder: Path) -> str:
 
 
 def held(folder: Path, seconds: float = COUNTING) -> Held:
-    """What a folder holds, counted for so long."""
+    """What a folder holds, counted for at most so many seconds."""
     deadline, files, size, left = time.monotonic() + seconds, 0, 0, [folder]
     while left:
         try:
@@ -69,7 +67,7 @@ def held(folder: Path, seconds: float = COUNTING) -> Held:
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk that a folder, which need not exist, is or would be on."""
+    """Free bytes on the disk of a folder, which need not exist."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -80,22 +78,16 @@ def triton_cache(folder: Path) -> Finding:
     why = why_unwritable(folder)
     if why:
         text = f"Triton's cache, {folder}, cannot be written ({why}), and without it no kernel compiles."
-        return Finding(
-            TOPIC,
-            "Triton's cache",
-            "broken",
-            text,
-            "Name another folder in TRITON_CACHE_DIR, or make room in this one.",
-        )
+        advice = "Name another folder in TRITON_CACHE_DIR, or make room in this one."
+        return Finding(TOPIC, "Triton's cache", "broken", text, advice)
     free = free_bytes(folder)
-    text = f"{folder}: {held(folder)}; {free / 2**30:,.0f} GiB are free."
     if free < LITTLE:
-        advice = (
-            "Make room, or name a folder on another disk in TRITON_CACHE_DIR; whatever is in the cache may be deleted."
+        advice = "Make room, or name a folder on another disk in TRITON_CACHE_DIR; all of the cache may be deleted."
+        text = (
+            f"{folder}: {held(folder)}; only {free / 2**20:,.0f} MiB are free, and one network's kernels can take more."
         )
-        text = f"{folder}: {held(folder)}; only {free / 2**20:,.0f} MiB are free, and the kernels of one network can take more."
         return Finding(TOPIC, "Triton's cache", "note", text, advice)
-    return Finding(TOPIC, "Triton's cache", "ok", text)
+    return Finding(TOPIC, "Triton's cache", "ok", f"{folder}: {held(folder)}; {free / 2**30:,.0f} GiB are free.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,7 +108,7 @@ def table_folder() -> Finding:
 
 
 def table_files(beside_a_gpu: bool) -> list[Finding]:
-    """Each table that cannot be used, or not wholly. beside_a_gpu: whether there is one here, on which it could be
+    """Each table that cannot be used, or only in part. beside_a_gpu: whether there is a GPU here on which it could be
     measured again.
     """
     found = []
@@ -127,14 +119,14 @@ def table_files(beside_a_gpu: bool) -> list[Finding]:
             if complaint:
                 state = "note" if _is_of_another_version(file) else "broken"
                 text = f"Measurements are not used: {complaint}."
-                advice = "" if beside_a_gpu else "Where its GPU is not at hand, the file may as well be deleted."
+                advice = "" if beside_a_gpu else "If you do not have its GPU, the file may be deleted."
                 found.append(Finding(TOPIC, f"{whose} {file.name}", state, text, advice, command))
     return found
 
 
 def measured(gpus: Sequence[tuple[str, int]]) -> list[Finding]:
-    """For each (name, architecture) of a GPU that our kernels cover here: what was measured on it. Without one, what
-    there is at all.
+    """What was measured on each GPU here that our kernels cover, given as (name, architecture). Without such a GPU:
+    what was measured on any.
     """
     rows = {
         whose: _rows(_files(folder))
@@ -156,16 +148,13 @@ def measured(gpus: Sequence[tuple[str, int]]) -> list[Finding]:
         found.append(Finding(TOPIC, f"measured on {gpu[0]}", "note", text, advice, command))
     if not gpus:
         others = Counter(row.key.gpu for all_rows in rows.values() for row in all_rows)
-        text = (
-            "; ".join(f"{_counted(count, 'row')} of {gpu}" for gpu, count in sorted(others.items()))
-            or "No table has rows of any GPU"
-        )
-        found.append(Finding(TOPIC, "measured", "ok", f"{text}."))
+        counts = [f"{_counted(count, 'row')} of {gpu}" for gpu, count in sorted(others.items())]
+        found.append(Finding(TOPIC, "measured", "ok", f"{'; '.join(counts) or 'No table has rows of any GPU'}."))
     return found
 
 
 def _told(rows: Sequence[tables.TableRow]) -> str:
-    """How many, of each dtype, and who won."""
+    """How many rows there are of each dtype, and how many the library won."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(Counter(row.key.dtype for row in rows).items()))
     library = sum(row.winner == "library" for row in rows)
     return f"{_counted(len(rows), 'row')} ({dtypes}), of which the library won {library},"
@@ -183,7 +172,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(file: Path) -> tuple[list[tables.TableRow], str]:
-    """The rows that serve, and what tables.py complains of."""
+    """The rows that can be used, and what tables.py warns of."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         rows = tables.read(file)
@@ -191,7 +180,7 @@ def _read(file: Path) -> tuple[list[tables.TableRow], str]:
 
 
 def _is_of_another_version(file: Path) -> bool:
-    """Whether a file that is not used is a whole table, which another version of cnnfast wrote."""
+    """Whether a file that is not used is a complete table of another version of cnnfast."""
     try:
         data = json.loads(file.read_text())
         return isinstance(data["rows"], list) and (data["format"], data["cnnfast"]) != (tables.FORMAT, __version__)

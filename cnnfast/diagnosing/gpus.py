@@ -24,7 +24,7 @@ LIBCUDA = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 # What PyTorch says when CUDA does not start, and what helps.
 HELP = (
-    ("too old", ""),  # `_help` says by how much
+    ("too old", ""),  # `_help` says which driver is needed
     ("Error 802", "Start NVIDIA's fabric manager, which connects the GPUs: sudo systemctl start nvidia-fabricmanager."),
     ("Error 803", "The driver was updated and its older half is still loaded: restart the machine."),
     (
@@ -33,12 +33,15 @@ HELP = (
     ),
     (
         "unknown error",
-        "Load the driver's module again (sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm), or restart the machine.",
+        "Load the driver's module again (sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm),"
+        " or restart the machine.",
     ),
     ("out of memory", "Other processes have taken the GPU's memory; nvidia-smi lists them."),
     ("busy or unavailable", "Another process has the GPU for itself; nvidia-smi lists it."),
 )
-HIDDEN = "See whether CUDA_VISIBLE_DEVICES hides the GPU; a container has to be started with its GPUs (docker run --gpus all)."
+CONTAINER = "start it with its GPUs (docker run --gpus all)"
+HIDDEN = f"See whether CUDA_VISIBLE_DEVICES hides the GPU. If this is a container, {CONTAINER}."
+LOCALLY = "https://pytorch.org/get-started/locally"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,7 +49,7 @@ HIDDEN = "See whether CUDA_VISIBLE_DEVICES hides the GPU; a container has to be 
 
 
 class Smi(NamedTuple):
-    """What nvidia-smi says: names of all GPUs, hidden ones too; the driver's version; or what it complains of."""
+    """What nvidia-smi says: names of all GPUs, hidden ones too, and the driver's version; or why it does not work."""
 
     gpus: tuple[str, ...] = ()
     driver: str = ""
@@ -54,7 +57,7 @@ class Smi(NamedTuple):
 
 
 class Cuda(NamedTuple):
-    """What PyTorch makes of it: how many GPUs it can use, why it cannot, and what it warned of."""
+    """What PyTorch finds: how many GPUs it can use, why it cannot use any, and what it warned of."""
 
     gpus: int
     error: str = ""
@@ -79,7 +82,7 @@ def nvidia_smi() -> Smi:
 
 
 def kernel_module() -> str:
-    """The version of the driver's half that Linux has loaded; "" if it has none. Containers see the machine's."""
+    """The version of the driver's kernel module that Linux, or a container's host, has loaded; "" if there is none."""
     try:
         said = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", KERNEL_MODULE.read_text() + " ")
     except OSError:
@@ -105,10 +108,9 @@ def cuda() -> Cuda:
         try:
             torch.cuda.init()
             count = torch.cuda.device_count()
-        except (
-            Exception
-        ) as raised:  # AssertionError of a build without CUDA, RuntimeError of a driver that does not fit
-            error = in_a_line(str(raised).partition(" Please ")[0])  # what it advises then is said better below
+        # A build without CUDA raises AssertionError, a driver that does not fit RuntimeError.
+        except Exception as raised:
+            error = in_a_line(str(raised).partition(" Please ")[0])  # HELP has better advice than what follows
     return Cuda(count, error, tuple(in_a_line(warning.message) for warning in told))
 
 
@@ -120,41 +122,27 @@ def driver(smi: Smi) -> Finding:
     """The driver's version beside the CUDA that torch was built for."""
     version, newest = smi.driver or kernel_module(), newest_cuda()
     if smi.complaint and kernel_module():
-        text = f"NVIDIA's driver {version} is loaded, but nvidia-smi does not work, and so nothing on the GPU will: {smi.complaint}"
-        advice = (
-            "Restart the machine, or the container with its GPUs; where that does not help, install the driver again."
-        )
+        text = f"NVIDIA's driver {version} is loaded, but nvidia-smi does not work, and nothing on the GPU will"
+        text += f": {smi.complaint}"
+        advice = "Restart the machine, or the container with its GPUs; if that does not help, install the driver again."
         return Finding(TOPIC, "driver", "broken", text, advice)
     if smi.complaint:
         return Finding(TOPIC, "driver", "note", f"NVIDIA's driver is not loaded; nvidia-smi says: {smi.complaint}")
     if not version and newest is None:
-        return Finding(
-            TOPIC,
-            "driver",
-            "ok",
-            "There is no NVIDIA driver: this machine has no GPU of NVIDIA's, or this process is not given it.",
-        )
+        text = "There is no NVIDIA driver: this machine has no GPU of NVIDIA's, or this process is not given it."
+        return Finding(TOPIC, "driver", "ok", text)
     if newest is None:
         text = f"This machine has NVIDIA's driver {version}, but this process finds no {LIBCUDA}, which belongs to it."
-        return Finding(
-            TOPIC, "driver", "note", text, "If this is a container, start it with its GPUs (docker run --gpus all)."
-        )
+        return Finding(TOPIC, "driver", "note", text, f"If this is a container, {CONTAINER}.")
     text = f"NVIDIA's driver {version or '(version unknown)'} supports CUDA up to {_dotted(newest)}"
     if torch.version.cuda is None:
         return Finding(TOPIC, "driver", "ok", f"{text}.")
-    built = _version(torch.version.cuda)
+    built, text = _version(torch.version.cuda), f"{text}; torch was built for CUDA {torch.version.cuda}"
     if newest[0] < built[0]:
-        return Finding(
-            TOPIC, "driver", "note", f"{text}; torch was built for CUDA {torch.version.cuda}, which is newer."
-        )
+        return Finding(TOPIC, "driver", "note", f"{text}, which is newer.")
     if newest < built:
-        return Finding(
-            TOPIC,
-            "driver",
-            "ok",
-            f"{text}; torch's CUDA {torch.version.cuda} runs on it as a newer one of the same generation.",
-        )
-    return Finding(TOPIC, "driver", "ok", f"{text}; torch was built for CUDA {torch.version.cuda}.")
+        return Finding(TOPIC, "driver", "ok", f"{text}, which is newer, but runs on it: the major version is the same.")
+    return Finding(TOPIC, "driver", "ok", f"{text}.")
 
 
 def usable(smi: Smi, found: Cuda) -> Finding:
@@ -164,47 +152,38 @@ def usable(smi: Smi, found: Cuda) -> Finding:
         unfit = [w for w in found.warned if "compute capability" in w or "CUDA capability" in w]
         if unfit:
             state = "broken" if len(unfit) >= found.gpus else "note"  # an old card for the screen is no defect
-            text = f"This torch has no code for {'a' if state == 'note' else 'the'} GPU here, and every operator fails there: {unfit[0]}"
-            return Finding(TOPIC, "PyTorch", state, text, "Install a torch that was built for it.")
+            text = f"This torch has no code for {'a' if state == 'note' else 'the'} GPU here, and every operator fails"
+            return Finding(
+                TOPIC, "PyTorch", state, f"{text} there: {unfit[0]}", "Install a torch that was built for it."
+            )
         text = f"PyTorch can use {_gpus(found.gpus)}."
         if len(smi.gpus) > found.gpus:
-            text += f" {len(smi.gpus) - found.gpus} more are hidden from this process, by CUDA_VISIBLE_DEVICES, say."
+            text += f" {len(smi.gpus) - found.gpus} more are hidden from this process, perhaps by CUDA_VISIBLE_DEVICES."
         return Finding(TOPIC, "PyTorch", "ok", text)
     if torch.version.cuda is None and not torch.version.hip:
         if not smi.gpus:
             return Finding(TOPIC, "PyTorch", "ok", "PyTorch computes on the CPU: this build has no CUDA.")
         text = f"nvidia-smi lists {listed}, but this torch is a build without CUDA: it computes on the CPU."
-        advice = "Install a build for CUDA; https://pytorch.org/get-started/locally names those for your driver."
-        return Finding(
-            TOPIC,
-            "PyTorch",
-            "broken",
-            text,
-            advice,
-            Command("pip install --force-reinstall torch", "on Linux this is a build for CUDA"),
-        )
+        advice = f"Install a build for CUDA; {LOCALLY} names those for your driver."
+        command = Command("pip install --force-reinstall torch", "on Linux this is a build for CUDA")
+        return Finding(TOPIC, "PyTorch", "broken", text, advice, command)
+    why = f"and computes on the CPU: {found.error.rstrip('.')}."
     if smi.gpus:
-        text = f"nvidia-smi lists {listed}, but PyTorch cannot use a GPU, and computes on the CPU: {found.error.rstrip('.')}."
+        text = f"nvidia-smi lists {listed}, but PyTorch cannot use a GPU, {why}"
         return Finding(TOPIC, "PyTorch", "broken", text, _help(found.error))
-    if "too old" in found.error:  # said of a driver that is there, whether nvidia-smi is or not
-        return Finding(
-            TOPIC,
-            "PyTorch",
-            "broken",
-            f"PyTorch cannot use the GPU, and computes on the CPU: {found.error.rstrip('.')}.",
-            _help(found.error),
-        )
+    if "too old" in found.error:  # a driver is there, even if nvidia-smi is not
+        return Finding(TOPIC, "PyTorch", "broken", f"PyTorch cannot use the GPU, {why}", _help(found.error))
     return Finding(TOPIC, "PyTorch", "ok", "PyTorch finds no GPU, and computes on the CPU.")
 
 
 def _help(error: str) -> str:
-    """What to do about an error with which CUDA does not start."""
+    """What to do about an error that CUDA's start raised."""
     known = next((advice for words, advice in HELP if words.lower() in error.lower()), HIDDEN)
     if known:
         return known
     newest = newest_cuda()
     other = f", or install a torch that was built for CUDA {newest[0]}" if newest else ""
-    return f"Update NVIDIA's driver to one that supports CUDA {torch.version.cuda}{other} (https://pytorch.org/get-started/locally)."
+    return f"Update NVIDIA's driver to one that supports CUDA {torch.version.cuda}{other} ({LOCALLY})."
 
 
 def each(count: int) -> list[Finding]:

@@ -27,29 +27,24 @@ from .finding import Command, Finding, in_a_line
 
 TOPIC = "Triton"
 CHILD = "cnnfast.diagnosing.trial"
-LIMIT = 120.0  # seconds of the child: it imports torch, starts CUDA and cuDNN, and compiles three small kernels
-PATIENCE = 5.0  # seconds that a killed child gets to end: one that waits for a driver that hangs never does
+LIMIT = 120.0  # seconds for the child, which imports torch, starts CUDA and cuDNN, and compiles three small kernels
+PATIENCE = 5.0  # seconds that a killed child gets to end: one that waits for a hanging driver never does
 PROBE = "#include <Python.h>\nint cnnfast_probe(void) { return 0; }\n"
 
-MEANWHILE = 'Until that is mended, cnnfast.backend("torch") has PyTorch serve.'
+MEANWHILE = 'Until that is mended, cnnfast.backend("torch") lets PyTorch serve.'
 
 
 class Trial(NamedTuple):
-    """What a child process found out. ended: how it ended if not by itself: what it was doing then, and what happened
-    to it.
-    """
+    """What a child process found out. ended: what it was doing and what happened, if it did not end by itself."""
 
     outcomes: list[trial.Outcome]
     ended: str = ""
 
     @property
     def launches(self) -> bool:
-        """Whether Triton does, whatever our kernels compute: the smallest of kernels ran on every GPU that was reached."""
-        return (
-            not self.ended
-            and bool(self.outcomes)
-            and not any(o.wrong for o in self.outcomes if o.step in trial.LAUNCHING)
-        )
+        """Whether Triton launches: the smallest kernel ran on every GPU that was tried. Others may be wrong."""
+        failed = any(o.wrong for o in self.outcomes if o.step in trial.LAUNCHING)
+        return bool(self.outcomes) and not self.ended and not failed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -57,11 +52,9 @@ class Trial(NamedTuple):
 
 
 def compiler(beside_a_gpu: bool) -> Finding:
-    """The C compiler and Python.h that Triton builds its driver and launchers with, asked by building the smallest of
-    libraries.
+    """The C compiler and Python.h, with which Triton builds its driver and launchers: tried with the smallest library.
 
-    What they fail at is worth a note: whether anything can be launched all the same, by what Triton's cache holds, is
-    told by trying.
+    If that fails it is a note: launchers that are in Triton's cache may still work, and trying to launch tells that.
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="cnnfast-") as folder, _quiet() as said:
@@ -69,18 +62,15 @@ def compiler(beside_a_gpu: bool) -> Finding:
         source.write_text(PROBE)
         try:
             build._build("cnnfast_probe", str(source), folder, [], [], [], [])
-        except Exception as error:  # whatever it is, every launcher would fail by it
+        except Exception as error:  # every launcher would fail in the same way
             wrong = launchable.reason(error)
         else:
             text = f"Triton's C compiler builds against Python.h, in {time.perf_counter() - started:.1f} s."
             return Finding(TOPIC, "C compiler", "ok", text)
     first = next(filter(None, map(str.strip, said)), "")
     text = f"Triton cannot build its launchers: {wrong}." + (f" The compiler said: {in_a_line(first)}" if first else "")
-    advice = (
-        "Only what Triton's cache holds already can be launched."
-        if beside_a_gpu
-        else "Without a GPU nothing needs them."
-    )
+    needed = "Only what Triton's cache holds already can be launched."
+    advice = needed if beside_a_gpu else "Without a GPU nothing needs them."
     return Finding(TOPIC, "C compiler", "note", text, advice)
 
 
@@ -91,7 +81,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[list[str]]:
-    """Keeps what this process and its children write to standard error from the terminal; it is in the list afterwards."""
+    """Keeps standard error of this process and its children off the terminal: its lines are in the list afterwards."""
     lines: list[str] = []
     sys.stderr.flush()
     before = os.dup(2)
@@ -113,14 +103,14 @@ def _quiet() -> Iterator[list[str]]:
 def tried(
     devices: Sequence[torch.device], tell: Callable[[str], None] = lambda step: None, limit: float | None = None
 ) -> Trial:
-    """Has a child process launch kernels on GPUs, and ends it after `limit` seconds, LIMIT by default. tell: told of
-    each step.
+    """Has a child process launch kernels on GPUs, and ends it after `limit` seconds, LIMIT by default. tell: called
+    with each step.
     """
     limit = LIMIT if limit is None else limit
     arguments = [str(limit + PATIENCE), *map(str, devices)]
     with tempfile.TemporaryDirectory(prefix="cnnfast-") as folder:
-        # Files, since whoever reads pipes waits for all that hold them, compilers that the child started too; and
-        # opened again to be read, since whoever shares a file with the child moves the place at which it writes.
+        # Files, because a pipe ends only when every process that holds it does, compilers that the child started too.
+        # They are opened again to be read: reading by a shared handle would move the place at which the child writes.
         output, errors = Path(folder, "stdout"), Path(folder, "stderr")
         with output.open("w") as stdout, errors.open("w") as stderr:
             streams: dict[str, Any] = {"stdout": stdout, "stderr": stderr}
@@ -145,7 +135,7 @@ def tried(
 
 
 def here(device: torch.device) -> Trial:
-    """The same in this process: where kernels are interpreted nothing can hang or crash."""
+    """The same in this process, for kernels that are interpreted: nothing can hang or crash there."""
     return Trial(list(trial.run([device])))
 
 
@@ -173,7 +163,7 @@ def _end(child: subprocess.Popen[Any]) -> None:
 
 
 def _ending(code: int | None, doing: str, errors: str, limit: float) -> str:
-    """How the child ended, if not as it should. code: its exit code, None of one that had to be killed."""
+    """How the child ended, "" if as it should. code: its exit code, or None if it had to be killed."""
     where = f"at {doing}" if doing else "after its last step"
     if code is None:
         return f"it hung {where}, and was killed after {limit:g} s"
@@ -192,7 +182,7 @@ def _name(number: int) -> str:
 
 
 def _last(errors: str) -> str:
-    """The line of standard error that says the most: of an exception the last, of a crash where Python was."""
+    """The most telling line of standard error: the last one of an exception, the place in Python of a crash."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     if not lines:
         return ""
@@ -208,7 +198,7 @@ def _last(errors: str) -> str:
 
 
 def findings(found: Trial, names: dict[str, str]) -> list[Finding]:
-    """What the child found, one finding a device and one for its end. names: of the devices."""
+    """What the child found: a finding for each device, and one if it ended early. names: device -> what to call it."""
     told: list[Finding] = []
     for device, name in names.items():
         outcomes = [o for o in found.outcomes if o.device == device]
@@ -217,16 +207,16 @@ def findings(found: Trial, names: dict[str, str]) -> list[Finding]:
             told += [_broken(o, f"{name} ({device})") for o in wrong]
         elif outcomes and len(outcomes) == len(trial.steps(torch.device(device))):
             seconds = sum(o.seconds for o in outcomes)
-            text = f"On {name} kernels launch, and small convolutions are right to the last bit ({seconds:.1f} s, compilation included)."
+            text = f"On {name} kernels launch, and small convolutions are right to the last bit"
+            text += f" ({seconds:.1f} s, compilation included)."
             told.append(Finding(TOPIC, f"launch on {device}", "ok", text))
         elif not any(o.fatal for o in found.outcomes) and not found.ended:
             text = f"The process that launches kernels ended before it had tried all on {name}, and did not say why."
             told.append(Finding(TOPIC, f"launch on {device}", "broken", text, MEANWHILE))
     if found.ended:
         text = f"A process that launched kernels did not come through, and yours would not: {found.ended}."
-        told.append(
-            Finding(TOPIC, "launch", "broken", text, f"nvidia-smi and dmesg tell of GPUs that fail. {MEANWHILE}")
-        )
+        advice = f"nvidia-smi and dmesg tell of GPUs that fail. {MEANWHILE}"
+        told.append(Finding(TOPIC, "launch", "broken", text, advice))
     return told
 
 
@@ -237,13 +227,8 @@ def _broken(outcome: trial.Outcome, name: str) -> Finding:
         return Finding(TOPIC, "launch", "broken", text, "" if line else "Mend what is named there.", line)
     if outcome.step == trial.PYTORCH:
         text = f"PyTorch's own convolution fails on {name}, and with it every network: {outcome.wrong}"
-        return Finding(
-            TOPIC,
-            "launch",
-            "broken",
-            text,
-            "Install torch again; if that does not help, the GPU or its driver is at fault.",
-        )
+        advice = "Install torch again; if that does not help, the GPU or its driver is at fault."
+        return Finding(TOPIC, "launch", "broken", text, advice)
     matters = "fails" if outcome.fatal else "computes wrong numbers, as every kernel of ours may"
     text = f"{outcome.step[0].upper()}{outcome.step[1:]} on {name} {matters}: {outcome.wrong}."
     return Finding(TOPIC, "launch", "broken", text, MEANWHILE)
@@ -252,12 +237,9 @@ def _broken(outcome: trial.Outcome, name: str) -> Finding:
 def _line_for(reason: str) -> Command | None:
     """What mends the commonest reasons, on Debian and Ubuntu."""
     if "Python.h" in reason:
-        return Command(
-            "sudo apt-get install python3-dev",
-            "Python's headers; elsewhere the package has another name, python3-devel, say",
-        )
+        why = "Python's headers; elsewhere the package has another name, such as python3-devel"
+        return Command("sudo apt-get install python3-dev", why)
     if launchable.WHAT_IT_NEEDS in reason and "cache" not in reason:
-        return Command(
-            "sudo apt-get install gcc", "a C compiler; elsewhere by another package manager, conda install gcc, say"
-        )
+        why = "a C compiler; elsewhere by another package manager, such as conda install gcc"
+        return Command("sudo apt-get install gcc", why)
     return None

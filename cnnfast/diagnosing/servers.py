@@ -1,5 +1,5 @@
-"""Who serves typical calls in this process as it is set now: asked of the code that decides, not of a copy of its
-rules.
+"""Who serves typical calls in this process with its present settings. The code that decides is asked; its rules are not
+repeated here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HALF = torch.bfloat16
 
 @dataclass(frozen=True)
 class TypicalConvolution:
-    """A convolution without stride that keeps its image's size. fused: with a batch norm and a ReLU after it, in eval."""
+    """A convolution of stride 1 that keeps the image's size. fused: a batch norm in eval and a ReLU follow."""
 
     name: str
     dtype: torch.dtype
@@ -51,10 +51,11 @@ CONVOLUTIONS = (
     TypicalConvolution("3x3 convolution", torch.float32, LAST, 64, 64, 3),
 )
 PASSES = ("batch norm", "pooling")
+SETTING = "torch.backends.cudnn.conv.fp32_precision"
 
 
 def question(convolution: TypicalConvolution, device: torch.device) -> Question:
-    """As the operator would ask it of tensors on `device`, which are not made."""
+    """What the operator would ask for such tensors on `device`; they are not made."""
     from cnnfast_kernels import devices
     from cnnfast_kernels.choosing import Geometry, ask_fprop
     from cnnfast_kernels.layout import dense
@@ -70,7 +71,7 @@ def question(convolution: TypicalConvolution, device: torch.device) -> Question:
 
 
 def of_convolution(convolution: TypicalConvolution, device: torch.device) -> str:
-    """Who serves it on `device`, and why, in one sentence."""
+    """Who serves the convolution on `device`, and why, in one sentence."""
     reason = dispatch.why_torch(torch.empty(0, dtype=convolution.dtype, device=device))
     if reason:
         return f"PyTorch, because {reason}."
@@ -84,18 +85,18 @@ def of_convolution(convolution: TypicalConvolution, device: torch.device) -> str
     if decision.library and dispatch.library_allowed():
         after = ", and one pass of ours for norm and ReLU" if convolution.fused else ""
         return f"the library{' (cuDNN)' if device.type == 'cuda' else ''}{after}, because {decision.reason}."
-    return f"our kernel, with tile {choose(q)}{f': {decision.reason}' if decision.reason and not decision.library else ''}."
+    why = f": {decision.reason}" if decision.reason and not decision.library else ""
+    return f"our kernel, with tile {choose(q)}{why}."
 
 
 def who(device: torch.device) -> list[Finding]:
-    """Who serves each typical call on `device`; one finding where PyTorch serves all of them for the same reason."""
+    """Who serves each typical call on `device`; one finding if PyTorch serves all of them for the same reason."""
     try:
         with warnings.catch_warnings():
-            # of a launcher that cannot be built, which the reason says too
-            warnings.simplefilter("ignore", RuntimeWarning)
+            warnings.simplefilter("ignore", RuntimeWarning)  # a launcher cannot be built: the reason says so too
             found = {str(c): of_convolution(c, device) for c in CONVOLUTIONS}
             reason = dispatch.why_torch(torch.empty(0, dtype=HALF, device=device))
-    except RuntimeError as error:  # backend("kernels"), where PyTorch would have to
+    except RuntimeError as error:  # under backend("kernels"), if only PyTorch could serve
         return [Finding(TOPIC, "every call", "note", f"Raises an error: {error}.")]
     found |= {
         f"{name}, bf16": f"PyTorch, because {reason}." if reason else "our kernel, one pass over memory."
@@ -110,14 +111,10 @@ def who(device: torch.device) -> list[Finding]:
 def float32_products(device: torch.device) -> Finding:
     """How convolutions of float32 tensors are multiplied on a GPU, by PyTorch's settings in this process."""
     if allow_tf32(torch.empty(0, device=device)):
-        text = "Convolutions of float32 tensors multiply TF32 numbers, of 10 bits: PyTorch's default on a GPU. Ours and the library's do."
-        advice = 'For IEEE products set torch.backends.cudnn.conv.fp32_precision = "ieee"; cnnfast tune measures either (--dtype).'
+        text = "Convolutions of float32 tensors multiply TF32 numbers, of 10 bits, ours and the library's:"
+        text += " PyTorch's default on a GPU."
+        advice = f'For IEEE products set {SETTING} = "ieee"; cnnfast tune measures either (--dtype).'
         return Finding(TOPIC, "float32", "ok", text, advice)
-    text = "Convolutions of float32 tensors multiply them as they are (IEEE), by PyTorch's settings here: exact, and without tensor cores."
-    return Finding(
-        TOPIC,
-        "float32",
-        "ok",
-        text,
-        'torch.backends.cudnn.conv.fp32_precision = "tf32" is faster, and rounds to 10 bits first.',
-    )
+    text = "Convolutions of float32 tensors multiply them as they are (IEEE), by PyTorch's settings here:"
+    text += " exact, and without tensor cores."
+    return Finding(TOPIC, "float32", "ok", text, f'{SETTING} = "tf32" is faster, and rounds to 10 bits first.')

@@ -1,4 +1,4 @@
-"""Versions of what cnnfast stands on, and whether they fit. Nothing here needs a torch that can be imported."""
+"""Versions of what cnnfast depends on, and whether they fit. Nothing here needs a torch that can be imported."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def imported(name: str) -> ModuleType | Exception | None:
         return importlib.import_module(name)
     except (
         Exception
-    ) as error:  # whatever a broken installation raises: an OSError for a library that does not load, above all
+    ) as error:  # whatever a broken installation raises, such as OSError for a library that does not load
         return error
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """(2, 13) of "2.13.0+cu130": what two versions are compared by."""
+    """Major and minor, by which versions are compared: (2, 13) for "2.13.0+cu130"."""
     return tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[:2])
 
 
@@ -78,20 +78,19 @@ def torch() -> Finding:
     if numbers(module.__version__) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         text = f"torch is {module.__version__}; cnnfast needs {oldest} or newer, and uses what older ones do not have."
-        return Finding(
-            TOPIC, "torch", "broken", text, "Update it.", Command(f'pip install "torch>={oldest}"', "cnnfast needs it")
-        )
+        update = Command(f'pip install "torch>={oldest}"', "cnnfast needs it")
+        return Finding(TOPIC, "torch", "broken", text, "Update it.", update)
     if module.version.hip:
-        return Finding(
-            TOPIC, "torch", "ok", f"torch {module.__version__}, built for AMD's GPUs by ROCm {module.version.hip}."
-        )
+        text = f"torch {module.__version__}, built for AMD's GPUs by ROCm {module.version.hip}."
+        return Finding(TOPIC, "torch", "ok", text)
     if module.version.cuda is None:
         return Finding(TOPIC, "torch", "ok", f"torch {module.__version__}, a build without CUDA: it computes on CPUs.")
     built = f"torch {module.__version__}, built for CUDA {module.version.cuda}"
     try:
-        cudnn = module.backends.cudnn.version()  # where the one that is found does not fit, PyTorch raises
+        cudnn = module.backends.cudnn.version()  # PyTorch raises if the cuDNN that it finds does not fit
     except RuntimeError as error:
-        text = f"{built}, finds a cuDNN that it was not built with, and every convolution on a GPU fails: {in_a_line(error)}"
+        text = f"{built}, finds a cuDNN that it was not built with, and every convolution on a GPU fails"
+        text += f": {in_a_line(error)}"
         return Finding(TOPIC, "torch", "broken", text, "Take the folder of that cuDNN out of LD_LIBRARY_PATH.")
     if cudnn is None:
         return Finding(TOPIC, "torch", "note", f"{built}, without cuDNN: convolutions that are not ours are slow.")
@@ -115,7 +114,7 @@ def triton_of_torch() -> str:
 
 
 def triton(beside_a_gpu: bool) -> Finding:
-    """Whether it is there, and one that cnnfast supports. beside_a_gpu: whether a GPU is here that our kernels cover."""
+    """Whether triton is installed, and supported by cnnfast. beside_a_gpu: whether our kernels cover a GPU here."""
     wrong = "broken" if beside_a_gpu else "note"
     asked = triton_of_torch()
     install = triton_command(asked)
@@ -131,7 +130,8 @@ def triton(beside_a_gpu: bool) -> Finding:
         return Finding(TOPIC, "triton", wrong, text, "Install it again.", again)
     version = str(getattr(found, "__version__", ""))
     if not supported(version):
-        text = f"triton is {version}; cnnfast supports {SUPPORTED_TRITON}, and has been tested with no other: kernels may not compile."
+        text = f"triton is {version}; cnnfast supports {SUPPORTED_TRITON}, and was tested with no other."
+        text += " Kernels may not compile."
         return Finding(TOPIC, "triton", wrong, text, "Install one of them.", install)
     kernels = imported("cnnfast_kernels.launch")
     if isinstance(kernels, Exception):
@@ -140,7 +140,7 @@ def triton(beside_a_gpu: bool) -> Finding:
         )
         return Finding(TOPIC, "triton", wrong, text, "Install triton again.", install)
     if asked and numbers(asked) != numbers(version):
-        text = f"triton {version}, which cnnfast supports; torch asks for {asked}, and torch.compile may not work with another."
+        text = f"triton {version}, which cnnfast supports; torch asks for {asked}, and torch.compile may need that one."
         return Finding(TOPIC, "triton", "note", text)
     return Finding(TOPIC, "triton", "ok", f"triton {version}, which cnnfast supports.")
 
@@ -150,21 +150,20 @@ def supported(version: str) -> bool:
 
 
 def triton_command(asked: str) -> Command:
-    """What installs a triton that fits: the one that torch asks for, if it does and cnnfast supports it."""
+    """What installs a triton that fits: the one that torch asks for, if cnnfast supports that."""
     if asked and supported(asked):
         return Command(f'pip install "triton=={asked}"', f"the one that torch {distribution('torch')} asks for")
-    return Command(
-        f'pip install "triton>=3.{OLDEST_TRITON[1]},<3.{NEWEST_TRITON[1] + 1}"', f"cnnfast supports {SUPPORTED_TRITON}"
-    )
+    versions = f">=3.{OLDEST_TRITON[1]},<3.{NEWEST_TRITON[1] + 1}"
+    return Command(f'pip install "triton{versions}"', f"cnnfast supports {SUPPORTED_TRITON}")
 
 
 def interpreting() -> Finding | None:
-    """Where Triton interprets: that it does, since nothing shows it but the time that everything takes."""
+    """A note if Triton interprets: nothing else shows it but the time that everything takes."""
     kernels: Any = imported("cnnfast_kernels.launch")
     if not isinstance(kernels, ModuleType) or not kernels.INTERPRETED:  # type: ignore[attr-defined]
         return None
     text = (
-        "TRITON_INTERPRET is set: kernels are interpreted on the CPU, right to the bit and thousands of times slower."
+        "TRITON_INTERPRET is set: kernels are interpreted on the CPU, right to the bit, but thousands of times slower."
     )
     return Finding(TOPIC, "interpreter", "note", text, "Unset it for anything but tests.")
 
@@ -175,14 +174,8 @@ def cnnfast() -> Finding:
     library = imported("cnnfast.dispatch")
     if isinstance(library, Exception):
         text = f"cnnfast {__version__} in {place} does not import: {type(library).__name__}: {in_a_line(library)}"
-        return Finding(
-            TOPIC,
-            "cnnfast",
-            "broken",
-            text,
-            "Install it again, from a clone of its repository.",
-            Command("pip install .", "in the clone"),
-        )
+        advice, again = "Install it again, from a clone of its repository.", Command("pip install .", "in the clone")
+        return Finding(TOPIC, "cnnfast", "broken", text, advice, again)
     return Finding(TOPIC, "cnnfast", "ok", f"cnnfast {__version__} in {place}.")
 
 
@@ -191,19 +184,13 @@ def optional() -> list[Finding]:
     found = []
     for name, (purpose, line) in OPTIONAL.items():
         version = distribution(name)
-        # Of these torchvision alone is compiled against one build of torch, and fails beside another; timm imports it.
+        # Only torchvision is compiled against one build of torch and fails beside another; timm imports it.
         broken = imported(name) if version and name == "torchvision" else None
         if isinstance(broken, Exception):
-            said = f"{version} does not import, nor does what needs it, timm, say: {type(broken).__name__}: {in_a_line(broken)}."
-            found.append(
-                Finding(
-                    OPTIONAL_TOPIC,
-                    name,
-                    "note",
-                    said,
-                    "Install the one that was built for this torch, from the same index.",
-                )
-            )
+            said = f"{version} does not import, nor does what needs it, such as timm"
+            said += f": {type(broken).__name__}: {in_a_line(broken)}."
+            advice = "Install the one that was built for this torch, from the same index."
+            found.append(Finding(OPTIONAL_TOPIC, name, "note", said, advice))
         else:
             said = f"{version}: {purpose}." if version else f"not installed: {purpose} ({line})."
             found.append(Finding(OPTIONAL_TOPIC, name, "ok", said))
@@ -211,20 +198,14 @@ def optional() -> list[Finding]:
 
 
 def torch_compile(launches: bool | None) -> Finding:
-    """Whether torch.compile has what it compiles with. launches: whether Triton launches on the GPU, None where there
-    is none.
+    """Whether torch.compile has the compiler that it needs. launches: whether Triton launches on the GPU, None if there
+    is no GPU.
     """
     if launches is not None:
-        said = (
-            "usable on this GPU: Triton launches."
-            if launches
-            else "not usable on this GPU, since Triton does not launch."
-        )
+        fails = "not usable on this GPU, since Triton does not launch."
+        said = "usable on this GPU: Triton launches." if launches else fails
         return Finding(OPTIONAL_TOPIC, "torch.compile", "ok" if launches else "note", said)
     compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++", "cl"))), None)
-    said = (
-        f"usable on the CPU: {compiler} is there."
-        if compiler
-        else "not usable on the CPU: it needs a C++ compiler, and there is none."
-    )
+    fails = "not usable on the CPU: it needs a C++ compiler, and there is none."
+    said = f"usable on the CPU: {compiler} is there." if compiler else fails
     return Finding(OPTIONAL_TOPIC, "torch.compile", "ok" if compiler else "note", said)

@@ -1,10 +1,10 @@
-"""Kernels really launched on a device, the smallest first, and what they compute compared with what is right.
+"""Launches kernels on devices, the smallest kernel first, and compares what they compute with what is right.
 
     python -m cnnfast.diagnosing.trial 125 cuda:0 cuda:1
 
-A process of its own: a launch may hang, or crash the process that makes it. Before each step it prints that the step
-begins, and after it what came of it, so that whoever reads that knows where it ended. It ends itself after so many
-seconds: whoever started it may be gone.
+This is a process of its own, because a launch may hang, or crash its process. It prints when each step begins and what
+came of it, so that its parent knows where it ended. It ends itself after so many seconds (125 above), because its
+parent may be gone.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .finding import in_a_line
 MARK = "cnnfast-trial "
 
 DTYPES = (torch.float16, torch.float32)  # on sm_90 the first is loaded by tensor maps, the second by pointers
-SHAPES = (2, 16, 9, 9), (32, 16, 3, 3)  # of the image and the filters
-LARGEST = 2  # of their numbers: sums of 144 products are exact in every dtype
+SHAPES = (2, 16, 9, 9), (32, 16, 3, 3)  # of the images and the filters
+LARGEST = 2  # absolute value in them: sums of 144 products are exact in every dtype
 
 
 # The steps: what Triton needs, the smallest of kernels, PyTorch's own convolution, and then ours.
@@ -40,9 +40,7 @@ LAUNCHING = (LAUNCHER, SMALLEST)
 
 
 class Outcome(NamedTuple):
-    """One step on one device. wrong: what is, "" if nothing. fatal: whether no later step can be trusted, or be made at
-    all.
-    """
+    """One step on one device. wrong: what is wrong, "" if nothing is. fatal: whether it must be the last step."""
 
     device: str
     step: str
@@ -51,7 +49,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-Step = tuple[str, Callable[[], str]]  # its name, and what does it and says what is wrong
+Step = tuple[str, Callable[[], str]]  # its name, and a function that makes it and returns what is wrong
 
 
 def steps(device: torch.device) -> list[Step]:
@@ -70,10 +68,10 @@ def steps(device: torch.device) -> list[Step]:
 def run(
     devices: list[torch.device], begin: Callable[[str, str], None] = lambda device, step: None
 ) -> Iterator[Outcome]:
-    """All steps on all devices, up to one that is fatal. begin: told of each (device, step) before it begins.
+    """All steps on all devices, up to one that is fatal. begin: called with each (device, step) before it begins.
 
-    What raises is fatal: after an error of CUDA's nothing works in the process. So is a launcher that cannot be built,
-    which is the same for all devices. Wrong numbers are not.
+    A step that raises is fatal, because after an error of CUDA nothing works in the process. A launcher that cannot be
+    built is fatal, because it is the same for all devices. Wrong numbers are not.
     """
     for device in devices:
         for step, make in steps(device):
@@ -93,21 +91,21 @@ def one_number(device: torch.device) -> str:
     x = torch.ones(1, device=device)
     launch.run(launchable.smallest, (1,), device, x)
     found = x.item()  # waits for the kernel
-    return "" if found == 0 else f"it was to store 0, and {found:g} is there afterwards"
+    return "" if found == 0 else f"it should store 0, but {found:g} is there afterwards"
 
 
 def torch_convolution(device: torch.device) -> str:
-    """PyTorch's own: what it computes is not exact (Winograd), but near."""
+    """PyTorch's own convolution, whose results are near, but not exact: it may use Winograd's algorithm."""
     x, w, expected = operands()
     found = plain.conv2d(_on(device, torch.float32, x), _on(device, torch.float32, w), padding=1).double().cpu()
     return _compared(found, expected, 1.0)
 
 
 def our_convolution(device: torch.device, dtype: torch.dtype) -> str:
-    """Ours, which has to be exact: a sum of such numbers is the same in any order, and a multiple of 1 far below what
-    dtype holds.
+    """Our convolution, which has to be exact: sums of such numbers are the same in any order, and integers far below
+    what the dtype holds.
     """
-    from .. import functional  # its operators take a second to import, which doctor spends only where kernels run
+    from .. import functional  # importing its operators takes a second, which doctor spends only if kernels run
 
     x, w, expected = operands()
     with dispatch.backend("kernels"), torch.no_grad():
@@ -116,7 +114,7 @@ def our_convolution(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def operands() -> tuple[Tensor, Tensor, Tensor]:
-    """Image, filters and their convolution, of integers in float64, on the CPU."""
+    """Images, filters and their convolution: integers, in float64, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randint(-LARGEST, LARGEST + 1, shape, generator=generator).double() for shape in SHAPES)
     return x, w, plain.conv2d(x, w, padding=1)
@@ -131,11 +129,12 @@ def _compared(found: Tensor, expected: Tensor, allowed: float) -> str:
     if not wrong.any():
         return ""
     first = wrong.nonzero()[0].tolist()
-    return f"{int(wrong.sum())} of {wrong.numel()} outputs are wrong, at {first} {found[tuple(first)]:g} for {expected[tuple(first)]:g}"
+    example = f"at {first} {found[tuple(first)]:g} for {expected[tuple(first)]:g}"
+    return f"{int(wrong.sum())} of {wrong.numel()} outputs are wrong, {example}"
 
 
 def main(seconds: str, *names: str) -> None:
-    # also while the process waits for a GPU, as Python's own timers do not
+    # Unlike Python's own timers, this works even while the process waits for a GPU.
     faulthandler.dump_traceback_later(float(seconds), exit=True)
 
     def begin(device: str, step: str) -> None:

@@ -1,4 +1,4 @@
-"""Residual networks (https://arxiv.org/abs/1512.03385, with the stride in the 3x3 convolution, as torchvision has it)."""
+"""Residual networks (https://arxiv.org/abs/1512.03385), with the stride in the 3x3 convolution, as in torchvision."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ResNet(TraceToScript):
     block: BasicBlock or Bottleneck; layers: how many of them in each of the four stages.
     zero_init_residual: the last norm of each block starts at zero, so that the block starts as the identity.
     groups, width_per_group: of Bottleneck's 3x3 convolutions. replace_stride_with_dilation: for each of the last three
-    stages, whether it keeps the resolution and dilates instead. Raises ValueError unless that names three.
+    stages, whether it keeps the resolution and dilates instead. Raises ValueError unless it has three entries.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Blocks of convolution and batch norm, in which a convolution, its norm, the activation and the residual addition are
+"""Blocks of convolution and batch norm, in which a convolution, its norm, the residual addition and the activation are
 one step.
 
-In eval that is one kernel, in training a convolution that leaves statistics and one pass over its output. Where kernels
-do not serve, or a member is watched by a hook or of another kind, the members are called one after the other.
+In eval that is one kernel; in training it is a convolution that leaves statistics, and one pass over its output. If
+kernels do not serve, or a member has a hook or is of another class, the members are called one after the other.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .layers import BatchNorm2d, Conv2d
 from .scripting import TraceToScript
 
 Size2 = int | tuple[int, int]
+NormLayer = Callable[[int], nn.Module]  # makes a norm of so many channels
 
 
 class ConvBNAct(TraceToScript):
@@ -28,8 +29,8 @@ class ConvBNAct(TraceToScript):
     torch.nn.Conv2d's "same", otherwise dilation * (kernel_size - 1) // 2 on each side, as ResNets pad. activation:
     None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu", "hardswish". eps and
     momentum (None: the average of all batches) are the norm's, everything else the convolution's. residual: added
-    before the activation; broadcast and promoted as PyTorch does. Raises as torch.nn.Conv2d and BatchNorm2d, ValueError
-    for an unknown activation.
+    before the activation; broadcast and promoted as PyTorch does. Raises what torch.nn.Conv2d and BatchNorm2d raise,
+    and ValueError for an unknown activation.
     """
 
     def __init__(
@@ -82,10 +83,10 @@ def conv_bn_relu(
     relu: nn.Module | None = None,
     shortcut: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """relu(bn(conv(x)) + shortcut()) of a ResNet's members: fused where it may be, and else in torchvision's order."""
+    """relu(bn(conv(x)) + shortcut()) of a ResNet's members: in one step if `fusable`, else in torchvision's order."""
     members = (conv, bn) if relu is None else (conv, bn, relu)
     if fusable(x, *members) and is_conv2d(conv) and is_batch_norm(bn) and (relu is None or type(relu) is nn.ReLU):
-        # a sum in place, as below, keeps the dtype that autocast gave to bn's output
+        # the addition in place below keeps the dtype that autocast gave to bn's output, and so does this
         residual = None if shortcut is None else shortcut().to(x.dtype)
         return conv_bn_act(conv, bn, x, residual, None if relu is None else "relu")  # pyright: ignore[reportArgumentType]
     y = bn(conv(x))
@@ -95,10 +96,34 @@ def conv_bn_relu(
 
 
 class _Block(TraceToScript):
-    downsample: nn.Module | None
+    """What torchvision's blocks share: the arguments, and a residual that `downsample` may adapt."""
+
+    expansion: int
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        self._add_members(inplanes, planes, stride, groups, base_width, dilation, norm_layer or BatchNorm2d)
+        self.downsample = downsample
+        self.stride = stride
+
+    def _add_members(
+        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int, norm: NormLayer
+    ) -> None:
+        """Makes the convolutions and norms of the branch, in torchvision's order."""
+        raise NotImplementedError
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """The residual: x, or what `downsample` makes of it, fused if that is a convolution and a norm."""
+        """The residual: x, or `downsample` of x, in one step if that is a convolution and a norm."""
         if self.downsample is None:
             return x
         if type(self.downsample) is nn.Sequential and len(self.downsample) == 2 and fusable(x, self.downsample):
@@ -121,32 +146,20 @@ class BasicBlock(_Block):
 
     expansion = 1
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: Callable[[int], nn.Module] | None = None,
+    def _add_members(
+        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int, norm: NormLayer
     ) -> None:
-        super().__init__()
         if groups != 1 or base_width != 64:
             raise ValueError(
                 f"BasicBlock: must have groups=1 and base_width=64, but got groups={groups}, base_width={base_width}"
             )
         if dilation > 1:
             raise NotImplementedError(f"BasicBlock: dilation must be 1, but got dilation={dilation}")
-        norm = norm_layer or BatchNorm2d
         self.conv1 = _conv3x3(inplanes, planes, stride)
         self.bn1 = norm(planes)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = _conv3x3(planes, planes)
         self.bn2 = norm(planes)
-        self.downsample = downsample
-        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_bn_relu(x, self.conv1, self.bn1, self.relu)
@@ -162,19 +175,9 @@ class Bottleneck(_Block):
 
     expansion = 4
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: Callable[[int], nn.Module] | None = None,
+    def _add_members(
+        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int, norm: NormLayer
     ) -> None:
-        super().__init__()
-        norm = norm_layer or BatchNorm2d
         width = int(planes * (base_width / 64)) * groups
         self.conv1 = Conv2d(inplanes, width, 1, bias=False)
         self.bn1 = norm(width)
@@ -183,8 +186,6 @@ class Bottleneck(_Block):
         self.conv3 = Conv2d(width, planes * self.expansion, 1, bias=False)
         self.bn3 = norm(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
-        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_bn_relu(x, self.conv1, self.bn1, self.relu)

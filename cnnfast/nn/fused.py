@@ -1,5 +1,5 @@
-"""act(bn(conv(x)) + residual) of existing modules: what the blocks, and the forwards that conversion writes, are made
-of.
+"""act(bn(conv(x)) + residual) of existing modules, in one step, of which the blocks and the forwards that conversion
+writes are made.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .layers import BatchNorm2d, Conv2d, running_statistics
 # The dictionaries of a module whose hooks take part in its calls.
 HOOKS_OF_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-# Told of every fused step that a pair of modules takes: `observed`.
+# Called with every fused step that a pair of modules takes: see `observed`.
 Observer = Callable[[torch.nn.Module, torch.nn.Module, bool, str | None], None]
 _observers: list[Observer] = []
 
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Every conv_bn_act calls `observer(conv, bn, whether there is a residual, activation)`, and steps are fused
-    whoever serves them.
+    """In this context every conv_bn_act calls `observer(conv, bn, whether there is a residual, activation)`, and steps
+    are fused even if PyTorch serves them.
     """
     _observers.append(observer)
     try:
@@ -43,25 +43,25 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def fusable(x: Any, *modules: torch.nn.Module) -> bool:
-    """Whether conv_bn_act on `x` may stand for calls of `modules`: kernels serve it, and nobody watches or replaces a
-    member's call.
+    """Whether conv_bn_act on `x` may take the place of calls of `modules`: kernels serve it, and no hook or replaced
+    forward needs a member's call.
     """
     return served(x) and not why_watched(*modules)
 
 
 def served(x: Any) -> bool:
-    """Whether kernels serve `x`, a 4-D tensor. While calls are captured, whoever serves them, the fused ones shall be
-    seen.
+    """Whether kernels serve `x`, a 4-D tensor. Also true while calls are captured, so that fused calls are seen even if
+    PyTorch serves them.
     """
     return isinstance(x, Tensor) and x.dim() == 4 and (not why_torch(x) or captured())
 
 
 def why_watched(*modules: torch.nn.Module, members: Sequence[tuple[Sequence[str], type]] = ()) -> str:
-    """Why the modules have to be called, and nothing may stand for their calls; the empty string if something may.
+    """Why the modules themselves have to be called; the empty string if something may take the place of their calls.
 
     A module has a hook, or its forward is replaced; hooks of all modules are registered; or a SyncBatchNorm trains.
-    members: the path and the class of each, or of the first ones, so that the reason can name it; of others it has the
-    class's name.
+    members: the path and the class of the modules, or of the first of them, by which the reason names one. The reason
+    names others by their class alone.
     """
     if _has_any_global_hook():
         return "hooks of all modules are registered"
@@ -89,8 +89,8 @@ def _why_called(m: torch.nn.Module) -> str:
 def forward_replaced(module: torch.nn.Module) -> bool:
     """Whether calling `module` runs another forward than its class's.
 
-    Libraries that wrap a forward, and later put back what they took, leave the class's own, bound to the module, on the
-    instance.
+    A library that wraps a forward and later puts the old one back leaves the class's own forward, bound to the module,
+    on the instance: that replaces nothing.
     """
     if "forward" not in module.__dict__:
         return False
@@ -113,10 +113,10 @@ def conv_bn_act(
     first.
 
     conv: any torch.nn.Conv2d. bn: BatchNorm2d, whose rules about buffers, num_batches_tracked and momentum hold;
-    SyncBatchNorm in eval; or a frozen norm: running_mean, running_var, weight, bias and eps, but no
+    SyncBatchNorm in eval; or a frozen norm, which has running_mean, running_var, weight, bias and eps, but no
     track_running_stats. Results have the dtype that the modules called one after the other would give, under autocast
     too: a residual of another dtype, or one that has to be broadcast, is added by PyTorch after the fused convolution
-    and norm. activation, activation_arg: as functional.conv_bn_act.
+    and norm. activation, activation_arg: as in functional.conv_bn_act.
     """
     if x.shape[1] != conv.in_channels:  # the convolution's own error, before the norm has counted a batch
         conv(x)
@@ -156,8 +156,8 @@ def conv_bn_act(
 
 
 def is_conv2d(module: torch.nn.Module) -> bool:
-    """Whether calling `module` convolves by torch.nn.Conv2d's rules: that class, ours, or a subclass that leaves the
-    computation alone.
+    """Whether calling `module` convolves by torch.nn.Conv2d's rules: it is of that class, of ours, or of a subclass
+    that computes in the same way.
     """
     kind = type(module)
     return (
@@ -187,10 +187,11 @@ def _output_size(conv: torch.nn.Conv2d, x: Tensor, padding: Any) -> tuple[int, .
 
 
 def _promotes(bn: Any, dtype: torch.dtype) -> bool:
-    """A frozen norm is arithmetic of tensors: of a 16-bit image and float32 parameters it makes float32."""
-    return (
-        getattr(bn, "track_running_stats", None) is None and torch.promote_types(dtype, bn.running_var.dtype) != dtype
-    )
+    """Whether a frozen norm, which is plain arithmetic of tensors, makes a larger dtype of `dtype`: its parameters may
+    be float32 and the image of 16 bits.
+    """
+    frozen = getattr(bn, "track_running_stats", None) is None
+    return frozen and torch.promote_types(dtype, bn.running_var.dtype) != dtype
 
 
 def _frozen_norm(bn: Any, y: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """torch.nn's layers, computed by cnnfast.functional.
 
-Each class adds nothing to an instance: `module.__class__ = Conv2d` turns an existing torch.nn.Conv2d into ours, and
-back. Where PyTorch serves a call the layer asks once and then runs torch.nn's own code, so that it costs hardly more
-than torch.nn's layer does. torch.fx traces each as it traces torch.nn's (symbolic.py).
+No class adds anything to its instances: `module.__class__ = Conv2d` turns an existing torch.nn.Conv2d into ours, and
+the reverse turns it back. A call that PyTorch serves runs torch.nn's own code after one question, so that it costs
+hardly more than torch.nn's layer does. torch.fx traces each layer as it traces torch.nn's (symbolic.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .symbolic import call_or_record
 
 
 def _torch_serves(operation: str, input: Any, weight: Tensor | None = None) -> bool:
-    """Whether PyTorch serves a call on `input`; every trace is then told. functional asks about the other tensors."""
+    """Whether PyTorch serves a call on `input`, which is then recorded. functional asks about the other tensors."""
     reason = why_torch(input) if isinstance(input, Tensor) else "input is not a Tensor"
     if not reason:
         return False
@@ -59,7 +59,9 @@ class Conv1d(torch.nn.Conv1d, RevertToScript):
 
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d, RevertToScript):
-    """torch.nn.ConvTranspose2d: [N, C, H, W] or [C, H, W] to [N, K, P, Q]. Raises what torch.nn.ConvTranspose2d raises."""
+    """torch.nn.ConvTranspose2d: [N, C, H, W] or [C, H, W] to [N, K, P, Q]. Raises what torch.nn.ConvTranspose2d
+    raises.
+    """
 
     _call_impl = call_or_record
 
@@ -74,8 +76,8 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d, RevertToScript):
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d, RevertToScript):
-    """torch.nn.BatchNorm2d of [N, C, H, W]: its buffers and when they change too. Raises what torch.nn.BatchNorm2d
-    raises.
+    """torch.nn.BatchNorm2d of [N, C, H, W], with its buffers, which change when torch.nn's do. Raises what
+    torch.nn.BatchNorm2d raises.
     """
 
     _call_impl = call_or_record
@@ -92,8 +94,8 @@ def running_statistics(bn: torch.nn.Module) -> tuple[Tensor | None, Tensor | Non
     """(running_mean, running_var, training, momentum) as functional.batch_norm takes them, by torch.nn.BatchNorm2d's
     rules.
 
-    Counts the batch in num_batches_tracked. A norm without `track_running_stats` is a frozen one, which normalises by
-    its statistics.
+    Counts the batch in num_batches_tracked. A norm without an attribute `track_running_stats` is a frozen one, which
+    normalises by its statistics.
     """
     mean: Any = bn.running_mean
     var: Any = bn.running_var
@@ -157,7 +159,7 @@ class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d, RevertToScript):
 
 
 class GlobalAvgPool2d(TraceToScript):
-    """The mean of each plane: [N, C, H, W] to [N, C, 1, 1], or to [N, C] with keepdim=False (and likewise [C, H, W])."""
+    """The mean of each plane: [N, C, H, W] to [N, C, 1, 1], or to [N, C] with keepdim=False; [C, H, W] likewise."""
 
     _call_impl = call_or_record
 

@@ -1,7 +1,6 @@
-"""What torch.jit.script is told when it meets a module of ours: TorchScript compiles Python that is written for it, and
-ours is not.
+"""Why torch.jit.script cannot have a module of ours: TorchScript compiles only Python that is written for it.
 
-It asks each module for `__prepare_scriptable__` before it compiles anything.
+It calls `__prepare_scriptable__` of each module before it compiles anything.
 """
 
 from __future__ import annotations
@@ -16,16 +15,17 @@ class RevertToScript(nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
-            f"torch.jit.script(): {type(self).__name__} is converted, or a layer of cnnfast.nn, and TorchScript cannot compile it:"
-            " revert the model first, torch.jit.script(cnnfast.revert(model))"
+            f"torch.jit.script(): {type(self).__name__} is converted, or a layer of cnnfast.nn,"
+            " and TorchScript cannot compile it: revert the model first, torch.jit.script(cnnfast.revert(model))"
         )
 
 
 class TraceToScript(nn.Module):
-    """For modules that have no class in PyTorch: revert leaves them what they are."""
+    """For modules that have no class in PyTorch: cnnfast.revert leaves them as they are."""
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
-            f"torch.jit.script(): {type(self).__name__} is cnnfast's own, also after cnnfast.revert(), and TorchScript cannot compile it:"
-            " trace the model, torch.jit.trace(model, inputs), which records PyTorch's operators"
+            f"torch.jit.script(): {type(self).__name__} is cnnfast's own, also after cnnfast.revert(),"
+            " and TorchScript cannot compile it: trace the model, torch.jit.trace(model, inputs),"
+            " which records PyTorch's operators"
         )

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from cnnfast_kernels import devices, launch
-from cnnfast_kernels.aot.compiling import usable_cores
+from cnnfast_kernels.aot.processes import usable_cores
 
 from .. import warming
 from ..precision import float32_products

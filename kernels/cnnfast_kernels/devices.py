@@ -1,4 +1,4 @@
-"""The GPU that kernels are chosen and compiled for: that of the tensors, or another one for which meta tensors stand."""
+"""The GPU that kernels are chosen and compiled for: the one of the tensors, or one that meta tensors stand for."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .indexing import channel_offset, pixel_offset
+from .layout import Strides
 from .rounding import round_quotient, round_root
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
@@ -83,7 +85,7 @@ def activate(u, slope, ACTIVATION: tl.constexpr):
 @triton.jit
 @no_type_check
 def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
-    """dz * act'(u), with PyTorch's choice at the kinks. For the activations of FROM_OUTPUT, `u` may be act(u) as well."""
+    """dz * act'(u), with PyTorch's choice at the kinks. For activations of FROM_OUTPUT `u` may be act(u) as well."""
     if ACTIVATION == "relu":
         dz = tl.where(u <= 0, 0.0, dz)
     elif ACTIVATION == "leaky_relu":
@@ -125,6 +127,29 @@ class Channels(NamedTuple):
     beta: tl.tensor
 
 
+class Residual(NamedTuple):
+    """Inside a kernel, where the residual of a tile lies: pixels (n, p, q) and channels `column`, as far as they exist,
+    of a tensor of these layout.Strides that begins at `source`, which is None where there is no residual.
+    """
+
+    source: tl.tensor
+    pixel: tuple
+    column: tl.tensor
+    row_ok: tl.tensor
+    column_ok: tl.tensor
+    strides: Strides
+
+
+@triton.jit
+@no_type_check
+def load_residual(residual):
+    """[rows, columns] of a Residual."""
+    n, p, q = residual.pixel
+    rows = residual.source + pixel_offset(n, p, q, residual.strides)
+    pointers = rows[:, None] + channel_offset(residual.column, residual.strides.c)[None, :]
+    return tl.load(pointers, mask=residual.row_ok[:, None] & residual.column_ok[None, :], other=0.0)
+
+
 @triton.jit
 @no_type_check
 def load_channels(pointers, column, column_ok, e: tl.constexpr):
@@ -149,11 +174,12 @@ def load_channels(pointers, column, column_ok, e: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def finish(acc, channels, residual, slope, pointers, e: tl.constexpr):
-    """act(batch_norm(acc + bias) + residual) in the accumulator's dtype: acc and residual, if any, [rows, columns].
+def finish(acc, channels, residual, slope, pointers, e: tl.constexpr, LOAD: tl.constexpr):
+    """act(batch_norm(acc + bias) + residual) of acc [rows, columns], in the accumulator's dtype.
 
-    channels: of load_channels(pointers, ...). The mean is subtracted first, for y * scale + shift cancels where
-    |mean| >> std.
+    channels: what load_channels(pointers, ...) returned. residual: if its `source` is not None, LOAD(residual) loads a
+    tile of it; here and no sooner, because a tile that waits in registers takes them from the main loop. The mean is
+    subtracted first: y * scale + shift would cancel where |mean| is much larger than the standard deviation.
     """
     NORM: tl.constexpr = 0 if pointers.bias is None else 1  # where the norm's begin
     ACTIVATION: tl.constexpr = e.activation
@@ -163,8 +189,8 @@ def finish(acc, channels, residual, slope, pointers, e: tl.constexpr):
         acc = (acc - channels[NORM][None, :]) * channels[NORM + 1][None, :]
         if pointers.beta is not None:
             acc = acc + channels[NORM + 2][None, :]
-    if residual is not None:
-        acc = acc + residual.to(e.acc)
+    if residual.source is not None:
+        acc = acc + LOAD(residual).to(e.acc)
     return activate(acc, tl.full((), slope, e.acc), ACTIVATION)
 
 

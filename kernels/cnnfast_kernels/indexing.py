@@ -86,20 +86,19 @@ def pixel_offset(n, h, w, strides):
 
 @triton.jit
 @no_type_check
-def dense_pixel_offset(n, h, w, H, W, C, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
-    """Elements from the start of a dense tensor [N, C, H, W], channels_last or contiguous, to channel 0 of a pixel.
+def dense_pixel_offset(m, n, H, W, C, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
+    """Elements from the start of a dense tensor [N, C, H, W] to channel 0 of pixel m of all, which is one of image n.
 
-    channels_last: C is a multiple of ALIGN.
+    The tensor is channels_last, and C a multiple of ALIGN, or contiguous.
     """
-    pixel = (n.to(tl.int64) * H + h) * W + w
     if CHANNELS_LAST:
-        return pixel * (C // ALIGN) * ALIGN
+        return m.to(tl.int64) * (C // ALIGN) * ALIGN
     else:
-        return pixel + n.to(tl.int64) * (C - 1) * H * W
+        return m.to(tl.int64) + n.to(tl.int64) * (C - 1) * H * W
 
 
 @triton.jit
 @no_type_check
 def dense_channel_offset(c, H, W, CHANNELS_LAST: tl.constexpr):
     """Elements from channel 0 of a pixel to channel c in such a tensor."""
-    return c.to(tl.int64) if CHANNELS_LAST else c.to(tl.int64) * H * W
+    return c.to(tl.int64) if CHANNELS_LAST else c.to(tl.int64) * (H * W)

@@ -1,8 +1,8 @@
-"""What every launcher shares: launches and plans of them, layouts and strides as kernels want them, who watches.
+"""Launching kernels: at once by `run`, or again and again by a prepared `Launch`; and observing what is launched.
 
-Working out a launch's sixty arguments, and letting Triton find what it compiled for them, costs the host more than many
-a kernel takes. All of that follows from shapes, strides and dtypes: a launcher does it once, keeps the `Launch`, and
-calls it with the tensors.
+To work out the thirty arguments of a launch, and to let Triton find what it compiled for them, costs the host more time
+than many a kernel takes. All of that follows from shapes, strides and dtypes: a launcher does it once, keeps the
+`Launch`, and calls it with the tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from triton import knobs, runtime
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Triton decides at decoration, that is at import, whether kernels are interpreted; so does this.
+# Triton decides when a kernel is decorated, hence at import, whether it is interpreted. So does this.
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 
 
@@ -38,13 +38,15 @@ class Launched:
 Substitute = Callable[[Any, tuple[int, ...], Sequence[Any], Mapping[str, Any]], Any]
 
 _observers: list[Callable[[Launched], None]] = []
-_substitutes: dict[int, tuple[Substitute, bool]] = {}  # by thread, and whether observers are told
+# By thread: what is called in place of a launch, and whether observers are told of it.
+_substitutes: dict[int, tuple[Substitute, bool]] = {}
 
 
 @contextmanager
 def observe(callback: Callable[[Launched], None], compile_only: bool = False) -> Iterator[None]:
-    """Calls `callback` for every launch, from any thread. With compile_only this thread's kernels are compiled, not run
-    (aot/compiling.py)."""
+    """Calls `callback` for every launch, from any thread. With compile_only this thread's kernels are compiled and not
+    run (aot/compiling.py).
+    """
     _observers.append(callback)
     try:
         with substituted(_compile, told=True) if compile_only else nullcontext():
@@ -124,11 +126,11 @@ def _triton_must_launch() -> bool:
 def tensor_map(
     shape: Sequence[int], strides: Sequence[int], block: Sequence[int], dtype: torch.dtype
 ) -> TensorDescriptor:
-    """How a kernel sees a tensor through boxes of `block` elements, without the tensor: what `Launch` takes as one of its
-    `maps`.
+    """A tensor map without its tensor, one of the `maps` of a `Launch`: the kernel sees the tensor in boxes of `block`
+    elements.
 
-    Raises AssertionError where a map cannot be: strides but the last, which is 1, are multiples of 16 bytes, extents
-    are positive.
+    Raises AssertionError where there can be no such map: the last stride is 1, the others are multiples of 16 bytes,
+    and extents are positive.
     """
     return TensorDescriptor(torch.empty(0, dtype=dtype, device="meta"), list(shape), list(strides), list(block))
 
@@ -137,8 +139,8 @@ _new = object.__new__
 
 
 def _placeless(map_: TensorDescriptor) -> type[TensorDescriptor]:
-    """A class of maps that differ in nothing but their tensor: one is made in a quarter of the time that all its fields
-    would take.
+    """A class whose instances are equal to a map but for their tensor. Such an instance is made in a quarter of the
+    time that a map takes, whose constructor sets and checks every field.
     """
     return type(
         "TensorDescriptor", (TensorDescriptor,), {name: value for name, value in vars(map_).items() if name != "base"}
@@ -153,12 +155,12 @@ class Launch(Generic[Operands]):
 
     Called with a record of the tensors (operands.py), which are the kernel's first parameters (None where absent; the
     first is present), it launches on their device and its current stream. `scalars` are the parameters that follow
-    them; `tile` and `options` as in `run`. `maps` names, by position, the tensors that the kernel gets as tensor maps,
-    and the maps; those tensors are of the map's dtype and start at a multiple of 16 bytes.
+    them; `tile` and `options` as in `run`. `maps` gives, by its position, each tensor that the kernel takes as a tensor
+    map; those tensors are of the map's dtype and start at a multiple of 16 bytes.
 
-    Keeps what Triton compiled, by what would make Triton compile again: the device, and each other tensor's dtype and
-    whether its address is a multiple of 16 bytes. Keeps no tensor: a map is given its tensor at each launch, in which
-    Triton encodes it.
+    What Triton compiled is kept by what would make Triton compile again: the device, and for every tensor that is no
+    map its dtype and whether its address is a multiple of 16 bytes. No tensor is kept: a map gets its tensor at each
+    launch, in which Triton encodes it.
     """
 
     __slots__ = ("compiled", "grid", "kernel", "maps", "options", "pointers", "scalars", "tile")
@@ -227,8 +229,8 @@ class Launch(Generic[Operands]):
             _tell(self.kernel, self.tile, self.grid, kernel)
 
     def mapped(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The tensors as the kernel gets them. What a map's constructor checks was checked when the plan was made, but
-        for the address.
+        """The tensors as the kernel takes them. What a map's constructor checks was checked when the launch was
+        prepared, except for the address.
         """
         arguments = list(tensors)
         for i, placeless in self.maps:
@@ -241,7 +243,7 @@ class Launch(Generic[Operands]):
         return run(self.kernel, self.grid, tensors[0].device, *arguments, *self.scalars, tile=self.tile, **self.options)
 
 
-# by each function that makes some: a network has dozens of shapes, images of all sizes make thousands
+# Of each function that prepares launches: a network has dozens of shapes, and images of all sizes make thousands.
 PLANS_KEPT = 2048
 _plan_caches: list[Any] = []
 

@@ -71,7 +71,8 @@ class ConvProblem:
             )
         if max(self.N * self.H * self.W, self.N * self.P * self.Q) > MAX_PIXELS:
             raise RuntimeError(
-                f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} must not exceed {MAX_PIXELS} pixels"
+                f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} "
+                f"must not exceed {MAX_PIXELS} pixels"
             )
 
     @classmethod
@@ -93,7 +94,7 @@ class ConvProblem:
         return cls(N, C, H, W, K, R, S, P, Q, *stride, top, left, *dilation, groups)
 
     def geometry(self, *, C: int | None = None, K: int | None = None) -> ConvGeometry:
-        """What kernels are compiled for. C, K: channels and filters of a group, where a kernel is compiled for those."""
+        """What a kernel is compiled for. C, K: channels and filters of a group, if it is compiled for those."""
         strides, pads, dilations = (self.stride_h, self.stride_w), (self.pad_h, self.pad_w), (self.dil_h, self.dil_w)
         return ConvGeometry(C, K, self.groups, self.R, self.S, *strides, *pads, *dilations)
 
@@ -171,7 +172,8 @@ class PoolProblem:
     def __post_init__(self) -> None:
         if max(self.N * self.H * self.W, self.N * self.P * self.Q) > MAX_PIXELS:
             raise RuntimeError(
-                f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} must not exceed {MAX_PIXELS} pixels"
+                f"N*H*W={self.N * self.H * self.W} and N*P*Q={self.N * self.P * self.Q} "
+                f"must not exceed {MAX_PIXELS} pixels"
             )
         if self.R * self.S > MAX_PIXELS:
             raise RuntimeError(f"kernel_size={(self.R, self.S)} must not have more than {MAX_PIXELS} taps")

@@ -6,20 +6,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support.child import run_compiled
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.child import REPOSITORY, run_compiled
 
 ROWS = [
     {"registers": 168, "spill_bytes": 0},
     {"registers": 255, "spill_bytes": 8},
     {"registers": None, "spill_bytes": None},
 ]
-OUTPUT = """problem sm_89 conv_dgrad_kernel (dgrad bfloat16 1x1/2; 128x64x32 w4 s4): spills 8 bytes a thread, 255 registers
+OUTPUT = """\
+problem sm_89 conv_dgrad_kernel (dgrad bfloat16 1x1/2; 128x64x32 w4 s4): spills 8 bytes a thread, 255 registers
 problem sm_89 wgrad float64 3x3: does not compile: CompilationError: no
 error: on a line of its own
   the worst of all variants and tiles of each kernel

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from cnnfast_kernels import launch
 from cnnfast_kernels.aot.specialisations import described
+from tests.support.child import REPOSITORY, environment, run_compiled
 from tests.support.uncompilable import tuple_holds_none_kernel
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.compiled,
     pytest.mark.skipif(not launch.INTERPRETED, reason="GPU ring: recorded in the interpreter"),
 ]
 
 
-def run(command, **environment):
-    paths = [REPOSITORY, REPOSITORY / "kernels", *filter(None, [os.environ.get("PYTHONPATH")])]
-    inherited = {
-        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
-    }
-    inherited["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+def run(command, **more):
     return subprocess.run(
         [sys.executable, *command],
         cwd=REPOSITORY,
-        env=inherited | environment,
+        env=environment() | more,
         capture_output=True,
         text=True,
         timeout=300,
@@ -62,10 +55,6 @@ def front_end(folder):
 
 
 def test_what_is_refused_and_what_was_never_launched_fails(folder):
-    told = front_end(folder)
-    assert told.returncode == 1
-    assert "wgrad_kernel was launched by no test that was recorded" in told.stdout
-    assert "refused" not in told.stdout
     extra = folder / "extra.jsonl"
     extra.write_text(described(tuple_holds_none_kernel, (torch.ones(16), None), {"BLOCK": 16}) + "\n")
     try:
@@ -73,12 +62,37 @@ def test_what_is_refused_and_what_was_never_launched_fails(folder):
     finally:
         extra.unlink()
     assert told.returncode == 1
-    assert "sm_90 tuple_holds_none_kernel(x_ptr float32, bias_ptr None): CompilationError" in told.stdout
+    failures = [line for line in told.stdout.splitlines() if line.startswith("sm_90 ")]
+    (refused,) = failures  # and nothing of what the tests recorded
+    assert refused.startswith("sm_90 tuple_holds_none_kernel(x_ptr float32, bias_ptr None): CompilationError")
+    assert "wgrad_kernel was launched by no test that was recorded" in told.stdout
 
 
-def test_nothing_recorded_is_an_error(tmp_path):
-    for _ in range(2):
-        told = front_end(tmp_path)
-        assert told.returncode == 2
-        assert "nothing is recorded" in told.stderr
-        (tmp_path / "empty.jsonl").touch()
+def ends(ci, folders):
+    """[exit code, output] of the front end for each of the folders, in one process."""
+    import sys
+
+    sys.path.insert(0, ci)
+    import specialisations
+    from typer.testing import CliRunner
+
+    results = [CliRunner().invoke(specialisations.app, ["front-end", folder, "--jobs", "1"]) for folder in folders]
+    return [[result.exit_code, result.output] for result in results]
+
+
+def test_nothing_recorded_is_an_error_and_too_little_fails(folder, tmp_path):
+    """Nothing: no file, or an empty one. Too little: one launch, which compiles, of one kernel."""
+    recorded = [line for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
+    for name, lines in (("empty", ""), ("one", min(recorded) + "\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "launches.jsonl").write_text(lines)
+    *nothing, one = run_compiled(
+        ends, str(REPOSITORY / "ci"), [str(tmp_path), str(tmp_path / "empty"), str(tmp_path / "one")]
+    )
+    for code, said in nothing:
+        assert code == 2
+        assert "nothing is recorded" in said
+    code, said = one
+    assert code == 1
+    assert "\nsm_90 " not in said
+    assert "wgrad_kernel was launched by no test that was recorded" in said

@@ -84,7 +84,9 @@ def test_training(mode, by_kernels, device):
 
 
 def test_what_is_compiled_is_ours(by_kernels, device):
-    """backend("kernels") makes a fallback an error while Dynamo traces; the compiled program then launches our kernels."""
+    """backend("kernels") makes a fallback an error while Dynamo traces; the compiled program then launches our
+    kernels.
+    """
     model = cnnfast.convert(copy.deepcopy(network())).to(device).eval()
     compiled = torch.compile(model, mode="max-autotune-no-cudagraphs", fullgraph=True)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from tests.support.child import run_compiled
 from tests.support.each_family import FAMILIES, families
 from tests.support.gpu_ring import aside, asynchronous
 from tests.support.model_zoo import randomise
+from tests.support.packages import package
 
 WARM_UPS, STEPS = 3, 4
 
@@ -44,12 +45,7 @@ def batch(seed: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def resnet18() -> nn.Module:
-    from cnnfast import torchvision_import
-
-    try:
-        return randomise(torchvision_import.torchvision().models.resnet18(num_classes=3))
-    except ModuleNotFoundError:
-        pytest.skip("torchvision is not installed")
+    return randomise(package("torchvision").models.resnet18(num_classes=3))
 
 
 def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:

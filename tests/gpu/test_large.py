@@ -75,7 +75,9 @@ def run_dgrad(device: torch.device, N: int, tile) -> None:
 
 
 def run_wgrad(device: torch.device, N: int, tile) -> None:
-    """Only the images at both ends and at the boundary have a gradient, so that the sum is small, and exact in float32."""
+    """Only the images at both ends and at the boundary have a gradient, so that the sum is small, and exact in
+    float32.
+    """
     x = numbered((N, C, SIZE, SIZE), device)
     dy = torch.zeros_like(x)
     right = torch.zeros(C, C, 3, 3, dtype=torch.float64, device=device)

@@ -1,4 +1,6 @@
-"""Again and again: the same bits under load from another stream, and no more memory after fifty steps than after five."""
+"""Again and again: the same bits under load from another stream, and no more memory after fifty steps than
+after five.
+"""
 
 from __future__ import annotations
 

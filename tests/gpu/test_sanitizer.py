@@ -4,7 +4,6 @@ anything wrote it.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import sys
 import pytest
 
 from tests.support import each_family
-from tests.support.child import IMPORTABLE
+from tests.support.child import environment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -40,12 +39,9 @@ def sanitized(tool: str, families: list[str], timeout: float = 900) -> subproces
     ]
     # PyTorch's allocator hands out parts of what it got before: without it a byte beyond a tensor is out of bounds for
     # the tool too.
-    environment = os.environ | {
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, IMPORTABLE)),
-    }
+    alone = environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command += [sys.executable, str(each_family.__file__), *families]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(command, env=alone, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.mark.parametrize("family", each_family.FAMILIES)

@@ -176,7 +176,7 @@ def check(o, activation=None, slope=SLOPE, eps=EPS, keep=True):
     return found
 
 
-# --- statistics ---------------------------------------------------------------------------------------------------------
+# --- statistics -------------------------------------------------------------------------------------------------------
 
 
 LAYOUTS_AND_DTYPES = [
@@ -225,7 +225,9 @@ def test_combined_moments(T, C, rows, short, device):
 
 
 def test_planes_of_several_tiles(device):
-    """NCHW: the last tile of every plane is shorter, not only the last of all; more partials than one level combines."""
+    """NCHW: the last tile of every plane is shorter, not only the last of all; more partials than one level
+    combines.
+    """
     y = integers((65, 3, 20, 15), torch.float32, device, 0, "contiguous")
     mean, var = batch_moments(y)
     torch.testing.assert_close(mean.double(), y.double().mean((0, 2, 3)), rtol=1e-6, atol=1e-7)
@@ -263,7 +265,7 @@ def test_no_rows(shape, device):
     assert torch.equal(dbias, ones * 0)
 
 
-# --- running statistics -------------------------------------------------------------------------------------------------
+# --- running statistics -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_one_value_has_no_unbiased_variance(device):
         update_running(one, one, one, one, 0.1, 1)
 
 
-# --- forward and backward -----------------------------------------------------------------------------------------------
+# --- forward and backward ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
@@ -492,7 +494,7 @@ def test_same_inputs_same_bits(layout, device):
         assert torch.equal(a, b)
 
 
-# --- compiled -----------------------------------------------------------------------------------------------------------
+# --- compiled ---------------------------------------------------------------------------------------------------------
 
 
 def compile_for_two_images() -> list:

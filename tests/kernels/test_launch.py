@@ -36,7 +36,9 @@ def views(draw) -> torch.Tensor:
 
 
 def address(t: torch.Tensor) -> torch.Tensor:
-    """Offset of every element [N, C, H, W] from the first, computed as the kernels do (pixel_offset, channel_offset)."""
+    """Offset of every element [N, C, H, W] from the first, computed as the kernels do (pixel_offset,
+    channel_offset).
+    """
     s = strides_nhwc(t)
     n, c, h, w = torch.meshgrid(*[torch.arange(size) for size in t.shape], indexing="ij")
     return (n * s.n + h * s.h + w * s.w) * s.align + (c if s.c is None else c * s.c)

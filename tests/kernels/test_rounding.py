@@ -116,7 +116,7 @@ def test_compiled_quotients_and_roots(arch, cases):
     assert {tuple(row[2]) for row in found if row[0] in EXPONENTIAL} == {("div.full.f32",)}, "sigmoid's"
 
 
-# --- where it shows: float32 variances below 2**-126, and no eps ---------------------------------------------------------
+# --- where it shows: float32 variances below 2**-126, and no eps ------------------------------------------------------
 
 TINY = 1e-40
 

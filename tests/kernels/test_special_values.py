@@ -27,7 +27,9 @@ OPERAND_OF = [(operation, operand) for operation, operands in FACTORS.items() fo
 def by_taps(
     case: Case, operation: str, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, padding_counts: bool
 ) -> torch.Tensor:
-    """y or dw in float64 by its definition, every product taken; those of the padding's zeros only if padding_counts."""
+    """y or dw in float64 by its definition, every product taken; those of the padding's zeros only if
+    padding_counts.
+    """
     x, w, dy = (t.double().cpu() for t in (x, w, dy))
     top, bottom, left, right = case.padding
     P, Q = case.y[2:]

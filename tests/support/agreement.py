@@ -71,7 +71,7 @@ def run(
 
 
 def exact(function: Function, inputs: Sequence[Tensor | None], frozen: Sequence[int] = ()) -> Outcome:
-    """The same by PyTorch in float64, on the CPU."""
+    """run(function, inputs) with the inputs in float64 on the CPU, for a function of PyTorch's."""
     return run(function, [None if t is None else t.detach().cpu().double().contiguous() for t in inputs], frozen)
 
 
@@ -81,7 +81,7 @@ def assert_served_by_kernels(trace: Trace) -> None:
 
 
 def assert_bits(ours: Outcome, right: Outcome) -> None:
-    """Every result is what float64 says, of inputs for which every result is representable."""
+    """Asserts that every result equals what float64 says, for inputs of which every result is representable."""
     for mine, theirs in zip(ours.tensors, right.tensors, strict=True):
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:
@@ -100,7 +100,7 @@ def assert_close(ours: Outcome, right: Outcome, tolerance: float = 1e-11) -> Non
 
 
 def assert_same_strides(ours: Outcome, theirs: Outcome) -> None:
-    """Of the result and of all gradients."""
+    """Asserts that the result and all gradients have the same strides."""
     strides = [[None if t is None else t.stride() for t in outcome.tensors] for outcome in (ours, theirs)]
     assert strides[0] == strides[1]
 

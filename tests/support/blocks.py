@@ -19,7 +19,7 @@ def image(channels: int = CHANNELS, size: int = 5) -> Tensor:
 
 
 class Block(nn.Module):
-    """Has what the forwards below need; `forward` as ResNets have it."""
+    """A residual block with the members that the forwards below use; its own `forward` is a ResNet's."""
 
     def __init__(self) -> None:
         super().__init__()

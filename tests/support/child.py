@@ -16,6 +16,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 IMPORTABLE = (REPOSITORY, REPOSITORY / "kernels")
 
 
+def environment(overlay: str = "") -> dict[str, str]:
+    """The environment of a process that imports this checkout and compiles its kernels: this process's own, without
+    what is meant for its tests. `overlay` is a folder whose packages stand before all others.
+    """
+    paths = [overlay, *map(str, IMPORTABLE), os.environ.get("PYTHONPATH")]
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
+    }
+    return inherited | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def run_compiled(
     script: str | Path | Callable[..., Any], *arguments: Any, timeout: float = 600, overlay: str = ""
 ) -> Any:
@@ -34,11 +45,9 @@ def run_compiled(
         command = [sys.executable, "-c", f"import json\n{source[source.index('def ') :]}\n{call}"]
     else:
         command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [overlay, *map(str, IMPORTABLE), os.environ.get("PYTHONPATH")])
+    child = subprocess.run(
+        command, env=environment(overlay), capture_output=True, text=True, timeout=timeout, check=False
     )
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     if child.returncode:
         raise AssertionError(
             f"the child process ended with {child.returncode}\n{child.stdout[-2000:]}\n{child.stderr[-6000:]}"

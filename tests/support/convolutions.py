@@ -149,7 +149,7 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device) -> list[torch.Ten
 def operands(
     case: Case, dtype: torch.dtype, device: torch.device, layout: str = "channels_last"
 ) -> tuple[torch.Tensor, ...]:
-    """x, w and dy as drawn, cut out of NaN."""
+    """x, w and dy as hypothesis drew them, cut out of memory that is full of NaN."""
     x, w, dy = draw(case, dtype, device)
     return arrange(x, layout), arrange(w, "channels_last" if layout == "expanded" else layout), arrange(dy, layout)
 

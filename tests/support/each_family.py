@@ -171,7 +171,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def families(device: torch.device) -> dict[str, Family]:
-    """Those that run on `device`: all but for tensor maps, where a GPU has none."""
+    """The families that run on `device`: without tensor maps where a GPU has none."""
     missing = why_not_on(devices.architecture(device))
     return {name: family for name, family in FAMILIES.items() if not (missing and name.startswith("tensor maps"))}
 

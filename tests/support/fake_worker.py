@@ -1,5 +1,5 @@
-"""Stands in for cnnfast_kernels.aot.worker: python -m tests.support.fake_worker ARCH. What it answers to a description is written in
-the kernel's name.
+"""Stands in for cnnfast_kernels.aot.worker: python -m tests.support.fake_worker ARCH. What it answers to a
+description is written in the kernel's name.
 
 It starts in a fraction of the time, because it imports nothing.
 """

@@ -168,7 +168,9 @@ def geometry_branches(along: Sequence[Axis]) -> Iterator[str]:
 
 
 def few_taps(along: Sequence[Axis], most: int = 36) -> tuple[Axis, ...]:
-    """The interpreter takes its time for every tap."""
+    """The axes with at most 4 taps each, where there are more than `most` taps together: the interpreter takes its
+    time for every tap.
+    """
     return tuple(replace(a, taps=min(a.taps, 4)) for a in along) if prod(a.taps for a in along) > most else tuple(along)
 
 
@@ -178,7 +180,7 @@ def per_axis(along: Sequence[Axis], name: str) -> tuple[int, ...]:
 
 @st.composite
 def convolutions(draw: st.DrawFn, n: int) -> Case:
-    """Of n axes: x, w, bias."""
+    """A convolution of n axes; its inputs are x, w, bias."""
     along = few_taps(draw(st.tuples(*[axes()] * n)))
     kind, C, K, groups = draw(channels())
     padding = draw(st.sampled_from(["numbers", "numbers", "same", "valid"]))
@@ -215,7 +217,7 @@ def batch_branches(batch: tuple[int, ...]) -> Iterator[str]:
 
 
 def frozen_inputs(n: int) -> st.SearchStrategy[tuple[int, ...]]:
-    """Mostly none; sometimes one or two of n."""
+    """The inputs without a gradient: mostly none, sometimes one or two of n."""
     some = st.lists(st.integers(0, n - 1), max_size=2, unique=True).map(tuple)
     return st.one_of(st.just(()), st.just(()), some)
 

@@ -22,12 +22,16 @@ from cnnfast.dispatch import why_torch
 from cnnfast_kernels import launch
 
 VALUES: list[Any] = [
-    -(2**70), -1, 0, 1, 2, 3, 9, 2**63, 2**70, 0.5, 2.0, float("nan"), 1j, True, False, None, "same", "valid", "reflect", "",
-    (), (1,), [2], (1, 2), [0, 1], (1, -1), (1, 2, 3), [1, 1, 1, 1], (True, 1), (1, None), (1.0, 2), ("same", "same"), ((1, 2), 1), {1: 2},
-    {1, 2}, range(1, 3), torch.Size([2, 2]), np.int64(2), np.float32(2), np.array([1, 2]), object, Ellipsis, slice(1, 2),
+    -(2**70), -1, 0, 1, 2, 3, 9, 2**63, 2**70, 0.5, 2.0, float("nan"), 1j,
+    True, False, None, "same", "valid", "reflect", "",
+    (), (1,), [2], (1, 2), [0, 1], (1, -1), (1, 2, 3), [1, 1, 1, 1],
+    (True, 1), (1, None), (1.0, 2), ("same", "same"), ((1, 2), 1), {1: 2},
+    {1, 2}, range(1, 3), torch.Size([2, 2]), np.int64(2), np.float32(2), np.array([1, 2]),
+    object, Ellipsis, slice(1, 2),
 ]  # fmt: skip
-SIZES = [(), (4,), (6,), (0,), (1, 4), (4, 1), (2, 4), (4, 5, 5), (2, 4, 5), (6, 4, 3), (6, 2, 3), (2, 4, 5, 5), (0, 4, 5, 5),
-         (2, 0, 5, 5), (2, 4, 0, 5), (6, 4, 3, 3), (6, 2, 3, 3), (4, 6, 3, 3), (6, 4, 7, 3), (6, 4, 0, 3), (0, 4, 3, 3), (6, 0, 3, 3),
+SIZES = [(), (4,), (6,), (0,), (1, 4), (4, 1), (2, 4), (4, 5, 5), (2, 4, 5), (6, 4, 3), (6, 2, 3),
+         (2, 4, 5, 5), (0, 4, 5, 5), (2, 0, 5, 5), (2, 4, 0, 5),
+         (6, 4, 3, 3), (6, 2, 3, 3), (4, 6, 3, 3), (6, 4, 7, 3), (6, 4, 0, 3), (0, 4, 3, 3), (6, 0, 3, 3),
          (1, 2, 4, 5, 5)]  # fmt: skip
 TENSOR_DTYPES = [torch.float32] * 6 + [
     torch.float16,
@@ -58,10 +62,12 @@ VALID: dict[str, dict[str, Any]] = {
     "conv2d": {"input": X, "weight": W, "bias": C6, "stride": 1, "padding": (1, 0), "dilation": 1, "groups": 1},
     "conv1d": {"input": ROW, "weight": FILTERS, "bias": C6, "stride": 1, "padding": 1, "dilation": 1, "groups": 1},
     "conv_transpose2d": {
-        "input": X, "weight": V, "bias": C6, "stride": 2, "padding": (1, 0), "output_padding": (0, 1), "groups": 1, "dilation": 1,
+        "input": X, "weight": V, "bias": C6, "stride": 2, "padding": (1, 0), "output_padding": (0, 1),
+        "groups": 1, "dilation": 1,
     },
     "max_pool2d": {
-        "input": X, "kernel_size": 2, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False,
+        "input": X, "kernel_size": 2, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False,
+        "return_indices": False,
     },
     "avg_pool2d": {
         "input": X, "kernel_size": (2, 3), "stride": 2, "padding": 1, "ceil_mode": True, "count_include_pad": True,
@@ -69,10 +75,12 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "adaptive_avg_pool2d": {"input": X, "output_size": (2, 3)},
     "batch_norm": {
-        "input": X, "running_mean": C4, "running_var": C4, "weight": C4, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5,
+        "input": X, "running_mean": C4, "running_var": C4, "weight": C4, "bias": None, "training": False,
+        "momentum": 0.1, "eps": 1e-5,
     },
     "conv_bn_act": {
-        "input": X, "weight": W, "running_mean": C6, "running_var": C6, "bn_weight": None, "bn_bias": C6, "training": True, "momentum": 0.1,
+        "input": X, "weight": W, "running_mean": C6, "running_var": C6, "bn_weight": None, "bn_bias": C6,
+        "training": True, "momentum": 0.1,
         "eps": 1e-5, "bias": C6, "stride": 1, "padding": 0, "dilation": 1, "groups": 1,
     },
 }  # fmt: skip

@@ -1,4 +1,6 @@
-"""The cases of fuzz.py whose results take a batch norm: its statistics and scale are chosen so that nothing is rounded."""
+"""The cases of fuzz.py whose results take a batch norm: its statistics and scale are chosen so that nothing is
+rounded.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ def around_a_mean(shape: tuple[int, ...], spread: float) -> Tensor:
 
 
 def norm_dtypes(dtype: torch.dtype) -> st.SearchStrategy[torch.dtype]:
-    """Of the parameters and statistics of a norm."""
+    """The dtype of the parameters and statistics of a norm."""
     return st.just(dtype) if dtype == torch.float64 else st.sampled_from([dtype, torch.float32])
 
 

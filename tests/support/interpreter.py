@@ -48,7 +48,7 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Nearest even, through float32 as PyTorch does; every NaN becomes the quiet one."""
+    """Rounds to the nearest, ties to even, through float32 as PyTorch does; every NaN becomes the quiet one."""
     values = np.asarray(values).astype(np.float32)
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -137,7 +137,9 @@ class Extent(NamedTuple):
 
 
 def extents_of(name: str, argument: Any) -> Iterator[Extent]:
-    """Those of a tensor, of each tensor in a tuple, or of the tensor under a descriptor; nothing for anything else."""
+    """The bytes of a tensor, of each tensor in a tuple, or of the tensor under a descriptor; nothing for anything
+    else.
+    """
     if isinstance(argument, tuple | list):
         for i, item in enumerate(argument):
             yield from extents_of(f"{name}[{i}]", item)

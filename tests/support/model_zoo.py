@@ -8,7 +8,6 @@ random: a 0 or a 1 hides mistakes.
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from cnnfast.torchvision_import import torchvision
+from tests.support.packages import package
 
 
 @torch.no_grad()
@@ -43,15 +42,12 @@ class Family:
         return f"{self.package}-{self.name}".removeprefix("-")
 
     def make(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
-        """The same model and input on every call. Raises ModuleNotFoundError where the package is not installed."""
-        package = None
-        if self.package:
-            torchvision()  # the other packages import it
-            package = importlib.import_module(self.package)
+        """The same model and input on every call. Skips the test where the package is not installed."""
+        module = package(self.package) if self.package else None
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of constructors whose defaults are about to change
             torch.manual_seed(0)
-            model = randomise(self.build(package)).to(dtype)
+            model = randomise(self.build(module)).to(dtype)
             return model, torch.randn(self.size, dtype=torch.float64).to(dtype)
 
 
@@ -60,7 +56,7 @@ class Family:
 
 
 def vgg(torchvision: Any) -> nn.Module:
-    """With two small layers for a classifier: its own has 120 million weights."""
+    """A VGG with two small layers for a classifier: its own has 120 million weights."""
     with torch.device("meta"):
         model = torchvision.models.VGG(nn.Identity(), init_weights=False)
     model.features = torchvision.models.vgg.make_layers([16, "M", 32, "M", 32, 32, "M", 64, 64, "M"], batch_norm=True)

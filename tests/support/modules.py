@@ -33,7 +33,9 @@ class _Call(nn.Module):
 
 
 def outcome(module: nn.Module, *inputs: Tensor | None, function: Callable[..., Tensor] | None = None) -> Outcome:
-    """module(*inputs), or function(module, *inputs), with gradients of the inputs and of all parameters that want one."""
+    """module(*inputs), or function(module, *inputs), with gradients of the inputs and of all parameters that
+    want one.
+    """
     names = [f"module.{name}" for name, _ in module.named_parameters()]
     parameters = list(module.parameters())
 

@@ -97,7 +97,7 @@ class Pretended(TorchDispatchMode):
         return found is not None and not found.expired()
 
     def put(self, t: Tensor, there: bool) -> Tensor:
-        """Says of the memory of `t` where it is."""
+        """Remembers the memory of `t` as the GPU's or the CPU's."""
         if t.layout is torch.sparse_coo and type(t) is Tensor:
             t = t._values()
         if _plain(t):
@@ -225,7 +225,8 @@ def pretended_gpu(launch_anywhere: bool = False) -> Iterator[Pretended]:
             t = getattr(argument, "base", argument)
             if isinstance(t, Tensor) and _plain(t) and t.numel() and not pretended.holds(t):
                 raise ValueError(
-                    f"Pointer argument cannot be accessed from Triton (cpu tensor?): {list(t.shape)} of {self.fn.__name__}"
+                    "Pointer argument cannot be accessed from Triton (cpu tensor?): "
+                    f"{list(t.shape)} of {self.fn.__name__}"
                 )
         with _disable_current_modes():
             return launch(self, *args, **kwargs)

@@ -148,7 +148,8 @@ WRITING = [
 
 SUMS = ["{new} = {z} + {r}", "{new} = {r} + {z}", "{new} = torch.add({z}, other={r})", "{z} += {r}; {new} = {z}",
         "{new} = {z}.add_({r})", "{r} += {z}; {new} = {r}", "{new} = {z}.add({r})"]  # fmt: skip
-ACTIVATIONS = ["{new} = self.relu({z})", "{new} = self.inplace({z})", "{new} = F.relu({z}, inplace=True)", "{new} = self.silu({z})",
+ACTIVATIONS = ["{new} = self.relu({z})", "{new} = self.inplace({z})", "{new} = F.relu({z}, inplace=True)",
+               "{new} = self.silu({z})",
                "{new} = {z}.relu_()", "{new} = self.relu(input={z})", "{new} = torch.relu({z})"]  # fmt: skip
 
 

@@ -27,17 +27,15 @@ def described_launches() -> Iterator[dict[str, None]]:
     """
     if not launch.INTERPRETED:
         raise RuntimeError(
-            "launches are written down where kernels are interpreted: set TRITON_INTERPRET=1, hide the GPU, and start again"
+            "launches are written down where kernels are interpreted: "
+            "set TRITON_INTERPRET=1, hide the GPU, and start again"
         )
     found: dict[str, None] = {}
     run = launch.run
 
     def describe_and_run(kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Any = None, **options: Any) -> Any:
-        if (
-            isinstance(kernel, KernelInterface)
-            and 0 not in grid
-            and PACKAGE in Path(kernel.fn.__code__.co_filename).parents
-        ):  # type: ignore[attr-defined]
+        ours = isinstance(kernel, KernelInterface) and PACKAGE in Path(kernel.fn.__code__.co_filename).parents
+        if ours and 0 not in grid:
             found[described(kernel, arguments[1:], options)] = None
         return run(kernel, grid, *arguments, tile=tile, **options)
 

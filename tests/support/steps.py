@@ -1,4 +1,6 @@
-"""One step of a model, and everything that it leaves: what two models must have in common to be the same to their user."""
+"""One step of a model, and everything that it leaves: what two models must have in common to be the same to
+their user.
+"""
 
 from __future__ import annotations
 

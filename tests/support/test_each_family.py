@@ -54,7 +54,7 @@ def test_those_with_a_backward_of_their_own(own, device):
 
 
 def test_a_gpu_without_tensor_maps_leaves_those_out(monkeypatch, device):
-    monkeypatch.setattr("each_family.why_not_on", lambda arch: "it has none")
+    monkeypatch.setattr("tests.support.each_family.why_not_on", lambda arch: "it has none")
     assert {name for name in FAMILIES if name not in families(device)} == {
         name for name in FAMILIES if "tensor maps" in name
     }

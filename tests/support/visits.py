@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.child import REPOSITORY, environment
+
 MOST_FILES = 8
 
 DRIVER = """
@@ -22,20 +22,23 @@ import json, sys
 from pathlib import Path
 from ci.visit import visiting
 from ci.visit.parts import Part
-from ci.visit.running import Command, Stage
+from ci.visit.running import Stage, StageCommand
 
 visiting.EVERY = 0.2
 parts, out, budget, grace = json.loads(sys.argv[1])
 
 
+def part(work, name, code, limit):
+    command = StageCommand(name, (sys.executable, "-c", code.replace("WORK", str(work / name))))
+    return Part(name, "a made-up part", (Stage((command,), limit),), (f"{name}.json",))
+
+
 def made(work):
-    return [
-        Part(name, "a made-up part", (Stage((Command(name, (sys.executable, "-c", code)),), limit),), (f"{name}.json",))
-        for name, code, limit in [(name, code.replace("WORK", str(work / name)), limit) for name, code, limit in parts]
-    ]
+    return [part(work, *told) for told in parts]
 
 
-raise SystemExit(visiting.visit(made, Path(out), {"device": "a made-up GPU", "commit": "abc"}, {}, budget=budget, grace=grace))
+machine = {"device": "a made-up GPU", "commit": "abc"}
+raise SystemExit(visiting.visit(made, Path(out), machine, {}, budget=budget, grace=grace))
 """
 
 
@@ -48,20 +51,12 @@ class Fake:
     limit: float = 30.0
 
 
-def environment() -> dict[str, str]:
-    paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    inherited = {
-        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
-    }
-    return {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-
-
 def start(fakes: Sequence[Fake], out: Path, budget: float = 60.0, grace: float = 1.0) -> subprocess.Popen[str]:
     told = json.dumps([[(fake.name, fake.code, fake.limit) for fake in fakes], str(out), budget, grace])
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, told],
         cwd=REPOSITORY,
-        env=environment(),
+        env=environment() | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -103,7 +98,9 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 @dataclass(frozen=True)
 class Left:
-    """What lies in the folder of a visit: the names of its files, the summary, the archive's members, states by part."""
+    """What lies in the folder of a visit: the names of its files, the summary, the archive's members, states by
+    part.
+    """
 
     files: set[str]
     summary: str

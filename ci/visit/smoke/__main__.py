@@ -27,7 +27,7 @@ from .trial import SmokeTrial
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
-    """As integers, of which a NaN equals itself."""
+    """The tensor's bytes as integers, so that a NaN equals itself."""
     return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
@@ -43,11 +43,14 @@ def difference(ours: torch.Tensor, exact: torch.Tensor, tolerance: float) -> str
     if not wrong.any():
         return ""
     first = tuple(wrong.nonzero()[0].tolist())
-    return f"{int(wrong.sum())} of {wrong.numel()} elements are wrong, the first at {first}: {found[first].item()}, not {exact[first].item()}"
+    values = f"{found[first].item()}, not {exact[first].item()}"
+    return f"{int(wrong.sum())} of {wrong.numel()} elements are wrong, the first at {first}: {values}"
 
 
 def tried(trial: SmokeTrial, device: torch.device, poison: bool, judge: bool) -> list[str]:
-    """What is wrong with a trial's results, launched twice: first by Triton's own code, then by the plan that is kept."""
+    """What is wrong with a trial's results, launched twice: first by Triton's own code, then by the plan that
+    is kept.
+    """
     cpu = torch.device("cpu")
     operands = trial.operands(device)
     with ExitStack() as stack:

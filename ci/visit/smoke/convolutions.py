@@ -78,7 +78,7 @@ class SmokeConvolution:
 
 
 def gather_tile(q: Question) -> Tile:
-    """Of the kernels that load by pointers, whoever would serve by default."""
+    """The tile that the kernels which load by pointers would choose by default."""
     return (
         default_tile(q)
         if q.problem.is_depthwise
@@ -87,12 +87,12 @@ def gather_tile(q: Question) -> Tile:
 
 
 def box_tile(q: Question) -> Tile:
-    """The first of the kernels that load by tensor maps."""
+    """The first tile of the kernels that load by tensor maps."""
     return next(candidate_boxes(q.boxed, q.operation, q.activation, q.gpu.arch))
 
 
 def split_tile(q: Question) -> Tile:
-    """The same with three partial sums of the gradient, which a kernel of their own adds."""
+    """The default tile with the gradient in three partial sums, which a kernel of their own adds."""
     return replace(gather_tile(q), SPLIT_K=3)
 
 
@@ -100,7 +100,9 @@ ChooseTile = Callable[[Question], Tile]
 
 
 def fprop(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
-    """With everything that may follow: norm, addition, activation. Its scale, weight / sqrt(var), is 2 everywhere."""
+    """A convolution with everything that may follow: norm, addition, activation. The scale, weight / sqrt(var), is 2
+    everywhere.
+    """
 
     def ours(x: Tensor, w: Tensor, residual: Tensor, mean: Tensor, shift: Tensor) -> Tensors:
         q = ask_fprop(
@@ -165,7 +167,7 @@ def wgrad(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
 
 
 def im2col(c: SmokeConvolution) -> SmokeTrial:
-    """All three operations by a matrix of columns."""
+    """Forward and both gradients by im2col."""
 
     def ours(x: Tensor, w: Tensor, dy: Tensor) -> Tensors:
         how: dict[str, Any] = {"algorithm": "im2col"}

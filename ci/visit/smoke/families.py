@@ -49,14 +49,19 @@ def of_all(
 FAMILIES: dict[str, Family] = {
     "fprop": Family(("conv_fprop_kernel",), (*of_all(fprop, GENERAL, gather_tile), stats(BODY, gather_tile))),
     "dgrad": Family(("conv_dgrad_kernel",), of_all(dgrad, GENERAL, gather_tile)),
-    "wgrad": Family(("conv_wgrad_kernel", "conv_wgrad_reduce_kernel"), (*of_all(wgrad, GENERAL, split_tile), wgrad(BODY, gather_tile))),
+    "wgrad": Family(
+        ("conv_wgrad_kernel", "conv_wgrad_reduce_kernel"),
+        (*of_all(wgrad, GENERAL, split_tile), wgrad(BODY, gather_tile)),
+    ),
     "im2col": Family(("im2col_kernel", "col2im_kernel"), (im2col(BODY), im2col(RAGGED))),
     "depthwise-fprop": Family(
         ("depthwise_fprop_kernel",), (*of_all(fprop, DEPTHWISE, gather_tile), stats(DEPTHWISE[0], gather_tile))
     ),
     "depthwise-dgrad": Family(("depthwise_dgrad_kernel",), of_all(dgrad, DEPTHWISE, gather_tile)),
     "depthwise-wgrad": Family(("depthwise_wgrad_kernel",), of_all(wgrad, DEPTHWISE, gather_tile)),
-    "tma-fprop": Family(("tma_fprop_kernel",), (*of_all(fprop, BOXES, box_tile), stats(BODY, box_tile)), tensor_maps=True),
+    "tma-fprop": Family(
+        ("tma_fprop_kernel",), (*of_all(fprop, BOXES, box_tile), stats(BODY, box_tile)), tensor_maps=True
+    ),
     "tma-dgrad": Family(("tma_dgrad_kernel",), of_all(dgrad, BOXES, box_tile), tensor_maps=True),
     "tma-wgrad": Family(("tma_wgrad_kernel",), of_all(wgrad, BOXES, box_tile), tensor_maps=True),
     "tma-stem": Family(
@@ -68,7 +73,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "normalize": Family(("normalize_kernel",), tuple(normalize(*planes, gradients=False) for planes in PLANES)),
     "normalize-gradients": Family(
-        ("gradient_sums_kernel", "normalize_backward_kernel"), tuple(normalize(*planes, gradients=True) for planes in PLANES)
+        ("gradient_sums_kernel", "normalize_backward_kernel"),
+        tuple(normalize(*planes, gradients=True) for planes in PLANES),
     ),
     "max-pool": Family(
         ("max_pool_kernel", "max_pool_indices_kernel", "max_pool_backward_kernel"),

@@ -37,12 +37,17 @@ def last_launched(log: Path) -> str:
 
 
 def command(tool: str) -> tuple[str, ...]:
-    """To stand before a command."""
+    """The words that run a command under the tool, to be put before it."""
     return PROGRAM, "--tool", tool, "--target-processes", "all", "--print-limit", "20"
 
 
+def options(tool: str) -> tuple[str, ...]:
+    """What a process of smoke is told under a tool: initcheck finds nothing in memory that was filled beforehand."""
+    return ("--no-poison",) if tool == "initcheck" else ()
+
+
 def blocks(text: str) -> Iterable[str]:
-    """Its reports: lines behind the mark, up to one that is empty behind it."""
+    """The reports of the tool: runs of marked lines, each up to one that is empty behind the mark."""
     block: list[str] = []
     for line in text.splitlines():
         said = line.removeprefix(MARK).strip() if line.startswith(MARK) else None

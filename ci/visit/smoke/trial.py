@@ -33,7 +33,7 @@ class SmokeTrial:
 def integers(
     shape: tuple[int, ...], most: int, device: torch.device, dtype: torch.dtype, fmt: torch.memory_format = NCHW
 ) -> Tensor:
-    """From -most to most, the same for a shape in every run."""
+    """Integers from -most to most, the same for a shape in every run."""
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device, memory_format=fmt)
     numbers = torch.randint(-most, most + 1, shape, generator=torch.Generator().manual_seed(sum(shape)))

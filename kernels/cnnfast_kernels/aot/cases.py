@@ -8,15 +8,14 @@ heaviest epilogue; what changes the code of all tiles alike (layouts, activation
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from ..batchnorm import batch_moments, channel_sum, normalize, normalize_backward, update_running
-from ..choosing import Geometry, Tile
-from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
-from ..epilogue import ACTIVATIONS, BatchNorm, Epilogue
+from ..choosing import Tile
+from ..epilogue import ACTIVATIONS
 from ..pooling import (
     adaptive_avg_pool,
     adaptive_avg_pool_backward,
@@ -27,7 +26,7 @@ from ..pooling import (
     max_pool_backward,
     max_pool_indices,
 )
-from ..problem import ConvProblem, PoolProblem
+from ..problem import PoolProblem
 from ..tiling import (
     DEFAULT_TILES,
     ELEMENT_BYTES,
@@ -41,11 +40,24 @@ from ..tiling import (
 from ..tma.stem import packed_problem
 from ..tma.tiles import candidate_boxes
 from ..tma.views import why_not_on
-
-BATCH = 32
-LAST = torch.channels_last
-NCHW = torch.contiguous_format
-FLOAT32 = torch.float32
+from . import layers
+from .layers import (
+    BATCH,
+    BODY,
+    DEPTHWISE_CHANNELS,
+    DEPTHWISE_WINDOWS,
+    FLOAT32,
+    FORMS,
+    LAST,
+    MANY,
+    NARROW,
+    NCHW,
+    POINTWISE,
+    SHORTCUT,
+    STEM,
+    STRIDED,
+    CaseLayer,
+)
 
 # The dtype in which each precision's tiles are compiled. float16 differs from bfloat16 in one instruction.
 DTYPES: dict[Precision, torch.dtype] = {"half": torch.bfloat16, "tf32": FLOAT32, "ieee": FLOAT32, "fp64": torch.float64}
@@ -57,129 +69,6 @@ class Case:
 
     name: str
     run: Callable[[], object]
-
-
-def empty(*shape: int, dtype: torch.dtype = FLOAT32, fmt: torch.memory_format = NCHW) -> torch.Tensor:
-    return torch.empty(shape, device="meta", dtype=dtype, memory_format=fmt)
-
-
-@dataclass(frozen=True, slots=True)
-class CaseLayer:
-    """One convolution of a real network."""
-
-    name: str
-    C: int
-    size: int
-    K: int
-    window: int
-    stride: int = 1
-    groups: int = 1
-    fmt: torch.memory_format = LAST
-
-    @property
-    def geometry(self) -> Geometry:
-        pad = self.window // 2
-        return Geometry((self.stride, self.stride), (pad, pad, pad, pad), (1, 1), self.groups)
-
-    @property
-    def problem(self) -> ConvProblem:
-        return self.geometry.problem((BATCH, self.C, self.size, self.size), self.w_shape)
-
-    @property
-    def w_shape(self) -> tuple[int, int, int, int]:
-        return self.K, self.C // self.groups, self.window, self.window
-
-    def x(self, dtype: torch.dtype) -> torch.Tensor:
-        return empty(BATCH, self.C, self.size, self.size, dtype=dtype, fmt=self.fmt)
-
-    def w(self, dtype: torch.dtype) -> torch.Tensor:
-        return empty(*self.w_shape, dtype=dtype, fmt=self.fmt)
-
-    def y(self, dtype: torch.dtype) -> torch.Tensor:
-        size = (self.size - 1) // self.stride + 1
-        return empty(BATCH, self.K, size, size, dtype=dtype, fmt=self.fmt)
-
-    def infer(
-        self, tile: Tile | None, precision: Precision, dtype: torch.dtype, activation: str | None = "relu"
-    ) -> None:
-        """The heaviest epilogue of inference: batch norm, residual, activation."""
-        norm = BatchNorm(empty(self.K), empty(self.K), empty(self.K), empty(self.K))
-        epilogue = Epilogue(None, norm, self.y(dtype), activation, 0.01)
-        conv_fprop(self.x(dtype), self.w(dtype), self.geometry, epilogue, tf32=precision == "tf32", tile=tile)
-
-    def train(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
-        """The epilogue of training: bias and the statistics of a tile."""
-        bias = empty(self.K, dtype=dtype)
-        conv_stats(self.x(dtype), self.w(dtype), self.geometry, bias=bias, tf32=precision == "tf32", tile=tile)
-
-    def dgrad(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
-        x_shape = (BATCH, self.C, self.size, self.size)
-        conv_dgrad(
-            self.y(dtype), self.w(dtype), x_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile
-        )
-
-    def transposed(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
-        """dgrad with the bias of a transposed convolution."""
-        bias, x_shape = empty(self.C, dtype=dtype), (BATCH, self.C, self.size, self.size)
-        conv_dgrad(
-            self.y(dtype),
-            self.w(dtype),
-            x_shape,
-            self.geometry,
-            bias=bias,
-            fmt=self.fmt,
-            tf32=precision == "tf32",
-            tile=tile,
-        )
-
-    def wgrad(self, tile: Tile | None, precision: Precision, dtype: torch.dtype, split: int = 8) -> None:
-        tile = tile and replace(tile, SPLIT_K=split)
-        conv_wgrad(
-            self.x(dtype), self.y(dtype), self.w_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile
-        )
-
-    def im2col(self, dtype: torch.dtype) -> None:
-        x, w, y = self.x(dtype), self.w(dtype), self.y(dtype)
-        conv_fprop(x, w, self.geometry, algorithm="im2col")
-        conv_dgrad(y, w, tuple(x.shape), self.geometry, fmt=self.fmt, algorithm="im2col")
-        conv_wgrad(x, y, self.w_shape, self.geometry, fmt=self.fmt, algorithm="im2col")
-
-
-STEM = CaseLayer("7x7/2 of 3 channels", 3, 224, 64, 7, stride=2)  # taps x channels without a gap
-BODY = CaseLayer("3x3", 128, 28, 128, 3)
-STRIDED = CaseLayer("3x3/2", 128, 56, 128, 3, stride=2)
-POINTWISE = CaseLayer("1x1", 256, 56, 64, 1)
-SHORTCUT = CaseLayer("1x1/2", 256, 56, 512, 1, stride=2)
-FORMS = (
-    POINTWISE,
-    CaseLayer("7x7", 128, 14, 128, 7),  # too many taps for one bit each
-    CaseLayer("3x3 of 48 channels", 48, 56, 48, 3),  # channels that no block divides
-    CaseLayer("3x3 NCHW", 128, 28, 128, 3, fmt=NCHW),
-    CaseLayer("3x3 in 32 groups", 128, 56, 128, 3, groups=32),
-)
-
-
-def depthwise_layer(
-    window: int, C: int = 96, size: int = 56, stride: int = 1, multiplier: int = 1, fmt: torch.memory_format = LAST
-) -> CaseLayer:
-    name = f"{window}x{window}/{stride} depthwise of {C} channels"
-    name += f", {multiplier} filters each" * (multiplier > 1) + " NCHW" * (fmt == NCHW)
-    return CaseLayer(name, C, size, C * multiplier, window, stride, C, fmt)
-
-
-# Strips of each number of rows, which divide 56 / 1 and none of them 58 / 2: a filter is taken whole, by columns, by
-# parts of columns.
-DEPTHWISE_WINDOWS = tuple(
-    depthwise_layer(window, size=size, stride=stride) for window in (3, 5, 7) for size, stride in ((56, 1), (58, 2))
-)
-# Vectors of 8, 4, 2 channels and 1, of a narrower tile where channels are few, and channels that are apart.
-DEPTHWISE_CHANNELS = (
-    *(depthwise_layer(3, C) for C in (100, 58, 17, 16, 12, 10, 9)),
-    depthwise_layer(3, 64, multiplier=2),
-    depthwise_layer(3, fmt=NCHW),
-    depthwise_layer(7, fmt=NCHW),
-    depthwise_layer(9),
-)
 
 
 def case(
@@ -249,8 +138,6 @@ def convolutions(arch: int) -> Iterator[Case]:
 
 
 OPERATIONS: dict[str, Operation] = {"infer": "fprop", "train": "fprop", "dgrad": "dgrad", "wgrad": "wgrad"}
-NARROW = CaseLayer("3x3 of 32 channels", 32, 56, 32, 3)  # half a block of channels
-MANY = CaseLayer("3x3 of 200 channels", 200, 28, 200, 3)  # blocks that reach beyond the channels
 
 
 def box_convolutions(arch: int) -> Iterator[Case]:
@@ -299,12 +186,12 @@ def box_convolutions(arch: int) -> Iterator[Case]:
 def batch_norm(dtype: torch.dtype, fmt: torch.memory_format, training: bool) -> None:
     """Forward and backward of act(batch_norm(y) + residual), all gradients asked for."""
     C = 64
-    y = empty(BATCH, C, 56, 56, dtype=dtype, fmt=fmt)
+    y = layers.empty(BATCH, C, 56, 56, dtype=dtype, fmt=fmt)
     residual = torch.empty_like(y)
-    weight, bias = empty(C), empty(C)
-    mean, var = batch_moments(y) if training else (empty(C), empty(C))
+    weight, bias = layers.empty(C), layers.empty(C)
+    mean, var = batch_moments(y) if training else (layers.empty(C), layers.empty(C))
     if training:
-        update_running(empty(C), empty(C), mean, var, 0.1, BATCH * 56 * 56)
+        update_running(layers.empty(C), layers.empty(C), mean, var, 0.1, BATCH * 56 * 56)
     z = normalize(y, mean, var, weight, bias, residual, 1e-5, "relu", 0.0)
     normalize_backward(
         torch.empty_like(z),
@@ -325,7 +212,7 @@ def batch_norm(dtype: torch.dtype, fmt: torch.memory_format, training: bool) -> 
 
 
 def pooling(dtype: torch.dtype, fmt: torch.memory_format) -> None:
-    x = empty(BATCH, 64, 112, 112, dtype=dtype, fmt=fmt)
+    x = layers.empty(BATCH, 64, 112, 112, dtype=dtype, fmt=fmt)
     window = PoolProblem.of(tuple(x.shape), (3, 3), (2, 2), (1, 1))
     y, taps = max_pool(window, x, with_taps=True)
     assert taps is not None
@@ -334,7 +221,7 @@ def pooling(dtype: torch.dtype, fmt: torch.memory_format) -> None:
     avg_pool(window, x, False, None)
     avg_pool_backward(window, y, False, None, fmt)
     adaptive_avg_pool_backward(adaptive_avg_pool(x, 7, 7), (BATCH, 64, 112, 112), fmt)
-    global_avg_pool(empty(BATCH, 512, 7, 7, dtype=dtype, fmt=fmt))
+    global_avg_pool(layers.empty(BATCH, 512, 7, 7, dtype=dtype, fmt=fmt))
 
 
 def passes() -> Iterator[Case]:

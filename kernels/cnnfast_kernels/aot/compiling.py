@@ -10,29 +10,23 @@ the first of each process with Triton's own start: what Triton finds in its cach
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, TypeVar
-
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
+from typing import Any
 
 from .. import launch
 from ..gpus import SHARED_LIMITS
 from . import sass
 from .cases import cases
-
-Result = TypeVar("Result")
+from .processes import in_processes
+from .stub_driver import capability_of, require_compiled_kernels, target
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,64 +56,6 @@ class KernelRow:
     serialised: bool | None = None
     loop_instructions: int | None = None
     error: str | None = None
-
-
-class CompilingDriver:
-    """As much of a driver as Triton asks for in order to compile."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_device(self) -> int:
-        # Triton keeps compiled kernels by device: a number that no GPU and no other target has
-        return 1000 + self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def is_active(self) -> bool:
-        return True
-
-
-def capability_of(arch: str) -> int:
-    """90 of "sm_90", "sm_90a" and "90". Raises ValueError, which names the choices, for an architecture that is not
-    known here.
-    """
-    match = re.fullmatch(r"(?:sm_)?(\d+)a?", arch)
-    if not match or int(match[1]) not in SHARED_LIMITS:
-        raise ValueError(f"arch={arch!r} is not known here: use one of {', '.join(f'sm_{c}' for c in SHARED_LIMITS)}")
-    return int(match[1])
-
-
-def require_compiled_kernels() -> None:
-    """Raises RuntimeError where kernels are interpreted: then nothing compiles, here or in the processes that this one
-    starts.
-    """
-    if launch.INTERPRETED:
-        raise RuntimeError(
-            "kernels are interpreted in this process, not compiled: unset TRITON_INTERPRET and start again"
-        )
-
-
-@contextmanager
-def target(arch: str) -> Iterator[None]:
-    """Triton compiles for `arch` inside, whatever GPU this machine has. Not for launching: use
-    launch.observe(compile_only=True).
-    """
-    require_compiled_kernels()
-    stub = CompilingDriver(capability_of(arch))
-    before = driver._active
-    driver.set_active(stub)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        driver.set_active(before)  # type: ignore[arg-type]
 
 
 def dot_operands(ttir: str) -> str | None:
@@ -275,29 +211,6 @@ def compile_all(
     compiled = zip(work, in_processes(compile_case, work, jobs, progress), strict=True)
     by_arch = groupby(compiled, key=lambda done: done[0][0])
     return [row for _, of_arch in by_arch for row in finished([row for _, rows in of_arch for row in rows])]
-
-
-def usable_cores() -> int:
-    """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
-def in_processes(
-    function: Callable[..., Result],
-    work: Sequence[tuple[Any, ...]],
-    jobs: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Result]:
-    """function(*item) for each item of `work`, in that order, by `jobs` processes of their own (default: one a core).
-
-    Triton compiles in one thread of a process at a time. `progress` is called with (items done, all items).
-    """
-    progress(0, len(work))
-    with ProcessPoolExecutor(jobs or usable_cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(function, *item) for item in work]
-        for done, _ in enumerate(as_completed(futures), 1):
-            progress(done, len(work))
-    return [future.result() for future in futures]
 
 
 def finished(compiled: Sequence[tuple[KernelRow, Binary | None]]) -> list[KernelRow]:

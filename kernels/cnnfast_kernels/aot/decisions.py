@@ -1,5 +1,5 @@
-"""What a kernel decides while it is compiled, read from its source: the way that each `if` goes whose test the compiler
-knows, and whether a loop that it unrolls has no turn, one, or more.
+"""What a kernel decides while it is compiled, read from its source: which branch it takes at each `if` whose test the
+compiler can work out, and whether an unrolled loop runs never, once, or more often.
 
 Two launches with operands of the same types for which a kernel and its helpers decide alike are the same program to
 Triton's front end, with other numbers in it. What is decided by an index of an unrolled loop, or by the result of a
@@ -19,8 +19,8 @@ from triton.runtime import JITFunction
 
 
 class Unknown:
-    """A value that only the running kernel knows. It is there, so `is None` is false of it, and nothing else can be
-    asked.
+    """A value that only the running kernel knows. It is present, so `is None` is false of it; any other question
+    about it raises ValueError.
     """
 
     def __bool__(self) -> bool:
@@ -94,7 +94,7 @@ class Reader:
                     self.expression(value)
 
     def turns(self, over: ast.expr) -> None:
-        """Whether an unrolled loop has no turn, one, or more: a tuple that grows in it has another type."""
+        """Notes whether an unrolled loop runs never, once or more often: a tuple that grows in it has another type."""
         if isinstance(over, ast.Call) and self.value(over.func) is tl.static_range:
             bounds = [self.value(bound) for bound in over.args]
             if not any(bound is UNKNOWN for bound in bounds):

@@ -10,7 +10,8 @@ import triton
 
 from .. import tma
 from ..tma.views import why_not_on
-from .compiling import KernelRow, capability_of
+from .compiling import KernelRow
+from .stub_driver import capability_of
 
 
 def problems(rows: Iterable[KernelRow]) -> list[str]:
@@ -60,7 +61,9 @@ def due_on(arch: str) -> set[str]:
 
 
 def uncovered(rows: Iterable[KernelRow]) -> list[str]:
-    """One line for each kernel that can be chosen on one of the rows' architectures, and that no row compiles for it."""
+    """One line for each kernel that can be chosen on an architecture of the rows though no row there is that
+    kernel's.
+    """
     compiled: dict[str, set[str]] = {}
     for row in rows:
         compiled.setdefault(row.arch, set()).add(row.kernel)

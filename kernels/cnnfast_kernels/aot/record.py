@@ -39,7 +39,9 @@ def recorded(rows: Iterable[KernelRow]) -> list[KernelRow]:
 
 
 def risen(rows: Iterable[KernelRow], record: Record | None = None) -> list[str]:
-    """One line for each row above its record, and for each that has none though its compiler and architecture have one."""
+    """One line for each row that has risen too far above its record, and for each without a record though others of
+    its compiler and architecture have one.
+    """
     known: Record = json.loads(FILE.read_text()) if record is None else record
     found = []
     for row in recorded(rows):

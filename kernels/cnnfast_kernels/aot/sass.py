@@ -161,7 +161,7 @@ def async_copies(instructions: list[Instruction]) -> int:
 
 
 def tensor_loads(instructions: list[Instruction]) -> int:
-    """Those of them that fetch a box by a tensor map."""
+    """Instructions that copy a box to shared memory by a tensor map."""
     return sum(i.family == "UTMALDG" for i in instructions)
 
 
@@ -171,12 +171,14 @@ def global_loads(instructions: list[Instruction]) -> int:
 
 
 def wide_loads(instructions: list[Instruction]) -> int:
-    """Those of them that load 16 bytes a thread."""
+    """Instructions that load 16 bytes a thread from global memory to registers."""
     return sum(i.family == "LDG" and "128" in i.opcode.split(".") for i in instructions)
 
 
 def loops(instructions: list[Instruction]) -> list[list[Instruction]]:
-    """The bodies of all loops, shortest first. The endless branch to itself that pads a kernel is none."""
+    """The bodies of all loops, shortest first. The endless branch to itself that pads a kernel does not
+    count as one.
+    """
     edges = [(i.target, i.address) for i in instructions if i.target is not None and i.target < i.address]
     bodies = [[i for i in instructions if start <= i.address <= end] for start, end in edges]
     return sorted(bodies, key=len)

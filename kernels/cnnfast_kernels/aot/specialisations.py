@@ -1,4 +1,4 @@
-"""Launches, as far as Triton compiles by them: written down where kernels are interpreted, compiled where they are not.
+"""Descriptions of launches: all that decides what Triton compiles for a launch, and nothing else of it.
 
     line = described(kernel, arguments, options)  # in an interpreted process, for each launch
     reason = refused(line, "sm_90")  # in another one: why Triton's front end refuses it, or None
@@ -9,15 +9,16 @@ whose type changes in a loop, an unknown method. What the tests have interpreted
 
 A description is one line of JSON, and launches that Triton compiles alike have the same one: of a tensor it keeps the
 dtype and whether its address is a multiple of 16 bytes, of a tensor map the dtype and the box, of an integer a small
-one that Triton takes for its like, and of constexpr arguments everything. The arguments that it stands for are handed
-to Triton's own launch, so that it is Triton which works out types, constants and attributes from them.
+one that makes no difference to Triton, and of constexpr arguments everything; a NamedTuple comes back as its class, by
+module and name. To compile a description, arguments like those of the launch are made from it and handed to Triton's
+own launch, which works out types, constants and attributes from them.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -34,8 +35,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import launch
 from ..tma.views import why_not_on
-from .compiling import capability_of, reason, stderr_captured, target
+from .compiling import reason, stderr_captured
 from .decisions import decisions
+from .stub_driver import capability_of, require_compiled_kernels, target
 
 ALIGNMENT = 16  # bytes of an address, and what an integer is divisible by, that Triton compiles for
 
@@ -52,10 +54,9 @@ def parameters(kernel: Any) -> dict[str, KernelParam]:
 
 
 def representative(n: int, specialized: bool) -> int:
-    """A small integer for which Triton compiles what it compiles for `n`: of n's width, and if `specialized` as much 1,
-    or divisible by 16.
-
-    0 is divisible by 16. A parameter of do_not_specialize is not specialized.
+    """A small integer for which Triton compiles the same code as for `n`. It needs as many bits as `n`; if
+    `specialized` it is also 1, or divisible by 16, exactly where `n` is. Triton counts 0 as divisible by 16, and does
+    not specialize parameters of do_not_specialize.
     """
     narrow = -(2**31) <= n < 2**31
     if not specialized:
@@ -67,7 +68,7 @@ def representative(n: int, specialized: bool) -> int:
 
 
 def encoded(value: Any, parameter: KernelParam) -> Any:
-    """What JSON can hold of an argument. Raises TypeError for an argument of a type that no kernel here has had so far."""
+    """What JSON can hold of an argument. Raises TypeError for one of a type that no kernel has had so far."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, tuple):
@@ -89,7 +90,7 @@ def encoded(value: Any, parameter: KernelParam) -> Any:
     elif isinstance(value, float):
         return 0.5  # Triton compiles by the type alone
     raise TypeError(
-        f"{parameter.name}={value!r} is of {type(value)}: aot/specialisations.py does not know yet how to write that down"
+        f"{parameter.name}={value!r} is of {type(value)}, which aot/specialisations.py cannot write down yet"
     )
 
 
@@ -108,7 +109,8 @@ def decoded(value: Any) -> Any:
     match value:
         case {"tuple": members, "class": name}:
             module, _, qualified = name.partition(":")
-            return functools.reduce(getattr, qualified.split("."), import_module(module))(*map(decoded, members))  # type: ignore[operator]
+            record: Any = functools.reduce(getattr, qualified.split("."), import_module(module))
+            return record(*map(decoded, members))
         case {"tuple": members}:
             return tuple(map(decoded, members))
         case {"constant": name}:
@@ -143,6 +145,24 @@ def described(kernel: Any, arguments: Sequence[Any], options: Mapping[str, Any])
 # Which of them to compile
 
 
+def named_numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
+    """The integers of a decoded constant, each with its name: "C", and "g.C" for a field of a record."""
+    if type(value) is int:
+        yield name, value
+    elif isinstance(value, tuple):
+        for field, member in zip(getattr(value, "_fields", range(len(value))), value, strict=True):
+            yield from named_numbers(f"{name}.{field}", member)
+
+
+def without_numbers(value: Any) -> Any:
+    """An encoded constant, with the same in place of every number, those of a record among them."""
+    if type(value) in (int, float):
+        return 0
+    if isinstance(value, dict) and "tuple" in value:
+        return value | {"tuple": [without_numbers(member) for member in value["tuple"]]}
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Described:
     """A description, read again. `arguments` are as `encoded` makes them."""
@@ -164,12 +184,14 @@ class Described:
         return cls(kernel, told["arguments"], told["options"])
 
     def compile(self) -> Any:
-        """Triton's handle of what it compiles, or finds in its cache, for the driver that is active (compiling.target)."""
+        """Triton's handle of what it compiles, or finds in its cache, for the active driver (stub_driver.target)."""
         arguments = {name: decoded(value) for name, value in self.arguments.items()}
         return self.kernel.warmup(**arguments, grid=(1,), enable_fp_fusion=True, **self.options)
 
     def operands(self) -> str:
-        """The operands that are tensors, and those that are absent, for a reader: "x_ptr float16, bias_ptr None"."""
+        """The operands, for a reader: each tensor with its dtype, and which are absent, as in "x_ptr float16,
+        bias_ptr None".
+        """
         told = []
         for name, value in self.arguments.items():
             if value is None:
@@ -181,13 +203,14 @@ class Described:
         return ", ".join(told)
 
     def numbers(self) -> dict[str, int]:
-        """The constexpr arguments that are integers."""
+        """The integers among the constexpr arguments, and in the records among them."""
         known = parameters(self.kernel)
-        return {name: v for name, v in self.arguments.items() if known[name].is_constexpr and type(v) is int}
+        constants = {name: decoded(value) for name, value in self.arguments.items() if known[name].is_constexpr}
+        return dict(number for name, value in constants.items() for number in named_numbers(name, value))
 
     def program(self) -> tuple[Any, ...]:
-        """What Triton's front end goes by: the types of operands, which of them are absent or the constant 1, constants
-        but for numbers, and what the kernel decides by numbers.
+        """What makes another program to Triton's front end: the types of operands, which of them are absent or the
+        constant 1, constants that are no numbers, and what the kernel decides by numbers.
         """
         known = parameters(self.kernel)
         types: list[Any] = []
@@ -199,8 +222,8 @@ class Described:
                 types.append((value["map"], len(value["box"])))
             elif isinstance(value, dict) and "tensor" in value:
                 types.append(value["tensor"])
-            elif known[name].is_constexpr and type(value) in (int, float):
-                continue
+            elif known[name].is_constexpr:
+                types.append(json.dumps(without_numbers(value)))
             elif isinstance(value, int) and value > 1:
                 types.append(value.bit_length() > 32)
             else:
@@ -209,16 +232,12 @@ class Described:
 
 
 def representatives(lines: Iterable[str]) -> list[str]:
-    """Those of `lines` that are another program to Triton's front end, and for each other number of a parameter, in
-    each dtype, one.
-
-    Numbers alone make no other program, unless the kernel or a helper decides by them; but a block of 8 may be refused
-    where one of 16 is not. Raises RuntimeError where kernels are interpreted, and what `Described.of` does.
+    """The lines to compile: one for each program to Triton's front end, and one for each further number that a
+    parameter has, in each dtype. Numbers alone make no other program, unless the kernel or a helper decides by them;
+    but a block of 8 may be refused where one of 16 is not. Raises RuntimeError where kernels are interpreted, and
+    what `Described.of` does.
     """
-    if launch.INTERPRETED:
-        raise RuntimeError(
-            "kernels are interpreted in this process, not compiled: unset TRITON_INTERPRET and start again"
-        )
+    require_compiled_kernels()
     told = {line: Described.of(line) for line in sorted(set(lines))}
     first: dict[Any, str] = {}
     for line, launched in told.items():

@@ -1,8 +1,10 @@
 """A GPU driver without a GPU: Triton compiles for the named architecture, and a launch is recorded instead of executed.
 
-Only for processes in which kernels are compiled, not interpreted (child.run_compiled starts one). Tensors may be CPU or
-meta tensors; what a kernel would have written stays as it was. Works on triton 3.6 to 3.9.
+Only for processes in which kernels are compiled, not interpreted. Tensors may be CPU or meta tensors; what a kernel
+would have written stays as it was. Works on triton 3.6 to 3.9.
 
+    with target("sm_90"):  # to compile, not to launch
+        kernel.warmup(...)
     with stub_driver(arch=90) as gpu:
         fprop(problem, tile, precision, x, w, y)
     assert gpu.compiles == 1 and gpu.launches[0].kernel == "conv_fprop_kernel"
@@ -11,18 +13,39 @@ meta tensors; what a kernel would have written stays as it was. Works on triton 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from triton.runtime.driver import driver as drivers
 from triton.runtime.jit import JITFunction
 
-# Bytes a program may have; Triton refuses to launch a kernel that needs more.
-SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
+from .. import launch
+from ..gpus import SHARED_LIMITS
+
+
+def capability_of(arch: str) -> int:
+    """90 of "sm_90", "sm_90a" and "90". Raises ValueError, which names the choices, for an architecture that is not
+    known here.
+    """
+    match = re.fullmatch(r"(?:sm_)?(\d+)a?", arch)
+    if not match or int(match[1]) not in SHARED_LIMITS:
+        raise ValueError(f"arch={arch!r} is not known here: use one of {', '.join(f'sm_{c}' for c in SHARED_LIMITS)}")
+    return int(match[1])
+
+
+def require_compiled_kernels() -> None:
+    """Raises RuntimeError where kernels are interpreted: then nothing compiles, here or in the processes that this one
+    starts.
+    """
+    if launch.INTERPRETED:
+        raise RuntimeError(
+            "kernels are interpreted in this process, not compiled: unset TRITON_INTERPRET and start again"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,50 +61,41 @@ class StubLaunch:
     arguments: tuple[Any, ...]
 
 
-@dataclass(slots=True)
-class Recorder:
-    """What happened under stub_driver. `device` and `stream` are what Triton is told is current; a test may change
-    them.
+class StubDriver:
+    """The part of Triton's driver interface that compiling and launching use.
+
+    `device` and `stream` are what Triton is told is current; a test may change them. `compiled` holds Triton's
+    CompiledKernel of every new specialisation, in order, whether or not its binary was found in the cache on disk.
     """
 
-    arch: int
-    device: int
-    stream: int = 0
-    launches: list[StubLaunch] = field(default_factory=list)
-    compiled: list[Any] = field(default_factory=list)  # Triton's CompiledKernel of every new specialisation, in order
+    def __init__(self, arch: int, device: int, record: bool) -> None:
+        self.arch, self.device, self.stream, self.record = arch, device, 0, record
+        self.launches: list[StubLaunch] = []
+        self.compiled: list[Any] = []
+        self.utils = self
+        self.handles = itertools.count(1)
 
     @property
     def compiles(self) -> int:
-        """New specialisations, whether or not Triton found their binary in its cache on disk."""
         return len(self.compiled)
-
-
-class StubDriver:
-    """The part of Triton's driver interface that compiling and launching use."""
-
-    def __init__(self, recorder: Recorder, record: bool) -> None:
-        self.recorder, self.record = recorder, record
-        self.target = GPUTarget("cuda", recorder.arch, 32)
-        self.utils = self
-        self.handles = itertools.count(1)
 
     def is_active(self) -> bool:
         return True
 
     def get_current_device(self) -> int:
-        return self.recorder.device
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
-        return self.recorder.stream
+        return self.stream
 
     def get_current_target(self) -> GPUTarget:
-        return self.target
+        return GPUTarget("cuda", self.arch, 32)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        shared = SHARED_MEMORY[self.recorder.arch]
+        shared = SHARED_LIMITS[self.arch]
         return {"max_shared_mem": shared, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
@@ -93,23 +107,13 @@ class StubDriver:
         pass
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        def launch(
-            grid_x,
-            grid_y,
-            grid_z,
-            stream,
-            function,
-            packed_metadata,
-            launch_metadata,
-            enter_hook,
-            exit_hook,
-            *arguments,
-        ):
-            grid = (grid_x, grid_y, grid_z)
+        """What stands in for Triton's launcher of a kernel, which is called with these arguments in this order."""
+
+        def launch(x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments):
             if enter_hook is not None:
                 enter_hook(launch_metadata)
-            self.recorder.launches.append(
-                StubLaunch(metadata.name, grid, stream, self.recorder.device, function, metadata, arguments)
+            self.launches.append(
+                StubLaunch(metadata.name, (x, y, z), stream, self.device, function, metadata, arguments)
             )
             if exit_hook is not None:
                 exit_hook(launch_metadata)
@@ -117,31 +121,61 @@ class StubDriver:
         return launch if self.record else lambda *arguments: None
 
 
-# A device number that no other driver used: Triton keeps compiled kernels, and limits, by device number.
-device_numbers = itertools.count(1000)
+@contextmanager
+def active(driver: Any) -> Iterator[None]:
+    """Triton compiles and launches by `driver`; the one that was active is active again afterwards."""
+    before = drivers._active
+    drivers.set_active(driver)
+    try:
+        yield
+    finally:
+        drivers.set_active(before)  # type: ignore[arg-type]
 
 
 @contextmanager
-def stub_driver(arch: int = 90, record: bool = True) -> Iterator[Recorder]:
+def launching(driver: Any, compiled: list[Any]) -> Iterator[None]:
+    """As `active`, for a driver that loads binaries. Triton's handle of everything compiled meanwhile is appended to
+    `compiled`.
+    """
+    do_compile = JITFunction._do_compile
+
+    def note(self: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled.append(do_compile(self, *args, **kwargs))
+        return compiled[-1]
+
+    JITFunction._do_compile = note
+    try:
+        with active(driver):
+            yield
+    finally:
+        JITFunction._do_compile = do_compile
+        for kernel in compiled:
+            kernel.module = None  # or it would be unloaded when it is collected, by another driver
+
+
+@contextmanager
+def target(arch: str) -> Iterator[None]:
+    """Triton compiles for `arch` inside, whatever GPU this machine has. Not for launching: use
+    launch.observe(compile_only=True).
+    """
+    require_compiled_kernels()
+    capability = capability_of(arch)
+    # Triton keeps compiled kernels by device: a number that an architecture has every time, and no GPU ever.
+    with active(StubDriver(capability, 1000 + capability, record=False)):
+        yield
+
+
+# Triton keeps compiled kernels, and limits, by device number: each of these is given out once.
+device_numbers = itertools.count(2000)
+
+
+@contextmanager
+def stub_driver(arch: int = 90, record: bool = True) -> Iterator[StubDriver]:
     """Makes Triton compile for sm_`arch` and record launches, or forget them at once: to record one takes as long as to
     plan it.
 
     The driver that was active is active again afterwards.
     """
-    recorder = Recorder(arch, next(device_numbers))
-    do_compile, before = JITFunction._do_compile, driver._active
-
-    def record_compile(self, *args, **kwargs):
-        kernel = do_compile(self, *args, **kwargs)
-        recorder.compiled.append(kernel)
-        return kernel
-
-    JITFunction._do_compile = record_compile
-    driver.set_active(StubDriver(recorder, record))  # type: ignore[arg-type]
-    try:
-        yield recorder
-    finally:
-        JITFunction._do_compile = do_compile
-        driver.set_active(before)  # type: ignore[arg-type]
-        for kernel in recorder.compiled:
-            kernel.module = None  # nothing was loaded: nothing to unload when it is collected
+    driver = StubDriver(arch, next(device_numbers), record)
+    with launching(driver, driver.compiled):
+        yield driver

@@ -16,8 +16,9 @@ from contextlib import suppress
 
 from triton.backends.nvidia import driver as nvidia
 
-from .compiling import reason, stderr_captured, target
+from .compiling import reason, stderr_captured
 from .specialisations import Described
+from .stub_driver import target
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def launchers_are_compiled() -> bool:
 
 
 def compiled(line: str, arch: str) -> str | None:
-    """Why a description's launch cannot be compiled for `arch`; None once it is in Triton's cache, with its launcher."""
+    """Why a description's launch cannot be compiled for `arch`; None once it and its launcher are in Triton's cache."""
     with stderr_captured() as said:
         try:
             with target(arch):

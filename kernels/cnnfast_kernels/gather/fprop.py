@@ -1,6 +1,7 @@
 """Convolution forward as an implicit GEMM.
 
-    y[n, p, q, k] = sum over r, s, c of x[n, p * stride_h - pad_h + r * dil_h, q * stride_w - pad_w + s * dil_w, c] * w[k, r, s, c]
+    y[n, p, q, k] = sum over r, s, c of x[n, h, w, c] * w[k, r, s, c]
+    where h = p * stride_h - pad_h + r * dil_h, w = q * stride_w - pad_w + s * dil_w
 
 GEMM_M = N * P * Q output pixels, GEMM_N = K filters, GEMM_K = R * S * C, one GEMM a group; the matrix of
 patches is never stored: each tile of it is gathered from x when it is needed. 1x1 convolutions are the case R = S = 1.
@@ -16,7 +17,7 @@ import triton.language as tl
 
 from .. import launch
 from ..dtypes import KERNEL_DTYPES, accumulator_dtype
-from ..epilogue import PLAIN, Channels, Epilogue, Finish, finish, load_channels, store_moments
+from ..epilogue import PLAIN, Channels, Epilogue, Finish, Residual, finish, load_channels, load_residual, store_moments
 from ..indexing import channel_offset, dense_channel_offset, dense_pixel_offset, pixel_offset, unravel_npq
 from ..layout import Laid, Strides, dense_alignment, strides_nhwc
 from ..operands import FpropOperands
@@ -69,17 +70,18 @@ def conv_fprop_kernel(
     tile_m = pid // tiles_k % tiles_m
     group = pid // tiles_k // tiles_m
 
-    n, p, q, row_ok = unravel_npq(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M, P, Q)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n, p, q, row_ok = unravel_npq(m, M, P, Q)
     k = pid % tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
     k_ok = k < K
 
     h0 = p * g.stride_h - g.pad_h
     w0 = q * g.stride_w - g.pad_w
     x_strides = Strides(x_stride_n, x_stride_h, x_stride_w, x_stride_c, memory.x_align)
-    pixels = x_ptr + pixel_offset(n, h0, w0, x_strides) + channel_offset(group * C, x_stride_c)
-    bits = None if FLAT or g.R * g.S > 31 else tap_bits(h0, w0, row_ok, H, W, g.R, g.S, g.dil_h, g.dil_w)
-    rows = Rows(pixels, h0, w0, row_ok, bits)
+    x_pixels = x_ptr + pixel_offset(n, h0, w0, x_strides) + channel_offset(group * C, x_stride_c)
     w_cols = w_ptr + (group * K + k).to(tl.int64) * w_stride_k * memory.w_align
+    bits = None if FLAT or g.R * g.S > 31 else tap_bits(h0, w0, row_ok, H, W, g.R, g.S, g.dil_h, g.dil_w)
+    rows = Rows(x_pixels, h0, w0, row_ok, bits)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), e.acc)
     for step in range(STEPS):
@@ -92,20 +94,16 @@ def conv_fprop_kernel(
         acc = multiply_accumulate(x, w, acc, PRECISION)
 
     column = group * K + k
-    mask = row_ok[:, None] & k_ok[None, :]
-    residual = None
-    if residual_ptr is not None:
-        residual_strides = Strides(
-            residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c, memory.residual_align
-        )
-        offset = pixel_offset(n, p, q, residual_strides)[:, None] + channel_offset(column, residual_stride_c)[None, :]
-        residual = tl.load(residual_ptr + offset, mask=mask, other=0.0)
+    residual_strides = Strides(
+        residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c, memory.residual_align
+    )
+    residual = Residual(residual_ptr, (n, p, q), column, row_ok, k_ok, residual_strides)
     of_channels = Channels(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
     channels = load_channels(of_channels, column, k_ok, e)
-    y = finish(acc, channels, residual, slope, of_channels, e).to(y_ptr.dtype.element_ty)
-    y_pixels = dense_pixel_offset(n, p, q, P, Q, K * g.groups, memory.y_channels_last, memory.y_align)
+    y = finish(acc, channels, residual, slope, of_channels, e, load_residual).to(y_ptr.dtype.element_ty)
+    y_pixels = dense_pixel_offset(m, n, P, Q, K * g.groups, memory.y_channels_last, memory.y_align)
     y_columns = dense_channel_offset(column, P, Q, memory.y_channels_last)
-    tl.store(y_ptr + (y_pixels[:, None] + y_columns[None, :]), y, mask=mask)
+    tl.store((y_ptr + y_pixels)[:, None] + y_columns[None, :], y, mask=row_ok[:, None] & k_ok[None, :])
     if moments_ptr is not None:
         store_moments(moments_ptr, tile_m, (y.to(e.acc),), (row_ok,), column, k_ok, K * g.groups)
 
@@ -147,11 +145,13 @@ def fprop(
     epilogue: Epilogue = PLAIN,
     moments: torch.Tensor | None = None,
 ) -> None:
-    """Writes y, what `epilogue` makes of conv(x, w), and, if asked, the (mean, biased variance) of each tile of BLOCK_M pixels of y.
+    """Writes y, which is what `epilogue` makes of conv(x, w), and, if asked, the mean and the biased variance of each
+    tile of BLOCK_M pixels of y.
 
-    Shapes: x [N, C, H, W], w [K, C / groups, R, S] and the residual [N, K, P, Q] in any memory layout, y [N, K, P, Q]
-    dense, channels_last or contiguous; bias and those of the batch norm [K]; moments [ceil(N * P * Q / BLOCK_M), 2, K] in the accumulator's dtype.
+    Shapes: x [N, C, H, W], w [K, C / groups, R, S] and the residual [N, K, P, Q] in any memory layout; y [N, K, P, Q]
+    dense, channels_last or contiguous; bias and those of the batch norm [K]; moments [ceil(N * P * Q / BLOCK_M), 2, K]
+    in the accumulator's dtype. Raises ValueError if y is not dense.
     """
     e = epilogue
-    plan = plan_fprop(problem, tile, precision, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
-    plan(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments))
+    prepared = plan_fprop(problem, tile, precision, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
+    prepared(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments))

@@ -17,7 +17,7 @@ the channels. Those of one row do, and so do those of one pixel of several image
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import triton
 import triton.language as tl
@@ -101,6 +101,25 @@ def load_box(x_map, n, h, w, c):
     """Pixels of the box at (n, h, w), channels from c on: [pixels, channels], zero outside the tensor."""
     loaded = x_map.load([n, h, w, c])
     return loaded.reshape(loaded.numel // loaded.shape[-1], loaded.shape[-1])
+
+
+class ResidualBox(NamedTuple):
+    """Inside a kernel, the box of a residual that begins at (n, h, w, c) of a tensor map: what load_residual_box loads.
+    `source` is None where there is no residual.
+    """
+
+    source: tl.tensor
+    n: tl.tensor
+    h: tl.tensor
+    w: tl.tensor
+    c: tl.tensor
+
+
+@triton.jit
+@no_type_check
+def load_residual_box(residual):
+    """[pixels, channels] of a ResidualBox."""
+    return load_box(residual.source, residual.n, residual.h, residual.w, residual.c)
 
 
 @triton.jit

@@ -28,7 +28,16 @@ from ..operands import FpropOperands
 from ..partials import TileRows
 from ..problem import ConvProblem
 from ..tiling import cdiv
-from .boxes import load_box, load_phases, locate_box, rows_of_box, store_box, taps_inside, unravel_step
+from .boxes import (
+    ResidualBox,
+    load_phases,
+    load_residual_box,
+    locate_box,
+    rows_of_box,
+    store_box,
+    taps_inside,
+    unravel_step,
+)
 from .tiles import BoxTile, box_count, box_programs
 from .views import flattened, map_filters, map_image, phases_of
 
@@ -70,12 +79,10 @@ def tma_fprop_kernel(
 
     k = k0 + tl.arange(0, TILE_K)
     k_ok = k < K
-    residual = None
-    if residual_map is not None:
-        residual = load_box(residual_map, n0, p0, q0, k0)
+    residual = ResidualBox(residual_map, n0, p0, q0, k0)
     of_channels = Channels(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
     channels = load_channels(of_channels, k, k_ok, e)
-    y = finish(acc.T, channels, residual, slope, of_channels, e).to(y_map.dtype)  # [pixels, TILE_K]
+    y = finish(acc.T, channels, residual, slope, of_channels, e, load_residual_box).to(y_map.dtype)  # [pixels, TILE_K]
     store_box(y_map, n0, p0, q0, k0, y)
     if moments_ptr is not None:
         exist = rows_of_box(n0, p0, q0, N, P, Q, box)

@@ -17,7 +17,7 @@ import torch
 
 from cnnfast_kernels import launch, memory
 from cnnfast_kernels.aot.judging import due_on, kernel_modules
-from tests.support.visits import REPOSITORY, environment
+from tests.support.child import REPOSITORY, environment
 
 
 def test_every_kernel_belongs_to_one_family():
@@ -185,7 +185,11 @@ RACECHECK = """========= COMPUTE-SANITIZER
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
 CLEAN = "========= COMPUTE-SANITIZER\n    right, 0.1 s\n========= ERROR SUMMARY: 0 errors\n"
-REFUSED = "========= COMPUTE-SANITIZER\n========= Error: Device not supported. Please refer to the documentation.\n========= ERROR\n"
+REFUSED = """\
+========= COMPUTE-SANITIZER
+========= Error: Device not supported. Please refer to the documentation.
+========= ERROR
+"""
 OURS = ("conv_fprop_kernel", "tma_wgrad_kernel")
 
 

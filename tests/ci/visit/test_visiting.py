@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.visits import REPOSITORY, Fake, environment, interrupt, left, log, run, start, states, until
+from tests.support.child import REPOSITORY, environment
+from tests.support.visits import Fake, interrupt, left, log, run, start, states, until
 
-MEASURES = "import json, time; from pathlib import Path; Path('WORK/{0}.json').write_text(json.dumps([{1}])); print('measured', flush=True)"
+MEASURES = (
+    "import json, time; from pathlib import Path; "
+    "Path('WORK/{0}.json').write_text(json.dumps([{1}])); print('measured', flush=True)"
+)
 SLEEPS = "; time.sleep(60)"
 DEAF = """
 import signal, time
@@ -103,7 +107,10 @@ def test_a_part_that_hears_no_signal_is_killed_at_its_limit_and_named(tmp_path):
 
 
 def test_what_a_part_leaves_running_is_ended(tmp_path):
-    code = "import subprocess, sys; print('child', subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
+    code = (
+        "import subprocess, sys; "
+        "print('child', subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
+    )
     run([Fake("parent", code)], tmp_path)
     child = int(left(tmp_path).members["parent/parent.log"].split()[-1])
     until(lambda: ended(child))

@@ -72,9 +72,11 @@ def row(provider: str = "eager", median: float | None = 1.0, **other) -> BenchRo
     )
     entry = PROVIDERS[provider]
     fixed = {
-        "kind": "model", "subject": "net", "provider": provider, "baseline": entry.baseline, "ours": entry.ours, "mode": "infer",
+        "kind": "model", "subject": "net", "provider": provider, "baseline": entry.baseline, "ours": entry.ours,
+        "mode": "infer",
         "dtype": "bfloat16", "layout": entry.layout, "batch": 8, "input": "8x3x9x9", "status": "ok", "machine": MACHINE,
-        "peaks": Peaks(4e12, 2e9), "flops": 10**12, "bytes": 10**9, "level": entry.level, "ceilings": {entry.level: 0.5},
+        "peaks": Peaks(4e12, 2e9), "flops": 10**12, "bytes": 10**9, "level": entry.level,
+        "ceilings": {entry.level: 0.5},
     }  # fmt: skip
     return BenchRow(**{**fixed, **spread, **other})
 
@@ -274,7 +276,9 @@ def test_what_was_left_out_is_named_and_judged_by_nobody():
         row("eager"), row("cnnfast", 0.5), row("max-autotune", None, **left),
         row("eager", None, batch=9, **left), row("cnnfast", None, batch=9, **left),
         row("eager", None, batch=10, status="left out", reason=stopped),
-        row("eager", **layer), row("cnnfast", None, **{**layer, **left}), row("eager", None, **{**layer, **left, "mode": "dgrad"}),
+        row("eager", **layer),
+        row("cnnfast", None, **{**layer, **left}),
+        row("eager", None, **{**layer, **left, "mode": "dgrad"}),
     ]  # fmt: skip
     said = text(rows, 200)
     assert f"left out: {spent}\nnet, batch 9 (infer); conv 3x3, batch 8 (forward by cnnfast, dgrad)" in said

@@ -76,10 +76,10 @@ def test_wrong_arguments_end_with_2(arguments):
 )
 def test_aot_refuses_before_it_compiles(monkeypatch, arguments, option, sentence):
     """With exit code 2 and a sentence that says what there is to choose from."""
-    compiling = pytest.importorskip("cnnfast_kernels.aot.compiling", reason="triton is not installed")
-    monkeypatch.setattr(compiling.launch, "INTERPRETED", False)
-    monkeypatch.setattr(compiling, "compile_case", None)
-    monkeypatch.setattr(compiling, "ProcessPoolExecutor", None)
+    aot = pytest.importorskip("cnnfast_kernels.aot", reason="triton is not installed")
+    monkeypatch.setattr(aot.stub_driver.launch, "INTERPRETED", False)
+    monkeypatch.setattr(aot.compiling, "compile_case", None)
+    monkeypatch.setattr(aot.processes, "ProcessPoolExecutor", None)
     result = invoke("aot", *arguments)
     said = " ".join(result.output.replace("│", " ").replace(f"'{option}'", option).split())
     assert result.exit_code == 2

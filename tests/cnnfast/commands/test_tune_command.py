@@ -140,7 +140,7 @@ def measure(steps, clock, seconds, left):
     return {name: Times(2e-6, 2e-6, 2e-6, 1) for name in steps}
 
 tuning.take_turns = measure
-app(["tune", "tuned:Net", "--input", "2x4x6x6", "--dtype", "fp32", *arguments], prog_name="cnnfast")
+app(["tune", "tests.support.tuned:Net", "--input", "2x4x6x6", "--dtype", "fp32", *arguments], prog_name="cnnfast")
 """
 
 
@@ -219,7 +219,7 @@ def stand_in(gpu, monkeypatch):
     return measured
 
 
-NET = ("tuned:Net", "--input", "2x4x6x6", "--dtype", "fp32")
+NET = ("tests.support.tuned:Net", "--input", "2x4x6x6", "--dtype", "fp32")
 
 
 @interpreted

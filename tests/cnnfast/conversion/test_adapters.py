@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 from typing import Any
 
 import pytest
@@ -12,25 +11,21 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast.torchvision_import import torchvision
 from tests.support.blocks import CHANNELS, build, image
+from tests.support.packages import package
 from tests.support.steps import assert_same_steps
 
 
 @pytest.fixture
 def ops() -> Any:
     """torchvision.ops"""
-    try:
-        return torchvision().ops
-    except ModuleNotFoundError:
-        pytest.skip("torchvision is not installed")
+    return package("torchvision.ops")
 
 
 @pytest.fixture
 def layers(ops) -> Any:
     """timm.layers"""
-    pytest.importorskip("timm", reason="timm is not installed")
-    return importlib.import_module("timm.layers")
+    return package("timm.layers")
 
 
 def after_a_convolution(norm: nn.Module, device: torch.device) -> nn.Module:
@@ -57,7 +52,9 @@ LEFT = {
 
 @pytest.mark.parametrize("name", [*ACTIVATIONS, *LEFT])
 def test_timms_batch_norm_and_activation(name, layers, quick):
-    """BatchNormAct2d and its convolution in one step; an activation without a kernel, or a drop before it, comes after."""
+    """BatchNormAct2d and its convolution in one step; an activation without a kernel, or a drop before it,
+    comes after.
+    """
     model = after_a_convolution(layers.BatchNormAct2d(CHANNELS, **{**ACTIVATIONS, **LEFT}[name]), quick)
     original, ours = copy.deepcopy(model), cnnfast.convert(model)
     assert isinstance(ours[1], layers.BatchNormAct2d)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 
 import cnnfast
 from cnnfast.conversion.tree import share
-from cnnfast.torchvision_import import torchvision
 from tests.support.blocks import CONVOLUTIONS, Block, Net, build, image
+from tests.support.packages import package
 from tests.support.steps import assert_same_steps
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -410,11 +409,7 @@ def test_what_cannot_be_copied_is_said(call, quick):
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_byobnet"])
 def test_timms_features_by_hooks(name, quick):
     """timm.create_model(..., features_only=True, feature_cls="hook"), converted, back, and again."""
-    try:
-        torchvision()
-        timm = importlib.import_module("timm")
-    except ModuleNotFoundError:
-        pytest.skip("torchvision and timm are not installed")
+    timm = package("timm")
     model = timm.create_model(name, features_only=True, feature_cls="hook", out_indices=(0, 1, 3)).double().to(quick)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64).to(quick)
     original, ours = copy.deepcopy(model), cnnfast.convert(model)

@@ -207,10 +207,10 @@ def test_onnx(make, dynamo, tmp_path: Path, not_pretended):
 def test_package(net, x, tmp_path: Path, not_pretended):
     """Without a rule for cnnfast PyTorch says what is missing; with it the model is read back, as fused."""
     ours = cnnfast.convert(net)
-    for packages in (("torch.**",), ("torch.**", "cnnfast.**", "cnnfast", "blocks")):
+    for packages in (("torch.**",), ("torch.**", "cnnfast.**", "cnnfast")):
         file = tmp_path / "model.pt"
         exporter = PackageExporter(file)
-        exporter.extern([*packages, "blocks"])
+        exporter.extern([*packages, "tests.**"])
         exporter.save_pickle("model", "model.pkl", ours)
         if len(packages) == 1:
             with pytest.raises(PackagingError, match=r"cnnfast\.conversion"):

@@ -14,17 +14,10 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 import cnnfast
-from cnnfast.torchvision_import import torchvision
 from tests.support.model_zoo import FAMILIES, Family
+from tests.support.packages import package
 from tests.support.steps import Mode, assert_same_steps
 from tests.support.told import assert_reports_are_true
-
-
-def make(family: Family, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, torch.Tensor]:
-    try:
-        return family.make(dtype)
-    except ModuleNotFoundError as error:
-        pytest.skip(f"{family.package} is not installed: {error}")
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -40,7 +33,9 @@ def classes(model: nn.Module) -> dict[str, type]:
 
 
 def convolutions_before_a_norm(model: nn.Module, x: torch.Tensor) -> set[str]:
-    """Names of the convolutions of which an output goes straight into a batch norm, as the original calls them in eval."""
+    """Names of the convolutions of which an output goes straight into a batch norm, as the original calls them
+    in eval.
+    """
     names = {module: name for name, module in model.named_modules()}
     normalised: set[str] = set()
     made_by: dict[int, tuple[str, torch.Tensor]] = {}  # the tensors are kept, so that no other takes their place
@@ -88,7 +83,7 @@ def test_a_family(family, quick):
     """Keys in their order, every tensor the same object, eval and training output, gradients and buffers, and back
     again.
     """
-    model, x = make(family)
+    model, x = family.make()
     model, x = model.to(quick), x.to(quick)
     original = copy.deepcopy(model)
     keys, tensors = list(model.state_dict()), [*model.parameters(), *model.buffers()]
@@ -125,10 +120,7 @@ def test_resnet50_fuses_53_of_53(quick):
     """In ImageNet's size: 4.09 billion multiply-adds of convolutions, as everybody counts them, and 2 million of the
     classifier.
     """
-    try:
-        model = torchvision().models.resnet50()
-    except ModuleNotFoundError:
-        pytest.skip("torchvision is not installed")
+    model = package("torchvision").models.resnet50()
     report = cnnfast.report(cnnfast.convert(model), torch.empty(1, 3, 224, 224))
     rows = [row for row in report.rows if row.kind == "Conv2d"]
     assert [row.status for row in rows] == ["fused"] * 53
@@ -142,7 +134,7 @@ def test_resnet50_fuses_53_of_53(quick):
 
 
 def run_by_kernels(family: Family, size: tuple[int, ...], modes: tuple[Mode, ...], device: torch.device) -> None:
-    model, _ = make(family)
+    model, _ = family.make()
     x = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model, x = model.to(device), x.to(device)
     traces = assert_same_steps(cnnfast.convert(model), copy.deepcopy(model), x, modes=modes, tolerance=1e-9)

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 import cnnfast
 from tests.support.blocks import CHANNELS, CONVOLUTIONS, Block, Net, block, build, image
+from tests.support.packages import package
 from tests.support.steps import assert_same_steps, converted, fusions
 
 
@@ -58,7 +59,7 @@ def traced() -> nn.Module:
 
 
 def extractor() -> nn.Module:
-    features = pytest.importorskip("torchvision.models.feature_extraction")
+    features = package("torchvision.models.feature_extraction")
     nodes = {"stem.1": "norm", "layers.0.relu": "middle", "layers.2": "last", "fc": "classes"}
     return features.create_feature_extractor(build(Plain), nodes)
 
@@ -450,7 +451,7 @@ def test_a_graph_module_is_exported_and_traced(device):
 
 
 def test_timm_features_by_fx(quick, torchvision):
-    timm = pytest.importorskip("timm")
+    timm = package("timm")
     x = image(3, 33).to(quick)
     model = timm.create_model("resnet18", features_only=True, feature_cls="fx").double().to(quick).eval()
     ours, original = cnnfast.convert(model), own_copy(model)

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-import typer
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 import cnnfast
-from cnnfast.commands.target import input_shape
 from cnnfast.summary import summarize
+from cnnfast.targets.inputs import input_shape
+from cnnfast.targets.target import TargetError
 from tests.support.told import assert_report_is_true, assert_reports_are_true
 
 WAITING = "not initialised yet: run the model once, then convert it"
@@ -120,7 +120,7 @@ def test_conversion_and_the_first_run(when, small):
 def test_the_command_line_finds_an_input():
     """Of a lazy convolution a colour image is assumed; of a lazy linear layer nothing can be."""
     assert input_shape(lazy_layers(), 1, small=False) == (1, 3, 224, 224)
-    with pytest.raises(typer.BadParameter, match="no layer with a weight that would tell its input"):
+    with pytest.raises(TargetError, match="no layer with a weight that would tell its input"):
         input_shape(nn.Sequential(nn.LazyLinear(3)), 1, small=False)
 
 

@@ -646,7 +646,9 @@ def test_a_convolution_with_code_of_its_users(quick):
 
 
 def test_an_order_that_does_not_matter(quick):
-    """A child that has nothing to do with the norm, and a norm that is called twice but not in between: all is fused."""
+    """A child that has nothing to do with the norm, and a norm that is called twice but not in between: all is
+    fused.
+    """
 
     def beside(self, x):
         return self.relu(self.bn(self.conv(x)) + self.child(self.pool(x)))

@@ -128,7 +128,9 @@ def assert_same(ours: nn.Module, original: nn.Module, x: Tensor, **options: Any)
 
 
 def loaded(model: nn.Module, state: dict[str, Tensor]) -> str:
-    """What load_state_dict says. PyTorch's remove_spectral_norm forgets a hook, so that nothing can be loaded after it."""
+    """What load_state_dict says. PyTorch's remove_spectral_norm forgets a hook, so that nothing can be loaded
+    after it.
+    """
     try:
         return str(model.load_state_dict(state))
     except RuntimeError as error:
@@ -219,7 +221,9 @@ def test_an_assigned_weight(quick):
 
 
 def test_errors_are_pytorchs(quick):
-    """Of a parametrization that changes the shape, of one that is not there, of what cannot go back, and of pickling."""
+    """Of a parametrization that changes the shape, of one that is not there, of what cannot go back, and of
+    pickling.
+    """
     ours, original = converted_and_original(build(LAYERS["Conv2d"], quick), seeded(REGISTER["weight_norm"]), "before")
     for call in (
         lambda m: parametrize.register_parametrization(m, "bias", nn.Unflatten(0, (2, 2))),
@@ -307,7 +311,9 @@ def test_cached(net, x, when):
 
 
 def test_trees_over_the_same_tensors_remove_apart(net, x):
-    """PyTorch's deepcopy shares the class that a removal changes; our trees do not, in whatever order they come to be."""
+    """PyTorch's deepcopy shares the class that a removal changes; our trees do not, in whatever order they come
+    to be.
+    """
     seeded(normalise)(net)
     once = cnnfast.convert(net)
     trees = [net, once, cnnfast.convert(once), cnnfast.revert(once), cnnfast.revert(net)]

@@ -201,13 +201,15 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
         statistics_of_a_child,
         {},
         share,
-        "self.conv only up to self.bn, because self.child, called before +, may use or change the statistics of self.bn",
+        "self.conv only up to self.bn, because self.child, called before +, "
+        "may use or change the statistics of self.bn",
     ),
     "norm_called_again": (
         norm_called_again,
         {},
         None,
-        "self.conv only up to self.bn, because self.bn is called again before +, and its statistics change with each call",
+        "self.conv only up to self.bn, because self.bn is called again before +, "
+        "and its statistics change with each call",
     ),
     "norm_used_twice": (
         norm_used_twice,
@@ -275,7 +277,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
         hooked,
         {"pool": functools.partial(nn.MaxPool2d, 3, 1, 1)},
         hook,
-        "self.conv only up to self.bn, because self.pool, called before +, has hooks or a forward of its own on the instance",
+        "self.conv only up to self.bn, because self.pool, called before +, "
+        "has hooks or a forward of its own on the instance",
     ),
 }
 

@@ -585,7 +585,8 @@ def test_a_model_that_does_not_run_as_it_is(quick):
     assert cnnfast.report(ours, x).notes[:1] == [n for n in cnnfast.report(ours, x).notes[:1] if "not seen" not in n]
     report = cnnfast.report(ours.train(), x)
     assert report.notes[0].startswith(
-        "What is fused was planned, and not seen in a run: in its present modes it raises ValueError: Expected more than 1 value"
+        "What is fused was planned, and not seen in a run: "
+        "in its present modes it raises ValueError: Expected more than 1 value"
     )
 
 

@@ -213,7 +213,7 @@ def test_optional_packages_and_torch_compile(monkeypatch):
         (Smi(), "", None, "13.0", "ok", "no NVIDIA driver"),
         (Smi(), "", None, None, "ok", "no NVIDIA driver"),
         (LISTED, "580.65.06", (13, 0), "12.8", "ok", "CUDA up to 13.0; torch was built for CUDA 12.8"),
-        (LISTED, "580.65.06", (13, 0), "13.2", "ok", "same generation"),
+        (LISTED, "580.65.06", (13, 0), "13.2", "ok", "the major version is the same"),
         (LISTED, "535.1", (12, 2), "13.0", "note", "which is newer"),
         (Smi(), "535.1", None, "13.0", "note", "finds no libcuda"),
         (Smi(complaint="Driver/library version mismatch"), "535.1", (12, 2), "13.0", "broken", "version mismatch"),
@@ -445,7 +445,7 @@ def launched_over_nothing():
 
 @pytest.mark.compiled
 def test_a_launch_that_does_nothing_is_seen():
-    assert run_compiled(launched_over_nothing) == ["it was to store 0, and 1 is there afterwards", 1]
+    assert run_compiled(launched_over_nothing) == ["it should store 0, but 1 is there afterwards", 1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -460,7 +460,8 @@ import json, os, signal, sys, time
 from collections import namedtuple
 def begin(step): print({trial.MARK!r} + json.dumps(dict(device=sys.argv[2], step=step)), flush=True)
 def end(step, wrong="", fatal=False):
-    print({trial.MARK!r} + json.dumps(dict(device=sys.argv[2], step=step, wrong=wrong, fatal=fatal, seconds=0.1)), flush=True)
+    told = dict(device=sys.argv[2], step=step, wrong=wrong, fatal=fatal, seconds=0.1)
+    print({trial.MARK!r} + json.dumps(told), flush=True)
 """
 
     def start(script: str, limit: float = 60) -> launching.Trial:
@@ -723,7 +724,9 @@ def test_how_float32_is_multiplied(device):
 
 @pytest.fixture
 def machine(monkeypatch, kept, tmp_path) -> SimpleNamespace:
-    """A machine without a GPU, where kernels are not interpreted; a test may change it. Its GPU is this ring's device."""
+    """A machine without a GPU, where kernels are not interpreted; a test may change it. Its GPU is this ring's
+    device.
+    """
     m = SimpleNamespace(
         smi=Smi(), cuda=Cuda(0, "Found no NVIDIA driver"), newest=None, built="13.0", covered=[], trial=FINE, tried=0
     )
@@ -744,7 +747,8 @@ def machine(monkeypatch, kept, tmp_path) -> SimpleNamespace:
         ),
         (gpus, {"covered": lambda count: m.covered, "each": lambda count: []}),
         (launching, {"tried": tried, "cache_folder": lambda: tmp_path / "triton"}),
-        (launch, {"INTERPRETED": False, "gpu": lambda device: H200}),
+        (launch, {"INTERPRETED": False}),
+        (devices, {"gpu": lambda device: H200}),
         (dispatch, {"CPU_REASON": "the tensors are on the CPU"}),
     ):
         for name, answer in answers.items():

@@ -51,8 +51,9 @@ def signs(*shape: int) -> Tensor:
 
 
 def composition(
-    input, weight, running_mean=None, running_var=None, bn_weight=None, bn_bias=None, *, bias=None, residual=None, activation="relu",
-    activation_arg=None, training=False, momentum=0.1, eps=1e-5, stride=1, padding=0, dilation=1, groups=1, algorithm=None,
+    input, weight, running_mean=None, running_var=None, bn_weight=None, bn_bias=None, *, bias=None, residual=None,
+    activation="relu", activation_arg=None, training=False, momentum=0.1, eps=1e-5,
+    stride=1, padding=0, dilation=1, groups=1, algorithm=None,
 ):  # fmt: skip
     y = theirs.conv2d(input, weight, bias, stride, padding, dilation, groups)
     y = theirs.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
@@ -84,8 +85,9 @@ THEIRS["conv_bn_act"] = composition
 THEIRS["global_avg_pool2d"] = lambda input, keepdim=True: theirs.adaptive_avg_pool2d(input, 1).flatten(-3 + 2 * keepdim)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The branches: function -> argument -> branch -> what differs from the function's usual arguments. Beside arguments there may be
-# "tolerance": the results are not representable; "float32": parameters are, whatever input is; "forward": only results are compared.
+# The branches: function -> argument -> branch -> what differs from the function's usual arguments. Beside arguments
+# there may be "tolerance": the results are not representable; "float32": parameters are, whatever input is; "forward":
+# only results are compared.
 
 SIZES = {"int": 2, "pair": (2, 1)}
 PAIRS = {

@@ -168,7 +168,7 @@ def test_layouts_of_other_dtypes(program, dtype, nothing_runs, device):
     assert_same_layouts(program, dtype, device, dense_only=True)
 
 
-# --- what is empty --------------------------------------------------------------------------------------------------------------------
+# --- what is empty ----------------------------------------------------------------------------------------------------
 
 
 def empty_programs() -> Iterator[Program]:

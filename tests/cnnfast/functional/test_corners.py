@@ -49,7 +49,9 @@ EMPTY = [
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
 def test_batch_norm_of_nothing(shape, training, affine, device):
-    """Results, gradients and errors are PyTorch's, which takes the first channel's weight and bias; nothing is updated."""
+    """Results, gradients and errors are PyTorch's, which takes the first channel's weight and bias; nothing is
+    updated.
+    """
     C = shape[min(1, len(shape) - 1)]
     x = torch.empty(shape, dtype=torch.float64, device=device)
     for running in (True, False):

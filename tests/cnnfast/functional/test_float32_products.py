@@ -41,7 +41,8 @@ def legacy(read):
         return "raises"
 
 def settings():
-    of_each = [s.fp32_precision for s in (B.cudnn.conv, B.cudnn.rnn, B.cuda.matmul, B.mkldnn.conv, B.mkldnn.matmul, B.cudnn, B)]
+    settings = (B.cudnn.conv, B.cudnn.rnn, B.cuda.matmul, B.mkldnn.conv, B.mkldnn.matmul, B.cudnn, B)
+    of_each = [setting.fp32_precision for setting in settings]
     older = (lambda: B.cudnn.allow_tf32, lambda: B.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision)
     return [of_each, [legacy(read) for read in older]]
 

@@ -59,7 +59,7 @@ CASE = Case(((2, 3),), (PLAIN, PLAIN), torch.float32, {})
 )
 def test_a_difference_in_one_bit_is_found(right, message, device, monkeypatch):
     """The comparison itself: with a function that computes nothing, against one that differs."""
-    monkeypatch.setattr("fuzz.run", lambda function, *rest: served(run(function, *rest)))
+    monkeypatch.setattr("tests.support.fuzz.run", lambda function, *rest: served(run(function, *rest)))
     values = [torch.arange(1.0, 7.0, dtype=torch.float64).view(2, 3)]
     compare(CASE, values, lambda x: x * 1, lambda x: x * 1, device)
     with pytest.raises(AssertionError, match=message):

@@ -54,7 +54,9 @@ def pools(draw):
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
 )
 def test_any_max_pool(case, layout, dtype, device):
-    """Few different integers, so that many are equal: the result, which of equals wins, and the gradient that it gets."""
+    """Few different integers, so that many are equal: the result, which of equals wins, and the gradient that
+    it gets.
+    """
     shape, *window = case
     x = arrange(integers(*shape, dtype=dtype).to(device), layout)
     mine = run(lambda x: ours.max_pool2d(x, *window), [x])
@@ -281,7 +283,9 @@ def test_batch_norm_of_nothing(training, device):
     "shape", [(1, 3, 1024, 1024), (8, 2, 512, 512), (2, 1, 720, 1280), (256, 2048, 1, 1), (1024, 512, 1, 1)], ids=str
 )
 def test_batch_norm_fills_a_gpu(shape, dtype, fmt):
-    """Two programs for each of 132 multiprocessors in every pass: few channels of large planes, and many of one pixel."""
+    """Two programs for each of 132 multiprocessors in every pass: few channels of large planes, and many of one
+    pixel.
+    """
     strides = torch.empty(shape, device="meta", memory_format=fmt).stride()
     plans = [
         batchnorm._plan_moments(shape, strides, dtype)[0],

@@ -212,7 +212,9 @@ def test_hooks_within_a_block(watched, torchvision, device):
 
 
 def test_blocks_with_other_members(torchvision, device):
-    """Another norm, a shortcut that is more than a convolution and a norm, another activation put in the place of relu."""
+    """Another norm, a shortcut that is more than a convolution and a norm, another activation put in the place
+    of relu.
+    """
     frozen = torchvision.ops.FrozenBatchNorm2d
     for norm in (frozen, functools.partial(nn.GroupNorm, 2), nn.SyncBatchNorm):
         ours, theirs = (m.eval() for m in blocks(torchvision, *BLOCKS[1], device, norm=norm))

@@ -20,6 +20,7 @@ import cnnfast
 import cnnfast.nn as cnn
 from tests.support.blocks import CHANNELS, CONVOLUTIONS, Block, Net, block, build, image
 from tests.support.model_zoo import randomise
+from tests.support.packages import package
 from tests.support.steps import assert_same_steps
 
 
@@ -261,7 +262,7 @@ def test_torchvisions_feature_extractor(net, x, torchvision):
 @pytest.mark.parametrize("name", ["resnet18", "regnety_002"])
 def test_timms_names(name, torchvision, quick):
     """regnety_002 has timm's norms that activate: its forward is what is traced."""
-    timm = pytest.importorskip("timm")
+    timm = package("timm")
     from timm.models._features_fx import get_graph_node_names
 
     model = timm.create_model(name, num_classes=3)
@@ -270,7 +271,7 @@ def test_timms_names(name, torchvision, quick):
 
 
 def test_timms_features_of_a_converted_model(torchvision, quick):
-    timm = pytest.importorskip("timm")
+    timm = package("timm")
     from timm.models._features_fx import FeatureGraphNet
 
     model = build(functools.partial(timm.create_model, "resnet18", num_classes=3), quick)
@@ -281,7 +282,7 @@ def test_timms_features_of_a_converted_model(torchvision, quick):
 
 
 def test_timms_norms_that_activate(torchvision, quick):
-    norm = pytest.importorskip("timm.layers").BatchNormAct2d
+    norm = package("timm.layers").BatchNormAct2d
     model = build(
         lambda: nn.Sequential(
             nn.Conv2d(CHANNELS, CHANNELS, 1), norm(CHANNELS), nn.Conv2d(CHANNELS, 4, 1), nn.BatchNorm2d(4)

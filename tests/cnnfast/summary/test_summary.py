@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cnnfast
 from cnnfast.models import resnet18, resnet50
 from cnnfast.summary import Layer, attempt, layers, summarize
-from tests.support import model_zoo
+from tests.support.packages import package
 
 
 def meta(build: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
@@ -204,6 +203,13 @@ def tokens(x: Tensor) -> Tensor:
     return F.layer_norm(x.flatten(2).transpose(1, 2), (C,)).transpose(1, 2).unflatten(2, (H, W))
 
 
+def windows(x: Tensor) -> Tensor:
+    """Cut into windows of 4x4 and put together again, as networks with local attention do it."""
+    N, C, H, W = x.shape
+    cut = x.view(N, C, H // 4, 4, W // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, C)
+    return cut.view(N, H // 4, W // 4, 4, 4, C).permute(0, 5, 1, 3, 2, 4).reshape(N, C, H, W)
+
+
 def focus(x: Tensor) -> Tensor:
     return torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
 
@@ -225,6 +231,8 @@ NETWORKS = {
     "space to depth": nn.Sequential(Apply(space_to_depth), nn.Conv2d(8, 2, 3, padding=1)),
     "pixel unshuffle": nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(32, 2, 3, padding=1)),
     "focus": nn.Sequential(Apply(focus), nn.Conv2d(8, 2, 3, padding=1)),
+    "windows": nn.Sequential(Apply(windows), nn.Conv2d(2, 2, 3, padding=1)),
+    "halves": nn.Sequential(Apply(lambda x: torch.cat(x.chunk(2, 2), 1)), nn.Conv2d(4, 2, 3, padding=1)),
     "tokens": nn.Sequential(nn.Conv2d(2, 2, 4, 4), Apply(tokens), nn.Conv2d(2, 2, 3, padding=1)),
     "channels last": nn.Sequential(
         Apply(lambda x: x.permute(0, 2, 3, 1)), nn.Linear(2, 3), Apply(lambda x: x.permute(0, 3, 1, 2)), nn.MaxPool2d(3)
@@ -477,7 +485,7 @@ def test_hooks_that_are_objects_of_the_model_run():
 
 
 @pytest.mark.parametrize(
-    ("package", "name", "options", "size", "field"),
+    ("library", "name", "options", "size", "field"),
     [
         ("torchvision", "alexnet", {}, 224, 195),
         ("torchvision", "inception_v3", {"init_weights": False}, 299, 1311),
@@ -485,10 +493,10 @@ def test_hooks_that_are_objects_of_the_model_run():
         ("timm", "inception_resnet_v2", {}, 299, 3039),
     ],
 )
-def test_published_receptive_fields(package, name, options, size, field):
+def test_published_receptive_fields(library, name, options, size, field):
     """Those of the article that receptive_field.py cites."""
-    torchvision = model_zoo.torchvision()  # timm imports it
-    create = torchvision.models.get_model if package == "torchvision" else importlib.import_module("timm").create_model
+    module = package(library)
+    create = module.models.get_model if library == "torchvision" else module.create_model
     found = summarize(meta(lambda: create(name, **options)), image(1, 3, size, size))
     assert max(layer.receptive_field or 0 for layer in found.layers) == field
     assert sum(layer.parameters for layer in found.layers) + found.unused == found.parameters
@@ -496,8 +504,7 @@ def test_published_receptive_fields(package, name, options, size, field):
 
 @pytest.mark.parametrize("name", ["ResNet", "ConvNext", "Swin"])
 def test_models_of_transformers(name):
-    model_zoo.torchvision()
-    transformers = importlib.import_module("transformers")
+    transformers = package("transformers")
     model = meta(lambda: getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")()))
     found = summarize(model, image(1, 3, 224, 224))
     with FlopCounterMode(display=False) as counter:

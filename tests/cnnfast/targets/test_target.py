@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -10,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from torch import nn
 
-from cnnfast.commands import target
-from cnnfast.commands.target import input_shape, parse_shape, resolve, resolve_module
-from tests.support import model_zoo
+from cnnfast.targets.inputs import input_shape, parse_shape
+from cnnfast.targets.libraries import imported
+from cnnfast.targets.naming import resolve, resolve_module
+from cnnfast.targets.target import TargetError
+from tests.support.packages import package
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +23,9 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty current folder; what is imported from it is forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    target._import.cache_clear()
+    imported.cache_clear()
     yield tmp_path
-    target._import.cache_clear()
+    imported.cache_clear()
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)) or name.startswith("package"):
             del sys.modules[name]
@@ -66,7 +66,7 @@ def libraries(folder, monkeypatch):
 
 
 def says(text: str) -> str:
-    with pytest.raises(typer.BadParameter) as raised:
+    with pytest.raises(TargetError) as raised:
         resolve_module(text)
     return str(raised.value)
 
@@ -107,7 +107,8 @@ def test_a_source_that_is_not_installed_is_said_to_be_so(libraries):
 def test_unknown_names_are_told_near_ones(libraries):
     message = says("resnext50_32x4")
     assert message.startswith(
-        "'resnext50_32x4' is no model of cnnfast, timm (torchvision installed, but not importable); near: resnext50_32x4d"
+        "'resnext50_32x4' is no model of cnnfast, timm (torchvision installed, but not importable); "
+        "near: resnext50_32x4d"
     )
     assert "near: resnet50" in says("ResNet-50")
     assert "file.py:NAME" in says("xyzzy")
@@ -118,37 +119,37 @@ def test_a_builder_that_fails_says_why(libraries):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("library", "name", "kind"),
     [
-        ("torchvision:mobilenet_v3_small", "MobileNetV3"),
-        ("torchvision:fcn_resnet50", "FCN"),  # whose backbone would come with weights
-        ("squeezenet1_1", "SqueezeNet"),
-        ("timm:resnet10t", "ResNet"),
-        ("resnet10t.c3_in1k", "ResNet"),
-        ("mobilenet_v1", "MobileNetV1Model"),
-        ("transformers:MobileNetV1ForImageClassification", "MobileNetV1ForImageClassification"),
-        ("MobileNetV1Config", "MobileNetV1Model"),
-        ("transformers.MobileNetV1Model", "MobileNetV1Model"),
-        ("transformers:MobileNetV1Model", "MobileNetV1Model"),
+        ("torchvision", "torchvision:mobilenet_v3_small", "MobileNetV3"),
+        ("torchvision", "torchvision:fcn_resnet50", "FCN"),  # whose backbone would come with weights
+        ("torchvision", "squeezenet1_1", "SqueezeNet"),
+        ("timm", "timm:resnet10t", "ResNet"),
+        ("timm", "resnet10t.c3_in1k", "ResNet"),
+        ("transformers", "mobilenet_v1", "MobileNetV1Model"),
+        ("transformers", "transformers:MobileNetV1ForImageClassification", "MobileNetV1ForImageClassification"),
+        ("transformers", "MobileNetV1Config", "MobileNetV1Model"),
+        ("transformers", "transformers.MobileNetV1Model", "MobileNetV1Model"),
+        ("transformers", "transformers:MobileNetV1Model", "MobileNetV1Model"),
     ],
 )
-def test_real_libraries(name, kind, monkeypatch):
-    model_zoo.torchvision()
+def test_real_libraries(library, name, kind, monkeypatch):
+    package(library)
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *a, **k: pytest.fail("weights are fetched"))
     assert type(resolve_module(name)[1]).__name__ == kind
 
 
 @pytest.mark.parametrize(
-    ("name", "near"),
+    ("library", "name", "near"),
     [
-        ("resnet5O", "resnet50"),
-        ("torchvision:densnet121", "densenet121"),
-        ("timm:convnext_tyni", "convnext_tiny"),
-        ("ConvNextModl", "ConvNextModel"),
+        ("torchvision", "resnet5O", "resnet50"),
+        ("torchvision", "torchvision:densnet121", "densenet121"),
+        ("timm", "timm:convnext_tyni", "convnext_tiny"),
+        ("transformers", "ConvNextModl", "ConvNextModel"),
     ],
 )
-def test_real_near_matches(name, near):
-    model_zoo.torchvision()
+def test_real_near_matches(library, name, near):
+    package(library)
     message = says(name)
     assert "near: " in message
     assert near in message.partition("near: ")[2].split(", ")
@@ -227,7 +228,8 @@ def test_functions_of_tensors_stand_for_themselves(files):
     [
         (
             "nets.py",
-            "nets.py names no model: write file.py:NAME; nets.py has Configured, Namespace, Needy, Net, apply, build, factory",
+            "nets.py names no model: write file.py:NAME; "
+            "nets.py has Configured, Namespace, Needy, Net, apply, build, factory",
         ),
         ("nothing.py:Net", "there is no file nothing.py"),
         ("nothing.py", "there is no file nothing.py"),
@@ -258,7 +260,7 @@ def test_parse_shape(text, shape):
 
 @pytest.mark.parametrize("text", ["", "1x0x4", "1x-3", "3,4", "axb", "1x"])
 def test_parse_shape_refuses(text):
-    with pytest.raises(typer.BadParameter, match="is no shape"):
+    with pytest.raises(TargetError, match="is no shape"):
         parse_shape(text)
 
 
@@ -306,17 +308,20 @@ def test_inputs_that_a_model_takes(model, large, small):
 
 
 def test_a_model_without_weights_needs_an_input():
-    with pytest.raises(typer.BadParameter, match="ReLU has no layer with a weight"):
+    with pytest.raises(TargetError, match="ReLU has no layer with a weight"):
         input_shape(nn.ReLU(), 1, small=False)
 
 
-def test_what_a_model_says_of_itself():
-    model_zoo.torchvision()
-    timm = importlib.import_module("timm")
-    transformers = importlib.import_module("transformers")
+def test_what_a_model_of_timm_says_of_itself():
+    timm = package("timm")
     with torch.device("meta"):
         assert input_shape(timm.create_model("efficientnet_b4"), 1, small=False) == (1, 3, 320, 320)
         assert input_shape(timm.create_model("resnet18", in_chans=1), 1, small=False) == (1, 1, 224, 224)
+
+
+def test_what_a_model_of_transformers_says_of_itself():
+    transformers = package("transformers")
+    with torch.device("meta"):
         config = transformers.MobileNetV1Config(image_size=160, num_channels=4)
         assert input_shape(transformers.MobileNetV1Model(config), 1, small=False) == (1, 4, 160, 160)
         assert input_shape(

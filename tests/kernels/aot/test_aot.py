@@ -9,14 +9,15 @@ from dataclasses import replace
 
 import pytest
 
+from cnnfast_kernels import launch
 from cnnfast_kernels.aot import (
     KernelRow,
     capability_of,
     compile_all,
-    compiling,
     due_on,
     kernel_modules,
     problems,
+    processes,
     sass,
     selected,
     target,
@@ -25,6 +26,7 @@ from cnnfast_kernels.aot import (
 from cnnfast_kernels.aot import record as loops
 from cnnfast_kernels.aot.cases import cases
 from cnnfast_kernels.aot.compiling import dot_operands
+from cnnfast_kernels.gpus import SHARED_LIMITS
 from tests.support.child import run_compiled
 
 # From nvdisasm, much shortened and numbered anew: a pipelined main loop within an outer one, a store, and the padding
@@ -112,7 +114,8 @@ def test_tensor_cores_and_async_copies():
 
 def test_loads_by_tensor_maps():
     code = sass.read(
-        "/*0000*/ @P1 UTMALDG.4D [UR8], [UR4], desc[UR16] ;\n/*0010*/ UTMASTG.4D [UR8], [UR4] ;\n/*0020*/ LDGSTS.E.128 [R2], [R4] ;"
+        "/*0000*/ @P1 UTMALDG.4D [UR8], [UR4], desc[UR16] ;\n"
+        "/*0010*/ UTMASTG.4D [UR8], [UR4] ;\n/*0020*/ LDGSTS.E.128 [R2], [R4] ;"
     )
     assert (sass.tensor_loads(code), sass.async_copies(code)) == (1, 2)
     assert sass.tensor_loads(sass.read(PIPELINED)) == 0
@@ -183,7 +186,8 @@ def test_dot_operands():
 
 
 GOOD = KernelRow(
-    "conv_fprop_kernel", "infer bfloat16 3x3", "128x64x32 w4 s4", "sm_90", seconds=1.0, registers=168, spill_bytes=0, shared_bytes=49152,
+    "conv_fprop_kernel", "infer bfloat16 3x3", "128x64x32 w4 s4", "sm_90", seconds=1.0,
+    registers=168, spill_bytes=0, shared_bytes=49152,
     shared_limit=232448, dot="bf16", tensor_core="HGMMA", async_copies=12, serialised=False, loop_instructions=120,
 )  # fmt: skip
 
@@ -268,7 +272,7 @@ BY_POINTERS = {
 }
 
 
-@pytest.mark.parametrize("capability", compiling.SHARED_LIMITS)
+@pytest.mark.parametrize("capability", SHARED_LIMITS)
 def test_a_kernel_is_due_where_it_can_be_chosen(capability):
     """Package tma is for tensor maps and the matrix units of sm_90, sm_100 and sm_103: sm_120 has the maps, but not the
     units.
@@ -290,7 +294,7 @@ def rows_of(arch, *without):
 
 @pytest.mark.parametrize(
     "archs",
-    [*((f"sm_{c}",) for c in compiling.SHARED_LIMITS), ("sm_89", "sm_90"), ("sm_100", "sm_80", "sm_120")],
+    [*((f"sm_{c}",) for c in SHARED_LIMITS), ("sm_89", "sm_90"), ("sm_100", "sm_80", "sm_120")],
     ids=" ".join,
 )
 def test_what_is_due_is_asked_for_on_each_architecture(archs):
@@ -338,15 +342,13 @@ def test_cases_are_selected_by_architecture_and_name():
     [(["sm_75"], "", "sm_75"), (["sm_90", "sm_75"], "", "sm_75"), (["sm_80"], "in boxes", "in boxes")],
 )
 def test_nothing_starts_for_what_is_refused(monkeypatch, archs, only, reason):
-    monkeypatch.setattr(compiling.launch, "INTERPRETED", False)
-    monkeypatch.setattr(compiling, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", None)
     with pytest.raises(ValueError, match=reason):
         compile_all(archs, only, progress=lambda done, total: pytest.fail("work began"))
 
 
 def test_interpreted_processes_are_refused():
-    from cnnfast_kernels import launch
-
     if not launch.INTERPRETED:
         pytest.skip("GPU ring: kernels are compiled here")
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"), target("sm_90"):
@@ -361,7 +363,9 @@ def test_case_names_are_distinct_but_for_the_tile():
 
 
 def compile_some(names):
-    """Rows of the first case of each name, on two architectures in one process, and the kernels that all cases launch."""
+    """Rows of the first case of each name, on two architectures in one process, and the kernels that all cases
+    launch.
+    """
     from dataclasses import asdict
 
     from triton.runtime.driver import driver
@@ -381,7 +385,7 @@ def kernels_of_all_cases():
     """By architecture: what its cases launch, and what is due. Nothing is compiled."""
     from cnnfast_kernels import aot, launch
     from cnnfast_kernels.aot.cases import cases
-    from cnnfast_kernels.aot.compiling import SHARED_LIMITS
+    from cnnfast_kernels.gpus import SHARED_LIMITS
 
     found = {}
     for capability in SHARED_LIMITS:
@@ -398,7 +402,7 @@ def kernels_of_all_cases():
 def test_every_kernel_is_among_the_cases():
     """Of every architecture where it can be chosen, and of no other."""
     found = run_compiled(kernels_of_all_cases)
-    assert set(found) == set(map(str, compiling.SHARED_LIMITS))
+    assert set(found) == set(map(str, SHARED_LIMITS))
     for capability, (launched, due) in found.items():
         assert launched == due, capability
 
@@ -421,7 +425,9 @@ def test_real_compiles():
 
 @pytest.mark.compiled
 def test_depthwise_kernels_load_16_bytes_a_thread():
-    """All that they load: images and weights in channels_last, the residual, and what batch norm applies to a channel."""
+    """All that they load: images and weights in channels_last, the residual, and what batch norm applies to a
+    channel.
+    """
     layer = "3x3/1 depthwise of 96 channels"
     found = run_compiled(
         compile_some,
@@ -456,12 +462,13 @@ def compile_boxes():
     """Rows of one case of each tensor-map kernel, on both architectures."""
     from dataclasses import asdict
 
+    from cnnfast_kernels import aot
     from cnnfast_kernels.aot import compiling
     from cnnfast_kernels.aot.cases import cases
 
     rows = []
     for arch in ("sm_90", "sm_100"):
-        index = {case.name: i for i, case in enumerate(cases(compiling.capability_of(arch)))}
+        index = {case.name: i for i, case in enumerate(cases(aot.capability_of(arch)))}
         names = [f"{operation} bfloat16 3x3/2 in boxes" for operation in ("infer", "dgrad", "wgrad")]
         rows += compiling.finished([row for name in names for row in compiling.compile_case(arch, index[name])])
     return [asdict(row) for row in rows]

@@ -88,6 +88,42 @@ def test_what_the_launcher_passes_is_kept():
     assert seen["nothing_is_told_twice"]
 
 
+def launch_with_records():
+    """A kernel whose constants are records, launched by Triton and twice by a plan: the launches, and whether the
+    binaries fit what is passed.
+    """
+    import torch
+
+    from cnnfast_kernels.aot.recording_driver import recording_driver
+    from cnnfast_kernels.launch import Launch
+    from tests.support.records import BLOCK, ENDING, WINDOW, operands, sum_rows_kernel
+
+    found = []
+    with recording_driver(90) as driver:
+        for dtype in (torch.float32, torch.float16):
+            x, y, bias = operands(dtype)
+            for optional, stride in ((bias, 2), (None, None)):
+                planned = Launch(sum_rows_kernel, (2,), 16, stride, g=WINDOW, e=ENDING, BLOCK=BLOCK)
+                planned.run((x, y, optional))
+                planned(x, y, optional)  # in which it comes to know the kernel
+                planned(x, y, optional)
+                by_triton, _, by_plan = driver.taken()[0]
+                found.append([by_triton == by_plan, [p.hex() for p in by_plan.parameters], x.data_ptr()])
+        fits = [kernel.parameter_bytes == kernel.passed_bytes for kernel in driver.kernels.values()]
+    return found, fits
+
+
+@pytest.mark.compiled
+def test_constants_that_are_records_are_not_passed():
+    """By Triton nor by a plan, which pass the same: pointers, strides, two pointers to scratch memory."""
+    found, fits = run_compiled(launch_with_records)
+    assert fits == [True] * 4
+    for same, parameters, address in found:
+        assert same
+        assert bytes.fromhex(parameters[0]) == struct.pack("<Q", address)
+    assert [len(parameters) for _, parameters, _ in found] == [7, 5, 7, 5]
+
+
 def encode(cases):
     """[what cuTensorMapEncodeTiled returns, the refusal on record] for each of `cases`, which change a legal map of
     float16 in two axes.
@@ -97,7 +133,8 @@ def encode(cases):
     from cnnfast_kernels.aot.recording_driver import recording_driver
 
     legal = {
-        "offset": 0, "type": 6, "rank": 2, "address": 4096, "dims": [64, 64], "strides": [128], "box": [64, 16], "steps": [1, 1],
+        "offset": 0, "type": 6, "rank": 2, "address": 4096,
+        "dims": [64, 64], "strides": [128], "box": [64, 16], "steps": [1, 1],
         "interleave": 0, "swizzle": 3, "promotion": 2, "fill": 0,
     }  # fmt: skip
     memory = ctypes.create_string_buffer(512)
@@ -115,7 +152,8 @@ def encode(cases):
             lists = {name: (kind * len(c[name]))(*c[name]) for name, kind in kinds.items()}
             code = driver.library.cuTensorMapEncodeTiled(
                 ctypes.byref(memory, start + c["offset"]), c["type"], c["rank"], ctypes.c_void_p(c["address"]),
-                lists["dims"], lists["strides"], lists["box"], lists["steps"], c["interleave"], c["swizzle"], c["promotion"], c["fill"],
+                lists["dims"], lists["strides"], lists["box"], lists["steps"],
+                c["interleave"], c["swizzle"], c["promotion"], c["fill"],
             )  # fmt: skip
             ((), (encoded,)) = driver.taken()
             found.append([code, encoded.refusal])
@@ -236,8 +274,9 @@ def use_beside_another():
     import ctypes
 
     from cnnfast_kernels.aot import recording_driver
+    from cnnfast_kernels.aot.recording_driver import library
 
-    ctypes.CDLL(str(recording_driver.build()))
+    ctypes.CDLL(str(library.build()))
     try:
         with recording_driver.recording_driver(90):
             pass

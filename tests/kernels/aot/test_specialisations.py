@@ -15,8 +15,7 @@ import triton.language as tl
 from cnnfast_kernels import batchnorm, conv, launch
 from cnnfast_kernels.aot import specialisations
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
-from cnnfast_kernels.gather.fprop import conv_fprop_kernel
-from tests.support import uncompilable
+from tests.support import records, uncompilable
 from tests.support.child import run_compiled
 from tests.support.planting import plant
 from tests.support.specialisations import described_launches
@@ -85,7 +84,12 @@ class Pair(NamedTuple):
     second: object
 
 
-RUNTIME, NOT_SPECIALISED, CONSTANT = "K", "N", "EPS"
+RUNTIME, CONSTANT = "y_ptr", "g"  # parameters of sum_rows_kernel
+
+
+def classes(value):
+    """The class of a value and, of a tuple, those of its members."""
+    return type(value), tuple(map(classes, value)) if isinstance(value, tuple) else ()
 
 
 @pytest.mark.parametrize(
@@ -100,20 +104,22 @@ RUNTIME, NOT_SPECIALISED, CONSTANT = "K", "N", "EPS"
         (CONSTANT, tl.float64),
         (CONSTANT, (1, (2.5, None), "x")),
         (CONSTANT, Pair(1, Pair(tl.float16, ()))),
+        (CONSTANT, records.WINDOW),
+        (CONSTANT, records.ENDING),
         (RUNTIME, None),
         (RUNTIME, False),
         (RUNTIME, (None, True)),
     ],
 )
 def test_constants_come_back_as_they_were(name, value):
-    parameter = specialisations.parameters(conv_fprop_kernel)[name]
+    parameter = specialisations.parameters(records.sum_rows_kernel)[name]
     back = specialisations.decoded(json.loads(json.dumps(specialisations.encoded(value, parameter))))
     assert back == value
-    assert type(back) is type(value)
+    assert classes(back) == classes(value)
 
 
 def test_tensors_and_maps_come_back_as_their_like():
-    parameter = specialisations.parameters(conv_fprop_kernel)["x_ptr"]
+    parameter = specialisations.parameters(records.sum_rows_kernel)["x_ptr"]
     memory = torch.zeros(64, dtype=torch.float16)
     start = -memory.data_ptr() // 2 % 8
     for offset, aligned in ((start, True), (start + 1, False)):
@@ -132,7 +138,7 @@ def test_tensors_and_maps_come_back_as_their_like():
 @pytest.mark.parametrize("name", [RUNTIME, CONSTANT])
 def test_what_cannot_be_written_down_is_named(name):
     with pytest.raises(TypeError, match=rf"{name}=.*is of <class 'object'>"):
-        specialisations.described(conv_fprop_kernel, (), {name: object()})
+        specialisations.described(records.sum_rows_kernel, (), {name: object()})
 
 
 def triton_sees():
@@ -217,26 +223,71 @@ def test_triton_compiles_a_description_as_it_compiles_the_launch():
     assert compared == kernels
 
 
+def binaries_of_records():
+    """For each launch of a kernel whose constants are records, the binaries that Triton makes of the launch itself and
+    of its description.
+    """
+    from cnnfast_kernels.aot import specialisations
+    from cnnfast_kernels.aot.stub_driver import stub_driver
+    from tests.support.records import BLOCK, ENDING, WINDOW, operands, sum_rows_kernel
+
+    x, y, bias = operands()
+    found = []
+    with stub_driver(90):
+        for g in (WINDOW, WINDOW._replace(C=16)):
+            for e in (ENDING, ENDING._replace(ACTIVATION=None)):
+                for optional in ((bias, 2), (None, None)):
+                    arguments, options = (x, y, optional[0], 16, optional[1]), {"g": g, "e": e, "BLOCK": BLOCK}
+                    line = specialisations.described(sum_rows_kernel, arguments, options)
+                    launched = sum_rows_kernel[(2,)](*arguments, enable_fp_fusion=True, **options)
+                    found.append([launched.hash, specialisations.Described.of(line).compile().hash])
+    return found
+
+
+@pytest.mark.compiled
+def test_a_description_with_records_is_compiled_as_its_launch():
+    found = run_compiled(binaries_of_records)
+    assert [launched for launched, _ in found] == [described for _, described in found]
+    assert len({launched for launched, _ in found}) == 8
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Which launches are one
 
 
 def how_many_programs(lines, pairs):
-    """For each (change, change) of arguments of one of the lines: how many programs the two are."""
+    """For each (change, change) of arguments of one of the lines: how many programs the two are. "g.C" is field C of
+    argument g.
+    """
     import json
 
-    from cnnfast_kernels.aot.specialisations import Described
+    from cnnfast_kernels.aot.specialisations import Described, decoded
 
     def changed(kernel, change):
         told = next(told for told in map(json.loads, lines) if told["kernel"].endswith(f":{kernel}"))
-        told["arguments"] |= change
+        for name, value in change.items():
+            record, _, field = name.partition(".")
+            if field:
+                fields = type(decoded(told["arguments"][record]))._fields
+                told["arguments"][record]["tuple"][fields.index(field)] = value
+            else:
+                told["arguments"][name] = value
         return Described.of(json.dumps(told)).program()
 
     return [len({changed(kernel, one), changed(kernel, other)}) for kernel, one, other in pairs]
 
 
 TENSOR = {"tensor": "float16", "aligned": True}
+RECORDS = "sum_rows_kernel"
 FPROP, DGRAD, DEPTHWISE = "conv_fprop_kernel", "conv_dgrad_kernel", "depthwise_fprop_kernel"
+WINDOW = {"tuple": list(records.WINDOW), "class": "tests.support.records:Window"}
+
+
+def limits(upper):
+    """Limits, as a description has them."""
+    return {"tuple": [0.0, upper], "class": "tests.support.records:Limits"}
+
+
 # What differs, the kernel, two changes of its arguments, and how many programs they are.
 PAIRS = [
     ("channels and blocks that they fill", FPROP, {"C": 32, "BLOCK_K": 16}, {"C": 64, "BLOCK_K": 32}, 1),
@@ -269,6 +320,12 @@ PAIRS = [
         2,
     ),
     ("an unrolled loop of one turn", DEPTHWISE, {"ROWS": 1}, {"ROWS": 2}, 2),
+    ("numbers of a record", RECORDS, {"g.C": 8, "g.STRIDE": 2}, {"g.C": 16, "g.STRIDE": 3}, 1),
+    ("the class of a record", RECORDS, {"g": WINDOW}, {"g": WINDOW | {"class": "tests.support.records:Ending"}}, 2),
+    ("a name in a record", RECORDS, {"e.ACTIVATION": None}, {"e.ACTIVATION": "clamp"}, 2),
+    ("a type in a record", RECORDS, {"e.ACC": {"constant": "fp32"}}, {"e.ACC": {"constant": "fp64"}}, 2),
+    ("a number in a record is absent", RECORDS, {"e.LIMITS": limits(40.0)}, {"e.LIMITS": limits(None)}, 2),
+    ("a number in a record of a record", RECORDS, {"e.LIMITS": limits(40.0)}, {"e.LIMITS": limits(3.0)}, 1),
 ]
 
 
@@ -280,7 +337,9 @@ def programs():
         y = conv.conv_fprop(x, w, GEOMETRY)
         conv.conv_dgrad(y, w, x.shape, GEOMETRY)
         conv.conv_fprop(x, narrow, GEOMETRY._replace(groups=32))
-    return run_compiled(how_many_programs, list(lines), [pair[1:4] for pair in PAIRS])
+    constants = {"g": records.WINDOW, "e": records.ENDING, "BLOCK": records.BLOCK}
+    told = specialisations.described(records.sum_rows_kernel, (*records.operands(), 16, None), constants)
+    return run_compiled(how_many_programs, [*lines, told], [pair[1:4] for pair in PAIRS])
 
 
 @pytest.mark.compiled
@@ -310,10 +369,20 @@ def test_one_launch_of_each_program_and_one_of_each_number():
     alike = [line, changed(N=16), changed(EPS=0.5)]
     # blocks of 64 and 128, and pads of 5 and 7, are told by three launches: a fourth says nothing new
     numbers = [changed(BLOCK_M=block, PAD_H=pad) for block in (64, 128) for pad in (5, 7)]
-    twice, one, three = run_compiled(chosen, [[line, line], alike, numbers])
+    constants = {"e": records.ENDING, "BLOCK": records.BLOCK}
+    in_records = [
+        specialisations.described(
+            records.sum_rows_kernel,
+            (*records.operands(), 16, None),
+            constants | {"g": records.WINDOW._replace(C=C, STRIDE=stride)},
+        )
+        for C in (8, 16)
+        for stride in (1, 2)
+    ]
+    twice, one, *three = run_compiled(chosen, [[line, line], alike, numbers, in_records])
     assert twice == [line]
     assert one == [min(alike)]
-    assert three == sorted(numbers)[:3]
+    assert three == [sorted(numbers)[:3], sorted(in_records)[:3]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -280,7 +280,9 @@ def test_epilogue(case, device):
 @pytest.mark.parametrize("rows", STRIP_ROWS)
 @pytest.mark.parametrize("P", [1, 3, 8])
 def test_moments_are_of_the_pixels_of_their_tile(P, rows, device):
-    """Strips that end with the image, and tiles that span images and end with the batch: each mean has its own weight."""
+    """Strips that end with the image, and tiles that span images and end with the batch: each mean has its own
+    weight.
+    """
     case = depthwise("1x1", (3, 2, P, 5), (1, 1))
     x, w, _ = operands(case, torch.float64, device)
     x.add_(1000)

@@ -116,7 +116,7 @@ def test_tf32_rounds(device):
     assert_rounded_not_truncated(dx, reference(POSITIVE, x, w, dy)[1])
 
 
-# --- infinities and NaN reach what their tap reaches ----------------------------------------------------------------------------------
+# --- infinities and NaN reach what their tap reaches ------------------------------------------------------------------
 
 WITH_OUTPUTS = [case for case in CASES if min(case.y) > 0]
 

@@ -76,6 +76,11 @@ def test_mixed_layouts(device):
     assert_exact(y, reference(RAGGED, x, w, dy)[0])
 
 
+@pytest.mark.parametrize("case", [STRIDED, Case("one channel", (2, 3, 5, 4), (1, 3, 3))], ids=str)
+def test_contiguous_images(case, device):
+    check(case, device, layout="nchw")
+
+
 @pytest.mark.parametrize("layout", ["transposed", "batch_last"])
 def test_a_result_that_is_not_dense_is_refused(layout, device):
     x, w, _ = operands(RAGGED, torch.float32, device)

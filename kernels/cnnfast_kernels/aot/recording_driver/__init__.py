@@ -17,183 +17,22 @@ import ctypes
 import hashlib
 import itertools
 import re
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from triton import knobs
 from triton.backends.nvidia import driver as nvidia
-from triton.runtime.cache import get_cache_manager
-from triton.runtime.driver import driver as drivers
-from triton.runtime.jit import JITFunction
 
 from ... import launch
-from .. import sass
-from ..compiling import SHARED_LIMITS
+from ...gpus import SHARED_LIMITS
+from .. import sass, stub_driver
+from . import library
+from .records import LoadedKernel, RecordedEncode, RecordedLaunch
 
-SOURCE = Path(__file__).with_name("libcuda.c")
-NAME = "libcuda.so.1"
-NO_LOAD = 4  # dlopen's RTLD_NOLOAD, which Python does not name
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedLaunch:
-    """One launch as CUDA was asked for it. `parameters`: the kernel's, each as the bytes that the binary expects;
-    `attributes` likewise.
-
-    `function` is the loaded binary (RecordingDriver.kernels). Threads of a block are counted along three axes, as
-    programs of a grid are.
-    """
-
-    function: int
-    stream: int
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared_bytes: int
-    parameters: tuple[bytes, ...]
-    attributes: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedEncode:
-    """One tensor map as CUDA was asked for it. Axes are innermost first, strides are bytes, the innermost axis's is 0
-    (it is not told).
-
-    `refusal` says which of CUDA's limits it breaks; the empty string if none.
-    """
-
-    address: int
-    dims: tuple[int, ...]
-    strides: tuple[int, ...]
-    box: tuple[int, ...]
-    element_strides: tuple[int, ...]
-    type: int
-    element_bytes: int
-    interleave: int
-    swizzle: int
-    promotion: int
-    fill: int
-    refusal: str
-
-    @property
-    def permuted(self) -> bool:
-        """Whether an axis has a smaller stride than one inside it: allowed by the documentation's prose, not by every
-        example in it.
-        """
-        return any(outer < inner for inner, outer in itertools.pairwise(self.strides[1:]))
-
-    @property
-    def overlapping(self) -> bool:
-        """Whether two positions may share an address: an axis steps by less than what the axes of smaller strides reach
-        over.
-        """
-        axes = sorted(zip((self.element_bytes, *self.strides[1:]), self.dims, strict=True))
-        return any(step < stride * dim for (stride, dim), (step, extent) in itertools.pairwise(axes) if extent > 1)
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedKernel:
-    """A binary that was loaded, and its digest.
-
-    `parameter_bytes` are the sizes that its machine code expects, `passed_bytes` those of what Triton's launcher
-    passes, both with the two pointers to scratch memory that Triton adds.
-    """
-
-    name: str
-    digest: str
-    parameter_bytes: tuple[int, ...]
-    passed_bytes: tuple[int, ...]
-    global_scratch_bytes: int
-    profile_scratch_bytes: int
-
-
-# The two records of libcuda.c.
-class _Launch(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("function", "stream")),
-        *((name, ctypes.c_uint32 * 3) for name in ("grid", "block")),
-        *((name, ctypes.c_uint32) for name in ("shared_bytes", "attributes")),
-        *((name, ctypes.c_uint64) for name in ("start", "parameter_bytes", "attribute_bytes")),
-    ]
-
-
-class _Encode(ctypes.Structure):
-    _fields_ = [
-        ("address", ctypes.c_uint64),
-        *((name, ctypes.c_uint64 * 5) for name in ("dims", "strides")),
-        *((name, ctypes.c_uint32 * 5) for name in ("box", "element_strides")),
-        *(
-            (name, ctypes.c_uint32)
-            for name in ("rank", "type", "element_bytes", "interleave", "swizzle", "promotion", "fill")
-        ),
-        ("refusal", ctypes.c_char * 160),
-    ]
-
-
-def build() -> Path:
-    """The library, compiled against Triton's own cuda.h; it is kept in Triton's cache. Raises RuntimeError without a C
-    compiler.
-    """
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        raise RuntimeError("the recording driver is compiled by a C compiler, and there is none: install gcc or clang")
-    include = Path(nvidia.__file__).with_name("include")
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / NAME
-        command = [
-            compiler,
-            "-std=c11",
-            "-O2",
-            "-shared",
-            "-fPIC",
-            f"-Wl,-soname,{NAME}",
-            f"-I{include}",
-            str(SOURCE),
-            "-o",
-            str(made),
-        ]
-        key = hashlib.sha256(SOURCE.read_bytes() + (include / "cuda.h").read_bytes()).hexdigest()
-        cache = get_cache_manager(key)
-        found = cache.get_file(NAME)
-        if found is None:
-            subprocess.run([*command, "-lpthread"], check=True)
-            found = cache.put(made.read_bytes(), NAME)
-    return Path(found)
-
-
-_library: Any = None
-
-
-def _load() -> Any:
-    """The library in this process. The dynamic linker knows it by its name from then on, and gives it to all of
-    Triton's modules.
-    """
-    global _library
-    if _library is None:
-        try:
-            ctypes.CDLL(NAME, mode=NO_LOAD)
-        except OSError:
-            pass
-        else:
-            raise RuntimeError(f"another {NAME} is loaded in this process: record launches in a process of its own")
-        path = build()
-        knobs.nvidia.libcuda_path = str(path.parent)
-        nvidia.libcuda_dirs.cache_clear()
-        nvidia.library_dirs.cache_clear()
-        _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        for name in ("launches", "encodes", "bytes"):
-            getattr(_library, f"recorder_{name}").restype = ctypes.c_uint64
-        _library.recorder_expect.argtypes = [ctypes.c_uint64, ctypes.c_uint32, ctypes.POINTER(ctypes.c_uint32)]
-    return _library
-
+__all__ = ["LoadedKernel", "RecordedEncode", "RecordedLaunch", "RecordingDriver", "recording_driver"]
 
 # What Triton's launcher writes for an argument of each type, and for each type in the C code of version 3.6.
 WRITTEN_BYTES = {f"{sign}{bits}": bits // 8 for sign in "iu" for bits in (8, 16, 32, 64)}
@@ -228,7 +67,7 @@ class RecordingDriver(nvidia.CudaDriver):
 
     def __init__(self, capability: int, device: int, record: bool) -> None:
         # CudaDriver's own constructor would ask torch for a GPU.
-        self.library = _load()
+        self.library = library.load()
         self.capability, self.device, self.stream = capability, device, 0
         self.kernels: dict[int, LoadedKernel] = {}
         self.library.recorder_start(capability, SHARED_LIMITS[capability], record)
@@ -266,8 +105,11 @@ class RecordingDriver(nvidia.CudaDriver):
         return loaded
 
     def taken(self) -> tuple[list[RecordedLaunch], list[RecordedEncode]]:
-        """What was launched and encoded since the last call, in order. Waits for no thread that is launching just now."""
-        launches, encodes, data = ctypes.POINTER(_Launch)(), ctypes.POINTER(_Encode)(), ctypes.POINTER(ctypes.c_ubyte)()
+        """What was launched and encoded since the last call, in order. A thread that is launching just now is not
+        waited for.
+        """
+        launches, encodes = ctypes.POINTER(library.LaunchStruct)(), ctypes.POINTER(library.EncodeStruct)()
+        data = ctypes.POINTER(ctypes.c_ubyte)()
         count = self.library.recorder_launches(ctypes.byref(launches))
         maps = self.library.recorder_encodes(ctypes.byref(encodes))
         kept = ctypes.string_at(data, self.library.recorder_bytes(ctypes.byref(data))) if count else b""
@@ -298,10 +140,6 @@ def _encoded(it: Any) -> RecordedEncode:
     return RecordedEncode(**axes, **rest, refusal=it.refusal.decode())
 
 
-# A device number that no other driver used: Triton keeps compiled kernels, and limits, by device number.
-_device_numbers = itertools.count(2000)
-
-
 @contextmanager
 def recording_driver(capability: int = 90, record: bool = True) -> Iterator[RecordingDriver]:
     """Makes Triton compile for sm_`capability` and launch over a driver that records; that forgets at once if not
@@ -316,20 +154,6 @@ def recording_driver(capability: int = 90, record: bool = True) -> Iterator[Reco
         )
     if capability not in SHARED_LIMITS:
         raise ValueError(f"capability={capability} is not known here: use one of {', '.join(map(str, SHARED_LIMITS))}")
-    do_compile, before = JITFunction._do_compile, drivers._active
-    compiled: list[Any] = []
-
-    def note(self: Any, *args: Any, **kwargs: Any) -> Any:
-        compiled.append(do_compile(self, *args, **kwargs))
-        return compiled[-1]
-
-    active: Any = RecordingDriver(capability, next(_device_numbers), record)
-    JITFunction._do_compile = note
-    drivers.set_active(active)
-    try:
-        yield active
-    finally:
-        JITFunction._do_compile = do_compile
-        drivers.set_active(before)  # type: ignore[arg-type]
-        for kernel in compiled:
-            kernel.module = None  # another driver shall not be asked to unload it when it is collected
+    driver = RecordingDriver(capability, next(stub_driver.device_numbers), record)
+    with stub_driver.launching(driver, []):
+        yield driver

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ... import launch
 from ...dtypes import KERNEL_DTYPES, accumulator_dtype
-from ...epilogue import PLAIN, Channels, Epilogue, Finish, finish, load_channels, store_moments
+from ...epilogue import PLAIN, Channels, Epilogue, Finish, Residual, finish, load_channels, load_residual, store_moments
 from ...indexing import channel_offset, divisor, pixel_offset
 from ...layout import Laid, Strides, strides_nhwc
 from ...operands import FpropOperands
@@ -83,27 +83,16 @@ def depthwise_fprop_kernel(
         + pixel_offset(n, p, q, Strides(y_stride_n, y_stride_h, y_stride_w, y_stride_c, Y_ALIGN))[:, None]
         + channel_offset(k, y_stride_c)[None, :]
     )
-    if residual_ptr is not None:
-        residual_rows = (
-            residual_ptr
-            + pixel_offset(
-                n,
-                p,
-                q,
-                Strides(residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c, RESIDUAL_ALIGN),
-            )[:, None]
-        )
-        residual_rows = residual_rows + channel_offset(k, residual_stride_c)[None, :]
+    residual_strides = Strides(
+        residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c, RESIDUAL_ALIGN
+    )
     stored = ()
     exist = ()
     for t in tl.static_range(ROWS):
         row_ok = ok & (p + t < P)
         mask = row_ok[:, None] & k_ok[None, :]
-        residual = None
-        if residual_ptr is not None:
-            residual_row = residual_stride_h.to(tl.int64) * RESIDUAL_ALIGN
-            residual = tl.load(residual_rows + t * residual_row, mask=mask, other=0.0)
-        y = finish(acc[t], channels, residual, slope, of_channels, e).to(y_ptr.dtype.element_ty)
+        residual = Residual(residual_ptr, (n, p + t, q), k, row_ok, k_ok, residual_strides)
+        y = finish(acc[t], channels, residual, slope, of_channels, e, load_residual).to(y_ptr.dtype.element_ty)
         tl.store(y_rows + t * y_stride_h.to(tl.int64) * Y_ALIGN, y, mask=mask)
         stored = stored + (y.to(ACC),)
         exist = exist + (row_ok,)

@@ -1,0 +1,143 @@
+"""Convolutions of real networks on tensors without data, and the launchers that run them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..choosing import Geometry, Tile
+from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from ..epilogue import BatchNorm, Epilogue
+from ..problem import ConvProblem
+from ..tiling import Precision
+
+BATCH = 32
+LAST = torch.channels_last
+NCHW = torch.contiguous_format
+FLOAT32 = torch.float32
+
+
+def empty(*shape: int, dtype: torch.dtype = FLOAT32, fmt: torch.memory_format = NCHW) -> torch.Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype, memory_format=fmt)
+
+
+@dataclass(frozen=True, slots=True)
+class CaseLayer:
+    """One convolution of a real network."""
+
+    name: str
+    C: int
+    size: int
+    K: int
+    window: int
+    stride: int = 1
+    groups: int = 1
+    fmt: torch.memory_format = LAST
+
+    @property
+    def geometry(self) -> Geometry:
+        pad = self.window // 2
+        return Geometry((self.stride, self.stride), (pad, pad, pad, pad), (1, 1), self.groups)
+
+    @property
+    def problem(self) -> ConvProblem:
+        return self.geometry.problem((BATCH, self.C, self.size, self.size), self.w_shape)
+
+    @property
+    def w_shape(self) -> tuple[int, int, int, int]:
+        return self.K, self.C // self.groups, self.window, self.window
+
+    def x(self, dtype: torch.dtype) -> torch.Tensor:
+        return empty(BATCH, self.C, self.size, self.size, dtype=dtype, fmt=self.fmt)
+
+    def w(self, dtype: torch.dtype) -> torch.Tensor:
+        return empty(*self.w_shape, dtype=dtype, fmt=self.fmt)
+
+    def y(self, dtype: torch.dtype) -> torch.Tensor:
+        size = (self.size - 1) // self.stride + 1
+        return empty(BATCH, self.K, size, size, dtype=dtype, fmt=self.fmt)
+
+    def infer(
+        self, tile: Tile | None, precision: Precision, dtype: torch.dtype, activation: str | None = "relu"
+    ) -> None:
+        """The heaviest epilogue of inference: batch norm, residual, activation."""
+        norm = BatchNorm(empty(self.K), empty(self.K), empty(self.K), empty(self.K))
+        epilogue = Epilogue(None, norm, self.y(dtype), activation, 0.01)
+        conv_fprop(self.x(dtype), self.w(dtype), self.geometry, epilogue, tf32=precision == "tf32", tile=tile)
+
+    def train(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
+        """The epilogue of training: bias and the statistics of a tile."""
+        bias = empty(self.K, dtype=dtype)
+        conv_stats(self.x(dtype), self.w(dtype), self.geometry, bias=bias, tf32=precision == "tf32", tile=tile)
+
+    def dgrad(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
+        x_shape = (BATCH, self.C, self.size, self.size)
+        conv_dgrad(
+            self.y(dtype), self.w(dtype), x_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile
+        )
+
+    def transposed(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
+        """dgrad with the bias of a transposed convolution."""
+        bias, x_shape = empty(self.C, dtype=dtype), (BATCH, self.C, self.size, self.size)
+        conv_dgrad(
+            self.y(dtype),
+            self.w(dtype),
+            x_shape,
+            self.geometry,
+            bias=bias,
+            fmt=self.fmt,
+            tf32=precision == "tf32",
+            tile=tile,
+        )
+
+    def wgrad(self, tile: Tile | None, precision: Precision, dtype: torch.dtype, split: int = 8) -> None:
+        tile = tile and replace(tile, SPLIT_K=split)
+        conv_wgrad(
+            self.x(dtype), self.y(dtype), self.w_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile
+        )
+
+    def im2col(self, dtype: torch.dtype) -> None:
+        x, w, y = self.x(dtype), self.w(dtype), self.y(dtype)
+        conv_fprop(x, w, self.geometry, algorithm="im2col")
+        conv_dgrad(y, w, tuple(x.shape), self.geometry, fmt=self.fmt, algorithm="im2col")
+        conv_wgrad(x, y, self.w_shape, self.geometry, fmt=self.fmt, algorithm="im2col")
+
+
+STEM = CaseLayer("7x7/2 of 3 channels", 3, 224, 64, 7, stride=2)  # taps x channels without a gap
+BODY = CaseLayer("3x3", 128, 28, 128, 3)
+STRIDED = CaseLayer("3x3/2", 128, 56, 128, 3, stride=2)
+POINTWISE = CaseLayer("1x1", 256, 56, 64, 1)
+SHORTCUT = CaseLayer("1x1/2", 256, 56, 512, 1, stride=2)
+NARROW = CaseLayer("3x3 of 32 channels", 32, 56, 32, 3)  # half a block of channels
+MANY = CaseLayer("3x3 of 200 channels", 200, 28, 200, 3)  # blocks that reach beyond the channels
+FORMS = (
+    POINTWISE,
+    CaseLayer("7x7", 128, 14, 128, 7),  # too many taps for one bit each
+    CaseLayer("3x3 of 48 channels", 48, 56, 48, 3),  # channels that no block divides
+    CaseLayer("3x3 NCHW", 128, 28, 128, 3, fmt=NCHW),
+    CaseLayer("3x3 in 32 groups", 128, 56, 128, 3, groups=32),
+)
+
+
+def depthwise_layer(
+    window: int, C: int = 96, size: int = 56, stride: int = 1, multiplier: int = 1, fmt: torch.memory_format = LAST
+) -> CaseLayer:
+    name = f"{window}x{window}/{stride} depthwise of {C} channels"
+    name += f", {multiplier} filters each" * (multiplier > 1) + " NCHW" * (fmt == NCHW)
+    return CaseLayer(name, C, size, C * multiplier, window, stride, C, fmt)
+
+
+# Strips of each number of rows, which divide 56 / 1 and none of them 58 / 2: a filter is taken whole, by columns, by
+# parts of columns.
+DEPTHWISE_WINDOWS = tuple(
+    depthwise_layer(window, size=size, stride=stride) for window in (3, 5, 7) for size, stride in ((56, 1), (58, 2))
+)
+# Vectors of 8, 4, 2 channels and 1, of a narrower tile where channels are few, and channels that are apart.
+DEPTHWISE_CHANNELS = (
+    *(depthwise_layer(3, C) for C in (100, 58, 17, 16, 12, 10, 9)),
+    depthwise_layer(3, 64, multiplier=2),
+    depthwise_layer(3, fmt=NCHW),
+    depthwise_layer(7, fmt=NCHW),
+    depthwise_layer(9),
+)

@@ -30,7 +30,7 @@ from .slots import WgradLaunches
 from .tiling import StripTile, cdiv
 from .tma.dgrad import plan_tma_dgrad
 from .tma.fprop import box_rows, plan_tma_fprop
-from .tma.stem import StemPlan, StemWgradPlan, plan_stem_fprop, plan_stem_wgrad
+from .tma.stem import PackedFpropLaunches, PackedWgradLaunches, plan_stem_fprop, plan_stem_wgrad
 from .tma.tiles import BoxTile
 from .tma.wgrad import plan_tma_wgrad
 
@@ -58,7 +58,7 @@ def _tile(q: Question, tile: Tile | None) -> Tile:
 
 class FpropPlan(NamedTuple):
     y: Layout
-    run: launch.Launch | StripPlan | StemPlan
+    run: launch.Launch | StripPlan | PackedFpropLaunches
     moments: Layout  # where the kernel can leave those of its tiles, and which pixels these are
     rows: TileRows
 
@@ -158,7 +158,7 @@ def dgrad_plan(
 
 class WgradPlan(NamedTuple):
     dw: Layout
-    run: WgradLaunches | StemWgradPlan
+    run: WgradLaunches | PackedWgradLaunches
 
 
 @launch.planned

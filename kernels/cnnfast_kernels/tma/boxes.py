@@ -1,17 +1,18 @@
-"""What the tensor-map kernels share: which box of pixels a program has, which taps reach into the image, loads and
-stores of boxes.
+"""What the tensor-map kernels share: which box of pixels a program has, which taps of the filter reach into the image,
+loads and stores of boxes.
 
-A box is TILE_N images x TILE_H rows x TILE_W columns of an [N, H, W, C] tensor, times a block of channels. The copy
-engine fetches it with one instruction, puts zeros where it lies outside the tensor, and drops what would be stored
-there: there are no masks.
+A box is TILE_N images x TILE_H rows x TILE_W columns of an [N, H, W, C] tensor, times a block of channels. The GPU's
+copy engine fetches it with one instruction. It fills what lies outside the tensor with zeros, and drops what would be
+stored there, so kernels need no masks.
 
-A box has no steps. Where a convolution strides over its image, the image is seen as [N, H / PHASE_H, PHASE_H, W /
-PHASE_W, PHASE_W * C]: rows and columns a stride apart lie next to each other then. A box of one row needs no such view
-to move by any step, nor does a column.
+The pixels of a box are neighbours; a box cannot step over every other one. Where a convolution has a stride, the image
+is seen in phases, as [N, H / phases.h, phases.h, W / phases.w, phases.w * C]: in this view the rows and the columns
+that are a stride apart are neighbours. A box of one row needs no phases along H, since it can start at any row, and a
+box of one column needs none along W.
 
-As the first operand of a product, the matrix unit reads a box in shared memory only if its pixels lie along the axis
-next to the channels: a row does, and images do where the tensor is seen as [H, W, N, C]. Any other box passes through
-registers. As the second operand, all do.
+The matrix unit reads the first operand of a product from shared memory only if its pixels lie along the axis next to
+the channels. Those of one row do, and so do those of one pixel of several images where the tensor is seen as
+[H, W, N, C]. Any other box passes through registers on its way. The second operand may be any box.
 """
 
 from __future__ import annotations
@@ -24,52 +25,54 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check
-def locate_box(tile, extent_h, extent_w, TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """The first image, row and column of box `tile`; columns vary fastest, then rows."""
-    tiles_w = tl.cdiv(extent_w, TILE_W)
-    tiles_h = tl.cdiv(extent_h, TILE_H)
+def locate_box(tile, extent_h, extent_w, box: tl.constexpr):
+    """The first image, row and column of box number `tile`; columns vary fastest, then rows."""
+    tiles_w = tl.cdiv(extent_w, box.TILE_W)
+    tiles_h = tl.cdiv(extent_h, box.TILE_H)
     t = tile // tiles_w
-    return t // tiles_h * TILE_N, t % tiles_h * TILE_H, tile % tiles_w * TILE_W
+    return t // tiles_h * box.TILE_N, t % tiles_h * box.TILE_H, tile % tiles_w * box.TILE_W
 
 
 @triton.jit
 @no_type_check
-def rows_of_box(n0, h0, w0, N, extent_h, extent_w, TILE_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """Whether each of a box's pixels [TILE_N * TILE_H * TILE_W] is one of the tensor's."""
-    m = tl.arange(0, TILE_N * TILE_H * TILE_W)
-    n = n0 + m // (TILE_H * TILE_W)
-    return (n < N) & (h0 + m // TILE_W % TILE_H < extent_h) & (w0 + m % TILE_W < extent_w)
+def rows_of_box(n0, h0, w0, N, extent_h, extent_w, box: tl.constexpr):
+    """Whether each pixel of the box at (n0, h0, w0) exists in the tensor: [TILE_N * TILE_H * TILE_W]."""
+    PIXELS: tl.constexpr = box.TILE_N * box.TILE_H * box.TILE_W
+    m = tl.arange(0, PIXELS)
+    n = n0 + m // (box.TILE_H * box.TILE_W)
+    return (n < N) & (h0 + m // box.TILE_W % box.TILE_H < extent_h) & (w0 + m % box.TILE_W < extent_w)
 
 
 @triton.jit
 @no_type_check
-def pixels_inside(m, h0, w0, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """Whether pixels m of the box at row h0 and column w0 lie in an image of H x W."""
-    h = h0 + m // TILE_W % TILE_H
-    w = w0 + m % TILE_W
+def pixels_inside(m, h0, w0, H, W, box: tl.constexpr):
+    """Whether pixels number `m` of the box at row h0 and column w0 lie in an image of H x W."""
+    h = h0 + m // box.TILE_W % box.TILE_H
+    w = w0 + m % box.TILE_W
     return (h >= 0) & (h < H) & (w >= 0) & (w < W)
 
 
 @triton.jit
 @no_type_check
-def take_part(box, i, PARTS: tl.constexpr):
-    """Part i of the pixels of a box [pixels, channels] cut into PARTS, a power of two: by halves, which keep the dtype,
-    as no sum would.
+def take_part(loaded, i, PARTS: tl.constexpr):
+    """Part number i of a loaded box [pixels, channels], whose pixels are cut into PARTS, a power of two.
+
+    The box is halved again and again, which keeps its dtype; picking the part with a sum would not.
     """
     if PARTS == 1:
-        return box
+        return loaded
     else:
-        first, second = tl.split(tl.permute(box.reshape(2, box.shape[0] // 2, box.shape[1]), (1, 2, 0)))
+        first, second = tl.split(tl.permute(loaded.reshape(2, loaded.shape[0] // 2, loaded.shape[1]), (1, 2, 0)))
         return take_part(tl.where(i < PARTS // 2, first, second), (PARTS // 2 - 1) & i, PARTS // 2)
 
 
 @triton.jit
 @no_type_check
 def taps_inside(first, extent, taps, STEP: tl.constexpr, TILE: tl.constexpr):
-    """The first of `taps` taps that see an axis of `extent` pixels, and the number of them: tap t of a box sees pixel
-    first + t * STEP.
+    """Which of `taps` taps see an image of `extent` pixels along one axis: the first of them, and their number.
 
-    Boxes of several pixels, which seldom lie in the padding as a whole, meet all taps.
+    Tap t of a box sees the pixel first + t * STEP. A box of several pixels along the axis seldom lies in the padding as
+    a whole, so it meets all taps.
     """
     if TILE > 1:
         return 0, taps
@@ -84,10 +87,20 @@ def taps_inside(first, extent, taps, STEP: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def unravel_step(step, first_r, first_s, taps_s, STEPS: tl.constexpr, TILE: tl.constexpr):
+    """Of one step of a sum: its tap (r, s), and the first of the TILE channels, or filters, that it adds.
+
+    A tap takes STEPS steps. Taps begin at (first_r, first_s); a row of them has taps_s.
+    """
+    return first_r + step // STEPS // taps_s, first_s + step // STEPS % taps_s, step % STEPS * TILE
+
+
+@triton.jit
+@no_type_check
 def load_box(x_map, n, h, w, c):
     """Pixels of the box at (n, h, w), channels from c on: [pixels, channels], zero outside the tensor."""
-    box = x_map.load([n, h, w, c])
-    return box.reshape(box.numel // box.shape[-1], box.shape[-1])
+    loaded = x_map.load([n, h, w, c])
+    return loaded.reshape(loaded.numel // loaded.shape[-1], loaded.shape[-1])
 
 
 class ResidualBox(NamedTuple):
@@ -113,37 +126,43 @@ def load_residual_box(residual):
 @no_type_check
 def load_column(x_map, n, h, w, c):
     """`load_box` of one pixel of several images, from a map of [H, W, N, C]."""
-    box = x_map.load([h, w, n, c])
-    return box.reshape(box.numel // box.shape[-1], box.shape[-1])
+    loaded = x_map.load([h, w, n, c])
+    return loaded.reshape(loaded.numel // loaded.shape[-1], loaded.shape[-1])
 
 
 @triton.jit
 @no_type_check
-def load_phases(x_map, n, h, w, c, PIXEL: tl.constexpr, PHASE_H: tl.constexpr, PHASE_W: tl.constexpr):
-    """`load_box` from an image seen in phases. PIXEL: elements from one pixel to the next."""
-    if PHASE_H * PHASE_W == 1:
+def load_phases(x_map, n, h, w, c, phases: tl.constexpr):
+    """`load_box` from an image that is seen in phases (views.Phases)."""
+    if phases.h * phases.w == 1:
         return load_box(x_map, n, h, w, c)
     else:
-        # Added before a division that rounds toward zero, so that it rounds down: more phases than any padding is wide.
-        FAR: tl.constexpr = 1 << 20
-        h += FAR * PHASE_H
-        w += FAR * PHASE_W
-        box = x_map.load([n, h // PHASE_H - FAR, h % PHASE_H, w // PHASE_W - FAR, w % PHASE_W * PIXEL + c])
-        return box.reshape(box.numel // box.shape[-1], box.shape[-1])
+        # Pixels in the padding have negative coordinates, whose quotients must be rounded down, but `//` rounds toward
+        # zero. LIFT phases more than any padding has make them positive for the division.
+        LIFT: tl.constexpr = 1 << 20
+        h += LIFT * phases.h
+        w += LIFT * phases.w
+        loaded = x_map.load(
+            [n, h // phases.h - LIFT, h % phases.h, w // phases.w - LIFT, w % phases.w * phases.pixel + c]
+        )
+        return loaded.reshape(loaded.numel // loaded.shape[-1], loaded.shape[-1])
 
 
 @triton.jit
 @no_type_check
 def store_box(y_map, n, h, w, c, y):
-    """Writes y [pixels, channels] to the box at (n, h, w), as far as it lies in the tensor."""
+    """Writes y [pixels, channels] to the box at (n, h, w), as far as the box lies in the tensor."""
     y_map.store([n, h, w, c], y.reshape(y_map.block_shape))
 
 
 @triton.jit
 @no_type_check
-def store_phases(y_map, n, h, w, c, y, PIXEL: tl.constexpr, PHASE_H: tl.constexpr, PHASE_W: tl.constexpr):
-    """`store_box` to an image seen in phases; h and w are not negative."""
-    if PHASE_H * PHASE_W == 1:
+def store_phases(y_map, n, h, w, c, y, phases: tl.constexpr):
+    """`store_box` to an image that is seen in phases (views.Phases); h and w are not negative."""
+    if phases.h * phases.w == 1:
         store_box(y_map, n, h, w, c, y)
     else:
-        y_map.store([n, h // PHASE_H, h % PHASE_H, w // PHASE_W, w % PHASE_W * PIXEL + c], y.reshape(y_map.block_shape))
+        y_map.store(
+            [n, h // phases.h, h % phases.h, w // phases.w, w % phases.w * phases.pixel + c],
+            y.reshape(y_map.block_shape),
+        )

@@ -1,26 +1,36 @@
 """Which tile a tensor-map kernel runs with. Pure Python: imports neither torch nor triton.
 
-Nothing here has been measured on a GPU. The sizes compile without spills on every supported compiler, and a small model
-of what a convolution moves and multiplies chooses among them where tables.py has no measured row.
+Nothing here has been measured on a GPU. The sizes compile without spills with every supported version of Triton. Where
+tables.py has no measured row, a small model of what a convolution loads and multiplies chooses among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import NamedTuple
 
 from ..problem import ConvProblem
-from ..tiling import Operation, cdiv
+from ..tiling import MAX_SPLIT, Operation, cdiv
+
+
+class Box(NamedTuple):
+    """What a kernel is compiled for of its tile: its constexpr argument `box`. The fields are BoxTile's."""
+
+    TILE_N: int
+    TILE_H: int
+    TILE_W: int
+    TILE_K: int
+    TILE_C: int
 
 
 @dataclass(frozen=True, slots=True)
 class BoxTile:
-    """A box of TILE_N images x TILE_H rows x TILE_W columns of pixels, TILE_K filters, TILE_C channels: the letters of
-    ConvProblem.
+    """A box of TILE_N images x TILE_H rows x TILE_W columns of pixels, TILE_K filters and TILE_C channels.
 
-    One of the three is summed over: fprop steps through channels, dgrad through filters, wgrad through pixels, which
-    SPLIT_K cuts.
+    A program computes two of these three and sums over the third: fprop steps through channels, dgrad through filters,
+    wgrad through pixels. SPLIT_K is the number of parts that wgrad's sum is cut into.
     """
 
     TILE_N: int
@@ -33,11 +43,15 @@ class BoxTile:
     SPLIT_K: int = 1
 
     @property
+    def box(self) -> Box:
+        return Box(self.TILE_N, self.TILE_H, self.TILE_W, self.TILE_K, self.TILE_C)
+
+    @property
     def pixels(self) -> int:
         return self.TILE_N * self.TILE_H * self.TILE_W
 
     def gemm(self, operation: Operation) -> tuple[int, int, int]:
-        """(rows, columns, depth) of the product of one step, rows and columns in either order."""
+        """(rows, columns, depth) of the matrix product of one step; a kernel may swap rows and columns."""
         match operation:
             case "fprop":
                 return self.pixels, self.TILE_K, self.TILE_C
@@ -53,7 +67,7 @@ class BoxTile:
 
 
 class BoxSize(NamedTuple):
-    """A BoxTile whose pixels are no box yet."""
+    """The size of a BoxTile, whose pixels may form a box of any shape."""
 
     pixels: int
     filters: int
@@ -62,7 +76,7 @@ class BoxSize(NamedTuple):
     num_stages: int
 
 
-# Largest first, four warps for the reason that tiling.py gives.
+# Largest first. All have four warps, for the reason that tiling.py gives.
 SIZES: dict[Operation, tuple[BoxSize, ...]] = {
     "fprop": (
         BoxSize(256, 64, 64, 4, 4),
@@ -78,46 +92,58 @@ SIZES: dict[Operation, tuple[BoxSize, ...]] = {
     ),
     "wgrad": (BoxSize(64, 128, 128, 4, 3), BoxSize(64, 128, 64, 4, 4), BoxSize(64, 64, 64, 4, 4)),
 }
-# In wgrad boxes of several axes pass through registers (see boxes.py), and ptxas then waits after every wgmma of 128
-# columns.
+# The most channels of wgrad's boxes of several axes: they pass through registers (see boxes.py), and with 128 channels
+# ptxas then waits after every wgmma.
 MOST_CHANNELS_OF_BOXES = 64
-# A tile's sums that leave a thread registers enough for erf, which takes the most, and on sm_100 for the addresses of a
-# gradient's weights.
+# The most sums (rows x columns of the product) of a tile where a kernel needs many registers for something else: for
+# erf, which needs the most of all activations, and on sm_100 for the addresses of a gradient's weights.
 MOST_SUMS = 128 * 64
-# Rows x columns of an image in a box, which takes as many images as make up its pixels. One row of all pixels is tried
-# too.
+# (rows, columns) of an image that a box may have; it takes as many images as it needs for its pixels. Boxes of a single
+# long row are tried too.
 SHAPES = ((8, 16), (8, 8), (4, 4), (2, 2), (1, 16), (1, 1))
-# Where less of a box than this lies in the tensor, the pointers of gather/, which pack the pixels, have less to do.
+# Where less than this share of a box lies in the tensor, the kernels of gather/, whose tiles waste no pixels, are taken
+# to be faster.
 MIN_USEFUL = 0.5
-# The model's machine, from data sheets and estimates: multiprocessors; of each, floating-point operations a clock, and
-# bytes a clock from the second-level cache; clocks of a program outside its loop; bytes of memory a clock, and the
-# clocks that one more launch takes.
+# The GPU that the model reckons with, by data sheets and estimates.
 MULTIPROCESSORS = 132
-FLOPS_PER_CLOCK = 4096
-CACHE_BYTES_PER_CLOCK = 24
-CLOCKS_PER_PROGRAM = 1500
-MEMORY_BYTES_PER_CLOCK = 2400
-CLOCKS_PER_LAUNCH = 3500
-MAX_SPLIT = 64
+FLOPS_PER_CLOCK = 4096  # of a multiprocessor
+CACHE_BYTES_PER_CLOCK = 24  # that a multiprocessor loads from the second-level cache
+CLOCKS_PER_PROGRAM = 1500  # that a program spends outside its loop
+MEMORY_BYTES_PER_CLOCK = 2400  # of the whole GPU
+CLOCKS_PER_LAUNCH = 3500  # that one more launch costs
 
 
 def box_grid(problem: ConvProblem, operation: Operation) -> tuple[int, int]:
-    """Rows and columns of the pixels that boxes tile: outputs; in dgrad, inputs of the largest class (see dgrad.py)."""
+    """Rows and columns of the pixels that boxes cover: outputs, or in dgrad inputs of the largest class (dgrad.py)."""
     g = problem
     return (cdiv(g.H, g.stride_h), cdiv(g.W, g.stride_w)) if operation == "dgrad" else (g.P, g.Q)
 
 
 def box_count(problem: ConvProblem, operation: Operation, tile: BoxTile) -> int:
+    """Boxes that cover the pixels of `box_grid`, in all images."""
     rows, columns = box_grid(problem, operation)
     return cdiv(problem.N, tile.TILE_N) * cdiv(rows, tile.TILE_H) * cdiv(columns, tile.TILE_W)
 
 
-def box_phases(problem: ConvProblem, operation: Operation, tile: BoxTile) -> tuple[int, int] | None:
-    """(PHASE_H, PHASE_W), as boxes.py explains them, of x, or of dx in dgrad; None where the tile's boxes cannot step
-    with the stride.
+def box_programs(problem: ConvProblem, operation: Operation, tile: BoxTile) -> int:
+    """Programs of a launch."""
+    g = problem
+    tiles_k, tiles_c = cdiv(g.K, tile.TILE_K), cdiv(g.C, tile.TILE_C)
+    match operation:
+        case "fprop":
+            return box_count(g, operation, tile) * tiles_k
+        case "dgrad":
+            return box_count(g, operation, tile) * g.parities * tiles_c
+        case "wgrad":
+            return g.R * g.S * tiles_k * tiles_c * tile.SPLIT_K
 
-    That is where an image is no whole number of phases, or a block of channels reaches into the next pixel's. Wgrad may
-    read those, for it does not store what they make.
+
+def box_phases(problem: ConvProblem, operation: Operation, tile: BoxTile) -> tuple[int, int] | None:
+    """Phases of rows and of columns (boxes.py) in which the tile's boxes see x, or in dgrad dx.
+
+    None where they cannot step with the stride: where the image is no whole number of phases, or a block of channels
+    would reach into the next pixel's. Only wgrad may read the next pixel's channels, since it stores nothing that comes
+    of them.
     """
     g = problem
     phase_h = g.stride_h if tile.TILE_H > 1 else 1
@@ -126,22 +152,12 @@ def box_phases(problem: ConvProblem, operation: Operation, tile: BoxTile) -> tup
     return (phase_h, phase_w) if whole and (phase_w == 1 or operation == "wgrad" or g.C % tile.TILE_C == 0) else None
 
 
-def phases_of(problem: ConvProblem, operation: Operation, tile: BoxTile) -> tuple[int, int]:
-    """Those of a tile that somebody named. Raises ValueError where there are none."""
-    g, phases = problem, box_phases(problem, operation, tile)
-    if phases is None:
-        raise ValueError(
-            f"tile={tile} cannot step with stride {g.stride_h}x{g.stride_w} over {g.C} channels of {g.H}x{g.W} pixels: "
-            "use boxes of one row and one column, or channels and pixels that its blocks and the stride divide"
-        )
-    return phases
-
-
 def candidate_boxes(
     problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
 ) -> Iterator[BoxTile]:
-    """The tiles that a convolution may get: of each size, with every shape of box that suits its strides. `arch`: 90
-    for sm_90.
+    """The tiles that a convolution may get: each size with every shape of box that can step with the stride.
+
+    arch: 90 for sm_90.
     """
     g = problem
     short_of_registers = activation == "gelu" or (operation == "wgrad" and arch >= 100)
@@ -154,20 +170,16 @@ def candidate_boxes(
             if rows * columns > pixels:
                 continue
             tile = BoxTile(pixels // (rows * columns), rows, columns, filters, channels, num_warps, num_stages)
-            sums = tile.gemm(operation)[0] * tile.gemm(operation)[1]
-            serial = (
-                operation == "wgrad" and pixels not in (tile.TILE_N, tile.TILE_W) and channels > MOST_CHANNELS_OF_BOXES
-            )
-            if (
-                box_phases(g, operation, tile) is not None
-                and not serial
-                and not (short_of_registers and sums > MOST_SUMS)
-            ):
+            sums = prod(tile.gemm(operation)[:2])
+            several_axes = pixels not in (tile.TILE_N, tile.TILE_W)
+            serialised = operation == "wgrad" and several_axes and channels > MOST_CHANNELS_OF_BOXES
+            spills = short_of_registers and sums > MOST_SUMS
+            if box_phases(g, operation, tile) is not None and not serialised and not spills:
                 yield tile
 
 
 def tap_pairs(outputs: int, inputs: int, taps: int, stride: int, pad: int, dilation: int) -> int:
-    """The pairs of an output pixel and a tap, along one axis, that meet in the image and not in the padding."""
+    """How many pairs of an output pixel and a tap, along one axis, meet in the image and not in the padding."""
     pairs = 0
     for tap in range(taps):
         first = tap * dilation - pad  # what the first output sees
@@ -176,38 +188,36 @@ def tap_pairs(outputs: int, inputs: int, taps: int, stride: int, pad: int, dilat
 
 
 def box_steps(problem: ConvProblem, operation: Operation, tile: BoxTile) -> int:
-    """Steps of all programs together. Boxes of one row, or column, skip the taps that see padding."""
+    """Steps of all programs together. Boxes of one row skip taps that see only padding along H, those of one column
+    along W.
+    """
     g = problem
     rows, columns = box_grid(g, operation)
-    steps_h = (
-        tap_pairs(g.P, g.H, g.R, g.stride_h, g.pad_h, g.dil_h) if tile.TILE_H == 1 else cdiv(rows, tile.TILE_H) * g.R
-    )
-    steps_w = (
-        tap_pairs(g.Q, g.W, g.S, g.stride_w, g.pad_w, g.dil_w) if tile.TILE_W == 1 else cdiv(columns, tile.TILE_W) * g.S
-    )
+    steps_h, steps_w = cdiv(rows, tile.TILE_H) * g.R, cdiv(columns, tile.TILE_W) * g.S
+    if tile.TILE_H == 1:
+        steps_h = tap_pairs(g.P, g.H, g.R, g.stride_h, g.pad_h, g.dil_h)
+    if tile.TILE_W == 1:
+        steps_w = tap_pairs(g.Q, g.W, g.S, g.stride_w, g.pad_w, g.dil_w)
     return cdiv(g.N, tile.TILE_N) * steps_h * steps_w * cdiv(g.K, tile.TILE_K) * cdiv(g.C, tile.TILE_C)
 
 
 def estimated_clocks(problem: ConvProblem, operation: Operation, tile: BoxTile) -> float:
-    """What a convolution takes if its programs are spread evenly and each is bound by its products or by what it loads."""
+    """The clocks that a convolution takes by the model: programs are spread evenly over the multiprocessors, each of
+    them limited by its products or by its loads.
+    """
     g = problem
-    tiles_k, tiles_c = cdiv(g.K, tile.TILE_K), cdiv(g.C, tile.TILE_C)
-    programs = {
-        "fprop": box_count(g, operation, tile) * tiles_k,
-        "dgrad": box_count(g, operation, tile) * g.parities * tiles_c,
-        "wgrad": g.R * g.S * tiles_k * tiles_c * tile.SPLIT_K,
-    }[operation]
+    programs = box_programs(g, operation, tile)
     rows, columns, depth = tile.gemm(operation)
     step = max(2 * rows * columns * depth / FLOPS_PER_CLOCK, 2 * (rows + columns) * depth / CACHE_BYTES_PER_CLOCK)
     waves = cdiv(programs, MULTIPROCESSORS)
     clocks = waves * (box_steps(g, operation, tile) / programs * step + CLOCKS_PER_PROGRAM)
-    if tile.SPLIT_K > 1:  # partial gradients are written and read again
+    if tile.SPLIT_K > 1:  # the slots are written and read again
         clocks += CLOCKS_PER_LAUNCH + 8 * tile.SPLIT_K * g.K * g.R * g.S * g.C / MEMORY_BYTES_PER_CLOCK
     return clocks
 
 
 def splits(problem: ConvProblem, operation: Operation, tile: BoxTile) -> Iterator[BoxTile]:
-    """The tile, and in wgrad also with its sum cut into 2, 4, 8, ... parts, none of them without a box."""
+    """The tile as it is, and in wgrad also with its sum cut into 2, 4, 8, ... parts, at most one a box."""
     most = min(MAX_SPLIT, box_count(problem, operation, tile)) if operation == "wgrad" else 1
     split = 1
     while split <= most:
@@ -218,8 +228,8 @@ def splits(problem: ConvProblem, operation: Operation, tile: BoxTile) -> Iterato
 def search_boxes(
     problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
 ) -> Iterator[BoxTile]:
-    """What measuring tries, those of the least estimated clocks first: all candidates whose boxes would not be mostly
-    empty, and splits.
+    """What measuring tries, the least estimated clocks first: all candidates whose boxes would not be mostly empty, and
+    the splits of each.
     """
     rows, columns = box_grid(problem, operation)
     pixels = problem.N * rows * columns
@@ -233,7 +243,7 @@ def search_boxes(
 
 
 def is_half_empty(problem: ConvProblem, operation: Operation, tile: BoxTile) -> bool:
-    """Whether half or more of the tile's filters or channels do not exist, though there are tiles of fewer."""
+    """Whether half or more of the tile's filters, or of its channels, do not exist, though there are smaller tiles."""
     least_filters, least_channels = (min(size[i] for size in SIZES[operation]) for i in (1, 2))
     return tile.TILE_K >= max(2 * problem.K, least_filters + 1) or tile.TILE_C >= max(2 * problem.C, least_channels + 1)
 
@@ -241,5 +251,5 @@ def is_half_empty(problem: ConvProblem, operation: Operation, tile: BoxTile) -> 
 def choose_box_tile(
     problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
 ) -> BoxTile | None:
-    """The candidate of the least estimated clocks; None if the boxes of all would be mostly empty."""
+    """The candidate with the least estimated clocks, or None if the boxes of all would be mostly empty."""
     return next(search_boxes(problem, operation, activation, arch), None)

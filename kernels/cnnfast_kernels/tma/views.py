@@ -1,23 +1,26 @@
-"""How tensors are seen through tensor maps, and which can be."""
+"""How tensors are seen through tensor maps, and which tensors can be."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import launch
 from ..layout import Laid, Layout
 from ..problem import ConvProblem
-from ..tiling import Precision
+from ..tiling import Operation, Precision
+from .tiles import BoxTile, box_phases
 
 ALIGNMENT = 8  # elements of 16 bits in the 16 bytes that a tensor map can start at, and step by
 
 
 def strides_of(t: Laid) -> tuple[int, int, int]:
-    """(n, h, w): strides of a tensor [N, C, H, W] with adjacent channels; along an axis of one pixel, what a dense
-    tensor would have.
+    """(n, h, w): strides of a tensor [N, C, H, W] whose channels are adjacent.
+
+    PyTorch may give any stride to an axis of one pixel; here it is the stride that a dense tensor would have.
     """
     N, C, H, W = t.shape
     n, _, h, w = t.stride()
@@ -27,9 +30,7 @@ def strides_of(t: Laid) -> tuple[int, int, int]:
 
 
 def is_mappable(t: Laid) -> bool:
-    """Whether channels are adjacent, and pixels, rows and images follow one another at multiples of 16 bytes, not
-    overlapping.
-    """
+    """Whether channels are adjacent, and pixels, rows and images are multiples of 16 bytes apart and do not overlap."""
     _, C, H, W = t.shape
     n, h, w = strides_of(t)
     aligned = C % ALIGNMENT == n % ALIGNMENT == h % ALIGNMENT == w % ALIGNMENT == 0
@@ -37,7 +38,7 @@ def is_mappable(t: Laid) -> bool:
 
 
 def why_not_on(arch: int) -> str:
-    """Why no such kernel runs on GPUs of an architecture, 90 for sm_90; "" if they do."""
+    """Why no tensor-map kernel runs on GPUs of an architecture (90 for sm_90), or "" if they do."""
     if arch < 90:
         return f"sm_{arch} has no tensor maps"
     if arch >= 120:
@@ -46,9 +47,9 @@ def why_not_on(arch: int) -> str:
 
 
 def why_not(problem: ConvProblem, precision: Precision, arch: int, aligned: bool, *tensors: Laid) -> str:
-    """Why the tensor-map kernels cannot serve a convolution on these tensors, its result among them; "" if they can.
+    """Why the tensor-map kernels cannot serve a convolution on these tensors, or "" if they can.
 
-    `aligned`: whether all of them start at a multiple of 16 bytes.
+    tensors: the result among them. aligned: whether all of them start at a multiple of 16 bytes.
     """
     g = problem
     if reason := why_not_on(arch):
@@ -67,8 +68,10 @@ def why_not(problem: ConvProblem, precision: Precision, arch: int, aligned: bool
 
 
 def flattened(problem: ConvProblem, *images: Laid) -> tuple[ConvProblem, Sequence[Laid]]:
-    """A 1x1 convolution of dense images as one of a single row, whose boxes waste no pixel: a plain GEMM. Any other as
-    it is.
+    """The problem and its images as the kernels see them.
+
+    A 1x1 convolution of images without gaps between rows is seen as one of a single long row: that is a plain GEMM,
+    whose boxes waste no pixel. Any other stays as it is.
     """
     g = problem
     plain = (g.R, g.S, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.P, g.Q) == (1, 1, 1, 1, 0, 0, g.H, g.W)
@@ -82,23 +85,51 @@ def flattened(problem: ConvProblem, *images: Laid) -> tuple[ConvProblem, Sequenc
     return replace(g, N=1, H=1, W=row, P=1, Q=row), rows
 
 
-def map_image(t: Laid, box: tuple[int, int, int], channels: int, phases: tuple[int, int] = (1, 1)) -> TensorDescriptor:
-    """[N, H, W, C], or in phases, as boxes.py explains them, [N, H / PHASE_H, PHASE_H, W / PHASE_W, PHASE_W * C]."""
-    N, C, H, W = t.shape
-    n, h, w = strides_of(t)
-    if phases == (1, 1):
-        return launch.tensor_map((N, H, W, C), (n, h, w, 1), (*box, channels), t.dtype)
-    PHASE_H, PHASE_W = phases
-    shape = N, H // PHASE_H, PHASE_H, W // PHASE_W, (PHASE_W - 1) * w + C
-    strides = n, PHASE_H * h, h, PHASE_W * w, 1
-    return launch.tensor_map(shape, strides, (box[0], box[1], 1, box[2], channels), t.dtype)
+class Phases(NamedTuple):
+    """How a kernel sees an image that its convolution strides over: in h phases of rows and w of columns (boxes.py).
+
+    pixel: elements from one pixel of the image to the next.
+    """
+
+    h: int
+    w: int
+    pixel: int
 
 
-def map_column(t: Laid, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
-    """[H, W, N, C], for boxes of one pixel of several images."""
+def phases_of(problem: ConvProblem, operation: Operation, tile: BoxTile, image: Laid) -> Phases:
+    """The phases in which the tile's boxes see x, or in dgrad dx.
+
+    Raises ValueError where the boxes cannot step with the stride, which only a tile that a caller named may do.
+    """
+    g, phases = problem, box_phases(problem, operation, tile)
+    if phases is None:
+        raise ValueError(
+            f"tile={tile} cannot step with stride {g.stride_h}x{g.stride_w} over {g.C} channels of {g.H}x{g.W} pixels: "
+            "use boxes of one row and one column, or channels and pixels that its blocks and the stride divide"
+        )
+    return Phases(*phases, strides_of(image)[2])
+
+
+def map_image(t: Laid, pixels: tuple[int, int, int], channels: int, phases: Phases | None = None) -> TensorDescriptor:
+    """t as [N, H, W, C], or in phases as [N, H / phases.h, phases.h, W / phases.w, phases.w * C].
+
+    pixels: how many images, rows and columns a box has.
+    """
     N, C, H, W = t.shape
     n, h, w = strides_of(t)
-    return launch.tensor_map((H, W, N, C), (h, w, n, 1), (1, 1, box[0], channels), t.dtype)
+    images, rows, columns = pixels
+    if phases is None or phases.h * phases.w == 1:
+        return launch.tensor_map((N, H, W, C), (n, h, w, 1), (images, rows, columns, channels), t.dtype)
+    shape = N, H // phases.h, phases.h, W // phases.w, (phases.w - 1) * w + C
+    strides = n, phases.h * h, h, phases.w * w, 1
+    return launch.tensor_map(shape, strides, (images, rows, 1, columns, channels), t.dtype)
+
+
+def map_column(t: Laid, pixels: tuple[int, int, int], channels: int) -> TensorDescriptor:
+    """t as [H, W, N, C], for boxes of one pixel of several images."""
+    N, C, H, W = t.shape
+    n, h, w = strides_of(t)
+    return launch.tensor_map((H, W, N, C), (h, w, n, 1), (1, 1, pixels[0], channels), t.dtype)
 
 
 def map_filters(w: Laid, filters: int, channels: int) -> TensorDescriptor:

@@ -167,9 +167,7 @@ def test_what_is_not_finite_reaches_its_windows_only(value, device):
 
 
 def test_a_resnet_packed():
-    """224 columns, 3 of padding on the left and 2 that a window reaches on the right, and one more to end at 16
-    bytes.
-    """
+    """A row has 224 columns, 3 of padding on the left, 2 that a window reaches on the right, 1 to end at 16 bytes."""
     problem = conv.Geometry((2, 2), PADDED, (1, 1), 1).problem((32, 3, 224, 224), (64, 3, 7, 7))
     packing = packing_of(problem, torch.bfloat16)
     assert packing.image.shape == (32, 4, 224, 230)

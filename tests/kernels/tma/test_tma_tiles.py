@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from cnnfast_kernels.layout import Layout
 from cnnfast_kernels.problem import ConvProblem
-from cnnfast_kernels.tiling import cdiv
+from cnnfast_kernels.tiling import MAX_SPLIT, cdiv
 from cnnfast_kernels.tma.tiles import (
-    MAX_SPLIT,
     SIZES,
     BoxTile,
     box_count,
@@ -23,10 +22,9 @@ from cnnfast_kernels.tma.tiles import (
     box_phases,
     candidate_boxes,
     choose_box_tile,
-    phases_of,
     tap_pairs,
 )
-from cnnfast_kernels.tma.views import flattened, is_mappable, map_column, map_filters, map_image, why_not
+from cnnfast_kernels.tma.views import Phases, flattened, is_mappable, map_column, map_filters, map_image, why_not
 
 OPERATIONS = ("fprop", "dgrad", "wgrad")
 
@@ -57,7 +55,9 @@ def test_the_choice_is_a_candidate_that_is_not_mostly_empty(problem, operation):
 @given(problems(), st.sampled_from(OPERATIONS))
 def test_phases_hold_whole_images_and_blocks_of_channels(problem, operation):
     for tile in candidate_boxes(problem, operation):
-        phase_h, phase_w = phases_of(problem, operation, tile)
+        phases = box_phases(problem, operation, tile)
+        assert phases is not None
+        phase_h, phase_w = phases
         assert problem.H % phase_h == problem.W % phase_w == 0
         assert phase_h == (problem.stride_h if tile.TILE_H > 1 else 1)
         assert phase_w == (problem.stride_w if tile.TILE_W > 1 else 1)
@@ -78,9 +78,8 @@ def test_blocks_are_what_copy_engine_and_matrix_unit_take():
 
 
 @given(
-    outputs=st.integers(1, 20), inputs=st.integers(1, 20), taps=st.integers(1, 7), stride=st.integers(1, 4),
-    pad=st.integers(0, 9),
-    dilation=st.integers(1, 4),
+    outputs=st.integers(1, 20), inputs=st.integers(1, 20), taps=st.integers(1, 7),
+    stride=st.integers(1, 4), pad=st.integers(0, 9), dilation=st.integers(1, 4),
 )  # fmt: skip
 def test_tap_pairs(outputs, inputs, taps, stride, pad, dilation):
     read = [p * stride - pad + r * dilation for p in range(outputs) for r in range(taps)]
@@ -165,7 +164,7 @@ def test_images_columns_and_filters():
 def test_phases(gap):
     """Row h is row h // 2 of phase h % 2; the columns of the last axis are phases, each with its channels."""
     t = channels_last(3, 8 + gap, 4, 6)[:, :8]
-    seen = elements(map_image(t, (1, 2, 2), 8, (2, 3)), t)
+    seen = elements(map_image(t, (1, 2, 2), 8, Phases(2, 3, 8 + gap)), t)
     assert seen.shape == (3, 2, 2, 2, 2 * (8 + gap) + 8)
     for h in range(4):
         for w in range(6):

@@ -89,13 +89,20 @@ def pixel_offset(n, h, w, strides):
 def dense_pixel_offset(n, h, w, H, W, C, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
     """Elements from the start of a dense tensor [N, C, H, W], channels_last or contiguous, to channel 0 of a pixel.
 
-    channels_last: C is a multiple of ALIGN.
+    channels_last: C is a multiple of ALIGN. Pixels are counted in 32 bits (problem.MAX_PIXELS), elements in 64.
     """
-    pixel = (n.to(tl.int64) * H + h) * W + w
+    pixel = ((n * H + h) * W + w).to(tl.int64)
     if CHANNELS_LAST:
         return pixel * (C // ALIGN) * ALIGN
     else:
         return pixel + n.to(tl.int64) * (C - 1) * H * W
+
+
+@triton.jit
+@no_type_check
+def dense_row_stride(W, C, CHANNELS_LAST: tl.constexpr):
+    """Elements from one row of such a tensor to the next."""
+    return W.to(tl.int64) * C if CHANNELS_LAST else W.to(tl.int64)
 
 
 @triton.jit

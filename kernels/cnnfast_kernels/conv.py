@@ -18,7 +18,13 @@ from .batchnorm import batch_moments, contiguous
 from .choosing import Geometry, Question, Tile, ask_dgrad, ask_fprop, ask_wgrad, choose, precision_of
 from .dtypes import accumulator_dtype
 from .epilogue import PLAIN, BatchNorm, Epilogue
-from .gather.depthwise import StripPlan, moments_rows, plan_depthwise_dgrad, plan_depthwise_fprop, plan_depthwise_wgrad
+from .gather.depthwise import (
+    StripLaunch,
+    moments_rows,
+    plan_depthwise_dgrad,
+    plan_depthwise_fprop,
+    plan_depthwise_wgrad,
+)
 from .gather.dgrad import plan_dgrad
 from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
@@ -58,7 +64,7 @@ def _tile(q: Question, tile: Tile | None) -> Tile:
 
 class FpropPlan(NamedTuple):
     y: Layout
-    run: launch.Launch | StripPlan | PackedFpropLaunches
+    run: launch.Launch | StripLaunch | PackedFpropLaunches
     moments: Layout  # where the kernel can leave those of its tiles, and which pixels these are
     rows: TileRows
 
@@ -123,7 +129,7 @@ def fprop_plan(
 
 class DgradPlan(NamedTuple):
     dx: Layout
-    run: launch.Launch | StripPlan
+    run: launch.Launch | StripLaunch
 
 
 @launch.planned

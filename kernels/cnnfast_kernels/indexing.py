@@ -99,6 +99,13 @@ def dense_pixel_offset(m, n, H, W, C, CHANNELS_LAST: tl.constexpr, ALIGN: tl.con
 
 @triton.jit
 @no_type_check
+def dense_row_stride(W, C, CHANNELS_LAST: tl.constexpr):
+    """Elements from one row of such a tensor to the next."""
+    return W.to(tl.int64) * C if CHANNELS_LAST else W.to(tl.int64)
+
+
+@triton.jit
+@no_type_check
 def dense_channel_offset(c, H, W, CHANNELS_LAST: tl.constexpr):
     """Elements from channel 0 of a pixel to channel c in such a tensor."""
     return c.to(tl.int64) if CHANNELS_LAST else c.to(tl.int64) * (H * W)

@@ -47,6 +47,7 @@ from tests.support.convolutions import (
     Case,
     arrange,
     assert_exact,
+    dense_output,
     input_gradient,
     operands,
     output,
@@ -79,7 +80,8 @@ def run(
     """The result of one kernel, in memory full of NaN. `tensors`: x, w, dy."""
     x, w, dy = tensors
     shape = {"fprop": case.y, "dgrad": case.x, "wgrad": case.w}[operation]
-    result = output(shape, x.dtype, x.device, layout)
+    make = dense_output if operation == "fprop" else output
+    result = make(shape, x.dtype, x.device, layout)
     match operation:
         case "fprop":
             depthwise_fprop(case.problem, tile, x, w, result)
@@ -223,9 +225,10 @@ def test_mixed_layouts(device):
     x, w, dy = operands(STRIDED, torch.float32, device, "nchw")
     exact = reference(STRIDED, x, w, dy)
     adjacent = w.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-    for vector, weights, copies in ((1, w, True), (1, adjacent, False), (0, w, False)):
+    served = ((1, w, True, "nchw"), (1, adjacent, False, "channels_last"), (0, w, False, "channels_last"))
+    for vector, weights, copies, fmt in served:
         tile = choose_strip_tile(STRIDED.problem, "fprop", "ieee", vector)
-        y = output(STRIDED.y, torch.float32, device, "transposed")
+        y = dense_output(STRIDED.y, torch.float32, device, fmt)
         assert plan_depthwise_fprop(STRIDED.problem, tile, x, weights, y).copies == copies
         depthwise_fprop(STRIDED.problem, tile, x, weights, y)
         assert_exact(y, exact[0])
@@ -235,6 +238,14 @@ def test_mixed_layouts(device):
     dw = output(STRIDED.w, torch.float32, device, "transposed")
     depthwise_wgrad(STRIDED.problem, replace(tile, SPLIT_K=3), x, arrange(dy, "channels_last"), dw)
     assert_exact(dw, exact[2])
+
+
+@pytest.mark.parametrize("layout", ["transposed", "batch_last"])
+def test_a_result_that_is_not_dense_is_refused(layout, device):
+    x, w, _ = operands(STRIDED, torch.float32, device)
+    y = output(STRIDED.y, torch.float32, device, layout)
+    with pytest.raises(ValueError, match=r"a result of shape \(1, 5, 5, 4\) must be dense, but has strides"):
+        depthwise_fprop(STRIDED.problem, StripTile(16, 4, 2), x, w, y)
 
 
 def test_vector_length():
@@ -264,7 +275,7 @@ def test_epilogue(case, device):
     residual = arrange(dy, "nchw")
     tile = choose_strip_tile(g, "fprop", "ieee", 4)
     rows = moments_rows(g, tile)
-    y = output(case.y, torch.float32, device)
+    y = dense_output(case.y, torch.float32, device)
     moments = memory.empty((cdiv(rows.tiles, tile.BLOCK_M), 2, g.K), x)
     depthwise_fprop(g, tile, x, w, y, Epilogue(bias, norm, residual, "relu"), moments)
 
@@ -280,8 +291,8 @@ def test_epilogue(case, device):
 @pytest.mark.parametrize("rows", STRIP_ROWS)
 @pytest.mark.parametrize("P", [1, 3, 8])
 def test_moments_are_of_the_pixels_of_their_tile(P, rows, device):
-    """Strips that end with the image, and tiles that span images and end with the batch: each mean has its own
-    weight.
+    """Strips that end with the image, and tiles that span images and end with the batch: each mean has a weight of its
+    own.
     """
     case = depthwise("1x1", (3, 2, P, 5), (1, 1))
     x, w, _ = operands(case, torch.float64, device)
@@ -289,7 +300,7 @@ def test_moments_are_of_the_pixels_of_their_tile(P, rows, device):
     tile = StripTile(4, 2, rows)
     layout = moments_rows(case.problem, tile)
     moments = memory.empty((cdiv(layout.tiles, tile.BLOCK_M), 2, 2), x)
-    y = output(case.y, torch.float64, device)
+    y = dense_output(case.y, torch.float64, device)
     depthwise_fprop(case.problem, tile, x, w.fill_(1), y, moments=moments)
     strips = cdiv(P, rows)
     ordered = [x[n, :, i * rows : (i + 1) * rows, q] for n in range(3) for i in range(strips) for q in range(5)]

@@ -10,11 +10,11 @@ comes from the first-level cache.
 
 from .dgrad import depthwise_dgrad, plan_depthwise_dgrad
 from .fprop import depthwise_fprop, moments_rows, plan_depthwise_fprop
-from .strips import StripPlan, vector_length
+from .strips import StripLaunch, vector_length
 from .wgrad import depthwise_wgrad, plan_depthwise_wgrad
 
 __all__ = [
-    "StripPlan",
+    "StripLaunch",
     "depthwise_dgrad",
     "depthwise_fprop",
     "depthwise_wgrad",

@@ -10,7 +10,7 @@ gather.dgrad: a program takes columns of one such class. So no work is spent on 
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -23,100 +23,118 @@ from ...layout import Laid, Strides, strides_nhwc
 from ...operands import DgradOperands
 from ...problem import ConvProblem, tap_step
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
-from .strips import FAR, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
+from .strips import (
+    StripBlock,
+    StripLaunch,
+    StripRows,
+    Strips,
+    accumulate_column,
+    filters_layout,
+    in_range,
+    locate_strips,
+    mask_row,
+    zeros,
+)
 
-EXTENTS = [
-    "N",
-    "H",
-    "W",
-    "P",
-    "Q",
-    "strips",
-    "strips_magic",
-    "strips_shift",
-    "columns",
-    "columns_magic",
-    "columns_shift",
-]
+EXTENTS = ["N", "H", "W", "P", "Q", "strips_per_column", "columns"]
+DIVISORS = ["strips_magic", "strips_shift", "columns_magic", "columns_shift"]
 STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx") for d in "nhwc"]
 
 
-@triton.jit(do_not_specialize=EXTENTS + STRIDES)
+class DepthwiseDgradMemory(NamedTuple):
+    """How the tensors lie in memory, as far as the kernel is compiled for it: the alignment of their strides in
+    elements.
+    """
+
+    dy_align: int
+    w_align: int
+    dx_align: int
+
+
+@triton.jit(do_not_specialize=EXTENTS + DIVISORS + STRIDES)
 @no_type_check
 def depthwise_dgrad_kernel(
-    dy_ptr, w_ptr, dx_ptr, bias_ptr, N, H, W, P, Q, strips, strips_magic, strips_shift, columns, columns_magic, columns_shift,
+    dy_ptr, w_ptr, dx_ptr, bias_ptr, N, H, W, P, Q,
+    strips_per_column, strips_magic, strips_shift, columns, columns_magic, columns_shift,
     dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
     w_stride_r, w_stride_s, w_stride_k,
     dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c,
-    C: tl.constexpr, MULTIPLIER: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    STEP_W: tl.constexpr, MISSES: tl.constexpr, DY_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr,
-    TAPS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    g: tl.constexpr, memory: tl.constexpr, block: tl.constexpr,
+    STEP_W: tl.constexpr, MISSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M strips of BLOCK_C channels of dx, plus the bias of a transposed convolution if there is one.
 
-    MISSES: some pixel has taps that lie outside dy. Each addition is then selected, which costs a predicate.
+    g: ConvGeometry of groups of one channel; memory: DepthwiseDgradMemory; block: StripBlock. STEP_W: the distance
+    between taps of a row that meet the same class of columns. MISSES: some pixel has taps that lie outside dy. Each
+    addition is then selected, which costs a predicate.
     """
-    EVEN: tl.constexpr = C % BLOCK_C == 0
+    MULTIPLIER: tl.constexpr = g.K  # filters of a channel
+    C: tl.constexpr = g.groups
+    R: tl.constexpr = g.R
+    TAPS: tl.constexpr = block.TAPS
+    ROWS: tl.constexpr = block.ROWS
+    BLOCK_M: tl.constexpr = block.BLOCK_M
+    BLOCK_C: tl.constexpr = block.BLOCK_C
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
 
     # Channels vary fastest, then classes: programs that run together read whole pixels, and the same part of dy.
     pid = tl.program_id(0)
-    first = pid // TILES_C % STRIDE_W
-    tile = pid // TILES_C // STRIDE_W
-    n, i, j, ok = locate_strips(
-        tile, N, strips, columns, strips_magic, strips_shift, columns_magic, columns_shift, BLOCK_M
-    )
+    first = pid // TILES_C % g.stride_w
+    tile = pid // TILES_C // g.stride_w
+    strips = Strips(N, strips_per_column, strips_magic, strips_shift, columns, columns_magic, columns_shift)
+    n, i, j, ok = locate_strips(tile, strips, BLOCK_M)
     c = pid % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
-    _, s0, taps_s, q0 = class_axis(first, W, S, STRIDE_W, PAD_W, DIL_W, STEP_W)
+    channels_ok = None if C % BLOCK_C == 0 else c_ok
+    _, s0, taps_s, q0 = class_axis(first, W, g.S, g.stride_w, g.pad_w, g.dil_w, STEP_W)
 
-    h = i * ROWS - PAD_H % STRIDE_H
-    x_column = first + j * STRIDE_W
+    h = i * ROWS - g.pad_h % g.stride_h
+    x_column = first + j * g.stride_w
     ok = ok & (x_column < W)
-    p0 = i * (ROWS // STRIDE_H) + PAD_H // STRIDE_H
+    p0 = i * (ROWS // g.stride_h) + g.pad_h // g.stride_h
     q = q0 + j
-    dy_row = dy_stride_h.to(tl.int64) * DY_ALIGN
-    dy_column = dy_stride_w.to(tl.int64) * DY_ALIGN
-    dy_pixels = dy_ptr + pixel_offset(n, p0, q, Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, DY_ALIGN))
-    w_row = w_stride_r * W_ALIGN
-    w_column = w_stride_s * W_ALIGN
-    first_row = tl.where(ok, p0, FAR)
+    dy_row = dy_stride_h.to(tl.int64) * memory.dy_align
+    dy_column = dy_stride_w.to(tl.int64) * memory.dy_align
+    dy_strides = Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, memory.dy_align)
+    dy_pixels = dy_ptr + pixel_offset(n, p0, q, dy_strides)
+    w_row = w_stride_r * memory.w_align
+    w_column = w_stride_s * memory.w_align
+    p0 = mask_row(p0, ok)
 
     acc = zeros(ROWS, BLOCK_M, BLOCK_C, ACC)
     for m in range(MULTIPLIER):
         k = c * MULTIPLIER + m
-        dy_rows = dy_pixels[:, None] + channel_offset(k, dy_stride_c)[None, :]
+        dy_channels = dy_pixels[:, None] + channel_offset(k, dy_stride_c)[None, :]
         # each thread loads its own
         w_taps = w_ptr + tl.zeros((BLOCK_M,), tl.int32)[:, None] + channel_offset(k, w_stride_k)[None, :]
         for r0 in tl.static_range(0, R, TAPS):
             for t in range(taps_s):
-                up = r0 * DIL_H // STRIDE_H  # a whole number
-                left = t * (DIL_W * STEP_W // STRIDE_W)
-                row = tl.where(in_range(q - left, Q), first_row - up, FAR)
+                up = r0 * g.dil_h // g.stride_h  # a whole number
+                left = t * (g.dil_w * STEP_W // g.stride_w)
+                row = mask_row(p0 - up, in_range(q - left, Q))
+                rows = StripRows(dy_channels - (up * dy_row + left * dy_column), row, P, dy_row)
                 acc = accumulate_column(
-                    acc, dy_rows - (up * dy_row + left * dy_column), row, P, dy_row,
-                    w_taps + (r0 * w_row + (s0 + t * STEP_W) * w_column), w_row, c_ok,
-                    ROWS, min(TAPS, R - r0), 1, -DIL_H, STRIDE_H, EVEN, ACC, MISSES,
+                    acc, rows, w_taps + (r0 * w_row + (s0 + t * STEP_W) * w_column), w_row, channels_ok,
+                    min(TAPS, R - r0), 1, -g.dil_h, g.stride_h, MISSES,
                 )  # fmt: skip
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c, mask=c_ok, other=0.0).to(ACC)
-    dx_rows = (
-        dx_ptr
-        + pixel_offset(n, h, x_column, Strides(dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, DX_ALIGN))[:, None]
-    )
-    dx_rows = dx_rows + channel_offset(c, dx_stride_c)[None, :]
+    dx_strides = Strides(dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, memory.dx_align)
+    dx_pixels = dx_ptr + pixel_offset(n, h, x_column, dx_strides)[:, None] + channel_offset(c, dx_stride_c)[None, :]
+    dx_row = dx_stride_h.to(tl.int64) * memory.dx_align
     for t in tl.static_range(ROWS):
         dx = acc[t]
         if bias_ptr is not None:
             dx = dx + bias[None, :]
         mask = (ok & in_range(h + t, H))[:, None] & c_ok[None, :]
-        tl.store(dx_rows + t * dx_stride_h.to(tl.int64) * DX_ALIGN, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_pixels + t * dx_row, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def plan_depthwise_dgrad(problem: ConvProblem, tile: StripTile, dy: Laid, w: Laid, dx: Laid) -> StripPlan:
-    """Takes (dy, w, dx, bias); see `depthwise_dgrad`."""
+def plan_depthwise_dgrad(
+    problem: ConvProblem, tile: StripTile, dy: Laid, w: Laid, dx: Laid
+) -> StripLaunch[DgradOperands]:
+    """See `depthwise_dgrad`."""
     g = problem
     if tile.ROWS % g.stride_h:
         raise ValueError(f"tile.ROWS={tile.ROWS} must be a multiple of stride_h={g.stride_h}")
@@ -124,18 +142,18 @@ def plan_depthwise_dgrad(problem: ConvProblem, tile: StripTile, dy: Laid, w: Lai
     grid = (cdiv(g.N * strips * columns, tile.BLOCK_M) * g.stride_w * cdiv(g.C, tile.BLOCK_C),)
     ws, copies = filters_layout(w, tile)
     dys, dxs = strides_nhwc(dy), strides_nhwc(dx)
+    step_h, step_w = tap_step(g.stride_h, g.dil_h), tap_step(g.stride_w, g.dil_w)
     run = launch.Launch(
         depthwise_dgrad_kernel, grid, g.N, g.H, g.W, g.P, g.Q,
-        strips, *divisor(max(strips, 1)), columns, *divisor(max(columns, 1)), *dys[:4], *ws[1:4], *dxs[:4],
-        tile=tile, C=g.C, MULTIPLIER=g.group_filters, R=g.R, S=g.S,
-        STRIDE_H=g.stride_h, STRIDE_W=g.stride_w, PAD_H=g.pad_h, PAD_W=g.pad_w, DIL_H=g.dil_h, DIL_W=g.dil_w,
-        STEP_W=tap_step(g.stride_w, g.dil_w), MISSES=g.taps_miss_h or g.taps_miss_w,
-        DY_ALIGN=dys.align, W_ALIGN=ws.align, DX_ALIGN=dxs.align,
-        TAPS=taps_at_once(g.R, tap_step(g.stride_h, g.dil_h)),
-        ACC=KERNEL_DTYPES[accumulator_dtype(dx.dtype)],
-        ROWS=tile.ROWS, BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,
+        strips, *divisor(max(strips, 1)), columns, *divisor(max(columns, 1)),
+        *dys[:4], *ws[1:4], *dxs[:4],
+        tile=tile, g=g.geometry(C=1, K=g.group_filters),
+        memory=DepthwiseDgradMemory(dys.align, ws.align, dxs.align),
+        block=StripBlock(tile.BLOCK_M, tile.BLOCK_C, tile.ROWS, taps_at_once(g.R, step_h)),
+        STEP_W=step_w, MISSES=g.taps_miss_h or g.taps_miss_w, ACC=KERNEL_DTYPES[accumulator_dtype(dx.dtype)],
+        num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-    return StripPlan(run, copies)
+    return StripLaunch(run, copies)
 
 
 def depthwise_dgrad(

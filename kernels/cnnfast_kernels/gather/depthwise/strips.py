@@ -1,8 +1,8 @@
-"""What the depthwise kernels share: strips, and the products of one column of a filter."""
+"""What the depthwise kernels share: how strips are counted, and the products of one column of a filter."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import Generic, NamedTuple, TypeVar, no_type_check
 
 import torch
 import triton
@@ -14,22 +14,57 @@ from ...layout import Laid, Layout, Strides, dense, strides_nhwc
 from ...operands import DgradOperands, FpropOperands
 from ...tiling import VECTOR_BYTES, StripTile
 
-# A strip whose first row this is has no row in any image: its loads return zero.
-FAR = tl.constexpr(-(1 << 30))
+
+class StripBlock(NamedTuple):
+    """What a kernel is compiled for of its tile, its constexpr argument `block`: BLOCK_M strips of ROWS pixels and
+    BLOCK_C channels, and how much of the filter is taken at once: TAPS taps of a column, and in wgrad COLUMNS columns.
+    """
+
+    BLOCK_M: int
+    BLOCK_C: int
+    ROWS: int
+    TAPS: int
+    COLUMNS: int = 1
+
+
+class Strips(NamedTuple):
+    """Inside a kernel, all strips there are: in each of N images `columns` columns, `per_column` strips in each.
+
+    By a magic number and a shift `divide` divides by the number that stands before them.
+    """
+
+    N: tl.tensor
+    per_column: tl.tensor
+    per_column_magic: tl.tensor
+    per_column_shift: tl.tensor
+    columns: tl.tensor
+    columns_magic: tl.tensor
+    columns_shift: tl.tensor
+
+
+class StripRows(NamedTuple):
+    """Inside a kernel, the rows of an image that strips load one after the other.
+
+    `pointers` [BLOCK_M, BLOCK_C] point at row `first` [BLOCK_M] of an image that has `extent` rows, `stride` elements
+    apart.
+    """
+
+    pointers: tl.tensor
+    first: tl.tensor
+    extent: tl.tensor
+    stride: tl.tensor
 
 
 @triton.jit
 @no_type_check
-def locate_strips(
-    tile, N, strips, columns, strips_magic, strips_shift, columns_magic, columns_shift, BLOCK_M: tl.constexpr
-):
-    """Strips of a tile, [BLOCK_M] each: image n, strip i of `strips` in column j of `columns`, and whether it exists. j
-    varies fastest.
+def locate_strips(tile, strips, BLOCK_M: tl.constexpr):
+    """The strips of a tile, [BLOCK_M] each: image n, strip i of column j of it, and whether it exists. j varies
+    fastest, then i.
     """
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    t = divide(m, columns_magic, columns_shift)
-    n = divide(t, strips_magic, strips_shift)
-    return n, t - n * strips, m - t * columns, n < N
+    t = divide(m, strips.columns_magic, strips.columns_shift)
+    n = divide(t, strips.per_column_magic, strips.per_column_shift)
+    return n, t - n * strips.per_column, m - t * strips.columns, n < strips.N
 
 
 @triton.jit
@@ -41,13 +76,23 @@ def in_range(i, extent):
 
 @triton.jit
 @no_type_check
-def load_row(pointers, row, rows, c_ok, EVEN: tl.constexpr, ACC: tl.constexpr):
-    """[BLOCK_M, BLOCK_C] in the accumulator's dtype, zero where `row` [BLOCK_M] is outside an image of `rows`. EVEN:
-    all channels exist.
+def mask_row(row, ok):
+    """`row` where ok; elsewhere one so far above every image that loads of it, and of rows near it, return zeros."""
+    FAR: tl.constexpr = -(1 << 30)
+    return tl.where(ok, row, FAR)
+
+
+@triton.jit
+@no_type_check
+def load_row(pointers, row, extent, channels_ok, ACC: tl.constexpr):
+    """What `pointers` [BLOCK_M, BLOCK_C] point at, in the accumulator's dtype: zero where `row` [BLOCK_M] is outside an
+    image of `extent` rows.
+
+    channels_ok [BLOCK_C]: which channels exist, or None where all do.
     """
-    mask = in_range(row, rows)[:, None]
-    if not EVEN:
-        mask = mask & c_ok[None, :]
+    mask = in_range(row, extent)[:, None]
+    if channels_ok is not None:
+        mask = mask & channels_ok[None, :]
     return tl.load(pointers, mask=mask, other=0.0).to(ACC)
 
 
@@ -72,27 +117,29 @@ def add_product(acc, INDEX: tl.constexpr, a, b, reached=None):
 @triton.jit
 @no_type_check
 def accumulate_column(
-    acc, x_rows, row, rows, row_stride, w_taps, tap_stride, c_ok,
-    ROWS: tl.constexpr, TAPS: tl.constexpr, PIXEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr, UNIT: tl.constexpr,
-    EVEN: tl.constexpr, ACC: tl.constexpr, MISSES: tl.constexpr = False,
+    acc, rows, w_taps, tap_stride, channels_ok,
+    TAPS: tl.constexpr, PIXEL_STEP: tl.constexpr, TAP_STEP: tl.constexpr, UNIT: tl.constexpr,
+    MISSES: tl.constexpr = False,
 ):  # fmt: skip
-    """Adds x * w for one column of the filter to acc, one accumulator for each of ROWS pixels of a strip.
+    """Adds the products of one column of the filter to `acc`, which has one accumulator for each pixel of a strip.
 
-    Pixel i meets tap t of TAPS in row `row` + (i * PIXEL_STEP + t * TAP_STEP) / UNIT of x where that is a whole number.
-    fprop: the steps are stride and dilation, UNIT is 1; dgrad: 1, minus the dilation, the stride. `x_rows`, at `row`,
-    and `w_taps`, at the first tap, point at [BLOCK_M, BLOCK_C] elements. MISSES: x outside the image is no zero, but
-    nothing: it is not multiplied by a weight that may be infinite.
+    Pixel i and tap t of TAPS meet in row (i * PIXEL_STEP + t * TAP_STEP) / UNIT of the StripRows where that is a whole
+    number. fprop: the steps are stride and dilation, UNIT is 1; dgrad: 1 and minus the dilation, UNIT is the stride.
+    `w_taps` [BLOCK_M, BLOCK_C] point at the first tap. channels_ok: see `load_row`. MISSES: what lies outside the image
+    is not a zero, but nothing at all: no weight is multiplied by it, for that may be infinite.
     """
+    ROWS: tl.constexpr = len(acc)
+    ACC: tl.constexpr = acc[0].dtype
     w = ()
     for t in tl.static_range(TAPS):
-        w = w + (
-            tl.load(w_taps + t * tap_stride, mask=None if EVEN else c_ok[None, :], other=None if EVEN else 0.0).to(ACC),
-        )
+        mask = None if channels_ok is None else channels_ok[None, :]
+        tap = tl.load(w_taps + t * tap_stride, mask=mask, other=None if channels_ok is None else 0.0)
+        w = w + (tap.to(ACC),)
     FIRST: tl.constexpr = 0 if TAP_STEP > 0 else -((TAPS - 1) * -TAP_STEP // UNIT)
     LAST: tl.constexpr = ((ROWS - 1) * PIXEL_STEP + (TAPS - 1) * (TAP_STEP if TAP_STEP > 0 else 0)) // UNIT
-    for j in tl.static_range(FIRST, LAST + 1):  # a row that no pixel meets is not used, hence not loaded
-        x = load_row(x_rows + j * row_stride, row + j, rows, c_ok, EVEN, ACC)
-        reached = in_range(row + j, rows)[:, None] if MISSES else None
+    for j in tl.static_range(FIRST, LAST + 1):  # the compiler drops the load of a row in which nothing meets
+        x = load_row(rows.pointers + j * rows.stride, rows.first + j, rows.extent, channels_ok, ACC)
+        reached = in_range(rows.first + j, rows.extent)[:, None] if MISSES else None
         for i in tl.static_range(ROWS):
             for t in tl.static_range(TAPS):
                 if i * PIXEL_STEP + t * TAP_STEP == j * UNIT:
@@ -101,8 +148,8 @@ def accumulate_column(
 
 
 def vector_length(*images: Laid) -> int:
-    """Adjacent channels that one thread can load at once from each of `images`: 1, 2, 4 or 8; 0 where channels are
-    apart.
+    """Adjacent channels that one thread can load at once from each of `images`: 1, 2, 4 or 8; 0 where the channels of
+    one are not adjacent.
     """
     length = VECTOR_BYTES // images[0].dtype.itemsize
     for t in images:
@@ -119,26 +166,29 @@ def filters_as_channels(w: Laid) -> Layout:
     return Layout((1, K, R, S), (0, w.stride(0), w.stride(2), w.stride(3)), w.dtype)
 
 
-class StripPlan(NamedTuple):
-    """Takes (image, w, ...) as `run` does. w, small as it is, is copied taps_major first, unless it lies in memory that
-    way.
+Operands = TypeVar("Operands", FpropOperands, DgradOperands)
+
+
+class StripLaunch(NamedTuple, Generic[Operands]):
+    """A launch whose threads load a tap of several filters at once: w is copied first, taps_major, unless it lies in
+    memory that way. It is small beside the images.
     """
 
-    run: launch.Launch
+    run: launch.Launch[Operands]
     copies: bool
 
-    def __call__(self, operands: FpropOperands | DgradOperands) -> None:
+    def __call__(self, operands: Operands) -> None:
         self.run(operands._replace(w=taps_major(operands.w)) if self.copies else operands)
 
 
 def taps_major(w: torch.Tensor) -> torch.Tensor:
-    """A copy of w [K, 1, R, S] with adjacent filters, so that a thread loads a tap of a vector of them at once."""
+    """A copy of w [K, 1, R, S] in which the filters are adjacent: tap by tap, the weights of all of them."""
     return w.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
 def filters_layout(w: Laid, tile: StripTile) -> tuple[Strides, bool]:
-    """Strides of w [K, 1, R, S] as the kernels take it, with filters as channels, and whether that is a copy,
-    taps_major.
+    """Strides of w [K, 1, R, S] as the kernels take them, with filters as channels, and whether they are those of a
+    copy, taps_major.
     """
     K, _, R, S = w.shape
     copies = tile.BLOCK_C > 1 and w.stride(0) != 1

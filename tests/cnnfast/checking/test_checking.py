@@ -83,11 +83,11 @@ class Fault(NamedTuple):
     tensor: str
 
 
-PIXELS = "window_pixels(h0, h1, w0, w1, H, W, COUNT_PAD)"
+PIXELS = "window_pixels(h0, h1, w0, w1, H, W, a.count_pad)"
 ALL_PIXELS = "window_pixels(h0, h1, w0, w1, H, W, True)"
 
 FAULTS = [
-    Fault("mask off by one", max_pool, maximum, "& (w0 + s < W)", "& (w0 + s < W - 1)", "output"),
+    Fault("mask off by one", max_pool, maximum, "w0 + s, H, W)", "w0 + s, H, W - 1)", "output"),
     Fault(
         "mask off by one",
         conv,

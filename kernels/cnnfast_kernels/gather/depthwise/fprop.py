@@ -21,7 +21,7 @@ from ...epilogue import PLAIN, Channels, Epilogue, Finish, Residual, finish, loa
 from ...indexing import channel_offset, divisor, pixel_offset
 from ...layout import Laid, Strides, strides_nhwc
 from ...operands import FpropOperands
-from ...partials import TileRows
+from ...moments import TileRows
 from ...problem import ConvProblem
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
 from .strips import FAR, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros

@@ -161,11 +161,11 @@ def load_channels(pointers, column, column_ok, e: tl.constexpr):
     if pointers.bias is not None:
         channels = channels + (tl.load(pointers.bias + column, mask=column_ok, other=0.0).to(e.acc),)
     if pointers.mean is not None:
+        mean = tl.load(pointers.mean + column, mask=column_ok, other=0.0).to(e.acc)
         var = tl.load(pointers.var + column, mask=column_ok, other=1.0).to(e.acc)
         scale = round_quotient(1.0, round_root(var + e.eps))
         if pointers.gamma is not None:
             scale = scale * tl.load(pointers.gamma + column, mask=column_ok, other=0.0).to(e.acc)
-        mean = tl.load(pointers.mean + column, mask=column_ok, other=0.0).to(e.acc)
         channels = channels + (mean, scale)
         if pointers.beta is not None:
             channels = channels + (tl.load(pointers.beta + column, mask=column_ok, other=0.0).to(e.acc),)

@@ -32,7 +32,8 @@ from ..planes import (
     mergeable,
     tile_pointers,
 )
-from ..rounding import round_quotient, round_root
+from ..rounding import round_quotient
+from .channels import load_scale
 
 STRIDES = [f"{t}_stride_{d}" for t in ("dz", "y", "z", "residual", "dy", "dresidual") for d in "nlc"]
 
@@ -68,17 +69,6 @@ class NormalizeBackwardOperands(NamedTuple):
     sum_gx: torch.Tensor | None
     dy: torch.Tensor | None
     dresidual: torch.Tensor | None
-
-
-@triton.jit
-@no_type_check
-def load_scale(of_channels, at, e: tl.constexpr):
-    """(invstd, gamma * invstd) of a tile's channels."""
-    invstd = round_quotient(1.0, round_root(load_vector(of_channels.var, at.c, at.c_ok, e.acc) + e.eps))
-    scale = invstd
-    if of_channels.gamma is not None:
-        scale = load_vector(of_channels.gamma, at.c, at.c_ok, e.acc) * invstd
-    return invstd, scale
 
 
 @triton.jit

@@ -108,7 +108,7 @@ def avg_pool_kernel(
     for tap in tl.range(extent_h * extent_w, loop_unroll_factor=UNROLL):
         r = tap // extent_w
         s = tap % extent_w
-        inside = ok & lies_within(h0 + r, w0 + s, tl.minimum(h1, H), tl.minimum(w1, W))
+        inside = lies_within(ok, h0 + r, w0 + s, tl.minimum(h1, H), tl.minimum(w1, W))
         acc += tl.load(x_rows + step_offset(r, s, x_strides), mask=inside[:, None], other=0.0).to(ACC)
 
     if a.divisor is None:
@@ -145,9 +145,11 @@ def avg_pool_backward_kernel(
     for step in tl.range(cover_h * cover_w, loop_unroll_factor=UNROLL):
         i = step // cover_w
         j = step % cover_w
-        h0, h1 = window(p0 + i, H, P, g.R, g.stride_h, g.pad_h, a.adaptive)
-        w0, w1 = window(q0 + j, W, Q, g.S, g.stride_w, g.pad_w, a.adaptive)
-        covers = ok & lies_within(p0 + i, q0 + j, P, Q) & (h0 <= h) & (h < h1) & (w0 <= w) & (w < w1)
+        p = p0 + i
+        q = q0 + j
+        h0, h1 = window(p, H, P, g.R, g.stride_h, g.pad_h, a.adaptive)
+        w0, w1 = window(q, W, Q, g.S, g.stride_w, g.pad_w, a.adaptive)
+        covers = lies_within(ok, p, q, P, Q) & (h0 <= h) & (h < h1) & (w0 <= w) & (w < w1)
         dy = tl.load(dy_rows + step_offset(i, j, dy_strides), mask=covers[:, None], other=0.0).to(ACC)
         if a.divisor is None:
             pixels = tl.where(covers, window_pixels(h0, h1, w0, w1, H, W, a.count_pad), 1)

@@ -81,7 +81,7 @@ def max_pool_kernel(
     for tap in tl.range(g.R * g.S, loop_unroll_factor=UNROLL):
         r = tap // g.S * g.dil_h
         s = tap % g.S * g.dil_w
-        inside = ok & lies_within(h0 + r, w0 + s, H, W)
+        inside = lies_within(ok, h0 + r, w0 + s, H, W)
         x = tl.load(x_rows + step_offset(r, s, x_strides), mask=inside[:, None], other=float("-inf")).to(ACC)
         take = (x > best) | (x != x)
         best = tl.where(take, x, best)
@@ -132,13 +132,18 @@ def max_pool_backward_kernel(
     for step in tl.range(g.cover_h * g.cover_w, loop_unroll_factor=UNROLL):
         i = step // g.cover_w
         j = step % g.cover_w
-        from_h = h + g.pad_h - (p0 + i) * g.stride_h
-        from_w = w + g.pad_w - (q0 + j) * g.stride_w
-        covers = ok & lies_within(p0 + i, q0 + j, P, Q) & (from_h % g.dil_h == 0) & (from_w % g.dil_w == 0)
+        p = p0 + i
+        q = q0 + j
+        from_h = h + g.pad_h - p * g.stride_h
+        from_w = w + g.pad_w - q * g.stride_w
+        covers = lies_within(ok, p, q, P, Q)
+        covers = covers & (from_h % g.dil_h == 0) & (from_w % g.dil_w == 0)
         covers = covers & (from_h < g.R * g.dil_h) & (from_w < g.S * g.dil_w)
         tap = from_h // g.dil_h * g.S + from_w // g.dil_w
-        dy = tl.load(dy_rows + step_offset(i, j, dy_strides), mask=covers[:, None], other=0.0).to(ACC)
-        saved = tl.load(taps_rows + step_offset(i, j, taps_strides), mask=covers[:, None], other=0)
+        dy_step = step_offset(i, j, dy_strides)
+        taps_step = step_offset(i, j, taps_strides)
+        dy = tl.load(dy_rows + dy_step, mask=covers[:, None], other=0.0).to(ACC)
+        saved = tl.load(taps_rows + taps_step, mask=covers[:, None], other=0)
         acc += tl.where(saved.to(tl.int32) == tap[:, None], dy, 0.0)
 
     dx_offset = element_offset(n, h, w, c, Strides(dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, align.dx))

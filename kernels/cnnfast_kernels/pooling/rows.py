@@ -114,9 +114,9 @@ def step_offset(h, w, strides):
 
 @triton.jit
 @no_type_check
-def lies_within(h, w, H, W):
-    """Whether (h, w) is one of the pixels of H rows and W columns."""
-    return (h >= 0) & (h < H) & (w >= 0) & (w < W)
+def lies_within(ok, h, w, H, W):
+    """Which of the pixels (h, w) that are ok lie within H rows and W columns."""
+    return ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
 
 
 @triton.jit

@@ -60,7 +60,7 @@ LAYERS = {
     "cnnfast_kernels": [
         "problem rounding gpus tiling layout dtypes operands",
         "epilogue launch launchable indexing memory devices",
-        "planes partials slots",
+        "planes moments slots",
         "gather tma batchnorm pooling",
         "tables",
         "choosing",

@@ -150,6 +150,26 @@ def taps_miss(inputs: int, outputs: int, taps: int, stride: int, pad: int, dilat
     return False
 
 
+class PoolGeometry(NamedTuple):
+    """What a pooling kernel is compiled for: its constexpr argument `g`.
+
+    At most cover_h x cover_w windows reach one pixel of the image. Another image size compiles nothing: N, H, W, P and
+    Q are no part of it.
+    """
+
+    C: int
+    R: int
+    S: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dil_h: int
+    dil_w: int
+    cover_h: int
+    cover_w: int
+
+
 @dataclass(frozen=True, slots=True)
 class PoolProblem:
     """One pooling of an [N, C, H, W] input by R x S windows; P and Q are given because ceil_mode changes them."""
@@ -194,6 +214,23 @@ class PoolProblem:
             for i, size in enumerate((H, W))
         )
         return cls(N, C, H, W, *kernel_size, P, Q, *stride, *padding, *dilation)
+
+    def geometry(self) -> PoolGeometry:
+        """What kernels are compiled for."""
+        g = self
+        cover_h = (g.R - 1) * g.dil_h // g.stride_h + 1
+        cover_w = (g.S - 1) * g.dil_w // g.stride_w + 1
+        return PoolGeometry(g.C, g.R, g.S, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.dil_h, g.dil_w, cover_h, cover_w)
+
+    @property
+    def image(self) -> tuple[int, int, int, int]:
+        """The input's shape."""
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def pooled(self) -> tuple[int, int, int, int]:
+        """The output's shape."""
+        return self.N, self.C, self.P, self.Q
 
 
 def pool_extent(size: int, window: int, stride: int, pad: int, dilation: int, ceil_mode: bool) -> int:

@@ -1,4 +1,4 @@
-"""batchnorm.py and partials.py against PyTorch: exactly where every sum is exact, else in float64, judged by PyTorch's
+"""batchnorm/ and moments.py against PyTorch: exactly where every sum is exact, else in float64, judged by PyTorch's
 own error.
 """
 
@@ -84,8 +84,8 @@ class Operands:
     dz: torch.Tensor
     mean: torch.Tensor | None = None
     var: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
+    gamma: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
     residual: torch.Tensor | None = None
 
     def to(self, dtype):
@@ -115,17 +115,17 @@ def operands(
     if not training:
         o.mean, o.var = normal((C,), own, device, 2), normal((C,), own, device, 3).abs() + 0.5
     if affine:
-        o.weight, o.bias = normal((C,), own, device, 4), normal((C,), own, device, 5)
+        o.gamma, o.beta = normal((C,), own, device, 4), normal((C,), own, device, 5)
     if residual:
         o.residual = normal(shape, dtype, device, 6, layout=layout)
     return o
 
 
 def theirs(o, activation, slope=SLOPE, eps=EPS):
-    """PyTorch's z, dy, dweight, dbias, dresidual; None where there is no such operand."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (o.y, o.weight, o.bias, o.residual)]
-    y, weight, bias, residual = leaves
-    u = F.batch_norm(y, o.mean, o.var, weight, bias, o.training, 0.0, eps)
+    """PyTorch's z, dy, dgamma, dbeta, dresidual; None where there is no such operand."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (o.y, o.gamma, o.beta, o.residual)]
+    y, gamma, beta, residual = leaves
+    u = F.batch_norm(y, o.mean, o.var, gamma, beta, o.training, 0.0, eps)
     z = activate(u if residual is None else u + residual, activation, slope)
     grads = iter(torch.autograd.grad(z, [t for t in leaves if t is not None], o.dz))
     return [z.detach(), *(None if t is None else next(grads) for t in leaves)]
@@ -134,9 +134,9 @@ def theirs(o, activation, slope=SLOPE, eps=EPS):
 def ours(o, activation, slope=SLOPE, eps=EPS, keep=True, needs=None):
     """The same; `keep`: backward is given z."""
     mean, var = batch_moments(o.y) if o.training else (o.mean, o.var)
-    norm = (mean, var, o.weight, o.bias, o.residual, eps, activation, slope)
+    norm = (mean, var, o.gamma, o.beta, o.residual, eps, activation, slope)
     z = normalize(o.y, *norm)
-    needs = needs or (True, o.weight is not None, o.bias is not None, o.residual is not None)
+    needs = needs or (True, o.gamma is not None, o.beta is not None, o.residual is not None)
     return [z, *normalize_backward(o.dz, o.y, z if keep else None, *norm, o.training, needs)]
 
 
@@ -209,7 +209,7 @@ def test_large_mean(dtype, mean, std, layout, device):
     [(1, 5, 7, 3), (2, 40, 64, 64), (128, 40, 16, 1), (129, 5, 128, 5), (128 * 128 + 3, 2, 2, 1)],
 )
 def test_combined_moments(T, C, rows, short, device):
-    """One to three levels; the last partial stands for fewer rows."""
+    """One to three levels; the last tile stands for fewer rows."""
     counts = torch.full((T, 1), float(rows), dtype=torch.float64)
     counts[-1] = short
     mean, var = (
@@ -225,9 +225,7 @@ def test_combined_moments(T, C, rows, short, device):
 
 
 def test_planes_of_several_tiles(device):
-    """NCHW: the last tile of every plane is shorter, not only the last of all; more partials than one level
-    combines.
-    """
+    """NCHW: the last tile of every plane is shorter, not only the last of all; more tiles than one level combines."""
     y = integers((65, 3, 20, 15), torch.float32, device, 0, "contiguous")
     mean, var = batch_moments(y)
     torch.testing.assert_close(mean.double(), y.double().mean((0, 2, 3)), rtol=1e-6, atol=1e-7)
@@ -235,8 +233,8 @@ def test_planes_of_several_tiles(device):
     assert torch.equal(channel_sum(y).double(), y.double().sum((0, 2, 3)))
 
 
-def test_partials_that_do_not_fit_the_rows(device):
-    with pytest.raises(ValueError, match="3 partials of 16 rows do not make 49 rows"):
+def test_tiles_that_do_not_fit_the_rows(device):
+    with pytest.raises(ValueError, match="3 tiles of 16 rows do not make 49 rows"):
         combine_moments(torch.zeros(3, 2, 8, device=device), 16, 49)
 
 
@@ -257,12 +255,12 @@ def test_no_rows(shape, device):
     assert torch.equal(channel_sum(y), torch.zeros(5, device=device))
     ones = torch.ones(5, device=device)
     assert normalize(y, ones, ones, ones, ones, None, EPS, "relu", 0.0).shape == shape
-    dy, dweight, dbias, _ = normalize_backward(
+    dy, dgamma, dbeta, _ = normalize_backward(
         y, y, y, ones, ones, ones, ones, None, EPS, "relu", 0.0, True, (True, True, True, False)
     )
     assert dy.shape == shape
-    assert torch.equal(dweight, ones * 0)
-    assert torch.equal(dbias, ones * 0)
+    assert torch.equal(dgamma, ones * 0)
+    assert torch.equal(dbeta, ones * 0)
 
 
 # --- running statistics -----------------------------------------------------------------------------------------------
@@ -461,8 +459,8 @@ def test_each_gradient_alone_is_that_of_all(activation, training, device, launch
         for mine, expected, need in zip(found, everything, needs, strict=True):
             assert (mine is not None) == need
             assert mine is None or torch.equal(mine, expected)
-        dy, dweight, dbias, dresidual = needs
-        assert ("gradient_sums_kernel" in kernels) == (dweight or dbias or (dy and training))
+        dy, dgamma, dbeta, dresidual = needs
+        assert ("gradient_sums_kernel" in kernels) == (dgamma or dbeta or (dy and training))
         assert ("normalize_backward_kernel" in kernels) == (dy or (dresidual and activation is not None))
     if activation is None:
         assert everything[3] is o.dz
@@ -471,10 +469,10 @@ def test_each_gradient_alone_is_that_of_all(activation, training, device, launch
 def test_frozen_backward_needs_no_y(device):
     """What the fused convolution of inference keeps: its result, not the argument of batch norm."""
     o = operands(SMALL, torch.float32, device, training=False)
-    z, dy, _, dbias, dresidual = ours(o, "relu")
-    norm = (o.mean, o.var, o.weight, o.bias, None, EPS, "relu", 0.0)
+    z, dy, _, dbeta, dresidual = ours(o, "relu")
+    norm = (o.mean, o.var, o.gamma, o.beta, None, EPS, "relu", 0.0)
     found = normalize_backward(o.dz, None, z, *norm, False, (True, False, True, True))
-    for mine, expected in zip(found, (dy, None, dbias, dresidual), strict=True):
+    for mine, expected in zip(found, (dy, None, dbeta, dresidual), strict=True):
         assert mine is expected is None or torch.equal(mine, expected)
 
 

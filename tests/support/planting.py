@@ -22,10 +22,11 @@ def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, module: ModuleType, rig
     mutant = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, mutant)
     spec.loader.exec_module(mutant)
+    right_ones = dict(vars(module))  # kept: the module's own names are replaced too, maybe first
     for name, user in list(sys.modules.items()):
         if name.startswith("cnnfast"):
             for attribute, value in list(vars(user).items()):
-                if getattr(value, "__module__", None) == module.__name__ and vars(module).get(attribute) is value:
+                if getattr(value, "__module__", None) == module.__name__ and right_ones.get(attribute) is value:
                     monkeypatch.setattr(user, attribute, getattr(mutant, attribute))
     for name in vars(module).keys() & vars(mutant).keys():  # ops call through the module
         if not name.startswith("__"):

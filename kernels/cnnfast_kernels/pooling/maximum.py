@@ -9,7 +9,7 @@ need no atomics.
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -17,9 +17,41 @@ import triton.language as tl
 
 from .. import launch, memory
 from ..dtypes import KERNEL_DTYPES, accumulator_dtype
-from ..layout import Layout, dense, result_format
+from ..layout import Layout, Strides, dense, result_format
 from ..problem import PoolProblem
-from .rows import RUNTIME, element_offset, plan_rows, unravel_rows
+from .rows import (
+    RUNTIME,
+    PoolLayouts,
+    element_offset,
+    first_covering,
+    lies_within,
+    plan_rows,
+    step_offset,
+    unravel_rows,
+)
+
+
+class MaxPoolOperands(NamedTuple):
+    """x [N, C, H, W], the result y [N, C, P, Q] and, if asked for, the taps of its maxima, laid as y is."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    taps: torch.Tensor | None
+
+
+class IndicesOperands(NamedTuple):
+    """taps and the result y, PyTorch's indices, both [N, C, P, Q]."""
+
+    taps: torch.Tensor
+    y: torch.Tensor
+
+
+class MaxPoolBackwardOperands(NamedTuple):
+    """dy and taps [N, C, P, Q], and the result dx [N, C, H, W]."""
+
+    dy: torch.Tensor
+    taps: torch.Tensor
+    dx: torch.Tensor
 
 
 @triton.jit
@@ -33,32 +65,29 @@ def first_tap(start, DIL: tl.constexpr):
 @no_type_check
 def max_pool_kernel(
     x_ptr, y_ptr, taps_ptr, N, H, W, P, Q,
-    x_stride_n, x_stride_h, x_stride_w, x_stride_c,
-    y_stride_n, y_stride_h, y_stride_w, y_stride_c,
-    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr,
+    x_stride_n, x_stride_h, x_stride_w, x_stride_c, y_stride_n, y_stride_h, y_stride_w, y_stride_c,
+    g: tl.constexpr, align: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr,
     ROWS: tl.constexpr, VEC: tl.constexpr, CHANNELS_FAST: tl.constexpr,
 ):  # fmt: skip
     """The maximum and its tap r * S + s. The first of equal values wins, the last NaN wins: PyTorch's rule."""
-    n, p, q, c, ok = unravel_rows(N, P, Q, C, CHANNELS_FAST, ROWS, VEC)
-    h0 = p * STRIDE_H - PAD_H
-    w0 = q * STRIDE_W - PAD_W
-    x_rows = x_ptr + element_offset(n, h0, w0, c, x_stride_n, x_stride_h, x_stride_w, x_stride_c, X_ALIGN)
+    n, p, q, c, ok = unravel_rows(N, P, Q, g.C, CHANNELS_FAST, ROWS, VEC)
+    h0 = p * g.stride_h - g.pad_h
+    w0 = q * g.stride_w - g.pad_w
+    x_strides = Strides(x_stride_n, x_stride_h, x_stride_w, x_stride_c, align.x)
+    x_rows = x_ptr + element_offset(n, h0, w0, c, x_strides)
 
     best = tl.full((ROWS, VEC), float("-inf"), ACC)
-    best_tap = (first_tap(h0, DIL_H) * S + first_tap(w0, DIL_W))[:, None] + tl.zeros((ROWS, VEC), tl.int32)
-    for tap in tl.range(R * S, loop_unroll_factor=UNROLL):
-        r = tap // S * DIL_H
-        s = tap % S * DIL_W
-        inside = ok & (h0 + r >= 0) & (h0 + r < H) & (w0 + s >= 0) & (w0 + s < W)
-        offset = (r.to(tl.int64) * x_stride_h + s.to(tl.int64) * x_stride_w) * X_ALIGN
-        x = tl.load(x_rows + offset, mask=inside[:, None], other=float("-inf")).to(ACC)
+    best_tap = (first_tap(h0, g.dil_h) * g.S + first_tap(w0, g.dil_w))[:, None] + tl.zeros((ROWS, VEC), tl.int32)
+    for tap in tl.range(g.R * g.S, loop_unroll_factor=UNROLL):
+        r = tap // g.S * g.dil_h
+        s = tap % g.S * g.dil_w
+        inside = lies_within(ok, h0 + r, w0 + s, H, W)
+        x = tl.load(x_rows + step_offset(r, s, x_strides), mask=inside[:, None], other=float("-inf")).to(ACC)
         take = (x > best) | (x != x)
         best = tl.where(take, x, best)
         best_tap = tl.where(take, tap, best_tap)
 
-    y_offset = element_offset(n, p, q, c, y_stride_n, y_stride_h, y_stride_w, y_stride_c, Y_ALIGN)
+    y_offset = element_offset(n, p, q, c, Strides(y_stride_n, y_stride_h, y_stride_w, y_stride_c, align.y))
     tl.store(y_ptr + y_offset, best.to(y_ptr.dtype.element_ty), mask=ok[:, None])
     if taps_ptr is not None:
         tl.store(taps_ptr + y_offset, best_tap.to(taps_ptr.dtype.element_ty), mask=ok[:, None])
@@ -68,62 +97,56 @@ def max_pool_kernel(
 @no_type_check
 def max_pool_indices_kernel(
     taps_ptr, y_ptr, N, H, W, P, Q,
-    taps_stride_n, taps_stride_h, taps_stride_w, taps_stride_c,
-    y_stride_n, y_stride_h, y_stride_w, y_stride_c,
-    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    TAPS_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, UNROLL: tl.constexpr,
+    taps_stride_n, taps_stride_h, taps_stride_w, taps_stride_c, y_stride_n, y_stride_h, y_stride_w, y_stride_c,
+    g: tl.constexpr, align: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr,
     ROWS: tl.constexpr, VEC: tl.constexpr, CHANNELS_FAST: tl.constexpr,
 ):  # fmt: skip
     """h * W + w of each tap."""
-    n, p, q, c, ok = unravel_rows(N, P, Q, C, CHANNELS_FAST, ROWS, VEC)
-    taps_offset = element_offset(n, p, q, c, taps_stride_n, taps_stride_h, taps_stride_w, taps_stride_c, TAPS_ALIGN)
-    tap = tl.load(taps_ptr + taps_offset, mask=ok[:, None], other=0).to(tl.int32)
-    h = (p * STRIDE_H - PAD_H)[:, None] + tap // S * DIL_H
-    w = (q * STRIDE_W - PAD_W)[:, None] + tap % S * DIL_W
-    y_offset = element_offset(n, p, q, c, y_stride_n, y_stride_h, y_stride_w, y_stride_c, Y_ALIGN)
-    tl.store(y_ptr + y_offset, h.to(tl.int64) * W + w, mask=ok[:, None])
+    n, p, q, c, ok = unravel_rows(N, P, Q, g.C, CHANNELS_FAST, ROWS, VEC)
+    taps_strides = Strides(taps_stride_n, taps_stride_h, taps_stride_w, taps_stride_c, align.taps)
+    tap = tl.load(taps_ptr + element_offset(n, p, q, c, taps_strides), mask=ok[:, None], other=0).to(tl.int32)
+    h = (p * g.stride_h - g.pad_h)[:, None] + tap // g.S * g.dil_h
+    w = (q * g.stride_w - g.pad_w)[:, None] + tap % g.S * g.dil_w
+    y_offset = element_offset(n, p, q, c, Strides(y_stride_n, y_stride_h, y_stride_w, y_stride_c, align.y))
+    tl.store(y_ptr + y_offset, h.to(ACC) * W + w, mask=ok[:, None])
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 @no_type_check
 def max_pool_backward_kernel(
     dy_ptr, taps_ptr, dx_ptr, N, H, W, P, Q,
-    dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
-    taps_stride_n, taps_stride_h, taps_stride_w, taps_stride_c,
+    dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, taps_stride_n, taps_stride_h, taps_stride_w, taps_stride_c,
     dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c,
-    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    DY_ALIGN: tl.constexpr, TAPS_ALIGN: tl.constexpr, DX_ALIGN: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr,
+    g: tl.constexpr, align: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr,
     ROWS: tl.constexpr, VEC: tl.constexpr, CHANNELS_FAST: tl.constexpr,
 ):  # fmt: skip
     """dx = sum of dy over the windows whose tap is this pixel, p and q ascending."""
-    COVER_H: tl.constexpr = (R - 1) * DIL_H // STRIDE_H + 1  # at most so many windows reach a row
-    COVER_W: tl.constexpr = (S - 1) * DIL_W // STRIDE_W + 1
-    n, h, w, c, ok = unravel_rows(N, H, W, C, CHANNELS_FAST, ROWS, VEC)
-    p0 = (h + PAD_H) // STRIDE_H - (COVER_H - 1)
-    q0 = (w + PAD_W) // STRIDE_W - (COVER_W - 1)
-    dy_offset = element_offset(n, p0, q0, c, dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, DY_ALIGN)
-    taps_offset = element_offset(n, p0, q0, c, taps_stride_n, taps_stride_h, taps_stride_w, taps_stride_c, TAPS_ALIGN)
+    n, h, w, c, ok = unravel_rows(N, H, W, g.C, CHANNELS_FAST, ROWS, VEC)
+    p0, q0 = first_covering(h, w, g)
+    dy_strides = Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, align.dy)
+    taps_strides = Strides(taps_stride_n, taps_stride_h, taps_stride_w, taps_stride_c, align.taps)
+    dy_rows = dy_ptr + element_offset(n, p0, q0, c, dy_strides)
+    taps_rows = taps_ptr + element_offset(n, p0, q0, c, taps_strides)
 
     acc = tl.zeros((ROWS, VEC), ACC)
-    for step in tl.range(COVER_H * COVER_W, loop_unroll_factor=UNROLL):
-        i = step // COVER_W
-        j = step % COVER_W
+    for step in tl.range(g.cover_h * g.cover_w, loop_unroll_factor=UNROLL):
+        i = step // g.cover_w
+        j = step % g.cover_w
         p = p0 + i
         q = q0 + j
-        from_h = h + PAD_H - p * STRIDE_H
-        from_w = w + PAD_W - q * STRIDE_W
-        covers = ok & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
-        covers = covers & (from_h % DIL_H == 0) & (from_w % DIL_W == 0) & (from_h < R * DIL_H) & (from_w < S * DIL_W)
-        tap = from_h // DIL_H * S + from_w // DIL_W
-        dy_step = (i.to(tl.int64) * dy_stride_h + j.to(tl.int64) * dy_stride_w) * DY_ALIGN
-        taps_step = (i.to(tl.int64) * taps_stride_h + j.to(tl.int64) * taps_stride_w) * TAPS_ALIGN
-        dy = tl.load(dy_ptr + dy_offset + dy_step, mask=covers[:, None], other=0.0).to(ACC)
-        saved = tl.load(taps_ptr + taps_offset + taps_step, mask=covers[:, None], other=0)
+        from_h = h + g.pad_h - p * g.stride_h
+        from_w = w + g.pad_w - q * g.stride_w
+        covers = lies_within(ok, p, q, P, Q)
+        covers = covers & (from_h % g.dil_h == 0) & (from_w % g.dil_w == 0)
+        covers = covers & (from_h < g.R * g.dil_h) & (from_w < g.S * g.dil_w)
+        tap = from_h // g.dil_h * g.S + from_w // g.dil_w
+        dy_step = step_offset(i, j, dy_strides)
+        taps_step = step_offset(i, j, taps_strides)
+        dy = tl.load(dy_rows + dy_step, mask=covers[:, None], other=0.0).to(ACC)
+        saved = tl.load(taps_rows + taps_step, mask=covers[:, None], other=0)
         acc += tl.where(saved.to(tl.int32) == tap[:, None], dy, 0.0)
 
-    dx_offset = element_offset(n, h, w, c, dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, DX_ALIGN)
+    dx_offset = element_offset(n, h, w, c, Strides(dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, align.dx))
     tl.store(dx_ptr + dx_offset, acc.to(dx_ptr.dtype.element_ty), mask=ok[:, None])
 
 
@@ -134,13 +157,13 @@ def taps_dtype(problem: PoolProblem) -> torch.dtype:
 
 
 @launch.planned
-def _plan_max(problem: PoolProblem, strides, dtype) -> tuple[launch.Launch, Layout, Layout]:
-    g = problem
-    x = Layout((g.N, g.C, g.H, g.W), strides, dtype)
-    y, taps = (dense((g.N, g.C, g.P, g.Q), t, result_format(x)) for t in (dtype, taps_dtype(g)))
+def _plan_max(
+    problem: PoolProblem, strides: tuple[int, ...], dtype: torch.dtype
+) -> tuple[launch.Launch[MaxPoolOperands], Layout, Layout]:
+    x = Layout(problem.image, strides, dtype)
+    y, taps = (dense(problem.pooled, t, result_format(x)) for t in (dtype, taps_dtype(problem)))
     acc = KERNEL_DTYPES[accumulator_dtype(dtype)]
-    run = plan_rows(max_pool_kernel, g, {"X": x, "Y": y}, g.R * g.S, DIL_H=g.dil_h, DIL_W=g.dil_w, ACC=acc)
-    return run, y, taps
+    return plan_rows(max_pool_kernel, problem, PoolLayouts(x=x, y=y), acc, problem.R * problem.S), y, taps
 
 
 def max_pool(problem: PoolProblem, x: torch.Tensor, with_taps: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -152,38 +175,42 @@ def max_pool(problem: PoolProblem, x: torch.Tensor, with_taps: bool) -> tuple[to
     run, y_layout, taps_layout = _plan_max(problem, x.stride(), x.dtype)
     y = memory.empty(y_layout, x)
     taps = memory.empty(taps_layout, x) if with_taps else None
-    run((x, y, taps))
+    run(MaxPoolOperands(x, y, taps))
     return y, taps
 
 
 @launch.planned
-def _plan_indices(problem: PoolProblem, strides, dtype) -> tuple[launch.Launch, Layout]:
-    g = problem
-    taps = Layout((g.N, g.C, g.P, g.Q), strides, dtype)
-    indices = dense(taps.shape, torch.int64, result_format(taps))
-    return plan_rows(max_pool_indices_kernel, g, {"TAPS": taps, "Y": indices}, 1, DIL_H=g.dil_h, DIL_W=g.dil_w), indices
+def _plan_indices(
+    problem: PoolProblem, strides: tuple[int, ...], dtype: torch.dtype
+) -> tuple[launch.Launch[IndicesOperands], Layout]:
+    taps = Layout(problem.pooled, strides, dtype)
+    y = dense(taps.shape, torch.int64, result_format(taps))
+    return plan_rows(max_pool_indices_kernel, problem, PoolLayouts(taps=taps, y=y), tl.int64, 1), y
 
 
 def max_pool_indices(problem: PoolProblem, taps: torch.Tensor) -> torch.Tensor:
     """PyTorch's indices, h * W + w of each maximum, int64 [N, C, P, Q] in the layout of `taps`."""
     run, layout = _plan_indices(problem, taps.stride(), taps.dtype)
     indices = memory.empty(layout, taps)
-    run((taps, indices))
+    run(IndicesOperands(taps, indices))
     return indices
 
 
 @launch.planned
 def _plan_backward(
-    problem: PoolProblem, dy_strides, taps_strides, dtype, tap_dtype, memory_format
-) -> tuple[launch.Launch, Layout]:
-    g = problem
-    dy = Layout((g.N, g.C, g.P, g.Q), dy_strides, dtype)
-    taps = Layout(dy.shape, taps_strides, tap_dtype)
-    dx = dense((g.N, g.C, g.H, g.W), dtype, memory_format)
-    cover = ((g.R - 1) * g.dil_h // g.stride_h + 1) * ((g.S - 1) * g.dil_w // g.stride_w + 1)
+    problem: PoolProblem,
+    dy_strides: tuple[int, ...],
+    taps_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    tap_dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> tuple[launch.Launch[MaxPoolBackwardOperands], Layout]:
+    dy, taps = Layout(problem.pooled, dy_strides, dtype), Layout(problem.pooled, taps_strides, tap_dtype)
+    dx = dense(problem.image, dtype, memory_format)
+    g = problem.geometry()
     acc = KERNEL_DTYPES[accumulator_dtype(dtype)]
-    operands = {"DY": dy, "TAPS": taps, "DX": dx}
-    return plan_rows(max_pool_backward_kernel, g, operands, cover, DIL_H=g.dil_h, DIL_W=g.dil_w, ACC=acc), dx
+    layouts = PoolLayouts(dy=dy, taps=taps, dx=dx)
+    return plan_rows(max_pool_backward_kernel, problem, layouts, acc, g.cover_h * g.cover_w), dx
 
 
 def max_pool_backward(
@@ -192,5 +219,5 @@ def max_pool_backward(
     """dx [N, C, H, W] in `memory_format`, from dy and taps [N, C, P, Q] in any layout."""
     run, layout = _plan_backward(problem, dy.stride(), taps.stride(), dy.dtype, taps.dtype, memory_format)
     dx = memory.empty(layout, dy)
-    run((dy, taps, dx))
+    run(MaxPoolBackwardOperands(dy, taps, dx))
     return dx

@@ -25,7 +25,7 @@ from .. import launch
 from ..epilogue import PLAIN, Channels, Epilogue, Finish, finish, load_channels, store_moments
 from ..layout import Laid
 from ..operands import FpropOperands
-from ..partials import TileRows
+from ..moments import TileRows
 from ..problem import ConvProblem
 from ..tiling import cdiv
 from .boxes import (

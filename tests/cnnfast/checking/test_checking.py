@@ -23,7 +23,8 @@ from cnnfast.checking.judge import compare
 from cnnfast.checking.report import WIDTH, CheckReport, CheckRow, Comparison
 from cnnfast.commands.check import check as check_command
 from cnnfast.dtypes import name_of
-from cnnfast_kernels import batchnorm, launch
+from cnnfast_kernels import launch
+from cnnfast_kernels.batchnorm import gradients, running
 from cnnfast_kernels.gather import dgrad, fprop, wgrad
 from cnnfast_kernels.pooling import average, maximum, plane
 from tests.support.child import run_compiled
@@ -83,11 +84,11 @@ class Fault(NamedTuple):
     tensor: str
 
 
-PIXELS = "window_pixels(h0, h1, w0, w1, H, W, COUNT_PAD)"
+PIXELS = "window_pixels(h0, h1, w0, w1, H, W, a.count_pad)"
 ALL_PIXELS = "window_pixels(h0, h1, w0, w1, H, W, True)"
 
 FAULTS = [
-    Fault("mask off by one", max_pool, maximum, "& (w0 + s < W)", "& (w0 + s < W - 1)", "output"),
+    Fault("mask off by one", max_pool, maximum, "w0 + s, H, W)", "w0 + s, H, W - 1)", "output"),
     Fault(
         "mask off by one",
         conv,
@@ -117,9 +118,9 @@ FAULTS = [
     Fault(
         "wrong divisor",
         batch_norm,
-        batchnorm,
-        "sum_g_ptr, c, c_ok, ACC), rows.",
-        "sum_g_ptr, c, c_ok, ACC), (rows - 1).",
+        gradients,
+        "sum_g_ptr, at.c, at.c_ok, e.acc), rows.",
+        "sum_g_ptr, at.c, at.c_ok, e.acc), (rows - 1).",
         "grad of input",
     ),
     Fault("missing accumulate", global_pool, plane, "acc += tl.load", "acc = tl.load", "output"),
@@ -131,7 +132,7 @@ FAULTS = [
     Fault(
         "stale running statistic",
         batch_norm,
-        batchnorm,
+        running,
         "keep * running_var + take * unbiased",
         "running_var",
         "running_var",
@@ -139,7 +140,7 @@ FAULTS = [
     Fault(
         "stale statistic",
         batch_norm,
-        batchnorm,
+        gradients,
         "(sum_g, sum_gx) if training else (None, None)",
         "(None, None)",
         "grad of input",

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import cnnfast.functional as ours
-from cnnfast_kernels import batchnorm
+from cnnfast_kernels.batchnorm import gradients, normalising, statistics
 from tests.support.agreement import (
     assert_bits,
     assert_close,
@@ -288,10 +288,10 @@ def test_batch_norm_fills_a_gpu(shape, dtype, fmt):
     """
     strides = torch.empty(shape, device="meta", memory_format=fmt).stride()
     plans = [
-        batchnorm._plan_moments(shape, strides, dtype)[0],
-        batchnorm._plan_normalize(shape, strides, None, strides, dtype, 1e-5, None, 0.0)[0],
-        batchnorm._plan_sums(shape, (strides, strides, None, None), dtype, 1e-5, None, 0.0, 2)[0],
-        batchnorm._plan_backward(shape, (strides, strides, None, None), strides, dtype, 1e-5, None, 0.0, True, False)[
+        statistics._plan_moments(shape, strides, dtype)[0],
+        normalising._plan_normalize(shape, strides, None, strides, dtype, 1e-5, None, 0.0)[0],
+        gradients._plan_sums(shape, (strides, strides, None, None), dtype, 1e-5, None, 0.0, 2)[0],
+        gradients._plan_backward(shape, (strides, strides, None, None), strides, dtype, 1e-5, None, 0.0, True, False)[
             0
         ],
     ]

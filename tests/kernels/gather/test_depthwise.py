@@ -25,7 +25,7 @@ from cnnfast_kernels.gather.depthwise import (
     plan_depthwise_fprop,
     vector_length,
 )
-from cnnfast_kernels.partials import combine
+from cnnfast_kernels.moments import combine
 from cnnfast_kernels.problem import ConvProblem
 from cnnfast_kernels.tiling import (
     CACHED_BYTES,

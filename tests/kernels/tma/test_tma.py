@@ -12,7 +12,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from cnnfast_kernels import conv, devices, launch, memory
 from cnnfast_kernels.epilogue import ACTIVATIONS, BatchNorm, Epilogue
-from cnnfast_kernels.partials import combine
+from cnnfast_kernels.moments import combine
 from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.dgrad import tma_dgrad
 from cnnfast_kernels.tma.fprop import box_rows, tma_fprop

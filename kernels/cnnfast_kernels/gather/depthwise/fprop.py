@@ -28,7 +28,7 @@ from ...indexing import (
 )
 from ...layout import Laid, Strides, dense_alignment, strides_nhwc
 from ...operands import FpropOperands
-from ...partials import TileRows
+from ...moments import TileRows
 from ...problem import ConvProblem
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
 from .strips import (

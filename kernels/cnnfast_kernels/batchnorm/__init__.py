@@ -1,0 +1,24 @@
+"""Batch normalisation: statistics, normalise-activate(-add), its derivatives, running statistics; and the sum over all
+axes but channels.
+
+    z = act((y - mean) * scale + beta + residual),  scale = gamma * invstd,  invstd = 1 / sqrt(var + eps)
+
+Sums over rows take two stages: every program reduces its tile of rows, and moments.py combines what the tiles leave.
+Everything is computed in float32, or float64 for float64 tensors.
+"""
+
+from ..planes import contiguous
+from .gradients import channel_sum, normalize_backward
+from .normalising import normalize
+from .running import update_running
+from .statistics import batch_moments, combine_moments
+
+__all__ = [
+    "batch_moments",
+    "channel_sum",
+    "combine_moments",
+    "contiguous",
+    "normalize",
+    "normalize_backward",
+    "update_running",
+]

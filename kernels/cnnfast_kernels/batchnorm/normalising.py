@@ -1,0 +1,130 @@
+"""Normalise, activate and, if there is a residual, add, in one pass over memory."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import launch, memory
+from ..dtypes import KERNEL_DTYPES, accumulator_dtype
+from ..epilogue import Channels, Finish, finish
+from ..layout import Laid, Layout, dense
+from ..planes import (
+    PlaneTensor,
+    TilePlace,
+    common_planes,
+    contiguous,
+    dense_format,
+    load_tile,
+    load_vector,
+    locate_tile,
+    mergeable,
+    tile_pointers,
+)
+from .channels import load_scale
+
+STRIDES = [f"{t}_stride_{d}" for t in ("y", "residual", "z") for d in "nlc"]
+
+
+class NormalizeOperands(NamedTuple):
+    """y and, of its shape, residual and the result z; the others [C], contiguous. What is absent is None."""
+
+    y: torch.Tensor
+    mean: torch.Tensor
+    var: torch.Tensor
+    gamma: torch.Tensor | None
+    beta: torch.Tensor | None
+    residual: torch.Tensor | None
+    z: torch.Tensor
+
+
+class ResidualTile(NamedTuple):
+    """Inside a kernel, what `finish` needs of the residual: its pointer, which is None where there is none, and how its
+    tile is loaded.
+    """
+
+    source: tl.tensor
+    tensor: PlaneTensor
+    at: TilePlace
+
+
+@triton.jit
+@no_type_check
+def load_residual_tile(residual):
+    """[BLOCK_L, BLOCK_C] of a ResidualTile."""
+    return tl.load(tile_pointers(residual.tensor, residual.at), mask=residual.at.mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["L", *STRIDES])
+@no_type_check
+def normalize_kernel(
+    y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, z_ptr, slope: tl.float64, L,
+    y_stride_n, y_stride_l, y_stride_c, residual_stride_n, residual_stride_l, residual_stride_c,
+    z_stride_n, z_stride_l, z_stride_c, g: tl.constexpr, e: tl.constexpr,
+):  # fmt: skip
+    """One tile of z. g: PlaneGeometry; e: Finish."""
+    at = locate_tile(L, g)
+    y = load_tile(PlaneTensor(y_ptr, y_stride_n, y_stride_l, y_stride_c, g.ALIGN), at, e.acc)
+    of_channels = Channels(None, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+    # As epilogue.load_channels, but the mean comes after the scale: six registers fewer are in use.
+    _, scale = load_scale(of_channels, at, e)
+    channels = (load_vector(mean_ptr, at.c, at.c_ok, e.acc), scale)
+    if beta_ptr is not None:
+        channels = channels + (load_vector(beta_ptr, at.c, at.c_ok, e.acc),)
+    addend = PlaneTensor(residual_ptr, residual_stride_n, residual_stride_l, residual_stride_c, g.ALIGN)
+    residual = ResidualTile(residual_ptr, addend, at)
+    z = finish(y, channels, residual, slope, of_channels, e, load_residual_tile)
+    pointers = tile_pointers(PlaneTensor(z_ptr, z_stride_n, z_stride_l, z_stride_c, g.ALIGN), at)
+    tl.store(pointers, z.to(z_ptr.dtype.element_ty), mask=at.mask)
+
+
+@launch.planned
+def _plan_normalize(
+    shape: tuple[int, ...],
+    y_strides: tuple[int, ...],
+    residual_strides: tuple[int, ...] | None,
+    like: tuple[int, ...],
+    dtype: torch.dtype,
+    eps: float,
+    activation: str | None,
+    slope: float,
+) -> tuple[launch.Launch[NormalizeOperands], Layout]:
+    z = dense(shape, dtype, dense_format(Layout(shape, like, dtype)))
+    planes = common_planes(shape, (y_strides, residual_strides, z.strides), dtype)
+    e = Finish(eps, activation, KERNEL_DTYPES[accumulator_dtype(dtype)])
+    run = launch.Launch(
+        normalize_kernel, planes.grid, slope, planes.units, *chain(*planes.strides), e=e, **planes.constants
+    )
+    return run, z
+
+
+def normalize(
+    y: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    out_like: Laid | None = None,
+) -> torch.Tensor:
+    """z = act((y - mean) * gamma / sqrt(var + eps) + beta + residual), of y's dtype, in the memory format of
+    `out_like`, by default y.
+
+    Shapes: y and residual [N, C, *spatial] in any layouts, the others [C] of any floating dtypes.
+    """
+    like = (y if out_like is None else out_like).stride()
+    y, residual = mergeable(y), mergeable(residual)
+    residual_strides = None if residual is None else residual.stride()
+    run, layout = _plan_normalize(y.shape, y.stride(), residual_strides, like, y.dtype, eps, activation, slope)
+    z = memory.empty(layout, y)
+    mean, var = contiguous(mean, var)
+    gamma, beta = contiguous(gamma, beta)
+    run(NormalizeOperands(y, mean, var, gamma, beta, residual, z))
+    return z

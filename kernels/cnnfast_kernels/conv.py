@@ -30,8 +30,8 @@ from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
 from .gather.wgrad import plan_wgrad
 from .layout import Layout, dense
-from .operands import DgradOperands, FpropOperands, WgradOperands
 from .moments import TileRows, combine
+from .operands import DgradOperands, FpropOperands, WgradOperands
 from .slots import WgradLaunches
 from .tiling import StripTile, cdiv
 from .tma.dgrad import plan_tma_dgrad

@@ -177,3 +177,24 @@ def test_meta_tensors_stand_for_those_of_a_gpu():
         assert devices.type_of(torch.device("cpu")) == "cpu"
         assert devices.gpu(meta) == named
     assert devices.type_of(meta) == "meta"
+
+
+def test_operands_are_named_as_the_kernels_parameters(monkeypatch):
+    """A launch is called with a record, whose fields are the first parameters of its kernel, in their order."""
+    from cnnfast_kernels.aot.cases import cases
+
+    called: dict[str, tuple[str, ...]] = {}
+    call = launch.Launch.__call__
+
+    def noted(prepared, operands):
+        fields = getattr(operands, "_fields", ())
+        names = tuple(name.removesuffix("_ptr").removesuffix("_map") for name in prepared.kernel.arg_names)
+        called[prepared.kernel.__name__] = fields
+        assert fields == names[: len(operands)], prepared.kernel.__name__
+        call(prepared, operands)
+
+    monkeypatch.setattr(launch.Launch, "__call__", noted)
+    with launch.substituted(lambda *launched: None):
+        for case in cases(90):
+            case.run()
+    assert {"conv_fprop_kernel", "tma_wgrad_kernel", "depthwise_dgrad_kernel", "normalize_kernel"} <= called.keys()

@@ -24,8 +24,8 @@ import triton.language as tl
 from .. import launch
 from ..epilogue import PLAIN, Channels, Epilogue, Finish, finish, load_channels, store_moments
 from ..layout import Laid
-from ..operands import FpropOperands
 from ..moments import TileRows
+from ..operands import FpropOperands
 from ..problem import ConvProblem
 from ..tiling import cdiv
 from .boxes import (

@@ -27,8 +27,8 @@ from ...indexing import (
     pixel_offset,
 )
 from ...layout import Laid, Strides, dense_alignment, strides_nhwc
-from ...operands import FpropOperands
 from ...moments import TileRows
+from ...operands import FpropOperands
 from ...problem import ConvProblem
 from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
 from .strips import (

@@ -14,17 +14,13 @@ ROOTS = {
     **dict.fromkeys(("cnnfast", "tests", "benchmarks"), REPOSITORY),
 }
 
+# These are pure Python.
+PURE = ("problem", "gpus", "tiling", "tables", "table_files", "table_rows", "gather.depthwise.tiles", "tma.tiles")
+
 # (importer, imported, exceptions): no module that matches the first may import what matches the second.
 FORBIDDEN = [
     ("cnnfast_kernels*", "cnnfast*", ["cnnfast_kernels*"]),
-    ("cnnfast_kernels.problem", "torch*", []),
-    ("cnnfast_kernels.problem", "triton*", []),
-    ("cnnfast_kernels.gpus", "torch*", []),
-    ("cnnfast_kernels.gpus", "triton*", []),
-    ("cnnfast_kernels.tiling", "torch*", []),
-    ("cnnfast_kernels.tiling", "triton*", []),
-    ("cnnfast_kernels.tables", "torch*", []),
-    ("cnnfast_kernels.tables", "triton*", []),
+    *[(f"cnnfast_kernels.{pure}", other, []) for pure in PURE for other in ("torch*", "triton*")],
     ("cnnfast*", "tests*", []),
     ("cnnfast*", "benchmarks*", []),
     ("tests*", "benchmarks*", []),
@@ -60,8 +56,10 @@ LAYERS = {
         "epilogue launch launchable indexing memory devices",
         "planes partials slots",
         "gather tma batchnorm pooling",
+        "table_rows",
+        "table_files",
         "tables",
-        "choosing",
+        "choosing keys",
         "conv",
         "aot",
     ],

@@ -78,9 +78,12 @@ def check_norm(
         raise RuntimeError(f"{function}(): running_mean and running_var must be defined in evaluation mode")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{function}(): running_mean and running_var must either both be None or neither be None")
-    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
-        if t is not None and t.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{function}(): {name} must not require a gradient, as nothing is differentiated by it")
+    if torch.is_grad_enabled():
+        for name, t in (("running_mean", running_mean), ("running_var", running_var)):
+            if t is not None and t.requires_grad:
+                raise RuntimeError(
+                    f"{function}(): {name} must not require a gradient, as nothing is differentiated by it"
+                )
     vectors, size = (running_mean, running_var, weight, bias), (channels,)
     usual = (
         dtype if dtype == torch.float64 or (running_mean is not None and running_mean.dtype == dtype) else torch.float32

@@ -17,6 +17,7 @@ from ..batchnorm import batch_moments, channel_sum, normalize, normalize_backwar
 from ..choosing import Geometry, Tile
 from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from ..epilogue import ACTIVATIONS, BatchNorm, Epilogue
+from ..gather.depthwise.tiles import strip_tiles
 from ..pooling import (
     adaptive_avg_pool,
     adaptive_avg_pool_backward,
@@ -28,16 +29,7 @@ from ..pooling import (
     max_pool_indices,
 )
 from ..problem import ConvProblem, PoolProblem
-from ..tiling import (
-    DEFAULT_TILES,
-    ELEMENT_BYTES,
-    VECTOR_BYTES,
-    Operation,
-    Precision,
-    candidate_tiles,
-    choose_tile,
-    strip_tiles,
-)
+from ..tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile
 from ..tma.stem import packed_problem
 from ..tma.tiles import candidate_boxes
 from ..tma.views import why_not_on

@@ -273,10 +273,12 @@ def test_a_measured_tile_that_the_tensors_cannot_take_does_not_count(gpu):
     """
     x, w = (dense((8, 64, 16, 16), HALF, LAST), dense((64, 64, 1, 1), HALF, LAST))
     geometry = Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1)
-    questions = [choosing.ask_fprop(x, w, None, geometry, "", None, False, gpu, aligned) for aligned in (True, False)]
+    questions = [choosing.fprop_question(x, w, geometry, gpu, aligned=aligned) for aligned in (True, False)]
     tables.write(*gpu, [tables.TableRow(questions[0].key, BoxTile(1, 8, 8, 64, 64, 4, 3), "kernels", {})], {})
-    assert [serving.decide(q, library_first=True).library for q in questions] == [False, True]
-    assert [serving.decide(q, library_first=False).library for q in questions] == [False, False]
+    rows = [choosing.measured(q) for q in questions]
+    for library_first, by_library in ((True, [False, True]), (False, [False, False])):
+        decisions = [serving.decide(q, row, library_first) for q, row in zip(questions, rows, strict=True)]
+        assert [decision.library for decision in decisions] == by_library
 
 
 def test_an_empty_batch_is_nobodys(device, library_first):

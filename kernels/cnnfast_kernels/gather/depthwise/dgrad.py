@@ -22,8 +22,9 @@ from ...indexing import channel_offset, class_axis, divisor, pixel_offset
 from ...layout import Laid, Strides, strides_nhwc
 from ...operands import DgradOperands
 from ...problem import ConvProblem, tap_step
-from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
+from ...tiling import MAX_REGISTERS, cdiv
 from .strips import FAR, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
+from .tiles import StripTile, taps_at_once
 
 EXTENTS = [
     "N",

@@ -23,8 +23,9 @@ from ...layout import Laid, Strides, strides_nhwc
 from ...operands import FpropOperands
 from ...partials import TileRows
 from ...problem import ConvProblem
-from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
+from ...tiling import MAX_REGISTERS, cdiv
 from .strips import FAR, StripPlan, accumulate_column, filters_layout, in_range, locate_strips, zeros
+from .tiles import StripTile, taps_at_once
 
 EXTENTS = ["N", "H", "W", "P", "Q", "strips", "strips_magic", "strips_shift", "q_magic", "q_shift"]
 STRIDES = [f"{t}_stride_{d}" for t in ("x", "y", "residual") for d in "nhwc"]

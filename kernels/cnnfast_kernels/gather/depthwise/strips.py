@@ -12,7 +12,8 @@ from ... import launch
 from ...indexing import divide
 from ...layout import Laid, Layout, Strides, dense, strides_nhwc
 from ...operands import DgradOperands, FpropOperands
-from ...tiling import VECTOR_BYTES, StripTile
+from ...tiling import VECTOR_BYTES
+from .tiles import StripTile
 
 # A strip whose first row this is has no row in any image: its loads return zero.
 FAR = tl.constexpr(-(1 << 30))

@@ -24,8 +24,9 @@ from ...layout import Laid, Strides, dense, strides_nhwc
 from ...operands import WgradOperands
 from ...problem import ConvProblem
 from ...slots import WgradLaunches, plan_reduction
-from ...tiling import MAX_REGISTERS, StripTile, cdiv, columns_at_once, taps_at_once
+from ...tiling import MAX_REGISTERS, cdiv
 from .strips import FAR, add_product, filters_as_channels, in_range, load_row, locate_strips, zeros
+from .tiles import StripTile, columns_at_once, taps_at_once
 
 EXTENTS = [
     "N",

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
-from .. import dispatch
+from .. import dispatch, recording
 from ..conversion import convert
 from ..dtypes import TF32, name_of
 from ..precision import UNIT as TF32_UNIT
@@ -129,8 +129,8 @@ class _Outcome:
     """What one run of a model leaves, by name; a gradient that does not exist is missing."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    forward: dispatch.Trace = field(default_factory=dispatch.Trace)
-    backward: dispatch.Trace = field(default_factory=dispatch.Trace)
+    forward: recording.Trace = field(default_factory=recording.Trace)
+    backward: recording.Trace = field(default_factory=recording.Trace)
 
 
 class _Step:
@@ -252,7 +252,7 @@ class _Step:
             torch.set_grad_enabled(self.backward),
         ):
             given = tree_map_only(Tensor, Tensor.clone, leaves)  # the model may write into them
-            with dispatch.trace() as outcome.forward:
+            with recording.trace() as outcome.forward:
                 outputs = _tensors("output", model(*given))
             after = {f"{name} afterwards": t for name, t in _tensors("input", given).items()}
             outcome.tensors = {
@@ -261,7 +261,7 @@ class _Step:
             outputs = [t for t in outputs.values() if t.requires_grad]
             if outputs:
                 dy = [self.output_gradient(t, i) for i, t in enumerate(outputs)]
-                with dispatch.trace() as outcome.backward:
+                with recording.trace() as outcome.backward:
                     gradients = torch.autograd.grad(outputs, list(wanted.values()), dy, allow_unused=True)
                 outcome.tensors |= {
                     f"grad of {name}": g for name, g in zip(wanted, gradients, strict=True) if g is not None

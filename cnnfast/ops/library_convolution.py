@@ -83,8 +83,8 @@ def _convolve_back(
 ) -> Tensor:
     stride, padding, dilation = _arguments(geometry)
     if geometry.groups > 1 and geometry.groups == x_shape[1]:
-        # PyTorch has kernels for the gradient of a depthwise convolution, and none for a transposed one. Only the layout
-        # of x is read.
+        # PyTorch has kernels for the gradient of a depthwise convolution, and none for a transposed one. Only the
+        # layout of x is read.
         x = memory.empty(x_shape, dy, convolution_format(dy, w))
         arguments = stride, padding, dilation, False, [0, 0], geometry.groups
         dx = torch.ops.aten.convolution_backward(dy, x, w, None, *arguments, [True, False, False])[0]

@@ -1,8 +1,9 @@
 """Our operators in PyTorch's own.
 
 They serve in a backward pass under a transform that was not yet active when the forward pass ran, as in
-torch.func.vmap(lambda v: torch.autograd.grad(y, x, v)): PyTorch has rules for its own operators, and none for ours. They
-also serve where a forward pass runs only to tell which operators it calls, before their kernels are compiled (calls.py).
+torch.func.vmap(lambda v: torch.autograd.grad(y, x, v)): PyTorch has rules for its own operators, and none for ours.
+They also serve where a forward pass runs only to tell which operators it calls, before their kernels are compiled
+(calls.py).
 """
 
 from __future__ import annotations

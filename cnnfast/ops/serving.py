@@ -31,7 +31,7 @@ from cnnfast_kernels.layout import Layout
 from cnnfast_kernels.problem import ConvProblem, output_extent
 from cnnfast_kernels.tables import TableRow
 
-from .. import dispatch
+from .. import dispatch, recording
 
 UNMEASURED = "it is unmeasured on this GPU: cnnfast.tune(model, *inputs) measures it"
 DEPTHWISE = (
@@ -55,8 +55,8 @@ class Decision(NamedTuple):
 
 
 def takes(g: ConvProblem) -> bool:
-    """Whether the library takes this padding: it pads both ends of an axis alike, which may be more than the last window
-    needs.
+    """Whether the library takes this padding: it pads both ends of an axis alike, which may be more than the last
+    window needs.
     """
     P = output_extent(g.H, g.R, g.stride_h, g.pad_h, g.pad_h, g.dil_h)
     Q = output_extent(g.W, g.S, g.stride_w, g.pad_w, g.pad_w, g.dil_w)
@@ -101,5 +101,5 @@ def library_serves(plan: ConvolutionPlan, device: torch.device) -> Decision | No
         return None
     library = decision.library and dispatch.library_allowed()
     reason = decision.reason if library or not decision.library else "the library may not serve: kernels were asked for"
-    dispatch.note("library" if library else "kernels", reason)
+    recording.note("library" if library else "kernels", reason)
     return decision if library else None

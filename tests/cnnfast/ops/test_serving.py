@@ -13,8 +13,8 @@ import torch
 import cnnfast
 import cnnfast.functional as F
 from cnnfast import dispatch
-from cnnfast.dispatch import Call
 from cnnfast.ops import serving
+from cnnfast.recording import Call
 from cnnfast_kernels import choosing, launch, tables
 from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.layout import dense

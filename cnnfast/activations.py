@@ -1,5 +1,5 @@
-"""The activations by name, in plain PyTorch: what the fused kernels compute, for the paths that PyTorch takes; and
-PyTorch's modules.
+"""The activations by name, in plain PyTorch: where PyTorch serves, these compute what the fused kernels would. And the
+names of PyTorch's modules for them.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ def check_activation(function: str, activation: str | None, activation_arg: floa
     """Raises ValueError, in the name of `function`, for an unknown activation or an argument that it does not take."""
     if activation not in ACTIVATIONS:
         raise ValueError(
-            f"{function}(): activation must be one of {', '.join(map(str, ACTIVATIONS))}, but got activation={activation!r}"
+            f"{function}(): activation must be one of {', '.join(map(str, ACTIVATIONS))}, "
+            f"but got activation={activation!r}"
         )
     if activation_arg is not None and activation != "leaky_relu":
         raise ValueError(
-            f"{function}(): activation_arg is leaky_relu's slope, but got activation_arg={activation_arg} for {activation!r}"
+            f"{function}(): activation_arg is leaky_relu's slope, "
+            f"but got activation_arg={activation_arg} for {activation!r}"
         )
 
 
 def activation_of(module: nn.Module) -> tuple[str, float | None] | None:
-    """(name, slope or None) of what an activation module of PyTorch's computes, as conv_bn_act takes them; None if
-    there is no kernel.
+    """(name, slope or None) of an activation module of PyTorch's, as conv_bn_act takes them; None if no kernel computes
+    it.
     """
     if type(module) is nn.LeakyReLU:
         return "leaky_relu", module.negative_slope

@@ -1,10 +1,10 @@
 """Tables of measured tiles: which kernel serves a convolution on a GPU, or whether the library's is faster there.
 
 A table (table_files.py) is for one GPU, with one row (table_rows.py) for each convolution that was measured and checked
-on it. The user's tables lie in the platform's cache folder, where `cnnfast tune` writes them row by row. Those that come
-with cnnfast lie in tables/ beside this file, in a folder for each GPU, and say in their heads what they were measured
-with; `cnnfast tune --table` writes such a file. The user's rows go before them; where there is none, the defaults in
-code run.
+on it. The user's tables lie in the platform's cache folder, where `cnnfast tune` writes them row by row. Those that
+come with cnnfast lie in tables/ beside this file, in a folder for each GPU, and say in their heads what they were
+measured with; `cnnfast tune --table` writes such a file. The user's rows go before them; where there is none, the
+defaults in code run.
 
 A row serves a convolution that agrees with it in everything but the batch: GPU, operation, epilogue, dtype, layout,
 channels, image, filters, strides, padding. Another batch only makes more or fewer tiles: the row of the nearest one is
@@ -44,8 +44,8 @@ _reading = threading.Lock()
 
 
 def find(key: Key) -> TableRow | None:
-    """The row that serves a convolution, if it was measured: that of the nearest batch, or of the smaller one of two that
-    are equally near.
+    """The row that serves a convolution, if it was measured: that of the nearest batch, or of the smaller one of two
+    that are equally near.
     """
     for table in _read():
         near = [row for row in table.get(key.but_for_batch, ()) if _apart(row, key.problem.N) <= FARTHEST_BATCH]
@@ -60,8 +60,8 @@ def _apart(row: TableRow, N: int) -> float:
 
 
 def was_measured(gpu: str, arch: int, problem: ConvProblem) -> bool:
-    """Whether a GPU has a row for the forward pass of a convolution, in any dtype and layout, and at a batch near enough
-    to serve `problem`.
+    """Whether a GPU has a row for the forward pass of a convolution, in any dtype and layout, and at a batch near
+    enough to serve `problem`.
     """
     near = (
         row.key

@@ -98,8 +98,8 @@ def candidate_tiles(
     warps.
 
     `adjacent`: whether channels lie next to each other in all operands. If not, every element needs an address in
-    registers, and so do some where channels are so few that a k-step spans several taps. `arch`: 90 for sm_90; on sm_100
-    the compiler takes more registers.
+    registers, and so do some where channels are so few that a k-step spans several taps. `arch`: 90 for sm_90; on
+    sm_100 the compiler takes more registers.
     """
     tiles = DEFAULT_TILES[precision]
     depth = problem.group_filters if operation == "dgrad" else problem.group_channels
@@ -112,8 +112,8 @@ def candidate_tiles(
 def register_limit(problem: ConvProblem, operation: Operation, precision: Precision, tile: TileConfig) -> int | None:
     """The limit on a thread's registers that ptxas is given for a kernel of gather/; None: it is given none.
 
-    Without a limit the ptxas of triton 3.7.1 takes a few registers too few for two kernels, so that one more program may
-    run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32 with 16, on
+    Without a limit the ptxas of triton 3.7.1 takes a few registers too few for two kernels, so that one more program
+    may run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32 with 16, on
     sm_89. The limits, which are what 3 and 4 programs of 4 warps may have, make no tile spill. Other kernels get none,
     because ptxas uses a limit up where fewer registers would do.
     """
@@ -174,8 +174,8 @@ def least_shared_bytes(tile: TileConfig, precision: Precision) -> int:
 def search_tiles(
     problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
 ) -> Iterator[TileConfig]:
-    """What measuring tries: the default tiles that may be chosen and wider ones, as they are, with k-steps of twice their
-    length, and with one stage less; in wgrad, in place of fewer stages, with half and twice the default split.
+    """What measuring tries: the default tiles that may be chosen and wider ones, as they are, with k-steps of twice
+    their length, and with one stage less; in wgrad, in place of fewer stages, with half and twice the default split.
 
     It leaves out what cannot win or makes no difference: blocks of which half or more would be empty where there are
     smaller ones, tiles that need more shared memory than `arch` has, and stages that the loop has no steps to fill.

@@ -239,7 +239,7 @@ def test_threads_that_write_at_once_lose_nothing(gpu):
 
 
 def test_a_writer_that_is_killed_leaves_a_whole_table(tmp_path):
-    """At any moment: what it had said to be written is there, and what it left lying about the next writer takes away."""
+    """At any moment: the rows that it had reported are there, and the next writer clears away what it left behind."""
     for attempt in range(8):
         process = writer(tmp_path, 1000 * attempt, 900)
         assert process.stdout is not None

@@ -53,8 +53,8 @@ def columns_at_once(R: int, S: int) -> int:
 
 
 def strip_rows(problem: ConvProblem, operation: Operation) -> tuple[int, ...]:
-    """The numbers of rows that strips may have, the least work first, of those that take at most MAX_LOADS loads at once;
-    the fewest rows, if none do.
+    """The numbers of rows that strips may have, the least work first, of those that take at most MAX_LOADS loads at
+    once; the fewest rows, if none do.
 
     The work is loads, each of as many instructions as two multiply-adds, and multiply-adds, which in wgrad cost twice
     where the last strip is not full. In dgrad rows are multiples of the stride: then every strip meets the same taps.
@@ -79,11 +79,11 @@ def strip_rows(problem: ConvProblem, operation: Operation) -> tuple[int, ...]:
 
 
 def strip_tiles(problem: ConvProblem, operation: Operation, precision: Precision, vector: int) -> tuple[StripTile, ...]:
-    """The tiles that a depthwise convolution may get, the least work first. `vector`: how many adjacent channels one load
-    takes; 0 where channels are apart.
+    """The tiles that a depthwise convolution may get, the least work first. `vector`: how many adjacent channels one
+    load takes; 0 where channels are apart.
 
-    A program has 128 threads with one vector each, and takes 16 or 32 channels of a pixel, 64 or 128 bytes side by side.
-    Where channels are apart, threads lie side by side in the image.
+    A program has 128 threads with one vector each, and takes 16 or 32 channels of a pixel, 64 or 128 bytes side by
+    side. Where channels are apart, threads lie side by side in the image.
     """
     channels = problem.C if operation == "dgrad" else problem.K
     BLOCK_C = 1 if vector == 0 else 16 if channels <= 16 or precision == "fp64" else 32

@@ -28,9 +28,9 @@ from .serving import library_serves
 GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, int groups, str algorithm"
 
 
-def unpack(stride: Any, padding: Any, dilation: Any, groups: int, algorithm: conv.Algorithm) -> tuple[Geometry, Any]:
+def unpack(how: tuple[Any, ...]) -> tuple[Geometry, Any]:
     """(geometry, algorithm) of the positions GEOMETRY."""
-    return Geometry(stride, padding, dilation, groups), algorithm
+    return tuple.__new__(Geometry, how[:4]), how[4]  # in half the time that Geometry(*how[:4]) takes
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
@@ -40,7 +40,7 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 def fprop(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
     if x.shape[1] == 0:
         return fake_fprop(x, w, bias, *how)
-    geometry, algorithm = unpack(*how)
+    geometry, algorithm = unpack(how)
     tf32, epilogue = allow_tf32(x), PLAIN if bias is None else Epilogue(bias)
     if algorithm != "auto":
         return conv.conv_fprop(x, w, geometry, epilogue, algorithm=algorithm, tf32=tf32)
@@ -51,7 +51,7 @@ def fprop(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
 
 
 def stats(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
-    geometry, algorithm = unpack(*how)
+    geometry, algorithm = unpack(how)
     tf32 = allow_tf32(x)
     if algorithm != "auto":
         return conv.conv_stats(x, w, geometry, bias=bias, algorithm=algorithm, tf32=tf32)
@@ -64,7 +64,7 @@ def stats(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> tuple[Tensor,
 def bn_act(
     x: Tensor, w: Tensor, bias, mean, var, gamma, beta, residual, eps: float, activation, slope: float, *how: Any
 ) -> Tensor:
-    geometry, algorithm = unpack(*how)
+    geometry, algorithm = unpack(how)
     tf32 = allow_tf32(x)
     epilogue = Epilogue(bias, BatchNorm(mean, var, gamma, beta, eps), residual, activation, slope)
     if algorithm != "auto":
@@ -76,7 +76,7 @@ def bn_act(
 
 
 def dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape: Any, channels_last: bool, *how: Any) -> Tensor:
-    geometry, algorithm = unpack(*how)
+    geometry, algorithm = unpack(how)
     tf32, fmt = allow_tf32(dy), memory_format(channels_last)
     if algorithm != "auto":
         return conv.conv_dgrad(dy, w, x_shape, geometry, bias=bias, fmt=fmt, algorithm=algorithm, tf32=tf32)
@@ -87,7 +87,7 @@ def dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape: Any, channels_las
 
 
 def wgrad(x: Tensor, dy: Tensor, w_shape: Any, channels_last: bool, *how: Any) -> Tensor:
-    geometry, algorithm = unpack(*how)
+    geometry, algorithm = unpack(how)
     tf32, fmt = allow_tf32(x), memory_format(channels_last)
     if algorithm != "auto":
         return conv.conv_wgrad(x, dy, w_shape, geometry, fmt=fmt, algorithm=algorithm, tf32=tf32)
@@ -102,7 +102,7 @@ def wgrad(x: Tensor, dy: Tensor, w_shape: Any, channels_last: bool, *how: Any) -
 
 
 def _fake_output(x: Tensor, w: Tensor, filters: Any, how: tuple[Any, ...]) -> Tensor:
-    (stride, padding, dilation, _), _ = unpack(*how)
+    (stride, padding, dilation, _), _ = unpack(how)
     P = output_extent(x.shape[2], w.shape[2], stride[0], padding[0], padding[1], dilation[0])
     Q = output_extent(x.shape[3], w.shape[3], stride[1], padding[2], padding[3], dilation[1])
     return memory.empty((x.shape[0], filters, P, Q), x, convolution_format(x, w))

@@ -15,8 +15,9 @@ import cnnfast.functional as F
 from cnnfast import dispatch
 from cnnfast.ops import serving
 from cnnfast.recording import Call
-from cnnfast_kernels import choosing, launch, tables
+from cnnfast_kernels import choosing, conv, launch, tables
 from cnnfast_kernels.choosing import Geometry
+from cnnfast_kernels.gather.fprop import plan_fprop
 from cnnfast_kernels.layout import dense
 from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.tiles import BoxTile
@@ -302,3 +303,16 @@ def test_a_repeated_call_decides_nothing_anew(device, library_first, monkeypatch
     step()
     monkeypatch.setattr(serving, "decide", lambda *arguments: pytest.fail("the answer should have been kept"))
     step()
+
+
+def test_the_decision_and_the_launch_come_from_one_plan(device, gpu, library_first, monkeypatch):
+    """A call of a new shape asks the tables once, whoever serves, and no launch is prepared for the library."""
+    find, asked, made = tables.find, [], []
+    monkeypatch.setattr(tables, "find", lambda key: asked.append(key) or find(key))
+    monkeypatch.setattr(conv, "plan_fprop", lambda *arguments: made.append(arguments) or plan_fprop(*arguments))
+    x, w = image(fmt=NCHW, device=device), filters(fmt=NCHW, device=device)
+    assert servers(lambda: F.conv2d(x, w)) == {"library"}
+    assert (len(asked), len(made)) == (1, 0)
+    with cnnfast.backend("kernels"):
+        assert servers(lambda: F.conv2d(x, w)) == {"kernels"}
+    assert (len(asked), len(made)) == (1, 1)

@@ -209,7 +209,7 @@ def conv_bn_act(
     wants_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, w, bias, gamma, beta, residual)
     )
-    if wants_grad and (not derivative_from_output(activation, slope) or (gamma is not None and gamma.requires_grad)):
+    if wants_grad and ((gamma is not None and gamma.requires_grad) or not derivative_from_output(activation, slope)):
         y = conv_fprop(x, w, bias, *geometry)
         return normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, False)
     return _fused_bn_act(x, w, bias, mean, var, gamma, beta, residual, eps, activation, slope, *geometry)

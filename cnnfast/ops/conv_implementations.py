@@ -66,7 +66,8 @@ def bn_act(
 ) -> Tensor:
     geometry, algorithm = unpack(how)
     tf32 = allow_tf32(x)
-    epilogue = Epilogue(bias, BatchNorm(mean, var, gamma, beta, eps), residual, activation, slope)
+    norm = tuple.__new__(BatchNorm, (mean, var, gamma, beta, eps))  # for the same reason as in unpack
+    epilogue = Epilogue(bias, norm, residual, activation, slope)
     if algorithm != "auto":
         return conv.conv_fprop(x, w, geometry, epilogue, algorithm=algorithm, tf32=tf32)
     plan = conv.fprop_plan(fprop_key(x, w, geometry, epilogue, False, tf32, None))

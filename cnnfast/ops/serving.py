@@ -96,7 +96,8 @@ def _decision(plan: ConvolutionPlan, library_first: bool) -> Decision:
 
 def library_serves(plan: ConvolutionPlan, device: torch.device) -> Decision | None:
     """What the library is to do for tensors on `device`, or None if our kernels serve by the plan. Traces learn why."""
-    decision: Decision = _decision(plan, devices.type_of(device) in LIBRARY_FIRST)
+    kind = device.type
+    decision: Decision = _decision(plan, (devices.type_of(device) if kind == "meta" else kind) in LIBRARY_FIRST)
     if not decision.reason:
         return None
     library = decision.library and dispatch.library_allowed()

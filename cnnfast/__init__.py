@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .conversion import report as report
     from .conversion import revert as revert
     from .dispatch import backend as backend
-    from .dispatch import trace as trace
+    from .recording import trace as trace
     from .tuning import tune as tune
     from .warming import warm as warm
 
@@ -32,7 +32,7 @@ _HOME = {
     "convert": ".conversion",
     "report": ".conversion",
     "revert": ".conversion",
-    "trace": ".dispatch",
+    "trace": ".recording",
     "tune": ".tuning",
     "warm": ".warming",
 }

@@ -29,9 +29,11 @@ def check_activation(function: str, activation: str | None, activation_arg: floa
     """Raises ValueError, in the name of `function`, for an unknown activation or an argument that it does not take."""
     if activation not in ACTIVATIONS:
         raise ValueError(
-            f"{function}(): activation must be one of {', '.join(map(str, ACTIVATIONS))}, but got activation={activation!r}"
+            f"{function}(): activation must be one of {', '.join(map(str, ACTIVATIONS))}, "
+            f"but got activation={activation!r}"
         )
     if activation_arg is not None and activation != "leaky_relu":
         raise ValueError(
-            f"{function}(): activation_arg is leaky_relu's slope, but got activation_arg={activation_arg} for {activation!r}"
+            f"{function}(): activation_arg is leaky_relu's slope, "
+            f"but got activation_arg={activation_arg} for {activation!r}"
         )

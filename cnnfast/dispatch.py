@@ -1,26 +1,22 @@
-"""Which path a call takes, and how one sees it.
+"""Which path a call takes: one of our operators, or torch.nn.functional directly.
 
 A call is one of our operators' if its tensors are on an NVIDIA GPU from sm_80 on where Triton can launch, or on the CPU
-while Triton interprets (TRITON_INTERPRET=1); otherwise torch.nn.functional is called directly. `why_torch` is the whole
-of that decision. Which convolutions the library serves inside our operators is decided there (ops/serving.py).
+while Triton interprets (TRITON_INTERPRET=1). `why_torch` is the whole of that decision. Which convolutions the library
+serves inside our operators is decided there (ops/serving.py); recording.py lists what was decided.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch.compiler import assume_constant_result
-from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 try:
@@ -31,9 +27,9 @@ except ImportError:  # no triton on this platform: every operation takes PyTorch
     KERNEL_DTYPES = {}
 
 Backend = Literal["auto", "kernels", "torch"]
-Server = Literal["kernels", "library", "torch"]
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+STRIDED = torch.strided
 OLDEST_GPU = (8, 0)
 CPU_REASON = "" if launch is None or launch.INTERPRETED else "the tensors are on the CPU, and Triton does not interpret"
 _backend: Backend | Literal["prefer kernels"] = "auto"
@@ -56,10 +52,9 @@ def backend(name: Backend) -> Iterator[None]:
 @contextmanager
 def prefer_kernels() -> Iterator[None]:
     """Our kernels serve, for the whole process, wherever there is a path, also where the library is faster; elsewhere
-    PyTorch does.
+    PyTorch does, which is no error as it is under backend("kernels").
 
-    For whoever asks whether our kernels are right, and wants to hear of the calls that are not theirs: not an error, as
-    backend("kernels") has it.
+    This is for checking whether our kernels are right, and which calls are not theirs.
     """
     with _choosing("prefer kernels"):
         yield
@@ -77,8 +72,8 @@ def _choosing(choice: Backend | Literal["prefer kernels"]) -> Iterator[None]:
 
 @contextmanager
 def meta_as_gpu() -> Iterator[None]:
-    """Meta tensors, which hold nothing, take the path that a GPU's would, for the whole process: operators are called,
-    nothing runs.
+    """Meta tensors take the path that a GPU's would, for the whole process. They hold nothing: operators are called,
+    and nothing runs.
     """
     global _meta_on_gpu
     before, _meta_on_gpu = _meta_on_gpu, True
@@ -99,7 +94,7 @@ def library_allowed() -> bool:
 
 
 def asked_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps the answers; torch.compile takes them too, and does not trace the question."""
+    """Keeps the answers, which torch.compile takes as constants: it does not trace the question."""
     answer = functools.cache(function)
 
     @assume_constant_result
@@ -125,7 +120,7 @@ def why_transformed() -> str:
 @assume_constant_result
 def _to_onnx() -> bool:
     """Whether a model is being exported to ONNX, which has a translation of PyTorch's operators only."""
-    onnx = sys.modules.get("torch.onnx")  # imported by who exports
+    onnx = sys.modules.get("torch.onnx")  # whoever exports has imported it
     return onnx is not None and onnx.is_in_onnx_export()
 
 
@@ -154,10 +149,11 @@ def _warn_of(reason: str) -> None:
 
 @asked_once
 def _interpreter_rounds_bf16() -> bool:
-    """Triton's interpreter computes bfloat16 on raw bits, silently wrong; a test suite may have mended it. Asked once,
-    by trying.
+    """Triton's interpreter computes bfloat16 on raw bits, which is silently wrong, unless somebody has mended it, as a
+    test suite may. One small convolution tells, once.
     """
-    from cnnfast_kernels.conv import Geometry, conv_fprop
+    from cnnfast_kernels.choosing import Geometry
+    from cnnfast_kernels.conv import conv_fprop
 
     x = torch.tensor([1.0, 0.75 * 2**-7], dtype=torch.bfloat16).reshape(1, 1, 1, 2)
     y = conv_fprop(x, torch.ones_like(x), Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1))
@@ -188,21 +184,22 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
         return _torch('backend("torch")')
     if launch is None:
         return _torch("triton is not installed")
-    if CPU_REASON and x.is_cpu:  # first: what PyTorch serves anyway shall not wait for the other questions
+    if CPU_REASON and x.is_cpu:  # first: calls that PyTorch serves anyway shall not pay for the other questions
         return _torch(CPU_REASON)
     if transformed():
         return why_transformed()
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # what is computed from sizes would be recorded as constants
+    # It would record what is computed from sizes as constants.
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return _torch("torch.jit.trace is recording")
     if torch.compiler.is_exporting() and _to_onnx():
         return _torch("the model is being exported to ONNX")
-    # those of quantized tensors are not; another dtype of `others` is an error, not a choice
+    # Quantized dtypes are none of these. Another dtype in `others` is an error, which is raised later.
     if x.dtype not in KERNEL_DTYPES:
         return _torch(f"dtype {x.dtype} has no kernel")
-    if x.layout is not torch.strided or x.is_nested:  # a lazy negation is done before an operator runs
+    if x.layout is not STRIDED or x.is_nested:
         return _torch("the tensor is not plain strided memory")
     device = x.device
-    # DTensor and its kin have rules for PyTorch's operators only
+    # DTensor and other wrappers have rules for PyTorch's operators only.
     if type(x) not in PLAIN and is_traceable_wrapper_subclass(x):
         return _torch("the tensor wraps others")
     for t in others:
@@ -210,7 +207,7 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
             continue
         if t.device != device:
             return _torch("tensors are on different devices")
-        if t.layout is not torch.strided or t.is_nested:
+        if t.layout is not STRIDED or t.is_nested:
             return _torch("a tensor is not plain strided memory")
         if type(t) not in PLAIN and is_traceable_wrapper_subclass(t):
             return _torch("the tensor wraps others")
@@ -221,190 +218,3 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
     if launch.INTERPRETED and x.is_cpu and _in_bf16(x, *others) and not _interpreter_rounds_bf16():
         return _torch("Triton's interpreter computes bfloat16 wrongly")
     return ""
-
-
-@dataclass(slots=True)
-class Call:
-    """One operation as it was served: by "kernels" (`launches` names them), by "torch", or by "library", PyTorch's
-    convolution within our operator, because it was measured to be faster. `reason` says why; of kernels, what else
-    there is to say of their choice.
-    """
-
-    operation: str
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: str
-    served_by: Server
-    reason: str = ""
-    launches: list[Any] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        shapes = " ".join("x".join(map(str, s)) for s in self.shapes)
-        launched = [f"{e.kernel} [{e.tile}]" if e.tile else e.kernel for e in self.launches]
-        if self.served_by != "kernels":
-            served = f"{' + '.join([self.served_by, *launched])}, because {self.reason}"
-        else:
-            served = " + ".join(launched) or "no launch: nothing to compute"
-            served += f" ({self.reason})" if self.reason else ""
-        return f"{self.operation} {shapes} {self.dtype}: {served}"
-
-
-class Trace:
-    """The calls made while a `trace()` lasted: iterate, len(), or print one a line."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self._inside = threading.local()  # the calls each thread is inside of; a launch belongs to the innermost
-
-    @property
-    def launches(self) -> list[str]:
-        """Names of all kernels launched, in the order of the calls."""
-        return [event.kernel for call in self.calls for event in call.launches]
-
-    def __iter__(self) -> Iterator[Call]:
-        return iter(self.calls)
-
-    def __len__(self) -> int:
-        return len(self.calls)
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self.calls))
-
-    def enter(self, call: Call) -> None:
-        self.calls.append(call)
-        self._inside.__dict__.setdefault("stack", []).append(call)
-
-    def leave(self) -> None:
-        self._inside.stack.pop()
-
-    def innermost(self) -> Call | None:
-        """The call that this thread is inside of."""
-        stack = self._inside.__dict__.get("stack")
-        return stack[-1] if stack else None
-
-    def launched(self, event: Any) -> None:
-        call = self.innermost()
-        if call is not None:
-            call.launches.append(event)
-
-
-_traces: list[Trace] = []
-
-
-@contextmanager
-def trace() -> Iterator[Trace]:
-    """Lists every operation that runs in this process while the context lasts, backward included, and who served it."""
-    calls = Trace()
-    _traces.append(calls)
-    try:
-        if launch is None:
-            yield calls
-        else:
-            with launch.observe(calls.launched):
-                yield calls
-    finally:
-        _traces.remove(calls)
-
-
-def _call(operation: str, arguments: tuple[Any, ...], served_by: Server, reason: str = "") -> Call:
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-    dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
-    return Call(operation, tuple(tuple(t.shape) for t in tensors), dtype, served_by, reason)
-
-
-Observer = Callable[[str, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
-_captures: list[Observer] = []
-
-
-@contextmanager
-def capture(observer: Observer) -> Iterator[None]:
-    """Every call of a cnnfast.functional function runs within `observer(name, args, kwargs)`, a context manager."""
-    _captures.append(observer)
-    try:
-        yield
-    finally:
-        _captures.remove(observer)
-
-
-def captured() -> bool:
-    """Whether calls are being captured."""
-    return bool(_captures)
-
-
-def _refuse_non_tensors(
-    function: Callable[..., Any],
-    refusal: Callable[[Mapping[str, Any]], type[Exception]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    """Raises if an argument is no tensor where `function` is annotated to take one."""
-    signature = inspect.signature(function)
-    given = signature.bind(*args, **kwargs).arguments
-    for name, value in given.items():
-        kinds = signature.parameters[name].annotation.split(" | ")
-        if "Tensor" in kinds and not isinstance(value, torch.Tensor) and not (value is None and "None" in kinds):
-            error = TypeError if "None" in kinds else refusal(given)
-            raise error(f"{function.__name__}(): {name} must be a Tensor, not {type(value).__name__}") from None
-
-
-def operation(
-    function: Callable[..., Any], refusal: Callable[[Mapping[str, Any]], type[Exception]] = lambda given: TypeError
-) -> Callable[..., Any]:
-    """Marks a function of cnnfast.functional: its calls can be captured, and go to the __torch_function__ of arguments
-    that have one; what is no tensor is refused by its argument's name.
-
-    That is looked into once something failed for want of a tensor's attributes: other calls do not wait for it.
-    `refusal` tells what to raise of a required tensor, given all arguments: what PyTorch raises.
-    """
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
-            return handle_torch_function(call, (*args, *kwargs.values()), *args, **kwargs)
-        try:
-            if not _captures:
-                return function(*args, **kwargs)
-            with ExitStack() as stack:
-                for observer in tuple(_captures):
-                    stack.enter_context(observer(function.__name__, args, kwargs))
-                return function(*args, **kwargs)
-        except AttributeError:
-            _refuse_non_tensors(function, refusal, args, kwargs)
-            raise
-
-    return call
-
-
-def record_torch(operation: str, reason: str, *arguments: Any) -> None:
-    """Tells every trace that PyTorch serves this call."""
-    for calls in _traces:
-        calls.calls.append(_call(operation, arguments, "torch", reason))
-
-
-def note(served_by: Server, reason: str) -> None:
-    """Tells every trace more of the call of an operator that is running."""
-    for calls in _traces:
-        call = calls.innermost()
-        if call is not None:
-            call.served_by, call.reason = served_by, reason
-
-
-def recorded(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates an operator's implementation: every trace learns that our kernels serve it, and which were launched."""
-
-    def decorate(implementation: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(implementation)
-        def call(*arguments: Any) -> Any:
-            if not _traces:
-                return implementation(*arguments)
-            active = tuple(_traces)
-            for calls in active:
-                calls.enter(_call(operation, arguments, "kernels"))
-            try:
-                return implementation(*arguments)
-            finally:
-                for calls in active:
-                    calls.leave()
-
-        return call
-
-    return decorate

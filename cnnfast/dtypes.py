@@ -30,8 +30,8 @@ def full_name(text: str) -> str:
 
 
 def argument(dtype: torch.dtype | str | None, function: str) -> tuple[torch.dtype | None, Products | None]:
-    """What an argument `dtype` of a function asks for: the dtype of tensors, and how float32 is multiplied, which names
-    alone say.
+    """What an argument `dtype` of a function asks for: the dtype of tensors, and how float32 is multiplied, which only
+    a name can say.
 
     Raises ValueError in the name of `function`.
     """

@@ -27,13 +27,13 @@ _on_cpu_too = False
 
 @contextmanager
 def float32_products(products: Products) -> Iterator[None]:
-    """All float32 convolutions, recurrent layers and matrix products, PyTorch's and ours, multiply so in this process,
-    for a while.
+    """All float32 convolutions, recurrent layers and matrix products of this process, PyTorch's and ours, multiply in
+    this way while the context lasts.
 
     With "tf32" our convolutions round on CPU tensors too, where Triton interprets them; PyTorch's need a GPU, or a CPU
-    with such a unit. What PyTorch's settings said before, they say afterwards. Meanwhile PyTorch may refuse to read
-    torch.backends.cudnn.allow_tf32, an older one: to write it would fix convolutions for good, whatever
-    torch.backends.fp32_precision is set to later.
+    with such a unit. PyTorch's settings are put back afterwards. Meanwhile PyTorch may refuse to read
+    torch.backends.cudnn.allow_tf32, an older setting, which is not written along: that would fix convolutions for good,
+    whatever torch.backends.fp32_precision is set to later.
     """
     global _on_cpu_too
     backends: Any = torch.backends
@@ -61,7 +61,7 @@ def float32_products(products: Products) -> Iterator[None]:
 
 
 def _older_matmul_setting() -> str | None:
-    """None where it can no longer be read: PyTorch raises once somebody has used the newer one to say something else."""
+    """None where it can no longer be read: PyTorch raises once somebody has set the newer one to something else."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -69,17 +69,17 @@ def _older_matmul_setting() -> str | None:
 
 
 def _set(settings: Sequence[Any], values: Sequence[str]) -> None:
-    """Leaves those alone that say so already: what has been set by itself no longer follows the general setting."""
+    """Writes only those that say something else: a setting that was once written no longer follows the general one."""
     for setting, value in zip(settings, values, strict=True):
         if setting.fp32_precision != value:
             setting.fp32_precision = value
 
 
 def allow_tf32(x: Tensor) -> bool:
-    """Whether a convolution of `x` multiplies TF32: what PyTorch's settings say of float32 tensors on a GPU, or
-    float32_products of any.
+    """Whether a convolution of `x` multiplies TF32 numbers: on a GPU PyTorch's settings say so, and within
+    float32_products they hold for any device.
 
-    Asked by its newer settings: the older ones raise once those are used.
+    It reads PyTorch's newer settings, because the older ones raise once those are used.
     """
     if x.dtype != torch.float32 or not (on_gpu(x) or _on_cpu_too):
         return False

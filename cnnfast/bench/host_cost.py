@@ -24,6 +24,8 @@ import torch
 from cnnfast_kernels import conv, launch, memory
 from cnnfast_kernels.aot.recording_driver import recording_driver
 from cnnfast_kernels.aot.stub_driver import stub_driver
+from cnnfast_kernels.epilogue import PLAIN
+from cnnfast_kernels.keys import fprop_key
 from cnnfast_kernels.operands import FpropOperands
 
 from .. import dispatch, ops
@@ -122,15 +124,15 @@ def layers() -> dict[str, Callable[[], Any]]:
     x, w = tensors()["x"], tensors()["w"]
     geometry = conv.Geometry(*GEOMETRY)
     conv.conv_fprop(x, w, geometry)
-    planned: Any = conv.fprop_plan(x, w, geometry)
-    operands = FpropOperands(x, w, memory.empty(planned.y, x))
+    planned: Any = conv.fprop_plan(fprop_key(x, w, geometry, PLAIN, False, False, None))
+    operands = FpropOperands(x, w, memory.empty(planned.result, x))
     calls: list[Callable[[], Any]] = [
         lambda: F.conv2d(x, w, None, 1, 1),
         lambda: torch.ops.cnnfast.conv_fprop(x, w, None, *GEOMETRY, "auto"),
         lambda: ops.conv_fprop(x, w, None, *GEOMETRY, "auto"),
         lambda: conv.conv_fprop(x, w, geometry),
-        lambda: planned.run(operands),
-        lambda: planned.run.run(operands),
+        lambda: planned.prepared(operands),
+        lambda: planned.prepared.run(operands),
     ]
     return dict(zip(LAYERS, map(warmed, calls), strict=True))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import dispatch
+from .. import recording
 from ..measuring import failing
 from ..measuring.budget import Budget
 from ..measuring.machine import Machine, Peaks
@@ -65,7 +65,7 @@ def run(
         torch._dynamo.reset()
     collect(job.device)
     tell("expected results")
-    with dispatch.trace() as calls:
+    with recording.trace() as calls:
         expected = expect(job)
     if len(calls):
         raise ValueError(f"{job.name} calls cnnfast.functional itself, so there is no PyTorch baseline of it")

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import dispatch, functional
 from ..aside import leaving_no_trace
+from ..functional import entrance
 
 OPERATIONS = (
     "conv1d",
@@ -160,6 +161,6 @@ def capture_calls(
 
     inputs = tree_map_only(Tensor, prepare, inputs)
     recorder = _CheckRecorder(owners)
-    with leaving_no_trace(), torch.no_grad(), dispatch.backend("torch"), dispatch.capture(recorder.ours), recorder:
+    with leaving_no_trace(), torch.no_grad(), dispatch.backend("torch"), entrance.capture(recorder.ours), recorder:
         target(*inputs)
     return recorder.calls

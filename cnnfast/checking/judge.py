@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch, functional, reference
+from .. import dispatch, functional, recording, reference
 from ..activations import LEAKY_SLOPE, activate
 from ..dtypes import TF32, dtype_of, name_of
 from ..precision import float32_products
@@ -165,13 +165,13 @@ def output_gradient(call: Captured, output: Tensor) -> Tensor:
 def _judge_run(call: Captured, wanted: tuple[str, ...], label: str, row: CheckRow) -> str:
     """Adds to `row`; returns why the call is not ours, or the empty string."""
     with dispatch.prefer_kernels():
-        with dispatch.trace() as forward:
+        with recording.trace() as forward:
             ours = _Evaluation(_ours, call, wanted)
         empty = 0 in (ours.output.numel(), call.arguments["input"].numel())
         if reason := _not_ours(forward, empty, row.forward):
             return reason
         if wanted:
-            with dispatch.trace() as backward:
+            with recording.trace() as backward:
                 ours.backward()
             if reason := _not_ours(backward, empty, row.backward):
                 return f"backward: {reason}"
@@ -195,7 +195,7 @@ def _judge_run(call: Captured, wanted: tuple[str, ...], label: str, row: CheckRo
     return ""
 
 
-def _not_ours(trace: dispatch.Trace, empty: bool, launched: list[str]) -> str:
+def _not_ours(trace: recording.Trace, empty: bool, launched: list[str]) -> str:
     """Why a call is not ours, or the empty string: PyTorch or its library served it, or no kernel ran. Adds the kernels
     to `launched`.
     """
@@ -206,7 +206,7 @@ def _not_ours(trace: dispatch.Trace, empty: bool, launched: list[str]) -> str:
     return "" if empty or trace.launches else "no kernel was launched"
 
 
-def kernels(trace: dispatch.Trace) -> list[str]:
+def kernels(trace: recording.Trace) -> list[str]:
     """The kernels that were launched, with their tiles, each once."""
     events = [event for call in trace for event in call.launches]
     return list(dict.fromkeys(f"{event.kernel} [{event.tile}]" if event.tile else event.kernel for event in events))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
-from .. import dispatch
+from .. import recording
 from .capture import clone
 from .randomness import reproducible
 
@@ -23,8 +23,8 @@ class RunOutcome:
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    forward: dispatch.Trace = field(default_factory=dispatch.Trace)
-    backward: dispatch.Trace = field(default_factory=dispatch.Trace)
+    forward: recording.Trace = field(default_factory=recording.Trace)
+    backward: recording.Trace = field(default_factory=recording.Trace)
 
 
 def outcome_of(model: nn.Module, inputs: Any, output_gradient: Callable[[Tensor, int], Tensor] | None) -> RunOutcome:
@@ -39,7 +39,7 @@ def outcome_of(model: nn.Module, inputs: Any, output_gradient: Callable[[Tensor,
     outcome = RunOutcome()
     with reproducible(0), torch.set_grad_enabled(backward):
         given = tree_map_only(Tensor, Tensor.clone, leaves)  # the model may write into them
-        with dispatch.trace() as outcome.forward:
+        with recording.trace() as outcome.forward:
             outputs = named_tensors("output", model(*given))
         after = {f"{name} afterwards": t for name, t in named_tensors("input", given).items()}
         kept = (*outputs.items(), *after.items(), *model.named_buffers())
@@ -47,7 +47,7 @@ def outcome_of(model: nn.Module, inputs: Any, output_gradient: Callable[[Tensor,
         differentiable = [t for t in outputs.values() if t.requires_grad]
         if differentiable and output_gradient is not None:
             dy = [output_gradient(t, i) for i, t in enumerate(differentiable)]
-            with dispatch.trace() as outcome.backward:
+            with recording.trace() as outcome.backward:
                 gradients = torch.autograd.grad(differentiable, list(wanted.values()), dy, allow_unused=True)
             named = zip(wanted, gradients, strict=True)
             outcome.tensors |= {f"grad of {name}": g for name, g in named if g is not None}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import dispatch
+from .. import dispatch, recording
 from ..aside import is_callers, on_a_copy
 from ..nn.fused import HOOKS_OF_CALLS, observed
 from ..summary import Layer, layers, summary_of
@@ -81,7 +81,7 @@ def look(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Layer], Observ
 def _observed(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
     run = _Observer(model)
     # By PyTorch's own operators, and with meta tensors taken for a GPU's: autocast does not act on others.
-    with dispatch.backend("torch"), dispatch.meta_as_gpu(), observed(run.step), dispatch.trace() as run.served:
+    with dispatch.backend("torch"), dispatch.meta_as_gpu(), observed(run.step), recording.trace() as run.served:
         model(*inputs)
     for module in model.modules():
         module.__dict__.pop("_compiled_call_impl", None)
@@ -94,7 +94,7 @@ class _Observer:
     def __init__(self, model: nn.Module) -> None:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.seen = Observation()
-        self.served = dispatch.Trace()
+        self.served = recording.Trace()
         self.running: list[str] = []  # the names of the fused containers whose forward is running
         for module in model.modules():
             _silence(module)

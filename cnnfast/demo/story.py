@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import cnnfast
 from cnnfast import __version__
 from cnnfast.checking import check
-from cnnfast.dispatch import Trace, backend, launch, prefer_kernels, trace
+from cnnfast.dispatch import backend, launch, prefer_kernels
 from cnnfast.dtypes import TF32
 from cnnfast.measuring.budget import Budget
+from cnnfast.recording import Trace, trace
 
 from . import ahead, digits, photograph, plain, timing
 from .picture import Images

@@ -57,7 +57,7 @@ SETTING = "torch.backends.cudnn.conv.fp32_precision"
 def question(convolution: TypicalConvolution, device: torch.device) -> Question:
     """What the operator would ask for such tensors on `device`; they are not made."""
     from cnnfast_kernels import devices
-    from cnnfast_kernels.choosing import Geometry, ask_fprop
+    from cnnfast_kernels.choosing import Geometry, Statistics, fprop_question
     from cnnfast_kernels.layout import dense
 
     c = convolution
@@ -65,9 +65,11 @@ def question(convolution: TypicalConvolution, device: torch.device) -> Question:
     w = dense((c.filters, c.channels // c.groups, c.taps, c.taps), c.dtype, c.layout)
     pad = c.taps // 2
     geometry = Geometry((1, 1), (pad, pad, pad, pad), (1, 1), c.groups)
-    kind, activation = ("norm", "relu") if c.fused else ("", None)
+    statistics: Statistics = "norm" if c.fused else ""
+    activation = "relu" if c.fused else None
     tf32 = allow_tf32(torch.empty(0, dtype=c.dtype, device=device))
-    return ask_fprop(x, w, None, geometry, kind, activation, tf32, devices.gpu(device), True)
+    gpu = devices.gpu(device)
+    return fprop_question(x, w, geometry, gpu, statistics=statistics, activation=activation, tf32=tf32)
 
 
 def of_convolution(convolution: TypicalConvolution, device: torch.device) -> str:
@@ -76,17 +78,18 @@ def of_convolution(convolution: TypicalConvolution, device: torch.device) -> str
     if reason:
         return f"PyTorch, because {reason}."
     from cnnfast_kernels import devices
-    from cnnfast_kernels.choosing import choose
+    from cnnfast_kernels.choosing import choose, measured
 
     from ..ops import serving
 
     q = question(convolution, device)
-    decision = serving.decide(q, devices.type_of(device) in serving.LIBRARY_FIRST)
+    row = measured(q)
+    decision = serving.decide(q, row, devices.type_of(device) in serving.LIBRARY_FIRST)
     if decision.library and dispatch.library_allowed():
         after = ", and one pass of ours for norm and ReLU" if convolution.fused else ""
         return f"the library{' (cuDNN)' if device.type == 'cuda' else ''}{after}, because {decision.reason}."
     why = f": {decision.reason}" if decision.reason and not decision.library else ""
-    return f"our kernel, with tile {choose(q)}{why}."
+    return f"our kernel, with tile {choose(q, row)}{why}."
 
 
 def who(device: torch.device) -> list[Finding]:

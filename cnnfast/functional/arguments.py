@@ -79,7 +79,8 @@ def expand_sizes(function: str, name: str, value: Any, n: int) -> tuple[int, ...
         raise _refuse(function, name, value, kind, error) from None
     if len(values) not in (1, n):
         raise RuntimeError(
-            f"{function}(): {name} must be a single integer value or a list of {n} values, but got {name}={list(values)}"
+            f"{function}(): {name} must be a single integer value or a list of {n} values, "
+            f"but got {name}={list(values)}"
         )
     return values if len(values) == n else values * n
 

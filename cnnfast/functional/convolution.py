@@ -11,8 +11,10 @@ from torch import Tensor
 from cnnfast_kernels.layout import convolution_format
 from cnnfast_kernels.problem import output_extent
 
-from ..dispatch import operation, record_torch, why_torch
+from ..dispatch import why_torch
+from ..recording import record_torch
 from .arguments import Size, as_int, autocast, axis_sizes, batched, check_algorithm
+from .entrance import operation
 from .operators import ops
 
 
@@ -137,15 +139,16 @@ def _transposed_geometry(
     dil = axis_sizes(function, "dilation", dilation, 1)
     if any(m >= max(s, d) for m, s, d in zip(more, step, dil, strict=True)):
         raise RuntimeError(
-            f"{function}(): output_padding must be smaller than either stride or dilation, but got output_padding={more},"
-            f" stride={step}, dilation={dil}"
+            f"{function}(): output_padding must be smaller than either stride or dilation, "
+            f"but got output_padding={more}, stride={step}, dilation={dil}"
         )
     P, Q = ((n - 1) * s - 2 * p + d * (t - 1) + m + 1 for n, s, p, d, t, m in zip(
         input.shape[2:], step, pads, dil, weight.shape[2:], more, strict=True
     ))  # fmt: skip
     if min(P, Q) < 0:
         raise RuntimeError(
-            f"{function}(): with padding={pads} the output of input size {list(input.shape)} would be {P}x{Q}: too small"
+            f"{function}(): with padding={pads} the output of input size {list(input.shape)} would be "
+            f"{P}x{Q}: too small"
         )
     ends = (pads[0], pads[0] - more[0], pads[1], pads[1] - more[1])
     return [input.shape[0], weight.shape[1] * groups, P, Q], step, ends, dil, groups
@@ -210,8 +213,8 @@ def _check_operands(
         raise RuntimeError(f"{function}(): weight must be of size {sizes}, but got {list(weight.shape)}")
     if input.dim() != n + 2:
         raise RuntimeError(
-            f"{function}(): expected {n + 1}D (unbatched) or {n + 2}D (batched) input [N, C, {_image_size(n)}], but got input of size"
-            f" {list(input.shape)}"
+            f"{function}(): expected {n + 1}D (unbatched) or {n + 2}D (batched) input [N, C, {_image_size(n)}], "
+            f"but got input of size {list(input.shape)}"
         )
     if groups < 1:
         raise RuntimeError(f"{function}(): groups must be positive, but got groups={groups}")
@@ -225,8 +228,8 @@ def _check_operands(
     channels, filters = (first, second * groups) if transposed else (second * groups, first)
     if given != channels:
         raise RuntimeError(
-            f"{function}(): with groups={groups} and weight of size {list(weight.shape)}, input must have {channels} channels,"
-            f" but input has size {list(input.shape)}"
+            f"{function}(): with groups={groups} and weight of size {list(weight.shape)}, input must have "
+            f"{channels} channels, but input has size {list(input.shape)}"
         )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != filters):
         raise RuntimeError(

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import LEAKY_SLOPE, activate, check_activation
-from ..dispatch import operation, record_torch, why_torch
+from ..dispatch import why_torch
+from ..recording import record_torch
 from .arguments import Size, autocast, check_algorithm
 from .convolution import conv_geometry, conv_output_size
+from .entrance import operation
 from .normalization import check_norm, values_per_channel
 from .operators import ops
 
@@ -48,8 +50,8 @@ def conv_bn_act(
     "relu6", "gelu", "gelu_tanh", "silu", "hardswish". Raises as conv2d and batch_norm, ValueError for an unknown
     activation or a residual of another size or dtype.
 
-    In place of the argument of gelu, gelu_tanh, silu and hardswish, backward keeps residual and bn_bias, from which it
-    is computed again: changing them in place before backward is an error.
+    The backward pass of gelu, gelu_tanh, silu and hardswish needs what these were applied to. It computes that again
+    from residual and bn_bias, and keeps them: to change these in place before backward is an error.
     """
     check_algorithm("conv_bn_act", algorithm)
     check_activation("conv_bn_act", activation, activation_arg)
@@ -59,31 +61,31 @@ def conv_bn_act(
     reason = why_torch(
         input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias, algorithm=algorithm
     )
-    x, w, b, z = autocast(input, weight, bias, residual)
+    x, w, b, residual = autocast(input, weight, bias, residual)
     if reason:
         record_torch("conv_bn_act", reason, input, weight)
         y = F.conv2d(x, w, b, stride, padding, dilation, groups)
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
-        if z is not None:
-            _check_residual(z, y.shape, y.dtype)
-            y = y + z
+        if residual is not None:
+            _check_residual(residual, y.shape, y.dtype)
+            y = y + residual
         return activate(y, activation, slope)
     geometry = conv_geometry("conv_bn_act", x, w, b, stride, padding, dilation, groups)
-    bn_weight, bn_bias, momentum, eps = check_norm(
+    gamma, beta, momentum, eps = check_norm(
         "conv_bn_act", w.shape[0], x.dtype, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps
     )
-    size = conv_output_size(x, w, geometry) if training or z is not None else ()
-    if z is not None:
-        _check_residual(z, size, x.dtype)
+    size = conv_output_size(x, w, geometry) if training or residual is not None else ()
+    if residual is not None:
+        _check_residual(residual, size, x.dtype)
     if not training:
         return ops.conv_bn_act(
-            x, w, b, running_mean, running_var, bn_weight, bn_bias, z, eps, activation, slope, *geometry, algorithm
+            x, w, b, running_mean, running_var, gamma, beta, residual, eps, activation, slope, *geometry, algorithm
         )
     count = values_per_channel("conv_bn_act", size)
     y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
     if running_mean is not None and count > 0:  # an empty batch leaves them as they are
         ops.update_running(running_mean, running_var, mean, var, momentum, count)
-    return ops.normalize(y, mean, var, bn_weight, bn_bias, z, eps, activation, slope, True)
+    return ops.normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, True)
 
 
 def _check_residual(residual: Tensor, size: Sequence[int], dtype: torch.dtype) -> None:

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import operation, record_torch, why_torch
+from ..dispatch import why_torch
+from ..recording import record_torch
 from .arguments import as_float, check_flag
+from .entrance import operation
 from .operators import ops
 
 
@@ -49,15 +51,15 @@ def batch_norm(
         raise (IndexError if no_index else RuntimeError)(
             f"batch_norm(): input must be of size [N, C, ...], but got {list(input.shape)}"
         )
-    weight, bias, momentum, eps = check_norm(
+    gamma, beta, momentum, eps = check_norm(
         "batch_norm", input.shape[1], input.dtype, running_mean, running_var, weight, bias, training, momentum, eps
     )
     if not training:
-        return ops.normalize(input, running_mean, running_var, weight, bias, None, eps, None, 0.0, False)
+        return ops.normalize(input, running_mean, running_var, gamma, beta, None, eps, None, 0.0, False)
     mean, var = ops.batch_moments(input.detach())
     if running_mean is not None:
         ops.update_running(running_mean, running_var, mean, var, momentum, count)
-    return ops.normalize(input, mean, var, weight, bias, None, eps, None, 0.0, True)
+    return ops.normalize(input, mean, var, gamma, beta, None, eps, None, 0.0, True)
 
 
 def check_norm(
@@ -66,30 +68,33 @@ def check_norm(
     dtype: torch.dtype,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
 ) -> tuple[Tensor | None, Tensor | None, float, float]:
-    """(weight, bias, momentum, eps) checked, the first two as vectors."""
+    """(gamma, beta, momentum, eps) checked, the first two as vectors."""
     momentum, eps = _check_numbers(function, training, momentum, eps)
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError(f"{function}(): running_mean and running_var must be defined in evaluation mode")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{function}(): running_mean and running_var must either both be None or neither be None")
-    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
-        if t is not None and t.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{function}(): {name} must not require a gradient, as nothing is differentiated by it")
-    vectors, size = (running_mean, running_var, weight, bias), (channels,)
+    if torch.is_grad_enabled():
+        for name, t in (("running_mean", running_mean), ("running_var", running_var)):
+            if t is not None and t.requires_grad:
+                raise RuntimeError(
+                    f"{function}(): {name} must not require a gradient, as nothing is differentiated by it"
+                )
+    vectors, size = (running_mean, running_var, gamma, beta), (channels,)
     usual = (
         dtype if dtype == torch.float64 or (running_mean is not None and running_mean.dtype == dtype) else torch.float32
     )
     for t in vectors:
         if t is not None and (t.dtype != usual or t.shape != size):
-            weight, bias = _check_vectors(function, channels, dtype, *vectors)
+            gamma, beta = _check_vectors(function, channels, dtype, *vectors)
             break
-    return weight, bias, momentum, eps
+    return gamma, beta, momentum, eps
 
 
 def _check_numbers(function: str, training: bool, momentum: float, eps: float) -> tuple[float, float]:
@@ -108,12 +113,12 @@ def _check_vectors(
     dtype: torch.dtype,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(weight, bias) as vectors: what a norm asks of tensors that are not all vectors of one usual dtype."""
+    """(gamma, beta) as vectors, where not all tensors are vectors of the usual dtype already."""
     own = "bn_" if function == "conv_bn_act" else ""  # there weight and bias are the convolution's
-    given = {"running_mean": running_mean, "running_var": running_var, f"{own}weight": weight, f"{own}bias": bias}
+    given = {"running_mean": running_mean, "running_var": running_var, f"{own}weight": gamma, f"{own}bias": beta}
     first = next((t.dtype for t in given.values() if t is not None), dtype)
     for name, t in given.items():
         if t is None:
@@ -129,7 +134,7 @@ def _check_vectors(
             raise RuntimeError(
                 f"{function}(): {', '.join(given)} must have one dtype, but got {name} of {t.dtype} beside {first}"
             )
-    return None if weight is None else weight.reshape(-1), None if bias is None else bias.reshape(-1)
+    return None if gamma is None else gamma.reshape(-1), None if beta is None else beta.reshape(-1)
 
 
 def values_per_channel(function: str, size: Sequence[int]) -> int:

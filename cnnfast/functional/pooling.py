@@ -13,8 +13,10 @@ from torch import Tensor
 
 from cnnfast_kernels.problem import pool_extent
 
-from ..dispatch import operation, record_torch, why_torch
+from ..dispatch import why_torch
+from ..recording import record_torch
 from .arguments import Size, as_int, axis_sizes, batched, check_flag, expand_sizes
+from .entrance import operation
 from .operators import ops
 
 
@@ -91,7 +93,8 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
     x, unbatched = _batched(input)
     if x.dim() != 4 or 0 in x.shape[2:]:
         raise RuntimeError(
-            f"adaptive_avg_pool2d(): expected input of size [C, H, W] or [N, C, H, W] with at least one pixel, but got {list(input.shape)}"
+            f"adaptive_avg_pool2d(): expected input of size [C, H, W] or [N, C, H, W] with at least one pixel, "
+            f"but got {list(input.shape)}"
         )
     # PyTorch takes the first axis for a batch, which may be empty in backward; channels may not
     if unbatched and input.shape[0] == 0:
@@ -110,7 +113,8 @@ def _adaptive_size(function: str, input: Tensor, output_size: Any) -> tuple[int,
             ) from None
         if input.dim() <= n:
             raise ValueError(
-                f"{function}(): input must have more dimensions than output_size={output_size} has values, but got size {list(input.shape)}"
+                f"{function}(): input must have more dimensions than output_size={output_size} has values, "
+                f"but got size {list(input.shape)}"
             )
         output_size = [own if v is None else v for v, own in zip(output_size, input.shape[-n:], strict=False)]
         if len(expand_sizes(function, "output_size", output_size, n)) != 2:
@@ -181,7 +185,8 @@ def _window(
     Q = pool_extent(W, kernel[1], step[1], pad[1], dil[1], ceil_mode)
     if P < 1 or Q < 1:
         raise RuntimeError(
-            f"{function}(): with kernel_size={kernel} the output of input size {list(input.shape)} would be {P}x{Q}: too small"
+            f"{function}(): with kernel_size={kernel} the output of input size {list(input.shape)} would be "
+            f"{P}x{Q}: too small"
         )
     return kernel, step, pad, dil, ceil_mode
 
@@ -190,5 +195,6 @@ def _check_image(function: str, input: Tensor) -> None:
     if input.dim() != 4 or 0 in input.shape[1:]:
         error = IndexError if function == "avg_pool2d" and input.dim() < 3 else RuntimeError
         raise error(
-            f"{function}(): expected input of size [C, H, W] or [N, C, H, W], only N may be 0, but got {list(input.shape)}"
+            f"{function}(): expected input of size [C, H, W] or [N, C, H, W], only N may be 0, "
+            f"but got {list(input.shape)}"
         )

@@ -17,8 +17,9 @@ from cnnfast_kernels.problem import output_extent
 
 from .. import functional
 from ..activations import LEAKY_SLOPE, activate
-from ..dispatch import capture, captured, why_torch
+from ..dispatch import why_torch
 from ..functional.arguments import autocast
+from ..functional.entrance import capture, captured
 from .layers import BatchNorm2d, Conv2d, running_statistics
 
 # The dictionaries of a module whose hooks take part in its calls.

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from ..dispatch import record_torch, why_torch
+from ..dispatch import why_torch
+from ..recording import record_torch
 from .scripting import RevertToScript, TraceToScript
 from .symbolic import call_or_record
 

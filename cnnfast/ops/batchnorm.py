@@ -1,8 +1,8 @@
 """Batch normalisation's operators: statistics, running statistics, normalise-activate(-add), and the sum over a
 channel.
 
-`normalize(training=True)` takes mean and var for those of y, and its derivative goes through them: two passes over
-memory, where statistics differentiated as tensors of their own would cost a third.
+`normalize(training=True)` takes mean and var for the statistics of y, and its derivative goes through them. That is two
+passes over memory; to differentiate statistics as tensors of their own would take a third.
 """
 
 from __future__ import annotations
@@ -40,94 +40,67 @@ def _fake_normalize(y: Tensor, *rest: Any) -> Tensor:
     return _dense_like(y)
 
 
-def _normalize_backward(
-    dz: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    mean,
-    var,
-    weight,
-    bias,
-    residual,
-    eps,
-    activation,
-    slope,
-    training,
-    needs,
-) -> tuple[Tensor, ...]:
-    grads = batchnorm.normalize_backward(
-        dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, tuple(needs)
-    )
-    return tuple(dz.new_empty(0) if g is None else g for g in grads)
+def _normalize(y: Tensor, mean, var, gamma, beta, residual, eps, activation, slope, training) -> Tensor:
+    return batchnorm.normalize(y, mean, var, gamma, beta, residual, eps, activation, slope)
+
+
+def _normalize_backward(dz: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(dz.new_empty(0) if g is None else g for g in batchnorm.normalize_backward(dz, *rest))
 
 
 def _fake_normalize_backward(
-    dz: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    mean,
-    var,
-    weight,
-    bias,
-    residual,
-    eps,
-    activation,
-    slope,
-    training,
-    needs,
+    dz: Tensor, y: Tensor | None, z: Tensor | None, mean: Tensor, var: Tensor, gamma, beta, *rest: Any
 ) -> tuple[Tensor, ...]:
-    image = dz if y is None else y
-    grads = (
-        _dense_like(image),
-        *(torch.empty_like(mean if t is None else t) for t in (weight, bias)),
-        _dense_like(image),
-    )
+    image, needs = dz if y is None else y, rest[-1]
+    vectors = (torch.empty_like(mean if t is None else t) for t in (gamma, beta))
+    grads = _dense_like(image), *vectors, _dense_like(image)
     return tuple(g if need else dz.new_empty(0) for g, need in zip(grads, needs, strict=True))
 
 
-def _from_output(activation: str | None, slope: float) -> bool:
+def derivative_from_output(activation: str | None, slope: float) -> bool:
+    """Whether an activation's derivative can be told from its output alone."""
     return activation in FROM_OUTPUT and not (activation == "leaky_relu" and slope <= 0)
 
 
-def _replay(y, mean, var, weight, bias, residual, eps, activation, slope, training) -> Tensor:
+def _replay(y, mean, var, gamma, beta, residual, eps, activation, slope, training) -> Tensor:
     """normalize in PyTorch's own differentiable operators: derivatives above the first are taken of this."""
-    u = F.batch_norm(y, *((None, None) if training else (mean, var)), weight, None, training, 0.0, eps)
-    if bias is not None:  # PyTorch's second derivative of a bias without a weight is wrong, hence added apart
-        u = u + bias.to(u.dtype).view(1, -1, *[1] * (u.dim() - 2))
+    u = F.batch_norm(y, *((None, None) if training else (mean, var)), gamma, None, training, 0.0, eps)
+    if beta is not None:  # PyTorch's second derivative of a bias without a weight is wrong, hence added apart
+        u = u + beta.to(u.dtype).view(1, -1, *[1] * (u.dim() - 2))
     return activate(u if residual is None else u + residual, activation, slope)
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, mean, var, weight, bias, residual, eps, activation, slope, training):
-        z = normalize(y, mean, var, weight, bias, residual, eps, activation, slope, training)
+    def forward(ctx, y, mean, var, gamma, beta, residual, eps, activation, slope, training):
+        z = normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, training)
         # act' is read off z where it can be: z is kept by whatever comes next, u = bn(y) + residual by nobody
-        from_output = _from_output(activation, slope)
-        of_u = (None, None, z if activation else None) if from_output else (bias, residual, None)
-        ctx.save_for_backward(y, mean, var, weight, *of_u)
+        from_output = derivative_from_output(activation, slope)
+        of_u = (None, None, z if activation else None) if from_output else (beta, residual, None)
+        ctx.save_for_backward(y, mean, var, gamma, *of_u)
         ctx.options = eps, activation, slope, training
         return z
 
     @staticmethod
     def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, mean, var, weight, bias, residual, z = ctx.saved_tensors
+        y, mean, var, gamma, beta, residual, z = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]
         if torch.is_grad_enabled() or transformed():
-            grads = _differentiable_backward(dz, y, mean, var, weight, bias, residual, z, ctx.options, needs)
+            grads = _differentiable_backward(dz, y, mean, var, gamma, beta, residual, z, ctx.options, needs)
         else:
-            grads = _backward(dz, y, z, mean, var, weight, bias, residual, *ctx.options, needs=needs)
+            grads = _backward(dz, y, z, mean, var, gamma, beta, residual, *ctx.options, needs=needs)
         return grads[0], None, None, *grads[1:], None, None, None, None
 
 
 def _backward(
-    dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, needs
+    dz, y, z, mean, var, gamma, beta, residual, eps, activation, slope, training, needs
 ) -> list[Tensor | None]:
-    """(dy, dweight, dbias, dresidual), None where not needed. Without an activation dresidual is dz itself."""
-    by_kernel = [*needs[:3], needs[3] and activation is not None]
+    """(dy, dgamma, dbeta, dresidual), None where not needed. Without an activation dresidual is dz itself."""
+    by_kernel = (*needs[:3], needs[3] and activation is not None)
     grads: list[Tensor | None] = [None] * 4
     if any(by_kernel):
         out = normalize_backward(
-            dz, y, z, mean, var, weight, bias, residual, eps, activation, slope, training, by_kernel
+            dz, y, z, mean, var, gamma, beta, residual, eps, activation, slope, training, by_kernel
         )
         grads = [g if need else None for g, need in zip(out, by_kernel, strict=True)]
     if needs[3] and activation is None:
@@ -135,24 +108,24 @@ def _backward(
     return grads
 
 
-def _differentiable_backward(dz, y, mean, var, weight, bias, residual, z, options, needs) -> list[Tensor | None]:
+def _differentiable_backward(dz, y, mean, var, gamma, beta, residual, z, options, needs) -> list[Tensor | None]:
     eps, activation, slope, training = options
     grads: list[Tensor | None] = [None] * 4
-    # its derivative is piecewise constant; bias and residual were not kept, nor are they needed
-    if _from_output(activation, slope):
+    # Such an activation's derivative is piecewise constant; beta and residual were not kept, nor are they needed.
+    if derivative_from_output(activation, slope):
         dz = dz if z is None else _select(dz, z, activation, slope)
         activation = None
         grads[2] = dz.sum((0, *range(2, dz.dim())), dtype=mean.dtype) if needs[2] else None
         grads[3] = dz if needs[3] else None
         needs = [*needs[:2], False, False]
-    operands = [y, weight, bias, residual]
+    operands = [y, gamma, beta, residual]
     wanted = [i for i, t in enumerate(operands) if needs[i] and t is not None]
     if not wanted:
         return grads
 
     def replay(*inputs):
-        y, weight, bias, residual = (inputs[wanted.index(i)] if i in wanted else t for i, t in enumerate(operands))
-        return _replay(y, mean, var, weight, bias, residual, eps, activation, slope, training)
+        y, gamma, beta, residual = (inputs[wanted.index(i)] if i in wanted else t for i, t in enumerate(operands))
+        return _replay(y, mean, var, gamma, beta, residual, eps, activation, slope, training)
 
     inputs = [operands[i] for i in wanted]
     if torch._C._are_functorch_transforms_active():  # autograd.grad knows no tensor of an outer level
@@ -182,37 +155,26 @@ def frozen_backward(
     z: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    weight: Tensor | None,
+    gamma: Tensor | None,
     eps: float,
     activation: str | None,
     slope: float,
-    needs,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dy, dbias, dresidual) of z = act(batch_norm(y) + residual) with frozen statistics and weight: y itself is not
+    """(dy, dbeta, dresidual) of z = act(batch_norm(y) + residual) with frozen statistics and gamma: y itself is not
     needed.
     """
-    need_y, need_bias, need_residual = needs
+    need_y, need_beta, need_residual = needs
     if not torch.is_grad_enabled() and not transformed():
-        dy, _, dbias, dresidual = _backward(
-            dz,
-            None,
-            z,
-            mean,
-            var,
-            weight,
-            None,
-            None,
-            eps,
-            activation,
-            slope,
-            False,
-            [need_y, False, need_bias, need_residual],
+        needs_four = [need_y, False, need_beta, need_residual]
+        dy, _, dbeta, dresidual = _backward(
+            dz, None, z, mean, var, gamma, None, None, eps, activation, slope, False, needs_four
         )
-        return dy, dbias, dresidual
+        return dy, dbeta, dresidual
     g = dz if z is None else _select(dz, z, activation, slope)
-    scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
+    scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
     dy = (g * scale.view(1, -1, 1, 1)).to(dz.dtype) if need_y else None
-    return dy, channel_sum(g) if need_bias else None, g if need_residual else None
+    return dy, channel_sum(g) if need_beta else None, g if need_residual else None
 
 
 class _ChannelSum(torch.autograd.Function):
@@ -228,22 +190,22 @@ class _ChannelSum(torch.autograd.Function):
 
 batch_moments = register("batch_moments(Tensor y) -> (Tensor, Tensor)", batchnorm.batch_moments, _fake_moments)
 update_running = register(
-    "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, SymInt count) -> ()",
+    "update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum,"
+    " SymInt count) -> ()",
     batchnorm.update_running,
     lambda *arguments: None,
 )
 normalize = register(
-    "normalize(Tensor y, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation, float slope,"
-    " bool training) -> Tensor",
-    lambda y, mean, var, weight, bias, residual, eps, activation, slope, training: batchnorm.normalize(
-        y, mean, var, weight, bias, residual, eps, activation, slope
-    ),
+    "normalize(Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, Tensor? residual, float eps,"
+    " str? activation, float slope, bool training) -> Tensor",
+    _normalize,
     _fake_normalize,
     _Normalize,
 )
 normalize_backward = register(
-    "normalize_backward(Tensor dz, Tensor? y, Tensor? z, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual,"
-    " float eps, str? activation, float slope, bool training, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "normalize_backward(Tensor dz, Tensor? y, Tensor? z, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta,"
+    " Tensor? residual, float eps, str? activation, float slope, bool training, bool[4] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _normalize_backward,
     _fake_normalize_backward,
 )

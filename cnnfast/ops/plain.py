@@ -1,8 +1,9 @@
 """Our operators in PyTorch's own.
 
-For what backward calls, under a transform that was not yet active when the forward ran, as in
-torch.func.vmap(lambda v: torch.autograd.grad(y, x, v)): PyTorch has rules for its operators, and none for ours. And for
-a forward pass that is to learn which operators it calls before their kernels are compiled (calls.py).
+They serve in a backward pass under a transform that was not yet active when the forward pass ran, as in
+torch.func.vmap(lambda v: torch.autograd.grad(y, x, v)): PyTorch has rules for its own operators, and none for ours.
+They also serve where a forward pass runs only to tell which operators it calls, before their kernels are compiled
+(calls.py).
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ def pad(x: Tensor, padding: Any, sign: int = 1) -> Tensor:
     return F.pad(x, (sign * left, sign * right, sign * top, sign * bottom))
 
 
-def conv_fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, padding, dilation, groups, algorithm) -> Tensor:
+def conv_fprop(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    """how: the positions conv_implementations.GEOMETRY."""
+    stride, padding, dilation, groups, _ = how
     top, bottom, left, right = padding
     if (top, left) != (bottom, right):
         x, top, left = pad(x, padding), 0, 0
     return F.conv2d(x, w, bias, stride, (top, left), dilation, groups)
 
 
-def conv_dgrad(
-    dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, stride, padding, dilation, groups, algorithm
-) -> Tensor:
+def conv_dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape, channels_last, *how: Any) -> Tensor:
+    stride, padding, dilation, groups, _ = how
     N, C, H, W = x_shape
     top, bottom, left, right = padding
     padded = conv2d_input((N, C, H + top + bottom, W + left + right), w, dy, stride, 0, dilation, groups)
@@ -40,7 +42,8 @@ def conv_dgrad(
     return dx if bias is None else dx + bias.view(-1, 1, 1)
 
 
-def conv_wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, stride, padding, dilation, groups, algorithm) -> Tensor:
+def conv_wgrad(x: Tensor, dy: Tensor, w_shape, channels_last, *how: Any) -> Tensor:
+    stride, padding, dilation, groups, _ = how
     return conv2d_weight(pad(x, padding), w_shape, dy, stride, 0, dilation, groups)
 
 
@@ -49,8 +52,8 @@ def batch_moments(y: Tensor) -> tuple[Tensor, Tensor]:
     return y.mean(axes), y.var(axes, correction=0)
 
 
-def conv_stats(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y = conv_fprop(x, w, bias, *geometry)
+def conv_stats(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y = conv_fprop(x, w, bias, *how)
     return y, *batch_moments(y.detach())
 
 
@@ -61,17 +64,15 @@ def update_running(
     running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
-def normalize(y: Tensor, mean, var, weight, bias, residual, eps, activation, slope, training) -> Tensor:
-    u = F.batch_norm(y, None if training else mean, None if training else var, weight, bias, training, 0.0, eps)
+def normalize(y: Tensor, mean, var, gamma, beta, residual, eps, activation, slope, training) -> Tensor:
+    u = F.batch_norm(y, None if training else mean, None if training else var, gamma, beta, training, 0.0, eps)
     return activate(u if residual is None else u + residual, activation, slope)
 
 
 def conv_bn_act(
-    x: Tensor, w: Tensor, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, slope, *geometry: Any
+    x: Tensor, w: Tensor, bias, mean, var, gamma, beta, residual, eps, activation, slope, *how: Any
 ) -> Tensor:
-    return normalize(
-        conv_fprop(x, w, bias, *geometry), mean, var, bn_weight, bn_bias, residual, eps, activation, slope, False
-    )
+    return normalize(conv_fprop(x, w, bias, *how), mean, var, gamma, beta, residual, eps, activation, slope, False)
 
 
 def channel_sum(x: Tensor) -> Tensor:

@@ -162,7 +162,8 @@ class _Adaptive(torch.autograd.Function):
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         if 0 in dy.shape[1:]:
             raise RuntimeError(
-                f"adaptive_avg_pool2d(): a result of size {list(dy.shape)} has no gradient, as in PyTorch: only the batch may be empty"
+                f"adaptive_avg_pool2d(): a result of size {list(dy.shape)} has no gradient, as in PyTorch: only "
+                f"the batch may be empty"
             )
         return adaptive_avg_pool_backward(dy, *ctx.layout), None
 

@@ -11,7 +11,8 @@ from torch._C import _get_tracing_state, _has_storage, _len_torch_dispatch_stack
 from torch._C._autograd import _profiler_enabled
 from torch.compiler import is_compiling
 
-from ..dispatch import PLAIN, _traces, record_torch, recorded, transformed, why_transformed
+from ..dispatch import PLAIN, transformed, why_transformed
+from ..recording import record_torch, recorded, traces
 
 LIBRARY = torch.library.Library("cnnfast", "DEF")
 
@@ -114,6 +115,6 @@ def _entrance(
                 wanted = wanted or (differentiable and t.requires_grad)
         if wanted:
             return differentiate(*arguments)
-        return (traced if _traces else implementation)(*arguments)
+        return (traced if traces else implementation)(*arguments)
 
     return call

@@ -1,6 +1,6 @@
 """Who serves a convolution inside our operators: a kernel of ours, or the library's convolution (cuDNN's on a GPU).
 
-Nobody shall be slower for having installed cnnfast, so what was not measured on a GPU is the library's there. With
+Nobody shall be slower for having installed cnnfast, so on a GPU the library serves what was not measured there. With
 algorithm="auto" the first of these that applies decides, on sizes that are numbers, so that dynamic shapes do not
 compile again:
 
@@ -15,33 +15,38 @@ compile again:
   output.
 
 Kernels that load one element at a time, as ours do where channels are not adjacent, serve on a GPU only where they were
-measured to win. Under backend("kernels"), and with another algorithm than "auto", nothing is asked: ours serve.
+measured to win. Under backend("kernels"), and with another algorithm than "auto", ours serve whatever these rules say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from cnnfast_kernels import devices, launch, tables
-from cnnfast_kernels.choosing import Geometry, Question, ask_dgrad, ask_fprop, ask_wgrad, measured
+from cnnfast_kernels import devices, launch
+from cnnfast_kernels.choosing import Question
+from cnnfast_kernels.conv import ConvolutionPlan
 from cnnfast_kernels.layout import Layout
 from cnnfast_kernels.problem import ConvProblem, output_extent
+from cnnfast_kernels.tables import TableRow
 
-from .. import dispatch
+from .. import dispatch, recording
 
 UNMEASURED = "it is unmeasured on this GPU: cnnfast.tune(model, *inputs) measures it"
-DEPTHWISE = "depthwise convolution in half precision, channels_last, is ours until measured: cnnfast.tune(model, *inputs) does that"
+DEPTHWISE = (
+    "depthwise convolution in half precision, channels_last, is ours until measured: "
+    "cnnfast.tune(model, *inputs) does that"
+)
 PADDED = "the library does not take this padding, and the tensors are channels_last"
 # The kinds of device on which the library serves what was not measured.
 LIBRARY_FIRST = ("cuda",)
 
 
 class Decision(NamedTuple):
-    """Who serves, why, for traces, and the layout of the result. pads: whether the library's input is padded first."""
+    """Who serves, the reason that traces show, and the layout of the result. pads: whether the library's input has to
+    be padded first.
+    """
 
     library: bool
     reason: str
@@ -49,16 +54,8 @@ class Decision(NamedTuple):
     pads: bool
 
 
-def asked(algorithm: str, x: Tensor) -> bool:
-    """Whether a call has to be decided about: where neither a row nor the kind of device can give it to the library,
-    nobody waits.
-    """
-    first = x.device.type in LIBRARY_FIRST or x.is_meta  # whatever a meta tensor stands for
-    return algorithm == "auto" and (first or tables.library or bool(dispatch._traces))
-
-
 def takes(g: ConvProblem) -> bool:
-    """Whether the library can compute it as it is: it pads both ends of an axis alike, which may be more than the last
+    """Whether the library takes this padding: it pads both ends of an axis alike, which may be more than the last
     window needs.
     """
     P = output_extent(g.H, g.R, g.stride_h, g.pad_h, g.pad_h, g.dil_h)
@@ -67,18 +64,16 @@ def takes(g: ConvProblem) -> bool:
 
 
 def by_library(q: Question) -> Decision:
-    """What the library would do."""
-    result = {"fprop": q.y, "dgrad": q.x, "wgrad": q.w}[q.operation]
-    return Decision(True, UNMEASURED, result, not takes(q.problem))
+    """The decision for the library, of a convolution that was not measured."""
+    return Decision(True, UNMEASURED, q.result, not takes(q.problem))
 
 
-def decide(q: Question, library_first: bool) -> Decision:
-    """The rule above. library_first: whether the tensors are on a device where the library serves what was not
-    measured.
+def decide(q: Question, row: TableRow | None, library_first: bool) -> Decision:
+    """The rules above. row: the measured one, if there is one (choosing.measured). library_first: whether the tensors
+    are on a device where the library serves what was not measured.
     """
     g, theirs = q.problem, by_library(q)
     ours = theirs._replace(library=False, reason="")
-    row = measured(q)
     if row is not None:
         if row.winner == "kernels":
             return ours
@@ -95,87 +90,17 @@ def decide(q: Question, library_first: bool) -> Decision:
 
 
 @launch.planned
-def _decide_fprop(
-    x_shape,
-    x_strides,
-    w_shape,
-    w_strides,
-    residual_strides,
-    dtype,
-    geometry: Geometry,
-    kind,
-    activation,
-    tf32,
-    gpu,
-    aligned,
-    library_first,
-) -> Decision:
-    x, w = Layout(x_shape, x_strides, dtype), Layout(w_shape, w_strides, dtype)
-    return decide(ask_fprop(x, w, residual_strides, geometry, kind, activation, tf32, gpu, aligned), library_first)
+def _decision(plan: ConvolutionPlan, library_first: bool) -> Decision:
+    return decide(plan.question, plan.row, library_first)
 
 
-@launch.planned
-def _decide_dgrad(
-    dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, gpu, aligned, library_first
-) -> Decision:
-    dy, w = Layout(dy_shape, dy_strides, dtype), Layout(w_shape, w_strides, dtype)
-    return decide(ask_dgrad(dy, w, x_shape, fmt, geometry, tf32, gpu, aligned), library_first)
-
-
-@launch.planned
-def _decide_wgrad(
-    x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, gpu, aligned, library_first
-) -> Decision:
-    x, dy = Layout(x_shape, x_strides, dtype), Layout(dy_shape, dy_strides, dtype)
-    return decide(ask_wgrad(x, dy, w_shape, fmt, geometry, tf32, gpu, aligned), library_first)
-
-
-def fprop(
-    x: Tensor,
-    w: Tensor,
-    geometry: Geometry,
-    tf32: bool,
-    kind: str = "",
-    residual: Tensor | None = None,
-    activation: str | None = None,
-) -> Decision | None:
-    """What the library is to do, or None if our kernels serve. `kind` as in choosing.Question."""
-    addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
-    strides = None if residual is None else residual.stride()
-    where, device = (
-        (x.shape, x.stride(), w.shape, w.stride(), strides, x.dtype, geometry, kind, activation, tf32),
-        x.device,
-    )
-    return _told(
-        _decide_fprop(*where, devices.gpu(device), addresses % 16 == 0, devices.type_of(device) in LIBRARY_FIRST)
-    )
-
-
-def dgrad(
-    dy: Tensor, w: Tensor, x_shape: Sequence[int], fmt: torch.memory_format, geometry: Geometry, tf32: bool
-) -> Decision | None:
-    """As `fprop`, of the gradient of a convolution's input."""
-    where, device = (
-        (dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt, geometry, tf32),
-        dy.device,
-    )
-    aligned = (dy.data_ptr() | w.data_ptr()) % 16 == 0
-    return _told(_decide_dgrad(*where, devices.gpu(device), aligned, devices.type_of(device) in LIBRARY_FIRST))
-
-
-def wgrad(
-    x: Tensor, dy: Tensor, w_shape: Sequence[int], fmt: torch.memory_format, geometry: Geometry, tf32: bool
-) -> Decision | None:
-    """As `fprop`, of the gradient of a convolution's weights."""
-    where, device = (x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt, geometry, tf32), x.device
-    aligned = (x.data_ptr() | dy.data_ptr()) % 16 == 0
-    return _told(_decide_wgrad(*where, devices.gpu(device), aligned, devices.type_of(device) in LIBRARY_FIRST))
-
-
-def _told(decision: Decision) -> Decision | None:
-    """The decision, if the library serves by it. Traces learn the reason."""
+def library_serves(plan: ConvolutionPlan, device: torch.device) -> Decision | None:
+    """What the library is to do for tensors on `device`, or None if our kernels serve by the plan. Traces learn why."""
+    kind = device.type
+    decision: Decision = _decision(plan, (devices.type_of(device) if kind == "meta" else kind) in LIBRARY_FIRST)
+    if not decision.reason:
+        return None
     library = decision.library and dispatch.library_allowed()
     reason = decision.reason if library or not decision.library else "the library may not serve: kernels were asked for"
-    if reason:
-        dispatch.note("library" if library else "kernels", reason)
+    recording.note("library" if library else "kernels", reason)
     return decision if library else None

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from cnnfast_kernels import devices
-from cnnfast_kernels.choosing import Geometry, Question, ask_dgrad, ask_fprop, ask_wgrad
+from cnnfast_kernels.choosing import Geometry, Question, Statistics, dgrad_question, fprop_question, wgrad_question
 from cnnfast_kernels.layout import Layout
 
 from .. import dispatch
 from ..calls import OperatorCall, operator_calls
 
-# The operators of a forward pass, and what their kernels do besides the convolution (choosing.ask_fprop has the words).
-FORWARD = {"conv_fprop": "", "conv_stats": "stats", "conv_bn_act": "norm"}
+# The operators of a forward pass, and what their kernels do besides the convolution (choosing.py has the words).
+FORWARD: dict[str, Statistics] = {"conv_fprop": "", "conv_stats": "stats", "conv_bn_act": "norm"}
 OPERATORS = (*FORWARD, "conv_dgrad", "conv_wgrad")
 
 
@@ -40,17 +40,17 @@ class Convolution(OperatorCall):
 
     def question(self, tf32: bool, gpu: devices.Gpu) -> Question:
         """What a tile is chosen by. Tensors are taken to start at multiples of 16 bytes, as allocated ones do."""
-        how = self.geometry, tf32, gpu, True
         if self.operator == "conv_dgrad":
-            return ask_dgrad(self["dy"], self["w"], self["x_shape"], self.format, *how)
+            return dgrad_question(self["dy"], self["w"], self["x_shape"], self.format, self.geometry, gpu, tf32=tf32)
         if self.operator == "conv_wgrad":
-            return ask_wgrad(self["x"], self["dy"], self["w_shape"], self.format, *how)
+            return wgrad_question(self["x"], self["dy"], self["w_shape"], self.format, self.geometry, gpu, tf32=tf32)
         fused = self.operator == "conv_bn_act"
         residual = self["residual"].strides if fused and self["residual"] else None
         activation = self["activation"] if fused else None
-        return ask_fprop(
-            self["x"], self["w"], residual, self.geometry, FORWARD[self.operator], activation, tf32, gpu, True
-        )
+        return fprop_question(
+            self["x"], self["w"], self.geometry, gpu, statistics=FORWARD[self.operator], residual_strides=residual,
+            activation=activation, tf32=tf32,
+        )  # fmt: skip
 
 
 def capture(

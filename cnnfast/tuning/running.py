@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnnfast_kernels import conv, devices
+from cnnfast_kernels.choosing import Tile
 from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.layout import Layout
@@ -19,7 +20,8 @@ from cnnfast_kernels.layout import Layout
 from ..activations import activate
 from ..checking.judge import compare
 from ..dtypes import name_of
-from ..ops import library, serving
+from ..ops import library_convolution as library
+from ..ops import serving
 from ..precision import allow_tf32, float32_products, nearest_tf32
 from .capture import FORWARD, Convolution
 
@@ -27,8 +29,8 @@ Arguments = dict[str, Any]
 Results = tuple[Tensor, ...]
 
 RESULTS = ("result", "mean", "variance")  # of an operator, in this order
-POSITIVE = ("var", "bn_weight")
-VECTORS = ("mean", "var", "bn_weight", "bn_bias")
+POSITIVE = ("var", "gamma")
+VECTORS = ("mean", "var", "gamma", "beta")
 MULTIPLIED = ("x", "w", "dy")
 
 
@@ -52,11 +54,11 @@ def operands(convolution: Convolution, device: torch.device, seed: int = 0) -> A
 def _epilogue(a: Arguments) -> Epilogue:
     if "mean" not in a:
         return Epilogue(a["bias"])
-    norm = BatchNorm(a["mean"], a["var"], a["bn_weight"], a["bn_bias"], a["eps"])
+    norm = BatchNorm(a["mean"], a["var"], a["gamma"], a["beta"], a["eps"])
     return Epilogue(a["bias"], norm, a["residual"], a["activation"], a["slope"])
 
 
-def ours(convolution: Convolution, a: Arguments, tile: conv.Tile) -> Results:
+def ours(convolution: Convolution, a: Arguments, tile: Tile) -> Results:
     """By our kernels with this tile."""
     how: Any = {"tf32": _in_tf32(a), "tile": tile}
     match convolution.operator:
@@ -128,8 +130,8 @@ def by_pytorch(convolution: Convolution, a: Arguments, dtype: torch.dtype | None
     if convolution.operator == "conv_stats":
         var, mean = torch.var_mean(y.to(vectors), (0, 2, 3), unbiased=False)
         return y, mean, var
-    mean, var, weight, shift = (None if a[name] is None else a[name].to(vectors) for name in VECTORS)
-    u = F.batch_norm(y, mean, var, weight, shift, False, 0.0, a["eps"])
+    mean, var, gamma, beta = (None if a[name] is None else a[name].to(vectors) for name in VECTORS)
+    u = F.batch_norm(y, mean, var, gamma, beta, False, 0.0, a["eps"])
     return (activate(u if a["residual"] is None else u + a["residual"], a["activation"], a["slope"]),)
 
 

@@ -1,37 +1,31 @@
 """Which family of kernels, and which tile, serves a convolution: by a measured row (tables.py), or else by default.
 
-It follows from layouts, and no tensor is touched here. `candidates` is what measuring tries.
+The choice follows from layouts alone: nothing here touches a tensor. `candidates` lists what measuring tries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import islice, zip_longest
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from . import devices, tables
 from .gather.depthwise import vector_length
+from .gather.depthwise.tiles import StripTile, choose_strip_tile, search_strip_tiles
 from .layout import Layout, convolution_format, dense
 from .problem import ConvProblem
-from .tiling import (
-    Operation,
-    Precision,
-    StripTile,
-    TileConfig,
-    choose_strip_tile,
-    choose_tile,
-    precision_class,
-    search_strip_tiles,
-    search_tiles,
-)
+from .tiling import Operation, Precision, TileConfig, choose_tile, precision_class, search_tiles
 from .tma.stem import is_packed, packing_of
 from .tma.tiles import BoxTile, choose_box_tile, is_half_empty, search_boxes
 from .tma.views import flattened, why_not
 
-# of the general kernels, of those of depthwise convolution, of those that load by tensor maps
+# The tile of a general kernel, of one for depthwise convolution, and of one that loads by tensor maps.
 Tile = TileConfig | StripTile | BoxTile
+# What a forward kernel has to do with the statistics of a batch norm: nothing; "stats": it leaves those of its result;
+# "norm": it normalises by given ones.
+Statistics = Literal["", "stats", "norm"]
 MOST_CANDIDATES = 12  # that measuring tries
 
 
@@ -52,10 +46,10 @@ def precision_of(dtype: torch.dtype, tf32: bool) -> Precision:
 
 
 class Question(NamedTuple):
-    """What the choice follows from. `x`, `w` and `y` may each be the operand or its gradient.
+    """Which kernel and tile shall serve this convolution? All that the answer follows from.
 
-    aligned: whether operands start at multiples of 16 bytes. kind: "stats" if the kernel leaves those, "norm" if it
-    normalises, else "".
+    x, w, y: of the operands and the result; of a gradient, where it stands for what it is the gradient of. aligned:
+    whether both operands, and the residual, start at multiples of 16 bytes.
     """
 
     operation: Operation
@@ -66,7 +60,7 @@ class Question(NamedTuple):
     x: Layout
     w: Layout
     y: Layout
-    kind: str = ""
+    statistics: Statistics = ""
     residual: Layout | None = None
     activation: str | None = None
 
@@ -76,24 +70,26 @@ class Question(NamedTuple):
 
     @property
     def key(self) -> tables.Key:
-        epilogue = " ".join(filter(None, (self.kind, "" if self.residual is None else "residual", self.activation)))
+        words = self.statistics, "" if self.residual is None else "residual", self.activation
+        epilogue = " ".join(filter(None, words))
         dtype = "tf32" if self.tf32 else str(self.x.dtype).removeprefix("torch.")
         layout = " ".join("NHWC" if _adjacent(t) else "NCHW" for t in (self.x, self.w, self.y))
         return tables.Key(*self.gpu, self.operation, epilogue, dtype, layout, self.problem)
 
     @property
     def adjacent(self) -> bool:
-        """Whether channels are, in all that is read."""
-        return all(
-            map(
-                _adjacent,
-                {"fprop": (self.x, self.w), "dgrad": (self.y, self.w), "wgrad": (self.x, self.y)}[self.operation],
-            )
-        )
+        """Whether channels are adjacent in both operands."""
+        operands = {"fprop": (self.x, self.w), "dgrad": (self.y, self.w), "wgrad": (self.x, self.y)}[self.operation]
+        return all(map(_adjacent, operands))
+
+    @property
+    def result(self) -> Layout:
+        """Of what the operation computes."""
+        return {"fprop": self.y, "dgrad": self.x, "wgrad": self.w}[self.operation]
 
     @property
     def channels_last(self) -> bool:
-        """Whether channels are adjacent in all that is read and written."""
+        """Whether channels are adjacent in every tensor that is read or written."""
         return all(map(_adjacent, (*self.images, self.w)))
 
     @property
@@ -125,47 +121,52 @@ def _adjacent(t: Layout) -> bool:
     return t.stride(1) == 1 or t.shape[1] == 1
 
 
-def ask_fprop(
+def fprop_question(
     x: Layout,
     w: Layout,
-    residual_strides: tuple[int, ...] | None,
     geometry: Geometry,
-    kind: str,
-    activation: str | None,
-    tf32: bool,
     gpu: devices.Gpu,
-    aligned: bool,
+    *,
+    statistics: Statistics = "",
+    residual_strides: tuple[int, ...] | None = None,
+    activation: str | None = None,
+    tf32: bool = False,
+    aligned: bool = True,
 ) -> Question:
     g = geometry.problem(x.shape, w.shape)
     y = dense((g.N, g.K, g.P, g.Q), x.dtype, convolution_format(x, w))
     residual = None if residual_strides is None else Layout(y.shape, residual_strides, x.dtype)
-    return Question("fprop", g, tf32, gpu, aligned, x, w, y, kind, residual, activation)
+    return Question("fprop", g, tf32, gpu, aligned, x, w, y, statistics, residual, activation)
 
 
-def ask_dgrad(
+def dgrad_question(
     dy: Layout,
     w: Layout,
     x_shape: Sequence[int],
     fmt: torch.memory_format,
     geometry: Geometry,
-    tf32: bool,
     gpu: devices.Gpu,
-    aligned: bool,
+    *,
+    tf32: bool = False,
+    aligned: bool = True,
 ) -> Question:
+    """fmt: the format of the gradient of x."""
     dx = dense(x_shape, dy.dtype, fmt)
     return Question("dgrad", geometry.problem(x_shape, w.shape), tf32, gpu, aligned, dx, w, dy)
 
 
-def ask_wgrad(
+def wgrad_question(
     x: Layout,
     dy: Layout,
     w_shape: Sequence[int],
     fmt: torch.memory_format,
     geometry: Geometry,
-    tf32: bool,
     gpu: devices.Gpu,
-    aligned: bool,
+    *,
+    tf32: bool = False,
+    aligned: bool = True,
 ) -> Question:
+    """fmt: the format of the gradient of w."""
     dw = dense(w_shape, x.dtype, fmt)
     return Question("wgrad", geometry.problem(x.shape, w_shape), tf32, gpu, aligned, x, dw, dy)
 
@@ -173,8 +174,8 @@ def ask_wgrad(
 def default_tile(q: Question) -> Tile:
     """What runs where nothing was measured.
 
-    Tensor maps, wherever they can serve without packing and boxes are not mostly empty: by their instructions they
-    should win, but on no GPU has either family been timed.
+    That is a kernel with tensor maps wherever one can serve without packing and its boxes are not mostly empty: by its
+    instructions it should win, but no GPU has timed either family yet.
     """
     if q.problem.is_depthwise:
         return choose_strip_tile(q.problem, q.operation, q.precision, vector_length(q.x, q.y))
@@ -186,11 +187,12 @@ def default_tile(q: Question) -> Tile:
 
 
 def candidates(q: Question) -> list[Tile]:
-    """What measuring tries, at most MOST_CANDIDATES: the default, and then from each family that can serve one in turn.
+    """The tiles that measuring tries, at most MOST_CANDIDATES: the default, then one of each family that can serve in
+    turn.
 
-    Each family's come in its own order (search_tiles, search_boxes, search_strip_tiles), but no second variant of a
-    tile, another split or number of stages, say, before there is one of every other tile. That order is a model's, or
-    plain largest first: no GPU has told which tiles win, and one that would may be among those left out.
+    Within a family they keep the order of its search (search_tiles, search_boxes, search_strip_tiles), but every tile
+    comes once before any comes in a second variant, with another split or number of stages, say. That order is a
+    model's guess, or simply largest first: no GPU has told which tiles win, and the best may be among those left out.
     """
     if q.problem.is_depthwise:
         families: list[Iterable[Tile]] = [
@@ -208,7 +210,7 @@ def candidates(q: Question) -> list[Tile]:
 
 
 def _spread(tiles: Iterable[Tile]) -> list[Tile]:
-    """Tiles of as many shapes as there are first: one of each shape in turn, within a shape in the order given."""
+    """The same tiles, one of each shape in turn; those of one shape stay in the order given."""
     shapes: dict[object, list[Tile]] = {}
     for tile in tiles:
         shapes.setdefault(_shape(tile), []).append(tile)
@@ -226,16 +228,15 @@ def _shape(tile: Tile) -> object:
 
 
 def measured(q: Question) -> tables.TableRow | None:
-    """The row that serves these tensors. One whose winner is a tile that they cannot take, since they are not aligned,
-    say, does not.
+    """The row that serves these tensors; None where there is none, or its winner is a tile that they cannot take, for
+    they are not aligned, say.
     """
     row = tables.find(q.key)
     return row if row is not None and (row.winner == "library" or _can_run(row.tile, q)) else None
 
 
-def choose(q: Question) -> Tile:
-    """The tile to run: of the row that was measured, or the default."""
-    row = measured(q)
+def choose(q: Question, row: tables.TableRow | None) -> Tile:
+    """The tile to run: that of the measured row, if there is one and it can run, or else the default."""
     return row.tile if row is not None and _can_run(row.tile, q) else default_tile(q)
 
 

@@ -8,14 +8,15 @@ workspace.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Literal
 
 import torch
 
-from . import devices, launch, memory
+from . import launch, memory
 from .batchnorm import batch_moments, contiguous
-from .choosing import Geometry, Question, Tile, ask_dgrad, ask_fprop, ask_wgrad, choose, precision_of
+from .choosing import Geometry, Tile, choose, measured, precision_of
 from .dtypes import accumulator_dtype
 from .epilogue import PLAIN, BatchNorm, Epilogue
 from .gather.depthwise import (
@@ -25,15 +26,17 @@ from .gather.depthwise import (
     plan_depthwise_fprop,
     plan_depthwise_wgrad,
 )
+from .gather.depthwise.tiles import StripTile
 from .gather.dgrad import plan_dgrad
 from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
 from .gather.wgrad import plan_wgrad
-from .layout import Layout, dense
+from .keys import DgradKey, FpropKey, WgradKey, dgrad_key, fprop_key, wgrad_key
+from .layout import Layout, convolution_format, dense
 from .moments import TileRows, combine
 from .operands import DgradOperands, FpropOperands, WgradOperands
 from .slots import WgradLaunches
-from .tiling import StripTile, cdiv
+from .tiling import cdiv
 from .tma.dgrad import plan_tma_dgrad
 from .tma.fprop import box_rows, plan_tma_fprop
 from .tma.stem import PackedFpropLaunches, PackedWgradLaunches, plan_stem_fprop, plan_stem_wgrad
@@ -42,163 +45,135 @@ from .tma.wgrad import plan_tma_wgrad
 
 Algorithm = Literal["auto", "direct", "im2col"]
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Plans: all of a call but its tensors
 
-def _check(tile: Tile, reason: str) -> None:
-    if reason and isinstance(tile, BoxTile):
-        raise ValueError(
-            f"tile={tile} is of the kernels that load by tensor maps, which cannot serve this call: {reason}"
-        )
 
+class ConvolutionPlan:
+    """What the three operations' plans have in common.
+
+    The question, the measured row and the result's layout are there at once. The tile and the launch are made when the
+    plan is first called: where the library serves, it never is.
+    """
+
+    def __init__(self, key: FpropKey | DgradKey | WgradKey) -> None:
+        self.question = q = key.question
+        self.row = measured(q) if key.tile is None else None
+        self.result = q.result
+        self.given_tile = key.tile
+
+    @cached_property
+    def tile(self) -> Tile:
+        """The one that was given, or else the choice."""
+        if self.given_tile is None:
+            return choose(self.question, self.row)
+        if isinstance(self.given_tile, BoxTile) and (reason := self.question.why_no_boxes):
+            raise ValueError(
+                f"tile={self.given_tile} is of the kernels that load by tensor maps, which cannot serve this call: "
+                f"{reason}"
+            )
+        return self.given_tile
+
+
+class FpropPlan(ConvolutionPlan):
+    def __init__(self, key: FpropKey) -> None:
+        super().__init__(key)
+        self.finish = key.eps, key.activation, key.slope
+
+    @cached_property
+    def prepared(self) -> launch.Launch | StripLaunch | PackedFpropLaunches:
+        q, tile = self.question, self.tile
+        tensors = q.x, q.w, q.y, q.residual
+        if isinstance(tile, StripTile):
+            return plan_depthwise_fprop(q.problem, tile, *tensors, *self.finish)
+        if isinstance(tile, BoxTile):
+            plan = plan_stem_fprop if q.packed else plan_tma_fprop
+            return plan(q.problem, tile, *tensors, *self.finish)
+        return plan_fprop(q.problem, tile, q.precision, *tensors, *self.finish)
+
+    @cached_property
+    def moments(self) -> tuple[Layout, TileRows]:
+        """The layout of the moments that the kernel can leave of its tiles, and which pixels each tile has."""
+        g, tile = self.question.problem, self.tile
+        if isinstance(tile, StripTile):
+            rows = moments_rows(g, tile)
+            tiles = cdiv(rows.tiles, tile.BLOCK_M)
+        elif isinstance(tile, BoxTile):
+            rows = box_rows(self.question.boxed, tile)
+            tiles = rows.tiles
+        else:
+            pixels = g.N * g.P * g.Q
+            tiles = cdiv(pixels, tile.BLOCK_M)
+            rows = TileRows(max(tiles, 1), pixels, tile.BLOCK_M)
+        return dense((tiles, 2, g.K), accumulator_dtype(self.result.dtype)), rows
+
+    def run(self, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+        """y, of the epilogue that the plan was made for, and with any bias."""
+        y = memory.empty(self.result, x)
+        if epilogue is PLAIN:  # most convolutions: there is nothing to look at
+            self.prepared(FpropOperands(x, w, y))
+            return y
+        bias, (mean, var, gamma, beta, _), residual, _, _ = epilogue
+        bias, mean, var, gamma, beta = contiguous(bias, mean, var, gamma, beta)
+        self.prepared(FpropOperands(x, w, y, bias, mean, var, gamma, beta, residual))
+        return y
+
+    def run_with_statistics(
+        self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(y, mean [K], biased variance [K]) by a plan for "stats": the kernel leaves the moments of its tiles, and a
+        small one combines them.
+        """
+        layout, rows = self.moments
+        y, moments = memory.empty(self.result, x), memory.empty(layout, x)
+        (bias,) = contiguous(bias)
+        self.prepared(FpropOperands(x, w, y, bias, moments=moments))
+        return y, *combine(moments, rows)
+
+
+class DgradPlan(ConvolutionPlan):
+    @cached_property
+    def prepared(self) -> launch.Launch | StripLaunch:
+        q, tile = self.question, self.tile
+        if isinstance(tile, StripTile):
+            return plan_depthwise_dgrad(q.problem, tile, q.y, q.w, q.x)
+        if isinstance(tile, BoxTile):
+            return plan_tma_dgrad(q.problem, tile, q.y, q.w, q.x)
+        return plan_dgrad(q.problem, tile, q.precision, q.y, q.w, q.x)
+
+    def run(self, dy: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """dx, plus `bias` [C]."""
+        (bias,) = contiguous(bias)
+        dx = memory.empty(self.result, dy)
+        self.prepared(DgradOperands(dy, w, dx, bias))
+        return dx
+
+
+class WgradPlan(ConvolutionPlan):
+    @cached_property
+    def prepared(self) -> WgradLaunches | PackedWgradLaunches:
+        q, tile = self.question, self.tile
+        if isinstance(tile, StripTile):
+            return plan_depthwise_wgrad(q.problem, tile, q.x, q.y, q.w)
+        if isinstance(tile, BoxTile):
+            plan = plan_stem_wgrad if q.packed else plan_tma_wgrad
+            return plan(q.problem, tile, q.x, q.y, q.w)
+        return plan_wgrad(q.problem, tile, q.precision, q.x, q.y, q.w)
+
+    def run(self, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+        dw = memory.empty(self.result, x)
+        if dy.numel() == 0 or x.numel() == 0:
+            return dw.zero_()
+        self.prepared(WgradOperands(x, dy, dw))
+        return dw
+
+
+fprop_plan: Callable[[FpropKey], FpropPlan] = launch.planned(FpropPlan)
+dgrad_plan: Callable[[DgradKey], DgradPlan] = launch.planned(DgradPlan)
+wgrad_plan: Callable[[WgradKey], WgradPlan] = launch.planned(WgradPlan)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plans: all that a call needs and its tensors' contents do not change
-
-
-def _tile(q: Question, tile: Tile | None) -> Tile:
-    """The tile that was given, or the choice."""
-    if tile is None:
-        return choose(q)
-    _check(tile, q.why_no_boxes)
-    return tile
-
-
-class FpropPlan(NamedTuple):
-    y: Layout
-    run: launch.Launch | StripLaunch | PackedFpropLaunches
-    moments: Layout  # where the kernel can leave those of its tiles, and which pixels these are
-    rows: TileRows
-
-
-@launch.planned
-def _plan_fprop(
-    x_shape,
-    x_strides,
-    w_shape,
-    w_strides,
-    residual_strides,
-    dtype,
-    geometry: Geometry,
-    kind,
-    eps,
-    activation,
-    slope,
-    tf32,
-    tile,
-    gpu,
-    aligned,
-) -> FpropPlan:
-    x, w = Layout(x_shape, x_strides, dtype), Layout(w_shape, w_strides, dtype)
-    q = ask_fprop(x, w, residual_strides, geometry, kind, activation, tf32, gpu, aligned)
-    g, y, residual = q.problem, q.y, q.residual
-    tile = _tile(q, tile)
-    if isinstance(tile, StripTile):
-        run = plan_depthwise_fprop(g, tile, x, w, y, residual, eps, activation, slope)
-        rows = moments_rows(g, tile)
-        tiles = cdiv(rows.tiles, tile.BLOCK_M)
-    elif isinstance(tile, BoxTile):
-        plan = plan_stem_fprop if q.packed else plan_tma_fprop
-        run = plan(g, tile, x, w, y, residual, eps, activation, slope)
-        rows = box_rows(q.boxed, tile)
-        tiles = rows.tiles
-    else:
-        run = plan_fprop(g, tile, q.precision, x, w, y, residual, eps, activation, slope)
-        pixels = g.N * g.P * g.Q
-        tiles = cdiv(pixels, tile.BLOCK_M)
-        rows = TileRows(max(tiles, 1), pixels, tile.BLOCK_M)
-    return FpropPlan(y, run, dense((tiles, 2, g.K), accumulator_dtype(dtype)), rows)
-
-
-def fprop_plan(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    geometry: Geometry,
-    epilogue: Epilogue = PLAIN,
-    *,
-    stats: bool = False,
-    tf32: bool = False,
-    tile: Tile | None = None,
-) -> FpropPlan:
-    _, norm, residual, activation, slope = epilogue
-    addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
-    return _plan_fprop(
-        x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype, geometry,
-        "stats" if stats else "" if norm.mean is None else "norm", norm.eps, activation, slope, tf32, tile, devices.gpu(x.device),
-        addresses % 16 == 0,
-    )  # fmt: skip
-
-
-class DgradPlan(NamedTuple):
-    dx: Layout
-    run: launch.Launch | StripLaunch
-
-
-@launch.planned
-def _plan_dgrad(
-    dy_shape, dy_strides, w_shape, w_strides, dtype, x_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned
-) -> DgradPlan:
-    dy, w = Layout(dy_shape, dy_strides, dtype), Layout(w_shape, w_strides, dtype)
-    q = ask_dgrad(dy, w, x_shape, fmt, geometry, tf32, gpu, aligned)
-    tile = _tile(q, tile)
-    if isinstance(tile, StripTile):
-        return DgradPlan(q.x, plan_depthwise_dgrad(q.problem, tile, dy, w, q.x))
-    if isinstance(tile, BoxTile):
-        return DgradPlan(q.x, plan_tma_dgrad(q.problem, tile, dy, w, q.x))
-    return DgradPlan(q.x, plan_dgrad(q.problem, tile, q.precision, dy, w, q.x))
-
-
-def dgrad_plan(
-    dy: torch.Tensor,
-    w: torch.Tensor,
-    x_shape: Sequence[int],
-    geometry: Geometry,
-    fmt: torch.memory_format,
-    *,
-    tf32: bool = False,
-    tile: Tile | None = None,
-) -> DgradPlan:
-    return _plan_dgrad(
-        dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt,
-        geometry, tf32, tile, devices.gpu(dy.device), (dy.data_ptr() | w.data_ptr()) % 16 == 0,
-    )  # fmt: skip
-
-
-class WgradPlan(NamedTuple):
-    dw: Layout
-    run: WgradLaunches | PackedWgradLaunches
-
-
-@launch.planned
-def _plan_wgrad(
-    x_shape, x_strides, dy_shape, dy_strides, dtype, w_shape, fmt, geometry: Geometry, tf32, tile, gpu, aligned
-) -> WgradPlan:
-    x, dy = Layout(x_shape, x_strides, dtype), Layout(dy_shape, dy_strides, dtype)
-    q = ask_wgrad(x, dy, w_shape, fmt, geometry, tf32, gpu, aligned)
-    tile = _tile(q, tile)
-    if isinstance(tile, StripTile):
-        return WgradPlan(q.w, plan_depthwise_wgrad(q.problem, tile, x, dy, q.w))
-    if isinstance(tile, BoxTile):
-        plan = plan_stem_wgrad if q.packed else plan_tma_wgrad
-        return WgradPlan(q.w, plan(q.problem, tile, x, dy, q.w))
-    return WgradPlan(q.w, plan_wgrad(q.problem, tile, q.precision, x, dy, q.w))
-
-
-def wgrad_plan(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    w_shape: Sequence[int],
-    geometry: Geometry,
-    fmt: torch.memory_format,
-    *,
-    tf32: bool = False,
-    tile: Tile | None = None,
-) -> WgradPlan:
-    return _plan_wgrad(
-        x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt,
-        geometry, tf32, tile, devices.gpu(x.device), (x.data_ptr() | dy.data_ptr()) % 16 == 0,
-    )  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# Calls
 
 
 def conv_fprop(
@@ -211,20 +186,17 @@ def conv_fprop(
     tf32: bool = False,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """What `epilogue` makes of conv(x, w), in one kernel (im2col: one for each piece of the workspace, and its copies)."""
+    """What `epilogue` makes of conv(x, w), in one kernel. By im2col it takes one, and a copy, for each piece of the
+    workspace.
+    """
+    if algorithm != "im2col":
+        return fprop_plan(fprop_key(x, w, geometry, epilogue, False, tf32, tile)).run(x, w, epilogue)
+    g = geometry.problem(x.shape, w.shape)
+    y = memory.empty((g.N, g.K, g.P, g.Q), x, convolution_format(x, w))
     bias, norm, residual, activation, slope = epilogue
-    bias, mean, var, weight, shift = contiguous(bias, norm.mean, norm.var, norm.gamma, norm.beta)
-    addresses = x.data_ptr() | w.data_ptr() | (0 if residual is None else residual.data_ptr())
-    plan: FpropPlan = _plan_fprop(  # as fprop_plan has it, without calling one function more
-        x.shape, x.stride(), w.shape, w.stride(), None if residual is None else residual.stride(), x.dtype, geometry,
-        "" if mean is None else "norm", norm.eps, activation, slope, tf32, tile, devices.gpu(x.device), addresses % 16 == 0,
-    )  # fmt: skip
-    y = memory.empty(plan.y, x)
-    if algorithm == "im2col":
-        epilogue = Epilogue(bias, BatchNorm(mean, var, weight, shift, norm.eps), residual, activation, slope)
-        im2col_fprop(geometry.problem(x.shape, w.shape), precision_of(x.dtype, tf32), x, w, y, epilogue)
-    else:
-        plan.run(FpropOperands(x, w, y, bias, mean, var, weight, shift, residual))
+    bias, mean, var, gamma, beta = contiguous(bias, norm.mean, norm.var, norm.gamma, norm.beta)
+    epilogue = Epilogue(bias, BatchNorm(mean, var, gamma, beta, norm.eps), residual, activation, slope)
+    im2col_fprop(g, precision_of(x.dtype, tf32), x, w, y, epilogue)
     return y
 
 
@@ -238,19 +210,11 @@ def conv_stats(
     tf32: bool = False,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, mean [K], biased variance [K]): the convolution's kernel leaves the moments of its tiles, a small one
-    combines them.
-    """
+    """(y, mean [K], biased variance [K]). By im2col the statistics are a pass of their own over y."""
     if algorithm == "im2col":
-        y = conv_fprop(x, w, geometry, Epilogue(bias), algorithm=algorithm, tf32=tf32, tile=tile)
+        y = conv_fprop(x, w, geometry, Epilogue(bias), algorithm=algorithm, tf32=tf32)
         return y, *batch_moments(y)
-    plan = fprop_plan(x, w, geometry, stats=True, tf32=tf32, tile=tile)
-    y, moments = memory.empty(plan.y, x), memory.empty(plan.moments, x)
-    (bias,) = contiguous(bias)
-    plan.run(FpropOperands(x, w, y, bias, moments=moments))
-    mean, var = combine(moments, plan.rows)
-    assert var is not None
-    return y, mean, var
+    return fprop_plan(fprop_key(x, w, geometry, PLAIN, True, tf32, tile)).run_with_statistics(x, w, bias)
 
 
 def conv_dgrad(
@@ -266,13 +230,11 @@ def conv_dgrad(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to x, plus `bias` [C]: the transposed convolution of dy."""
-    layout, run = dgrad_plan(dy, w, x_shape, geometry, fmt, tf32=tf32, tile=tile)
-    dx = memory.empty(layout, dy)
+    if algorithm != "im2col":
+        return dgrad_plan(dgrad_key(dy, w, x_shape, fmt, geometry, tf32, tile)).run(dy, w, bias)
+    dx = memory.empty(x_shape, dy, fmt)
     (bias,) = contiguous(bias)
-    if algorithm == "im2col":
-        im2col_dgrad(geometry.problem(x_shape, w.shape), precision_of(dy.dtype, tf32), dy, w, dx, bias)
-    else:
-        run(DgradOperands(dy, w, dx, bias))
+    im2col_dgrad(geometry.problem(x_shape, w.shape), precision_of(dy.dtype, tf32), dy, w, dx, bias)
     return dx
 
 
@@ -288,12 +250,10 @@ def conv_wgrad(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Gradient of sum(dy * conv(x, w)) with respect to w."""
-    layout, run = wgrad_plan(x, dy, w_shape, geometry, fmt, tf32=tf32, tile=tile)
-    dw = memory.empty(layout, x)
+    if algorithm != "im2col":
+        return wgrad_plan(wgrad_key(x, dy, w_shape, fmt, geometry, tf32, tile)).run(x, dy)
+    dw = memory.empty(w_shape, x, fmt)
     if dy.numel() == 0 or x.numel() == 0:
         return dw.zero_()
-    if algorithm == "im2col":
-        im2col_wgrad(geometry.problem(x.shape, w_shape), precision_of(x.dtype, tf32), x, dy, dw)
-    else:
-        run(WgradOperands(x, dy, dw))
+    im2col_wgrad(geometry.problem(x.shape, w_shape), precision_of(x.dtype, tf32), x, dy, dw)
     return dw

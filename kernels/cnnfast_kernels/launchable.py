@@ -36,10 +36,10 @@ _answer: str | None = None
 def why_no_launch(device: torch.device) -> str:
     """Why Triton cannot launch kernels on `device`, with what to install, in one line; the empty string if it can.
 
-    Asked by compiling the smallest of kernels and building its launcher: nothing is launched, and nothing waits for the
-    GPU. The first call in a process pays for it, others in the meantime wait, and all later ones get the same answer.
-    While the current stream is being captured in a CUDA graph the answer is empty for now and is not kept, because
-    loading a module would break the capture. What is interpreted needs no launcher.
+    It compiles the smallest of kernels and builds its launcher: nothing is launched, and nothing waits for the GPU. The
+    first call in a process pays for that, calls in the meantime wait, and all later ones get the same answer. While the
+    current stream is being captured in a CUDA graph the answer is empty for now and is not kept, because loading a
+    module would break the capture. Where Triton interprets kernels no launcher is needed.
     """
     global _answer
     if launch.INTERPRETED:
@@ -57,7 +57,7 @@ def _ask(device: torch.device) -> str:
     try:
         # Triton compiles for, and loads to, the current device.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            # said as in launch.run: else Triton warns
+            # With enable_fp_fusion as launch.run has it, or Triton warns.
             compiled: Any = smallest.warmup(torch.float32, grid=(1,), enable_fp_fusion=True)
             _ = compiled.run  # this property builds the launcher, and loads the binary
     except Exception as error:  # whatever it is, every kernel would fail by it
@@ -68,16 +68,23 @@ def _ask(device: torch.device) -> str:
 def reason(error: Exception) -> str:
     """One line that says what failed when Triton built a launcher, and what to install."""
     said = str(error)
-    # Triton asks ldconfig for libcuda. The C compiler is told of libcuda too: its failure names it, and is another one.
+    # Triton asks ldconfig for libcuda. The C compiler's command names libcuda too, and its failure is another one.
     if isinstance(error, subprocess.CalledProcessError) and "ldconfig" not in error.cmd[0]:
         headers = Path(sysconfig.get_path("include", "posix_prefix"))  # where Triton looks
         if not (headers / "Python.h").exists():
-            return f"there is no Python.h in {headers}, which its launcher is compiled with; install Python's headers (python3-dev)"
-        return f"the C compiler {error.cmd[0]} ended with {error.returncode} when it compiled the launcher; {WHAT_IT_NEEDS}"
+            return (
+                f"there is no Python.h in {headers}, which its launcher is compiled with; install Python's headers "
+                "(python3-dev)"
+            )
+        ended = f"the C compiler {error.cmd[0]} ended with {error.returncode} when it compiled the launcher"
+        return f"{ended}; {WHAT_IT_NEEDS}"
     if "C compiler" in said:
         return f"it finds no C compiler, which it needs for its launcher; {WHAT_IT_NEEDS}"
     if "libcuda" in said or "ldconfig" in said:
-        return "it does not find libcuda.so.1; install NVIDIA's driver, or name the library's folder in TRITON_LIBCUDA_PATH"
+        return (
+            "it does not find libcuda.so.1; install NVIDIA's driver, or name the library's folder in "
+            "TRITON_LIBCUDA_PATH"
+        )
     if isinstance(error, OSError) and error.filename:
         purpose = (
             f"if this is the C compiler, {WHAT_IT_NEEDS}; if it is Triton's cache, name a folder in TRITON_CACHE_DIR"

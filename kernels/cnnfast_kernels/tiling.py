@@ -1,9 +1,10 @@
-"""Which tile a convolution kernel runs with. Pure Python: imports neither torch nor triton.
+"""Which tile a convolution kernel of gather/ runs with. Pure Python: imports neither torch nor triton.
 
-What was measured is in tables.py; this is what runs where nothing was, and what measuring tries (`search_tiles`). A row
-of `DEFAULT_TILES` is a choice by resources alone: nothing here has been measured on a GPU yet. All of them use 4 warps,
-because loops over flattened taps x channels were once miscompiled at 8 (pytorch/pytorch#173068): a tile of 8 has to be
-checked on the GPU and the layer that it is to serve, as measuring does.
+tables.py holds what was measured; this is what runs where nothing was, and what measuring tries (`search_tiles`). Tiles
+for depthwise convolution are in gather/depthwise/tiles.py, those for tensor maps in tma/tiles.py. DEFAULT_TILES are
+chosen by resources alone: nothing here has been measured on a GPU yet. All of them use 4 warps, because loops over
+flattened taps x channels were once miscompiled at 8 (pytorch/pytorch#173068): a tile of 8 has to be checked on the GPU
+and the layer that it is to serve, as measuring does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Precision = Literal["half", "tf32", "ieee", "fp64"]
 # The most that one instruction of a thread loads.
 VECTOR_BYTES = 16
 ELEMENT_BYTES: dict[Precision, int] = {"half": 2, "tf32": 4, "ieee": 4, "fp64": 8}
-# ptxas may take all registers there are. Told no number, it spills a few where that lets one more program run.
+# The limit that lets ptxas take all registers there are. Without any limit it spills a few where that lets one more
+# program run.
 MAX_REGISTERS = 255
 
 
@@ -49,13 +51,14 @@ DEFAULT_TILES: dict[Precision, tuple[TileConfig, ...]] = {
     "fp64": (TileConfig(64, 32, 16, 4, 2), TileConfig(32, 32, 16, 4, 2)),
 }
 
-# Of 8 warps: measuring tries them, nothing else does.
+# Tiles of 8 warps, which only measuring tries.
 WIDE_TILES = (TileConfig(128, 128, 32, 8, 4), TileConfig(256, 64, 32, 8, 4))
 
 # Programs that keep a GPU busy: one a multiprocessor of the smallest data-centre part. Measured tables replace this
 # guess.
 BUSY_PROGRAMS = 108
-# The workspace of partial weight gradients, and the k-steps below which a further split costs more than it hides.
+# The most parts that wgrad's sum is cut into, each of which takes a slot of a workspace, and the fewest k-steps of a
+# part: below that a further split costs more than it hides.
 MAX_SPLIT = 64
 MIN_STEPS_PER_SPLIT = 8
 
@@ -94,9 +97,9 @@ def candidate_tiles(
     """The default tiles that a convolution may get, largest first: those whose kernels keep within the registers of 4
     warps.
 
-    `adjacent`: channels lie next to each other in all operands; if not, every element needs an address of its own. Few
-    channels (a k-step spans several taps) need some too. `arch`: 90 for sm_90; on sm_100 the compiler takes more
-    registers.
+    `adjacent`: whether channels lie next to each other in all operands. If not, every element needs an address in
+    registers, and so do some where channels are so few that a k-step spans several taps. `arch`: 90 for sm_90; on
+    sm_100 the compiler takes more registers.
     """
     tiles = DEFAULT_TILES[precision]
     depth = problem.group_filters if operation == "dgrad" else problem.group_channels
@@ -107,12 +110,12 @@ def candidate_tiles(
 
 
 def register_limit(problem: ConvProblem, operation: Operation, precision: Precision, tile: TileConfig) -> int | None:
-    """The registers of a thread that ptxas is told for a kernel of gather/; None: it is told nothing.
+    """The limit on a thread's registers that ptxas is given for a kernel of gather/; None: it is given none.
 
-    Told nothing, that of triton 3.7.1 takes a few too few for two kernels, so that one more program may run, and spills
-    8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32 with 16, on sm_89. The limits,
-    which are what 3 and 4 programs of 4 warps may have, make no tile spill. Others compile to fewer registers without a
-    limit, which ptxas uses up where there is one.
+    Without a limit the ptxas of triton 3.7.1 takes a few registers too few for two kernels, so that one more program
+    may run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32 with 16, on
+    sm_89. The limits, which are what 3 and 4 programs of 4 warps may have, make no tile spill. Other kernels get none,
+    because ptxas uses a limit up where fewer registers would do.
     """
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
     if operation == "dgrad" and sums >= 64:
@@ -123,7 +126,7 @@ def register_limit(problem: ConvProblem, operation: Operation, precision: Precis
 
 
 def programs(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:
-    """Those of a launch; in wgrad, those of one part of the sum."""
+    """The programs of a launch; in wgrad, those of one part of the sum."""
     GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
     return cdiv(GEMM_M, tile.BLOCK_M) * cdiv(GEMM_N, tile.BLOCK_N) * problem.groups
 
@@ -162,8 +165,8 @@ def steps_of_loop(problem: ConvProblem, operation: Operation, tile: TileConfig) 
 
 
 def least_shared_bytes(tile: TileConfig, precision: Precision) -> int:
-    """Of a program: what its loads that are on their way fill. The compiler takes at least this much; on sm_90 it takes
-    a stage more.
+    """The shared memory of a program that its loads in flight fill. The compiler takes at least this much; on sm_90 it
+    takes a stage more.
     """
     return (tile.num_stages - 1) * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * ELEMENT_BYTES[precision]
 
@@ -171,12 +174,11 @@ def least_shared_bytes(tile: TileConfig, precision: Precision) -> int:
 def search_tiles(
     problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
 ) -> Iterator[TileConfig]:
-    """What measuring tries: the default tiles that may be chosen and wider ones, first as they are, then with k-steps
-    of twice their length and with one stage less; in wgrad, instead of that, with half and twice the default split.
+    """What measuring tries: the default tiles that may be chosen and wider ones, as they are, with k-steps of twice
+    their length, and with one stage less; in wgrad, in place of fewer stages, with half and twice the default split.
 
-    Left out is what cannot win or does not differ: blocks of which half or more would be empty where there are smaller
-    ones, tiles that need more shared memory than `arch` has, and fewer stages where the loop has no more steps than
-    that.
+    It leaves out what cannot win or makes no difference: blocks of which half or more would be empty where there are
+    smaller ones, tiles that need more shared memory than `arch` has, and stages that the loop has no steps to fill.
     """
     depth = problem.group_filters if operation == "dgrad" else problem.group_channels
     GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
@@ -206,124 +208,3 @@ def search_tiles(
             if same not in found and least_shared_bytes(variant, precision) <= limit:
                 found.add(same)
                 yield variant
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Depthwise convolution
-
-STRIP_THREADS = 128
-STRIP_ROWS = (2, 4, 7)
-# Taps of one column of a filter whose weights, or gradients, are in registers at a time; taps of a filter for whose
-# gradients all are.
-MAX_COLUMN_TAPS = 7
-MAX_WHOLE_TAPS = 9
-# Vectors that may be on their way to a thread's registers.
-MAX_LOADS = 20
-# wgrad: the workspace of partial gradients, and what of x and dy stays in the first-level cache while a filter's
-# columns are summed one after another.
-MAX_STRIP_SPLIT = 2048
-CACHED_BYTES = 64 * 2**10
-
-
-@dataclass(frozen=True, slots=True)
-class StripTile:
-    """BLOCK_M strips of ROWS pixels below each other, BLOCK_C channels of each. SPLIT_K cuts wgrad's sum over the
-    strips.
-    """
-
-    BLOCK_M: int
-    BLOCK_C: int
-    ROWS: int
-    num_warps: int = STRIP_THREADS // 32
-    SPLIT_K: int = 1
-
-    def __str__(self) -> str:
-        split = f" split {self.SPLIT_K}" if self.SPLIT_K > 1 else ""
-        return f"{self.BLOCK_M}x{self.BLOCK_C} {self.ROWS} rows w{self.num_warps}{split}"
-
-
-def taps_at_once(R: int, step: int = 1) -> int:
-    """How many of a column's R taps the depthwise kernels take at once: all, or a multiple of `step`."""
-    return R if R <= MAX_COLUMN_TAPS else max(step, MAX_COLUMN_TAPS // step * step)
-
-
-def columns_at_once(R: int, S: int) -> int:
-    """How many columns of a filter depthwise wgrad sums at once: all, or one."""
-    return S if R * S <= MAX_WHOLE_TAPS else 1
-
-
-def strip_rows(problem: ConvProblem, operation: Operation) -> tuple[int, ...]:
-    """The rows that strips may have, the least work first: loads, of as many instructions as two multiply-adds, and
-    multiply-adds, which in wgrad cost twice where strips are ragged. Those with no more than MAX_LOADS loads at once;
-    the fewest, if there are none.
-
-    In dgrad they are multiples of the stride: then every strip meets the same taps.
-    """
-    g = problem
-    backward = operation == "dgrad"
-    extent, unit, step = (g.H, g.stride_h, 1) if backward else (g.P, 1, g.stride_h)
-    taps = taps_at_once(g.R, tap_step(g.stride_h, g.dil_h) if backward else 1)
-    columns = columns_at_once(g.R, g.S) if operation == "wgrad" else 1
-
-    def loads(rows: int) -> int:
-        reach = ((rows - 1) * step + (taps - 1) * g.dil_h) // unit + 1
-        return min(cdiv(rows, unit) * taps, reach)
-
-    def work(rows: int) -> int:
-        ragged = operation == "wgrad" and g.P % rows > 0
-        return cdiv(extent, rows) * (2 * loads(rows) + rows * taps // unit * (2 if ragged else 1))
-
-    candidates = sorted({cdiv(rows, unit) * unit for rows in STRIP_ROWS})
-    possible = [rows for rows in candidates if loads(rows) * columns <= MAX_LOADS]
-    return tuple(sorted(possible or candidates[:1], key=work))
-
-
-def strip_tiles(problem: ConvProblem, operation: Operation, precision: Precision, vector: int) -> tuple[StripTile, ...]:
-    """The tiles that a depthwise convolution may get, the least work first. `vector`: adjacent channels that one load
-    takes; 0: channels are apart.
-
-    128 threads with one vector each, of 16 to 32 channels: that is 64 or 128 bytes of a pixel side by side. Where
-    channels are apart threads lie side by side in the image.
-    """
-    channels = problem.C if operation == "dgrad" else problem.K
-    BLOCK_C = 1 if vector == 0 else 16 if channels <= 16 or precision == "fp64" else 32
-    BLOCK_M = STRIP_THREADS * max(vector, 1) // BLOCK_C
-    return tuple(StripTile(BLOCK_M, BLOCK_C, rows) for rows in strip_rows(problem, operation))
-
-
-def search_strip_tiles(
-    problem: ConvProblem, operation: Operation, precision: Precision, vector: int
-) -> Iterator[StripTile]:
-    """What measuring tries: all that may be chosen; in wgrad with half, once and twice the default split."""
-    chosen = choose_strip_tile(problem, operation, precision, vector)
-    splits = (
-        sorted({cdiv(chosen.SPLIT_K, 2), chosen.SPLIT_K, min(2 * chosen.SPLIT_K, MAX_STRIP_SPLIT)})
-        if operation == "wgrad"
-        else [1]
-    )
-    for tile in strip_tiles(problem, operation, precision, min(vector, 1) if problem.group_filters > 1 else vector):
-        yield from (replace(tile, SPLIT_K=split) for split in splits)
-
-
-def choose_strip_tile(problem: ConvProblem, operation: Operation, precision: Precision, vector: int) -> StripTile:
-    """The candidate of the least work that leaves enough programs to fill a GPU, which in wgrad the split provides;
-    else the lowest.
-    """
-    g = problem
-    if g.group_filters > 1:  # the channels of one operand do not lie as those of the other
-        vector = min(vector, 1)
-    tiles = strip_tiles(g, operation, precision, vector)
-    if operation == "wgrad":
-        tile = tiles[0]
-        parts = max(1, cdiv(g.N * cdiv(g.P, tile.ROWS) * g.Q, tile.BLOCK_M))
-        split = cdiv(4 * BUSY_PROGRAMS, cdiv(g.K, tile.BLOCK_C))
-        if g.R > MAX_COLUMN_TAPS or columns_at_once(g.R, g.S) < g.S:
-            tile_bytes = 2 * tile.BLOCK_M * tile.ROWS * tile.BLOCK_C * ELEMENT_BYTES[precision]
-            split = max(split, cdiv(parts, max(1, CACHED_BYTES // tile_bytes)))
-        return replace(tile, SPLIT_K=min(parts, split, MAX_STRIP_SPLIT))
-    channels, rows, columns = (g.C, g.H, g.W) if operation == "dgrad" else (g.K, g.P, g.Q)
-
-    def programs(tile: StripTile) -> int:
-        return cdiv(g.N * cdiv(rows, tile.ROWS) * columns, tile.BLOCK_M) * cdiv(channels, tile.BLOCK_C)
-
-    return next((tile for tile in tiles if programs(tile) >= 2 * BUSY_PROGRAMS), min(tiles, key=lambda tile: tile.ROWS))

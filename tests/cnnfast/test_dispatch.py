@@ -10,7 +10,8 @@ import torch
 
 import cnnfast
 import cnnfast.functional as F
-from cnnfast import dispatch
+from cnnfast import dispatch, recording
+from cnnfast.functional import entrance
 from cnnfast_kernels import launch, memory, pooling
 from tests.support.agreement import integers, leaf
 from tests.support.child import run_compiled
@@ -65,7 +66,7 @@ def test_traces_nest(operands):
     assert [call.operation for call in outer] == ["conv_fprop", "max_pool", "global_avg_pool"]
     assert [call.operation for call in inner] == ["max_pool"]
     assert outer.launches == ["conv_fprop_kernel", "max_pool_kernel", "plane_mean_kernel"]
-    assert dispatch._traces == []
+    assert recording.traces == []
 
 
 class Kernel:
@@ -83,7 +84,7 @@ def test_trace_hears_other_threads():
     meet = threading.Barrier(2, timeout=60)
 
     def operator(name):
-        @dispatch.recorded(name)
+        @recording.recorded(name)
         def call(x):
             for _ in range(3):
                 meet.wait()
@@ -229,7 +230,7 @@ def test_captured_calls():
         def __exit__(self, *error):
             seen.append("exit")
 
-    with dispatch.capture(Observer):
+    with entrance.capture(Observer):
         F.conv2d(X, W, algorithm="torch")
     F.conv2d(X, W, algorithm="torch")
     assert seen == [("conv2d", 2, ["algorithm"]), "enter", "exit"]

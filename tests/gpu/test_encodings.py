@@ -18,6 +18,8 @@ from torch.nn import functional as theirs
 from cnnfast.bench.shapes import resnet50_convolutions
 from cnnfast_kernels import conv, devices, launch
 from cnnfast_kernels.conv import Geometry
+from cnnfast_kernels.keys import DgradKey, FpropKey, WgradKey
+from cnnfast_kernels.layout import layout_of
 from cnnfast_kernels.tma.stem import is_packed, packed_problem
 from cnnfast_kernels.tma.tiles import BoxTile, candidate_boxes
 from tests.support.convolutions import Case, draw, needs_tensor_maps
@@ -122,31 +124,22 @@ def test_the_cases_have_every_kind(device, encoded):
                     torch.empty(size, dtype=torch.float16, device="meta", memory_format=LAST)
                     for size in (case.x, case.w, case.y)
                 )
-                geometry, gpu = Geometry(case.stride, case.padding, case.dilation, 1), devices.gpu(device)
-                common = {"geometry": geometry, "tf32": False, "tile": tile, "gpu": gpu, "aligned": True}
+                geometry = Geometry(case.stride, case.padding, case.dilation, 1)
+                gpu = devices.gpu(device)
+                how = {"tf32": False, "tile": tile, "gpu": gpu, "aligned": True}
+                x, w, dy = (layout_of(t) for t in (x, w, dy))
                 match operation:
                     case "fprop":
-                        conv._plan_fprop(
-                            x.shape,
-                            x.stride(),
-                            w.shape,
-                            w.stride(),
-                            None,
-                            x.dtype,
-                            geometry,
-                            "",
-                            0.0,
-                            None,
-                            0.0,
-                            False,
-                            tile,
-                            gpu,
-                            True,
-                        )
+                        key = FpropKey(*x[:2], *w[:2], None, x.dtype, geometry, "", 0.0, None, 0.0, **how)
+                        assert conv.fprop_plan(key).prepared
                     case "dgrad":
-                        conv._plan_dgrad(dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, case.x, LAST, **common)
+                        assert conv.dgrad_plan(
+                            DgradKey(*dy[:2], *w[:2], dy.dtype, case.x, LAST, geometry, **how)
+                        ).prepared
                     case _:
-                        conv._plan_wgrad(x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, case.w, LAST, **common)
+                        assert conv.wgrad_plan(
+                            WgradKey(*x[:2], *dy[:2], x.dtype, case.w, LAST, geometry, **how)
+                        ).prepared
     assert set(encoded) == {"usual", "permuted", "overlapping"}
 
 

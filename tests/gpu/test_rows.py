@@ -29,7 +29,7 @@ def operands(device: torch.device, dtype: torch.dtype = torch.float16) -> tuple[
 def row(x: torch.Tensor, w: torch.Tensor, gpu: devices.Gpu, winner: str) -> tables.TableRow:
     """Of the convolution of these tensors, as tuning would write it."""
     geometry = Geometry((1, 1), (1, 1, 1, 1), (1, 1), 1)
-    q = choosing.ask_fprop(layout_of(x), layout_of(w), None, geometry, "", None, False, gpu, True)
+    q = choosing.fprop_question(layout_of(x), layout_of(w), geometry, gpu)
     return tables.TableRow(q.key, TILE, winner, TIMES)
 
 

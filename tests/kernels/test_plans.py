@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cnnfast_kernels import launch, memory
+from cnnfast_kernels import conv, launch, memory
 from cnnfast_kernels.layout import dense, is_channels_last
 from tests.support.child import run_compiled
 
@@ -113,6 +113,18 @@ def test_a_plan_makes_its_tensors_device_current(monkeypatch):
     assert kernel.ran_on == [1, 0, 2]
     assert entered == [torch.device("cuda", 1), torch.device("cuda", 2)]
     assert current == [0]
+
+
+def test_im2col_plans_no_direct_kernel(device, monkeypatch):
+    for name in ("fprop_plan", "dgrad_plan", "wgrad_plan"):
+        monkeypatch.setattr(conv, name, lambda key: pytest.fail("a plan of a direct kernel is made"))
+    x, w = torch.ones(1, 2, 4, 4, device=device), torch.ones(3, 2, 3, 3, device=device)
+    geometry, how = conv.Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1), {"algorithm": "im2col"}
+    y = conv.conv_fprop(x, w, geometry, **how)
+    assert torch.equal(y, torch.full_like(y, 18.0))
+    assert torch.equal(conv.conv_stats(x, w, geometry, **how)[0], y)
+    assert conv.conv_dgrad(y, w, x.shape, geometry, **how).shape == x.shape
+    assert conv.conv_wgrad(x, y, w.shape, geometry, **how).shape == w.shape
 
 
 # ----------------------------------------------------------------------------------------------------------------------

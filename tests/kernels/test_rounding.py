@@ -16,7 +16,7 @@ from cnnfast_kernels.batchnorm import batch_moments, normalize
 from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.conv import conv_fprop
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
-from cnnfast_kernels.tiling import StripTile
+from cnnfast_kernels.gather.depthwise.tiles import StripTile
 from cnnfast_kernels.tma.tiles import BoxTile
 from tests.support.child import run_compiled
 from tests.support.convolutions import SMALL, needs_tensor_maps

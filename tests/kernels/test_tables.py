@@ -23,10 +23,11 @@ from cnnfast_kernels import choosing, devices, launch, tables
 from cnnfast_kernels.conv import Geometry, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from cnnfast_kernels.dtypes import KERNEL_DTYPES
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
+from cnnfast_kernels.gather.depthwise.tiles import StripTile
 from cnnfast_kernels.layout import dense
 from cnnfast_kernels.problem import ConvProblem
 from cnnfast_kernels.tables import Key, TableRow
-from cnnfast_kernels.tiling import StripTile, TileConfig, search_tiles, steps_of_loop
+from cnnfast_kernels.tiling import TileConfig, search_tiles, steps_of_loop
 from cnnfast_kernels.tma.tiles import BoxTile
 from tests.support.agreement import integers
 from tests.support.child import IMPORTABLE, run_compiled
@@ -127,11 +128,9 @@ def test_measuring_again_replaces_and_keeps_the_rest(gpu):
     first, other, again = row(gpu), row(gpu, replace(PROBLEM, C=32)), row(gpu, winner="library")
     write(gpu, first, other)
     assert tables.find(first.key) == first
-    assert not tables.library  # nobody else is asked
     assert write(gpu, again) == tables.user_file(*gpu)
     assert tables.find(first.key) == again
     assert tables.find(other.key) == other
-    assert tables.library
     # no half-written ones
     assert [file.name for file in tables.user_folder().iterdir()] == [tables.user_file(*gpu).name]
 
@@ -240,9 +239,7 @@ def test_threads_that_write_at_once_lose_nothing(gpu):
 
 
 def test_a_writer_that_is_killed_leaves_a_whole_table(tmp_path):
-    """At any moment: what it had said to be written is there, and what it left lying about the next writer
-    takes away.
-    """
+    """At any moment: the rows that it had reported are there, and the next writer clears away what it left behind."""
     for attempt in range(8):
         process = writer(tmp_path, 1000 * attempt, 900)
         assert process.stdout is not None
@@ -353,7 +350,6 @@ def test_a_table_that_cannot_be_used_is_told_of_once(gpu, change, says):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tables.find(row(gpu).key) is None
-    assert not tables.library
 
 
 @pytest.mark.parametrize(
@@ -546,9 +542,9 @@ def questions(gpu, C, K, taps, groups=1, dtype=torch.float16, fmt=torch.channels
     w_shape = (K, C // groups, taps, taps)
     w = dense(w_shape, dtype, fmt)
     return (
-        choosing.ask_fprop(x, w, None, geometry, "", None, False, gpu, True),
-        choosing.ask_dgrad(y, w, x.shape, fmt, geometry, False, gpu, True),
-        choosing.ask_wgrad(x, y, w_shape, fmt, geometry, False, gpu, True),
+        choosing.fprop_question(x, w, geometry, gpu),
+        choosing.dgrad_question(y, w, x.shape, fmt, geometry, gpu),
+        choosing.wgrad_question(x, y, w_shape, fmt, geometry, gpu),
     )
 
 
@@ -622,7 +618,7 @@ def test_steps_of_a_loop_are_those_of_the_most_taps():
 def test_the_layout_tells_where_channels_are_adjacent(gpu):
     x = dense((2, 3, 4, 4), torch.float16)
     w = dense((8, 3, 1, 1), torch.float16, torch.channels_last)
-    question = choosing.ask_fprop(x, w, None, ONE._replace(padding=(0, 0, 0, 0)), "", None, False, gpu, True)
+    question = choosing.fprop_question(x, w, ONE._replace(padding=(0, 0, 0, 0)), gpu)
     assert question.key.layout == "NCHW NHWC NHWC"
     assert asdict(question.key.problem)["C"] == 3
 

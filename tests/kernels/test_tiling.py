@@ -82,8 +82,8 @@ def test_a_tile_prints_what_a_table_needs():
 
 @pytest.mark.parametrize("precision", DEFAULT_TILES)
 def test_registers_are_limited_where_the_compiler_would_spill(precision):
-    """In the largest tile of dgrad in half precision, and the smallest of fprop in float32 unless a k-step
-    spans taps.
+    """For the largest tile of dgrad in half precision, and for the smallest of fprop in float32 unless a k-step spans
+    taps.
     """
     many, few = (ConvProblem(1, C, 8, 8, C, 3, 3, 8, 8, pad_h=1, pad_w=1) for C in (64, 8))
     largest, *_, smallest = DEFAULT_TILES[precision]

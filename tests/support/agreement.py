@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cnnfast
-from cnnfast.dispatch import Trace
+from cnnfast.recording import Trace
 
 Function = Callable[..., Tensor]
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cnnfast.functional as ours
-from cnnfast.dispatch import Trace, backend
+from cnnfast.dispatch import backend
+from cnnfast.recording import Trace
 from cnnfast_kernels.dtypes import accumulator_dtype
 from tests.support.agreement import integers, run
 from tests.support.views import View, lay, views

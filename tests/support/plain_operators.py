@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnnfast.dispatch import recorded
 from cnnfast.ops.plain import (
     adaptive_avg_pool,
     avg_pool,
@@ -26,6 +25,7 @@ from cnnfast.ops.plain import (
     normalize,
     update_running,
 )
+from cnnfast.recording import recorded
 
 
 def conv_dgrad(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import cnnfast
-from cnnfast.dispatch import Trace
+from cnnfast.recording import Trace
 from tests.support.told import FUSED, MODES, Mode, assert_report_is_true, seed
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import cnnfast
 import cnnfast.nn as cnn
 from cnnfast.conversion import ConversionReport
-from cnnfast.dispatch import Trace
+from cnnfast.recording import Trace
 
 Mode = Literal["no_grad", "eval", "train"]
 MODES: tuple[Mode, ...] = ("no_grad", "eval", "train")

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnnfast_kernels import devices
-from cnnfast_kernels.choosing import Geometry, Question, Tile, ask_dgrad, ask_fprop, ask_wgrad, default_tile
+from cnnfast_kernels.choosing import (
+    Geometry,
+    Question,
+    Tile,
+    default_tile,
+    dgrad_question,
+    fprop_question,
+    wgrad_question,
+)
 from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.layout import layout_of
@@ -105,17 +113,8 @@ def fprop(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
     """
 
     def ours(x: Tensor, w: Tensor, residual: Tensor, mean: Tensor, shift: Tensor) -> Tensors:
-        q = ask_fprop(
-            layout_of(x),
-            layout_of(w),
-            residual.stride(),
-            c.geometry,
-            "norm",
-            "relu",
-            False,
-            devices.gpu(x.device),
-            True,
-        )
+        gpu, fused = devices.gpu(x.device), {"residual_strides": residual.stride(), "activation": "relu"}
+        q = fprop_question(layout_of(x), layout_of(w), c.geometry, gpu, statistics="norm", **fused)
         var, weight = torch.full_like(mean, 0.25), torch.ones_like(mean)
         epilogue = Epilogue(None, BatchNorm(mean, var, weight, shift, 0.0), residual, "relu")
         return (conv_fprop(x, w, c.geometry, epilogue, tile=tile(q)),)
@@ -131,7 +130,7 @@ def stats(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
     """Mean and variance from the kernel's own moments: their sums are not of powers of two."""
 
     def ours(x: Tensor, w: Tensor) -> Tensors:
-        q = ask_fprop(layout_of(x), layout_of(w), None, c.geometry, "stats", None, False, devices.gpu(x.device), True)
+        q = fprop_question(layout_of(x), layout_of(w), c.geometry, devices.gpu(x.device), statistics="stats")
         return conv_stats(x, w, c.geometry, tile=tile(q))
 
     def exact(x: Tensor, w: Tensor) -> Tensors:
@@ -144,7 +143,7 @@ def stats(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
 
 def dgrad(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
     def ours(dy: Tensor, w: Tensor) -> Tensors:
-        q = ask_dgrad(layout_of(dy), layout_of(w), c.x_shape, c.fmt, c.geometry, False, devices.gpu(dy.device), True)
+        q = dgrad_question(layout_of(dy), layout_of(w), c.x_shape, c.fmt, c.geometry, devices.gpu(dy.device))
         return (conv_dgrad(dy, w, c.x_shape, c.geometry, fmt=c.fmt, tile=tile(q)),)
 
     def exact(dy: Tensor, w: Tensor) -> Tensors:
@@ -156,7 +155,7 @@ def dgrad(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
 
 def wgrad(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
     def ours(x: Tensor, dy: Tensor) -> Tensors:
-        q = ask_wgrad(layout_of(x), layout_of(dy), c.w_shape, c.fmt, c.geometry, False, devices.gpu(x.device), True)
+        q = wgrad_question(layout_of(x), layout_of(dy), c.w_shape, c.fmt, c.geometry, devices.gpu(x.device))
         return (conv_wgrad(x, dy, c.w_shape, c.geometry, fmt=c.fmt, tile=tile(q)),)
 
     def exact(x: Tensor, dy: Tensor) -> Tensors:

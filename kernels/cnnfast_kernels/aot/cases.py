@@ -16,6 +16,7 @@ import torch
 from ..batchnorm import batch_moments, channel_sum, normalize, normalize_backward, update_running
 from ..choosing import Tile
 from ..epilogue import ACTIVATIONS
+from ..gather.depthwise.tiles import strip_tiles
 from ..pooling import (
     adaptive_avg_pool,
     adaptive_avg_pool_backward,
@@ -27,16 +28,7 @@ from ..pooling import (
     max_pool_indices,
 )
 from ..problem import PoolProblem
-from ..tiling import (
-    DEFAULT_TILES,
-    ELEMENT_BYTES,
-    VECTOR_BYTES,
-    Operation,
-    Precision,
-    candidate_tiles,
-    choose_tile,
-    strip_tiles,
-)
+from ..tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile
 from ..tma.stem import packed_problem
 from ..tma.tiles import candidate_boxes
 from ..tma.views import why_not_on

@@ -122,7 +122,7 @@ def results(model: nn.Module, x: Tensor, dtype: torch.dtype, device: torch.devic
     return {n: t.cpu() for n, t in found.items()}
 
 
-def judge(ours: nn.Module, theirs: nn.Module, x: Tensor, device: torch.device) -> cnnfast.dispatch.Trace:
+def judge(ours: nn.Module, theirs: nn.Module, x: Tensor, device: torch.device) -> cnnfast.recording.Trace:
     """The error of everything is at most twice that of torchvision's network in float32, by PyTorch's fastest
     convolutions and by its plain ones (on one machine either may be lucky), plus a unit in the last place.
 

@@ -28,7 +28,7 @@ def members(device, norm=nn.BatchNorm2d, dtype=torch.float64, bias=False, **opti
 
 def compare(
     ours: nn.Module, theirs: nn.Module, x: Tensor, residual: Tensor | None = None, **options
-) -> cnnfast.dispatch.Trace:
+) -> cnnfast.recording.Trace:
     """conv_bn_act of the children of one against calling those of the other: results, all gradients, buffers."""
     mine = outcome(ours, x, residual, function=lambda m, x, r: cnn.conv_bn_act(*m, x, r, **options))
     assert_close(mine, outcome(theirs, x, residual, function=lambda m, x, r: one_by_one(*m, x, r, **options)))

@@ -10,10 +10,11 @@ import torch
 import cnnfast
 import cnnfast.functional as ours
 from cnnfast import reference
-from cnnfast.ops import library
+from cnnfast.ops import library_convolution
 from cnnfast_kernels import choosing, tables
 from cnnfast_kernels.epilogue import ACTIVATIONS
-from cnnfast_kernels.tiling import StripTile, TileConfig
+from cnnfast_kernels.gather.depthwise.tiles import StripTile
+from cnnfast_kernels.tiling import TileConfig
 from tests.support.agreement import assert_bits, assert_close, assert_same_strides, exact, integers, normal, run
 
 LAST, NCHW = torch.channels_last, torch.contiguous_format
@@ -24,7 +25,6 @@ def library_wins(gpu, monkeypatch):
     """Every convolution has a row, and says that the library is faster."""
     times = {"kernels": 9.0, "library": 4.5}
     monkeypatch.setattr(tables, "find", lambda key: tables.TableRow(key, default(key), "library", times))
-    monkeypatch.setattr(tables, "library", True)
 
     def default(key):
         return StripTile(64, 2, 4) if key.problem.is_depthwise else TileConfig(32, 32, 16, 4, 2)
@@ -172,7 +172,7 @@ def test_check_judges_our_kernels_all_the_same(library_wins, device, monkeypatch
     )
     with monkeypatch.context() as patch:
         for name in ("fprop", "dgrad", "wgrad"):
-            patch.setattr(library, name, refuse)
+            patch.setattr(library_convolution, name, refuse)
         report = cnnfast.check(model, x)
     assert report.ok, str(report)
     conv = report.rows[0]

@@ -13,10 +13,11 @@ import torch
 import cnnfast
 import cnnfast.functional as F
 from cnnfast import dispatch
-from cnnfast.dispatch import Call
 from cnnfast.ops import serving
-from cnnfast_kernels import choosing, launch, tables
+from cnnfast.recording import Call
+from cnnfast_kernels import choosing, conv, launch, tables
 from cnnfast_kernels.choosing import Geometry
+from cnnfast_kernels.gather.fprop import plan_fprop
 from cnnfast_kernels.layout import dense
 from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.tiles import BoxTile
@@ -273,10 +274,12 @@ def test_a_measured_tile_that_the_tensors_cannot_take_does_not_count(gpu):
     """
     x, w = (dense((8, 64, 16, 16), HALF, LAST), dense((64, 64, 1, 1), HALF, LAST))
     geometry = Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1)
-    questions = [choosing.ask_fprop(x, w, None, geometry, "", None, False, gpu, aligned) for aligned in (True, False)]
+    questions = [choosing.fprop_question(x, w, geometry, gpu, aligned=aligned) for aligned in (True, False)]
     tables.write(*gpu, [tables.TableRow(questions[0].key, BoxTile(1, 8, 8, 64, 64, 4, 3), "kernels", {})], {})
-    assert [serving.decide(q, library_first=True).library for q in questions] == [False, True]
-    assert [serving.decide(q, library_first=False).library for q in questions] == [False, False]
+    rows = [choosing.measured(q) for q in questions]
+    for library_first, by_library in ((True, [False, True]), (False, [False, False])):
+        decisions = [serving.decide(q, row, library_first) for q, row in zip(questions, rows, strict=True)]
+        assert [decision.library for decision in decisions] == by_library
 
 
 def test_an_empty_batch_is_nobodys(device, library_first):
@@ -300,3 +303,16 @@ def test_a_repeated_call_decides_nothing_anew(device, library_first, monkeypatch
     step()
     monkeypatch.setattr(serving, "decide", lambda *arguments: pytest.fail("the answer should have been kept"))
     step()
+
+
+def test_the_decision_and_the_launch_come_from_one_plan(device, gpu, library_first, monkeypatch):
+    """A call of a new shape asks the tables once, whoever serves, and no launch is prepared for the library."""
+    find, asked, made = tables.find, [], []
+    monkeypatch.setattr(tables, "find", lambda key: asked.append(key) or find(key))
+    monkeypatch.setattr(conv, "plan_fprop", lambda *arguments: made.append(arguments) or plan_fprop(*arguments))
+    x, w = image(fmt=NCHW, device=device), filters(fmt=NCHW, device=device)
+    assert servers(lambda: F.conv2d(x, w)) == {"library"}
+    assert (len(asked), len(made)) == (1, 0)
+    with cnnfast.backend("kernels"):
+        assert servers(lambda: F.conv2d(x, w)) == {"kernels"}
+    assert (len(asked), len(made)) == (1, 1)

@@ -25,20 +25,18 @@ from cnnfast_kernels.gather.depthwise import (
     plan_depthwise_fprop,
     vector_length,
 )
-from cnnfast_kernels.moments import combine
-from cnnfast_kernels.problem import ConvProblem
-from cnnfast_kernels.tiling import (
+from cnnfast_kernels.gather.depthwise.tiles import (
     CACHED_BYTES,
-    ELEMENT_BYTES,
     STRIP_ROWS,
-    VECTOR_BYTES,
     StripTile,
-    cdiv,
     choose_strip_tile,
     strip_rows,
     strip_tiles,
     taps_at_once,
 )
+from cnnfast_kernels.moments import combine
+from cnnfast_kernels.problem import ConvProblem
+from cnnfast_kernels.tiling import ELEMENT_BYTES, VECTOR_BYTES, cdiv
 from tests.support.convolutions import (
     DTYPES,
     LAYOUTS,

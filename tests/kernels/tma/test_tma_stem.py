@@ -232,9 +232,9 @@ def test_measuring_tries_it():
     )
     y = dense((8, 64, 112, 112), torch.float16, torch.channels_last)
     gpu = devices.Gpu("", 90)
-    forward = choosing.ask_fprop(x, w, None, geometry(STEM), "", None, False, gpu, True)
-    weights = choosing.ask_wgrad(x, y, w.shape, torch.channels_last, geometry(STEM), False, gpu, True)
-    image = choosing.ask_dgrad(y, w, x.shape, torch.channels_last, geometry(STEM), False, gpu, True)
+    forward = choosing.fprop_question(x, w, geometry(STEM), gpu)
+    weights = choosing.wgrad_question(x, y, w.shape, torch.channels_last, geometry(STEM), gpu)
+    image = choosing.dgrad_question(y, w, x.shape, torch.channels_last, geometry(STEM), gpu)
     for question in (forward, weights):
         kinds = {type(tile) for tile in choosing.candidates(question)}
         assert kinds == {TileConfig, BoxTile}

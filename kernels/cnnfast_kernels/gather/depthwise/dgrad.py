@@ -22,7 +22,7 @@ from ...indexing import channel_offset, class_axis, divisor, pixel_offset
 from ...layout import Laid, Strides, strides_nhwc
 from ...operands import DgradOperands
 from ...problem import ConvProblem, tap_step
-from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
+from ...tiling import MAX_REGISTERS, cdiv
 from .strips import (
     StripBlock,
     StripLaunch,
@@ -35,6 +35,7 @@ from .strips import (
     mask_row,
     zeros,
 )
+from .tiles import StripTile, taps_at_once
 
 EXTENTS = ["N", "H", "W", "P", "Q", "strips_per_column", "columns"]
 DIVISORS = ["strips_magic", "strips_shift", "columns_magic", "columns_shift"]

@@ -30,7 +30,7 @@ from ...layout import Laid, Strides, dense_alignment, strides_nhwc
 from ...moments import TileRows
 from ...operands import FpropOperands
 from ...problem import ConvProblem
-from ...tiling import MAX_REGISTERS, StripTile, cdiv, taps_at_once
+from ...tiling import MAX_REGISTERS, cdiv
 from .strips import (
     StripBlock,
     StripLaunch,
@@ -43,6 +43,7 @@ from .strips import (
     mask_row,
     zeros,
 )
+from .tiles import StripTile, taps_at_once
 
 EXTENTS = ["N", "H", "W", "P", "Q", "strips_per_column"]
 DIVISORS = ["strips_magic", "strips_shift", "q_magic", "q_shift"]

@@ -12,7 +12,8 @@ from ... import launch
 from ...indexing import divide
 from ...layout import Laid, Layout, Strides, dense, strides_nhwc
 from ...operands import DgradOperands, FpropOperands
-from ...tiling import VECTOR_BYTES, StripTile
+from ...tiling import VECTOR_BYTES
+from .tiles import StripTile
 
 
 class StripBlock(NamedTuple):

@@ -24,7 +24,7 @@ from ...layout import Laid, Strides, dense, strides_nhwc
 from ...operands import WgradOperands
 from ...problem import ConvProblem
 from ...slots import WgradLaunches, plan_reduction
-from ...tiling import MAX_REGISTERS, StripTile, cdiv, columns_at_once, taps_at_once
+from ...tiling import MAX_REGISTERS, cdiv
 from .strips import (
     StripBlock,
     Strips,
@@ -36,6 +36,7 @@ from .strips import (
     mask_row,
     zeros,
 )
+from .tiles import StripTile, columns_at_once, taps_at_once
 
 EXTENTS = ["N", "H", "W", "P", "Q", "SLOTS", "strips_per_column"]
 DIVISORS = ["strips_magic", "strips_shift", "q_magic", "q_shift"]

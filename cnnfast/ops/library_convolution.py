@@ -1,8 +1,8 @@
-"""The library's convolution, cuDNN's on a GPU, inside our operators: where serving.py says that it serves.
+"""The library's convolution, cuDNN's on a GPU, followed by one pass of our kernels for statistics, norm, addition and
+activation: what our operators do where serving.py says that the library serves.
 
-Statistics, norm, addition and activation are then one pass of our kernels over its output. Results are laid out as our
-own would be. PyTorch's settings hold here: torch.backends.cudnn.benchmark, and torch.backends.cudnn.deterministic where
-the same inputs shall give the same bits.
+Results are laid out as those of our kernels are. PyTorch's settings hold: torch.backends.cudnn.benchmark, and
+torch.backends.cudnn.deterministic for whoever wants the same bits from the same inputs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cnnfast_kernels import batchnorm, memory
-from cnnfast_kernels.conv import Geometry
+from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.epilogue import Epilogue
 from cnnfast_kernels.layout import Layout, convolution_format
 
@@ -24,9 +24,7 @@ UNPADDED = (0, 0, 0, 0)
 
 
 def _laid(t: Tensor, layout: Layout) -> Tensor:
-    """`t` in the strides that our kernels would have given it: fakes, and what torch.compile made of them, rely on
-    those.
-    """
+    """`t` in the strides that our kernels would have given it: the operators' fakes promise those to torch.compile."""
     return t if t.stride() == layout.strides else memory.empty(layout, t).copy_(t)
 
 
@@ -40,8 +38,8 @@ def _convolve(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None, pad
     if pads:
         x, geometry = pad(x, geometry.padding), geometry._replace(padding=UNPADDED)
     y = torch.convolution(x, w, bias, *_arguments(geometry), False, [0, 0], geometry.groups)
-    # Of meta tensors PyTorch does not know where they stand for, and gives a contiguous one. Warming wants it laid out
-    # as a GPU's.
+    # PyTorch cannot know that a meta tensor stands for a GPU's, and makes a contiguous result of it. Warming wants the
+    # layout that a GPU's has.
     return y.to(memory_format=convolution_format(x, w)) if y.is_meta else y
 
 
@@ -85,13 +83,13 @@ def _convolve_back(
 ) -> Tensor:
     stride, padding, dilation = _arguments(geometry)
     if geometry.groups > 1 and geometry.groups == x_shape[1]:
-        # PyTorch has kernels for the gradient of a depthwise convolution, and none for a transposed one. Of x its
-        # layout is read.
+        # PyTorch has kernels for the gradient of a depthwise convolution, and none for a transposed one. Only the
+        # layout of x is read.
         x = memory.empty(x_shape, dy, convolution_format(dy, w))
         arguments = stride, padding, dilation, False, [0, 0], geometry.groups
         dx = torch.ops.aten.convolution_backward(dy, x, w, None, *arguments, [True, False, False])[0]
         return dx if bias is None else dx.add_(bias.view(-1, 1, 1))
-    # The same call of the library as the gradient, but it needs no x, which nobody may have kept.
+    # The library is called as for the gradient, but without x, which need not have been kept.
     reached = [
         (n - 1) * s - 2 * p + d * (taps - 1) + 1
         for n, s, p, d, taps in zip(dy.shape[2:], stride, padding, dilation, w.shape[2:], strict=True)
@@ -103,7 +101,7 @@ def _convolve_back(
 def wgrad(x: Tensor, dy: Tensor, w_shape: Sequence[int], geometry: Geometry, decision: Decision) -> Tensor:
     if decision.pads:
         x, geometry = pad(x, geometry.padding), geometry._replace(padding=UNPADDED)
-    w = memory.empty(decision.result, x)  # its layout is read
+    w = memory.empty(decision.result, x)  # only its layout is read
     arguments = *_arguments(geometry), False, [0, 0], geometry.groups
     dw = torch.ops.aten.convolution_backward(dy, x, w, None, *arguments, [False, True, False])[1]
     return _laid(dw, decision.result)

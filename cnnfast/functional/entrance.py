@@ -1,0 +1,76 @@
+"""What every function of cnnfast.functional does first: it looks for captures and for __torch_function__, and refuses
+arguments that should be tensors and are none.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import handle_torch_function, has_torch_function
+
+Observer = Callable[[str, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
+_captures: list[Observer] = []
+
+
+@contextmanager
+def capture(observer: Observer) -> Iterator[None]:
+    """Every call of a cnnfast.functional function runs within `observer(name, args, kwargs)`, a context manager."""
+    _captures.append(observer)
+    try:
+        yield
+    finally:
+        _captures.remove(observer)
+
+
+def captured() -> bool:
+    """Whether calls are being captured."""
+    return bool(_captures)
+
+
+def _refuse_non_tensors(
+    function: Callable[..., Any],
+    refusal: Callable[[Mapping[str, Any]], type[Exception]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Raises if an argument is no tensor where `function` is annotated to take one."""
+    signature = inspect.signature(function)
+    given = signature.bind(*args, **kwargs).arguments
+    for name, value in given.items():
+        kinds = signature.parameters[name].annotation.split(" | ")
+        if "Tensor" in kinds and not isinstance(value, torch.Tensor) and not (value is None and "None" in kinds):
+            error = TypeError if "None" in kinds else refusal(given)
+            raise error(f"{function.__name__}(): {name} must be a Tensor, not {type(value).__name__}") from None
+
+
+def operation(
+    function: Callable[..., Any], refusal: Callable[[Mapping[str, Any]], type[Exception]] = lambda given: TypeError
+) -> Callable[..., Any]:
+    """Marks a function of cnnfast.functional: its calls can be captured, and go to the __torch_function__ of arguments
+    that have one; an argument that should be a tensor and is none is refused by its name.
+
+    Only a call that failed for want of a tensor's attribute looks for such an argument: other calls do not pay for it.
+    `refusal` tells, from all arguments, which error PyTorch raises where a required tensor is none.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
+            return handle_torch_function(call, (*args, *kwargs.values()), *args, **kwargs)
+        try:
+            if not _captures:
+                return function(*args, **kwargs)
+            with ExitStack() as stack:
+                for observer in tuple(_captures):
+                    stack.enter_context(observer(function.__name__, args, kwargs))
+                return function(*args, **kwargs)
+        except AttributeError:
+            _refuse_non_tensors(function, refusal, args, kwargs)
+            raise
+
+    return call

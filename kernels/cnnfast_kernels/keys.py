@@ -1,0 +1,155 @@
+"""What the plans of convolutions are kept by: all that a plan follows from, which is everything about a call but what
+its tensors hold.
+
+A key is made in every call, which has to be quick. So keys are flat and hold what tensors already have, and the
+functions that make them take positions and go around NamedTuple's own constructor, which is a Python function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import devices
+from .choosing import (
+    Geometry,
+    Question,
+    Statistics,
+    Tile,
+    dgrad_question,
+    fprop_question,
+    wgrad_question,
+)
+from .epilogue import Epilogue
+from .layout import Layout
+
+Shape = tuple[int, ...]
+
+
+class FpropKey(NamedTuple):
+    """Of a forward pass. tile: the one to run; None: the choice. `aligned` as in Question."""
+
+    x_shape: Shape
+    x_strides: Shape
+    w_shape: Shape
+    w_strides: Shape
+    residual_strides: Shape | None
+    dtype: torch.dtype
+    geometry: Geometry
+    statistics: Statistics
+    eps: float
+    activation: str | None
+    slope: float
+    tf32: bool
+    tile: Tile | None
+    gpu: devices.Gpu
+    aligned: bool
+
+    @property
+    def question(self) -> Question:
+        x, w = Layout(self.x_shape, self.x_strides, self.dtype), Layout(self.w_shape, self.w_strides, self.dtype)
+        return fprop_question(
+            x, w, self.geometry, self.gpu, statistics=self.statistics, residual_strides=self.residual_strides,
+            activation=self.activation, tf32=self.tf32, aligned=self.aligned,
+        )  # fmt: skip
+
+
+class DgradKey(NamedTuple):
+    """Of the gradient with respect to x, in the format fmt."""
+
+    dy_shape: Shape
+    dy_strides: Shape
+    w_shape: Shape
+    w_strides: Shape
+    dtype: torch.dtype
+    x_shape: Shape
+    fmt: torch.memory_format
+    geometry: Geometry
+    tf32: bool
+    tile: Tile | None
+    gpu: devices.Gpu
+    aligned: bool
+
+    @property
+    def question(self) -> Question:
+        dy, w = Layout(self.dy_shape, self.dy_strides, self.dtype), Layout(self.w_shape, self.w_strides, self.dtype)
+        how = self.x_shape, self.fmt, self.geometry, self.gpu
+        return dgrad_question(dy, w, *how, tf32=self.tf32, aligned=self.aligned)
+
+
+class WgradKey(NamedTuple):
+    """Of the gradient with respect to w, in the format fmt."""
+
+    x_shape: Shape
+    x_strides: Shape
+    dy_shape: Shape
+    dy_strides: Shape
+    dtype: torch.dtype
+    w_shape: Shape
+    fmt: torch.memory_format
+    geometry: Geometry
+    tf32: bool
+    tile: Tile | None
+    gpu: devices.Gpu
+    aligned: bool
+
+    @property
+    def question(self) -> Question:
+        x, dy = Layout(self.x_shape, self.x_strides, self.dtype), Layout(self.dy_shape, self.dy_strides, self.dtype)
+        how = self.w_shape, self.fmt, self.geometry, self.gpu
+        return wgrad_question(x, dy, *how, tf32=self.tf32, aligned=self.aligned)
+
+
+def fprop_key(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    stats: bool,
+    tf32: bool,
+    tile: Tile | None,
+) -> FpropKey:
+    """stats: whether the kernel shall leave the moments of its result, after which the epilogue has only a bias."""
+    _, norm, residual, activation, slope = epilogue
+    statistics: Statistics = "stats" if stats else "" if norm.mean is None else "norm"
+    addresses, residual_strides = x.data_ptr() | w.data_ptr(), None
+    if residual is not None:
+        addresses, residual_strides = addresses | residual.data_ptr(), residual.stride()
+    return tuple.__new__(FpropKey, (
+        x.shape, x.stride(), w.shape, w.stride(), residual_strides, x.dtype, geometry, statistics, norm.eps, activation,
+        slope, tf32, tile, devices.gpu(x.device), addresses % 16 == 0,
+    ))  # fmt: skip
+
+
+def dgrad_key(
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    x_shape: Sequence[int],
+    fmt: torch.memory_format,
+    geometry: Geometry,
+    tf32: bool,
+    tile: Tile | None,
+) -> DgradKey:
+    aligned = (dy.data_ptr() | w.data_ptr()) % 16 == 0
+    return tuple.__new__(DgradKey, (
+        dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt, geometry, tf32, tile,
+        devices.gpu(dy.device), aligned,
+    ))  # fmt: skip
+
+
+def wgrad_key(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    w_shape: Sequence[int],
+    fmt: torch.memory_format,
+    geometry: Geometry,
+    tf32: bool,
+    tile: Tile | None,
+) -> WgradKey:
+    aligned = (x.data_ptr() | dy.data_ptr()) % 16 == 0
+    return tuple.__new__(WgradKey, (
+        x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt, geometry, tf32, tile,
+        devices.gpu(x.device), aligned,
+    ))  # fmt: skip

@@ -110,11 +110,14 @@ def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
 
 
 class Finish(NamedTuple):
-    """What a kernel is compiled for of its epilogue: batch norm's eps, the activation's name, the dtype of sums."""
+    """What a kernel is compiled for of its epilogue: batch norm's eps, the activation's name, whether sums are float64.
+
+    No dtype stands in it: Triton hands constants to whoever hooks into its compiler as JSON, which has none.
+    """
 
     eps: float
     activation: str | None
-    acc: tl.dtype
+    double: bool
 
 
 class Channels(NamedTuple):
@@ -157,18 +160,19 @@ def load_channels(pointers, column, column_ok, e: tl.constexpr):
 
     Not None for what is absent: the interpreter lets a helper return that, the compiler refuses it.
     """
+    ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     channels = ()
     if pointers.bias is not None:
-        channels = channels + (tl.load(pointers.bias + column, mask=column_ok, other=0.0).to(e.acc),)
+        channels = channels + (tl.load(pointers.bias + column, mask=column_ok, other=0.0).to(ACC),)
     if pointers.mean is not None:
-        mean = tl.load(pointers.mean + column, mask=column_ok, other=0.0).to(e.acc)
-        var = tl.load(pointers.var + column, mask=column_ok, other=1.0).to(e.acc)
+        mean = tl.load(pointers.mean + column, mask=column_ok, other=0.0).to(ACC)
+        var = tl.load(pointers.var + column, mask=column_ok, other=1.0).to(ACC)
         scale = round_quotient(1.0, round_root(var + e.eps))
         if pointers.gamma is not None:
-            scale = scale * tl.load(pointers.gamma + column, mask=column_ok, other=0.0).to(e.acc)
+            scale = scale * tl.load(pointers.gamma + column, mask=column_ok, other=0.0).to(ACC)
         channels = channels + (mean, scale)
         if pointers.beta is not None:
-            channels = channels + (tl.load(pointers.beta + column, mask=column_ok, other=0.0).to(e.acc),)
+            channels = channels + (tl.load(pointers.beta + column, mask=column_ok, other=0.0).to(ACC),)
     return channels
 
 
@@ -181,6 +185,7 @@ def finish(acc, channels, residual, slope, pointers, e: tl.constexpr, LOAD: tl.c
     tile of it; here and no sooner, because a tile that waits in registers takes them from the main loop. The mean is
     subtracted first: y * scale + shift would cancel where |mean| is much larger than the standard deviation.
     """
+    ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     NORM: tl.constexpr = 0 if pointers.bias is None else 1  # where the norm's begin
     ACTIVATION: tl.constexpr = e.activation
     if pointers.bias is not None:
@@ -190,8 +195,8 @@ def finish(acc, channels, residual, slope, pointers, e: tl.constexpr, LOAD: tl.c
         if pointers.beta is not None:
             acc = acc + channels[NORM + 2][None, :]
     if residual.source is not None:
-        acc = acc + LOAD(residual).to(e.acc)
-    return activate(acc, tl.full((), slope, e.acc), ACTIVATION)
+        acc = acc + LOAD(residual).to(ACC)
+    return activate(acc, tl.full((), slope, ACC), ACTIVATION)
 
 
 @triton.jit

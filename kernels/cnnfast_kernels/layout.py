@@ -66,7 +66,7 @@ def dense_alignment(t: Laid) -> tuple[int, bool]:
 
     Raises ValueError where it is neither channels_last nor contiguous: what kernels write is allocated so.
     """
-    N, C, H, W = t.shape
+    _, C, H, W = t.shape
     n, c, h, w = (s if size > 1 else None for s, size in zip(t.stride(), t.shape, strict=True))
     if all(found in (None, wanted) for found, wanted in zip((n, c, h, w), (H * W * C, 1, W * C, C), strict=True)):
         return next(a for a in (8, 4, 2, 1) if C % a == 0), True

@@ -15,8 +15,9 @@ from ..rounding import round_quotient, round_root
 @no_type_check
 def load_scale(of_channels, at, e: tl.constexpr):
     """(invstd, gamma * invstd) of a tile's channels; of_channels: epilogue.Channels."""
-    invstd = round_quotient(1.0, round_root(load_vector(of_channels.var, at.c, at.c_ok, e.acc) + e.eps))
+    ACC: tl.constexpr = tl.float64 if e.double else tl.float32
+    invstd = round_quotient(1.0, round_root(load_vector(of_channels.var, at.c, at.c_ok, ACC) + e.eps))
     scale = invstd
     if of_channels.gamma is not None:
-        scale = load_vector(of_channels.gamma, at.c, at.c_ok, e.acc) * invstd
+        scale = load_vector(of_channels.gamma, at.c, at.c_ok, ACC) * invstd
     return invstd, scale

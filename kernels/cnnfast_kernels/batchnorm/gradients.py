@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .. import launch, memory
-from ..dtypes import KERNEL_DTYPES, accumulator_dtype
+from ..dtypes import accumulator_dtype
 from ..epilogue import FROM_OUTPUT, Channels, Finish, activate_backward
 from ..layout import Layout, dense
 from ..moments import combine_slots
@@ -77,24 +77,25 @@ def load_gradient(dz, y, z, residual, of_channels, invstd, scale, slope, at, e: 
     """(g, xhat) of a tile. Without y nobody needs xhat, and g stands in its place. Where z is given, the activation's
     derivative follows from it; else the activation's argument is computed again.
     """
+    ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     ACTIVATION: tl.constexpr = e.activation
-    gradient = load_tile(dz, at, e.acc)
+    gradient = load_tile(dz, at, ACC)
     centred = gradient
     xhat = gradient
     if y.ptr is not None:
-        centred = load_tile(y, at, e.acc)
-        centred = centred - load_vector(of_channels.mean, at.c, at.c_ok, e.acc)[None, :]
+        centred = load_tile(y, at, ACC)
+        centred = centred - load_vector(of_channels.mean, at.c, at.c_ok, ACC)[None, :]
         xhat = centred * invstd[None, :]
     if ACTIVATION is not None:
         if z.ptr is not None:
-            u = load_tile(z, at, e.acc)
+            u = load_tile(z, at, ACC)
         else:
             u = centred * scale[None, :]
             if of_channels.beta is not None:
-                u = u + load_vector(of_channels.beta, at.c, at.c_ok, e.acc)[None, :]
+                u = u + load_vector(of_channels.beta, at.c, at.c_ok, ACC)[None, :]
             if residual.ptr is not None:
-                u = u + load_tile(residual, at, e.acc)
-        gradient = activate_backward(gradient, u, tl.full((), slope, e.acc), ACTIVATION)
+                u = u + load_tile(residual, at, ACC)
+        gradient = activate_backward(gradient, u, tl.full((), slope, ACC), ACTIVATION)
     return gradient, xhat
 
 
@@ -112,10 +113,11 @@ def gradient_sums_kernel(
     A channel whose invstd is infinite (variance and eps are 0) sums g * (y - mean) instead: `combine_slots` multiplies
     the whole sum by it.
     """
+    ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     BLOCK_C: tl.constexpr = g.BLOCK_C
     at = locate_tile(L, g)
     of_channels = Channels(None, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
-    invstd = tl.zeros((BLOCK_C,), e.acc)
+    invstd = tl.zeros((BLOCK_C,), ACC)
     scale = invstd
     if var_ptr is not None:
         invstd, scale = load_scale(of_channels, at, e)
@@ -145,6 +147,7 @@ def normalize_backward_kernel(
 
     g: PlaneGeometry; e: Finish.
     """
+    ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     at = locate_tile(L, g)
     of_channels = Channels(None, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
     invstd, scale = load_scale(of_channels, at, e)
@@ -158,8 +161,8 @@ def normalize_backward_kernel(
         tl.store(tile_pointers(dresidual, at), gradient.to(dresidual_ptr.dtype.element_ty), mask=at.mask)
     if dy_ptr is not None:
         if sum_g_ptr is not None:
-            mean_g = round_quotient(load_vector(sum_g_ptr, at.c, at.c_ok, e.acc), rows.to(e.acc))
-            mean_gx = round_quotient(load_vector(sum_gx_ptr, at.c, at.c_ok, e.acc), rows.to(e.acc))
+            mean_g = round_quotient(load_vector(sum_g_ptr, at.c, at.c_ok, ACC), rows.to(ACC))
+            mean_gx = round_quotient(load_vector(sum_gx_ptr, at.c, at.c_ok, ACC), rows.to(ACC))
             gradient = gradient - mean_g[None, :] - xhat * mean_gx[None, :]
         dy = (gradient * scale[None, :]).to(dy_ptr.dtype.element_ty)
         dy_tensor = PlaneTensor(dy_ptr, dy_stride_n, dy_stride_l, dy_stride_c, g.ALIGN)
@@ -174,7 +177,7 @@ def strides(*operands: torch.Tensor | None) -> tuple[Shape | None, ...]:
 
 
 def _finish(eps: float, activation: str | None, dtype: torch.dtype) -> Finish:
-    return Finish(eps, activation, KERNEL_DTYPES[accumulator_dtype(dtype)])
+    return Finish(eps, activation, dtype == torch.float64)
 
 
 @launch.planned

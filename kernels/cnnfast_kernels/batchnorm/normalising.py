@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .. import launch, memory
-from ..dtypes import KERNEL_DTYPES, accumulator_dtype
 from ..epilogue import Channels, Finish, finish
 from ..layout import Laid, Layout, dense
 from ..planes import (
@@ -67,14 +66,15 @@ def normalize_kernel(
     z_stride_n, z_stride_l, z_stride_c, g: tl.constexpr, e: tl.constexpr,
 ):  # fmt: skip
     """One tile of z. g: PlaneGeometry; e: Finish."""
+    ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     at = locate_tile(L, g)
-    y = load_tile(PlaneTensor(y_ptr, y_stride_n, y_stride_l, y_stride_c, g.ALIGN), at, e.acc)
+    y = load_tile(PlaneTensor(y_ptr, y_stride_n, y_stride_l, y_stride_c, g.ALIGN), at, ACC)
     of_channels = Channels(None, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
     # As epilogue.load_channels, but the mean comes after the scale: six registers fewer are in use.
     _, scale = load_scale(of_channels, at, e)
-    channels = (load_vector(mean_ptr, at.c, at.c_ok, e.acc), scale)
+    channels = (load_vector(mean_ptr, at.c, at.c_ok, ACC), scale)
     if beta_ptr is not None:
-        channels = channels + (load_vector(beta_ptr, at.c, at.c_ok, e.acc),)
+        channels = channels + (load_vector(beta_ptr, at.c, at.c_ok, ACC),)
     addend = PlaneTensor(residual_ptr, residual_stride_n, residual_stride_l, residual_stride_c, g.ALIGN)
     residual = ResidualTile(residual_ptr, addend, at)
     z = finish(y, channels, residual, slope, of_channels, e, load_residual_tile)
@@ -95,7 +95,7 @@ def _plan_normalize(
 ) -> tuple[launch.Launch[NormalizeOperands], Layout]:
     z = dense(shape, dtype, dense_format(Layout(shape, like, dtype)))
     planes = common_planes(shape, (y_strides, residual_strides, z.strides), dtype)
-    e = Finish(eps, activation, KERNEL_DTYPES[accumulator_dtype(dtype)])
+    e = Finish(eps, activation, dtype == torch.float64)
     run = launch.Launch(
         normalize_kernel, planes.grid, slope, planes.units, *chain(*planes.strides), e=e, **planes.constants
     )

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..dtypes import KERNEL_DTYPES, accumulator_dtype
 from ..epilogue import PLAIN, Channels, Epilogue, Finish, Residual, finish, load_channels, load_residual, store_moments
 from ..indexing import channel_offset, dense_channel_offset, dense_pixel_offset, pixel_offset, unravel_npq
 from ..layout import Laid, Strides, dense_alignment, strides_nhwc
@@ -56,6 +55,7 @@ def conv_fprop_kernel(
 
     g: ConvGeometry, with the channels of a group; e: Finish; memory: FpropMemory.
     """
+    ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     C: tl.constexpr = g.C
     FLAT: tl.constexpr = C < BLOCK_K and g.R * g.S > 1
     STEPS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
@@ -83,7 +83,7 @@ def conv_fprop_kernel(
     bits = None if FLAT or g.R * g.S > 31 else tap_bits(h0, w0, row_ok, H, W, g.R, g.S, g.dil_h, g.dil_w)
     rows = Rows(x_pixels, h0, w0, row_ok, bits)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), e.acc)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for step in range(STEPS):
         r, s, c, c_ok = unravel_rsc(step, C, g.R, g.S, BLOCK_K, FLAT)
         x = load_taps(rows, (r, s, c, c_ok), H, W, x_strides, g.S, g.dil_h, g.dil_w, FLAT, EVEN)
@@ -105,7 +105,7 @@ def conv_fprop_kernel(
     y_columns = dense_channel_offset(column, P, Q, memory.y_channels_last)
     tl.store((y_ptr + y_pixels)[:, None] + y_columns[None, :], y, mask=row_ok[:, None] & k_ok[None, :])
     if moments_ptr is not None:
-        store_moments(moments_ptr, tile_m, (y.to(e.acc),), (row_ok,), column, k_ok, K * g.groups)
+        store_moments(moments_ptr, tile_m, (y.to(ACC),), (row_ok,), column, k_ok, K * g.groups)
 
 
 def plan_fprop(
@@ -128,7 +128,7 @@ def plan_fprop(
     return launch.Launch(
         conv_fprop_kernel, grid, slope, g.N, g.H, g.W, g.P, g.Q, g.group_filters, *xs[:4], *ws[:4], *rs[:4],
         tile=tile, g=g.geometry(C=g.group_channels),
-        e=Finish(eps, activation, KERNEL_DTYPES[accumulator_dtype(x.dtype)]),
+        e=Finish(eps, activation, x.dtype == torch.float64),
         memory=FpropMemory(xs.align, ws.align, rs.align, *dense_alignment(y)),
         PRECISION=precision, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=register_limit(g, "fprop", precision, tile),

@@ -70,7 +70,7 @@ def tma_fprop_kernel(
     r0, taps_r = taps_inside(h0, H, g.R, g.dil_h, box.TILE_H)
     s0, taps_s = taps_inside(w0, W, g.S, g.dil_w, box.TILE_W)
 
-    acc = tl.zeros((TILE_K, PIXELS), e.acc)
+    acc = tl.zeros((TILE_K, PIXELS), tl.float32)
     for step in range(taps_r * taps_s * STEPS_C):
         r, s, c = unravel_step(step, r0, s0, taps_s, STEPS_C, TILE_C)
         x = load_phases(x_map, n0, h0 + r * g.dil_h, w0 + s * g.dil_w, c, phases)  # [pixels, TILE_C]
@@ -86,7 +86,7 @@ def tma_fprop_kernel(
     store_box(y_map, n0, p0, q0, k0, y)
     if moments_ptr is not None:
         exist = rows_of_box(n0, p0, q0, N, P, Q, box)
-        store_moments(moments_ptr, tile, (y.to(e.acc),), (exist,), k, k_ok, K)
+        store_moments(moments_ptr, tile, (y.to(tl.float32),), (exist,), k, k_ok, K)
 
 
 def plan_tma_fprop(
@@ -114,7 +114,7 @@ def plan_tma_fprop(
         maps[8] = map_image(residuals[0], pixels, tile.TILE_K)
     return launch.Launch(
         tma_fprop_kernel, (box_programs(g, "fprop", tile),), slope, g.N, g.H, g.W, g.P, g.Q, g.K,
-        tile=tile, maps=maps, g=g.geometry(C=g.C), e=Finish(eps, activation, tl.float32), box=box, phases=phases,
+        tile=tile, maps=maps, g=g.geometry(C=g.C), e=Finish(eps, activation, False), box=box, phases=phases,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 

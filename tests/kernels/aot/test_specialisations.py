@@ -290,10 +290,10 @@ def limits(upper):
 
 # What differs, the kernel, two changes of its arguments, and how many programs they are.
 PAIRS = [
-    ("channels and blocks that they fill", FPROP, {"C": 32, "BLOCK_K": 16}, {"C": 64, "BLOCK_K": 32}, 1),
+    ("channels and blocks that they fill", FPROP, {"g.C": 32, "BLOCK_K": 16}, {"g.C": 64, "BLOCK_K": 32}, 1),
     ("an extent", FPROP, {"N": 2}, {"N": 16}, 1),
-    ("a float", FPROP, {"EPS": 1e-5}, {"EPS": 1e-3}, 1),
-    ("an address", FPROP, {"z_ptr": TENSOR}, {"z_ptr": TENSOR | {"aligned": False}}, 1),
+    ("a float", FPROP, {"e.eps": 1e-5}, {"e.eps": 1e-3}, 1),
+    ("an address", FPROP, {"residual_ptr": TENSOR}, {"residual_ptr": TENSOR | {"aligned": False}}, 1),
     (
         "a stride and the taps of its classes",
         DGRAD,
@@ -301,17 +301,23 @@ PAIRS = [
         {"g.R": 9, "g.stride_h": 3, "STEP_H": 3},
         1,
     ),
-    ("the turns of an unrolled loop", DEPTHWISE, {"ROWS": 4}, {"ROWS": 8}, 1),
-    ("an operand is absent", FPROP, {"z_ptr": None}, {"z_ptr": TENSOR}, 2),
-    ("the dtype of an operand", FPROP, {"z_ptr": TENSOR}, {"z_ptr": TENSOR | {"tensor": "float32"}}, 2),
+    ("the turns of an unrolled loop", DEPTHWISE, {"block.ROWS": 4}, {"block.ROWS": 8}, 1),
+    ("an operand is absent", FPROP, {"residual_ptr": None}, {"residual_ptr": TENSOR}, 2),
+    ("the dtype of an operand", FPROP, {"residual_ptr": TENSOR}, {"residual_ptr": TENSOR | {"tensor": "float32"}}, 2),
     ("a number is absent", FPROP, {"x_stride_c": None}, {"x_stride_c": 2}, 2),
-    ("a name", FPROP, {"ACTIVATION": None}, {"ACTIVATION": "relu"}, 2),
-    ("a type", FPROP, {"ACC": {"constant": "fp32"}}, {"ACC": {"constant": "fp64"}}, 2),
+    ("a name", FPROP, {"e.activation": None}, {"e.activation": "relu"}, 2),
+    ("a type", DGRAD, {"ACC": {"constant": "fp32"}}, {"ACC": {"constant": "fp64"}}, 2),
     ("a number is 1", FPROP, {"K": 1}, {"K": 2}, 2),
     ("a number takes 64 bits", FPROP, {"K": 2}, {"K": 2**40}, 2),
-    ("EVEN", FPROP, {"C": 32, "BLOCK_K": 16}, {"C": 33, "BLOCK_K": 16}, 2),
-    ("FLAT", FPROP, {"C": 33, "BLOCK_K": 64}, {"C": 33, "BLOCK_K": 16}, 2),
-    ("more taps than an int has bits", FPROP, {"C": 32, "BLOCK_K": 16, "R": 3}, {"C": 32, "BLOCK_K": 16, "R": 11}, 2),
+    ("EVEN", FPROP, {"g.C": 32, "BLOCK_K": 16}, {"g.C": 33, "BLOCK_K": 16}, 2),
+    ("FLAT", FPROP, {"g.C": 33, "BLOCK_K": 64}, {"g.C": 33, "BLOCK_K": 16}, 2),
+    (
+        "more taps than an int has bits",
+        FPROP,
+        {"g.C": 32, "BLOCK_K": 16, "g.R": 3},
+        {"g.C": 32, "BLOCK_K": 16, "g.R": 11},
+        2,
+    ),
     (
         "what a helper decides: class_axis, of rows alone",
         DGRAD,
@@ -319,7 +325,7 @@ PAIRS = [
         {"g.stride_w": 2, "g.stride_h": 2},
         2,
     ),
-    ("an unrolled loop of one turn", DEPTHWISE, {"ROWS": 1}, {"ROWS": 2}, 2),
+    ("an unrolled loop of one turn", DEPTHWISE, {"block.ROWS": 1}, {"block.ROWS": 2}, 2),
     ("numbers of a record", RECORDS, {"g.C": 8, "g.STRIDE": 2}, {"g.C": 16, "g.STRIDE": 3}, 1),
     ("the class of a record", RECORDS, {"g": WINDOW}, {"g": WINDOW | {"class": "tests.support.records:Ending"}}, 2),
     ("a name in a record", RECORDS, {"e.ACTIVATION": None}, {"e.ACTIVATION": "clamp"}, 2),
@@ -366,9 +372,10 @@ def test_one_launch_of_each_program_and_one_of_each_number():
     def changed(**arguments):
         return json.dumps(told | {"arguments": told["arguments"] | arguments})
 
-    alike = [line, changed(N=16), changed(EPS=0.5)]
-    # blocks of 64 and 128, and pads of 5 and 7, are told by three launches: a fourth says nothing new
-    numbers = [changed(BLOCK_M=block, PAD_H=pad) for block in (64, 128) for pad in (5, 7)]
+    e = told["arguments"]["e"]
+    alike = [line, changed(N=16), changed(e=e | {"tuple": [0.5, *e["tuple"][1:]]})]
+    # blocks of 64 and 128 rows, and of 256 and 512 columns, are told by three launches: a fourth says nothing new
+    numbers = [changed(BLOCK_M=block, BLOCK_N=columns) for block in (64, 128) for columns in (256, 512)]
     constants = {"e": records.ENDING, "BLOCK": records.BLOCK}
     in_records = [
         specialisations.described(

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from ... import launch
-from ...dtypes import KERNEL_DTYPES, accumulator_dtype
 from ...epilogue import PLAIN, Channels, Epilogue, Finish, Residual, finish, load_channels, load_residual, store_moments
 from ...indexing import (
     channel_offset,
@@ -76,6 +75,7 @@ def depthwise_fprop_kernel(
 
     g: ConvGeometry of groups of one channel; e: Finish; memory: DepthwiseFpropMemory; block: StripBlock.
     """
+    ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     MULTIPLIER: tl.constexpr = g.K  # filters of a channel
     K: tl.constexpr = g.groups * g.K
     R: tl.constexpr = g.R
@@ -105,7 +105,7 @@ def depthwise_fprop_kernel(
     w_taps = w_ptr + tl.zeros((BLOCK_M,), tl.int32)[:, None] + channel_offset(k, w_stride_k)[None, :]
     h0 = mask_row(h0, ok)
 
-    acc = zeros(ROWS, BLOCK_M, BLOCK_C, e.acc)
+    acc = zeros(ROWS, BLOCK_M, BLOCK_C, ACC)
     for r0 in tl.static_range(0, R, TAPS):
         for s in range(g.S):
             row = mask_row(h0 + r0 * g.dil_h, in_range(w0 + s * g.dil_w, W))
@@ -132,7 +132,7 @@ def depthwise_fprop_kernel(
         residual = Residual(residual_ptr, (n, p + t, q), k, row_ok, k_ok, residual_strides)
         y = finish(acc[t], channels, residual, slope, of_channels, e, load_residual).to(y_ptr.dtype.element_ty)
         tl.store(y_pixels + t * y_row, y, mask=mask)
-        stored = stored + (y.to(e.acc),)
+        stored = stored + (y.to(ACC),)
         exist = exist + (row_ok,)
     if moments_ptr is not None:
         store_moments(moments_ptr, tile, stored, exist, k, k_ok, K)
@@ -160,7 +160,7 @@ def plan_depthwise_fprop(
         depthwise_fprop_kernel, grid, slope, g.N, g.H, g.W, g.P, g.Q,
         strips, *divisor(max(strips, 1)), *divisor(max(g.Q, 1)), *xs[:4], *ws[1:4], *rs[:4],
         tile=tile, g=g.geometry(C=1, K=g.group_filters),
-        e=Finish(eps, activation, KERNEL_DTYPES[accumulator_dtype(x.dtype)]),
+        e=Finish(eps, activation, x.dtype == torch.float64),
         memory=DepthwiseFpropMemory(xs.align, ws.align, rs.align, *dense_alignment(y)),
         block=StripBlock(tile.BLOCK_M, tile.BLOCK_C, tile.ROWS, taps_at_once(g.R)),
         num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,

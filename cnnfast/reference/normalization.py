@@ -32,15 +32,10 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
 
 
 def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    weight: Tensor | None = None, bias: Tensor | None = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
     """(input - mean) * weight / sqrt(var + eps) + bias; in training the running variance takes the unbiased one."""
     per_channel = [1, -1, *[1] * (input.dim() - 2)]
     if training:
@@ -62,25 +57,13 @@ def batch_norm(
 
 
 def conv_bn_act(
-    input: Tensor,
-    weight: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    bn_weight: Tensor | None = None,
-    bn_bias: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = "relu",
-    activation_arg: float | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    stride: Size2 = 1,
-    padding: Size2 | str = 0,
-    dilation: Size2 = 1,
-    groups: int = 1,
-) -> Tensor:
+    input: Tensor, weight: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    bn_weight: Tensor | None = None, bn_bias: Tensor | None = None, *,
+    bias: Tensor | None = None, residual: Tensor | None = None,
+    activation: str | None = "relu", activation_arg: float | None = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    stride: Size2 = 1, padding: Size2 | str = 0, dilation: Size2 = 1, groups: int = 1,
+) -> Tensor:  # fmt: skip
     """act(batch_norm(conv2d(input)) + residual)."""
     y = conv2d(input, weight, bias, stride, padding, dilation, groups)
     u = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)

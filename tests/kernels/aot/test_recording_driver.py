@@ -105,8 +105,8 @@ def launch_with_records():
             for optional, stride in ((bias, 2), (None, None)):
                 planned = Launch(sum_rows_kernel, (2,), 16, stride, g=WINDOW, e=ENDING, BLOCK=BLOCK)
                 planned.run((x, y, optional))
-                planned(x, y, optional)  # in which it comes to know the kernel
-                planned(x, y, optional)
+                planned((x, y, optional))  # in which it comes to know the kernel
+                planned((x, y, optional))
                 by_triton, _, by_plan = driver.taken()[0]
                 found.append([by_triton == by_plan, [p.hex() for p in by_plan.parameters], x.data_ptr()])
         fits = [kernel.parameter_bytes == kernel.passed_bytes for kernel in driver.kernels.values()]

@@ -9,8 +9,8 @@ comes from the first-level cache.
 """
 
 from .dgrad import depthwise_dgrad, plan_depthwise_dgrad
+from .filters import StripLaunch, vector_length
 from .fprop import depthwise_fprop, moments_rows, plan_depthwise_fprop
-from .strips import StripLaunch, vector_length
 from .wgrad import depthwise_wgrad, plan_depthwise_wgrad
 
 __all__ = [

@@ -30,18 +30,8 @@ from ...moments import TileRows
 from ...operands import FpropOperands
 from ...problem import ConvProblem
 from ...tiling import MAX_REGISTERS, cdiv
-from .strips import (
-    StripBlock,
-    StripLaunch,
-    StripRows,
-    Strips,
-    accumulate_column,
-    filters_layout,
-    in_range,
-    locate_strips,
-    mask_row,
-    zeros,
-)
+from .filters import StripLaunch, filters_layout
+from .strips import StripBlock, StripRows, Strips, accumulate_column, in_range, locate_strips, mask_row, zeros
 from .tiles import StripTile, taps_at_once
 
 EXTENTS = ["N", "H", "W", "P", "Q", "strips_per_column"]

@@ -25,17 +25,8 @@ from ...operands import WgradOperands
 from ...problem import ConvProblem
 from ...slots import WgradLaunches, plan_reduction
 from ...tiling import MAX_REGISTERS, cdiv
-from .strips import (
-    StripBlock,
-    Strips,
-    add_product,
-    filters_as_channels,
-    in_range,
-    load_row,
-    locate_strips,
-    mask_row,
-    zeros,
-)
+from .filters import filters_as_channels
+from .strips import StripBlock, Strips, add_product, in_range, load_row, locate_strips, mask_row, zeros
 from .tiles import StripTile, columns_at_once, taps_at_once
 
 EXTENTS = ["N", "H", "W", "P", "Q", "SLOTS", "strips_per_column"]

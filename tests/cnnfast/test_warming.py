@@ -138,7 +138,7 @@ def test_autocast_is_followed():
 
 
 def test_a_resnet50_has_more_than_a_hundred_kernels_to_compile():
-    """For its first training step by our kernels alone: what README says."""
+    """For its first training step by our kernels alone."""
     model = cnnfast.models.resnet50().bfloat16().to(memory_format=LAST)
     x = torch.empty(64, 3, 224, 224, dtype=torch.bfloat16, device="meta").to(memory_format=LAST)
     with dispatch.backend("kernels"):

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from . import devices, tables
-from .gather.depthwise import vector_length
+from .gather.depthwise.filters import vector_length
 from .gather.depthwise.tiles import StripTile, choose_strip_tile, search_strip_tiles
 from .layout import Layout, convolution_format, dense
 from .problem import ConvProblem

@@ -19,14 +19,11 @@ from .batchnorm import batch_moments, contiguous
 from .choosing import Geometry, Tile, choose, measured, precision_of
 from .dtypes import accumulator_dtype
 from .epilogue import PLAIN, BatchNorm, Epilogue
-from .gather.depthwise import (
-    StripLaunch,
-    moments_rows,
-    plan_depthwise_dgrad,
-    plan_depthwise_fprop,
-    plan_depthwise_wgrad,
-)
+from .gather.depthwise.dgrad import plan_depthwise_dgrad
+from .gather.depthwise.filters import StripLaunch
+from .gather.depthwise.fprop import moments_rows, plan_depthwise_fprop
 from .gather.depthwise.tiles import StripTile
+from .gather.depthwise.wgrad import plan_depthwise_wgrad
 from .gather.dgrad import plan_dgrad
 from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad

@@ -75,6 +75,18 @@ def dense_alignment(t: Laid) -> tuple[int, bool]:
     raise ValueError(f"a result of shape {tuple(t.shape)} must be dense, but has strides {tuple(t.stride())}")
 
 
+class FpropMemory(NamedTuple):
+    """How the tensors of a forward kernel lie in memory, as far as it is compiled for that: the alignment of their
+    strides in elements, and whether y, which is dense, is channels_last or contiguous.
+    """
+
+    x_align: int
+    w_align: int
+    residual_align: int
+    y_align: int
+    y_channels_last: bool
+
+
 def is_channels_last(t: Laid) -> bool:
     """PyTorch's `is_channels_last_strides_2d`, which suggest_memory_format follows and Python cannot call."""
     if t.dim() != 4:

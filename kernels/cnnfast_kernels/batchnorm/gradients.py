@@ -10,7 +10,7 @@ with frozen statistics dy = scale * g. Every program leaves the sums of its tile
 from __future__ import annotations
 
 from itertools import chain
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
@@ -253,8 +253,8 @@ def normalize_backward(
     like = given.stride()  # of which `mergeable` may make a copy of another format
     argument = mergeable(residual) if recompute else None
     dz, y, z = mergeable(dz), mergeable(y), mergeable(z)
-    mean, var = contiguous(mean, var)
-    gamma, beta = contiguous(gamma, beta)
+    vectors: Any = contiguous(mean, var, gamma, beta)
+    mean, var, gamma, beta = vectors
 
     sum_g = sum_gx = dgamma = dbeta = None
     need_sum_gx = need_dgamma or (training and need_dy)

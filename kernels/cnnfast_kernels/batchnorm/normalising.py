@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
@@ -124,7 +124,7 @@ def normalize(
     residual_strides = None if residual is None else residual.stride()
     run, layout = _plan_normalize(y.shape, y.stride(), residual_strides, like, y.dtype, eps, activation, slope)
     z = memory.empty(layout, y)
-    mean, var = contiguous(mean, var)
-    gamma, beta = contiguous(gamma, beta)
+    vectors: Any = contiguous(mean, var, gamma, beta)
+    mean, var, gamma, beta = vectors
     run(NormalizeOperands(y, mean, var, gamma, beta, residual, z))
     return z

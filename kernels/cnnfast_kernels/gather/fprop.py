@@ -9,7 +9,7 @@ patches is never stored: each tile of it is gathered from x when it is needed. 1
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
@@ -18,7 +18,7 @@ import triton.language as tl
 from .. import launch
 from ..epilogue import PLAIN, Channels, Epilogue, Finish, Residual, finish, load_channels, load_residual, store_moments
 from ..indexing import channel_offset, dense_channel_offset, dense_pixel_offset, pixel_offset, unravel_npq
-from ..layout import Laid, Strides, dense_alignment, strides_nhwc
+from ..layout import FpropMemory, Laid, Strides, dense_alignment, strides_nhwc
 from ..operands import FpropOperands
 from ..problem import ConvProblem
 from ..tiling import Precision, TileConfig, cdiv, register_limit
@@ -26,18 +26,6 @@ from .tiles import Rows, load_taps, multiply_accumulate, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
 STRIDES = [f"{t}_stride_{d}" for t in ("x", "residual") for d in "nhwc"]
-
-
-class FpropMemory(NamedTuple):
-    """How the tensors lie in memory, as far as the kernel is compiled for it: the alignment of their strides in
-    elements, and whether y, which is dense, is channels_last or contiguous.
-    """
-
-    x_align: int
-    w_align: int
-    residual_align: int
-    y_align: int
-    y_channels_last: bool
 
 
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)

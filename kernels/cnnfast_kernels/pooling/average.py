@@ -171,27 +171,31 @@ def _divisor(problem: PoolProblem, count_include_pad: bool, divisor_override: in
     return g.R * g.S if whole and (count_include_pad or g.pad_h == g.pad_w == 0) else None
 
 
-def _averaging(problem: PoolProblem, count_include_pad: bool, divisor_override: int | None) -> Averaging:
-    return Averaging(_divisor(problem, count_include_pad, divisor_override), count_include_pad, False)
+Divided = tuple[bool, int | None] | None  # (count_include_pad, divisor_override) of an average; None of an adaptive one
 
 
-ADAPTIVE = Averaging(None, True, True)
+def _averaging(problem: PoolProblem, divided: Divided) -> Averaging:
+    if divided is None:
+        return Averaging(None, True, True)
+    return Averaging(_divisor(problem, *divided), divided[0], False)
 
 
 @launch.planned
 def _plan(
-    problem: PoolProblem, a: Averaging, strides: tuple[int, ...], dtype: torch.dtype
+    problem: PoolProblem, divided: Divided, strides: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[launch.Launch[AverageOperands], Layout]:
     x = Layout(problem.image, strides, dtype)
     y = dense(problem.pooled, dtype, result_format(x))
     acc = KERNEL_DTYPES[accumulator_dtype(dtype)]
-    return plan_rows(avg_pool_kernel, problem, PoolLayouts(x=x, y=y), acc, problem.R * problem.S, a=a), y
+    return plan_rows(
+        avg_pool_kernel, problem, PoolLayouts(x=x, y=y), acc, problem.R * problem.S, a=_averaging(problem, divided)
+    ), y
 
 
 @launch.planned
 def _plan_backward(
     problem: PoolProblem,
-    a: Averaging,
+    divided: Divided,
     strides: tuple[int, ...],
     dtype: torch.dtype,
     memory_format: torch.memory_format,
@@ -199,20 +203,27 @@ def _plan_backward(
     dy, dx = Layout(problem.pooled, strides, dtype), dense(problem.image, dtype, memory_format)
     g = problem.geometry()
     acc = KERNEL_DTYPES[accumulator_dtype(dtype)]
-    return plan_rows(avg_pool_backward_kernel, problem, PoolLayouts(dy=dy, dx=dx), acc, g.cover_h * g.cover_w, a=a), dx
+    return plan_rows(
+        avg_pool_backward_kernel,
+        problem,
+        PoolLayouts(dy=dy, dx=dx),
+        acc,
+        g.cover_h * g.cover_w,
+        a=_averaging(problem, divided),
+    ), dx
 
 
-def _average(problem: PoolProblem, a: Averaging, x: torch.Tensor) -> torch.Tensor:
-    run, layout = _plan(problem, a, x.stride(), x.dtype)
+def _average(problem: PoolProblem, divided: Divided, x: torch.Tensor) -> torch.Tensor:
+    run, layout = _plan(problem, divided, x.stride(), x.dtype)
     y = memory.empty(layout, x)
     run(AverageOperands(x, y))
     return y
 
 
 def _average_backward(
-    problem: PoolProblem, a: Averaging, dy: torch.Tensor, memory_format: torch.memory_format
+    problem: PoolProblem, divided: Divided, dy: torch.Tensor, memory_format: torch.memory_format
 ) -> torch.Tensor:
-    run, layout = _plan_backward(problem, a, dy.stride(), dy.dtype, memory_format)
+    run, layout = _plan_backward(problem, divided, dy.stride(), dy.dtype, memory_format)
     dx = memory.empty(layout, dy)
     run(AverageBackwardOperands(dy, dx))
     return dx
@@ -224,7 +235,7 @@ def avg_pool(
     """y [N, C, P, Q], channels_last if x [N, C, H, W] is; divided as torch.nn.functional.avg_pool2d divides. No window
     is dilated.
     """
-    return _average(problem, _averaging(problem, count_include_pad, divisor_override), x)
+    return _average(problem, (count_include_pad, divisor_override), x)
 
 
 def avg_pool_backward(
@@ -235,7 +246,7 @@ def avg_pool_backward(
     memory_format: torch.memory_format,
 ) -> torch.Tensor:
     """dx [N, C, H, W] in `memory_format`, from dy [N, C, P, Q] in any layout."""
-    return _average_backward(problem, _averaging(problem, count_include_pad, divisor_override), dy, memory_format)
+    return _average_backward(problem, (count_include_pad, divisor_override), dy, memory_format)
 
 
 @launch.planned
@@ -248,7 +259,7 @@ def adaptive_avg_pool(x: torch.Tensor, P: int, Q: int) -> torch.Tensor:
     """y [N, C, P, Q], channels_last if x [N, C, H, W] is: window p covers rows floor(p * H / P) to ceil((p + 1) * H /
     P).
     """
-    return _average(_adaptive_problem(x.shape, P, Q), ADAPTIVE, x)
+    return _average(_adaptive_problem(x.shape, P, Q), None, x)
 
 
 def adaptive_avg_pool_backward(
@@ -258,4 +269,4 @@ def adaptive_avg_pool_backward(
     if dy.numel() == 0:  # no windows
         return memory.empty(x_shape, dy, memory_format).zero_()
     P, Q = dy.shape[2:]
-    return _average_backward(_adaptive_problem(x_shape, P, Q), ADAPTIVE, dy, memory_format)
+    return _average_backward(_adaptive_problem(x_shape, P, Q), None, dy, memory_format)

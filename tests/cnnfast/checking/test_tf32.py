@@ -20,7 +20,7 @@ from cnnfast.checking.tf32 import rounded_products
 from cnnfast.checking.whole import judge_whole
 from cnnfast.dtypes import name_of
 from cnnfast.precision import UNIT, float32_products, nearest_tf32
-from cnnfast_kernels import launch
+from cnnfast_kernels import conv, launch
 from cnnfast_kernels.gather import tiles
 from tests.support.child import run_compiled
 from tests.support.planting import plant
@@ -93,13 +93,13 @@ def test_truncated_operands_are_caught(name, draw, device, monkeypatch, tmp_path
 def test_fewer_bits_than_tf32_are_caught(bits, device, monkeypatch):
     """As if the kernel rounded to bfloat16's mantissa or a bit more."""
     step = 23 - bits + 1
-    fprop = cnnfast.ops.conv.conv.conv_fprop
+    run = conv.FpropPlan.run
 
-    def coarse(x, w, *arguments, **options):
+    def coarse(plan, x, w, epilogue):
         x, w = (((t.view(torch.int32) + (1 << (step - 1))) & -(1 << step)).view(torch.float32) for t in (x, w))
-        return fprop(x, w, *arguments, **options)
+        return run(plan, x, w, epilogue)
 
-    monkeypatch.setattr(cnnfast.ops.conv.conv, "conv_fprop", coarse)
+    monkeypatch.setattr(conv.FpropPlan, "run", coarse)
     report = cnnfast.check(CALLS["conv2d"], *operands(signed, device), dtype="tf32", backward=False)
     assert [row.verdict for row in report.rows] == ["FAIL"]
 

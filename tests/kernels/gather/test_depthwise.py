@@ -17,14 +17,9 @@ from cnnfast_kernels import memory
 from cnnfast_kernels.conv import Geometry, conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
-from cnnfast_kernels.gather.depthwise import (
-    depthwise_dgrad,
-    depthwise_fprop,
-    depthwise_wgrad,
-    moments_rows,
-    plan_depthwise_fprop,
-    vector_length,
-)
+from cnnfast_kernels.gather.depthwise.dgrad import depthwise_dgrad
+from cnnfast_kernels.gather.depthwise.filters import vector_length
+from cnnfast_kernels.gather.depthwise.fprop import depthwise_fprop, moments_rows, plan_depthwise_fprop
 from cnnfast_kernels.gather.depthwise.tiles import (
     CACHED_BYTES,
     STRIP_ROWS,
@@ -34,6 +29,7 @@ from cnnfast_kernels.gather.depthwise.tiles import (
     strip_tiles,
     taps_at_once,
 )
+from cnnfast_kernels.gather.depthwise.wgrad import depthwise_wgrad
 from cnnfast_kernels.moments import combine
 from cnnfast_kernels.problem import ConvProblem
 from cnnfast_kernels.tiling import ELEMENT_BYTES, VECTOR_BYTES, cdiv

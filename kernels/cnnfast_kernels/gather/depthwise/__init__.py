@@ -7,20 +7,3 @@ Each row of the input that it loads serves every pixel of the strip whose window
 R - 1 loads for a column of the filter, where pixel by pixel it would be ROWS * R. What neighbouring strips load again
 comes from the first-level cache.
 """
-
-from .dgrad import depthwise_dgrad, plan_depthwise_dgrad
-from .filters import StripLaunch, vector_length
-from .fprop import depthwise_fprop, moments_rows, plan_depthwise_fprop
-from .wgrad import depthwise_wgrad, plan_depthwise_wgrad
-
-__all__ = [
-    "StripLaunch",
-    "depthwise_dgrad",
-    "depthwise_fprop",
-    "depthwise_wgrad",
-    "moments_rows",
-    "plan_depthwise_dgrad",
-    "plan_depthwise_fprop",
-    "plan_depthwise_wgrad",
-    "vector_length",
-]

@@ -9,7 +9,7 @@ rows that a strip meets are loaded one after the other.
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
@@ -25,7 +25,7 @@ from ...indexing import (
     divisor,
     pixel_offset,
 )
-from ...layout import Laid, Strides, dense_alignment, strides_nhwc
+from ...layout import FpropMemory, Laid, Strides, dense_alignment, strides_nhwc
 from ...moments import TileRows
 from ...operands import FpropOperands
 from ...problem import ConvProblem
@@ -37,18 +37,6 @@ from .tiles import StripTile, taps_at_once
 EXTENTS = ["N", "H", "W", "P", "Q", "strips_per_column"]
 DIVISORS = ["strips_magic", "strips_shift", "q_magic", "q_shift"]
 STRIDES = [f"{t}_stride_{d}" for t in ("x", "residual") for d in "nhwc"]
-
-
-class DepthwiseFpropMemory(NamedTuple):
-    """How the tensors lie in memory, as far as the kernel is compiled for it: the alignment of their strides in
-    elements, and whether y, which is dense, is channels_last or contiguous.
-    """
-
-    x_align: int
-    w_align: int
-    residual_align: int
-    y_align: int
-    y_channels_last: bool
 
 
 @triton.jit(do_not_specialize=EXTENTS + DIVISORS + STRIDES)
@@ -63,7 +51,7 @@ def depthwise_fprop_kernel(
 ):  # fmt: skip
     """BLOCK_M strips of BLOCK_C filters of y; `moments` [tiles, 2, K].
 
-    g: ConvGeometry of groups of one channel; e: Finish; memory: DepthwiseFpropMemory; block: StripBlock.
+    g: ConvGeometry of groups of one channel; e: Finish; memory: FpropMemory; block: StripBlock.
     """
     ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     MULTIPLIER: tl.constexpr = g.K  # filters of a channel
@@ -151,7 +139,7 @@ def plan_depthwise_fprop(
         strips, *divisor(max(strips, 1)), *divisor(max(g.Q, 1)), *xs[:4], *ws[1:4], *rs[:4],
         tile=tile, g=g.geometry(C=1, K=g.group_filters),
         e=Finish(eps, activation, x.dtype == torch.float64),
-        memory=DepthwiseFpropMemory(xs.align, ws.align, rs.align, *dense_alignment(y)),
+        memory=FpropMemory(xs.align, ws.align, rs.align, *dense_alignment(y)),
         block=StripBlock(tile.BLOCK_M, tile.BLOCK_C, tile.ROWS, taps_at_once(g.R)),
         num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

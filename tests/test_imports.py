@@ -135,17 +135,6 @@ def test_layers(package):
     assert not offences
 
 
-def test_a_class_name_stands_once():
-    """In what is shipped, and in ci/: who reads the name knows the class."""
-    packages = (REPOSITORY / "kernels", REPOSITORY / "cnnfast", REPOSITORY / "ci")
-    named: dict[str, list[str]] = {}
-    for path in (file for package in packages for file in sorted(package.rglob("*.py"))):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
-                named.setdefault(node.name, []).append(str(path.relative_to(REPOSITORY)))
-    assert {name: files for name, files in named.items() if len(files) > 1} == {}
-
-
 def attributes(path: Path) -> set[str]:
     """Dotted names used in a file: torch.empty, os.environ, ..."""
     nodes = ast.walk(ast.parse(path.read_text()))

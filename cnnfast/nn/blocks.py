@@ -59,7 +59,8 @@ class ConvBNAct(TraceToScript):
             padding = height, width
         factory = {"device": device, "dtype": dtype}
         where = stride, padding, dilation, groups
-        self.conv = Conv2d(in_channels, out_channels, kernel_size, *where, bias, padding_mode, **factory)  # pyright: ignore
+        sizes = in_channels, out_channels, kernel_size
+        self.conv = Conv2d(*sizes, *where, bias, padding_mode, **factory)  # pyright: ignore[reportArgumentType]
         self.bn = BatchNorm2d(out_channels, eps, momentum, **factory)
         self.activation, self.activation_arg = activation, activation_arg
 

@@ -173,7 +173,7 @@ Shape = tuple[int, ...]
 
 
 def strides(*operands: torch.Tensor | None) -> tuple[Shape | None, ...]:
-    return tuple(None if t is None else t.stride() for t in operands)
+    return tuple([None if t is None else t.stride() for t in operands])  # a generator would be entered once a tensor
 
 
 def _finish(eps: float, activation: str | None, dtype: torch.dtype) -> Finish:

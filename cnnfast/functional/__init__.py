@@ -1,11 +1,12 @@
-"""The operations by the names and arguments of torch.nn.functional, plus `algorithm` and the fused `conv_bn_act`.
+"""The operations by the names and arguments of torch.nn.functional, plus `algorithm` and the fused `conv_bn_act`,
+`conv_act` and `bn_act`.
 
 Every function decides by `dispatch.why_torch` who serves the call. On the kernels' path arguments are checked here,
 before anything is launched, and bad ones raise what PyTorch raises, naming the argument, its value and the rule.
 """
 
 from .convolution import conv1d, conv2d, conv_transpose2d
-from .fused import conv_bn_act
+from .fused import bn_act, conv_act, conv_bn_act
 from .normalization import batch_norm
 from .pooling import adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d, max_pool2d
 
@@ -13,8 +14,10 @@ __all__ = [
     "adaptive_avg_pool2d",
     "avg_pool2d",
     "batch_norm",
+    "bn_act",
     "conv1d",
     "conv2d",
+    "conv_act",
     "conv_bn_act",
     "conv_transpose2d",
     "global_avg_pool2d",

@@ -12,9 +12,9 @@ from ..activations import LEAKY_SLOPE, activate, check_activation
 from ..dispatch import why_torch
 from ..recording import record_torch
 from .arguments import Size, autocast, check_algorithm
-from .convolution import conv_geometry, conv_output_size
+from .convolution import conv2d, conv_geometry, conv_output_size
 from .entrance import operation
-from .normalization import check_norm, values_per_channel
+from .normalization import batch_norm, check_norm, values_per_channel
 from .operators import ops
 
 
@@ -94,3 +94,45 @@ def _check_residual(residual: Tensor, size: Sequence[int], dtype: torch.dtype) -
             f"conv_bn_act(): residual must be the output's size {list(size)} and dtype {dtype},"
             f" but got {list(residual.shape)} {residual.dtype}"
         )
+
+
+@operation
+def conv_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    activation_arg: float | Tensor | None = None,
+    algorithm: str = "auto",
+) -> Tensor:
+    """act(conv2d(input, weight, bias) + residual)."""
+    y = conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm=algorithm)
+    y = y if residual is None else y + residual
+    return activate(y, activation, LEAKY_SLOPE if activation_arg is None else activation_arg)
+
+
+@operation
+def bn_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    activation_arg: float | Tensor | None = None,
+) -> Tensor:
+    """act(batch_norm(input) + residual)."""
+    y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = y if residual is None else y + residual
+    return activate(y, activation, LEAKY_SLOPE if activation_arg is None else activation_arg)

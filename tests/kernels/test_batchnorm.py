@@ -73,6 +73,8 @@ def activate(u, activation, slope=SLOPE):
             return F.leaky_relu(u, slope)
         case "gelu_tanh":
             return F.gelu(u, approximate="tanh")
+        case "hardsigmoid" if u.dtype == torch.float64:  # whose derivative takes float32's sixth in PyTorch
+            return F.relu6(u + 3) / 6
     return getattr(F, activation)(u)
 
 
@@ -328,7 +330,7 @@ def test_activations(activation, training, device):
     check(operands(SMALL, torch.float32, device, training=training), activation)
 
 
-@pytest.mark.parametrize("activation", ["leaky_relu", "gelu", "gelu_tanh", "silu", "hardswish"])
+@pytest.mark.parametrize("activation", ["leaky_relu", "gelu", "gelu_tanh", "silu", "hardswish", "mish", "hardsigmoid"])
 def test_constants_have_the_digits_of_float64(activation, device):
     check(operands(SMALL, torch.float64, device), activation)
 
@@ -373,6 +375,28 @@ SPECIAL = [
 SPECIAL += [float("inf"), float("nan")]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ["mish", "hardsigmoid"])
+def test_every_digit_from_end_to_end(activation, dtype, device):
+    """Where mish and its derivative vanish, where they are straight, and where e^u overflows or is no normal number."""
+    y = torch.cat([torch.linspace(-120, 120, 961), torch.tensor([-1e30, 1e30])]).to(device, dtype)[:, None]
+    zero, one = torch.zeros_like(y[0]), torch.ones_like(y[0])
+    norm = (zero, one, None, None, None, 0.0, activation, 0.0)
+    z = normalize(y, *norm)
+    dy, *_ = normalize_backward(one.expand_as(y), y, None, *norm, False, (True, *[False] * 3))
+    leaf = y.double().requires_grad_()
+    expected = F.mish(leaf) if activation == "mish" else F.relu6(leaf + 3) / 6
+    (derivative,) = torch.autograd.grad(expected.sum(), leaf)
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    # The exponential's own error grows with |u|, by which it is multiplied.
+    torch.testing.assert_close(z.double(), expected.detach(), rtol=256 * eps, atol=256 * tiny)
+    near_the_minimum = (leaf + 1.19).abs() < 0.5  # where two terms cancel
+    torch.testing.assert_close(
+        dy.double()[~near_the_minimum], derivative[~near_the_minimum], rtol=256 * eps, atol=256 * tiny
+    )
+    torch.testing.assert_close(dy.double(), derivative, rtol=256 * eps, atol=8 * eps)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_kinks_and_special_values(activation, keep, device):
@@ -396,7 +420,7 @@ def test_kinks_and_special_values(activation, keep, device):
         (True, *[False] * 3),
     )
     leaf = y.double().requires_grad_()
-    expected = activate(leaf, activation)
+    expected = activate(leaf, activation) if activation != "hardsigmoid" else F.hardsigmoid(leaf)
     (derivative,) = torch.autograd.grad(expected, leaf, torch.ones_like(leaf))
     torch.testing.assert_close(z.double(), expected.detach(), rtol=1e-5, atol=1e-7, equal_nan=True)
     torch.testing.assert_close(dy.double(), derivative, rtol=1e-5, atol=1e-7, equal_nan=True)

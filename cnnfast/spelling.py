@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -53,10 +53,11 @@ def near(word: str, known: Iterable[str], most: int = 1) -> list[str]:
     return [folded[name] for name in found[:most]]
 
 
-def did_you_mean(word: str, known: Iterable[str], synonyms: Mapping[str, str | None] | None = None) -> str:
+def did_you_mean(word: str, known: Iterable[str], synonyms: Mapping[str, object] | None = None) -> str:
     """The end of a message about an unknown word: ". Did you mean 'silu'?", or nothing where no word is near.
 
-    synonyms: other words, folded as `fold` does it, and what each stands for; they come before words that are near.
+    synonyms: other words, folded as `fold` does it, and the value that each stands for; they come before words that are
+    near.
     """
     if synonyms and fold(word) in synonyms:
         return f". Did you mean {synonyms[fold(word)]!r}?"
@@ -64,10 +65,29 @@ def did_you_mean(word: str, known: Iterable[str], synonyms: Mapping[str, str | N
     return f". Did you mean {found[0]!r}?" if found else ""
 
 
+def word_for(value: object) -> str:
+    """A string or None itself; of a class or a function its name, and of anything else the name of its class: whoever
+    gives nn.SiLU, nn.SiLU() or F.silu for a name means 'silu'.
+    """
+    if value is None or isinstance(value, str):
+        return str(value)
+    return getattr(value, "__name__", type(value).__name__)
+
+
 def quoted(known: Iterable[object]) -> str:
     """Values as somebody would write them in a call: None, 'relu' or 'silu'."""
     *first, last = map(repr, known)
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def unknown_value(
+    function: str, name: str, value: object, known: Sequence[object], synonyms: Mapping[str, object] | None = None
+) -> ValueError:
+    """The error for an argument that has a value which is none of the known ones. synonyms: as `did_you_mean` has
+    them.
+    """
+    advice = did_you_mean(word_for(value), [one for one in known if isinstance(one, str)], synonyms)
+    return ValueError(f"{function}(): {name} must be {quoted(known)}, but got {name}={value!r}{advice}")
 
 
 def refuse_unknown_keywords(function: Callable[..., Any], keywords: Iterable[str]) -> None:

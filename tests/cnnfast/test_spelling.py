@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from cnnfast import spelling
 
@@ -100,3 +103,11 @@ def test_what_is_decorated_keeps_its_name_its_signature_and_its_results():
     assert list(inspect.signature(layer).parameters) == ["in_channels", "out_channels", "activation", "eps"]
     assert list(inspect.signature(Layer).parameters) == ["kernel_size"]
     assert (layer(3, eps=1.0), Layer(5).kernel_size) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [(nn.SiLU, "SiLU"), (nn.SiLU(), "SiLU"), (torch.relu, "relu"), (F.silu, "silu"), ("x", "x"), (None, "None")],
+)
+def test_a_class_an_object_and_a_function_stand_for_their_names(value, word):
+    assert spelling.word_for(value) == word

@@ -9,12 +9,13 @@ what they were. (A GraphModule of torch.fx has a class that was made for it alon
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..nn.fused import forward_replaced
+from ..spelling import keywords_explained, unknown_value
 from .fusion import fuse, unfuse
 from .leaves import swap, swap_back
 from .reporting import report_on
@@ -23,10 +24,19 @@ from .tree import share
 
 __all__ = ["ConversionReport", "ConvolutionRow", "convert", "report", "revert"]
 
+M = TypeVar("M", bound=nn.Module)
+
 FORMATS = (None, torch.channels_last, torch.contiguous_format)
+# What somebody may call them, as spelling.py folds words.
+OTHER_FORMATS = {
+    **dict.fromkeys(("channelslast", "torch.channelslast", "nhwc"), torch.channels_last),
+    **dict.fromkeys(("contiguous", "contiguousformat", "channelsfirst", "nchw"), torch.contiguous_format),
+    **dict.fromkeys(("preserve", "preserveformat"), None),
+}
 
 
-def convert(model: nn.Module, *, inplace: bool = False, memory_format: torch.memory_format | None = None) -> nn.Module:
+@keywords_explained
+def convert(model: M, *, inplace: bool = False, memory_format: torch.memory_format | None = None) -> M:
     """The same model on cnnfast's kernels: convolutions, batch norms and pools replaced, and fused where they follow
     one another.
 
@@ -46,8 +56,7 @@ def convert(model: nn.Module, *, inplace: bool = False, memory_format: torch.mem
     """
     _check("convert", model)
     if memory_format not in FORMATS:
-        allowed = "None, torch.channels_last or torch.contiguous_format"
-        raise ValueError(f"convert(): memory_format must be {allowed}, but got {memory_format!r}")
+        raise unknown_value("convert", "memory_format", memory_format, FORMATS, OTHER_FORMATS)
     if not inplace:
         model = share(model, "convert")
     modules = list(model.modules())
@@ -61,7 +70,8 @@ def convert(model: nn.Module, *, inplace: bool = False, memory_format: torch.mem
     return model if memory_format is None else model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
 
 
-def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+@keywords_explained
+def revert(model: M, *, inplace: bool = False) -> M:
     """The model in PyTorch's own classes again, over the same Parameter and buffer objects; cnnfast.nn's modules become
     torch.nn's too.
 

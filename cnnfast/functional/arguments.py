@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from numbers import Real
 from operator import index
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-ALGORITHMS = ("auto", "direct", "im2col", "torch")
+from ..spelling import unknown_value
+
+Algorithm = Literal["auto", "direct", "im2col", "torch"]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+# What other libraries call them, as spelling.py folds words.
+OTHER_ALGORITHMS: dict[str, Algorithm] = {
+    **dict.fromkeys(("default", "none"), "auto"),
+    **dict.fromkeys(("implicit", "implicitgemm"), "direct"),
+    **dict.fromkeys(("explicit", "explicitgemm", "gemm", "unfold"), "im2col"),
+    **dict.fromkeys(("cudnn", "library"), "torch"),
+}
 
 Size = int | tuple[int, ...] | list[int]
 
@@ -92,9 +102,7 @@ def check_flag(function: str, name: str, value: Any) -> None:
 
 def check_algorithm(function: str, algorithm: str) -> None:
     if algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"{function}(): algorithm must be one of {', '.join(ALGORITHMS)}, but got algorithm={algorithm!r}"
-        )
+        raise unknown_value(function, "algorithm", algorithm, ALGORITHMS, OTHER_ALGORITHMS)
 
 
 def batched(input: Tensor, n: int = 2) -> tuple[Tensor, bool]:

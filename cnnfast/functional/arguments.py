@@ -110,14 +110,18 @@ def batched(input: Tensor, n: int = 2) -> tuple[Tensor, bool]:
     return (input.unsqueeze(0), True) if input.dim() == n + 1 else (input, False)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether torch.autocast is in force where x lies."""
+    return (x.is_cuda or x.is_cpu) and torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Casts as PyTorch's convolutions do under torch.autocast: floating tensors but float64, to the dtype in force,
     where kernels are.
     """
-    device = "cuda" if x.is_cuda else "cpu"
-    if not torch.is_autocast_enabled(device) or not (x.is_cuda or x.is_cpu):
+    if not autocasts(x):
         return x, *others
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype("cuda" if x.is_cuda else "cpu")
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
     )

@@ -18,6 +18,8 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
     "gelu_tanh": lambda u, slope: F.gelu(u, approximate="tanh"),
     "silu": lambda u, slope: F.silu(u),
     "hardswish": lambda u, slope: F.hardswish(u),
+    "mish": lambda u, slope: F.mish(u),
+    "hardsigmoid": lambda u, slope: F.hardsigmoid(u),
 }
 
 

@@ -47,11 +47,11 @@ def conv_bn_act(
 
     Shapes and dtypes as conv2d; running_mean, running_var, bn_weight, bn_bias [K], of input's dtype or float32;
     residual of the output's size and dtype. activation: None, "relu", "leaky_relu" (activation_arg: slope, 0.01),
-    "relu6", "gelu", "gelu_tanh", "silu", "hardswish". Raises as conv2d and batch_norm, ValueError for an unknown
-    activation or a residual of another size or dtype.
+    "relu6", "gelu", "gelu_tanh", "silu", "hardswish", "mish", "hardsigmoid". Raises as conv2d and batch_norm,
+    ValueError for an unknown activation or a residual of another size or dtype.
 
-    The backward pass of gelu, gelu_tanh, silu and hardswish needs what these were applied to. It computes that again
-    from residual and bn_bias, and keeps them: to change these in place before backward is an error.
+    The backward pass of gelu, gelu_tanh, silu, hardswish, mish and hardsigmoid needs what these were applied to. It
+    computes that again from residual and bn_bias, and keeps them: to change these in place before backward is an error.
     """
     check_algorithm("conv_bn_act", algorithm)
     check_activation("conv_bn_act", activation, activation_arg)

@@ -27,10 +27,10 @@ class ConvBNAct(TraceToScript):
 
     x [N, in_channels, H, W] to [N, out_channels, P, Q]. padding: int, pair, "valid" or "same": with stride 1 as
     torch.nn.Conv2d's "same", otherwise dilation * (kernel_size - 1) // 2 on each side, as ResNets pad. activation:
-    None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu", "hardswish". eps and
-    momentum (None: the average of all batches) are the norm's, everything else the convolution's. residual: added
-    before the activation; broadcast and promoted as PyTorch does. Raises what torch.nn.Conv2d and BatchNorm2d raise,
-    and ValueError for an unknown activation.
+    None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu", "hardswish", "mish",
+    "hardsigmoid". eps and momentum (None: the average of all batches) are the norm's, everything else the
+    convolution's. residual: added before the activation; broadcast and promoted as PyTorch does. Raises what
+    torch.nn.Conv2d and BatchNorm2d raise, and ValueError for an unknown activation.
     """
 
     def __init__(

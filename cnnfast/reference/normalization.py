@@ -28,6 +28,8 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
     "gelu_tanh": lambda u, slope: _gelu_tanh(u),
     "silu": lambda u, slope: u * torch.sigmoid(u),
     "hardswish": lambda u, slope: torch.where(u < -3, 0.0, torch.where(u > 3, u, u * (u + 3) / 6)),
+    "mish": lambda u, slope: u * torch.tanh(torch.logaddexp(u, torch.zeros_like(u))),
+    "hardsigmoid": lambda u, slope: torch.where(u <= -3, 0.0, torch.where(u >= 3, 1.0, (u + 3) / 6)),
 }
 
 

@@ -15,7 +15,10 @@ from .indexing import channel_offset, pixel_offset
 from .layout import Strides
 from .rounding import round_quotient, round_root
 
-ACTIVATIONS = (None, "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
+ACTIVATIONS = (
+    *(None, "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish"),
+    *("mish", "hardsigmoid"),
+)
 # act'(u) can be told from act(u) alone (leaky_relu: for slopes above 0), so that u need not be kept for backward
 FROM_OUTPUT = (None, "relu", "leaky_relu", "relu6")
 
@@ -79,6 +82,12 @@ def activate(u, slope, ACTIVATION: tl.constexpr):
         u = u * sigmoid(u)
     elif ACTIVATION == "hardswish":
         u = u * tl.where(u < -3, 0.0, tl.where(u > 3, 6.0, u + 3.0)) * (1.0 / 6.0)
+    elif ACTIVATION == "mish":  # tanh(softplus(u)) = n / (n + 2) with n = e^u (e^u + 2), and from 20 on it rounds to 1
+        exponential = tl.exp(tl.minimum(u, 20.0))
+        n = exponential * (exponential + 2.0)
+        u = u * (n / (n + 2.0))
+    elif ACTIVATION == "hardsigmoid":
+        u = tl.where(u < -3, 0.0, tl.where(u > 3, 1.0, (u + 3.0) * (1.0 / 6.0)))
     return u
 
 
@@ -106,6 +115,14 @@ def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
         dz = dz * (s * (1.0 + u * (1.0 - s)))
     elif ACTIVATION == "hardswish":
         dz = tl.where(u <= -3, 0.0, tl.where(u < 3, dz * (u * (1.0 / 3.0) + 0.5), dz))
+    elif ACTIVATION == "mish":  # n / (n + 2) + u * 4 e^u (e^u + 1) / (n + 2)^2, n as in `activate`
+        exponential = tl.exp(tl.minimum(u, 20.0))
+        n = exponential * (exponential + 2.0)
+        r = 1.0 / (n + 2.0)
+        rise = tl.where(u > 20, 0.0, 4.0 * exponential * (exponential + 1.0) * r * r)
+        dz = dz * (n * r + u * rise)
+    elif ACTIVATION == "hardsigmoid":
+        dz = tl.where((u > -3) & (u < 3), dz * (1.0 / 6.0), 0.0)
     return dz
 
 

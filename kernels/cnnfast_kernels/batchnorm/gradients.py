@@ -55,7 +55,9 @@ class GradientSumsOperands(NamedTuple):
 
 
 class NormalizeBackwardOperands(NamedTuple):
-    """The same, and in training the sums of g and of g * xhat, [C]; the results dy and dresidual are of dz's shape."""
+    """The same, and in training the sums of g and of g * xhat, [C], over so many rows as `count` [1] says, by default
+    dz's; the results dy and dresidual are of dz's shape.
+    """
 
     dz: torch.Tensor
     y: torch.Tensor | None
@@ -67,6 +69,7 @@ class NormalizeBackwardOperands(NamedTuple):
     beta: torch.Tensor | None
     sum_g: torch.Tensor | None
     sum_gx: torch.Tensor | None
+    count: torch.Tensor | None
     dy: torch.Tensor | None
     dresidual: torch.Tensor | None
 
@@ -137,7 +140,7 @@ def gradient_sums_kernel(
 @no_type_check
 def normalize_backward_kernel(
     dz_ptr, y_ptr, z_ptr, residual_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, sum_g_ptr, sum_gx_ptr,
-    dy_ptr, dresidual_ptr, slope: tl.float64, L, rows,
+    count_ptr, dy_ptr, dresidual_ptr, slope: tl.float64, L, rows,
     dz_stride_n, dz_stride_l, dz_stride_c, y_stride_n, y_stride_l, y_stride_c,
     z_stride_n, z_stride_l, z_stride_c, residual_stride_n, residual_stride_l, residual_stride_c,
     dy_stride_n, dy_stride_l, dy_stride_c, dresidual_stride_n, dresidual_stride_l, dresidual_stride_c,
@@ -161,8 +164,9 @@ def normalize_backward_kernel(
         tl.store(tile_pointers(dresidual, at), gradient.to(dresidual_ptr.dtype.element_ty), mask=at.mask)
     if dy_ptr is not None:
         if sum_g_ptr is not None:
-            mean_g = round_quotient(load_vector(sum_g_ptr, at.c, at.c_ok, ACC), rows.to(ACC))
-            mean_gx = round_quotient(load_vector(sum_gx_ptr, at.c, at.c_ok, ACC), rows.to(ACC))
+            count = rows.to(ACC) if count_ptr is None else tl.load(count_ptr).to(ACC)
+            mean_g = round_quotient(load_vector(sum_g_ptr, at.c, at.c_ok, ACC), count)
+            mean_gx = round_quotient(load_vector(sum_gx_ptr, at.c, at.c_ok, ACC), count)
             gradient = gradient - mean_g[None, :] - xhat * mean_gx[None, :]
         dy = (gradient * scale[None, :]).to(dy_ptr.dtype.element_ty)
         dy_tensor = PlaneTensor(dy_ptr, dy_stride_n, dy_stride_l, dy_stride_c, g.ALIGN)
@@ -181,7 +185,7 @@ def _finish(eps: float, activation: str | None, dtype: torch.dtype) -> Finish:
 
 
 @launch.planned
-def _plan_sums(
+def plan_sums(
     shape: Shape,
     strides: tuple[Shape | None, ...],
     dtype: torch.dtype,
@@ -199,7 +203,7 @@ def _plan_sums(
 
 
 @launch.planned
-def _plan_backward(
+def plan_backward(
     shape: Shape,
     strides: tuple[Shape | None, ...],
     like: Shape,
@@ -260,7 +264,7 @@ def normalize_backward(
     need_sum_gx = need_dgamma or (training and need_dy)
     if need_sum_gx or need_dbeta:
         used = y if need_sum_gx or recompute else None
-        run, layout = _plan_sums(
+        run, layout = plan_sums(
             dz.shape, strides(dz, used, z, argument), dz.dtype, eps, activation, slope, 2 if need_sum_gx else 1
         )
         slots = memory.empty(layout, given)
@@ -277,12 +281,12 @@ def normalize_backward(
     if need_dy or need_dresidual:
         sums = (sum_g, sum_gx) if training else (None, None)
         used = y if recompute or (training and need_dy) else None
-        run, layout = _plan_backward(
+        run, layout = plan_backward(
             dz.shape, strides(dz, used, z, argument), like, dz.dtype, eps, activation, slope, need_dy, need_dresidual
         )
         dy = memory.empty(layout, given) if need_dy else None
         own = memory.empty(layout, given) if need_dresidual else None
-        run(NormalizeBackwardOperands(dz, used, z, argument, mean, var, gamma, beta, *sums, dy, own))
+        run(NormalizeBackwardOperands(dz, used, z, argument, mean, var, gamma, beta, *sums, None, dy, own))
         dresidual = own if need_dresidual else dresidual
     return dy, dgamma, dbeta, dresidual
 
@@ -290,7 +294,7 @@ def normalize_backward(
 def channel_sum(dy: torch.Tensor) -> torch.Tensor:
     """The sum over all axes but channels of dy [N, C, *spatial]: [C], of dy's dtype. Zero if there are no rows."""
     dy = mergeable(dy)
-    run, layout = _plan_sums(dy.shape, strides(dy, None, None, None), dy.dtype, 0.0, None, 0.0, 1)
+    run, layout = plan_sums(dy.shape, strides(dy, None, None, None), dy.dtype, 0.0, None, 0.0, 1)
     slots = memory.empty(layout, dy)
     run(GradientSumsOperands(dy, None, None, None, None, None, None, None, slots))
     return combine_slots(slots)[0].to(dy.dtype)

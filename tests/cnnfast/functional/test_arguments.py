@@ -63,6 +63,8 @@ def composition(
             return theirs.leaky_relu(y, 0.01 if activation_arg is None else activation_arg)
         case "gelu" | "gelu_tanh":
             return theirs.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+        case "hardsigmoid":  # PyTorch's own differentiates by float32's sixth
+            return theirs.relu6(y + 3) / 6
         case None:
             return y
         case _:
@@ -312,12 +314,14 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "activation": {
             "None": {"activation": None},
             **given("activation", {name: name for name in ("relu", "relu6")}),
-            # between its kinks hardswish divides by 6, and the others are transcendental: they are checked elsewhere
+            # between its kinks hardswish divides by 6, and most others are transcendental: they are checked elsewhere
             "hardswish": {"activation": "hardswish", "bn_bias": torch.tensor([96.0, -96.0]).double()},
             "leaky_relu": {"activation": "leaky_relu", "tolerance": True},
             "gelu": {"activation": "gelu", "tolerance": True},
             "gelu_tanh": {"activation": "gelu_tanh", "tolerance": True},
             "silu": {"activation": "silu", "tolerance": True},
+            "mish": {"activation": "mish", "tolerance": True},
+            "hardsigmoid": {"activation": "hardsigmoid", "tolerance": True},
         },
         "activation_arg": {
             "half": {"activation": "leaky_relu", "activation_arg": 0.5},

@@ -11,6 +11,7 @@ from torch import nn
 
 import cnnfast
 import cnnfast.functional as functional
+from cnnfast import dispatch, warming
 
 FUNCTIONS = {name: getattr(functional, name) for name in functional.__all__}
 
@@ -72,10 +73,28 @@ def test_a_memory_format_of_another_name(memory_format, meant):
         (cnnfast.convert, "memoryformat", "memory_format"),
         (cnnfast.convert, "in_place", "inplace"),
         (cnnfast.revert, "in_place", "inplace"),
+        (cnnfast.check, "d_type", "dtype"),
+        (cnnfast.check, "backwards", "backward"),
+        (cnnfast.tune, "training", "train"),
+        (cnnfast.tune, "epochs", None),
+        (cnnfast.warm, "training", "train"),
     ],
 )
 def test_a_misspelt_keyword(function, keyword, meant):
     with pytest.raises(TypeError) as refused:
         function(nn.ReLU(), **{keyword: None})
-    name = function.__name__
-    assert str(refused.value) == f"{name}() got an unexpected keyword argument {keyword!r}. Did you mean {meant!r}?"
+    advice = f"Did you mean {meant!r}?" if meant else "Its arguments are model, train, budget, "
+    says = f"{function.__name__}() got an unexpected keyword argument {keyword!r}. {advice}"
+    assert str(refused.value).startswith(says)
+
+
+def test_a_warning_of_warm_names_the_line_that_called_it(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "why_torch", lambda *tensors: "")
+    monkeypatch.setattr(warming.launch, "INTERPRETED", False)
+    monkeypatch.setattr(warming.devices, "gpu", lambda device: None)
+    monkeypatch.setattr(warming, "launches", lambda *model, **options: ["one"])
+    monkeypatch.setattr(warming, "compile_ahead", lambda *lines, **options: warming.Warming(failures=("no PTX",)))
+    with pytest.warns(RuntimeWarning, match="1 of 1 kernels .* no PTX") as warned:
+        cnnfast.warm(nn.Linear(1, 1))
+    assert warned[0].filename == __file__

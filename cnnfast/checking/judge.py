@@ -40,7 +40,7 @@ from .. import dispatch, functional, recording, reference
 from ..activations import LEAKY_SLOPE, activate
 from ..dtypes import TF32, dtype_of, name_of
 from ..precision import float32_products
-from .capture import Captured, clone
+from .capture import Captured, clone, for_torch
 from .report import FAIL, NOT_OURS, OK, CheckRow, Comparison
 from .tf32 import rounded_products
 
@@ -90,7 +90,7 @@ def _runs(call: Captured, backward: bool) -> list[tuple[tuple[str, ...], str]]:
 
 def _pytorch(call: Captured, arguments: dict[str, Any]) -> Any:
     """PyTorch's own functions."""
-    arguments = {name: value for name, value in arguments.items() if name != "algorithm"}
+    arguments = for_torch(arguments)
     if call.operation == "global_avg_pool2d":
         y = F.adaptive_avg_pool2d(arguments["input"], 1)
         return y if arguments["keepdim"] else y.flatten(-3)

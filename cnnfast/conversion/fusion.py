@@ -76,18 +76,20 @@ def groups_of(block: nn.Module) -> list[tuple[Group, str]]:
     for variant in found.variants:
         reason = _why_idle(block, found, variant) or replaced
         for group in variant.groups:
-            if group.conv not in groups or groups[group.conv][1]:
-                groups[group.conv] = group, reason
+            if group.first not in groups or groups[group.first][1]:
+                groups[group.first] = group, reason
     return list(groups.values())
 
 
 def why_not_fused(block: nn.Module) -> list[str]:
-    """Why a container is not fused, or each of its convolutions that is not, in sentences that follow "not fused:"."""
+    """Why a container is not fused, or each of its convolutions and norms that is not, in sentences that follow "not
+    fused:".
+    """
     try:
         left = (plan_of(block) or examine(block)).left
     except Refused as reason:
         return [str(reason)]
-    return list(left) if plan_of(block) or left else ["its forward calls no convolution"]
+    return list(left) if plan_of(block) or left else ["its forward calls nothing that could be"]
 
 
 def _fused_class(base: Any, found: FusionPlan) -> type:

@@ -131,7 +131,7 @@ def _container(name: str, block: nn.Module, groups: list[tuple[Group, str]], mem
     """(status, reason) of a container whose own children could be fused, and are not, or not all; of any other two
     empty strings.
     """
-    convolutions = [_joined(name, group.conv) for group, _ in groups] or [
+    convolutions = [_joined(name, group.first) for group, _ in groups] or [
         _joined(name, child) for child, module in block._modules.items() if isinstance(module, nn.Conv2d)
     ]
     idle = groups[0][1] if groups else ""
@@ -152,7 +152,7 @@ def _described(block: nn.Module, group: Group) -> str:
         last = path.rpartition(".")[2]
         return base_of(type(block.get_submodule(path))).__name__ if last.isdecimal() else last
 
-    parts = [named(group.conv), named(group.norm), "residual" * group.residual, named(group.activation)]
+    parts = [*map(named, filter(None, (group.conv, group.norm))), "residual" * group.residual, named(group.activation)]
     return " + ".join(filter(None, parts))
 
 

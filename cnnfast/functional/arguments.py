@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numbers import Real
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,17 @@ from torch import Tensor
 ALGORITHMS = ("auto", "direct", "im2col", "torch")
 
 Size = int | tuple[int, ...] | list[int]
+
+
+class Sides(NamedTuple):
+    """Zeros on each side of an image. cnnfast.nn gives it to conv2d, conv_act and conv_bn_act in the place of a padding
+    where an axis has another number of them at its end than at its start, which PyTorch's own convolutions do not take.
+    """
+
+    top: int
+    bottom: int
+    left: int
+    right: int
 
 
 def _index(value: Any) -> Any:

@@ -12,7 +12,7 @@ from ..activations import LEAKY_SLOPE, activate, check_activation
 from ..dispatch import why_torch
 from ..recording import record_torch
 from .arguments import Size, autocast, check_algorithm
-from .convolution import conv2d, conv_geometry, conv_output_size
+from .convolution import conv2d, conv_geometry, conv_output_size, padded_for_torch
 from .entrance import operation
 from .normalization import batch_norm, check_norm, values_per_channel
 from .operators import ops
@@ -64,6 +64,7 @@ def conv_bn_act(
     x, w, b, residual = autocast(input, weight, bias, residual)
     if reason:
         record_torch("conv_bn_act", reason, input, weight)
+        x, padding = padded_for_torch(x, padding)
         y = F.conv2d(x, w, b, stride, padding, dilation, groups)
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
         if residual is not None:

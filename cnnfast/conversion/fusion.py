@@ -19,6 +19,7 @@ from .effects import buffers, traits
 from .grafts import base_of, graft, grafted_before, own_class, set_class
 from .planning import FusionPlan, Group, Variant, examine, plan
 from .refused import Refused
+from .showing import shown
 
 _copying: ContextVar[bool] = ContextVar("copies are not fused: their classes are set afterwards", default=False)
 
@@ -130,6 +131,8 @@ def _graft_forward(base: Any, found: FusionPlan, purpose: Any) -> type:
     unread = ["training", "__class__"]
     methods = {"__setattr__": set_attribute, "__delattr__": delete_attribute, "_cnnfast_plan": found}
     methods["forward"] = _in_place_of(base.forward, forward)
+    if base.__repr__ is nn.Module.__repr__:  # whoever has a text of its own keeps it
+        methods["__repr__"] = lambda self: shown(self, groups_of)
     if issubclass(base, fx.GraphModule):
         methods |= graphs.methods(base, fuse)
         unread += ["graph", "_graph"]  # setting `graph` sets `_graph`, and then recompiles

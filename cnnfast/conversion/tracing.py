@@ -184,7 +184,9 @@ def trace(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str] = 
 
 
 def _has_own_call(module: nn.Module) -> bool:
-    """Whether a module's class does more in a call than PyTorch's modules do, which would be recorded beside the call."""
+    """Whether a module's class does more in a call than PyTorch's do. That would be recorded beside the call, and done
+    twice.
+    """
     definer = next(cls for cls in type(module).__mro__ if "__call__" in vars(cls))
     return not definer.__module__.startswith("torch.")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .. import functional, reference
 from ..activations import LEAKY_SLOPE, activate
-from .capture import Captured
+from .capture import Captured, for_torch
 from .tf32 import rounded_products
 
 # the arguments of each, in the order of PyTorch's functions
@@ -18,7 +18,7 @@ NORM_OF_A_CONVOLUTION = ("running_mean", "running_var", "bn_weight", "bn_bias", 
 
 
 def by_pytorch(call: Captured, arguments: dict[str, Any]) -> Any:
-    a = {name: value for name, value in arguments.items() if name != "algorithm"}
+    a = for_torch(arguments)
     match call.operation:
         case "global_avg_pool2d":
             y = F.adaptive_avg_pool2d(a["input"], 1)

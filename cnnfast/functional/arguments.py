@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numbers import Real
 from operator import index
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,17 @@ OTHER_ALGORITHMS: dict[str, Algorithm] = {
 }
 
 Size = int | tuple[int, ...] | list[int]
+
+
+class Sides(NamedTuple):
+    """Zeros on each side of an image. cnnfast.nn gives it to conv2d, conv_act and conv_bn_act in the place of a padding
+    where an axis has another number of them at its end than at its start, which PyTorch's own convolutions do not take.
+    """
+
+    top: int
+    bottom: int
+    left: int
+    right: int
 
 
 def _index(value: Any) -> Any:

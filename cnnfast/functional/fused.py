@@ -12,7 +12,7 @@ from ..activations import activate, check_activation, check_slopes, slopes_of
 from ..dispatch import why_torch
 from ..recording import record_torch
 from .arguments import Size, autocast, autocasts, batched, check_algorithm
-from .convolution import conv_geometry, conv_output_size
+from .convolution import conv_geometry, conv_output_size, padded_for_torch
 from .entrance import operation
 from .normalization import check_norm, normalized, values_per_channel
 from .operators import ops
@@ -66,6 +66,7 @@ def conv_bn_act(
     x, w, b, residual, slopes = autocast(input, weight, bias, residual, slopes)
     if reason:
         record_torch("conv_bn_act", reason, input, weight)
+        x, padding = padded_for_torch(x, padding)
         y = F.conv2d(x, w, b, stride, padding, dilation, groups)
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
         return _by_pytorch("conv_bn_act", y, residual, activation, slope, slopes)
@@ -127,6 +128,7 @@ def conv_act(
         residual = residual.unsqueeze(0)
     if reason:
         record_torch("conv_act", reason, input, weight)
+        x, padding = padded_for_torch(x, padding)
         y = F.conv2d(x, w, b, stride, padding, dilation, groups)
         z = _by_pytorch("conv_act", y, residual, activation, slope, slopes)
         return z.squeeze(0) if unbatched else z

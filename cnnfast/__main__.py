@@ -2,22 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
-from .commands.aot import aot
-from .commands.bench import bench
-from .commands.check import check
-from .commands.demo import demo
-from .commands.doctor import doctor
-from .commands.info import info
-from .commands.tune import tune
+from .commands import aot, bench, check, demo, doctor, info, tune
+
+EXIT_CODES = "**Exit codes:** 0 done, and everything holds; 1 judged, and something failed; 2 wrong input."
+
+
+def _plain(option: Any) -> Any:
+    """--help as it stands last, in a panel of its own, and without the kind of a value, for it takes none."""
+    if option is not None:
+        option.metavar, option.rich_help_panel = "", "Other"
+    return option
+
+
+class PlainCommand(TyperCommand):
+    """A command whose help speaks of what people type, and not of Python's types."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _plain(super().get_help_option(ctx))
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)
+        for param in params:
+            if param.param_type_name == "argument":
+                param.display_type_rich = lambda ctx: ""  # pyright: ignore[reportAttributeAccessIssue]
+        return params
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
+class PlainGroup(TyperGroup):
+    def get_help_option(self, ctx: Any) -> Any:
+        return _plain(super().get_help_option(ctx))
+
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False
+    cls=PlainGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
 )
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text: lines that can be typed, and what the exit codes mean."""
+    return "\n".join(["**Examples:**", *(f"- `{line}`" for line in lines), "", EXIT_CODES])
 
 
 def _version(asked: bool) -> None:
@@ -26,17 +62,36 @@ def _version(asked: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
+@app.callback(epilog=examples("cnnfast doctor", "cnnfast check resnet18 --help"))
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, metavar="", help="Print the version and exit."),
     ] = False,
 ) -> None:
     """Hand-written Triton kernels for convolutional networks in PyTorch, and the proof that they are right."""
 
 
-for command in (demo, doctor, check, bench, tune, info, aot):
-    app.command()(command)
+# By purpose, in the order in which a new user meets them: one line for `cnnfast --help`, and what can be typed.
+COMMANDS = {
+    "Start here": {
+        doctor.doctor: ("What this machine has, what is broken, what to do next.", doctor.EXAMPLES),
+        demo.demo: ("The whole story on this machine: train, check, draw.", ("cnnfast demo", "cnnfast demo --help")),
+        info.info: ("The layers of a model: shapes, parameters, FLOPs.", info.EXAMPLES),
+    },
+    "Trust": {
+        check.check: ("Judge every layer of a model against float64.", check.EXAMPLES),
+        aot.aot: ("Compile every kernel for a GPU that need not be here.", aot.EXAMPLES),
+    },
+    "Speed": {
+        tune.tune: ("Measure a model's convolutions on this GPU, once.", tune.EXAMPLES),
+        bench.bench: ("Time a model against the strongest baselines.", bench.EXAMPLES),
+    },
+}
+
+for panel, commands in COMMANDS.items():
+    for command, (line, typed) in commands.items():
+        app.command(cls=PlainCommand, rich_help_panel=panel, short_help=line, epilog=examples(*typed))(command)
 
 if __name__ == "__main__":
     app(prog_name="cnnfast")

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..aside import meta, meta_copy, on_a_copy, run_aside
+from ..located import located
 from .rows import Layer as Layer
 from .rows import Summary as Summary
 from .running import summary_of as summary_of
+from .totals import KindTotal as KindTotal
+from .totals import by_kind as by_kind
+from .totals import to_depth as to_depth
 
 
 def layers(model: nn.Module, *example_inputs: Any) -> list[Layer]:
@@ -36,7 +40,7 @@ def summarize(model: nn.Module, *example_inputs: Any) -> Summary:
     except Exception as error:
         shapes = " ".join("x".join(map(str, t.shape)) for t in tree_leaves(example_inputs) if isinstance(t, Tensor))
         what = f"{type(model).__name__} does not run on {shapes or 'these inputs'}"
-        raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"{what}: {located(error)}") from error
 
 
 def attempt(model: nn.Module, *example_inputs: Any) -> Summary | None:

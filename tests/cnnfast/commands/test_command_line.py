@@ -40,23 +40,6 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ("nonsense",),
-        ("demo", "--epochs", "none"),
-        ("demo", "--epochs", "0"),
-        ("demo", "--nonsense"),
-        ("check",),
-        ("aot", "--jobs", "x"),
-        ("aot", "--record", "--only", "boxes"),
-    ],
-    ids=" ".join,
-)
-def test_wrong_arguments_end_with_2(arguments):
-    assert invoke(*arguments).exit_code == 2
-
-
-@pytest.mark.parametrize(
     ("arguments", "option", "sentence"),
     [
         (

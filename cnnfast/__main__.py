@@ -13,33 +13,32 @@ from .commands import aot, bench, check, demo, doctor, info, tune
 EXIT_CODES = "**Exit codes:** 0 done, and everything holds; 1 judged, and something failed; 2 wrong input."
 
 
-def _plain(option: Any) -> Any:
-    """--help as it stands last, in a panel of its own, and without the kind of a value, for it takes none."""
-    if option is not None:
-        option.metavar, option.rich_help_panel = "", "Other"
-    return option
+def _in_plain_words(params: list[Any]) -> list[Any]:
+    """Arguments and options whose help speaks of what people type, and not of Python's types: what stands for a value
+    is what the command calls it, or else the option's name, and a range is told when it is left.
+    """
+    for param in params:
+        param._get_number_range_help_str = lambda: None
+        if param.param_type_name == "argument":
+            param.display_type_rich = lambda ctx: ""
+        elif param.metavar is None:
+            param.metavar = "" if param.is_flag else param.name.upper()
+    return params
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help speaks of what people type, and not of Python's types."""
-
-    def get_help_option(self, ctx: Any) -> Any:
-        return _plain(super().get_help_option(ctx))
-
     def get_params(self, ctx: Any) -> list[Any]:
-        params = super().get_params(ctx)
-        for param in params:
-            if param.param_type_name == "argument":
-                param.display_type_rich = lambda ctx: ""  # pyright: ignore[reportAttributeAccessIssue]
-        return params
+        *params, helping = _in_plain_words(super().get_params(ctx))
+        helping.rich_help_panel = "Other"  # it stands last
+        return [*params, helping]
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
 
 class PlainGroup(TyperGroup):
-    def get_help_option(self, ctx: Any) -> Any:
-        return _plain(super().get_help_option(ctx))
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _in_plain_words(super().get_params(ctx))
 
 
 app = typer.Typer(
@@ -66,7 +65,7 @@ def _version(asked: bool) -> None:
 def main(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, metavar="", help="Print the version and exit."),
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     """Hand-written Triton kernels for convolutional networks in PyTorch, and the proof that they are right."""
@@ -76,7 +75,7 @@ def main(
 COMMANDS = {
     "Start here": {
         doctor.doctor: ("What this machine has, what is broken, what to do next.", doctor.EXAMPLES),
-        demo.demo: ("The whole story on this machine: train, check, draw.", ("cnnfast demo", "cnnfast demo --help")),
+        demo.demo: ("The whole story on this machine: train, check, draw.", ("cnnfast demo",)),
         info.info: ("The layers of a model: shapes, parameters, FLOPs.", info.EXAMPLES),
     },
     "Trust": {

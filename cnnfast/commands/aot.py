@@ -54,7 +54,6 @@ def aot(
         typer.Option(
             "--record",
             help="Write down the lengths of main loops: later runs are compared with them.",
-            metavar="",
             rich_help_panel=options.OUTPUT,
         ),
     ] = False,
@@ -89,7 +88,8 @@ def aot(
         compiler.require_compiled_kernels()
     processes = min(jobs or usable_cores(), len(work))
     time = about(SECONDS_EACH * len(work) / min(processes, usable_cores()))
-    text = f"{len(work)} cases for {', '.join(archs)}, compiled by {processes} processes: {time}, by an estimate"
+    cases, by = f"{len(work)} case{'s' * (len(work) > 1)}", f"{processes} process{'es' * (processes > 1)}"
+    text = f"{cases} for {', '.join(archs)}, compiled by {by}: {time}, by an estimate"
     announce(json_file, f"{text}; what Triton has in its cache takes no time.")
     with progress(f"compiling for {', '.join(archs)}") as tell:
         rows = compiler.compile_all(archs, only, jobs, tell)

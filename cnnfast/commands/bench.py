@@ -87,7 +87,6 @@ def bench(
         typer.Option(
             "--layers",
             help="Single layers of ResNet-50 and MobileNetV2 instead of a model.",
-            metavar="",
             rich_help_panel=options.INPUTS,
         ),
     ] = False,

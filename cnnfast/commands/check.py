@@ -46,9 +46,7 @@ def check(
             rich_help_panel=options.INPUTS,
         ),
     ] = "",
-    backward: Annotated[
-        bool, typer.Option(help="Check gradients too.", metavar="", rich_help_panel=options.INPUTS)
-    ] = True,
+    backward: Annotated[bool, typer.Option(help="Check gradients too.", rich_help_panel=options.INPUTS)] = True,
     json_file: JsonFile = None,
 ) -> None:
     """Judge every convolution, batch norm and pooling of MODEL, and the whole model converted, against float64.

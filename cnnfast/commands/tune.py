@@ -72,7 +72,7 @@ def tune(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only list what would be measured.", metavar="", rich_help_panel=DRY),
+        typer.Option("--dry-run", help="Only list what would be measured.", rich_help_panel=DRY),
     ] = False,
     gpu: Annotated[
         str | None,

@@ -67,7 +67,7 @@ LAYERS = {
     ],
     "cnnfast": [
         "spelling",
-        "activations patterns",
+        "activations patterns modes triton_here located",
         "ops dispatch recording aside precision dtypes measuring children torchvision_import",
         "functional summary",
         "nn",

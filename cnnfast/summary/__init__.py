@@ -12,6 +12,9 @@ from ..aside import does_not_run, meta, meta_copy, on_a_copy, run_aside
 from .rows import Layer as Layer
 from .rows import Summary as Summary
 from .running import summary_of as summary_of
+from .totals import KindTotal as KindTotal
+from .totals import by_kind as by_kind
+from .totals import to_depth as to_depth
 
 
 def layers(model: nn.Module, *example_inputs: Any) -> list[Layer]:

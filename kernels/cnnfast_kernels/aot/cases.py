@@ -13,9 +13,9 @@ from functools import partial
 
 import torch
 
+from ..activations import ACTIVATIONS
 from ..batchnorm import batch_moments, channel_sum, normalize, normalize_backward, update_running
 from ..choosing import Tile
-from ..epilogue import ACTIVATIONS
 from ..gather.depthwise.tiles import strip_tiles
 from ..pooling import (
     adaptive_avg_pool,

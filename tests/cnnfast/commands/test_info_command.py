@@ -148,3 +148,10 @@ def test_a_narrow_window_cuts_nothing_away(library, name, width):
 )
 def test_names_are_broken_behind_their_dots(name, width, lines):
     assert broken(name, width) == lines
+
+
+def test_a_buffer_that_two_modules_hold_is_counted_once():
+    one, other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    other.running_mean = one.running_mean
+    found = summarize(nn.Sequential(nn.Conv2d(3, 3, 1), one, other), torch.zeros(1, 3, 5, 5))
+    assert found.buffer_bytes == 3 * 3 * 4 + 2 * 8

@@ -266,9 +266,8 @@ def compare(
     error, rms = _norms(errors)
     torch_error, torch_rms = _norms(_errors(theirs, exact, finite))
     plain_error, plain_rms = _norms(_errors(plain, exact, finite))
-    info = torch.finfo(dtype_of(precision))
-    unit = info.eps * UNITS.get(precision, 1.0)
-    largest, typical = (unit * max(size, terms) + info.tiny * info.eps for size in _norms(exact))
+    info, units = torch.finfo(dtype_of(precision)), UNITS.get(precision, 1.0)
+    largest, typical = (units * info.eps * max(size, terms) + info.tiny * info.eps for size in _norms(exact))
     return Comparison(
         name,
         error=error,
@@ -278,6 +277,7 @@ def compare(
         torch_rms=torch_rms,
         rms_limit=2 * torch_rms + 2 * plain_rms + typical,
         position=tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape)) if errors.numel() else (),
+        largest=_norms(exact)[0],
     )
 
 

@@ -118,6 +118,13 @@ def run_aside(run: Callable[[nn.Module, tuple[Any, ...]], T], model: nn.Module, 
         return run(model, inputs)
 
 
+def does_not_run(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> RuntimeError:
+    """The error to raise from `error`, which a run of the model on these inputs raised."""
+    shapes = " ".join("x".join(map(str, t.shape)) for t in tree_leaves(inputs) if isinstance(t, Tensor))
+    what = f"{type(model).__name__} does not run on {shapes or 'these inputs'}"
+    return RuntimeError(f"{what}: {type(error).__name__}: {error}")
+
+
 def is_callers(hook: Any) -> bool:
     """Whether a hook of a copied model is still the caller's own, who shall not see calls of the copy. Functions are:
     copy.deepcopy shares them. Other objects were copied with the model, and may be a part of it, as torch's pruning is.

@@ -12,12 +12,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch.compiler import assume_constant_result
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .spelling import unknown_value
 
 try:
     from cnnfast_kernels import launch, launchable
@@ -27,6 +29,13 @@ except ImportError:  # no triton on this platform: every operation takes PyTorch
     KERNEL_DTYPES = {}
 
 Backend = Literal["auto", "kernels", "torch"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+# What somebody may call them, as spelling.py folds words.
+OTHER_BACKENDS: dict[str, Backend] = {
+    **dict.fromkeys(("triton", "cnnfast", "ours"), "kernels"),
+    **dict.fromkeys(("cudnn", "library"), "torch"),
+    "default": "auto",
+}
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 STRIDED = torch.strided
@@ -41,10 +50,13 @@ def backend(name: Backend) -> Iterator[None]:
     """Overrides the choice, for the whole process, while the context lasts.
 
     "auto": kernels where there is a path, PyTorch elsewhere. "kernels": a call that would go to PyTorch raises
-    RuntimeError. "torch": PyTorch serves every call.
+    RuntimeError. "torch": PyTorch serves every call. Raises ValueError for another name.
+
+        with cnnfast.backend("kernels"):
+            model(x)  # by our kernels, or not at all
     """
-    if name not in ("auto", "kernels", "torch"):
-        raise ValueError(f'backend(name={name!r}): name must be "auto", "kernels" or "torch"')
+    if name not in BACKENDS:
+        raise unknown_value("backend", "name", name, BACKENDS, OTHER_BACKENDS)
     with _choosing(name):
         yield
 

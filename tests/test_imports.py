@@ -66,6 +66,7 @@ LAYERS = {
         "aot",
     ],
     "cnnfast": [
+        "spelling",
         "activations patterns",
         "ops dispatch recording aside precision dtypes measuring children torchvision_import",
         "functional summary",

@@ -228,8 +228,9 @@ def compare(
     error, rms = _norms(errors)
     torch_error, torch_rms = _norms(_errors(theirs, exact, finite))
     plain_error, plain_rms = _norms(_errors(plain, exact, finite))
-    info, units = torch.finfo(dtype_of(precision)), UNITS.get(precision, 1.0)
-    largest, typical = (units * info.eps * max(size, terms) + info.tiny * info.eps for size in _norms(exact))
+    info = torch.finfo(dtype_of(precision))
+    unit = info.eps * UNITS.get(precision, 1.0)
+    largest, typical = (unit * max(size, terms) + info.tiny * info.eps for size in _norms(exact))
     return Comparison(
         name,
         error=error,

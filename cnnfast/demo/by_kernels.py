@@ -24,14 +24,14 @@ MARK = "cnnfast-run "  # the name of a file with the results follows
 
 
 @dataclass(frozen=True)
-class Run:
+class KernelRun:
     """What a network returned, on the CPU, and the kernels that it launched; none if PyTorch served all of it."""
 
     output: Any
     launches: list[str]
 
 
-def start(cases: Sequence[tuple[nn.Module, Tensor]]) -> Callable[[], list[Run]]:
+def start(cases: Sequence[tuple[nn.Module, Tensor]]) -> Callable[[], list[KernelRun]]:
     """Runs each network on its input, without gradients; the result waits for what they return.
 
     Where this process compiles its kernels and the tensors are on the CPU, another process runs copies of them all, and
@@ -46,17 +46,17 @@ def start(cases: Sequence[tuple[nn.Module, Tensor]]) -> Callable[[], list[Run]]:
     return lambda: runs
 
 
-def _run(network: nn.Module, x: Tensor) -> Run:
+def _run(network: nn.Module, x: Tensor) -> KernelRun:
     with torch.no_grad(), prefer_kernels(), cnnfast.trace() as calls:
         output = network(x)
-    return Run(tree_map(lambda t: t.float().cpu(), output), calls.launches)
+    return KernelRun(tree_map(lambda t: t.float().cpu(), output), calls.launches)
 
 
-def _run_in_child(cases: Sequence[tuple[nn.Module, Tensor]]) -> list[Run]:
+def _run_in_child(cases: Sequence[tuple[nn.Module, Tensor]]) -> list[KernelRun]:
     for line in interpreted(__name__, list(cases)):
         if line.startswith(MARK):
             found = torch.load(line.removeprefix(MARK).strip(), weights_only=True)
-            return [Run(output, launches) for output, launches in found]
+            return [KernelRun(output, launches) for output, launches in found]
     raise RuntimeError("the process that interprets kernels ended without a result")
 
 

@@ -128,8 +128,8 @@ class _Counting(TorchDispatchMode):
     def count(self, func, args, kwargs, result, operands: list[Tensor], outputs: list[Tensor]) -> None:
         name = func._schema.name.removeprefix("aten::").strip("_").removeprefix("native_")
         kind = next((kind for begin, kind in KINDS.items() if name == begin), "")
-        # Of a norm the first result alone: in eval mode a GPU writes no statistics, which the meta device returns.
-        moved = sum(t.nbytes for t in (*operands, *outputs[: 1 if kind in PER_ELEMENT else None]))
+        # The first result alone, as cnnfast.report counts: nobody reads the indices of a pool, or a norm's statistics.
+        moved = sum(t.nbytes for t in (*operands, outputs[0]))
         if kind in PER_ELEMENT and self.in_convolution:
             layer = self.layers[-1]
             self.layers[-1] = replace(

@@ -19,6 +19,8 @@ SMALLEST = 0.03  # ulp; below it the axis of errors is linear, so that 0 has a p
 
 OPERATIONS = {
     "conv_bn_act": "conv + norm + act",
+    "conv_act": "conv + act",
+    "bn_act": "norm + act",
     "conv2d": "conv",
     "conv1d": "1-D conv",
     "conv_transpose2d": "transposed conv",

@@ -52,13 +52,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Loads torch and the kernels on first use: `import cnnfast` costs nothing."""
-    if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take every name, misspelt ones too, for one that this finds
+
+    def __getattr__(name: str) -> Any:
+        """Loads torch and the kernels on first use: `import cnnfast` costs nothing."""
+        if name in _MODULES:
+            return importlib.import_module(f".{name}", __name__)
+        if name in _HOME:
+            return getattr(importlib.import_module(_HOME[name], __name__), name)
+        from .spelling import did_you_mean
+
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, __all__)}")
 
 
 def __dir__() -> list[str]:

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import dispatch
 from .children import start
+from .spelling import keywords_explained
 
 # Without triton `warm` says that PyTorch serves every call, and nothing else here is used.
 if TYPE_CHECKING or dispatch.launch is not None:
@@ -72,9 +73,9 @@ class Warming:
         return f"{self.kernels} kernels compiled in {self.seconds:.1f} s{failed}"
 
 
+@keywords_explained
 def warm(model: nn.Module, *example_inputs: Any, train: bool = False) -> Warming:
-    """Compiles every kernel that `model(*example_inputs)` would launch, in other processes, so that the first call need
-    not do it.
+    """Compiles beforehand, in other processes, every kernel that `model(*example_inputs)` would launch.
 
     model: as `cnnfast.convert` made it; any other is treated as convert would make it. example_inputs: with the shapes,
     dtypes and layouts of the real ones; other batch sizes mostly need the same kernels. train: with gradients, and the
@@ -104,9 +105,8 @@ def warm(model: nn.Module, *example_inputs: Any, train: bool = False) -> Warming
     with _bar() as progress:
         done = compile_ahead(lines, gpu, progress=progress)
     if not done.ok:
-        failed = f"{len(done.failures)} of {len(lines)} kernels could not be compiled"
-        text = f"{failed}, and the calls that need them will raise: {done.failures[0]}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        text = f"{len(done.failures)} of {len(lines)} kernels could not be compiled: calls that need them will raise"
+        warnings.warn(f"{text}: {done.failures[0]}", RuntimeWarning, stacklevel=3)  # keywords_explained is between
     return done
 
 

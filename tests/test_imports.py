@@ -66,7 +66,8 @@ LAYERS = {
         "aot",
     ],
     "cnnfast": [
-        "activations patterns",
+        "spelling",
+        "activations patterns modes triton_here located",
         "ops dispatch recording aside precision dtypes measuring children torchvision_import",
         "functional summary",
         "nn",

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..dispatch import launch
 from ..dtypes import argument
 from ..precision import float32_products
+from ..spelling import keywords_explained
 from .capture import Captured, capture_calls
 from .child import interpreted
 from .judge import judge
@@ -26,6 +27,7 @@ __all__ = ["CheckReport", "CheckRow", "Comparison", "check"]
 Progress = Callable[[int, int, str], None]
 
 
+@keywords_explained
 def check(
     target: Callable[..., Any],
     *example_inputs: Any,

@@ -27,6 +27,8 @@ OPERATIONS = (
     "conv2d",
     "conv_transpose2d",
     "conv_bn_act",
+    "conv_act",
+    "bn_act",
     "batch_norm",
     "max_pool2d",
     "avg_pool2d",

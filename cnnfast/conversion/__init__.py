@@ -9,24 +9,34 @@ what they were. (A GraphModule of torch.fx has a class that was made for it alon
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..nn.fused import forward_replaced
+from ..spelling import keywords_explained, unknown_value
 from .fusion import fuse, unfuse
 from .leaves import swap, swap_back
 from .reporting import report_on
-from .rows import ConversionReport, ConvolutionRow
+from .rows import CollectedRow, ConversionReport, ConvolutionRow
 from .tree import share
 
-__all__ = ["ConversionReport", "ConvolutionRow", "convert", "report", "revert"]
+__all__ = ["CollectedRow", "ConversionReport", "ConvolutionRow", "convert", "report", "revert"]
+
+M = TypeVar("M", bound=nn.Module)
 
 FORMATS = (None, torch.channels_last, torch.contiguous_format)
+# What somebody may call them, as spelling.py folds words.
+OTHER_FORMATS = {
+    **dict.fromkeys(("channelslast", "torch.channelslast", "nhwc"), torch.channels_last),
+    **dict.fromkeys(("contiguous", "contiguousformat", "channelsfirst", "nchw"), torch.contiguous_format),
+    **dict.fromkeys(("preserve", "preserveformat"), None),
+}
 
 
-def convert(model: nn.Module, *, inplace: bool = False, memory_format: torch.memory_format | None = None) -> nn.Module:
+@keywords_explained
+def convert(model: M, *, inplace: bool = False, memory_format: torch.memory_format | None = None) -> M:
     """The same model on cnnfast's kernels: convolutions, batch norms and pools replaced, and fused where they follow
     one another.
 
@@ -46,8 +56,7 @@ def convert(model: nn.Module, *, inplace: bool = False, memory_format: torch.mem
     """
     _check("convert", model)
     if memory_format not in FORMATS:
-        allowed = "None, torch.channels_last or torch.contiguous_format"
-        raise ValueError(f"convert(): memory_format must be {allowed}, but got {memory_format!r}")
+        raise unknown_value("convert", "memory_format", memory_format, FORMATS, OTHER_FORMATS)
     if not inplace:
         model = share(model, "convert")
     modules = list(model.modules())
@@ -61,7 +70,8 @@ def convert(model: nn.Module, *, inplace: bool = False, memory_format: torch.mem
     return model if memory_format is None else model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
 
 
-def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+@keywords_explained
+def revert(model: M, *, inplace: bool = False) -> M:
     """The model in PyTorch's own classes again, over the same Parameter and buffer objects; cnnfast.nn's modules become
     torch.nn's too.
 
@@ -77,13 +87,21 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def report(model: nn.Module, *example_inputs: Any) -> ConversionReport:
-    """What of `model` runs on our kernels, and what does not and why.
+    """What of `model` runs on our kernels, what does not and why, and the share that each part has of the FLOPs and of
+    the bytes of one forward pass.
+
+    FLOPs are multiplications and additions of convolutions and matrix products. Bytes are computed from shapes and
+    dtypes, and not measured: what each call reads and returns, a fused step once. What stays PyTorch's and costs
+    something is listed by class: norms of other kinds, linear layers, attention, activations that stand alone, and
+    tensor operations between modules. The shares of all rows sum to 1.
 
     A copy of the model runs on meta tensors, or on real ones if it cannot, in the modes that the model is in. The
     report says what was fused in that run, and what was called alone. Where the run fails, it says what is planned, and
     that nothing was seen. The model, its hooks, its lazy modules and the random numbers stay as they are.
 
-    example_inputs: what the model takes; FLOPs are counted on them. Without them one image of 224 x 224 is tried.
+    example_inputs: what the model takes; FLOPs and bytes are counted on them. Without them one image of 224 x 224 is
+    tried, and nothing is counted if the model does not take it. In modes in which the model does not run they are those
+    of eval mode.
     Raises TypeError if `model` is no module, RuntimeError if it does not run on inputs that were given, not even in
     eval mode.
     """

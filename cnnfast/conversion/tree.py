@@ -7,12 +7,14 @@ import gc
 import types
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from .grafts import own_class, set_class
 from .graphs import share_graph_modules
+
+M = TypeVar("M", bound=nn.Module)
 
 # Objects that are not looked into: copy.deepcopy shares them (and a function leads to all variables of its module), or
 # never copies them, or they refer to nothing.
@@ -26,7 +28,7 @@ OPAQUE = (
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 
-def share(model: nn.Module, function: str) -> nn.Module:
+def share(model: M, function: str) -> M:
     """What copy.deepcopy(model) would be, but over the very same tensors: Parameters, buffers, and all others that are
     found.
 

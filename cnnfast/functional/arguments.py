@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from numbers import Real
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-ALGORITHMS = ("auto", "direct", "im2col", "torch")
+from ..spelling import unknown_value
+
+Algorithm = Literal["auto", "direct", "im2col", "torch"]
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+# What other libraries call them, as spelling.py folds words.
+OTHER_ALGORITHMS: dict[str, Algorithm] = {
+    **dict.fromkeys(("default", "none"), "auto"),
+    **dict.fromkeys(("implicit", "implicitgemm"), "direct"),
+    **dict.fromkeys(("explicit", "explicitgemm", "gemm", "unfold"), "im2col"),
+    **dict.fromkeys(("cudnn", "library"), "torch"),
+}
 
 Size = int | tuple[int, ...] | list[int]
 
@@ -103,9 +113,7 @@ def check_flag(function: str, name: str, value: Any) -> None:
 
 def check_algorithm(function: str, algorithm: str) -> None:
     if algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"{function}(): algorithm must be one of {', '.join(ALGORITHMS)}, but got algorithm={algorithm!r}"
-        )
+        raise unknown_value(function, "algorithm", algorithm, ALGORITHMS, OTHER_ALGORITHMS)
 
 
 def batched(input: Tensor, n: int = 2) -> tuple[Tensor, bool]:
@@ -113,14 +121,18 @@ def batched(input: Tensor, n: int = 2) -> tuple[Tensor, bool]:
     return (input.unsqueeze(0), True) if input.dim() == n + 1 else (input, False)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether torch.autocast is in force where x lies."""
+    return (x.is_cuda or x.is_cpu) and torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Casts as PyTorch's convolutions do under torch.autocast: floating tensors but float64, to the dtype in force,
     where kernels are.
     """
-    device = "cuda" if x.is_cuda else "cpu"
-    if not torch.is_autocast_enabled(device) or not (x.is_cuda or x.is_cpu):
+    if not autocasts(x):
         return x, *others
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype("cuda" if x.is_cuda else "cpu")
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
     )

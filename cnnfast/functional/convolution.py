@@ -13,7 +13,7 @@ from cnnfast_kernels.problem import output_extent
 
 from ..dispatch import why_torch
 from ..recording import record_torch
-from .arguments import Sides, Size, as_int, autocast, axis_sizes, batched, check_algorithm
+from .arguments import Algorithm, Sides, Size, as_int, autocast, axis_sizes, batched, check_algorithm
 from .entrance import operation
 from .operators import ops
 
@@ -28,7 +28,7 @@ def conv2d(
     dilation: Size = 1,
     groups: int = 1,
     *,
-    algorithm: str = "auto",
+    algorithm: Algorithm = "auto",
 ) -> Tensor:
     """2-D convolution, as torch.nn.functional.conv2d.
 
@@ -59,7 +59,7 @@ def conv1d(
     dilation: Size = 1,
     groups: int = 1,
     *,
-    algorithm: str = "auto",
+    algorithm: Algorithm = "auto",
 ) -> Tensor:
     """1-D convolution, as torch.nn.functional.conv1d: conv2d of images one row high.
 
@@ -98,7 +98,7 @@ def conv_transpose2d(
     groups: int = 1,
     dilation: Size = 1,
     *,
-    algorithm: str = "auto",
+    algorithm: Algorithm = "auto",
 ) -> Tensor:
     """2-D transposed convolution, as torch.nn.functional.conv_transpose2d: the gradient of a convolution as an
     operation of its own.

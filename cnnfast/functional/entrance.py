@@ -1,5 +1,5 @@
-"""What every function of cnnfast.functional does first: it looks for captures and for __torch_function__, and refuses
-arguments that should be tensors and are none.
+"""What every function of cnnfast.functional does first: it looks for captures and for __torch_function__, refuses
+arguments that should be tensors and are none, and tells who misspells a keyword which one is near.
 """
 
 from __future__ import annotations
@@ -8,11 +8,15 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ..spelling import refuse_unknown_keywords
+
+P = ParamSpec("P")
+R = TypeVar("R")
 Observer = Callable[[str, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
 _captures: list[Observer] = []
 
@@ -43,23 +47,25 @@ def _refuse_non_tensors(
     given = signature.bind(*args, **kwargs).arguments
     for name, value in given.items():
         kinds = signature.parameters[name].annotation.split(" | ")
-        if "Tensor" in kinds and not isinstance(value, torch.Tensor) and not (value is None and "None" in kinds):
+        takes_others = "float" in kinds or (value is None and "None" in kinds)
+        if "Tensor" in kinds and not isinstance(value, torch.Tensor) and not takes_others:
             error = TypeError if "None" in kinds else refusal(given)
             raise error(f"{function.__name__}(): {name} must be a Tensor, not {type(value).__name__}") from None
 
 
 def operation(
-    function: Callable[..., Any], refusal: Callable[[Mapping[str, Any]], type[Exception]] = lambda given: TypeError
-) -> Callable[..., Any]:
+    function: Callable[P, R], refusal: Callable[[Mapping[str, Any]], type[Exception]] = lambda given: TypeError
+) -> Callable[P, R]:
     """Marks a function of cnnfast.functional: its calls can be captured, and go to the __torch_function__ of arguments
     that have one; an argument that should be a tensor and is none is refused by its name.
 
-    Only a call that failed for want of a tensor's attribute looks for such an argument: other calls do not pay for it.
+    Type checkers and inspect.signature see the function's own signature. Only a call that failed looks for the argument
+    that is to blame, by an attribute that a tensor would have or by an unknown keyword: other calls do not pay for it.
     `refusal` tells, from all arguments, which error PyTorch raises where a required tensor is none.
     """
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
             return handle_torch_function(call, (*args, *kwargs.values()), *args, **kwargs)
         try:
@@ -71,6 +77,9 @@ def operation(
                 return function(*args, **kwargs)
         except AttributeError:
             _refuse_non_tensors(function, refusal, args, kwargs)
+            raise
+        except TypeError:
+            refuse_unknown_keywords(function, kwargs)
             raise
 
     return call

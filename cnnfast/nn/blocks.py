@@ -8,17 +8,20 @@ kernels do not serve, or a member has a hook or is of another class, the members
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from ..activations import LEAKY_SLOPE, activate, check_activation
+from ..spelling import keywords_explained
 from .fused import conv_bn_act, fusable, is_batch_norm, is_conv2d
 from .layers import BatchNorm2d, Conv2d
 from .scripting import TraceToScript
 
 Size2 = int | tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 NormLayer = Callable[[int], nn.Module]  # makes a norm of so many channels
 
 
@@ -27,12 +30,13 @@ class ConvBNAct(TraceToScript):
 
     x [N, in_channels, H, W] to [N, out_channels, P, Q]. padding: int, pair, "valid" or "same": with stride 1 as
     torch.nn.Conv2d's "same", otherwise dilation * (kernel_size - 1) // 2 on each side, as ResNets pad. activation:
-    None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu", "hardswish". eps and
-    momentum (None: the average of all batches) are the norm's, everything else the convolution's. residual: added
-    before the activation; broadcast and promoted as PyTorch does. Raises what torch.nn.Conv2d and BatchNorm2d raise,
-    and ValueError for an unknown activation.
+    None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu", "hardswish", "mish",
+    "hardsigmoid". eps and momentum (None: the average of all batches) are the norm's, everything else the
+    convolution's. residual: added before the activation; broadcast and promoted as PyTorch does. Raises what
+    torch.nn.Conv2d and BatchNorm2d raise, and ValueError for an unknown activation.
     """
 
+    @keywords_explained
     def __init__(
         self,
         in_channels: int,
@@ -48,7 +52,7 @@ class ConvBNAct(TraceToScript):
         activation_arg: float | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -57,11 +61,10 @@ class ConvBNAct(TraceToScript):
         if padding == "same" and _pair(stride) != (1, 1):
             height, width = (d * (k - 1) // 2 for d, k in zip(_pair(dilation), _pair(kernel_size), strict=True))
             padding = height, width
-        factory = {"device": device, "dtype": dtype}
-        where = stride, padding, dilation, groups
         sizes = in_channels, out_channels, kernel_size
-        self.conv = Conv2d(*sizes, *where, bias, padding_mode, **factory)  # pyright: ignore[reportArgumentType]
-        self.bn = BatchNorm2d(out_channels, eps, momentum, **factory)
+        where = stride, padding, dilation, groups
+        self.conv = Conv2d(*sizes, *where, bias, padding_mode, device, dtype)
+        self.bn = BatchNorm2d(out_channels, eps, momentum, device=device, dtype=dtype)
         self.activation, self.activation_arg = activation, activation_arg
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

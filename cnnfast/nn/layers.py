@@ -71,6 +71,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d, RevertToScript):
         # _parameters: a parametrized weight is computed at every access of self.weight
         if self.padding_mode != "zeros" or torch_serves("conv_transpose2d", input, self._parameters.get("weight")):
             return super().forward(input, output_size)
+        assert not isinstance(self.padding, str)  # which a convolution that is not transposed may have
         extra = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)  # pyright: ignore
         return functional.conv_transpose2d(
             input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation

@@ -24,6 +24,7 @@ from ..measuring.machine import this_machine
 from ..measuring.timing import clock_of
 from ..measuring.timing import measure as take_turns
 from ..precision import float32_products
+from ..spelling import keywords_explained
 from .ahead import Compiling, compiled_ahead
 from .planning import device_of, gpu_of, planned
 from .racing import Measure, OutOfTimeError, race
@@ -36,6 +37,7 @@ Progress = Callable[[int, int, str], None]
 SECONDS = 0.05  # of timing, for each candidate
 
 
+@keywords_explained
 def tune(
     model: nn.Module,
     *example_inputs: Any,

@@ -70,6 +70,25 @@ def rows_before(tile, rows):
     return tl.minimum(plane, rows.planes).to(tl.int64) * rows.L * rows.columns + depth * in_plane
 
 
+@triton.jit
+@no_type_check
+def merge_moments(first, variance_ptr, count, origin, mask):
+    """Mean and biased variance [BLOCK_C] of all elements together, by Chan's formula, where entry t stands for count[t]
+    of them: of its means, first [BLOCK_T, BLOCK_C], and of its variances, which lie at variance_ptr and are loaded when
+    the means need no registers any more. `mask` says which there are.
+
+    Means are taken relative to `origin` [BLOCK_C], one of them: a large common mean costs no digits. They are halved,
+    so that the difference of two means does not overflow.
+    """
+    share = round_quotient(count, tl.sum(count, 0))[:, None]
+    origin = tl.where(tl.abs(origin) < float("inf"), origin * 0.5, 0.0)
+    shifted = tl.where(mask, first * 0.5 - origin[None, :], 0.0)
+    shift = tl.sum(shifted * share, 0)
+    deviation = tl.where(mask, shifted - shift[None, :], 0.0) * 2.0  # its square may overflow
+    variance = tl.load(variance_ptr, mask=mask, other=0.0) + deviation * deviation
+    return (origin + shift) * 2.0, tl.sum(variance * share, 0)
+
+
 @triton.jit(do_not_specialize=["T", *TileRows._fields])
 @no_type_check
 def combine_kernel(
@@ -78,8 +97,7 @@ def combine_kernel(
     C: tl.constexpr, QUANTITIES: tl.constexpr, MOMENTS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T of T entries into one: sums, or MOMENTS by Chan's formula, where entry t stands for tiles
-    [t, t + 1) * group.
+    """BLOCK_T of T entries into one: sums, or MOMENTS, where entry t stands for tiles [t, t + 1) * group.
 
     Where `var_ptr` is given, the second sum of a channel whose 1 / sqrt(var + EPS) is infinite becomes that many times
     as large.
@@ -98,18 +116,11 @@ def combine_kernel(
         rows = TileRows(tiles_l, L, ROWS, columns, group, tiles, WIDTH, planes, DEPTH)
         begin = t.to(tl.int64) * group
         count = (rows_before(begin + group, rows) - rows_before(begin, rows)).to(ACC)
-        share = round_quotient(count, tl.sum(count, 0))[:, None]
-        # Means are taken relative to the first one: a large common mean costs no digits. They are halved, so that the
-        # difference of two means does not overflow.
         origin_ptr = entries_ptr + (out * BLOCK_T).to(tl.int64) * stride + c
         origin = tl.load(origin_ptr, mask=c < C * tl.minimum(T, 1), other=0.0)
-        origin = tl.where(tl.abs(origin) < float("inf"), origin * 0.5, 0.0)
-        shifted = tl.where(mask, first * 0.5 - origin[None, :], 0.0)
-        shift = tl.sum(shifted * share, 0)
-        deviation = tl.where(mask, shifted - shift[None, :], 0.0) * 2.0  # its square may overflow
-        variance = tl.load(entries + C, mask=mask, other=0.0) + deviation * deviation
-        tl.store(first_ptr + at, (origin + shift) * 2.0, mask=c_ok)
-        tl.store(second_ptr + at, tl.sum(variance * share, 0), mask=c_ok)
+        mean, variance = merge_moments(first, entries + C, count, origin, mask)
+        tl.store(first_ptr + at, mean, mask=c_ok)
+        tl.store(second_ptr + at, variance, mask=c_ok)
     else:
         tl.store(first_ptr + at, tl.sum(first, 0), mask=c_ok)
         if QUANTITIES == 2:
@@ -153,18 +164,22 @@ def combine(moments: torch.Tensor, rows: TileRows) -> tuple[torch.Tensor, torch.
 
 
 def combine_slots(
-    slots: torch.Tensor, var: torch.Tensor | None = None, eps: float = 0.0
+    slots: torch.Tensor, var: torch.Tensor | None = None, eps: float = 0.0, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The sums [C] of slots [T, 1 or 2, C], one a quantity.
+    """The sums [C] of slots [T, 1 or 2, C], one a quantity. They are written into `out` [2, C], if it is given.
 
     var [C], contiguous: the second sums of channels whose 1 / sqrt(var + eps) is infinite are multiplied by it, all
     others are left.
     """
-    return _combined(slots, None, var, eps)
+    return _combined(slots, None, var, eps, out)
 
 
 def _combined(
-    entries: torch.Tensor, rows: TileRows | None, var: torch.Tensor | None = None, eps: float = 0.0
+    entries: torch.Tensor,
+    rows: TileRows | None,
+    var: torch.Tensor | None = None,
+    eps: float = 0.0,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     T, quantities, C = entries.shape
     *levels, (last, vector) = plan_combine(T, quantities, C, entries.dtype, rows, eps)
@@ -172,6 +187,9 @@ def _combined(
         combined = memory.empty(layout, entries)
         level(CombineOperands(entries, None, combined[:, 0], combined[:, 1] if quantities == 2 else None))
         entries = combined
-    first, second = memory.empty(vector, entries), memory.empty(vector, entries) if quantities == 2 else None
+    if out is not None:
+        first, second = out[0], out[1]
+    else:
+        first, second = memory.empty(vector, entries), memory.empty(vector, entries) if quantities == 2 else None
     last(CombineOperands(entries, var, first, second))
     return first, second

@@ -43,15 +43,46 @@ def test_trace_lists_calls_with_their_launches(operands):
         f"dtype torch.{'int32' if x.is_cuda else 'int64'} has no kernel",
     ]
     assert trace.launches == ["conv_fprop_kernel", "conv_wgrad_kernel"]
-    lines = str(trace).splitlines()
-    assert lines[0] == f"conv_fprop 2x2x4x4 3x2x3x3 float32: conv_fprop_kernel [{fprop.launches[0].tile}]"
-    assert lines[2] == 'conv2d 2x2x4x4 3x2x3x3 float32: torch, because algorithm="torch"'
+    assert str(fprop) == f"conv_fprop 2x2x4x4 3x2x3x3 float32: conv_fprop_kernel [{fprop.launches[0].tile}]"
+    assert str(torch_calls[0]) == 'conv2d 2x2x4x4 3x2x3x3 float32: torch, because algorithm="torch"'
 
 
 def test_a_call_without_launches(operands):
     with cnnfast.trace() as trace:
         F.conv2d(operands[0][:0], operands[1])
-    assert str(trace) == "conv_fprop 0x2x4x4 3x2x3x3 float32: no launch: nothing to compute"
+    assert str(*trace) == "conv_fprop 0x2x4x4 3x2x3x3 float32: no launch: nothing to compute"
+    assert "no launch: nothing to compute" in str(trace)
+
+
+def test_a_trace_prints_as_a_table(operands):
+    """Equal calls share a row, each kernel has a line, and a reason that many calls have stands once, below."""
+    x, w = operands
+    with cnnfast.trace() as trace:
+        for _ in range(3):
+            F.conv2d(x, w)
+        F.conv2d(x, w, algorithm="torch")
+        F.max_pool2d(x, 2)
+        with cnnfast.backend("torch"):
+            F.conv2d(x, w)
+    words = [line.split() for line in str(trace).splitlines()]
+    shapes = ["2x2x4x4", "3x2x3x3"]
+    assert " ".join(words[0]) == "6 calls: 4 by our kernels, 2 by PyTorch"
+    assert words[2] == ["operation", "shapes", "dtype", "served", "by", "calls"]
+    tile = f"[{trace.calls[0].launches[0].tile}]".split()
+    assert words[4] == ["conv_fprop", *shapes, "float32", "conv_fprop_kernel", *tile, "3"]
+    assert words[5] == ["conv2d", *shapes, "float32", "torch", "(1)", "1"]
+    assert words[6][:2] == ["max_pool", "2x2x4x4"]
+    assert words[7] == ["conv2d", *shapes, "float32", "torch", "(2)", "1"]
+    assert [" ".join(line) for line in words[8:]] == ["", '(1) algorithm="torch"', '(2) backend("torch")']
+    assert max(map(len, str(trace).splitlines())) <= recording.WIDTH
+    assert repr(trace) == "<Trace of 6 calls: 4 by our kernels, 2 by PyTorch; print it for the table>"
+
+
+def test_an_empty_trace_says_what_may_be_missing():
+    with cnnfast.trace() as trace:
+        pass
+    assert "was it converted?" in str(trace)
+    assert repr(trace) == "<Trace of no calls>"
 
 
 def test_traces_nest(operands):
@@ -180,7 +211,7 @@ def test_backend_is_restored(operands):
         with cnnfast.backend("auto"):
             assert dispatch.why_torch(operands[0].int()) != ""
     assert dispatch._backend == "auto"
-    with pytest.raises(ValueError, match="name='cuda'"), cnnfast.backend("cuda"):
+    with pytest.raises(ValueError, match=r"name='cuda'$"), cnnfast.backend("cuda"):
         pass
 
 
@@ -279,3 +310,30 @@ def test_bfloat16_in_the_bare_interpreter_is_pytorchs():
     assert results == [3.0, 3.0]
     assert ours == ["conv_fprop", ""]
     assert theirs == ["conv2d", "Triton's interpreter computes bfloat16 wrongly"]
+
+
+def test_what_torch_compile_takes_as_constant_is_marked_as_pytorch_marks_it():
+    """dispatch marks it itself, because PyTorch's decorator imports torch._dynamo."""
+
+    def ours():
+        pass
+
+    def theirs():
+        pass
+
+    assert vars(dispatch.assume_constant_result(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
+def import_without_dynamo() -> bool:
+    import sys
+
+    import cnnfast.checking
+    import cnnfast.functional
+    import cnnfast.summary  # noqa: F401
+
+    return "torch._dynamo" in sys.modules
+
+
+@pytest.mark.compiled
+def test_importing_us_does_not_import_dynamo():
+    assert not run_compiled(import_without_dynamo)

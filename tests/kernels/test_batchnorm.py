@@ -5,21 +5,24 @@ own error.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from cnnfast_kernels import epilogue, launch
 from cnnfast_kernels.batchnorm import (
+    apply_sums,
     batch_moments,
     channel_sum,
     combine_moments,
+    combine_ranks,
+    gradient_sums,
     normalize,
     normalize_backward,
     update_running,
 )
-from cnnfast_kernels.epilogue import ACTIVATIONS
 from tests.support.child import run_compiled
 from tests.support.poison import embed
 
@@ -65,6 +68,10 @@ def integers(shape, dtype, device, seed, layout="channels_last", low=-3, high=4)
     return arrange(t.to(dtype).to(device), layout)
 
 
+# prelu has no gradient in kernels: see test_prelu.
+ACTIVATIONS = [a for a in epilogue.ACTIVATIONS if a != "prelu"]
+
+
 def activate(u, activation, slope=SLOPE):
     match activation:
         case None:
@@ -73,6 +80,8 @@ def activate(u, activation, slope=SLOPE):
             return F.leaky_relu(u, slope)
         case "gelu_tanh":
             return F.gelu(u, approximate="tanh")
+        case "hardsigmoid" if u.dtype == torch.float64:  # whose derivative takes float32's sixth in PyTorch
+            return F.relu6(u + 3) / 6
     return getattr(F, activation)(u)
 
 
@@ -328,7 +337,7 @@ def test_activations(activation, training, device):
     check(operands(SMALL, torch.float32, device, training=training), activation)
 
 
-@pytest.mark.parametrize("activation", ["leaky_relu", "gelu", "gelu_tanh", "silu", "hardswish"])
+@pytest.mark.parametrize("activation", ["leaky_relu", "gelu", "gelu_tanh", "silu", "hardswish", "mish", "hardsigmoid"])
 def test_constants_have_the_digits_of_float64(activation, device):
     check(operands(SMALL, torch.float64, device), activation)
 
@@ -342,6 +351,58 @@ def test_backward_without_the_result(activation, device):
 def test_slope_that_hides_the_sign(slope, device):
     """leaky_relu(u) does not tell the sign of u: it is computed again, although z is given."""
     check(operands(SMALL, torch.float32, device), "leaky_relu", slope)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("one", [False, True], ids=["each", "one"])
+@pytest.mark.parametrize("normed", [False, True], ids=["no norm", "norm"])
+def test_prelu(normed, one, layout, dtype, device):
+    """Powers of two for slopes, of which one tile of channels does not see all: to the bit, NaN and infinities too."""
+    shape = (2, 70, 3, 4)
+    y, residual = (integers(shape, dtype, device, seed, layout) for seed in (0, 1))
+    y[0, 1, 2, 3], y[1, 69, 0, 0], y[0, 5, 0, 0] = float("nan"), -float("inf"), -0.0
+    slopes = 2.0 ** torch.arange(70, device=device).remainder(7).sub(3).to(dtype) * (-1) ** torch.arange(70).to(device)
+    slopes = slopes[3:4] if one else slopes
+    ones = torch.ones(70, dtype=dtype, device=device)
+    norm = (ones, 4 * ones, ones, ones) if normed else (None, None, None, ones)
+    z = normalize(y, *norm, residual, 0.0, "prelu", 0.0, slopes)
+    u = (y.double() - 1) / 2 + 1 if normed else y.double() + 1
+    assert torch.equal(z.nan_to_num(1e4), F.prelu(u + residual.double(), slopes.double()).to(dtype).nan_to_num(1e4))
+    assert z.isnan().sum() == 1
+    with pytest.raises(ValueError, match=r"normalize_backward\(\): prelu has no gradient here"):
+        normalize_backward(y, y, None, *norm, residual, 0.0, "prelu", 0.0, False, (True, False, False, False))
+
+
+def test_slopes_of_any_stride(device):
+    y = integers(SMALL, torch.float32, device, 0)
+    slopes = torch.stack([torch.arange(SMALL[1]) - 1.0, torch.full((SMALL[1],), float("nan"))], 1)[:, 0].to(device)
+    z = normalize(y, None, None, None, None, None, 0.0, "prelu", 0.0, slopes)
+    assert torch.equal(z, F.prelu(y, slopes.contiguous()))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardsigmoid", "mish"])
+def test_without_statistics(activation, layout, keep, device):
+    """act(y + beta + residual): what is exact, to the bit; one pass gives dy, dresidual and dbeta."""
+    shape, dtype = (2, 7, 3, 5), torch.float64
+    y, residual, dz = (integers(shape, dtype, device, seed, layout) for seed in range(3))
+    beta = integers((7,), dtype, device, 3)
+    z = normalize(y, None, None, None, beta, residual, 0.0, activation, 0.5)
+    leaves = [t.clone().requires_grad_() for t in (y, beta, residual)]
+    expected = activate(leaves[0] + leaves[1].view(7, 1, 1) + leaves[2], activation, 0.5)
+    launched = []
+    with launch.observe(lambda event: launched.append(event.kernel)):
+        found = normalize_backward(
+            dz, y, z if keep else None, None, None, None, beta, residual, 0.0, activation, 0.5, False,
+            (True, False, True, True),
+        )  # fmt: skip
+    assert launched == ["normalize_backward_kernel", "combine_kernel"]
+    assert found[1] is None
+    right = torch.autograd.grad(expected, leaves, dz)
+    for mine, its in zip((z, found[0], found[2], found[3]), (expected.detach(), right[0], *right[1:]), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-14, atol=1e-14 if activation[-1] in "hd" else 0)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -373,6 +434,28 @@ SPECIAL = [
 SPECIAL += [float("inf"), float("nan")]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ["mish", "hardsigmoid"])
+def test_every_digit_from_end_to_end(activation, dtype, device):
+    """Where mish and its derivative vanish, where they are straight, and where e^u overflows or is no normal number."""
+    y = torch.cat([torch.linspace(-120, 120, 961), torch.tensor([-1e30, 1e30])]).to(device, dtype)[:, None]
+    zero, one = torch.zeros_like(y[0]), torch.ones_like(y[0])
+    norm = (zero, one, None, None, None, 0.0, activation, 0.0)
+    z = normalize(y, *norm)
+    dy, *_ = normalize_backward(one.expand_as(y), y, None, *norm, False, (True, *[False] * 3))
+    leaf = y.double().requires_grad_()
+    expected = F.mish(leaf) if activation == "mish" else F.relu6(leaf + 3) / 6
+    (derivative,) = torch.autograd.grad(expected.sum(), leaf)
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    # The exponential's own error grows with |u|, by which it is multiplied.
+    torch.testing.assert_close(z.double(), expected.detach(), rtol=256 * eps, atol=256 * tiny)
+    near_the_minimum = (leaf + 1.19).abs() < 0.5  # where two terms cancel
+    torch.testing.assert_close(
+        dy.double()[~near_the_minimum], derivative[~near_the_minimum], rtol=256 * eps, atol=256 * tiny
+    )
+    torch.testing.assert_close(dy.double(), derivative, rtol=256 * eps, atol=8 * eps)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_kinks_and_special_values(activation, keep, device):
@@ -396,7 +479,7 @@ def test_kinks_and_special_values(activation, keep, device):
         (True, *[False] * 3),
     )
     leaf = y.double().requires_grad_()
-    expected = activate(leaf, activation)
+    expected = activate(leaf, activation) if activation != "hardsigmoid" else F.hardsigmoid(leaf)
     (derivative,) = torch.autograd.grad(expected, leaf, torch.ones_like(leaf))
     torch.testing.assert_close(z.double(), expected.detach(), rtol=1e-5, atol=1e-7, equal_nan=True)
     torch.testing.assert_close(dy.double(), derivative, rtol=1e-5, atol=1e-7, equal_nan=True)
@@ -490,6 +573,131 @@ def test_same_inputs_same_bits(layout, device):
     o = operands((3, 20, 5, 4), torch.float32, device, layout=layout)
     for a, b in zip(ours(o, "gelu"), ours(o, "gelu"), strict=True):
         assert torch.equal(a, b)
+
+
+# --- a batch in parts, one a rank -------------------------------------------------------------------------------------
+
+
+def told(parts):
+    """What ranks with these parts of a batch tell one another: means, variances and count of each."""
+    rows = [(*batch_moments(y), torch.full((1,), y.numel() / y.shape[1], device=y.device)) for y in parts]
+    return torch.stack([torch.cat([t.to(mean) for t in (mean, var, count)]) for mean, var, count in rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("counts", [(16,), (0, 4, 8, 4), (8, 0, 8), (1, 1, 2, 4, 8)], ids=str)
+def test_ranks_are_combined_exactly(counts, dtype, device):
+    """Small integers, of which there are powers of two: nothing is rounded. The mean of a rank without rows is NaN."""
+    parts = [integers((n, 5, 2, 2), dtype, device, seed) for seed, n in enumerate(counts)]
+    running_mean, running_var = (embed(torch.full((5,), 4.0, dtype=parts[0].dtype, device=device)) for _ in "mv")
+    mean, var, count = combine_ranks(told(parts), running_mean, running_var, 0.5)
+    wide = torch.cat(parts).double().transpose(0, 1).flatten(1)
+    exact = wide.mean(1), (wide - wide.mean(1, True)).square().mean(1)
+    assert count.item() == 64
+    assert torch.equal(mean.double(), exact[0])
+    assert torch.equal(var.double(), exact[1])
+    tolerance = 4 * torch.finfo(running_mean.dtype).eps
+    torch.testing.assert_close(running_mean.double(), 2 + exact[0] / 2, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(running_var.double(), 2 + exact[1] / 2 * 64 / 63, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize(("ranks", "C"), [(2, 1), (3, 130), (129, 5)])
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_ranks_whose_means_are_far_from_zero(ranks, C, empty_first, device):
+    """A spread that float32 hardly holds beside the mean, counts that differ: relative to zero it would be lost."""
+    counts = (torch.arange(ranks, dtype=torch.float64)[:, None] + (not empty_first)) * 3
+    mean = normal((ranks, C), torch.float32, "cpu", 0, 3e4, 0.1).double()
+    var = normal((ranks, C), torch.float32, "cpu", 1).abs().double() * 1e-4
+    exact_mean = (mean * counts).sum(0) / counts.sum()
+    exact_var = ((var + (mean - exact_mean) ** 2) * counts).sum(0) / counts.sum()
+    gathered = torch.cat((mean, var, counts), 1).float()
+    if empty_first:
+        gathered[0, :-1] = float("nan")
+    found_mean, found_var, count = combine_ranks(gathered.to(device), None, None, 0.1)
+    torch.testing.assert_close(found_mean.double().cpu(), exact_mean, rtol=2e-7, atol=0)
+    error = (found_mean.double().cpu() - exact_mean).abs()  # of a mean that float32 rounds
+    assert ((found_var.double().cpu() - exact_var).abs() <= 4e-6 * exact_var + error**2).all()
+    assert count.item() == counts.sum()
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (1, 0), (0, 1, 0)], ids=str)
+def test_running_statistics_outlast_a_batch_without_a_variance(counts, device):
+    """None has a row, or one has one: no unbiased variance, which would be NaN for good."""
+    parts = [normal((n, 3), torch.float32, device, 0) for n in counts]
+    running = [torch.ones(3, device=device) for _ in "mv"]
+    mean, var, count = combine_ranks(told(parts), *running, 0.1)
+    assert count.item() == sum(counts)
+    for t in running:
+        assert torch.equal(t, torch.ones_like(t))
+    if sum(counts):
+        assert torch.equal(mean, torch.cat(parts)[0])
+        assert torch.equal(var, torch.zeros_like(var))
+    else:
+        assert mean.isnan().all()
+        assert var.isnan().all()
+
+
+def test_running_statistics_of_ranks_are_strided(device):
+    buffers = torch.zeros(6, 2, device=device)
+    gathered = torch.tensor([[1.0] * 6 + [3.0] * 6 + [4.0]], device=device)
+    combine_ranks(gathered, buffers[:, 0], buffers[:, 1], 0.5)
+    assert torch.equal(buffers.cpu(), torch.tensor([[0.5, 2.0]]).expand(6, 2))
+
+
+def parts_of(o, counts):
+    """The operands of ranks with so many images each."""
+    names = [name for name in ("y", "dz", "residual") if getattr(o, name) is not None]
+    split = {name: getattr(o, name).split(list(counts)) for name in names}
+    return [replace(o, **{name: split[name][rank] for name in names}) for rank in range(len(counts))]
+
+
+def in_parts(o, counts, activation, keep=True, needs=(True, True)):
+    """`ours`, by ranks with so many images each: z, dy and dresidual put together again, dgamma and dbeta summed."""
+    parts = parts_of(o, counts)
+    mean, var, count = combine_ranks(told([p.y for p in parts]), None, None, 0.1)
+    how = EPS, activation, SLOPE
+    z = [normalize(p.y, mean, var, p.gamma, p.beta, p.residual, *how) for p in parts]
+    kept = z if keep and activation is not None else [None] * len(parts)
+    operands = [(p.dz, p.y, k) for p, k in zip(parts, kept, strict=True)]
+    sums = sum(
+        gradient_sums(*t, mean, var, p.gamma, p.beta, p.residual, *how) for t, p in zip(operands, parts, strict=True)
+    )
+    grads = [
+        apply_sums(*t, (mean, var, count), p.gamma, p.beta, p.residual, sums, *how, needs)
+        for t, p in zip(operands, parts, strict=True)
+    ]
+    dy, dresidual = (torch.cat(each) if each[0] is not None else None for each in zip(*grads, strict=True))
+    return [torch.cat(z), dy, sums[1], sums[0], dresidual]
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "channels_last slice", "contiguous"])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_one_rank_computes_what_a_process_without_ranks_does(activation, layout, device):
+    """The same bits, dresidual without an activation aside, which is dz itself."""
+    o = operands(SMALL, torch.float32, device, layout=layout)
+    keep = activation == "relu"
+    for mine, expected in zip(in_parts(o, (3,), activation, keep), ours(o, activation, keep=keep), strict=True):
+        assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("counts", [(1, 4), (0, 5), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize(("activation", "keep"), [(None, False), ("relu", True), ("silu", False)])
+def test_ranks_compute_what_one_process_does(activation, keep, counts, dtype, device):
+    o = operands((5, 10, 3, 4), dtype, device)
+    found, torchs = in_parts(o, counts, activation, keep), theirs(o, activation)
+    for mine, other, judge in zip(found, torchs, theirs(o.to(torch.float64), activation), strict=True):
+        assert_as_good(mine.to(other.dtype), other, judge)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_a_rank_is_asked_for_some_gradients(needs, device):
+    o = operands(SMALL, torch.float32, device)
+    everything = in_parts(o, (1, 2), "silu", False)
+    found = in_parts(o, (1, 2), "silu", False, needs)
+    for mine, expected, need in zip(found[1::3], everything[1::3], needs, strict=True):
+        assert (mine is not None) == need
+        assert mine is None or torch.equal(mine, expected)
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------

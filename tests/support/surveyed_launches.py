@@ -17,6 +17,7 @@ from cnnfast_kernels.aot.cases import Case
 from cnnfast_kernels.aot.layers import LAST, NCHW
 from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.epilogue import PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.problem import PoolProblem
 
@@ -123,6 +124,27 @@ def batch_norms(dtype: torch.dtype, fmt: torch.memory_format, once: bool) -> Non
         batchnorm.normalize_backward(
             torch.empty_like(z), y, z, mean, var, weight, bias, residual, 1e-5, activation, 0.0, training, needs
         )
+        if training:
+            over_ranks(y, z if activation == "relu" else None, weight, bias, residual, activation)
+
+
+def over_ranks(
+    y: torch.Tensor,
+    z: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+) -> None:
+    """Training on three ranks, with running statistics of the dtypes that they may have, and without them."""
+    C = y.shape[1]
+    gathered = empty(3, 2 * C + 1, dtype=accumulator_dtype(y.dtype))
+    for running in (torch.float32, y.dtype, None):
+        buffers = (None, None) if running is None else (empty(C, dtype=running), empty(C, dtype=running))
+        statistics = batchnorm.combine_ranks(gathered, *buffers, 0.1)
+    operands, how = (weight, bias, residual), (1e-5, activation, 0.0)
+    sums = batchnorm.gradient_sums(y, y, z, *statistics[:2], *operands, *how)
+    batchnorm.apply_sums(y, y, z, statistics, *operands, sums, *how, (True, residual is not None))
 
 
 def pools(dtype: torch.dtype, fmt: torch.memory_format) -> None:

@@ -13,7 +13,16 @@ from functools import partial
 
 import torch
 
-from ..batchnorm import batch_moments, channel_sum, normalize, normalize_backward, update_running
+from ..batchnorm import (
+    apply_sums,
+    batch_moments,
+    channel_sum,
+    combine_ranks,
+    gradient_sums,
+    normalize,
+    normalize_backward,
+    update_running,
+)
 from ..choosing import Tile
 from ..epilogue import ACTIVATIONS
 from ..gather.depthwise.tiles import strip_tiles
@@ -203,6 +212,19 @@ def batch_norm(dtype: torch.dtype, fmt: torch.memory_format, training: bool) -> 
     channel_sum(z)
 
 
+def batch_norm_over_ranks(dtype: torch.dtype, ranks: int) -> None:
+    """What so many ranks compute otherwise than one: the statistics of all, and gradients by sums over all."""
+    C = 64
+    y = layers.empty(BATCH, C, 56, 56, dtype=dtype, fmt=LAST)
+    weight, bias = layers.empty(C), layers.empty(C)
+    own, _ = batch_moments(y)
+    gathered = layers.empty(ranks, 2 * C + 1, dtype=own.dtype)
+    statistics = combine_ranks(gathered, layers.empty(C), layers.empty(C), 0.1)
+    norm = weight, bias, y
+    sums = gradient_sums(y, y, y, *statistics[:2], *norm, 1e-5, "relu", 0.0)
+    apply_sums(y, y, y, statistics, *norm, sums, 1e-5, "relu", 0.0, (True, True))
+
+
 def pooling(dtype: torch.dtype, fmt: torch.memory_format) -> None:
     x = layers.empty(BATCH, 64, 112, 112, dtype=dtype, fmt=fmt)
     window = PoolProblem.of(tuple(x.shape), (3, 3), (2, 2), (1, 1))
@@ -221,6 +243,9 @@ def passes() -> Iterator[Case]:
     yield Case("batch norm bfloat16, given statistics", partial(batch_norm, torch.bfloat16, LAST, False))
     yield Case("batch norm float32 NCHW", partial(batch_norm, FLOAT32, NCHW, True))
     yield Case("batch norm float64", partial(batch_norm, torch.float64, LAST, True))
+    # 8 ranks are those of one machine; 2048 make the highest block, of one channel, with float64's registers.
+    yield Case("batch norm over 8 ranks bfloat16", partial(batch_norm_over_ranks, torch.bfloat16, 8))
+    yield Case("batch norm over 2048 ranks float64", partial(batch_norm_over_ranks, torch.float64, 2048))
     yield Case("pooling bfloat16", partial(pooling, torch.bfloat16, LAST))
     yield Case("pooling float32 NCHW", partial(pooling, FLOAT32, NCHW))
 

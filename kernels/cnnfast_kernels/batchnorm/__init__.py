@@ -1,5 +1,5 @@
-"""Batch normalisation: statistics, normalise-activate(-add), its derivatives, running statistics; and the sum over all
-axes but channels.
+"""Batch normalisation: statistics, normalise-activate(-add), its derivatives, running statistics; the same of a batch
+whose parts lie on several ranks; and the sum over all axes but channels.
 
     z = act((y - mean) * scale + beta + residual),  scale = gamma * invstd,  invstd = 1 / sqrt(var + eps)
 
@@ -8,16 +8,21 @@ Everything is computed in float32, or float64 for float64 tensors.
 """
 
 from ..planes import contiguous
-from .gradients import channel_sum, normalize_backward
+from .gradients import normalize_backward
 from .normalising import normalize
+from .ranks import apply_sums, combine_ranks, gradient_sums
 from .running import update_running
 from .statistics import batch_moments, combine_moments
+from .sums import channel_sum
 
 __all__ = [
+    "apply_sums",
     "batch_moments",
     "channel_sum",
     "combine_moments",
+    "combine_ranks",
     "contiguous",
+    "gradient_sums",
     "normalize",
     "normalize_backward",
     "update_running",

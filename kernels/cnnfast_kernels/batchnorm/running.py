@@ -25,6 +25,15 @@ class UpdateOperands(NamedTuple):
     var: torch.Tensor
 
 
+@triton.jit
+@no_type_check
+def split_momentum(momentum, ACC: tl.constexpr):
+    """(what running statistics keep of themselves, what they take of the batch's)."""
+    keep = tl.full((), 1.0 - momentum, ACC)
+    take = tl.full((), momentum, ACC)
+    return keep, take
+
+
 @triton.jit(do_not_specialize=["mean_stride", "var_stride", "count"])
 @no_type_check
 def update_running_kernel(
@@ -34,8 +43,7 @@ def update_running_kernel(
     """BLOCK_C channels. The strides are those of the running statistics."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
-    keep = tl.full((), 1.0 - momentum, ACC)
-    take = tl.full((), momentum, ACC)
+    keep, take = split_momentum(momentum, ACC)
     unbiased = load_vector(var_ptr, c, c_ok, ACC) * round_quotient(count.to(ACC), (count - 1).to(ACC))
     running_mean = load_vector(running_mean_ptr, c * mean_stride, c_ok, ACC)
     running_var = load_vector(running_var_ptr, c * var_stride, c_ok, ACC)

@@ -33,6 +33,8 @@ ACTIVATIONS = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
     "hardswish": F.hardswish,
+    "mish": F.mish,
+    "hardsigmoid": lambda u: F.relu6(u + 3) / 6,  # PyTorch's own differentiates by float32's sixth
 }
 GEOMETRY = {"stride": (1, 2), "padding": 1, "groups": 2}
 K = 6
@@ -183,7 +185,7 @@ def test_vectors_of_any_stride(algorithm, training, device):
     assert_close(mine, run(composed(running(device=device), training=training), given, (2,)))
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardswish"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid"])
 def test_bends(activation, device):
     """Where two lines meet the derivative is PyTorch's choice: 1x1 identity filters hand integers to the activation."""
     x = torch.arange(-8.0, 8.0, dtype=torch.float64, device=device).view(1, 1, 4, 4)

@@ -375,11 +375,46 @@ def test_conv_bn_act_takes_a_batch(backend, device):
         ours.conv_bn_act(*placed((X[0], W, *SIX), device))
 
 
-def test_unknown_algorithm(device):
-    with pytest.raises(
-        ValueError, match="algorithm must be one of auto, direct, im2col, torch, but got algorithm='fft'"
-    ):
-        ours.conv2d(*placed((X, W), device), algorithm="fft")
+@pytest.mark.parametrize(
+    ("algorithm", "meant"),
+    [
+        ("im2cols", "'im2col'"),
+        ("Direct", "'direct'"),
+        ("implicit_gemm", "'direct'"),
+        ("cuDNN", "'torch'"),
+        (None, "'auto'"),
+        ("fft", None),
+        (3, None),
+    ],
+)
+@pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv_transpose2d", "conv_bn_act"])
+def test_unknown_algorithm(name, algorithm, meant, device):
+    with pytest.raises(ValueError, match=f"^{name}") as refused:
+        getattr(ours, name)(*placed((X, W), device), algorithm=algorithm)
+    assert str(refused.value) == (
+        f"{name}(): algorithm must be 'auto', 'direct', 'im2col' or 'torch', but got algorithm={algorithm!r}"
+        + (f". Did you mean {meant}?" if meant else "")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "keyword", "says"),
+    [
+        ("conv2d", {"algoritm": "auto"}, "Did you mean 'algorithm'?"),
+        ("conv2d", {"strides": 2}, "Did you mean 'stride'?"),
+        ("conv_bn_act", {"act": "relu"}, "Did you mean 'activation'?"),
+        ("conv_bn_act", {"negative_slope": 0.1}, "Did you mean 'activation_arg'?"),
+        ("max_pool2d", {"ceil": True, "kernel_size": 2}, "Did you mean 'ceil_mode'?"),
+        ("batch_norm", {"epsilon": 1.0}, "Did you mean 'eps'?"),
+        ("adaptive_avg_pool2d", {"size": 1}, "Its arguments are input, output_size"),
+        ("global_avg_pool2d", {"keep_dim": True}, "Did you mean 'keepdim'?"),
+    ],
+)
+def test_an_unknown_keyword_is_told_which_one_is_near(name, keyword, says, device):
+    (first, *_) = keyword
+    with pytest.raises(TypeError) as refused:
+        getattr(ours, name)(*placed((X, W)[: 1 + ("conv" in name)], device), **keyword)
+    assert str(refused.value) == f"{name}() got an unexpected keyword argument {first!r}. {says}"
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (), (1, 2, 4, 8, 8)], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -17,7 +18,15 @@ from tests.support.agreement import assert_served_by_kernels, normal
 from tests.support.modules import randomise
 
 NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
+FACTORIES = {name: getattr(models, name) for name in NAMES}
 OPTIONS = {"num_classes": 10, "zero_init_residual": True, "replace_stride_with_dilation": (False, True, True)}
+
+
+def grouped(channels: int) -> nn.GroupNorm:
+    """A norm that starts with other weights than torchvision's ResNet gives it."""
+    norm = nn.GroupNorm(2, channels)
+    nn.init.constant_(norm.weight, 3)
+    return norm
 
 
 @pytest.fixture
@@ -59,7 +68,13 @@ def test_state_dict(name, options, torchvision):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("resnet18", {}), ("resnet18", {"zero_init_residual": True}), ("resnext50_32x4d", OPTIONS)]
+    ("name", "options"),
+    [
+        ("resnet18", {}),
+        ("resnet18", {"zero_init_residual": True}),
+        ("resnet18", {"zero_init_residual": True, "norm_layer": grouped}),
+        ("resnext50_32x4d", OPTIONS),
+    ],
 )
 def test_initialisation_and_pytorchs_path(name, options, torchvision):
     """The same seed draws the same parameters, and where PyTorch serves every bit of the output and the gradients is
@@ -92,6 +107,79 @@ def test_arguments():
             models.resnet18(replace_stride_with_dilation=(False, False, True))
         with pytest.raises(ValueError, match="base_width=128"):
             models.resnet34(width_per_group=128)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_factories_list_their_options(name):
+    """The names that ResNet has, with its defaults, except for those that the factory's own name says."""
+    options = inspect.signature(models.ResNet).parameters
+    fixed = {"resnext50_32x4d": {"groups", "width_per_group"}, "wide_resnet50_2": {"width_per_group"}}.get(name, set())
+    listed = inspect.signature(getattr(models, name)).parameters
+    assert list(listed) == [option for option in options if option not in {"block", "layers", *fixed}]
+    assert all(listed[option].default == options[option].default for option in listed)
+    assert getattr(models, name).__doc__
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("num_class", "Did you mean 'num_classes'?"),
+        ("in_chans", "Did you mean 'in_channels'?"),
+        ("zero_init", "Did you mean 'zero_init_residual'?"),
+        ("norm", "Did you mean 'norm_layer'?"),
+        (
+            "pretrained",
+            "Its arguments are num_classes, in_channels, zero_init_residual, groups, width_per_group, "
+            "replace_stride_with_dilation, norm_layer",
+        ),
+    ],
+)
+def test_an_unknown_option(option, says):
+    with pytest.raises(TypeError) as refused:
+        models.resnet18(**{option: 3})
+    assert str(refused.value) == f"resnet18() got an unexpected keyword argument {option!r}. {says}"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("resnet18", "resnet34")])
+def test_every_option_reaches_the_network(name):
+    """Of the factories of Bottleneck, which takes them all; of BasicBlock's they reach its refusal (test_arguments)."""
+    made = []
+
+    def norm(channels: int) -> nn.BatchNorm2d:
+        made.append(channels)
+        return nn.BatchNorm2d(channels, eps=0.5)
+
+    given = {"groups": 2, "width_per_group": 32}
+    given = {
+        option: value for option, value in given.items() if option in inspect.signature(FACTORIES[name]).parameters
+    }
+    with torch.device("meta"):
+        plain = FACTORIES[name]()
+        model = FACTORIES[name](
+            7, 1, zero_init_residual=True, replace_stride_with_dilation=(False, False, True), norm_layer=norm, **given
+        )
+    assert (model.fc.out_features, model.conv1.in_channels) == (7, 1)
+    assert model.layer4[1].conv2.dilation == (2, 2)
+    assert [(model.groups, model.base_width)] == [
+        (given.get("groups", plain.groups), given.get("width_per_group", plain.base_width))
+    ]
+    assert len(made) == len([m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)])
+    assert {m.eps for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.5}
+
+
+def test_basic_blocks_take_every_option_too():
+    for name in ("resnet18", "resnet34"):
+        for option, value in (("groups", 2), ("width_per_group", 32)):
+            with torch.device("meta"), pytest.raises(ValueError, match=str(value)):
+                FACTORIES[name](**{option: value})
+        with torch.device("meta"), pytest.raises(NotImplementedError):
+            FACTORIES[name](replace_stride_with_dilation=(True, False, False))
+        model = FACTORIES[name](
+            3, 1, zero_init_residual=True, norm_layer=lambda channels: nn.BatchNorm2d(channels, 0.5)
+        )
+        assert (model.fc.out_features, model.conv1.in_channels) == (3, 1)
+        assert not model.layer1[0].bn2.weight.any()
+        assert {m.eps for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.5}
 
 
 def test_copies():

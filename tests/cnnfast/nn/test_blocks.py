@@ -61,6 +61,27 @@ def test_conv_bn_act(args, options, padding, size, training, device):
     assert_same_buffers(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("keyword", "says"),
+    [
+        ("act", "Did you mean 'activation'?"),
+        ("act_layer", "Did you mean 'activation'?"),
+        ("kernel", "Did you mean 'kernel_size'?"),
+        ("in_ch", "Did you mean 'in_channels'?"),
+        ("negative_slope", "Did you mean 'activation_arg'?"),
+        (
+            "norm_layer",
+            "Its arguments are in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, "
+            "activation, activation_arg, eps, momentum, padding_mode, device, dtype",
+        ),
+    ],
+)
+def test_an_unknown_keyword_of_conv_bn_act(keyword, says):
+    with pytest.raises(TypeError) as refused:
+        cnn.ConvBNAct(4, 6, 3, **{keyword: None})
+    assert str(refused.value) == f"ConvBNAct() got an unexpected keyword argument {keyword!r}. {says}"
+
+
 def test_conv_bn_act_launches_and_state(device):
     module = cnn.ConvBNAct(4, 6, 3, activation="leaky_relu", activation_arg=0.2).to(device)
     x = normal(*X, dtype=torch.float32).to(device)

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from cnnfast_kernels.devices import Gpu
 
 REPLACED_ON_THE_INSTANCE = "its forward was replaced on the instance"
+PRELU_IN_TRAINING = (
+    "after the fused step, because gradients are recorded, and that of its slope has no kernel; without them it is part"
+    " of the step"
+)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -84,9 +88,13 @@ class _Members:
         self.modules, self.seen = modules, seen
         # name of a member > (its container's name, what the group computes, why it is not computed so, or "")
         self.planned: dict[str, tuple[str, str, str]] = {}
+        self.prelus: dict[str, str] = {}  # name of a member > that of the PReLU that ends its group
         for container, groups in plans.items():
             for group, reason in groups:
                 text = described(modules[container], group)
+                act = _joined(container, group.activation)
+                if group.activation in group.members and isinstance(modules[act], nn.PReLU):
+                    self.prelus |= {_joined(container, member): act for member in group.members}
                 for name in (_joined(container, member) for member in group.members):
                     # Two containers, one inside the other, may both plan it: the one that does fuse counts.
                     if name not in self.planned or self.planned[name][2]:
@@ -99,6 +107,11 @@ class _Members:
             return FUSED, self.into(name)
         if is_ours(module):
             return self._unfused(name, module)
+        if members := [member for member, prelu in self.prelus.items() if prelu == name != member]:
+            if any(map(self._prelu_is_apart, members)):
+                return LEFT, PRELU_IN_TRAINING
+            if all(map(self.fused, members)):
+                return FUSED, self.into(name)
         reason = standardised(module) or why_left(module) or _why_plain(module)
         return (LEFT, reason) if reason else None
 
@@ -110,7 +123,15 @@ class _Members:
 
     def into(self, name: str) -> str:
         """What the fused step computes that a module is part of; the empty string if it is part of none."""
-        return self.planned[name][1] if name in self.planned else self.seen.into[name] if self.seen else ""
+        if name not in self.planned:
+            return self.seen.into[name] if self.seen else ""
+        text = self.planned[name][1]
+        return text.rpartition(" + ")[0] if self._prelu_is_apart(name) else text
+
+    def _prelu_is_apart(self, name: str) -> bool:
+        """Whether PyTorch computed the PReLU of the group that a module is a member of after the fused step."""
+        into = self.seen.into.get(name, "") if self.seen is not None and name in self.prelus else ""
+        return bool(into) and not into.endswith("prelu")
 
     def _unfused(self, name: str, module: nn.Module) -> tuple[str, str]:
         """(status, reason) of a module of ours that is not always fused; the reason says why, if that was planned."""

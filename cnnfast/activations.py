@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 LEAKY_SLOPE = 0.01
 
-ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
+# of an argument and a slope: a number for leaky_relu, a tensor [1] or [C] for prelu, and for the others ignored
+ACTIVATIONS: dict[str | None, Callable[[Tensor, Any], Tensor]] = {
     None: lambda u, slope: u,
     "relu": lambda u, slope: F.relu(u),
     "leaky_relu": F.leaky_relu,
@@ -20,22 +24,57 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
     "hardswish": lambda u, slope: F.hardswish(u),
     "mish": lambda u, slope: F.mish(u),
     "hardsigmoid": lambda u, slope: F.hardsigmoid(u),
+    "prelu": F.prelu,
 }
 
 
-def activate(u: Tensor, activation: str | None, slope: float = LEAKY_SLOPE) -> Tensor:
+def activate(u: Tensor, activation: str | None, slope: float | Tensor = LEAKY_SLOPE) -> Tensor:
     return ACTIVATIONS[activation](u, slope)
 
 
-def check_activation(function: str, activation: str | None, activation_arg: float | None) -> None:
-    """Raises ValueError, in the name of `function`, for an unknown activation or an argument that it does not take."""
+def slopes_of(activation: str | None, activation_arg: float | Tensor | None) -> tuple[float, Tensor | None]:
+    """(leaky_relu's slope, prelu's slopes) of what check_activation has let pass."""
+    if activation == "prelu":
+        assert isinstance(activation_arg, Tensor)
+        return LEAKY_SLOPE, activation_arg
+    return LEAKY_SLOPE if activation_arg is None else float(activation_arg), None
+
+
+def check_slopes(function: str, slopes: Tensor, channels: int, dtype: torch.dtype) -> None:
+    """Raises ValueError, in the name of `function`, for slopes that prelu does not take of so many channels."""
+    if slopes.shape not in ((1,), (channels,)):
+        raise ValueError(
+            f"{function}(): activation_arg must be prelu's slope for all channels, of size [1], or one for each, of "
+            f"size [{channels}], but got {list(slopes.shape)}"
+        )
+    if slopes.dtype != dtype:
+        raise ValueError(
+            f"{function}(): activation_arg, prelu's slope, must have the result's dtype {dtype}, but got {slopes.dtype}"
+        )
+
+
+def check_activation(function: str, activation: str | None, activation_arg: float | Tensor | None) -> None:
+    """Raises, in the name of `function`, ValueError for an unknown activation or an argument that it does not take, and
+    TypeError for a slope of another type than its activation has.
+    """
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{function}(): activation must be one of {', '.join(map(str, ACTIVATIONS))}, "
             f"but got activation={activation!r}"
         )
-    if activation_arg is not None and activation != "leaky_relu":
+    if activation == "prelu":
+        if not isinstance(activation_arg, Tensor):
+            raise TypeError(
+                f"{function}(): activation_arg must be prelu's slope, a tensor of size [1] or of one value a channel, "
+                f"but got activation_arg={activation_arg!r}"
+            )
+    elif activation_arg is not None and activation != "leaky_relu":
         raise ValueError(
-            f"{function}(): activation_arg is leaky_relu's slope, "
+            f"{function}(): activation_arg is leaky_relu's slope, or prelu's, "
             f"but got activation_arg={activation_arg} for {activation!r}"
+        )
+    elif activation_arg is not None and not isinstance(activation_arg, Real | torch.SymFloat):
+        raise TypeError(
+            f"{function}(): activation_arg must be leaky_relu's slope, a number (a tensor of slopes is for prelu), "
+            f"but got activation_arg={activation_arg!r}"
         )

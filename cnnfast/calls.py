@@ -25,7 +25,16 @@ from .ops.registry import OPERATORS
 
 # The operators that a forward pass calls; conv_dgrad is that of a transposed convolution.
 FORWARD = (
-    *("conv_fprop", "conv_stats", "conv_bn_act", "conv_dgrad", "batch_moments", "update_running", "normalize"),
+    *(
+        "conv_fprop",
+        "conv_stats",
+        "conv_bn_act",
+        "conv_act",
+        "conv_dgrad",
+        "batch_moments",
+        "update_running",
+        "normalize",
+    ),
     *("max_pool", "avg_pool", "adaptive_avg_pool", "global_avg_pool"),
 )
 

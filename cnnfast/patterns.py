@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .activations import LEAKY_SLOPE
 
-Activation = tuple[str, float | None]  # its name and leaky_relu's slope, as functional.conv_bn_act takes them
+# Its name, and the slope of leaky_relu or the slopes of prelu, as functional.conv_bn_act takes them.
+Activation = tuple[str, float | Tensor | None]
 
 # Batch norms whose statistics and weights are constants: buffers running_mean, running_var, weight and bias, and eps.
 # They are known by name, so that none of these libraries has to be there.
@@ -40,12 +41,26 @@ ACTIVATIONS: dict[str, tuple[Any, ...]] = {
     "silu": (nn.SiLU, F.silu),
     "hardswish": (nn.Hardswish, F.hardswish),
 }
+# Modules of timm's that compute one of these, known by name as the norms are. Some of them work in place.
+TIMMS_ACTIVATIONS = {
+    f"timm.layers.{name}": activation
+    for activation, names in {
+        "silu": ("activations.Swish", "activations_me.SwishMe"),
+        "gelu": ("activations.GELU",),
+        "gelu_tanh": ("activations.GELUTanh",),
+        "hardswish": ("activations.HardSwish", "activations_me.HardSwishMe"),
+    }.items()
+    for name in names
+}
 # Functions and methods that activate, and that no kernel computes.
 OTHER_ACTIVATIONS: tuple[Any, ...] = (
-    *(F.hardsigmoid, F.sigmoid, F.elu, F.softmax, torch.sigmoid, torch.tanh, torch.softmax),
+    *(F.hardsigmoid, F.mish, F.prelu, F.sigmoid, F.elu, F.softmax, torch.sigmoid, torch.tanh, torch.softmax),
     *("sigmoid", "sigmoid_", "tanh", "softmax"),
 )
 GELUS: dict[Any, Activation] = {"none": ("gelu", None), "tanh": ("gelu_tanh", None)}  # by `approximate`
+
+# Where the classes of activations are defined. PyTorch's module defines MultiheadAttention too.
+HOMES = (nn.ReLU.__module__, "timm.layers.activations")
 
 NAMES = {callee: name for name, callees in ACTIVATIONS.items() for callee in callees}
 
@@ -93,10 +108,14 @@ def addition(node: Any) -> Addition | None:
 
 
 def activation_of(module: Any) -> Activation | None:
-    """What a module of exactly one of PyTorch's classes computes; None if kernels do not compute it. Each call of a
-    fused container asks this.
+    """What a module of exactly one of PyTorch's classes, or of timm's, computes; None if kernels do not compute it.
+    Each call of a fused container asks this.
     """
-    name = NAMES.get(type(module))
+    kind = type(module)
+    name = NAMES.get(kind)
+    if name is None:
+        name = TIMMS_ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
+        return None if name is None else (name, None)
     if name == "leaky_relu":
         return name, module.negative_slope
     if name == "gelu":
@@ -125,7 +144,7 @@ def is_activation(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a node computes an activation, which kernels may know or not. module: what it calls, if it calls one."""
     if module is not None:
         bases = type(module).__mro__
-        return nn.MultiheadAttention not in bases and any(c.__module__ == nn.ReLU.__module__ for c in bases)
+        return nn.MultiheadAttention not in bases and any(c.__module__.startswith(HOMES) for c in bases)
     return node.op in ("call_function", "call_method") and (node.target in NAMES or node.target in OTHER_ACTIVATIONS)
 
 

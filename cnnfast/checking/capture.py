@@ -19,12 +19,16 @@ from torch.utils._pytree import tree_map_only
 from .. import dispatch, functional
 from ..aside import leaving_no_trace
 from ..functional import entrance
+from ..functional.arguments import Sides
+from ..functional.convolution import padded_for_torch
 
 OPERATIONS = (
     "conv1d",
     "conv2d",
     "conv_transpose2d",
     "conv_bn_act",
+    "conv_act",
+    "bn_act",
     "batch_norm",
     "max_pool2d",
     "avg_pool2d",
@@ -86,7 +90,15 @@ def clone(t: Tensor) -> Tensor:
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return clone(value)
-    return tuple(value) if isinstance(value, list | tuple) else value
+    return tuple(value) if isinstance(value, list | torch.Size) else value
+
+
+def for_torch(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call as PyTorch's own function takes them."""
+    given = {name: value for name, value in arguments.items() if name != "algorithm"}
+    if isinstance(given.get("padding"), Sides):
+        given["input"], given["padding"] = padded_for_torch(given["input"], given["padding"])
+    return given
 
 
 class _CheckRecorder(TorchFunctionMode):

@@ -33,20 +33,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch, functional, recording, reference
-from ..activations import LEAKY_SLOPE, activate
+from .. import dispatch, recording, reference
 from ..dtypes import TF32, dtype_of, name_of
 from ..precision import float32_products
 from .capture import Captured, clone
+from .computing import by_pytorch, by_reference, by_reference_in_tf32, by_us
 from .report import FAIL, NOT_OURS, OK, CheckRow, Comparison
-from .tf32 import rounded_products
 
-DIFFERENTIATED = ("input", "weight", "bias", "bn_weight", "bn_bias", "residual")
+DIFFERENTIATED = ("input", "weight", "bias", "bn_weight", "bn_bias", "residual", "activation_arg")
 BUFFERS = ("running_mean", "running_var")
-MULTIPLYING = ("conv1d", "conv2d", "conv_transpose2d", "conv_bn_act")
+MULTIPLYING = ("conv1d", "conv2d", "conv_transpose2d", "conv_bn_act", "conv_act")
 UNITS = {"float64": 64.0, "tf32": 512.0}  # in the last place that the floor allows; of other dtypes 1
 
 
@@ -82,42 +80,6 @@ def _runs(call: Captured, backward: bool) -> list[tuple[tuple[str, ...], str]]:
         if call.operation == "conv_bn_act" and not call.training and "bn_weight" in names:
             runs.append((tuple(n for n in names if n != "bn_weight"), " (bn_weight frozen)"))
     return runs
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The three ways to compute a call
-
-
-def _pytorch(call: Captured, arguments: dict[str, Any]) -> Any:
-    """PyTorch's own functions."""
-    arguments = {name: value for name, value in arguments.items() if name != "algorithm"}
-    if call.operation == "global_avg_pool2d":
-        y = F.adaptive_avg_pool2d(arguments["input"], 1)
-        return y if arguments["keepdim"] else y.flatten(-3)
-    if call.operation != "conv_bn_act":
-        return getattr(F, call.operation)(**arguments)
-    a = arguments
-    y = F.conv2d(a["input"], a["weight"], a["bias"], a["stride"], a["padding"], a["dilation"], a["groups"])
-    y = F.batch_norm(
-        y, a["running_mean"], a["running_var"], a["bn_weight"], a["bn_bias"], a["training"], a["momentum"], a["eps"]
-    )
-    y = y if a["residual"] is None else y + a["residual"]
-    return activate(y, a["activation"], LEAKY_SLOPE if a["activation_arg"] is None else a["activation_arg"])
-
-
-def _ours(call: Captured, arguments: dict[str, Any]) -> Any:
-    return getattr(functional, call.operation)(**arguments)
-
-
-def _reference(call: Captured, arguments: dict[str, Any]) -> Any:
-    return getattr(reference, call.operation)(
-        **{name: value for name, value in arguments.items() if name != "algorithm"}
-    )
-
-
-def _reference_in_tf32(call: Captured, arguments: dict[str, Any]) -> Any:
-    with rounded_products():
-        return _reference(call, arguments)
 
 
 class _Evaluation:
@@ -166,7 +128,7 @@ def _judge_run(call: Captured, wanted: tuple[str, ...], label: str, row: CheckRo
     """Adds to `row`; returns why the call is not ours, or the empty string."""
     with dispatch.prefer_kernels():
         with recording.trace() as forward:
-            ours = _Evaluation(_ours, call, wanted)
+            ours = _Evaluation(by_us, call, wanted)
         empty = 0 in (ours.output.numel(), call.arguments["input"].numel())
         if reason := _not_ours(forward, empty, row.forward):
             return reason
@@ -178,10 +140,10 @@ def _judge_run(call: Captured, wanted: tuple[str, ...], label: str, row: CheckRo
 
     accumulators = torch.float64 if call.dtype == torch.float64 else torch.float32
     tf32 = row.dtype == TF32 and call.operation in MULTIPLYING
-    theirs = _Evaluation(_pytorch, call, wanted)
-    exact = _Evaluation(_reference, call, wanted, torch.float64)
+    theirs = _Evaluation(by_pytorch, call, wanted)
+    exact = _Evaluation(by_reference, call, wanted, torch.float64)
     with float32_products("ieee"):  # what the reference rounds, it rounds itself
-        plain = _Evaluation(_reference_in_tf32 if tf32 else _reference, call, wanted, accumulators)
+        plain = _Evaluation(by_reference_in_tf32 if tf32 else by_reference, call, wanted, accumulators)
         if wanted:
             plain.backward()
     if wanted:

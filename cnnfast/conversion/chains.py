@@ -1,7 +1,7 @@
-"""Finds what follows a convolution in a trace and can be computed with it, and says why it is not more.
+"""Finds what follows a convolution or a norm in a trace and can be computed with it, and says why it is not more.
 
-A chain is: convolution, norm, sum with another tensor, activation. The norm has to follow, the sum and the activation
-may; identities may stand between any two of them.
+A chain is: convolution, norm, sum with another tensor, activation. Each of these may be absent, but for one of the
+first two; identities may stand between any two of them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from torch import fx, nn
 from ..patterns import NAMES, Activation, activation_of, addition, called_activation, is_activation
 from .effects import Effects, Obstacle
 from .grafts import base_of
-from .leaves import is_convolution, is_norm, normalizes_and_activates, replacement, why_left
+from .leaves import is_convolution, is_norm, may_follow, normalizes_and_activates, replacement, why_left
 
 SYMBOLS = {operator.add: "+", operator.iadd: "+=", operator.isub: "-=", operator.imul: "*=", operator.itruediv: "/="}
 
 
 @dataclass
 class Chain:
-    """A convolution and what is to be computed with it.
+    """A convolution, or a norm, and what is to be computed with it.
 
     nodes: in their order. activation: the path of a module, or what a function computes. stopped: why the chain ends
-    before what follows in the forward, or the empty string. A chain without a norm is not fused.
+    before what follows in the forward, or the empty string.
     """
 
     nodes: list[fx.Node]
+    conv: fx.Node | None = None
     norm: fx.Node | None = None
     residual: fx.Node | None = None
     in_place: bool = False
@@ -37,11 +38,16 @@ class Chain:
     stopped: str = ""
 
     @property
+    def is_fused(self) -> bool:
+        """Whether there are two things at least to compute in one step."""
+        return sum(part is not None for part in (self.conv, self.norm, self.residual, self.activation)) > 1
+
+    @property
     def said(self) -> str:
         """A report's sentence on what is not fused, and why; the empty string if all of it is."""
         if not self.stopped:
             return ""
-        fused = f" only up to {named(self.nodes[-1])}" if self.norm is not None else ""
+        fused = f" only up to {named(self.nodes[-1])}" if self.is_fused else ""
         return f"{named(self.nodes[0])}{fused}, because {self.stopped}"
 
 
@@ -54,52 +60,71 @@ class Chains:
     def module(self, node: Any) -> nn.Module | None:
         return self.modules.get(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
 
-    def starts(self, node: fx.Node) -> bool:
-        return isinstance(self.module(node), nn.Conv2d)
-
-    def find(self, conv: fx.Node) -> Chain:
-        """The chain that begins with a convolution's node."""
-        chain, module = Chain([conv]), self.modules[str(conv.target)]
-        if not is_convolution(module):
-            chain.stopped = why_left(module) or (
-                "it was not converted" if replacement(module) else "it has a forward of its own"
-            )
-        elif self._argument(conv) is None:
-            chain.stopped = "it is called with something else than one tensor"
-        else:
-            chain.stopped = self._add_norm(chain)
-            if chain.norm is not None and chain.activation is None:
+    def find(self, node: fx.Node) -> Chain | None:
+        """The chain that begins with a node; None if it calls neither a convolution nor a norm."""
+        chain, module = Chain([node]), self.module(node)
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            if not is_convolution(module):
+                chain.stopped = why_left(module) or (
+                    "it was not converted" if replacement(module) else "it has a forward of its own"
+                )
+            elif self._argument(node) is None:
+                chain.stopped = "it is called with something else than one tensor"
+            else:
+                chain.conv = node
+                chain.stopped = self._add_to_convolution(chain)
+        elif module is not None and is_norm(module) and self._argument(node) is not None:
+            chain.norm = node
+            chain.activation, chain.stopped = self._own_activation(node, module)
+            if chain.activation is None and not chain.stopped:
                 chain.stopped = self._add_sum(chain) or self._add_activation(chain)
+        else:
+            return None
         return chain
 
     # Each of these steps adds to a chain what it can, and returns why the chain stops there, or the empty string.
 
-    def _add_norm(self, chain: Chain) -> str:
-        identities, last, users = self._ahead(chain)
+    def _add_to_convolution(self, chain: Chain) -> str:
+        """Whatever follows a convolution."""
+        _, _, users = self._ahead(chain)
         if len(users) != 1:
             return f"its result {used_by(users)}"
         (user,) = users
         module = self.module(user)
-        if module is None or not is_norm(module):
-            if module is not None and any("Norm" in c.__name__ for c in type(module).__mro__):
-                return f"its norm {named(user)} ({_class(module)}) is not one that kernels know"
-            return (
-                "its result is returned"
-                if user.op == "output"
-                else f"its result goes to {named(user)}, which is no batch norm"
-            )
+        is_a_norm = module is not None and any("Norm" in c.__name__ for c in type(module).__mro__)
+        if is_a_norm and (stopped := self._add_norm(chain)):
+            return stopped
+        stopped = "" if chain.activation is not None else self._add_sum(chain) or self._add_activation(chain)
+        if stopped or chain.is_fused:
+            return stopped
+        if user.op == "output":
+            return "its result is returned"
+        return f"its result goes to {named(user)}, which is no batch norm, sum or activation"
+
+    def _add_norm(self, chain: Chain) -> str:
+        identities, last, (user,) = self._ahead(chain)
+        module = self.modules[str(user.target)]
+        if not is_norm(module) or not may_follow(module, self.modules[str(chain.nodes[0].target)]):
+            return f"its norm {named(user)} ({_class(module)}) is not one that kernels know"
         if self._argument(user) is not last:
             return f"its norm {named(user)} is called with something else than one tensor"
-        activation = None
-        if normalizes_and_activates(module):
-            drop, act = module._modules["drop"], module._modules["act"]
-            if type(drop) is not nn.Identity:
-                return f"{named(user)}.drop ({_class(drop)}) stands between norm and activation"
-            if type(act) is not nn.Identity:
-                if act is None or not activation_of(act):
-                    return f"{named(user)}.act ({_class(act)}) is not an activation that kernels know"
-                activation = f"{user.target}.act"
-        return self._take(chain, [*identities, user], norm=user, activation=activation)
+        activation, stopped = self._own_activation(user, module)
+        return stopped or self._take(chain, [*identities, user], norm=user, activation=activation)
+
+    def _own_activation(self, norm: fx.Node, module: nn.Module) -> tuple[str | None, str]:
+        """(the path of the activation that timm's layer of a norm and an activation ends with, if it has one; why it
+        cannot be fused, or the empty string).
+        """
+        if not normalizes_and_activates(module):
+            return None, ""
+        drop, act = module._modules["drop"], module._modules["act"]
+        if type(drop) is not nn.Identity:
+            return None, f"{named(norm)}.drop ({_class(drop)}) stands between norm and activation"
+        if type(act) is nn.Identity:
+            return None, ""
+        if act is None or not activation_of(act):
+            return None, f"{named(norm)}.act ({_class(act)}) is not an activation that kernels know"
+        return f"{norm.target}.act", ""
 
     def _add_sum(self, chain: Chain) -> str:
         identities, last, users = self._ahead(chain)

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from ..nn.fused import HOOKS_OF_CALLS, forward_replaced
+from ..patterns import activation_of
 from .grafts import own_class
 from .leaves import is_convolution, is_norm, normalizes_and_activates
 
@@ -264,7 +265,8 @@ def _conduct_of(module: nn.Module, arguments: int | None) -> Conduct:
         if "_cnnfast_changed" in module.__dict__:
             return STRANGE
         return Conduct(all(c.known for c in conducts), any(c.writes for c in conducts)) if conducts else STRANGE
-    if not (type(module).__module__.startswith(LIBRARY) or is_convolution(module) or is_norm(module)):
+    known = is_convolution(module) or is_norm(module) or activation_of(module)
+    if not (known or type(module).__module__.startswith(LIBRARY)):
         return STRANGE
     below = [_conduct_of(child, arguments) for child in module.children()]
     return Conduct(all(c.known for c in below), bool(module.__dict__.get("inplace")) or any(c.writes for c in below))

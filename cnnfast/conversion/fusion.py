@@ -19,6 +19,7 @@ from .effects import buffers, traits
 from .grafts import base_of, graft, grafted_before, own_class, set_class
 from .planning import FusionPlan, Group, Variant, examine, plan
 from .refused import Refused
+from .showing import shown
 
 _copying: ContextVar[bool] = ContextVar("copies are not fused: their classes are set afterwards", default=False)
 
@@ -76,18 +77,20 @@ def groups_of(block: nn.Module) -> list[tuple[Group, str]]:
     for variant in found.variants:
         reason = _why_idle(block, found, variant) or replaced
         for group in variant.groups:
-            if group.conv not in groups or groups[group.conv][1]:
-                groups[group.conv] = group, reason
+            if group.first not in groups or groups[group.first][1]:
+                groups[group.first] = group, reason
     return list(groups.values())
 
 
 def why_not_fused(block: nn.Module) -> list[str]:
-    """Why a container is not fused, or each of its convolutions that is not, in sentences that follow "not fused:"."""
+    """Why a container is not fused, or each of its convolutions and norms that is not, in sentences that follow "not
+    fused:".
+    """
     try:
         left = (plan_of(block) or examine(block)).left
     except Refused as reason:
         return [str(reason)]
-    return list(left) if plan_of(block) or left else ["its forward calls no convolution"]
+    return list(left) if plan_of(block) or left else ["its forward calls nothing that could be"]
 
 
 def _fused_class(base: Any, found: FusionPlan) -> type:
@@ -128,6 +131,8 @@ def _graft_forward(base: Any, found: FusionPlan, purpose: Any) -> type:
     unread = ["training", "__class__"]
     methods = {"__setattr__": set_attribute, "__delattr__": delete_attribute, "_cnnfast_plan": found}
     methods["forward"] = _in_place_of(base.forward, forward)
+    if base.__repr__ is nn.Module.__repr__:  # whoever has a text of its own keeps it
+        methods["__repr__"] = lambda self: shown(self, groups_of)
     if issubclass(base, fx.GraphModule):
         methods |= graphs.methods(base, fuse)
         unread += ["graph", "_graph"]  # setting `graph` sets `_graph`, and then recompiles

@@ -9,14 +9,17 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .. import nn as cnn
-from ..patterns import FROZEN_NORMS
+from ..nn.layers import SameConv2d, torch_serves
+from ..patterns import FROZEN_NORMS, activation_of
 from .grafts import base_of, graft, grafted_before, own_class, set_class
 
 LEAVES: dict[type, type] = {
     nn.Conv1d: cnn.Conv1d,
     nn.Conv2d: cnn.Conv2d,
     nn.ConvTranspose2d: cnn.ConvTranspose2d,
+    nn.BatchNorm1d: cnn.BatchNorm1d,
     nn.BatchNorm2d: cnn.BatchNorm2d,
+    nn.BatchNorm3d: cnn.BatchNorm3d,
     nn.MaxPool2d: cnn.MaxPool2d,
     nn.AvgPool2d: cnn.AvgPool2d,
     nn.AdaptiveAvgPool2d: cnn.AdaptiveAvgPool2d,
@@ -27,7 +30,7 @@ ORIGINALS = {ours: theirs for theirs, ours in LEAVES.items()}
 COMPUTING = ("forward", "_conv_forward", "_check_input_dim", "__call__")
 
 # Classes that a report mentions although there is none to take their place.
-UNCOVERED = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm)
+UNCOVERED = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.SyncBatchNorm)
 
 
 def class_name(module: nn.Module) -> str:
@@ -45,12 +48,29 @@ class _NormAct(cnn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # timm has another name for it
         if not isinstance(x, Tensor):  # torch.fx traces into timm's layer, and shall record timm's own
             return base_of(type(self)).forward(self, x)  # pyright: ignore[reportAttributeAccessIssue]
+        act = activation_of(self.act)
+        if act and type(self.drop) is nn.Identity and cnn.fusable(x, self.drop, self.act):
+            return cnn.bn_act(self, x, None, *act)
         return self.act(self.drop(cnn.BatchNorm2d.forward(self, x)))
+
+
+class _Same(SameConv2d):
+    """timm's Conv2dSame."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # timm has another name for it
+        # timm's own also where torch.jit.trace and ONNX record what is computed from sizes
+        if torch_serves("conv2d", x, self._parameters.get("weight")):
+            return base_of(type(self)).forward(self, x)  # pyright: ignore[reportAttributeAccessIssue]
+        return SameConv2d.forward(self, x)
 
 
 # For classes of other libraries that have a forward of their own: a class of ours that computes the same. They are
 # known by name, so that no library is imported.
-ADAPTERS: dict[str, type] = {"timm.layers.norm_act.BatchNormAct2d": _NormAct}
+ADAPTERS: dict[str, type] = {
+    "timm.layers.norm_act.BatchNormAct2d": _NormAct,
+    "timm.layers.conv2d_same.Conv2dSame": _Same,
+}
+NORMS = (cnn.BatchNorm1d, cnn.BatchNorm2d, cnn.BatchNorm3d)
 
 
 def normalizes_and_activates(module: nn.Module) -> bool:
@@ -132,19 +152,31 @@ def stored_weight(module: Any) -> Tensor:
 
 
 def is_convolution(module: nn.Module | None) -> bool:
-    """Whether calling `module` is our 2-D convolution and nothing else."""
-    return isinstance(module, cnn.Conv2d) and all(
-        getattr(type(module), m) is getattr(cnn.Conv2d, m) for m in COMPUTING[:2]
+    """Whether calling `module` is our convolution over one or two axes and nothing else."""
+    kind: Any = type(module)
+    if isinstance(module, cnn.Conv1d):
+        return (kind.forward, kind._conv_forward) == (cnn.Conv1d.forward, cnn.Conv1d._conv_forward)
+    return (
+        isinstance(module, cnn.Conv2d)
+        and kind.forward in (cnn.Conv2d.forward, _Same.forward)
+        and kind._conv_forward is cnn.Conv2d._conv_forward
     )
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether calling `module` is a batch norm that may be fused with the convolution before it, or timm's layer of a
-    batch norm and an activation.
+    """Whether calling `module` is a batch norm that may be fused with what stands before or after it, or timm's layer
+    of a batch norm and an activation.
     """
-    if isinstance(module, cnn.BatchNorm2d):
+    if isinstance(module, NORMS):
         return type(module).forward is cnn.BatchNorm2d.forward or normalizes_and_activates(module)
     return own_class(module) is nn.SyncBatchNorm or class_name(module) in FROZEN_NORMS
+
+
+def may_follow(norm: nn.Module, conv: nn.Module) -> bool:
+    """Whether a norm takes what a convolution returns for a batch."""
+    if isinstance(conv, nn.Conv1d):
+        return isinstance(norm, nn.BatchNorm1d | nn.SyncBatchNorm)
+    return not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm3d)
 
 
 def _grafted(base: type, ours: type) -> type:

@@ -113,16 +113,18 @@ class _Observer:
 
     def member(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The call of a convolution, norm or pool by itself."""
-        name, before = self.names[id(module)], len(self.served)
+        name, before, fused = self.names[id(module)], len(self.served), self.seen.fused[self.names[id(module)]]
         result = module._call_impl(*args, **kwargs)
+        if self.seen.fused[name] > fused:  # a layer of a norm and an activation is a fused step by itself
+            return result
         (self.seen.alone if len(self.served) > before else self.seen.elsewhere)[name] += 1
         if not any(name.startswith(f"{container}." if container else "") for container in self.running):
             self.seen.outside.add(name)
         return result
 
-    def step(self, conv: nn.Module, bn: nn.Module, residual: bool, activation: str | None) -> None:
+    def step(self, modules: tuple[nn.Module, ...], residual: bool, activation: str | None) -> None:
         """Told by nn/fused.py of each fused step."""
-        names = [self.names[id(m)] for m in (conv, bn) if id(m) in self.names]
+        names = [self.names[id(m)] for m in modules if id(m) in self.names]
         into = " + ".join(
             [*(name.rpartition(".")[2] for name in names), *["residual"] * residual, *filter(None, [activation])]
         )

@@ -1,14 +1,16 @@
 """Plans a fused forward: which modules of a container become one call, and the source that makes this call.
 
-    convolution > batch norm (> addition) (> activation)
+    convolution > batch norm > addition > activation
 
-is one call of nn.conv_bn_act (chains.py finds these groups). The members of a group are computed in the place of the
-last of them, if nothing in between depends on their order (effects.py); otherwise the group ends earlier, or is not
-fused. Everything else of the forward stays as it was and where it was.
+is one call of nn.conv_bn_act, and without the norm one of nn.conv_act, without the convolution one of nn.bn_act
+(chains.py finds these groups, in which also the addition and the activation may be absent). The members of a group are
+computed in the place of the last of them, if nothing in between depends on their order (effects.py); otherwise the
+group ends earlier, or is not fused. Everything else of the forward stays as it was and where it was.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import nn as cnn
+from ..activations import LEAKY_SLOPE, activate
 from ..dispatch import on_gpu
+from ..nn.fused import takes
 from ..patterns import activation_of
 from .chains import Chain, Chains
 from .effects import Conduct, Effects, Traits, buffers, traits
@@ -28,8 +32,8 @@ from .tracing import Traced, signatures, trace
 
 @dataclass(frozen=True)
 class Group:
-    """The paths of the modules that one call computes. activation: the path of a module, or the name of an activation
-    that a function computes, or the empty string.
+    """The paths of the modules that one call computes. conv, norm: one of the two may be the empty string. activation:
+    the path of a module, or the name of an activation that a function computes, or the empty string.
     """
 
     conv: str
@@ -37,6 +41,10 @@ class Group:
     residual: bool
     activation: str
     members: tuple[str, ...]
+
+    @property
+    def first(self) -> str:
+        return self.conv or self.norm
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def _is(argument: Any, kind: str) -> bool:
 class FusionPlan:
     """The fused forwards of a container whose children have these names; equal for containers of equal structure.
 
-    left: for each convolution that is not fused, or not with all that follows it, a sentence that says why.
+    left: for each convolution or norm that is not fused, or not with all that follows it, a sentence that says why.
     """
 
     children: tuple[str, ...]
@@ -122,11 +130,10 @@ def only_holds(block: nn.Module) -> bool:
 
 
 def _may_fuse(block: nn.Module) -> bool:
-    """Whether it is a container with both a convolution and a batch norm somewhere below it."""
+    """Whether it is a container with a convolution or a batch norm somewhere below it."""
     if only_holds(block) or is_ours(block) or not block._modules:
         return False
-    below = list(block.modules())
-    return any(is_convolution(m) for m in below) and any(is_norm(m) for m in below)
+    return any(is_convolution(m) or is_norm(m) for m in block.modules())
 
 
 def _variant(block: nn.Module, traced: Traced) -> tuple[Variant | None, list[str]]:
@@ -163,16 +170,39 @@ def call(
     activation: nn.Module | str | None,
     slope: float | None,
 ) -> Tensor:
-    """What a generated forward calls for a group. in_place: the sum was written into the norm's output, and so it has
-    that dtype, whatever the residual's is.
+    """What a generated forward calls for a group. conv, norm: one of the two may be None. in_place: the sum was written
+    into what stands before it, and so it has that dtype, whatever the residual's is.
     """
-    if in_place and residual is not None:
+    if not takes(norm if conv is None else conv, x):
+        return _one_by_one(conv, norm, x, residual, in_place, activation, slope)
+    if in_place and isinstance(residual, Tensor):
         device = "cuda" if on_gpu(x) else x.device.type
-        half = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        half = conv is not None and torch.is_autocast_enabled(device) and x.dtype != torch.float64
         residual = residual.to(torch.get_autocast_dtype(device) if half else x.dtype)
     if isinstance(activation, nn.Module):
-        activation, slope = activation_of(activation)  # pyright: ignore[reportGeneralTypeIssues]
+        activation, slope = activation_of(activation)  # pyright: ignore
+    if conv is None:
+        return cnn.bn_act(norm, x, residual, activation, slope)
+    if norm is None:
+        return cnn.conv_act(conv, x, residual, activation, slope)
     return cnn.conv_bn_act(conv, norm, x, residual, activation, slope)
+
+
+def _one_by_one(conv, norm, x, residual, in_place, activation, slope) -> Tensor:
+    """The same by the modules themselves, as the container's own forward calls them, for an input that the fused call
+    does not take: an unbatched image, or one that PyTorch refuses.
+    """
+    y = x if conv is None else conv(x)
+    y = y if norm is None else norm(y)
+    if residual is not None:
+        y = operator.iadd(y, residual) if in_place else y + residual
+    if norm is not None and normalizes_and_activates(norm):
+        return y
+    return (
+        activation(y)
+        if isinstance(activation, nn.Module)
+        else activate(y, activation, LEAKY_SLOPE if slope is None else slope)
+    )
 
 
 class _Rewriter:
@@ -193,32 +223,39 @@ class _Rewriter:
         chains = Chains(self.effects, self.modules)
         found = []
         groups = []
+        fused: set[fx.Node] = set()
         for node in list(self.graph.nodes):
-            if chains.starts(node):
-                chain = chains.find(node)
+            chain = chains.find(node) if node not in fused else None
+            if chain is not None:
                 found.append(chain.said)
-                if chain.norm is not None:
+                if chain.is_fused and not self._fuses_itself(chain):
+                    fused.update(chain.nodes)
                     groups.append(self._replace(chain))
         return groups, [sentence for sentence in found if sentence]
 
+    def _fuses_itself(self, chain: Chain) -> bool:
+        """Whether a chain is a call of a single module of ours, whose own forward is one step already."""
+        return len(chain.nodes) == 1 and is_ours(self.modules[str(chain.nodes[0].target)])
+
     def _replace(self, chain: Chain) -> Group:
         first, last = chain.nodes[0], chain.nodes[-1]
-        conv, norm, activation = str(first.target), str(chain.norm.target), chain.activation  # pyright: ignore[reportOptionalMemberAccess]
+        conv, norm = ("" if node is None else str(node.target) for node in (chain.conv, chain.norm))
+        activation = chain.activation
         name, slope = activation if isinstance(activation, tuple) else (None, None)
         self.crossed |= dict.fromkeys(self.effects.rests_on(chain.nodes))
         self.moved = self.moved or bool(self.effects.passed(chain.nodes))
         with self.graph.inserting_before(last):
             act = self.graph.get_attr(activation) if isinstance(activation, str) else name
-            modules = self.graph.get_attr(conv), self.graph.get_attr(norm)
+            modules = [self.graph.get_attr(path) if path else None for path in (conv, norm)]
             source = (*first.args, *first.kwargs.values())[0]
             fused = self.graph.call_function(call, (*modules, source, chain.residual, chain.in_place, act, slope))
-        fused.meta["named"] = f"self.{conv} with self.{norm}"
+        fused.meta["named"] = " with ".join(f"self.{path}" for path in (conv, norm) if path)
         last.replace_all_uses_with(fused)
         self.effects.replace(chain.nodes, fused)
         for node in reversed(chain.nodes):
             self.graph.erase_node(node)
         members = [str(node.target) for node in chain.nodes if node.op == "call_module"]
-        if normalizes_and_activates(self.modules[norm]):
+        if norm and normalizes_and_activates(self.modules[norm]):
             members += [f"{norm}.drop", f"{norm}.act"]
         path = activation if isinstance(activation, str) else name or ""
         return Group(conv, norm, chain.residual is not None, path, tuple(dict.fromkeys(members)))

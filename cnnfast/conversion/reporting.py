@@ -22,6 +22,7 @@ from .leaves import is_norm, is_ours, replacement, stored_weight, why_left
 from .observing import Observation, look
 from .planning import Group, only_holds
 from .rows import FUSED, LEFT, REPLACED, ConversionReport, ConvolutionRow
+from .showing import described
 
 if TYPE_CHECKING:
     from cnnfast_kernels.devices import Gpu
@@ -76,11 +77,11 @@ class _Members:
         self.planned: dict[str, tuple[str, str, str]] = {}
         for container, groups in plans.items():
             for group, reason in groups:
-                described = _described(modules[container], group)
+                text = described(modules[container], group)
                 for name in (_joined(container, member) for member in group.members):
                     # Two containers, one inside the other, may both plan it: the one that does fuse counts.
                     if name not in self.planned or self.planned[name][2]:
-                        self.planned[name] = container, described, reason
+                        self.planned[name] = container, text, reason
 
     def told(self, name: str) -> tuple[str, str] | None:
         """(status, reason) of a module; None if it is of no kind that cnnfast covers or could cover."""
@@ -131,7 +132,7 @@ def _container(name: str, block: nn.Module, groups: list[tuple[Group, str]], mem
     """(status, reason) of a container whose own children could be fused, and are not, or not all; of any other two
     empty strings.
     """
-    convolutions = [_joined(name, group.conv) for group, _ in groups] or [
+    convolutions = [_joined(name, group.first) for group, _ in groups] or [
         _joined(name, child) for child, module in block._modules.items() if isinstance(module, nn.Conv2d)
     ]
     idle = groups[0][1] if groups else ""
@@ -143,17 +144,6 @@ def _container(name: str, block: nn.Module, groups: list[tuple[Group, str]], mem
 
 def _joined(container: str, path: str) -> str:
     return f"{container}.{path}" if container else path
-
-
-def _described(block: nn.Module, group: Group) -> str:
-    """What a group computes, by the names of its modules, or by their classes where the children are numbered."""
-
-    def named(path: str) -> str:
-        last = path.rpartition(".")[2]
-        return base_of(type(block.get_submodule(path))).__name__ if last.isdecimal() else last
-
-    parts = [named(group.conv), named(group.norm), "residual" * group.residual, named(group.activation)]
-    return " + ".join(filter(None, parts))
 
 
 def _why_plain(module: nn.Module) -> str:

@@ -40,8 +40,8 @@ FUNCTIONS: set[Any] = {
         ),
         (
             F,
-            "relu relu6 leaky_relu silu gelu hardswish hardsigmoid sigmoid elu softmax pad interpolate pixel_shuffle"
-            " linear normalize max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d",
+            "relu relu6 leaky_relu silu gelu hardswish hardsigmoid mish sigmoid elu softmax pad interpolate"
+            " pixel_shuffle linear normalize max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d",
         ),
     )
     for name in names.split()
@@ -172,6 +172,8 @@ def trace(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str] = 
         raise Refused("its forward depends on training mode, or on whether gradients are recorded")
     for node in traced.graph.nodes:
         name = getattr(node.target, "__name__", node.target)
+        if node.op == "call_module" and _has_own_call(block.get_submodule(str(name))):
+            raise Refused(f"its member {name} has a __call__ of its own")
         if node.op == "get_attr":
             raise Refused(f"its forward reads {name} itself")
         if node.op == "call_function" and node.target not in FUNCTIONS:
@@ -179,6 +181,14 @@ def trace(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str] = 
         if node.op == "call_method" and node.target not in METHODS:
             raise Refused(f"its forward calls the method {name}, which is not among those known to be safe")
     return traced
+
+
+def _has_own_call(module: nn.Module) -> bool:
+    """Whether a module's class does more in a call than PyTorch's do. That would be recorded beside the call, and done
+    twice.
+    """
+    definer = next(cls for cls in type(module).__mro__ if "__call__" in vars(cls))
+    return not definer.__module__.startswith("torch.")
 
 
 def _alive(references: Sequence[weakref.ref[Any]]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numbers import Real
 from operator import index
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,17 @@ OTHER_ALGORITHMS: dict[str, Algorithm] = {
 }
 
 Size = int | tuple[int, ...] | list[int]
+
+
+class Sides(NamedTuple):
+    """Zeros on each side of an image. cnnfast.nn gives it to conv2d, conv_act and conv_bn_act in the place of a padding
+    where an axis has another number of them at its end than at its start, which PyTorch's own convolutions do not take.
+    """
+
+    top: int
+    bottom: int
+    left: int
+    right: int
 
 
 def _index(value: Any) -> Any:
@@ -110,14 +121,18 @@ def batched(input: Tensor, n: int = 2) -> tuple[Tensor, bool]:
     return (input.unsqueeze(0), True) if input.dim() == n + 1 else (input, False)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether torch.autocast is in force where x lies."""
+    return (x.is_cuda or x.is_cpu) and torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Casts as PyTorch's convolutions do under torch.autocast: floating tensors but float64, to the dtype in force,
     where kernels are.
     """
-    device = "cuda" if x.is_cuda else "cpu"
-    if not torch.is_autocast_enabled(device) or not (x.is_cuda or x.is_cpu):
+    if not autocasts(x):
         return x, *others
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype("cuda" if x.is_cuda else "cpu")
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
     )

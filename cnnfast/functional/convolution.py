@@ -13,7 +13,7 @@ from cnnfast_kernels.problem import output_extent
 
 from ..dispatch import why_torch
 from ..recording import record_torch
-from .arguments import Algorithm, Size, as_int, autocast, axis_sizes, batched, check_algorithm
+from .arguments import Algorithm, Sides, Size, as_int, autocast, axis_sizes, batched, check_algorithm
 from .entrance import operation
 from .operators import ops
 
@@ -40,6 +40,7 @@ def conv2d(
     check_algorithm("conv2d", algorithm)
     if reason := why_torch(input, weight, bias, algorithm=algorithm):
         record_torch("conv2d", reason, input, weight)
+        input, padding = padded_for_torch(input, padding)
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     x, w, b = autocast(input, weight, bias)
     x, unbatched = batched(x)
@@ -73,12 +74,17 @@ def conv1d(
     x, w, b = autocast(input, weight, bias)
     x, unbatched = batched(x, 1)
     step, pads, dil, groups = conv_geometry("conv1d", x, w, b, stride, padding, dilation, groups, 1)
+    rows, filters = as_rows(x), w.unsqueeze(2)
+    y = ops.conv_fprop(rows, filters, b, (1, *step), (0, 0, *pads), (1, *dil), groups, algorithm).squeeze(2)
+    return y.squeeze(0) if unbatched else y
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[N, C, L] as images [N, C, 1, L]."""
     # PyTorch makes input contiguous: where the channels of ours are adjacent, a row's stride of 1 hides that from the
     # output's format. Of one channel it would not.
     x = x.contiguous() if x.shape[1] == 1 else x
-    rows = x.unsqueeze(2) if x.is_contiguous() else x.unsqueeze(3).transpose(2, 3)
-    y = ops.conv_fprop(rows, w.unsqueeze(2), b, (1, *step), (0, 0, *pads), (1, *dil), groups, algorithm).squeeze(2)
-    return y.squeeze(0) if unbatched else y
+    return x.unsqueeze(2) if x.is_contiguous() else x.unsqueeze(3).transpose(2, 3)
 
 
 @operation
@@ -181,10 +187,21 @@ def conv_geometry(
     return step, pads, dil, groups
 
 
+def padded_for_torch(input: Tensor, padding: Size | str) -> tuple[Tensor, Size | str]:
+    """(input, padding) for PyTorch's convolution, which has one padding for both ends of an axis: where there are
+    `Sides`, the input is padded.
+    """
+    if not isinstance(padding, Sides):
+        return input, padding
+    return F.pad(input, (padding.left, padding.right, padding.top, padding.bottom)), 0
+
+
 def _conv_padding(
     function: str, padding: Size | str, stride: tuple[int, ...], dilation: tuple[int, ...], taps: Sequence[int]
 ) -> tuple[int, ...]:
     """(before, after) of each axis, one after the other."""
+    if isinstance(padding, Sides):
+        return tuple(padding)
     if not isinstance(padding, str):
         pads = axis_sizes(function, "padding", padding, 0, len(taps))
         return (pads[0], pads[0], pads[-1], pads[-1])[: 2 * len(pads)]

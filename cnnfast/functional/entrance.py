@@ -47,7 +47,8 @@ def _refuse_non_tensors(
     given = signature.bind(*args, **kwargs).arguments
     for name, value in given.items():
         kinds = signature.parameters[name].annotation.split(" | ")
-        if "Tensor" in kinds and not isinstance(value, torch.Tensor) and not (value is None and "None" in kinds):
+        takes_others = "float" in kinds or (value is None and "None" in kinds)
+        if "Tensor" in kinds and not isinstance(value, torch.Tensor) and not takes_others:
             error = TypeError if "None" in kinds else refusal(given)
             raise error(f"{function.__name__}(): {name} must be a Tensor, not {type(value).__name__}") from None
 

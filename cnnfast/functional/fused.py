@@ -1,4 +1,4 @@
-"""conv_bn_act: convolution, batch norm, residual and activation as one call."""
+"""Convolution, batch norm, residual and activation as one call, and what lacks the norm or the convolution."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import LEAKY_SLOPE, activate, check_activation
+from ..activations import activate, check_activation, check_slopes, slopes_of
 from ..dispatch import why_torch
 from ..recording import record_torch
-from .arguments import Size, autocast, check_algorithm
-from .convolution import conv2d, conv_geometry, conv_output_size
+from .arguments import Size, autocast, autocasts, batched, check_algorithm
+from .convolution import conv_geometry, conv_output_size, padded_for_torch
 from .entrance import operation
-from .normalization import batch_norm, check_norm, values_per_channel
+from .normalization import check_norm, normalized, values_per_channel
 from .operators import ops
 
 
@@ -30,7 +30,7 @@ def conv_bn_act(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = "relu",
-    activation_arg: float | None = None,
+    activation_arg: float | Tensor | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -47,53 +47,48 @@ def conv_bn_act(
 
     Shapes and dtypes as conv2d; running_mean, running_var, bn_weight, bn_bias [K], of input's dtype or float32;
     residual of the output's size and dtype. activation: None, "relu", "leaky_relu" (activation_arg: slope, 0.01),
-    "relu6", "gelu", "gelu_tanh", "silu", "hardswish", "mish", "hardsigmoid". Raises as conv2d and batch_norm,
-    ValueError for an unknown activation or a residual of another size or dtype.
+    "relu6", "gelu", "gelu_tanh", "silu", "hardswish", "mish", "hardsigmoid", "prelu" (activation_arg: a tensor of the
+    output's dtype, [1] or [K]; where a gradient is wanted PyTorch's prelu follows the kernels). Raises as conv2d and
+    batch_norm, ValueError for an unknown activation or a residual or slopes of another size or dtype, TypeError for an
+    activation_arg of another type.
 
     The backward pass of gelu, gelu_tanh, silu, hardswish, mish and hardsigmoid needs what these were applied to. It
     computes that again from residual and bn_bias, and keeps them: to change these in place before backward is an error.
     """
     check_algorithm("conv_bn_act", algorithm)
     check_activation("conv_bn_act", activation, activation_arg)
-    slope = LEAKY_SLOPE if activation_arg is None else float(activation_arg)
+    slope, slopes = slopes_of(activation, activation_arg)
     if input.dim() != 4:
         raise RuntimeError(f"conv_bn_act(): input must be of size [N, C, H, W], but got {list(input.shape)}")
     reason = why_torch(
-        input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias, algorithm=algorithm
+        input, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias, slopes, algorithm=algorithm
     )
-    x, w, b, residual = autocast(input, weight, bias, residual)
+    x, w, b, residual, slopes = autocast(input, weight, bias, residual, slopes)
     if reason:
         record_torch("conv_bn_act", reason, input, weight)
+        x, padding = padded_for_torch(x, padding)
         y = F.conv2d(x, w, b, stride, padding, dilation, groups)
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
-        if residual is not None:
-            _check_residual(residual, y.shape, y.dtype)
-            y = y + residual
-        return activate(y, activation, slope)
+        return _by_pytorch("conv_bn_act", y, residual, activation, slope, slopes)
     geometry = conv_geometry("conv_bn_act", x, w, b, stride, padding, dilation, groups)
     gamma, beta, momentum, eps = check_norm(
         "conv_bn_act", w.shape[0], x.dtype, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps
     )
     size = conv_output_size(x, w, geometry) if training or residual is not None else ()
-    if residual is not None:
-        _check_residual(residual, size, x.dtype)
-    if not training:
-        return ops.conv_bn_act(
-            x, w, b, running_mean, running_var, gamma, beta, residual, eps, activation, slope, *geometry, algorithm
-        )
-    count = values_per_channel("conv_bn_act", size)
-    y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
-    if running_mean is not None and count > 0:  # an empty batch leaves them as they are
-        ops.update_running(running_mean, running_var, mean, var, momentum, count)
-    return ops.normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, True)
-
-
-def _check_residual(residual: Tensor, size: Sequence[int], dtype: torch.dtype) -> None:
-    if residual.shape != size or residual.dtype != dtype:
-        raise ValueError(
-            f"conv_bn_act(): residual must be the output's size {list(size)} and dtype {dtype},"
-            f" but got {list(residual.shape)} {residual.dtype}"
-        )
+    _check_epilogue("conv_bn_act", residual, slopes, size, w.shape[0], x.dtype)
+    apart = slopes if wants_gradient(x, w, b, gamma, beta, residual, slopes) else None
+    if apart is not None:
+        activation, slopes = None, None
+    if training:
+        count = values_per_channel("conv_bn_act", size)
+        y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
+        if running_mean is not None and count > 0:  # an empty batch leaves them as they are
+            ops.update_running(running_mean, running_var, mean, var, momentum, count)
+        z = ops.normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, True)
+    else:
+        norm = running_mean, running_var, gamma, beta
+        z = ops.conv_bn_act(x, w, b, *norm, residual, eps, activation, slope, slopes, *geometry, algorithm)
+    return z if apart is None else F.prelu(z, apart)
 
 
 @operation
@@ -111,10 +106,46 @@ def conv_act(
     activation_arg: float | Tensor | None = None,
     algorithm: str = "auto",
 ) -> Tensor:
-    """act(conv2d(input, weight, bias) + residual)."""
-    y = conv2d(input, weight, bias, stride, padding, dilation, groups, algorithm=algorithm)
-    y = y if residual is None else y + residual
-    return activate(y, activation, LEAKY_SLOPE if activation_arg is None else activation_arg)
+    """act(conv2d(input, weight, bias) + residual).
+
+    One kernel; where the library's convolution serves, that and one pass for bias, residual and activation, or, for
+    relu on a GPU, cuDNN's fused kernel. With gradients too, but for the activations whose derivative is not told by
+    their result, gelu, gelu_tanh, silu, hardswish, mish and hardsigmoid: then the convolution and one pass. Their
+    backward pass computes again what they were applied to, from residual and bias, and keeps them: to change these in
+    place before backward is an error.
+
+    Shapes and dtypes as conv2d; residual of the output's size and dtype; activation, activation_arg as conv_bn_act.
+    Raises as conv2d, ValueError for an unknown activation or a residual or slopes of another size or dtype, TypeError
+    for an activation_arg of another type.
+    """
+    check_algorithm("conv_act", algorithm)
+    check_activation("conv_act", activation, activation_arg)
+    slope, slopes = slopes_of(activation, activation_arg)
+    reason = why_torch(input, weight, bias, residual, slopes, algorithm=algorithm)
+    x, w, b, residual, slopes = autocast(input, weight, bias, residual, slopes)
+    x, unbatched = batched(x)
+    if unbatched and residual is not None:
+        residual = residual.unsqueeze(0)
+    if reason:
+        record_torch("conv_act", reason, input, weight)
+        x, padding = padded_for_torch(x, padding)
+        y = F.conv2d(x, w, b, stride, padding, dilation, groups)
+        z = _by_pytorch("conv_act", y, residual, activation, slope, slopes)
+        return z.squeeze(0) if unbatched else z
+    geometry = conv_geometry("conv_act", x, w, b, stride, padding, dilation, groups)
+    channels = 0 if x.shape[1] == 0 else w.shape[0]  # as PyTorch has it, without channels in there are none out
+    size = () if residual is None else (x.shape[0], channels, *conv_output_size(x, w, geometry)[2:])
+    _check_epilogue("conv_act", residual, slopes, size, channels, x.dtype)
+    apart = slopes if wants_gradient(x, w, b, residual, slopes) else None
+    if apart is not None:
+        activation, slopes = None, None
+    if channels == 0 or (activation is None and residual is None):
+        z = ops.conv_fprop(x, w, b, *geometry, algorithm)
+        z = z if channels else activate(z if residual is None else z + residual, activation, slope)
+    else:
+        z = ops.conv_act(x, w, b, residual, activation, slope, slopes, *geometry, algorithm)
+    z = z if apart is None else F.prelu(z, apart)
+    return z.squeeze(0) if unbatched else z
 
 
 @operation
@@ -132,7 +163,59 @@ def bn_act(
     activation: str | None = "relu",
     activation_arg: float | Tensor | None = None,
 ) -> Tensor:
-    """act(batch_norm(input) + residual)."""
-    y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    y = y if residual is None else y + residual
-    return activate(y, activation, LEAKY_SLOPE if activation_arg is None else activation_arg)
+    """act(batch_norm(input) + residual).
+
+    One pass over memory, in training after one that takes the statistics. Its backward pass is one of
+    normalize_backward's: two passes, or with frozen statistics one.
+
+    Shapes, dtypes and running statistics as batch_norm; residual of input's size and dtype; activation, activation_arg
+    as conv_bn_act. Raises as batch_norm, ValueError for an unknown activation or a residual or slopes of another size
+    or dtype, TypeError for an activation_arg of another type.
+    """
+    check_activation("bn_act", activation, activation_arg)
+    slope, slopes = slopes_of(activation, activation_arg)
+    if reason := why_torch(input, running_mean, running_var, weight, bias, residual, slopes):
+        record_torch("bn_act", reason, input)
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _by_pytorch("bn_act", y, residual, activation, slope, slopes)
+    norm = running_mean, running_var, weight, bias, training, momentum, eps
+    if input.dim() > 1:
+        _check_epilogue("bn_act", residual, slopes, input.shape, input.shape[1], input.dtype)
+    # PyTorch's prelu casts to the dtype of autocast, and nothing else here does
+    apart = slopes if autocasts(input) or wants_gradient(input, weight, bias, residual, slopes) else None
+    if apart is not None:
+        return F.prelu(normalized("bn_act", input, *norm, residual, None, slope, None), apart)
+    return normalized("bn_act", input, *norm, residual, activation, slope, slopes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What all of them do
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check_epilogue(
+    function: str,
+    residual: Tensor | None,
+    slopes: Tensor | None,
+    size: Sequence[int],
+    channels: int,
+    dtype: torch.dtype,
+) -> None:
+    if residual is not None and (residual.shape != size or residual.dtype != dtype):
+        raise ValueError(
+            f"{function}(): residual must be the output's size {list(size)} and dtype {dtype},"
+            f" but got {list(residual.shape)} {residual.dtype}"
+        )
+    if slopes is not None:
+        check_slopes(function, slopes, channels, dtype)
+
+
+def _by_pytorch(
+    function: str, y: Tensor, residual: Tensor | None, activation: str | None, slope: float, slopes: Tensor | None
+) -> Tensor:
+    """act(y + residual), of operands that are checked as elsewhere."""
+    _check_epilogue(function, residual, slopes, y.shape, y.shape[1] if y.dim() > 1 else 1, y.dtype)
+    return activate(y if residual is None else y + residual, activation, slope if slopes is None else slopes)

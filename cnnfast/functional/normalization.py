@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import activate
 from ..dispatch import why_torch
 from ..recording import record_torch
 from .arguments import as_float, check_flag
@@ -38,28 +39,54 @@ def batch_norm(
     if reason := why_torch(input, running_mean, running_var, weight, bias):
         record_torch("batch_norm", reason, input)
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return normalized(
+        "batch_norm", input, running_mean, running_var, weight, bias, training, momentum, eps, None, None, 0.0, None
+    )
+
+
+def normalized(
+    function: str,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+    slope: float,
+    slopes: Tensor | None,
+) -> Tensor:
+    """act(batch_norm(input) + residual) by our operators, for `function`, which has checked what follows the norm.
+
+    slope: leaky_relu's; slopes: prelu's.
+    """
     if input.dim() == 0:
-        raise (IndexError if training else RuntimeError)("batch_norm(): input must be of size [N, C, ...], but got []")
-    count = values_per_channel("batch_norm", input.shape) if training else 0
+        raise (IndexError if training else RuntimeError)(f"{function}(): input must be of size [N, C, ...], but got []")
+    count = values_per_channel(function, input.shape) if training else 0
     # as PyTorch has it: nothing is normalised, nothing updated, and of the channels the first one counts
     if input.numel() == 0:
-        _check_numbers("batch_norm", training, momentum, eps)
+        _check_numbers(function, training, momentum, eps)
         y = input.clone() if weight is None else input * weight[0]
-        return y if bias is None else y + bias[0]
+        y = y if bias is None else y + bias[0]
+        return activate(y if residual is None else y + residual, activation, slope if slopes is None else slopes)
     if input.dim() == 1:
         no_index = training and running_mean is weight is bias is None
         raise (IndexError if no_index else RuntimeError)(
-            f"batch_norm(): input must be of size [N, C, ...], but got {list(input.shape)}"
+            f"{function}(): input must be of size [N, C, ...], but got {list(input.shape)}"
         )
     gamma, beta, momentum, eps = check_norm(
-        "batch_norm", input.shape[1], input.dtype, running_mean, running_var, weight, bias, training, momentum, eps
+        function, input.shape[1], input.dtype, running_mean, running_var, weight, bias, training, momentum, eps
     )
+    end = residual, eps, activation, slope, slopes
     if not training:
-        return ops.normalize(input, running_mean, running_var, gamma, beta, None, eps, None, 0.0, False)
+        return ops.normalize(input, running_mean, running_var, gamma, beta, *end, False)
     mean, var = ops.batch_moments(input.detach())
     if running_mean is not None:
         ops.update_running(running_mean, running_var, mean, var, momentum, count)
-    return ops.normalize(input, mean, var, gamma, beta, None, eps, None, 0.0, True)
+    return ops.normalize(input, mean, var, gamma, beta, *end, True)
 
 
 def check_norm(
@@ -130,7 +157,7 @@ def _check_vectors(
         if t.dtype not in (dtype, torch.float32) or (dtype == torch.float64 and t.dtype != dtype):
             narrower = "" if dtype in (torch.float32, torch.float64) else " or float32"
             raise RuntimeError(f"{function}(): {name} must have input's dtype {dtype}{narrower}, but got {t.dtype}")
-        if t.dtype != first and function == "batch_norm":  # conv_bn_act takes any mixture
+        if t.dtype != first and function != "conv_bn_act":  # which takes any mixture
             raise RuntimeError(
                 f"{function}(): {', '.join(given)} must have one dtype, but got {name} of {t.dtype} beside {first}"
             )

@@ -2,15 +2,17 @@
 are fused.
 
 `layers` are subclasses of torch.nn's classes of the same name. `fused` computes convolution, batch norm, residual and
-activation of existing modules in one step; `blocks` are built on it.
+activation of existing modules in one step, or those of them that there are; `blocks` are built on it.
 """
 
 from .blocks import BasicBlock, Bottleneck, ConvBNAct
-from .fused import conv_bn_act, fusable
+from .fused import bn_act, conv_act, conv_bn_act, fusable
 from .layers import (
     AdaptiveAvgPool2d,
     AvgPool2d,
+    BatchNorm1d,
     BatchNorm2d,
+    BatchNorm3d,
     Conv1d,
     Conv2d,
     ConvTranspose2d,
@@ -22,7 +24,9 @@ __all__ = [
     "AdaptiveAvgPool2d",
     "AvgPool2d",
     "BasicBlock",
+    "BatchNorm1d",
     "BatchNorm2d",
+    "BatchNorm3d",
     "Bottleneck",
     "Conv1d",
     "Conv2d",
@@ -30,6 +34,8 @@ __all__ = [
     "ConvTranspose2d",
     "GlobalAvgPool2d",
     "MaxPool2d",
+    "bn_act",
+    "conv_act",
     "conv_bn_act",
     "fusable",
 ]

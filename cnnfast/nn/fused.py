@@ -1,5 +1,5 @@
-"""act(bn(conv(x)) + residual) of existing modules, in one step, of which the blocks and the forwards that conversion
-writes are made.
+"""act(bn(conv(x)) + residual) of existing modules, in one step, and the same without the convolution or without the
+norm. Of these the blocks and the forwards that conversion writes are made.
 """
 
 from __future__ import annotations
@@ -9,31 +9,28 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from cnnfast_kernels.problem import output_extent
-
 from .. import functional
-from ..activations import LEAKY_SLOPE, activate
 from ..dispatch import why_torch
-from ..functional.arguments import autocast
 from ..functional.entrance import capture, captured
 from .layers import BatchNorm2d, Conv2d, running_statistics
+from .operands import operands
+from .rest import Rest, Slope, split
 
 # The dictionaries of a module whose hooks take part in its calls.
 HOOKS_OF_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-# Called with every fused step that a pair of modules takes: see `observed`.
-Observer = Callable[[torch.nn.Module, torch.nn.Module, bool, str | None], None]
+# Called with every fused step that modules take: see `observed`.
+Observer = Callable[[tuple[torch.nn.Module, ...], bool, str | None], None]
 _observers: list[Observer] = []
 
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """In this context every conv_bn_act calls `observer(conv, bn, whether there is a residual, activation)`, and steps
-    are fused even if PyTorch serves them.
+    """In this context every conv_bn_act, conv_act and bn_act calls `observer(modules, whether there is a residual,
+    activation)`, of the convolution and the norm that it has, and steps are fused even if PyTorch serves them.
     """
     _observers.append(observer)
     try:
@@ -44,17 +41,32 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def fusable(x: Any, *modules: torch.nn.Module) -> bool:
-    """Whether conv_bn_act on `x` may take the place of calls of `modules`: kernels serve it, and no hook or replaced
-    forward needs a member's call.
+    """Whether conv_bn_act on `x` [N, C, H, W] may take the place of calls of `modules`: kernels serve it, and no hook
+    or replaced forward needs a member's call.
     """
-    return served(x) and not why_watched(*modules)
+    return served(x) and x.dim() == 4 and not why_watched(*modules)
 
 
 def served(x: Any) -> bool:
-    """Whether kernels serve `x`, a 4-D tensor. Also true while calls are captured, so that fused calls are seen even if
-    PyTorch serves them.
+    """Whether kernels serve a tensor. Also true while calls are captured, so that fused calls are seen even if PyTorch
+    serves them.
     """
-    return isinstance(x, Tensor) and x.dim() == 4 and (not why_torch(x) or captured())
+    return isinstance(x, Tensor) and (not why_torch(x) or captured())
+
+
+def takes(module: torch.nn.Module, x: Any) -> bool:
+    """Whether conv_bn_act and conv_act, if `module` is a convolution, or bn_act, if it is a norm, compute what calling
+    `module` on `x` would: an unbatched image goes to the convolution itself, and so do inputs that PyTorch refuses.
+    """
+    return isinstance(x, Tensor) and x.dim() in _dimensions(module)
+
+
+def _dimensions(module: torch.nn.Module) -> tuple[int, ...]:
+    if isinstance(module, torch.nn.BatchNorm1d):
+        return (2, 3)
+    if isinstance(module, torch.nn.SyncBatchNorm):
+        return (2, 3, 4, 5)
+    return (3,) if isinstance(module, torch.nn.Conv1d) else (5,) if isinstance(module, torch.nn.BatchNorm3d) else (4,)
 
 
 def why_watched(*modules: torch.nn.Module, members: Sequence[tuple[Sequence[str], type]] = ()) -> str:
@@ -103,57 +115,107 @@ def forward_replaced(module: torch.nn.Module) -> bool:
 
 
 def conv_bn_act(
-    conv: torch.nn.Conv2d,
+    conv: torch.nn.Conv2d | torch.nn.Conv1d,
     bn: torch.nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
     activation: str | None = None,
-    activation_arg: float | None = None,
+    activation_arg: Slope = None,
 ) -> Tensor:
     """act(bn(conv(x)) + residual) by the two modules' own parameters and state, without calling them: ask `fusable`
     first.
 
-    conv: any torch.nn.Conv2d. bn: BatchNorm2d, whose rules about buffers, num_batches_tracked and momentum hold;
-    SyncBatchNorm in eval; or a frozen norm, which has running_mean, running_var, weight, bias and eps, but no
-    track_running_stats. Results have the dtype that the modules called one after the other would give, under autocast
-    too: a residual of another dtype, or one that has to be broadcast, is added by PyTorch after the fused convolution
-    and norm. activation, activation_arg: as in functional.conv_bn_act.
+    conv: any torch.nn.Conv2d and x [N, C, H, W], or any Conv1d and x [N, C, L]. bn: BatchNorm2d, or BatchNorm1d after a
+    Conv1d, whose rules about buffers, num_batches_tracked and momentum hold; SyncBatchNorm in eval; or a frozen norm,
+    which has running_mean, running_var, weight, bias and eps, but no track_running_stats. Results have the dtype that
+    the modules called one after the other would give, under autocast too: a residual of another dtype, or one that has
+    to be broadcast, is added by PyTorch after the fused convolution and norm. activation, activation_arg: as in
+    functional.conv_bn_act; prelu, whose activation_arg is its parameter, is PyTorch's where gradients are recorded.
     """
-    if x.shape[1] != conv.in_channels:  # the convolution's own error, before the norm has counted a batch
-        conv(x)
-    (x,) = autocast(x)
-    padding: Any = conv.padding
-    if conv.padding_mode != "zeros":
-        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
-    if _promotes(bn, x.dtype):
-        y = functional.conv2d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
-        return _activate(_add(_frozen_norm(bn, y), residual), activation, activation_arg)
-    fits = residual is None or (
-        isinstance(residual, Tensor) and residual.dtype == x.dtype and residual.shape == _output_size(conv, x, padding)
-    )
-    for observer in _observers:
-        observer(conv, bn, residual is not None, activation)
+    images, rest = operands(conv, x), Rest(residual, activation, activation_arg)
+    if _promotes(bn, images.x.dtype):
+        y = functional.conv2d(*images.of_convolution)
+        return rest(_frozen_norm(bn, images.result(y)))
+    now, later = split(rest, images.output_size, images.x, (conv, bn), images.rows)
+    _tell((conv, bn), rest, later)
     mean, var, training, momentum = running_statistics(bn)
     y = functional.conv_bn_act(
-        x,
-        conv.weight,
+        images.x,
+        images.weight,
         mean,
         var,
         bn.weight,  # pyright: ignore[reportArgumentType]
         bn.bias,  # pyright: ignore[reportArgumentType]
-        bias=conv.bias,
-        residual=residual if fits else None,
-        activation=activation if fits else None,
-        activation_arg=activation_arg if fits else None,
+        bias=images.bias,
+        residual=now.residual,
+        activation=now.activation,
+        activation_arg=now.activation_arg,
         training=training,
         momentum=momentum,
         eps=bn.eps,  # pyright: ignore[reportArgumentType]
-        stride=conv.stride,  # pyright: ignore[reportArgumentType]
-        padding=padding,
-        dilation=conv.dilation,  # pyright: ignore[reportArgumentType]
-        groups=conv.groups,
+        stride=images.stride,
+        padding=images.padding,
+        dilation=images.dilation,
+        groups=images.groups,
     )
-    return y if fits else _activate(_add(y, residual), activation, activation_arg)
+    return later(images.result(y))
+
+
+def conv_act(
+    conv: torch.nn.Conv2d | torch.nn.Conv1d,
+    x: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    activation_arg: Slope = None,
+) -> Tensor:
+    """act(conv(x) + residual) by the module's own parameters, without calling it. Everything is as conv_bn_act has
+    it.
+    """
+    images, rest = operands(conv, x), Rest(residual, activation, activation_arg)
+    now, later = split(rest, images.output_size, images.x, (conv,), images.rows)
+    _tell((conv,), rest, later)
+    y = functional.conv_act(
+        *images.of_convolution,
+        residual=now.residual,
+        activation=now.activation,
+        activation_arg=now.activation_arg,
+    )
+    return later(images.result(y))
+
+
+def bn_act(
+    bn: torch.nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    activation_arg: Slope = None,
+) -> Tensor:
+    """act(bn(x) + residual) by the norm's own parameters and state, without calling it.
+
+    bn: a norm as conv_bn_act takes, or BatchNorm1d of [N, C] or [N, C, L], or BatchNorm3d of [N, C, D, H, W]. The
+    result has x's dtype, under autocast too, unless the residual makes a larger one of it. Everything else is as
+    conv_bn_act has it.
+    """
+    rest = Rest(residual, activation, activation_arg)
+    if _promotes(bn, x.dtype):
+        return rest(_frozen_norm(bn, x))
+    now, later = split(rest, x.shape, x, (bn,))
+    _tell((bn,), rest, later)
+    mean, var, training, momentum = running_statistics(bn)
+    y = functional.bn_act(
+        x,
+        mean,
+        var,
+        bn.weight,  # pyright: ignore[reportArgumentType]
+        bn.bias,  # pyright: ignore[reportArgumentType]
+        training,
+        momentum,
+        bn.eps,  # pyright: ignore[reportArgumentType]
+        residual=now.residual,
+        activation=now.activation,
+        activation_arg=now.activation_arg,
+    )
+    return later(y)
 
 
 def is_conv2d(module: torch.nn.Module) -> bool:
@@ -176,15 +238,10 @@ def is_batch_norm(module: torch.nn.Module) -> bool:
     return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc"
 
 
-def _output_size(conv: torch.nn.Conv2d, x: Tensor, padding: Any) -> tuple[int, ...]:
-    if padding == "same":
-        return x.shape[0], conv.out_channels, *x.shape[2:]
-    pads = (0, 0) if padding == "valid" else (padding, padding) if isinstance(padding, int) else padding
-    P, Q = (
-        output_extent(x.shape[2 + i], conv.kernel_size[i], conv.stride[i], pads[i], pads[i], conv.dilation[i])
-        for i in (0, 1)
-    )
-    return x.shape[0], conv.out_channels, P, Q
+def _tell(modules: tuple[torch.nn.Module, ...], rest: Rest, later: Rest) -> None:
+    """Tells the observers of a step. A residual that PyTorch adds after it is its residual all the same."""
+    for observer in _observers:
+        observer(modules, rest.residual is not None, None if later.activation == "prelu" else rest.activation)
 
 
 def _promotes(bn: Any, dtype: torch.dtype) -> bool:
@@ -200,11 +257,3 @@ def _frozen_norm(bn: Any, y: Tensor) -> Tensor:
     scale = scale if bn.weight is None else bn.weight * scale
     shift = -bn.running_mean * scale if bn.bias is None else bn.bias - bn.running_mean * scale
     return y * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
-
-
-def _add(y: Tensor, residual: Tensor | None) -> Tensor:
-    return y if residual is None else y + residual
-
-
-def _activate(u: Tensor, activation: str | None, activation_arg: float | None) -> Tensor:
-    return activate(u, activation, LEAKY_SLOPE if activation_arg is None else activation_arg)

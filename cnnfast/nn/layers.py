@@ -15,12 +15,13 @@ from torch import Tensor
 
 from .. import functional
 from ..dispatch import why_torch
+from ..functional.arguments import Sides
 from ..recording import record_torch
 from .scripting import RevertToScript, TraceToScript
 from .symbolic import call_or_record
 
 
-def _torch_serves(operation: str, input: Any, weight: Tensor | None = None) -> bool:
+def torch_serves(operation: str, input: Any, weight: Tensor | None = None) -> bool:
     """Whether PyTorch serves a call on `input`, which is then recorded. functional asks about the other tensors."""
     reason = why_torch(input) if isinstance(input, Tensor) else "input is not a Tensor"
     if not reason:
@@ -37,7 +38,7 @@ class Conv2d(torch.nn.Conv2d, RevertToScript):
     _call_impl = call_or_record
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _torch_serves("conv2d", input, weight):
+        if torch_serves("conv2d", input, weight):
             return super()._conv_forward(input, weight, bias)
         if self.padding_mode == "zeros":
             return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
@@ -51,7 +52,7 @@ class Conv1d(torch.nn.Conv1d, RevertToScript):
     _call_impl = call_or_record
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _torch_serves("conv1d", input, weight):
+        if torch_serves("conv1d", input, weight):
             return super()._conv_forward(input, weight, bias)
         if self.padding_mode == "zeros":
             return functional.conv1d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
@@ -68,7 +69,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d, RevertToScript):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         # _parameters: a parametrized weight is computed at every access of self.weight
-        if self.padding_mode != "zeros" or _torch_serves("conv_transpose2d", input, self._parameters.get("weight")):
+        if self.padding_mode != "zeros" or torch_serves("conv_transpose2d", input, self._parameters.get("weight")):
             return super().forward(input, output_size)
         assert not isinstance(self.padding, str)  # which a convolution that is not transposed may have
         extra = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)  # pyright: ignore
@@ -77,19 +78,59 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d, RevertToScript):
         )
 
 
+class SameConv2d(Conv2d):
+    """A torch.nn.Conv2d that pads as TensorFlow's "SAME" does, whatever its `padding` says: [N, C, H, W] or [C, H, W]
+    to ceil(H / stride) rows and ceil(W / stride) columns. Of an odd number of zeros, the end of an axis gets one more.
+
+    Conversion grafts it on timm's Conv2dSame. The input is not padded first: our convolutions take four paddings.
+    """
+
+    def sides(self, input: Tensor) -> Sides:
+        ends: list[int] = []
+        for n, taps, step, dil in zip(input.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True):
+            total = max((-(-n // step) - 1) * step + dil * (taps - 1) + 1 - n, 0)
+            ends += [total // 2, total - total // 2]
+        return Sides(*ends)
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding: Any = self.sides(input)
+        return functional.conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+def _normalize(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
+    """The forward of the three norms below."""
+    if torch_serves("batch_norm", input):
+        return torch.nn.modules.batchnorm._BatchNorm.forward(self, input)
+    self._check_input_dim(input)
+    mean, var, training, momentum = running_statistics(self)
+    return functional.batch_norm(input, mean, var, self.weight, self.bias, training, momentum, self.eps)
+
+
+class BatchNorm1d(torch.nn.BatchNorm1d, RevertToScript):
+    """torch.nn.BatchNorm1d of [N, C] or [N, C, L], with its buffers, which change when torch.nn's do. Raises what
+    torch.nn.BatchNorm1d raises.
+    """
+
+    _call_impl = call_or_record
+    forward = _normalize
+
+
 class BatchNorm2d(torch.nn.BatchNorm2d, RevertToScript):
     """torch.nn.BatchNorm2d of [N, C, H, W], with its buffers, which change when torch.nn's do. Raises what
     torch.nn.BatchNorm2d raises.
     """
 
     _call_impl = call_or_record
+    forward = _normalize
 
-    def forward(self, input: Tensor) -> Tensor:
-        if _torch_serves("batch_norm", input):
-            return super().forward(input)
-        self._check_input_dim(input)
-        mean, var, training, momentum = running_statistics(self)
-        return functional.batch_norm(input, mean, var, self.weight, self.bias, training, momentum, self.eps)
+
+class BatchNorm3d(torch.nn.BatchNorm3d, RevertToScript):
+    """torch.nn.BatchNorm3d of [N, C, D, H, W], with its buffers, which change when torch.nn's do. Raises what
+    torch.nn.BatchNorm3d raises.
+    """
+
+    _call_impl = call_or_record
+    forward = _normalize
 
 
 def running_statistics(bn: torch.nn.Module) -> tuple[Tensor | None, Tensor | None, bool, float]:
@@ -123,7 +164,7 @@ class MaxPool2d(torch.nn.MaxPool2d, RevertToScript):
     _call_impl = call_or_record
 
     def forward(self, input: Tensor) -> Any:
-        if _torch_serves("max_pool2d", input):
+        if torch_serves("max_pool2d", input):
             return super().forward(input)
         return functional.max_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
@@ -136,7 +177,7 @@ class AvgPool2d(torch.nn.AvgPool2d, RevertToScript):
     _call_impl = call_or_record
 
     def forward(self, input: Tensor) -> Tensor:
-        if _torch_serves("avg_pool2d", input):
+        if torch_serves("avg_pool2d", input):
             return super().forward(input)
         return functional.avg_pool2d(
             input,
@@ -155,7 +196,7 @@ class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d, RevertToScript):
     _call_impl = call_or_record
 
     def forward(self, input: Tensor) -> Tensor:
-        if _torch_serves("adaptive_avg_pool2d", input):
+        if torch_serves("adaptive_avg_pool2d", input):
             return super().forward(input)
         return functional.adaptive_avg_pool2d(input, self.output_size)
 

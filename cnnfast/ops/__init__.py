@@ -7,7 +7,7 @@ host cost of torch.library.register_autograd.
 
 from . import flops as _flops  # noqa: F401 - registers its formulas
 from .batchnorm import batch_moments, channel_sum, normalize, update_running
-from .conv import conv_bn_act, conv_dgrad, conv_fprop, conv_stats
+from .conv import conv_act, conv_bn_act, conv_dgrad, conv_fprop, conv_stats
 from .pooling import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool, max_pool_indices
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "avg_pool",
     "batch_moments",
     "channel_sum",
+    "conv_act",
     "conv_bn_act",
     "conv_dgrad",
     "conv_fprop",

@@ -2,7 +2,8 @@
 channel.
 
 `normalize(training=True)` takes mean and var for the statistics of y, and its derivative goes through them. That is two
-passes over memory; to differentiate statistics as tensors of their own would take a third.
+passes over memory; to differentiate statistics as tensors of their own would take a third. Without mean and var nothing
+is normalised: it is act(y + beta + residual). `slope` is leaky_relu's, `slopes` are prelu's, [1] or [C].
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def _fake_normalize(y: Tensor, *rest: Any) -> Tensor:
     return _dense_like(y)
 
 
-def _normalize(y: Tensor, mean, var, gamma, beta, residual, eps, activation, slope, training) -> Tensor:
-    return batchnorm.normalize(y, mean, var, gamma, beta, residual, eps, activation, slope)
+def _normalize(y: Tensor, mean, var, gamma, beta, residual, eps, activation, slope, slopes, training) -> Tensor:
+    return batchnorm.normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes)
 
 
 def _normalize_backward(dz: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -49,10 +50,11 @@ def _normalize_backward(dz: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_normalize_backward(
-    dz: Tensor, y: Tensor | None, z: Tensor | None, mean: Tensor, var: Tensor, gamma, beta, *rest: Any
+    dz: Tensor, y: Tensor | None, z: Tensor | None, mean: Tensor | None, var: Tensor | None, gamma, beta, *rest: Any
 ) -> tuple[Tensor, ...]:
     image, needs = dz if y is None else y, rest[-1]
-    vectors = (torch.empty_like(mean if t is None else t) for t in (gamma, beta))
+    of = dz if mean is None else mean
+    vectors = (dz.new_empty(dz.shape[1], dtype=(of if t is None else t).dtype) for t in (gamma, beta))
     grads = _dense_like(image), *vectors, _dense_like(image)
     return tuple(g if need else dz.new_empty(0) for g, need in zip(grads, needs, strict=True))
 
@@ -62,9 +64,19 @@ def derivative_from_output(activation: str | None, slope: float) -> bool:
     return activation in FROM_OUTPUT and not (activation == "leaky_relu" and slope <= 0)
 
 
+def refuse_prelu(operator: str, activation: str | None) -> None:
+    """Raises RuntimeError: an operator that shall be differentiated takes no prelu."""
+    if activation == "prelu":
+        raise RuntimeError(
+            f"cnnfast::{operator} has no gradient with prelu: apply torch.prelu to what it gives without"
+        )
+
+
 def _replay(y, mean, var, gamma, beta, residual, eps, activation, slope, training) -> Tensor:
     """normalize in PyTorch's own differentiable operators: derivatives above the first are taken of this."""
-    u = F.batch_norm(y, *((None, None) if training else (mean, var)), gamma, None, training, 0.0, eps)
+    u = y
+    if mean is not None:
+        u = F.batch_norm(y, *((None, None) if training else (mean, var)), gamma, None, training, 0.0, eps)
     if beta is not None:  # PyTorch's second derivative of a bias without a weight is wrong, hence added apart
         u = u + beta.to(u.dtype).view(1, -1, *[1] * (u.dim() - 2))
     return activate(u if residual is None else u + residual, activation, slope)
@@ -72,12 +84,15 @@ def _replay(y, mean, var, gamma, beta, residual, eps, activation, slope, trainin
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, mean, var, gamma, beta, residual, eps, activation, slope, training):
-        z = normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, training)
+    def forward(ctx, y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, training):
+        refuse_prelu("normalize", activation)
+        z = normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, training)
         # act' is read off z where it can be: z is kept by whatever comes next, u = bn(y) + residual by nobody
         from_output = derivative_from_output(activation, slope)
         of_u = (None, None, z if activation else None) if from_output else (beta, residual, None)
-        ctx.save_for_backward(y, mean, var, gamma, *of_u)
+        # neither dy nor act' needs y where it is not normalised
+        kept = None if mean is None and from_output else y
+        ctx.save_for_backward(kept, mean, var, gamma, *of_u)
         ctx.options = eps, activation, slope, training
         return z
 
@@ -89,13 +104,22 @@ class _Normalize(torch.autograd.Function):
             grads = _differentiable_backward(dz, y, mean, var, gamma, beta, residual, z, ctx.options, needs)
         else:
             grads = _backward(dz, y, z, mean, var, gamma, beta, residual, *ctx.options, needs=needs)
-        return grads[0], None, None, *grads[1:], None, None, None, None
+        return grads[0], None, None, *grads[1:], None, None, None, None, None
 
 
 def _backward(
     dz, y, z, mean, var, gamma, beta, residual, eps, activation, slope, training, needs
 ) -> list[Tensor | None]:
-    """(dy, dgamma, dbeta, dresidual), None where not needed. Without an activation dresidual is dz itself."""
+    """(dy, dgamma, dbeta, dresidual), None where not needed. Without an activation dresidual is dz itself; without a
+    norm, dy and dresidual are one tensor.
+    """
+    if mean is None and activation is None:
+        return [dz if needs[0] else None, None, channel_sum(dz) if needs[2] else None, dz if needs[3] else None]
+    if mean is None and needs[0] and needs[3]:
+        dy, _, dbeta, _ = _backward(
+            dz, y, z, mean, var, gamma, beta, residual, eps, activation, slope, training, [*needs[:3], False]
+        )
+        return [dy, None, dbeta, dy]
     by_kernel = (*needs[:3], needs[3] and activation is not None)
     grads: list[Tensor | None] = [None] * 4
     if any(by_kernel):
@@ -115,8 +139,12 @@ def _differentiable_backward(dz, y, mean, var, gamma, beta, residual, z, options
     if derivative_from_output(activation, slope):
         dz = dz if z is None else _select(dz, z, activation, slope)
         activation = None
-        grads[2] = dz.sum((0, *range(2, dz.dim())), dtype=mean.dtype) if needs[2] else None
+        of = dz if mean is None else mean
+        grads[2] = dz.sum((0, *range(2, dz.dim())), dtype=of.dtype) if needs[2] else None
         grads[3] = dz if needs[3] else None
+        if mean is None:
+            grads[0] = dz if needs[0] else None
+            return grads
         needs = [*needs[:2], False, False]
     operands = [y, gamma, beta, residual]
     wanted = [i for i, t in enumerate(operands) if needs[i] and t is not None]
@@ -153,16 +181,16 @@ def _select(dz: Tensor, z: Tensor, activation: str | None, slope: float) -> Tens
 def frozen_backward(
     dz: Tensor,
     z: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
     gamma: Tensor | None,
     eps: float,
     activation: str | None,
     slope: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dy, dbeta, dresidual) of z = act(batch_norm(y) + residual) with frozen statistics and gamma: y itself is not
-    needed.
+    """(dy, dbeta, dresidual) of z = act(batch_norm(y) + residual) with frozen statistics and gamma, or of z = act(y +
+    beta + residual), where there are none: y itself is not needed.
     """
     need_y, need_beta, need_residual = needs
     if not torch.is_grad_enabled() and not transformed():
@@ -172,8 +200,10 @@ def frozen_backward(
         )
         return dy, dbeta, dresidual
     g = dz if z is None else _select(dz, z, activation, slope)
-    scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
-    dy = (g * scale.view(1, -1, 1, 1)).to(dz.dtype) if need_y else None
+    dy = g if need_y else None
+    if need_y and var is not None:
+        scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
+        dy = (g * scale.view(1, -1, 1, 1)).to(dz.dtype)
     return dy, channel_sum(g) if need_beta else None, g if need_residual else None
 
 
@@ -196,14 +226,14 @@ update_running = register(
     lambda *arguments: None,
 )
 normalize = register(
-    "normalize(Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, Tensor? residual, float eps,"
-    " str? activation, float slope, bool training) -> Tensor",
+    "normalize(Tensor y, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, Tensor? residual, float eps,"
+    " str? activation, float slope, Tensor? slopes, bool training) -> Tensor",
     _normalize,
     _fake_normalize,
     _Normalize,
 )
 normalize_backward = register(
-    "normalize_backward(Tensor dz, Tensor? y, Tensor? z, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta,"
+    "normalize_backward(Tensor dz, Tensor? y, Tensor? z, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta,"
     " Tensor? residual, float eps, str? activation, float slope, bool training, bool[4] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _normalize_backward,

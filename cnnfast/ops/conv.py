@@ -18,7 +18,7 @@ from cnnfast_kernels.layout import convolution_format, is_channels_last, result_
 
 from . import conv_implementations as implementations
 from . import plain
-from .batchnorm import channel_sum, derivative_from_output, frozen_backward, normalize
+from .batchnorm import channel_sum, derivative_from_output, frozen_backward, normalize, refuse_prelu
 from .conv_implementations import GEOMETRY, memory_format
 from .registry import register
 
@@ -42,14 +42,16 @@ def _zeros(ctx: Any, x: Tensor, w: Tensor, biases: int) -> tuple[Tensor | None, 
     return dx, dw, x.new_zeros(biases) if needs[2] else None
 
 
-def _operand_grads(ctx: Any, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, w and bias, each only if asked for."""
+def _operand_grads(
+    ctx: Any, dy: Tensor, x: Tensor, w: Tensor, with_bias: bool = True
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, w and, if it is not computed elsewhere, bias, each only if asked for."""
     if ctx.nothing:
         return _zeros(ctx, x, w, w.shape[0])
     needs = ctx.needs_input_grad
     dx = conv_dgrad(dy, w, None, *ctx.x_layout, *ctx.geometry) if needs[0] else None
     dw = conv_wgrad(x, dy, *ctx.w_layout, *ctx.geometry) if needs[1] else None
-    return dx, dw, channel_sum(dy) if needs[2] else None
+    return dx, dw, channel_sum(dy) if with_bias and needs[2] else None
 
 
 def _transposed_grad(ctx: Any, ddx: Tensor, w: Tensor) -> Tensor:
@@ -134,10 +136,11 @@ class _BnAct(torch.autograd.Function):
     """The fused form with frozen statistics and scale; its activation's derivative is read off its output."""
 
     @staticmethod
-    def forward(ctx, x, w, bias, mean, var, gamma, beta, residual, eps, activation, slope, *geometry):
+    def forward(ctx, x, w, bias, mean, var, gamma, beta, residual, eps, activation, slope, slopes, *geometry):
+        refuse_prelu("conv_bn_act", activation)
         ctx.geometry = geometry
         ctx.norm = eps, activation, slope
-        z = _fused_bn_act(x, w, bias, mean, var, gamma, beta, residual, eps, activation, slope, *geometry)
+        z = _fused_bn_act(x, w, bias, mean, var, gamma, beta, residual, eps, activation, slope, slopes, *geometry)
         _save_operands(ctx, z, x, w, z if activation else None, mean, var, gamma)
         return z
 
@@ -148,7 +151,29 @@ class _BnAct(torch.autograd.Function):
         of_output = any(needs[:3]), needs[6], needs[7]
         dy, dbeta, dresidual = frozen_backward(dz, z, mean, var, gamma, *ctx.norm, needs=of_output)
         grads = (None, None, None) if dy is None else _operand_grads(ctx, dy, x, w)
-        return *grads, None, None, None, dbeta, dresidual, None, None, None, *[None] * len(ctx.geometry)
+        return *grads, None, None, None, dbeta, dresidual, *[None] * 4, *[None] * len(ctx.geometry)
+
+
+class _Act(torch.autograd.Function):
+    """The fused form without a norm; its activation's derivative is read off its output."""
+
+    @staticmethod
+    def forward(ctx, x, w, bias, residual, activation, slope, slopes, *geometry):
+        refuse_prelu("conv_act", activation)
+        ctx.geometry = geometry
+        ctx.activation = activation, slope
+        z = _fused_act(x, w, bias, residual, activation, slope, slopes, *geometry)
+        _save_operands(ctx, z, x, w, z if activation else None)
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, w, z = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        wanted = any(needs[:2]), needs[2], needs[3]
+        dy, dbias, dresidual = frozen_backward(dz, z, None, None, None, 0.0, *ctx.activation, needs=wanted)
+        dx, dw = (None, None) if dy is None else _operand_grads(ctx, dy, x, w, with_bias=False)[:2]
+        return dx, dw, dbias, dresidual, None, None, None, *[None] * len(ctx.geometry)
 
 
 conv_fprop = register(
@@ -180,10 +205,17 @@ conv_stats = register(
 )
 _fused_bn_act = register(
     "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta,"
-    f" Tensor? residual, float eps, str? activation, float slope, {GEOMETRY}) -> Tensor",
+    f" Tensor? residual, float eps, str? activation, float slope, Tensor? slopes, {GEOMETRY}) -> Tensor",
     implementations.bn_act,
     implementations.fake_bn_act,
     _BnAct,
+)
+_fused_act = register(
+    "conv_act(Tensor x, Tensor w, Tensor? bias, Tensor? residual, str? activation, float slope, Tensor? slopes,"
+    f" {GEOMETRY}) -> Tensor",
+    implementations.act,
+    implementations.fake_bn_act,
+    _Act,
 )
 
 
@@ -199,6 +231,7 @@ def conv_bn_act(
     eps: float,
     activation: str | None,
     slope: float,
+    slopes: Tensor | None,
     *geometry: Any,
 ) -> Tensor:
     """act(batch_norm(conv(x, w) + bias) + residual) with given statistics.
@@ -211,5 +244,28 @@ def conv_bn_act(
     )
     if wants_grad and ((gamma is not None and gamma.requires_grad) or not derivative_from_output(activation, slope)):
         y = conv_fprop(x, w, bias, *geometry)
-        return normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, False)
-    return _fused_bn_act(x, w, bias, mean, var, gamma, beta, residual, eps, activation, slope, *geometry)
+        return normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, False)
+    return _fused_bn_act(x, w, bias, mean, var, gamma, beta, residual, eps, activation, slope, slopes, *geometry)
+
+
+def conv_act(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    slope: float,
+    slopes: Tensor | None,
+    *geometry: Any,
+) -> Tensor:
+    """act(conv(x, w) + bias + residual).
+
+    That is one kernel, unless a gradient needs what the activation was applied to, as gelu's and others' do. Then the
+    convolution's output is stored, and bias, residual and activation are a pass of their own, which computes its
+    argument again in backward.
+    """
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias, residual))
+    if wants_grad and not derivative_from_output(activation, slope):
+        y = conv_fprop(x, w, None, *geometry)
+        return normalize(y, None, None, None, bias, residual, 0.0, activation, slope, slopes, False)
+    return _fused_act(x, w, bias, residual, activation, slope, slopes, *geometry)

@@ -15,7 +15,7 @@ from torch import Tensor
 from cnnfast_kernels import conv, memory
 from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.dtypes import accumulator_dtype
-from cnnfast_kernels.epilogue import PLAIN, BatchNorm, Epilogue
+from cnnfast_kernels.epilogue import NO_NORM, PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.keys import dgrad_key, fprop_key, wgrad_key
 from cnnfast_kernels.layout import convolution_format
 from cnnfast_kernels.problem import output_extent
@@ -62,17 +62,24 @@ def stats(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> tuple[Tensor,
 
 
 def bn_act(
-    x: Tensor, w: Tensor, bias, mean, var, gamma, beta, residual, eps: float, activation, slope: float, *how: Any
+    x: Tensor, w: Tensor, bias, mean, var, gamma, beta, residual, eps: float, activation, slope, slopes, *how: Any
 ) -> Tensor:
+    norm = tuple.__new__(BatchNorm, (mean, var, gamma, beta, eps))  # for the same reason as in unpack
+    return _with_epilogue(x, w, Epilogue(bias, norm, residual, activation, slope, slopes), how)
+
+
+def act(x: Tensor, w: Tensor, bias, residual, activation, slope: float, slopes, *how: Any) -> Tensor:
+    return _with_epilogue(x, w, Epilogue(bias, NO_NORM, residual, activation, slope, slopes), how)
+
+
+def _with_epilogue(x: Tensor, w: Tensor, epilogue: Epilogue, how: tuple[Any, ...]) -> Tensor:
     geometry, algorithm = unpack(how)
     tf32 = allow_tf32(x)
-    norm = tuple.__new__(BatchNorm, (mean, var, gamma, beta, eps))  # for the same reason as in unpack
-    epilogue = Epilogue(bias, norm, residual, activation, slope)
     if algorithm != "auto":
         return conv.conv_fprop(x, w, geometry, epilogue, algorithm=algorithm, tf32=tf32)
     plan = conv.fprop_plan(fprop_key(x, w, geometry, epilogue, False, tf32, None))
     if decision := library_serves(plan, x.device):
-        return library_convolution.bn_act(x, w, geometry, epilogue, decision)
+        return library_convolution.with_epilogue(x, w, geometry, epilogue, decision)
     return plan.run(x, w, epilogue)
 
 

@@ -22,7 +22,7 @@ def _flops(y_shape: Sequence[int], w_shape: Sequence[int]) -> int:
     return 2 * N * P * Q * prod(w_shape)
 
 
-@register_flop_formula([OPERATORS.conv_fprop, OPERATORS.conv_bn_act])
+@register_flop_formula([OPERATORS.conv_fprop, OPERATORS.conv_bn_act, OPERATORS.conv_act])
 def _fprop(x_shape, w_shape, *rest: Any, out_shape, **options: Any) -> int:
     return _flops(out_shape, w_shape)
 

@@ -1,5 +1,6 @@
 """The library's convolution, cuDNN's on a GPU, followed by one pass of our kernels for statistics, norm, addition and
-activation: what our operators do where serving.py says that the library serves.
+activation: what our operators do where serving.py says that the library serves. Where cuDNN has one kernel for
+convolution, bias, addition and ReLU, that one serves.
 
 Results are laid out as those of our kernels are. PyTorch's settings hold: torch.backends.cudnn.benchmark, and
 torch.backends.cudnn.deterministic for whoever wants the same bits from the same inputs.
@@ -12,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnnfast_kernels import batchnorm, memory
+from cnnfast_kernels import batchnorm, devices, memory
 from cnnfast_kernels.choosing import Geometry
-from cnnfast_kernels.epilogue import Epilogue
-from cnnfast_kernels.layout import Layout, convolution_format
+from cnnfast_kernels.epilogue import NO_NORM, Epilogue
+from cnnfast_kernels.layout import Layout, convolution_format, result_format
 
 from .plain import pad
 from .serving import Decision
@@ -54,14 +55,55 @@ def stats(
     return y, *batchnorm.batch_moments(y)
 
 
-def bn_act(x: Tensor, w: Tensor, geometry: Geometry, epilogue: Epilogue, decision: Decision) -> Tensor:
-    bias, norm, residual, activation, slope = epilogue
+def with_epilogue(x: Tensor, w: Tensor, geometry: Geometry, epilogue: Epilogue, decision: Decision) -> Tensor:
+    """What `epilogue` makes of the convolution, by one pass after it. Without a norm this pass adds the bias too: for
+    the library that would be a pass of its own.
+    """
+    bias, norm, residual, activation, slope, slopes = epilogue
+    if norm.mean is None:
+        if _cudnn_finishes(x, w, geometry, epilogue, decision):
+            return _by_cudnn(x, w, geometry, epilogue, decision)
+        norm, bias = NO_NORM._replace(beta=bias), None
     y = _convolve(x, w, geometry, bias, decision.pads)
-    assert norm.mean is not None
-    assert norm.var is not None
     z = batchnorm.normalize(
-        y, norm.mean, norm.var, norm.gamma, norm.beta, residual, norm.eps, activation, slope, decision.result
+        y, norm.mean, norm.var, norm.gamma, norm.beta, residual, norm.eps, activation, slope, slopes, decision.result
     )
+    return _laid(z, decision.result)
+
+
+def _has_cudnn(x: Tensor) -> bool:
+    """Whether cuDNN is there for x, or for the GPU's tensor that x stands for."""
+    cudnn = torch.backends.cudnn
+    return (x.is_cuda and cudnn.enabled and cudnn.is_available()) or (x.is_meta and devices.type_of(x.device) == "cuda")
+
+
+def _cudnn_finishes(x: Tensor, w: Tensor, geometry: Geometry, epilogue: Epilogue, decision: Decision) -> bool:
+    """Whether cuDNN does all of it in one kernel, without a copy of an operand: ReLU, padding alike at both ends, one
+    group, everything in the result's format. That kernel is chosen without regard to the settings that ask for the same
+    bits each time.
+    """
+    if epilogue.activation != "relu" or decision.pads or geometry.groups > 1 or x.dtype == torch.float64:
+        return False
+    residual, result = epilogue.residual, decision.result
+    fmt = result_format(result)
+    return (
+        _has_cudnn(x)
+        and not (torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+        and x.is_contiguous(memory_format=fmt)
+        and w.is_contiguous(memory_format=fmt)
+        and (residual is None or residual.stride() == result.strides)
+        and (epilogue.bias is None or epilogue.bias.is_contiguous())
+    )
+
+
+def _by_cudnn(x: Tensor, w: Tensor, geometry: Geometry, epilogue: Epilogue, decision: Decision) -> Tensor:
+    if x.is_meta:  # for which PyTorch does not have these operators; nothing of ours is launched
+        return memory.empty(decision.result, x)
+    how = *_arguments(geometry), geometry.groups
+    if epilogue.residual is None:
+        z = torch.cudnn_convolution_relu(x, w, epilogue.bias, *how)
+    else:
+        z = torch.cudnn_convolution_add_relu(x, w, epilogue.residual, 1.0, epilogue.bias, *how)
     return _laid(z, decision.result)
 
 

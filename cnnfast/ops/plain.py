@@ -64,15 +64,24 @@ def update_running(
     running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
 
 
-def normalize(y: Tensor, mean, var, gamma, beta, residual, eps, activation, slope, training) -> Tensor:
-    u = F.batch_norm(y, None if training else mean, None if training else var, gamma, beta, training, 0.0, eps)
-    return activate(u if residual is None else u + residual, activation, slope)
+def normalize(y: Tensor, mean, var, gamma, beta, residual, eps, activation, slope, slopes, training) -> Tensor:
+    if mean is None:
+        u = y if beta is None else y + beta.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+    else:
+        u = F.batch_norm(y, None if training else mean, None if training else var, gamma, beta, training, 0.0, eps)
+    return activate(u if residual is None else u + residual, activation, slope if slopes is None else slopes)
 
 
 def conv_bn_act(
-    x: Tensor, w: Tensor, bias, mean, var, gamma, beta, residual, eps, activation, slope, *how: Any
+    x: Tensor, w: Tensor, bias, mean, var, gamma, beta, residual, eps, activation, slope, slopes, *how: Any
 ) -> Tensor:
-    return normalize(conv_fprop(x, w, bias, *how), mean, var, gamma, beta, residual, eps, activation, slope, False)
+    y = conv_fprop(x, w, bias, *how)
+    return normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, False)
+
+
+def conv_act(x: Tensor, w: Tensor, bias, residual, activation, slope, slopes, *how: Any) -> Tensor:
+    y = conv_fprop(x, w, bias, *how)
+    return normalize(y, None, None, None, None, residual, 0.0, activation, slope, slopes, False)
 
 
 def channel_sum(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ updated in place.
 """
 
 from .convolution import conv1d, conv2d, conv_transpose2d
-from .normalization import ACTIVATIONS, batch_norm, conv_bn_act
+from .normalization import ACTIVATIONS, batch_norm, bn_act, conv_act, conv_bn_act
 from .pooling import adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d, max_pool2d
 
 __all__ = [
@@ -15,8 +15,10 @@ __all__ = [
     "adaptive_avg_pool2d",
     "avg_pool2d",
     "batch_norm",
+    "bn_act",
     "conv1d",
     "conv2d",
+    "conv_act",
     "conv_bn_act",
     "conv_transpose2d",
     "global_avg_pool2d",

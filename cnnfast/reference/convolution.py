@@ -17,13 +17,18 @@ def conv2d(
     dilation: Size2 = 1,
     groups: int = 1,
 ) -> Tensor:
-    """sum over r, s, c of input[n, c, p * stride - padding + r * dilation, ...] * weight[k, c, r, s], plus bias."""
+    """sum over r, s, c of input[n, c, p * stride - padding + r * dilation, ...] * weight[k, c, r, s], plus bias.
+
+    padding of four numbers is (top, bottom, left, right).
+    """
     x = batched(input).unflatten(1, (groups, -1))
     w = weight.unflatten(0, (groups, -1))  # [G, K / G, C / G, R, S]
     window, step, dil = (weight.shape[2], weight.shape[3]), pair(stride), pair(dilation)
     spans = [d * (taps - 1) for d, taps in zip(dil, window, strict=True)]
     if padding == "same":
         pads, total = (spans[0] // 2, spans[1] // 2), spans
+    elif isinstance(padding, tuple) and len(padding) == 4:
+        pads, total = (padding[0], padding[2]), [padding[0] + padding[1], padding[2] + padding[3]]
     else:
         pads = pair(0 if isinstance(padding, str) else padding)
         total = [2 * p for p in pads]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def _gelu_tanh(u: Tensor) -> Tensor:
     return 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
 
 
-ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
+ACTIVATIONS: dict[str | None, Callable[[Tensor, Any], Tensor]] = {
     None: lambda u, slope: u,
     "relu": lambda u, slope: torch.where(u <= 0, 0.0, u),
     "leaky_relu": lambda u, slope: torch.where(u > 0, u, u * slope),
@@ -29,6 +30,7 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
     "silu": lambda u, slope: u * torch.sigmoid(u),
     "hardswish": lambda u, slope: torch.where(u < -3, 0.0, torch.where(u > 3, u, u * (u + 3) / 6)),
     "mish": lambda u, slope: u * torch.tanh(torch.logaddexp(u, torch.zeros_like(u))),
+    "prelu": lambda u, slope: torch.where(u > 0, u, u * slope.view(-1, *[1] * (u.dim() - 2))),
     "hardsigmoid": lambda u, slope: torch.where(u <= -3, 0.0, torch.where(u >= 3, 1.0, (u + 3) / 6)),
 }
 
@@ -62,12 +64,39 @@ def conv_bn_act(
     input: Tensor, weight: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
     bn_weight: Tensor | None = None, bn_bias: Tensor | None = None, *,
     bias: Tensor | None = None, residual: Tensor | None = None,
-    activation: str | None = "relu", activation_arg: float | None = None,
+    activation: str | None = "relu", activation_arg: float | Tensor | None = None,
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
     stride: Size2 = 1, padding: Size2 | str = 0, dilation: Size2 = 1, groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """act(batch_norm(conv2d(input)) + residual)."""
     y = conv2d(input, weight, bias, stride, padding, dilation, groups)
     u = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
-    slope = 0.01 if activation_arg is None else activation_arg
-    return ACTIVATIONS[activation](u if residual is None else u + residual, slope)
+    return _add_and_activate(u, residual, activation, activation_arg)
+
+
+def conv_act(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None,
+    stride: Size2 = 1, padding: Size2 | str = 0, dilation: Size2 = 1, groups: int = 1, *,
+    residual: Tensor | None = None, activation: str | None = "relu", activation_arg: float | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """act(conv2d(input) + residual)."""
+    y = conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return _add_and_activate(y, residual, activation, activation_arg)
+
+
+def bn_act(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    weight: Tensor | None = None, bias: Tensor | None = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5, *,
+    residual: Tensor | None = None, activation: str | None = "relu", activation_arg: float | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """act(batch_norm(input) + residual)."""
+    u = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _add_and_activate(u, residual, activation, activation_arg)
+
+
+def _add_and_activate(
+    u: Tensor, residual: Tensor | None, activation: str | None, activation_arg: float | Tensor | None
+) -> Tensor:
+    u = u if residual is None else u + residual
+    return ACTIVATIONS[activation](u, 0.01 if activation_arg is None else activation_arg)

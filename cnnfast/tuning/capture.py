@@ -17,7 +17,7 @@ from .. import dispatch
 from ..calls import OperatorCall, operator_calls
 
 # The operators of a forward pass, and what their kernels do besides the convolution (choosing.py has the words).
-FORWARD: dict[str, Statistics] = {"conv_fprop": "", "conv_stats": "stats", "conv_bn_act": "norm"}
+FORWARD: dict[str, Statistics] = {"conv_fprop": "", "conv_stats": "stats", "conv_act": "", "conv_bn_act": "norm"}
 OPERATORS = (*FORWARD, "conv_dgrad", "conv_wgrad")
 
 
@@ -44,7 +44,7 @@ class Convolution(OperatorCall):
             return dgrad_question(self["dy"], self["w"], self["x_shape"], self.format, self.geometry, gpu, tf32=tf32)
         if self.operator == "conv_wgrad":
             return wgrad_question(self["x"], self["dy"], self["w_shape"], self.format, self.geometry, gpu, tf32=tf32)
-        fused = self.operator == "conv_bn_act"
+        fused = self.operator in ("conv_act", "conv_bn_act")
         residual = self["residual"].strides if fused and self["residual"] else None
         activation = self["activation"] if fused else None
         return fprop_question(

@@ -14,7 +14,7 @@ from torch import Tensor
 from cnnfast_kernels import conv, devices
 from cnnfast_kernels.choosing import Tile
 from cnnfast_kernels.dtypes import accumulator_dtype
-from cnnfast_kernels.epilogue import BatchNorm, Epilogue
+from cnnfast_kernels.epilogue import NO_NORM, BatchNorm, Epilogue
 from cnnfast_kernels.layout import Layout
 
 from ..activations import activate
@@ -52,10 +52,10 @@ def operands(convolution: Convolution, device: torch.device, seed: int = 0) -> A
 
 
 def _epilogue(a: Arguments) -> Epilogue:
-    if "mean" not in a:
+    if "activation" not in a:
         return Epilogue(a["bias"])
-    norm = BatchNorm(a["mean"], a["var"], a["gamma"], a["beta"], a["eps"])
-    return Epilogue(a["bias"], norm, a["residual"], a["activation"], a["slope"])
+    norm = BatchNorm(a["mean"], a["var"], a["gamma"], a["beta"], a["eps"]) if "mean" in a else NO_NORM
+    return Epilogue(a["bias"], norm, a["residual"], a["activation"], a["slope"], a["slopes"])
 
 
 def ours(convolution: Convolution, a: Arguments, tile: Tile) -> Results:
@@ -95,8 +95,8 @@ def by_library(convolution: Convolution, a: Arguments) -> Results:
             return (library.wgrad(a["x"], a["dy"], a["w_shape"], geometry, decision),)
         case "conv_stats":
             return library.stats(a["x"], a["w"], geometry, a["bias"], decision)
-        case "conv_bn_act":
-            return (library.bn_act(a["x"], a["w"], geometry, _epilogue(a), decision),)
+        case "conv_act" | "conv_bn_act":
+            return (library.with_epilogue(a["x"], a["w"], geometry, _epilogue(a), decision),)
         case _:
             return (library.fprop(a["x"], a["w"], geometry, a["bias"], decision),)
 
@@ -130,9 +130,12 @@ def by_pytorch(convolution: Convolution, a: Arguments, dtype: torch.dtype | None
     if convolution.operator == "conv_stats":
         var, mean = torch.var_mean(y.to(vectors), (0, 2, 3), unbiased=False)
         return y, mean, var
-    mean, var, gamma, beta = (None if a[name] is None else a[name].to(vectors) for name in VECTORS)
-    u = F.batch_norm(y, mean, var, gamma, beta, False, 0.0, a["eps"])
-    return (activate(u if a["residual"] is None else u + a["residual"], a["activation"], a["slope"]),)
+    u = y
+    if convolution.operator == "conv_bn_act":
+        mean, var, gamma, beta = (None if a[name] is None else a[name].to(vectors) for name in VECTORS)
+        u = F.batch_norm(y, mean, var, gamma, beta, False, 0.0, a["eps"])
+    u = u if a["residual"] is None else u + a["residual"]
+    return (activate(u, a["activation"], a["slope"] if a["slopes"] is None else a["slopes"]),)
 
 
 class Judge:

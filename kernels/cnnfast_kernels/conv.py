@@ -75,18 +75,18 @@ class ConvolutionPlan:
 class FpropPlan(ConvolutionPlan):
     def __init__(self, key: FpropKey) -> None:
         super().__init__(key)
-        self.finish = key.eps, key.activation, key.slope
+        self.finish = key.finish
 
     @cached_property
     def prepared(self) -> launch.Launch | StripLaunch | PackedFpropLaunches:
         q, tile = self.question, self.tile
         tensors = q.x, q.w, q.y, q.residual
         if isinstance(tile, StripTile):
-            return plan_depthwise_fprop(q.problem, tile, *tensors, *self.finish)
+            return plan_depthwise_fprop(q.problem, tile, *tensors, self.finish)
         if isinstance(tile, BoxTile):
             plan = plan_stem_fprop if q.packed else plan_tma_fprop
-            return plan(q.problem, tile, *tensors, *self.finish)
-        return plan_fprop(q.problem, tile, q.precision, *tensors, *self.finish)
+            return plan(q.problem, tile, *tensors, self.finish)
+        return plan_fprop(q.problem, tile, q.precision, *tensors, self.finish)
 
     @cached_property
     def moments(self) -> tuple[Layout, TileRows]:
@@ -110,9 +110,9 @@ class FpropPlan(ConvolutionPlan):
         if epilogue is PLAIN:  # most convolutions: there is nothing to look at
             self.prepared(FpropOperands(x, w, y))
             return y
-        bias, (mean, var, gamma, beta, _), residual, _, _ = epilogue
-        bias, mean, var, gamma, beta = contiguous(bias, mean, var, gamma, beta)
-        self.prepared(FpropOperands(x, w, y, bias, mean, var, gamma, beta, residual))
+        bias, (mean, var, gamma, beta, _), residual, _, _, slopes = epilogue
+        bias, mean, var, gamma, beta, slopes = contiguous(bias, mean, var, gamma, beta, slopes)
+        self.prepared(FpropOperands(x, w, y, bias, mean, var, gamma, beta, residual, None, slopes))
         return y
 
     def run_with_statistics(
@@ -190,9 +190,9 @@ def conv_fprop(
         return fprop_plan(fprop_key(x, w, geometry, epilogue, False, tf32, tile)).run(x, w, epilogue)
     g = geometry.problem(x.shape, w.shape)
     y = memory.empty((g.N, g.K, g.P, g.Q), x, convolution_format(x, w))
-    bias, norm, residual, activation, slope = epilogue
-    bias, mean, var, gamma, beta = contiguous(bias, norm.mean, norm.var, norm.gamma, norm.beta)
-    epilogue = Epilogue(bias, BatchNorm(mean, var, gamma, beta, norm.eps), residual, activation, slope)
+    bias, norm, residual, activation, slope, slopes = epilogue
+    bias, mean, var, gamma, beta, slopes = contiguous(bias, *norm[:4], slopes)
+    epilogue = Epilogue(bias, BatchNorm(mean, var, gamma, beta, norm.eps), residual, activation, slope, slopes)
     im2col_fprop(g, precision_of(x.dtype, tf32), x, w, y, epilogue)
     return y
 

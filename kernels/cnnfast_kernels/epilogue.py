@@ -17,7 +17,7 @@ from .rounding import round_quotient, round_root
 
 ACTIVATIONS = (
     *(None, "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish"),
-    *("mish", "hardsigmoid"),
+    *("mish", "hardsigmoid", "prelu"),
 )
 # act'(u) can be told from act(u) alone (leaky_relu: for slopes above 0), so that u need not be kept for backward
 FROM_OUTPUT = (None, "relu", "leaky_relu", "relu6")
@@ -38,7 +38,7 @@ NO_NORM = BatchNorm(None, None, None, None, 0.0)
 
 class Epilogue(NamedTuple):
     """What a convolution's kernel makes of its sums: act(batch_norm(sum + bias) + residual). residual is of the
-    output's size.
+    output's size. Without a norm it is act(sum + bias + residual).
     """
 
     bias: torch.Tensor | None = None
@@ -46,6 +46,16 @@ class Epilogue(NamedTuple):
     residual: torch.Tensor | None = None
     activation: str | None = None
     slope: float = 0.0  # leaky_relu's
+    slopes: torch.Tensor | None = None  # prelu's: [1], for all channels, or [K]
+
+    def compiled(self, dtype: torch.dtype) -> Finish:
+        """What of it a kernel for tensors of `dtype` is compiled for."""
+        return finish_of(dtype, self.norm.eps, self.activation, self.slope, is_one(self.slopes))
+
+
+def is_one(slopes: torch.Tensor | None) -> bool:
+    """Whether prelu has one slope for all channels."""
+    return slopes is not None and slopes.numel() == 1
 
 
 PLAIN = Epilogue()
@@ -64,10 +74,10 @@ def sigmoid(u):
 @triton.jit
 @no_type_check
 def activate(u, slope, ACTIVATION: tl.constexpr):
-    """act(u); `slope` is leaky_relu's. Formulas as in torch.nn.functional."""
+    """act(u); `slope` is leaky_relu's, or a row of prelu's. Formulas as in torch.nn.functional."""
     if ACTIVATION == "relu":
         u = tl.where(u < 0, 0.0, u)
-    elif ACTIVATION == "leaky_relu":
+    elif ACTIVATION == "leaky_relu" or ACTIVATION == "prelu":
         u = tl.where(u > 0, u, u * slope)
     elif ACTIVATION == "relu6":
         u = tl.where(u < 0, 0.0, tl.where(u > 6, 6.0, u))
@@ -94,7 +104,10 @@ def activate(u, slope, ACTIVATION: tl.constexpr):
 @triton.jit
 @no_type_check
 def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
-    """dz * act'(u), with PyTorch's choice at the kinks. For activations of FROM_OUTPUT `u` may be act(u) as well."""
+    """dz * act'(u), with PyTorch's choice at the kinks. For activations of FROM_OUTPUT `u` may be act(u) as well.
+
+    prelu is not among them: where a gradient is wanted, PyTorch's own prelu follows a kernel without an activation.
+    """
     if ACTIVATION == "relu":
         dz = tl.where(u <= 0, 0.0, dz)
     elif ACTIVATION == "leaky_relu":
@@ -127,7 +140,8 @@ def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
 
 
 class Finish(NamedTuple):
-    """What a kernel is compiled for of its epilogue: batch norm's eps, the activation's name, whether sums are float64.
+    """What a kernel is compiled for of its epilogue: batch norm's eps, the activation's name, whether sums are float64,
+    leaky_relu's slope, and whether prelu has one slope for all channels.
 
     No dtype stands in it: Triton hands constants to whoever hooks into its compiler as JSON, which has none.
     """
@@ -135,6 +149,19 @@ class Finish(NamedTuple):
     eps: float
     activation: str | None
     double: bool
+    slope: float = 0.0
+    one_slope: bool = False
+
+
+def finish_of(
+    dtype: torch.dtype,
+    eps: float = 0.0,
+    activation: str | None = None,
+    slope: float = 0.0,
+    one_slope: bool = False,
+) -> Finish:
+    """What tensors of `dtype` are finished by. A slope that the activation does not have compiles nothing anew."""
+    return Finish(eps, activation, dtype == torch.float64, slope if activation == "leaky_relu" else 0.0, one_slope)
 
 
 class Channels(NamedTuple):
@@ -145,6 +172,7 @@ class Channels(NamedTuple):
     var: tl.tensor
     gamma: tl.tensor
     beta: tl.tensor
+    slopes: tl.tensor  # prelu's: [1] or [K]
 
 
 class Residual(NamedTuple):
@@ -172,8 +200,17 @@ def load_residual(residual):
 
 @triton.jit
 @no_type_check
+def load_slopes(slopes_ptr, column, column_ok, e: tl.constexpr):
+    """prelu's slopes of some columns."""
+    ACC: tl.constexpr = tl.float64 if e.double else tl.float32
+    of = tl.zeros_like(column) if e.one_slope else column
+    return tl.load(slopes_ptr + of, mask=column_ok, other=0.0).to(ACC)
+
+
+@triton.jit
+@no_type_check
 def load_channels(pointers, column, column_ok, e: tl.constexpr):
-    """What `finish` needs of some columns: (bias, mean, scale, beta), of these what there is.
+    """What `finish` needs of some columns: (bias, mean, scale, beta, slopes), of these what there is.
 
     Not None for what is absent: the interpreter lets a helper return that, the compiler refuses it.
     """
@@ -190,12 +227,14 @@ def load_channels(pointers, column, column_ok, e: tl.constexpr):
         channels = channels + (mean, scale)
         if pointers.beta is not None:
             channels = channels + (tl.load(pointers.beta + column, mask=column_ok, other=0.0).to(ACC),)
+    if pointers.slopes is not None:
+        channels = channels + (load_slopes(pointers.slopes, column, column_ok, e),)
     return channels
 
 
 @triton.jit
 @no_type_check
-def finish(acc, channels, residual, slope, pointers, e: tl.constexpr, LOAD: tl.constexpr):
+def finish(acc, channels, residual, pointers, e: tl.constexpr, LOAD: tl.constexpr):
     """act(batch_norm(acc + bias) + residual) of acc [rows, columns], in the accumulator's dtype.
 
     channels: what load_channels(pointers, ...) returned. residual: if its `source` is not None, LOAD(residual) loads a
@@ -213,7 +252,10 @@ def finish(acc, channels, residual, slope, pointers, e: tl.constexpr, LOAD: tl.c
             acc = acc + channels[NORM + 2][None, :]
     if residual.source is not None:
         acc = acc + LOAD(residual).to(ACC)
-    return activate(acc, tl.full((), slope, ACC), ACTIVATION)
+    if pointers.slopes is not None:
+        return activate(acc, channels[len(channels) - 1][None, :], ACTIVATION)
+    else:
+        return activate(acc, tl.full((), e.slope, ACC), ACTIVATION)
 
 
 @triton.jit

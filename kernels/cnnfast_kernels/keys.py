@@ -22,7 +22,7 @@ from .choosing import (
     fprop_question,
     wgrad_question,
 )
-from .epilogue import Epilogue
+from .epilogue import Epilogue, Finish, finish_of, is_one
 from .layout import Layout
 
 Shape = tuple[int, ...]
@@ -42,10 +42,15 @@ class FpropKey(NamedTuple):
     eps: float
     activation: str | None
     slope: float
+    one_slope: bool
     tf32: bool
     tile: Tile | None
     gpu: devices.Gpu
     aligned: bool
+
+    @property
+    def finish(self) -> Finish:
+        return finish_of(self.dtype, self.eps, self.activation, self.slope, self.one_slope)
 
     @property
     def question(self) -> Question:
@@ -112,14 +117,14 @@ def fprop_key(
     tile: Tile | None,
 ) -> FpropKey:
     """stats: whether the kernel shall leave the moments of its result, after which the epilogue has only a bias."""
-    _, norm, residual, activation, slope = epilogue
+    _, norm, residual, activation, slope, slopes = epilogue
     statistics: Statistics = "stats" if stats else "" if norm.mean is None else "norm"
     addresses, residual_strides = x.data_ptr() | w.data_ptr(), None
     if residual is not None:
         addresses, residual_strides = addresses | residual.data_ptr(), residual.stride()
     return tuple.__new__(FpropKey, (
         x.shape, x.stride(), w.shape, w.stride(), residual_strides, x.dtype, geometry, statistics, norm.eps, activation,
-        slope, tf32, tile, devices.gpu(x.device), addresses % 16 == 0,
+        slope, is_one(slopes), tf32, tile, devices.gpu(x.device), addresses % 16 == 0,
     ))  # fmt: skip
 
 

@@ -15,7 +15,8 @@ class FpropOperands(NamedTuple):
     """x [N, C, H, W], w [K, C / groups, R, S] and the result y [N, K, P, Q]; what of the rest is absent is None.
 
     bias and the batch norm's mean, var, gamma and beta: [K], contiguous. residual: of y's shape. moments: where the
-    kernel leaves mean and variance of each of its tiles of y, [tiles, 2, K] in the accumulator's dtype.
+    kernel leaves mean and variance of each of its tiles of y, [tiles, 2, K] in the accumulator's dtype. slopes:
+    prelu's, [1] or [K], contiguous.
     """
 
     x: Tensor
@@ -28,6 +29,7 @@ class FpropOperands(NamedTuple):
     beta: Tensor | None = None
     residual: Tensor | None = None
     moments: Tensor | None = None
+    slopes: Tensor | None = None
 
 
 class DgradOperands(NamedTuple):

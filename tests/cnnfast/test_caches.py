@@ -65,7 +65,7 @@ def compiled_activations():
             x = torch.zeros(2, 16, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
             w = torch.zeros(16, 16, 3, 3, requires_grad=True)
             y = ops.conv_fprop(x, w, None, *geometry, algorithm)
-            z = ops.normalize(y, *ops.batch_moments(y.detach()), None, None, None, 1e-5, "relu", 0.0, True)
+            z = ops.normalize(y, *ops.batch_moments(y.detach()), None, None, None, 1e-5, "relu", 0.0, None, True)
             p = ops.max_pool(z, False, (2, 2), (2, 2), (0, 0), (1, 1), False)[0]
             p.sum().backward()
             seen += [weakref.ref(t) for t in (x, w, y, z, p, x.grad)]
@@ -216,7 +216,7 @@ def specialisations(channels, filters, dtype_name):
                 operators.channel_sum(x)
                 operators.update_running(stat, stat, stat, stat, 0.1, n * h * w + 1)
             case ["normalize"]:
-                operators.normalize(x, stat, stat, stat, stat, x, 1e-5, "relu", 0.0, True)
+                operators.normalize(x, stat, stat, stat, stat, x, 1e-5, "relu", 0.0, None, True)
                 operators.normalize_backward(x, x, x, stat, stat, stat, stat, None, 1e-5, "relu", 0.0, True, [True] * 4)
             case ["max"]:
                 taps = operators.max_pool(x, True, *window)[1]

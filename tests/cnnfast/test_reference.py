@@ -88,8 +88,9 @@ def test_activations():
     kinks = torch.tensor([-0.0, 0.0, 6.0, -3.5, 3.5, 40.0, -40.0], dtype=torch.float64)
     for name, activation in reference.ACTIVATIONS.items():
         u = torch.cat([kinks, draw(50).detach() * 3]).requires_grad_()
-        agree(activation(u, 0.1), THEIRS.get(name, ACTIVATIONS[name])(u, 0.1), u)
-        assert activation(torch.tensor(float("nan")), 0.1).isnan()
+        slope = torch.tensor([0.1], dtype=torch.float64) if name == "prelu" else 0.1
+        agree(activation(u, slope), THEIRS.get(name, ACTIVATIONS[name])(u, slope), u)
+        assert activation(torch.tensor([float("nan")]), slope).isnan()
     assert reference.ACTIVATIONS.keys() == ACTIVATIONS.keys()
 
 
@@ -103,6 +104,15 @@ def test_conv_bn_act(training):
     running = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
     u = F.batch_norm(F.conv2d(x, w, b), *running, weight, bias, training)
     agree(y, F.leaky_relu(u + z, 0.2), x, w, b, z, weight, bias)
+
+
+def test_without_norm_and_without_convolution():
+    x, w, b, z, slopes = draw(2, 3, 5, 5), draw(4, 3, 3, 3), draw(4), draw(2, 4, 3, 3), draw(4)
+    y = reference.conv_act(x, w, b, residual=z, activation="prelu", activation_arg=slopes)
+    agree(y, F.prelu(F.conv2d(x, w, b) + z, slopes), x, w, b, z, slopes)
+    norm = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    y = reference.bn_act(x, *norm, residual=x, activation="silu")
+    agree(y, F.silu(F.batch_norm(x, *norm) + x), x)
 
 
 WINDOWS = [

@@ -130,7 +130,7 @@ def test_the_cases_have_every_kind(device, encoded):
                 x, w, dy = (layout_of(t) for t in (x, w, dy))
                 match operation:
                     case "fprop":
-                        key = FpropKey(*x[:2], *w[:2], None, x.dtype, geometry, "", 0.0, None, 0.0, **how)
+                        key = FpropKey(*x[:2], *w[:2], None, x.dtype, geometry, "", 0.0, None, 0.0, False, **how)
                         assert conv.fprop_plan(key).prepared
                     case "dgrad":
                         assert conv.dgrad_plan(

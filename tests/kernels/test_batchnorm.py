@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cnnfast_kernels import epilogue, launch
 from cnnfast_kernels.batchnorm import (
     apply_sums,
     batch_moments,
@@ -22,7 +23,6 @@ from cnnfast_kernels.batchnorm import (
     normalize_backward,
     update_running,
 )
-from cnnfast_kernels.epilogue import ACTIVATIONS
 from tests.support.child import run_compiled
 from tests.support.poison import embed
 
@@ -66,6 +66,10 @@ def normal(shape, dtype, device, seed, mean=0.0, std=1.0, layout="channels_last"
 def integers(shape, dtype, device, seed, layout="channels_last", low=-3, high=4):
     t = torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
     return arrange(t.to(dtype).to(device), layout)
+
+
+# prelu has no gradient in kernels: see test_prelu.
+ACTIVATIONS = [a for a in epilogue.ACTIVATIONS if a != "prelu"]
 
 
 def activate(u, activation, slope=SLOPE):
@@ -347,6 +351,58 @@ def test_backward_without_the_result(activation, device):
 def test_slope_that_hides_the_sign(slope, device):
     """leaky_relu(u) does not tell the sign of u: it is computed again, although z is given."""
     check(operands(SMALL, torch.float32, device), "leaky_relu", slope)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("one", [False, True], ids=["each", "one"])
+@pytest.mark.parametrize("normed", [False, True], ids=["no norm", "norm"])
+def test_prelu(normed, one, layout, dtype, device):
+    """Powers of two for slopes, of which one tile of channels does not see all: to the bit, NaN and infinities too."""
+    shape = (2, 70, 3, 4)
+    y, residual = (integers(shape, dtype, device, seed, layout) for seed in (0, 1))
+    y[0, 1, 2, 3], y[1, 69, 0, 0], y[0, 5, 0, 0] = float("nan"), -float("inf"), -0.0
+    slopes = 2.0 ** torch.arange(70, device=device).remainder(7).sub(3).to(dtype) * (-1) ** torch.arange(70).to(device)
+    slopes = slopes[3:4] if one else slopes
+    ones = torch.ones(70, dtype=dtype, device=device)
+    norm = (ones, 4 * ones, ones, ones) if normed else (None, None, None, ones)
+    z = normalize(y, *norm, residual, 0.0, "prelu", 0.0, slopes)
+    u = (y.double() - 1) / 2 + 1 if normed else y.double() + 1
+    assert torch.equal(z.nan_to_num(1e4), F.prelu(u + residual.double(), slopes.double()).to(dtype).nan_to_num(1e4))
+    assert z.isnan().sum() == 1
+    with pytest.raises(ValueError, match=r"normalize_backward\(\): prelu has no gradient here"):
+        normalize_backward(y, y, None, *norm, residual, 0.0, "prelu", 0.0, False, (True, False, False, False))
+
+
+def test_slopes_of_any_stride(device):
+    y = integers(SMALL, torch.float32, device, 0)
+    slopes = torch.stack([torch.arange(SMALL[1]) - 1.0, torch.full((SMALL[1],), float("nan"))], 1)[:, 0].to(device)
+    z = normalize(y, None, None, None, None, None, 0.0, "prelu", 0.0, slopes)
+    assert torch.equal(z, F.prelu(y, slopes.contiguous()))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardsigmoid", "mish"])
+def test_without_statistics(activation, layout, keep, device):
+    """act(y + beta + residual): what is exact, to the bit; one pass gives dy, dresidual and dbeta."""
+    shape, dtype = (2, 7, 3, 5), torch.float64
+    y, residual, dz = (integers(shape, dtype, device, seed, layout) for seed in range(3))
+    beta = integers((7,), dtype, device, 3)
+    z = normalize(y, None, None, None, beta, residual, 0.0, activation, 0.5)
+    leaves = [t.clone().requires_grad_() for t in (y, beta, residual)]
+    expected = activate(leaves[0] + leaves[1].view(7, 1, 1) + leaves[2], activation, 0.5)
+    launched = []
+    with launch.observe(lambda event: launched.append(event.kernel)):
+        found = normalize_backward(
+            dz, y, z if keep else None, None, None, None, beta, residual, 0.0, activation, 0.5, False,
+            (True, False, True, True),
+        )  # fmt: skip
+    assert launched == ["normalize_backward_kernel", "combine_kernel"]
+    assert found[1] is None
+    right = torch.autograd.grad(expected, leaves, dz)
+    for mine, its in zip((z, found[0], found[2], found[3]), (expected.detach(), right[0], *right[1:]), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-14, atol=1e-14 if activation[-1] in "hd" else 0)
 
 
 @pytest.mark.parametrize("training", [True, False])

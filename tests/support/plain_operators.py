@@ -17,6 +17,7 @@ from cnnfast.ops.plain import (
     adaptive_avg_pool,
     avg_pool,
     batch_moments,
+    conv_act,
     conv_bn_act,
     conv_fprop,
     conv_stats,
@@ -39,7 +40,7 @@ def max_pool_indices(taps: Tensor, x_shape: torch.Size, *window: Any) -> Tensor:
     return taps
 
 
-OPERATORS = (conv_fprop, conv_dgrad, conv_stats, conv_bn_act, batch_moments, update_running, normalize)
+OPERATORS = (conv_fprop, conv_dgrad, conv_stats, conv_bn_act, conv_act, batch_moments, update_running, normalize)
 OPERATORS += (max_pool, max_pool_indices, avg_pool, adaptive_avg_pool, global_avg_pool)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from torch import nn
 
 import cnnfast
 import cnnfast.nn as cnn
+from cnnfast import functional
 from cnnfast.conversion import ConversionReport
 from cnnfast.recording import Trace
 
@@ -22,6 +26,7 @@ MODES: tuple[Mode, ...] = ("no_grad", "eval", "train")
 FUSED = ("conv_bn_act", "conv_stats")  # the operators that a fused convolution and norm call
 
 CONVOLUTIONS = (cnn.Conv1d, cnn.Conv2d, cnn.ConvTranspose2d)
+NORMS = (cnn.BatchNorm1d, cnn.BatchNorm2d, cnn.BatchNorm3d)
 POOLS = (cnn.MaxPool2d, cnn.AvgPool2d, cnn.AdaptiveAvgPool2d, cnn.GlobalAvgPool2d)
 
 # What a trace calls the forward of one module: an operator of ours, or the function in whose place PyTorch served.
@@ -69,20 +74,18 @@ def assert_report_is_true(model: nn.Module, *inputs: Any) -> ConversionReport:
     report = cnnfast.report(model, *inputs)
     buffers = {name: t.clone() for name, t in model.named_buffers() if not torch.nn.parameter.is_lazy(t)}
     seed()
-    with cnnfast.trace() as trace:
+    with cnnfast.trace() as trace, fused_steps(trace) as steps:
         model(*inputs)
     calls = _calls(model, inputs)
     with torch.no_grad():
         for name, t in model.named_buffers():
             if name in buffers:
                 t.copy_(buffers[name])
-    told, seen = _told(model, report, calls), _seen(trace)
+    told, seen = _told(model, report, calls), _seen(trace, steps)
     assert told == seen, f"{report}\n{trace}"
     modules, statuses = dict(model.named_modules()), {row.name: row.status for row in report.rows}
     assert len(statuses) == len(report.rows), "one row a module"
-    silent = {
-        name for name, m in modules.items() if isinstance(m, (*CONVOLUTIONS, *POOLS, cnn.BatchNorm2d))
-    } - statuses.keys()
+    silent = {name for name, m in modules.items() if isinstance(m, (*CONVOLUTIONS, *POOLS, *NORMS))} - statuses.keys()
     assert not silent, "modules of ours without a row"
     for row in report.rows:
         assert row.reason or row.status == "replaced", row
@@ -130,20 +133,55 @@ def _told(model: nn.Module, report: ConversionReport, calls: Counter[str]) -> di
             told["alone"][_weight(module)] += n - fused
         elif isinstance(module, POOLS):
             told["pools"] += n
-        else:
+        elif isinstance(module, NORMS) or "Norm" in type(module).__name__:
             told["norms fused"] += fused
             told["norms alone"] += n - fused
     return told
 
 
-def _seen(trace: Trace) -> dict[str, Any]:
-    operations = Counter(call.operation for call in trace)
-    fused = Counter(_size(call.shapes[1]) for call in trace if call.operation in FUSED)
+class Step(NamedTuple):
+    """A call of one of functional's fused functions. weight: the size of the convolution's, if it has one. calls: which
+    of a trace's calls were made in it.
+    """
+
+    function: str
+    weight: tuple[int, ...] | None
+    calls: range
+
+
+@contextmanager
+def fused_steps(trace: Trace) -> Iterator[list[Step]]:
+    """The fused steps of whatever runs in this context. They are told by who is called, as capturing the calls would
+    let conversion fuse more.
+    """
+    steps: list[Step] = []
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = len(trace)
+            result = function(*args, **kwargs)
+            weight = _size(args[1].shape) if name.startswith("conv") else None
+            steps.append(Step(name, weight, range(before, len(trace))))
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for name in ("conv_bn_act", "conv_act", "bn_act"):
+            function = watched(name, getattr(functional, name))
+            stack.enter_context(mock.patch.object(functional, name, function))
+        yield steps
+
+
+def _seen(trace: Trace, steps: list[Step]) -> dict[str, Any]:
+    inside = {i for step in steps for i in step.calls}
+    alone = [call for i, call in enumerate(trace) if i not in inside]
+    operations = Counter(call.operation for call in alone)
     return {
-        "fused": fused,
-        "alone": Counter(_size(call.shapes[1]) for call in trace if call.operation in ALONE),
-        "norms fused": fused.total(),
-        "norms alone": operations["normalize"] - operations["conv_stats"] + operations["batch_norm"],
+        "fused": Counter(step.weight for step in steps if step.weight is not None),
+        "alone": Counter(_size(call.shapes[1]) for call in alone if call.operation in ALONE),
+        "norms fused": sum(step.function != "conv_act" for step in steps),
+        "norms alone": operations["normalize"] + operations["batch_norm"],
         "pools": sum(operations[name] for name in POOLING),
     }
 

@@ -8,11 +8,12 @@ Everything is computed in float32, or float64 for float64 tensors.
 """
 
 from ..planes import contiguous
-from .gradients import channel_sum, normalize_backward
+from .gradients import normalize_backward
 from .normalising import normalize
 from .ranks import apply_sums, combine_ranks, gradient_sums
 from .running import update_running
 from .statistics import batch_moments, combine_moments
+from .sums import channel_sum
 
 __all__ = [
     "apply_sums",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any, NamedTuple, no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 
 from .. import launch, memory
-from ..epilogue import Channels, Finish, finish
+from ..epilogue import Channels, Finish, finish, finish_of, is_one, load_channels, load_slopes
 from ..layout import Laid, Layout, dense
 from ..planes import (
     PlaneTensor,
@@ -30,15 +30,18 @@ STRIDES = [f"{t}_stride_{d}" for t in ("y", "residual", "z") for d in "nlc"]
 
 
 class NormalizeOperands(NamedTuple):
-    """y and, of its shape, residual and the result z; the others [C], contiguous. What is absent is None."""
+    """y and, of its shape, residual and the result z; the others [C], contiguous, slopes also [1]. What is absent is
+    None; without mean there is nothing of a norm but beta.
+    """
 
     y: torch.Tensor
-    mean: torch.Tensor
-    var: torch.Tensor
+    mean: torch.Tensor | None
+    var: torch.Tensor | None
     gamma: torch.Tensor | None
     beta: torch.Tensor | None
     residual: torch.Tensor | None
     z: torch.Tensor
+    slopes: torch.Tensor | None
 
 
 class ResidualTile(NamedTuple):
@@ -61,7 +64,7 @@ def load_residual_tile(residual):
 @triton.jit(do_not_specialize=["L", *STRIDES])
 @no_type_check
 def normalize_kernel(
-    y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, z_ptr, slope: tl.float64, L,
+    y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, z_ptr, slopes_ptr, L,
     y_stride_n, y_stride_l, y_stride_c, residual_stride_n, residual_stride_l, residual_stride_c,
     z_stride_n, z_stride_l, z_stride_c, g: tl.constexpr, e: tl.constexpr,
 ):  # fmt: skip
@@ -69,15 +72,22 @@ def normalize_kernel(
     ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     at = locate_tile(L, g)
     y = load_tile(PlaneTensor(y_ptr, y_stride_n, y_stride_l, y_stride_c, g.ALIGN), at, ACC)
-    of_channels = Channels(None, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
-    # As epilogue.load_channels, but the mean comes after the scale: six registers fewer are in use.
-    _, scale = load_scale(of_channels, at, e)
-    channels = (load_vector(mean_ptr, at.c, at.c_ok, ACC), scale)
-    if beta_ptr is not None:
-        channels = channels + (load_vector(beta_ptr, at.c, at.c_ok, ACC),)
+    # Without statistics beta is a bias and no more.
+    if mean_ptr is None:
+        of_channels = Channels(beta_ptr, None, None, None, None, slopes_ptr)
+        channels = load_channels(of_channels, at.c, at.c_ok, e)
+    else:
+        of_channels = Channels(None, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slopes_ptr)
+        # As epilogue.load_channels, but the mean comes after the scale: six registers fewer are in use.
+        _, scale = load_scale(of_channels, at, e)
+        channels = (load_vector(mean_ptr, at.c, at.c_ok, ACC), scale)
+        if beta_ptr is not None:
+            channels = channels + (load_vector(beta_ptr, at.c, at.c_ok, ACC),)
+        if slopes_ptr is not None:
+            channels = channels + (load_slopes(slopes_ptr, at.c, at.c_ok, e),)
     addend = PlaneTensor(residual_ptr, residual_stride_n, residual_stride_l, residual_stride_c, g.ALIGN)
     residual = ResidualTile(residual_ptr, addend, at)
-    z = finish(y, channels, residual, slope, of_channels, e, load_residual_tile)
+    z = finish(y, channels, residual, of_channels, e, load_residual_tile)
     pointers = tile_pointers(PlaneTensor(z_ptr, z_stride_n, z_stride_l, z_stride_c, g.ALIGN), at)
     tl.store(pointers, z.to(z_ptr.dtype.element_ty), mask=at.mask)
 
@@ -89,42 +99,39 @@ def _plan_normalize(
     residual_strides: tuple[int, ...] | None,
     like: tuple[int, ...],
     dtype: torch.dtype,
-    eps: float,
-    activation: str | None,
-    slope: float,
+    e: Finish,
 ) -> tuple[launch.Launch[NormalizeOperands], Layout]:
     z = dense(shape, dtype, dense_format(Layout(shape, like, dtype)))
     planes = common_planes(shape, (y_strides, residual_strides, z.strides), dtype)
-    e = Finish(eps, activation, dtype == torch.float64)
-    run = launch.Launch(
-        normalize_kernel, planes.grid, slope, planes.units, *chain(*planes.strides), e=e, **planes.constants
-    )
+    run = launch.Launch(normalize_kernel, planes.grid, planes.units, *chain(*planes.strides), e=e, **planes.constants)
     return run, z
 
 
 def normalize(
     y: torch.Tensor,
-    mean: torch.Tensor,
-    var: torch.Tensor,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
     gamma: torch.Tensor | None,
     beta: torch.Tensor | None,
     residual: torch.Tensor | None,
     eps: float,
     activation: str | None,
     slope: float,
+    slopes: torch.Tensor | None = None,
     out_like: Laid | None = None,
 ) -> torch.Tensor:
     """z = act((y - mean) * gamma / sqrt(var + eps) + beta + residual), of y's dtype, in the memory format of
-    `out_like`, by default y.
+    `out_like`, by default y. Without mean and var it is act(y + beta + residual).
 
-    Shapes: y and residual [N, C, *spatial] in any layouts, the others [C] of any floating dtypes.
+    Shapes: y and residual [N, C, *spatial] in any layouts, the others [C] of any floating dtypes. slope: leaky_relu's;
+    slopes: prelu's, [C] or [1].
     """
     like = (y if out_like is None else out_like).stride()
     y, residual = mergeable(y), mergeable(residual)
     residual_strides = None if residual is None else residual.stride()
-    run, layout = _plan_normalize(y.shape, y.stride(), residual_strides, like, y.dtype, eps, activation, slope)
+    e = finish_of(y.dtype, eps, activation, slope, is_one(slopes))
+    run, layout = _plan_normalize(y.shape, y.stride(), residual_strides, like, y.dtype, e)
     z = memory.empty(layout, y)
-    vectors: Any = contiguous(mean, var, gamma, beta)
-    mean, var, gamma, beta = vectors
-    run(NormalizeOperands(y, mean, var, gamma, beta, residual, z))
+    mean, var, gamma, beta, slopes = contiguous(mean, var, gamma, beta, slopes)
+    run(NormalizeOperands(y, mean, var, gamma, beta, residual, z, slopes))
     return z

@@ -20,8 +20,9 @@ from ..moments import combine_slots, merge_moments
 from ..planes import contiguous, load_vector, mergeable
 from ..rounding import round_quotient
 from ..tiling import cdiv
-from .gradients import GradientSumsOperands, NormalizeBackwardOperands, plan_backward, plan_sums, strides
+from .gradients import NormalizeBackwardOperands, plan_backward
 from .running import split_momentum
+from .sums import GradientSumsOperands, plan_sums, strides
 
 
 class RanksOperands(NamedTuple):
@@ -157,7 +158,8 @@ def apply_sums(
     like = y.stride()  # of which `mergeable` may make a copy of another format
     dz, y, z, residual = mergeable(dz), mergeable(y), mergeable(z), _argument(residual, z, activation)
     vectors: Any = contiguous(mean, var, gamma, beta)
-    run, layout = plan_backward(dz.shape, strides(dz, y, z, residual), like, dz.dtype, eps, activation, slope, *needs)
+    of_operands = strides(dz, y, z, residual)
+    run, layout, _ = plan_backward(dz.shape, of_operands, like, dz.dtype, eps, activation, slope, *needs)
     dy, dresidual = (memory.empty(layout, dz) if need else None for need in needs)
     run(NormalizeBackwardOperands(dz, y, z, residual, *vectors, sums[0], sums[1], count, dy, dresidual))
     return dy, dresidual

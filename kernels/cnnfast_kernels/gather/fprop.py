@@ -16,7 +16,18 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..epilogue import PLAIN, Channels, Epilogue, Finish, Residual, finish, load_channels, load_residual, store_moments
+from ..epilogue import (
+    PLAIN,
+    Channels,
+    Epilogue,
+    Finish,
+    Residual,
+    finish,
+    finish_of,
+    load_channels,
+    load_residual,
+    store_moments,
+)
 from ..indexing import channel_offset, dense_channel_offset, dense_pixel_offset, pixel_offset, unravel_npq
 from ..layout import FpropMemory, Laid, Strides, dense_alignment, strides_nhwc
 from ..operands import FpropOperands
@@ -32,7 +43,7 @@ STRIDES = [f"{t}_stride_{d}" for t in ("x", "residual") for d in "nhwc"]
 @no_type_check
 def conv_fprop_kernel(
     x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, moments_ptr,
-    slope: tl.float64, N, H, W, P, Q, K,
+    slopes_ptr, N, H, W, P, Q, K,
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
     w_stride_k, w_stride_r, w_stride_s, w_stride_c,
     residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c,
@@ -86,9 +97,9 @@ def conv_fprop_kernel(
         residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c, memory.residual_align
     )
     residual = Residual(residual_ptr, (n, p, q), column, row_ok, k_ok, residual_strides)
-    of_channels = Channels(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+    of_channels = Channels(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slopes_ptr)
     channels = load_channels(of_channels, column, k_ok, e)
-    y = finish(acc, channels, residual, slope, of_channels, e, load_residual).to(y_ptr.dtype.element_ty)
+    y = finish(acc, channels, residual, of_channels, e, load_residual).to(y_ptr.dtype.element_ty)
     y_pixels = dense_pixel_offset(m, n, P, Q, K * g.groups, memory.y_channels_last, memory.y_align)
     y_columns = dense_channel_offset(column, P, Q, memory.y_channels_last)
     tl.store((y_ptr + y_pixels)[:, None] + y_columns[None, :], y, mask=row_ok[:, None] & k_ok[None, :])
@@ -104,9 +115,7 @@ def plan_fprop(
     w: Laid,
     y: Laid,
     residual: Laid | None = None,
-    eps: float = 0.0,
-    activation: str | None = None,
-    slope: float = 0.0,
+    e: Finish | None = None,
 ) -> launch.Launch[FpropOperands]:
     """See `fprop`."""
     g = problem
@@ -114,9 +123,9 @@ def plan_fprop(
     xs, ws = strides_nhwc(x), strides_nhwc(w)
     rs = xs if residual is None else strides_nhwc(residual)
     return launch.Launch(
-        conv_fprop_kernel, grid, slope, g.N, g.H, g.W, g.P, g.Q, g.group_filters, *xs[:4], *ws[:4], *rs[:4],
+        conv_fprop_kernel, grid, g.N, g.H, g.W, g.P, g.Q, g.group_filters, *xs[:4], *ws[:4], *rs[:4],
         tile=tile, g=g.geometry(C=g.group_channels),
-        e=Finish(eps, activation, x.dtype == torch.float64),
+        e=e or finish_of(x.dtype),
         memory=FpropMemory(xs.align, ws.align, rs.align, *dense_alignment(y)),
         PRECISION=precision, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=register_limit(g, "fprop", precision, tile),
@@ -141,5 +150,5 @@ def fprop(
     in the accumulator's dtype. Raises ValueError if y is not dense.
     """
     e = epilogue
-    prepared = plan_fprop(problem, tile, precision, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
-    prepared(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments))
+    prepared = plan_fprop(problem, tile, precision, x, w, y, e.residual, e.compiled(x.dtype))
+    prepared(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments, e.slopes))

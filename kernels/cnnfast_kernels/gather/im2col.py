@@ -208,7 +208,8 @@ def im2col_fprop(
     epilogue: Epilogue = PLAIN,
 ) -> None:
     """As gather.fprop.fprop, by im2col."""
-    bias, norm, residual, activation, slope = epilogue
+    bias, norm, residual, _, _, slopes = epilogue
+    e = epilogue.compiled(x.dtype)
     filters = flat_filters(w)
     for images, p0, p1 in pieces(problem, x.element_size()):
         columns = im2col(problem, x[images], p0, p1)
@@ -220,9 +221,9 @@ def im2col_fprop(
         added = None if residual is None else residual[images, :, p0:p1]
         plan = planned_fprop(
             gemm, tile, precision, layout_of(columns), layout_of(filters), layout_of(written),
-            None if added is None else layout_of(added), norm.eps, activation, slope,
+            None if added is None else layout_of(added), e,
         )  # fmt: skip
-        plan(FpropOperands(columns, filters, written, bias, *norm[:4], added))
+        plan(FpropOperands(columns, filters, written, bias, *norm[:4], added, None, slopes))
         if written is not part:
             part.copy_(written)
 

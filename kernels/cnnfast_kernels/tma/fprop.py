@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..epilogue import PLAIN, Channels, Epilogue, Finish, finish, load_channels, store_moments
+from ..epilogue import PLAIN, Channels, Epilogue, Finish, finish, finish_of, load_channels, store_moments
 from ..layout import Laid
 from ..moments import TileRows
 from ..operands import FpropOperands
@@ -48,7 +48,7 @@ EXTENTS = ["N", "H", "W", "P", "Q"]
 @no_type_check
 def tma_fprop_kernel(
     x_map, w_map, y_map, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_map, moments_ptr,
-    slope: tl.float64, N, H, W, P, Q, K,
+    slopes_ptr, N, H, W, P, Q, K,
     g: tl.constexpr, e: tl.constexpr, box: tl.constexpr, phases: tl.constexpr,
 ):  # fmt: skip
     """One box of y, TILE_K filters of it; `moments` [boxes, 2, K].
@@ -80,9 +80,9 @@ def tma_fprop_kernel(
     k = k0 + tl.arange(0, TILE_K)
     k_ok = k < K
     residual = ResidualBox(residual_map, n0, p0, q0, k0)
-    of_channels = Channels(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+    of_channels = Channels(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slopes_ptr)
     channels = load_channels(of_channels, k, k_ok, e)
-    y = finish(acc.T, channels, residual, slope, of_channels, e, load_residual_box).to(y_map.dtype)  # [pixels, TILE_K]
+    y = finish(acc.T, channels, residual, of_channels, e, load_residual_box).to(y_map.dtype)  # [pixels, TILE_K]
     store_box(y_map, n0, p0, q0, k0, y)
     if moments_ptr is not None:
         exist = rows_of_box(n0, p0, q0, N, P, Q, box)
@@ -96,9 +96,7 @@ def plan_tma_fprop(
     w: Laid,
     y: Laid,
     residual: Laid | None = None,
-    eps: float = 0.0,
-    activation: str | None = None,
-    slope: float = 0.0,
+    e: Finish | None = None,
 ) -> launch.Launch[FpropOperands]:
     """The launch of `tma_fprop` but for its tensors."""
     residuals = [] if residual is None else [residual]
@@ -113,8 +111,8 @@ def plan_tma_fprop(
     if residuals:
         maps[8] = map_image(residuals[0], pixels, tile.TILE_K)
     return launch.Launch(
-        tma_fprop_kernel, (box_programs(g, "fprop", tile),), slope, g.N, g.H, g.W, g.P, g.Q, g.K,
-        tile=tile, maps=maps, g=g.geometry(C=g.C), e=Finish(eps, activation, False), box=box, phases=phases,
+        tma_fprop_kernel, (box_programs(g, "fprop", tile),), g.N, g.H, g.W, g.P, g.Q, g.K,
+        tile=tile, maps=maps, g=g.geometry(C=g.C), e=e or finish_of(x.dtype), box=box, phases=phases,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
@@ -136,8 +134,8 @@ def tma_fprop(
     Raises ValueError where the tile's boxes cannot step with the problem's stride.
     """
     e = epilogue
-    prepared = plan_tma_fprop(problem, tile, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
-    prepared(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments))
+    prepared = plan_tma_fprop(problem, tile, x, w, y, e.residual, e.compiled(x.dtype))
+    prepared(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments, e.slopes))
 
 
 def box_rows(problem: ConvProblem, tile: BoxTile) -> TileRows:

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .. import launch, memory
+from ..epilogue import Finish
 from ..indexing import channel_offset, pixel_offset
 from ..layout import Laid, Layout, Strides, dense, layout_of
 from ..operands import FpropOperands, WgradOperands
@@ -157,13 +158,11 @@ def plan_stem_fprop(
     w: Laid,
     y: Laid,
     residual: Laid | None = None,
-    eps: float = 0.0,
-    activation: str | None = None,
-    slope: float = 0.0,
+    e: Finish | None = None,
 ) -> PackedFpropLaunches:
     """As `plan_tma_fprop`, but that x and w may have any memory layout."""
     packing = packing_of(problem, layout_of(x).dtype)
-    run = plan_tma_fprop(packing.problem, tile, packing.x, packing.w, y, residual, eps, activation, slope)
+    run = plan_tma_fprop(packing.problem, tile, packing.x, packing.w, y, residual, e)
     pack_image, pack_filters = plan_packing(x, packing.image, problem.pad_w), plan_packing(w, packing.filters, 0)
     return PackedFpropLaunches(packing.image, packing.filters, pack_image, pack_filters, run)
 

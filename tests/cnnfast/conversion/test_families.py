@@ -71,7 +71,6 @@ UNFUSED = {
     "timm-hrnet_w18_small": ["conv1", "conv2"],  # forward asks for types
     "timm-hrnet_w18_small_features": ["conv1", "conv2"],
     "transformers-EfficientNet": ["efficientnet.encoder.top_conv"],
-    "timm-tf_efficientnetv2_b0": ["conv_stem", "blocks.*"],  # Conv2dSame has a forward of its own
     "timm-ghostnet_050": ["conv_stem"],  # forward asks whether it trains
     "transformers-MobileNetV1": ["*.convolution"],  # forward computes its padding from sizes
     "transformers-MobileNetV2": ["*.convolution"],

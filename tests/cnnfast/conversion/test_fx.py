@@ -474,9 +474,10 @@ def test_a_graph_module_is_traced_once_when_its_graph_is_set(quick, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("name", "last", "fused"), [("resnet18", "layer4", 20), ("mobilenet_v3_small", "features", 34)]
+    ("name", "last", "normalised", "fused"),
+    [("resnet18", "layer4", 20, 20), ("mobilenet_v3_small", "features", 34, 34 + 9)],  # 9 squeezes have no norm
 )
-def test_torchvisions_extractors(name, last, fused, quick, torchvision):
+def test_torchvisions_extractors(name, last, normalised, fused, quick, torchvision):
     """Whole networks, a second or two each; the report says what happens."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -485,4 +486,4 @@ def test_torchvisions_extractors(name, last, fused, quick, torchvision):
     x = image(3, 33).to(quick)
     ours = cnnfast.convert(model)
     assert cnnfast.report(ours, x).count("fused") == fused
-    assert_same_steps(ours, own_copy(model), x, modes=("no_grad", "train"), fused=fused)
+    assert_same_steps(ours, own_copy(model), x, modes=("no_grad", "train"), fused=normalised)

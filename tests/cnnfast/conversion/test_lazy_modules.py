@@ -112,7 +112,7 @@ def test_conversion_and_the_first_run(when, small):
         model(small)
         ours = cnnfast.convert(model)
     for report in assert_reports_are_true(ours, small).values():
-        assert {row.name: row.status for row in report.rows} == dict(
+        assert {row.name: row.status for row in report.rows if row.name} == dict(
             zip(COVERED, ("fused", "fused", "replaced", "replaced"), strict=True)
         )
 
@@ -129,7 +129,7 @@ def test_a_model_of_both(small):
     rows = {row.name: (row.status, row.reason) for row in cnnfast.report(ours, small).rows}
     assert rows["stem.0"] == ("fused", "Conv2d + BatchNorm2d + ReLU")
     assert rows["lazy.0"] == rows["unused"] == ("left", WAITING)
-    assert rows["lazy.1"][0] == "replaced"
+    assert rows["lazy.1"] == ("fused", "BatchNorm2d + ReLU")
     assert uninitialised(ours) == ["lazy.0.weight", "lazy.0.bias", "unused.weight", "unused.bias"]
     ours(small)
     ours = cnnfast.convert(ours)

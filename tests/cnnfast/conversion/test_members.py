@@ -5,6 +5,7 @@ copied.
 from __future__ import annotations
 
 import copy
+import re
 import types
 
 import pytest
@@ -226,7 +227,7 @@ def test_containers_with_ways_of_their_own(kind, quick):
     ours = converted(build(kind, quick), image().to(quick))
     assert isinstance(ours, kind)
     assert type(ours).__name__ == kind.__name__
-    assert repr(ours) == repr(build(kind))
+    assert re.sub("  # .*", "", repr(ours)) == repr(build(kind))  # but for comments on what is fused
     assert_same_steps(copy.deepcopy(ours), ours, image().to(quick), modes=("no_grad",))
     assert type(cnnfast.revert(ours)) is kind
 

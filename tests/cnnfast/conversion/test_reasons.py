@@ -51,8 +51,8 @@ def not_used(self, x):
     return self.relu(self.bn2(self.conv2(x)))
 
 
-def no_norm(self, x):
-    return self.relu(self.conv(x)), self.bn2(self.conv2(x))
+def pooled(self, x):
+    return self.pool(self.conv(x)), self.bn2(self.conv2(x))
 
 
 def returned(self, x):
@@ -153,13 +153,18 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
     "used_twice": (used_twice, {}, None, "self.conv, because its result is used by self.bn and sigmoid"),
     "also_returned": (also_returned, {}, None, "self.conv, because its result is used by self.bn and is returned"),
     "not_used": (not_used, {}, None, "self.conv, because its result is not used"),
-    "no_norm": (no_norm, {}, None, "self.conv, because its result goes to self.relu, which is no batch norm"),
+    "pooled": (
+        pooled,
+        {"pool": functools.partial(nn.MaxPool2d, 2)},
+        None,
+        "self.conv, because its result goes to self.pool, which is no batch norm, sum or activation",
+    ),
     "returned": (returned, {}, None, "self.conv, because its result is returned"),
     "resized": (
         resized_before_the_norm,
         {},
         None,
-        "self.conv, because its result goes to interpolate, which is no batch norm",
+        "self.conv, because its result goes to interpolate, which is no batch norm, sum or activation",
     ),
     "group_norm": (
         plain,
@@ -311,12 +316,18 @@ def test_what_is_fused_as_far_as_it_goes_needs_no_reason(forward, quick):
     assert not [row for row in cnnfast.report(cnnfast.convert(build(block(forward), quick))).rows if row.name == ""]
 
 
-def test_a_forward_that_calls_no_convolution(quick):
+def test_a_forward_that_calls_nothing_that_could_be_fused(quick):
     def forward(self, x):
-        return self.relu(self.bn(x))
+        return self.relu(x) + self.bn(x).sigmoid().mean()
 
     (row,) = [row for row in cnnfast.report(cnnfast.convert(build(block(forward), quick))).rows if row.name == ""]
-    assert row.reason == "not fused: its forward calls no convolution"
+    assert row.reason == "not fused: self.bn, because .sigmoid() is not an activation that kernels know"
+
+    def pools(self, x):
+        return F.max_pool2d(self.bn(x), 2)
+
+    (row,) = [row for row in cnnfast.report(cnnfast.convert(build(block(pools), quick))).rows if row.name == ""]
+    assert row.reason == "not fused: its forward calls nothing that could be"
 
 
 def test_a_model_that_was_not_converted(quick):

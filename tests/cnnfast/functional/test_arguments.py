@@ -57,8 +57,33 @@ def composition(
 ):  # fmt: skip
     y = theirs.conv2d(input, weight, bias, stride, padding, dilation, groups)
     y = theirs.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    return activated(y, residual, activation, activation_arg)
+
+
+def without_norm(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *,
+    residual=None, activation="relu", activation_arg=None,
+):  # fmt: skip
+    y = theirs.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if y.dim() == 4:
+        return activated(y, residual, activation, activation_arg)
+    # one slope a filter: PyTorch's prelu takes the second axis for channels
+    return activated(y[None], None if residual is None else residual[None], activation, activation_arg)[0]
+
+
+def without_convolution(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *,
+    residual=None, activation="relu", activation_arg=None,
+):  # fmt: skip
+    y = theirs.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return activated(y, residual, activation, activation_arg)
+
+
+def activated(y, residual, activation, activation_arg):
     y = y if residual is None else y + residual
     match activation:
+        case "prelu":
+            return theirs.prelu(y, activation_arg)
         case "leaky_relu":
             return theirs.leaky_relu(y, 0.01 if activation_arg is None else activation_arg)
         case "gelu" | "gelu_tanh":
@@ -84,6 +109,8 @@ THEIRS: dict[str, Callable[..., Any]] = {
     )
 }
 THEIRS["conv_bn_act"] = composition
+THEIRS["conv_act"] = without_norm
+THEIRS["bn_act"] = without_convolution
 THEIRS["global_avg_pool2d"] = lambda input, keepdim=True: theirs.adaptive_avg_pool2d(input, 1).flatten(-3 + 2 * keepdim)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,6 +163,8 @@ USUAL: dict[str, dict[str, Any]] = {
         "running_var": torch.tensor([13.0, 1.0]).double(),
         "eps": 3.0,
     },
+    "conv_act": {"input": whole(2, 4, 4, 3), "weight": whole(2, 4, 2, 2, largest=1, seed=1)},
+    "bn_act": {"input": signs(2, 3, 2, 4), "running_mean": None, "running_var": None, "training": True, "eps": 3.0},
     "batch_norm": {"input": signs(2, 3, 2, 4), "running_mean": None, "running_var": None, "training": True, "eps": 3.0},
     "max_pool2d": {"input": whole(2, 3, 6, 5), "kernel_size": 3},
     "avg_pool2d": {"input": shares(2, 3, 6, 5), "kernel_size": 2},
@@ -178,6 +207,10 @@ POOL = {
     },
 }
 BIAS = whole(6, seed=2)
+# activations of which only the results are compared here
+ROUNDED = ("leaky_relu", "gelu", "gelu_tanh", "silu", "hardswish", "mish", "hardsigmoid")
+SLOPES = torch.tensor([0.5, -2.0, 0.25]).double()
+FINISHED = {"bias": whole(2), "residual": whole(2, 2, 3, 2, seed=3)}
 STATISTICS = {"running_mean": whole(3), "running_var": torch.tensor([1.0, 13.0, 1.0]).double()}
 EVAL = {**STATISTICS, "training": False}
 AFFINE = {"weight": torch.tensor([2.0, -4.0, 8.0]).double(), "bias": whole(3, seed=2)}
@@ -327,6 +360,15 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "half": {"activation": "leaky_relu", "activation_arg": 0.5},
             "zero": {"activation": "leaky_relu", "activation_arg": 0.0},
             "negative": {"activation": "leaky_relu", "activation_arg": -0.5},
+            "prelu's, in evaluation": {"activation": "prelu", "activation_arg": SLOPES[:2], "forward": True},
+            "prelu's, with gradients": {"activation": "prelu", "activation_arg": SLOPES[:2], "tolerance": True},
+            "prelu's, in training": {
+                **TRAINED,
+                **BALANCED,
+                "activation": "prelu",
+                "activation_arg": SLOPES[:1],
+                "forward": True,
+            },
         },
         "training": {"False": {"training": False}, "True": {**BALANCED, "training": True, "momentum": 0.5}},
         "momentum": {
@@ -340,6 +382,103 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "dilation": given("dilation", {"int": 2, "pair": (2, 1)}),
         "groups": {"two": {"groups": 2, "weight": whole(2, 2, 2, 2, largest=1)}},
         "algorithm": CONV["algorithm"],
+    },
+    "conv_act": {
+        "input": {
+            "batch": {},
+            "no batch": {"input": whole(4, 4, 3), "residual": whole(2, 3, 2)},
+            "channels_last": {"input": last(whole(2, 4, 4, 3)), "residual": last(whole(2, 2, 3, 2))},
+            "empty batch": {"input": whole(0, 4, 4, 3)},
+            "no channels": {"input": whole(2, 0, 4, 3), "weight": whole(2, 0, 2, 2), "residual": whole(2, 0, 3, 2)},
+        },
+        "weight": {
+            "channels_last": {"weight": last(whole(2, 4, 2, 2, largest=1))},
+            "one tap": {"weight": whole(2, 4, 1, 1)},
+        },
+        "bias": {"None": {"bias": None}, "vector": {"bias": whole(2)}, "with all": FINISHED},
+        "residual": {
+            "None": {"residual": None},
+            "alone": {"residual": whole(2, 2, 3, 2)},
+            "without activation": {"residual": whole(2, 2, 3, 2), "activation": None},
+            "bias and no activation": {**FINISHED, "activation": None},
+            "channels_last": {"residual": last(whole(2, 2, 3, 2)), "bias": whole(2)},
+            "before an activation that is computed again": {**FINISHED, "activation": "hardswish", "tolerance": True},
+        },
+        "activation": {
+            "None": {"activation": None},
+            **given("activation", {name: name for name in ("relu", "relu6")}),
+            **{name: {**FINISHED, "activation": name, "tolerance": True, "forward": True} for name in ROUNDED},
+        },
+        "activation_arg": {
+            "half": {"activation": "leaky_relu", "activation_arg": 0.5, **FINISHED},
+            "negative": {"activation": "leaky_relu", "activation_arg": -0.5, **FINISHED},
+            "prelu's": {"activation": "prelu", "activation_arg": SLOPES[:2], **FINISHED, "forward": True},
+            "prelu's, one": {"activation": "prelu", "activation_arg": SLOPES[:1], "forward": True},
+            "prelu's, with gradients": {"activation": "prelu", "activation_arg": SLOPES[:2], **FINISHED},
+            "prelu's, no batch": {"activation": "prelu", "activation_arg": SLOPES[:2], "input": whole(4, 4, 3)},
+        },
+        "stride": given("stride", {"int": 2, "pair": (2, 1)}),
+        "padding": given("padding", {"int": 1, "pair": (1, 0), "same": "same", "valid": "valid"}),
+        "dilation": given("dilation", {"int": 2, "pair": (2, 1)}),
+        "groups": {
+            "two": {"groups": 2, "weight": whole(2, 2, 2, 2, largest=1)},
+            "depthwise": {
+                **FINISHED,
+                "groups": 2,
+                "input": whole(2, 2, 4, 3),
+                "weight": whole(2, 1, 2, 2),
+            },
+            "depthwise, same with an even kernel": {
+                "groups": 2,
+                "input": whole(2, 2, 4, 3),
+                "weight": whole(2, 1, 2, 2),
+                "padding": "same",
+            },
+        },
+        "algorithm": CONV["algorithm"],
+    },
+    "bn_act": {
+        "input": {
+            "2-D": {"input": signs(4, 3)},
+            "3-D": {"input": signs(2, 3, 4)},
+            "4-D": {},
+            "5-D": {"input": signs(2, 3, 2, 2, 2)},
+            "channels_last": {"input": last(signs(2, 3, 2, 4))},
+            "5-D in evaluation": {"input": whole(2, 3, 2, 1, 2), **EVAL, "residual": whole(2, 3, 2, 1, 2)},
+            "empty batch": {"input": whole(0, 3, 2, 2)},
+            "no pixels": {"input": whole(2, 3, 0, 2), **AFFINE, "residual": whole(2, 3, 0, 2)},
+        },
+        "running_mean": {"in evaluation": EVAL, "updated": {**STATISTICS, "momentum": 0.5}, "None": {}},
+        "running_var": {"in evaluation": EVAL, "updated": STATISTICS},
+        "weight": {"None": {"weight": None}, "in evaluation": {**EVAL, "weight": AFFINE["weight"]}},
+        "bias": {"None": {"bias": None}, "with weight": AFFINE, "in evaluation": {**EVAL, **AFFINE}},
+        "training": {"True": {"training": True, **STATISTICS}, "False": EVAL},
+        "momentum": given("momentum", {"zero": 0.0, "half": 0.5}, **STATISTICS),
+        "eps": {"default": {"eps": DEFAULT, "tolerance": True}, "int": {"eps": 3}},
+        "residual": {
+            "None": {"residual": None},
+            "in training": {"residual": whole(2, 3, 2, 4)},
+            "in evaluation": {**EVAL, "residual": last(whole(2, 3, 2, 4))},
+        },
+        "activation": {
+            "None": {"activation": None},
+            **given("activation", {name: name for name in ("relu", "relu6")}, **EVAL),
+            **{
+                name: {**EVAL, "activation": name, "tolerance": True, "residual": whole(2, 3, 2, 4), "forward": True}
+                for name in ROUNDED
+            },
+        },
+        "activation_arg": {
+            "half": {"activation": "leaky_relu", "activation_arg": 0.5},
+            "prelu's": {"activation": "prelu", "activation_arg": SLOPES, **EVAL, "forward": True},
+            "prelu's, one, of rows": {
+                "activation": "prelu",
+                "activation_arg": SLOPES[:1],
+                "input": signs(4, 3),
+                "forward": True,
+            },
+            "prelu's, with gradients": {"activation": "prelu", "activation_arg": SLOPES, **EVAL},
+        },
     },
     "batch_norm": {
         "input": {

@@ -99,13 +99,13 @@ def test_the_library_and_one_pass_of_ours(library_first, device, activation, tra
     statistics = {"ours": (normal(3, seed=6).to(device), normal(3, seed=7).to(device).abs() + 0.5)}
     statistics["right"] = tuple(t.clone().cpu() for t in statistics["ours"])
 
+    slopes = normal(3, seed=8) if activation == "prelu" else None
+
     def fused(functions, whose):
         def call(x, w, b, gamma, beta, z):
-            norm = *statistics[whose], gamma, beta
-            residual_of = z if residual else None
-            return functions.conv_bn_act(
-                x, w, *norm, bias=b, residual=residual_of, activation=activation, training=training, padding=1
-            )
+            norm, arg = (*statistics[whose], gamma, beta), None if slopes is None else slopes.to(x.device)
+            how = {"activation": activation, "activation_arg": arg, "training": training, "padding": 1}
+            return functions.conv_bn_act(x, w, *norm, bias=b, residual=z if residual else None, **how)
 
         return call
 

@@ -230,12 +230,13 @@ def test_epilogue(case, tile, device):
 def test_activations(activation, device):
     """As gather/'s kernels, which have the same epilogue and the same sums."""
     x, w, _ = operands(Case("", (1, 16, 8, 8), (64, 1, 1)), device)
+    slopes = torch.linspace(-1, 1, 64, device=device).to(x.dtype) if activation == "prelu" else None
     ours, theirs = (
         conv.conv_fprop(
             x,
             w / 4,
             conv.Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1),
-            Epilogue(activation=activation, slope=0.1),
+            Epilogue(activation=activation, slope=0.1, slopes=slopes),
             tile=tile,
         )
         for tile in (BoxTile(1, 8, 8, 64, 64), TileConfig(64, 32, 32))

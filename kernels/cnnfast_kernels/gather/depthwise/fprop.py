@@ -16,7 +16,18 @@ import triton
 import triton.language as tl
 
 from ... import launch
-from ...epilogue import PLAIN, Channels, Epilogue, Finish, Residual, finish, load_channels, load_residual, store_moments
+from ...epilogue import (
+    PLAIN,
+    Channels,
+    Epilogue,
+    Finish,
+    Residual,
+    finish,
+    finish_of,
+    load_channels,
+    load_residual,
+    store_moments,
+)
 from ...indexing import (
     channel_offset,
     dense_channel_offset,
@@ -43,7 +54,7 @@ STRIDES = [f"{t}_stride_{d}" for t in ("x", "residual") for d in "nhwc"]
 @no_type_check
 def depthwise_fprop_kernel(
     x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, moments_ptr,
-    slope: tl.float64, N, H, W, P, Q, strips_per_column, strips_magic, strips_shift, q_magic, q_shift,
+    slopes_ptr, N, H, W, P, Q, strips_per_column, strips_magic, strips_shift, q_magic, q_shift,
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
     w_stride_r, w_stride_s, w_stride_k,
     residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c,
@@ -93,7 +104,7 @@ def depthwise_fprop_kernel(
                 min(TAPS, R - r0), g.stride_h, g.dil_h, 1,
             )  # fmt: skip
 
-    of_channels = Channels(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+    of_channels = Channels(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slopes_ptr)
     channels = load_channels(of_channels, k, k_ok, e)
     m = (n * P + p) * Q + q
     y_pixels = y_ptr + dense_pixel_offset(m, n, P, Q, K, memory.y_channels_last, memory.y_align)[:, None]
@@ -108,7 +119,7 @@ def depthwise_fprop_kernel(
         row_ok = ok & (p + t < P)
         mask = row_ok[:, None] & k_ok[None, :]
         residual = Residual(residual_ptr, (n, p + t, q), k, row_ok, k_ok, residual_strides)
-        y = finish(acc[t], channels, residual, slope, of_channels, e, load_residual).to(y_ptr.dtype.element_ty)
+        y = finish(acc[t], channels, residual, of_channels, e, load_residual).to(y_ptr.dtype.element_ty)
         tl.store(y_pixels + t * y_row, y, mask=mask)
         stored = stored + (y.to(ACC),)
         exist = exist + (row_ok,)
@@ -123,9 +134,7 @@ def plan_depthwise_fprop(
     w: Laid,
     y: Laid,
     residual: Laid | None = None,
-    eps: float = 0.0,
-    activation: str | None = None,
-    slope: float = 0.0,
+    e: Finish | None = None,
 ) -> StripLaunch[FpropOperands]:
     """See `depthwise_fprop`."""
     g = problem
@@ -135,10 +144,10 @@ def plan_depthwise_fprop(
     xs = strides_nhwc(x)
     rs = xs if residual is None else strides_nhwc(residual)
     run = launch.Launch(
-        depthwise_fprop_kernel, grid, slope, g.N, g.H, g.W, g.P, g.Q,
+        depthwise_fprop_kernel, grid, g.N, g.H, g.W, g.P, g.Q,
         strips, *divisor(max(strips, 1)), *divisor(max(g.Q, 1)), *xs[:4], *ws[1:4], *rs[:4],
         tile=tile, g=g.geometry(C=1, K=g.group_filters),
-        e=Finish(eps, activation, x.dtype == torch.float64),
+        e=e or finish_of(x.dtype),
         memory=FpropMemory(xs.align, ws.align, rs.align, *dense_alignment(y)),
         block=StripBlock(tile.BLOCK_M, tile.BLOCK_C, tile.ROWS, taps_at_once(g.R)),
         num_warps=tile.num_warps, maxnreg=MAX_REGISTERS,
@@ -169,5 +178,5 @@ def depthwise_fprop(
     channels_last or contiguous; bias and those of the batch norm [K]; moments [tiles, 2, K] in the accumulator's dtype.
     """
     e = epilogue
-    plan = plan_depthwise_fprop(problem, tile, x, w, y, e.residual, e.norm.eps, e.activation, e.slope)
-    plan(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments))
+    plan = plan_depthwise_fprop(problem, tile, x, w, y, e.residual, e.compiled(x.dtype))
+    plan(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments, e.slopes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from ..recording import record_torch
 from .arguments import Size, autocast, check_algorithm
 from .convolution import conv2d, conv_geometry, conv_output_size
 from .entrance import operation
-from .normalization import batch_norm, check_norm, values_per_channel
+from .normalization import batch_norm, batch_norm_of_torch, check_norm, normalize_batch, values_per_channel
 from .operators import ops
 
 
@@ -39,6 +40,7 @@ def conv_bn_act(
     dilation: Size = 1,
     groups: int = 1,
     algorithm: str = "auto",
+    process_group: Any = None,
 ) -> Tensor:
     """act(batch_norm(conv2d(input, weight, bias)) + residual).
 
@@ -47,8 +49,8 @@ def conv_bn_act(
 
     Shapes and dtypes as conv2d; running_mean, running_var, bn_weight, bn_bias [K], of input's dtype or float32;
     residual of the output's size and dtype. activation: None, "relu", "leaky_relu" (activation_arg: slope, 0.01),
-    "relu6", "gelu", "gelu_tanh", "silu", "hardswish". Raises as conv2d and batch_norm, ValueError for an unknown
-    activation or a residual of another size or dtype.
+    "relu6", "gelu", "gelu_tanh", "silu", "hardswish". process_group: as batch_norm has it. Raises as conv2d and
+    batch_norm, ValueError for an unknown activation or a residual of another size or dtype.
 
     The backward pass of gelu, gelu_tanh, silu and hardswish needs what these were applied to. It computes that again
     from residual and bn_bias, and keeps them: to change these in place before backward is an error.
@@ -65,7 +67,9 @@ def conv_bn_act(
     if reason:
         record_torch("conv_bn_act", reason, input, weight)
         y = F.conv2d(x, w, b, stride, padding, dilation, groups)
-        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        y = batch_norm_of_torch(
+            y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, process_group
+        )
         if residual is not None:
             _check_residual(residual, y.shape, y.dtype)
             y = y + residual
@@ -81,11 +85,12 @@ def conv_bn_act(
         return ops.conv_bn_act(
             x, w, b, running_mean, running_var, gamma, beta, residual, eps, activation, slope, *geometry, algorithm
         )
-    count = values_per_channel("conv_bn_act", size)
+    count = values_per_channel("conv_bn_act", size, process_group)
     y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
-    if running_mean is not None and count > 0:  # an empty batch leaves them as they are
-        ops.update_running(running_mean, running_var, mean, var, momentum, count)
-    return ops.normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, True)
+    running = running_mean, running_var
+    return normalize_batch(
+        y, (mean, var), gamma, beta, residual, running, momentum, eps, activation, slope, count, process_group
+    )
 
 
 def _check_residual(residual: Tensor, size: Sequence[int], dtype: torch.dtype) -> None:
@@ -131,8 +136,9 @@ def bn_act(
     residual: Tensor | None = None,
     activation: str | None = "relu",
     activation_arg: float | Tensor | None = None,
+    process_group: Any = None,
 ) -> Tensor:
-    """act(batch_norm(input) + residual)."""
-    y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    """act(batch_norm(input) + residual). process_group: as batch_norm has it."""
+    y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group=process_group)
     y = y if residual is None else y + residual
     return activate(y, activation, LEAKY_SLOPE if activation_arg is None else activation_arg)

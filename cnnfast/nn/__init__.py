@@ -16,6 +16,7 @@ from .layers import (
     ConvTranspose2d,
     GlobalAvgPool2d,
     MaxPool2d,
+    SyncBatchNorm,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ConvTranspose2d",
     "GlobalAvgPool2d",
     "MaxPool2d",
+    "SyncBatchNorm",
     "conv_bn_act",
     "fusable",
 ]

@@ -20,7 +20,7 @@ from ..activations import LEAKY_SLOPE, activate
 from ..dispatch import why_torch
 from ..functional.arguments import autocast
 from ..functional.entrance import capture, captured
-from .layers import BatchNorm2d, Conv2d, running_statistics
+from .layers import BatchNorm2d, Conv2d, SyncBatchNorm, running_statistics, synchronising_group
 
 # The dictionaries of a module whose hooks take part in its calls.
 HOOKS_OF_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -60,7 +60,8 @@ def served(x: Any) -> bool:
 def why_watched(*modules: torch.nn.Module, members: Sequence[tuple[Sequence[str], type]] = ()) -> str:
     """Why the modules themselves have to be called; the empty string if something may take the place of their calls.
 
-    A module has a hook, or its forward is replaced; hooks of all modules are registered; or a SyncBatchNorm trains.
+    A module has a hook, or its forward is replaced; hooks of all modules are registered; or PyTorch's own SyncBatchNorm
+    trains, whose other processes may call it.
     members: the path and the class of the modules, or of the first of them, by which the reason names one. The reason
     names others by their class alone.
     """
@@ -82,8 +83,8 @@ def _why_called(m: torch.nn.Module) -> str:
         return "has a backward hook"
     if forward_replaced(m):
         return "has a forward that was replaced on the instance"
-    if m.training and isinstance(m, torch.nn.SyncBatchNorm):
-        return "synchronises its statistics in training"
+    if m.training and isinstance(m, torch.nn.SyncBatchNorm) and not isinstance(m, SyncBatchNorm):
+        return "synchronises its statistics in training by PyTorch's own code: it is not converted"
     return ""
 
 
@@ -114,7 +115,7 @@ def conv_bn_act(
     first.
 
     conv: any torch.nn.Conv2d. bn: BatchNorm2d, whose rules about buffers, num_batches_tracked and momentum hold;
-    SyncBatchNorm in eval; or a frozen norm, which has running_mean, running_var, weight, bias and eps, but no
+    SyncBatchNorm, in training ours; or a frozen norm, which has running_mean, running_var, weight, bias and eps, but no
     track_running_stats. Results have the dtype that the modules called one after the other would give, under autocast
     too: a residual of another dtype, or one that has to be broadcast, is added by PyTorch after the fused convolution
     and norm. activation, activation_arg: as in functional.conv_bn_act.
@@ -152,6 +153,7 @@ def conv_bn_act(
         padding=padding,
         dilation=conv.dilation,  # pyright: ignore[reportArgumentType]
         groups=conv.groups,
+        process_group=synchronising_group(bn, x),
     )
     return y if fits else _activate(_add(y, residual), activation, activation_arg)
 
@@ -172,7 +174,8 @@ def is_batch_norm(module: torch.nn.Module) -> bool:
     """The same for torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm and torchvision's FrozenBatchNorm2d."""
     kind = type(module)
     if issubclass(kind, torch.nn.BatchNorm2d | torch.nn.SyncBatchNorm):
-        return kind.forward in (torch.nn.BatchNorm2d.forward, BatchNorm2d.forward, torch.nn.SyncBatchNorm.forward)
+        forwards = (norm.forward for norm in (torch.nn.BatchNorm2d, BatchNorm2d, torch.nn.SyncBatchNorm, SyncBatchNorm))
+        return kind.forward in forwards
     return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc"
 
 

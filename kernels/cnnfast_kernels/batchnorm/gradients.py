@@ -55,7 +55,7 @@ class GradientSumsOperands(NamedTuple):
 
 
 class NormalizeBackwardOperands(NamedTuple):
-    """The same, and in training the sums of g and of g * xhat, [C], over so many rows as `count` [1] says, by default
+    """The same, and in training the sums of g and of g * xhat, [C], over so many rows as `total` [1] says, by default
     dz's; the results dy and dresidual are of dz's shape.
     """
 
@@ -69,7 +69,7 @@ class NormalizeBackwardOperands(NamedTuple):
     beta: torch.Tensor | None
     sum_g: torch.Tensor | None
     sum_gx: torch.Tensor | None
-    count: torch.Tensor | None
+    total: torch.Tensor | None
     dy: torch.Tensor | None
     dresidual: torch.Tensor | None
 
@@ -140,7 +140,7 @@ def gradient_sums_kernel(
 @no_type_check
 def normalize_backward_kernel(
     dz_ptr, y_ptr, z_ptr, residual_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, sum_g_ptr, sum_gx_ptr,
-    count_ptr, dy_ptr, dresidual_ptr, slope: tl.float64, L, rows,
+    total_ptr, dy_ptr, dresidual_ptr, slope: tl.float64, L, rows,
     dz_stride_n, dz_stride_l, dz_stride_c, y_stride_n, y_stride_l, y_stride_c,
     z_stride_n, z_stride_l, z_stride_c, residual_stride_n, residual_stride_l, residual_stride_c,
     dy_stride_n, dy_stride_l, dy_stride_c, dresidual_stride_n, dresidual_stride_l, dresidual_stride_c,
@@ -164,7 +164,7 @@ def normalize_backward_kernel(
         tl.store(tile_pointers(dresidual, at), gradient.to(dresidual_ptr.dtype.element_ty), mask=at.mask)
     if dy_ptr is not None:
         if sum_g_ptr is not None:
-            count = rows.to(ACC) if count_ptr is None else tl.load(count_ptr).to(ACC)
+            count = rows.to(ACC) if total_ptr is None else tl.load(total_ptr).to(ACC)
             mean_g = round_quotient(load_vector(sum_g_ptr, at.c, at.c_ok, ACC), count)
             mean_gx = round_quotient(load_vector(sum_gx_ptr, at.c, at.c_ok, ACC), count)
             gradient = gradient - mean_g[None, :] - xhat * mean_gx[None, :]

@@ -290,10 +290,8 @@ def test_batch_norm_fills_a_gpu(shape, dtype, fmt):
     plans = [
         statistics._plan_moments(shape, strides, dtype)[0],
         normalising._plan_normalize(shape, strides, None, strides, dtype, 1e-5, None, 0.0)[0],
-        gradients._plan_sums(shape, (strides, strides, None, None), dtype, 1e-5, None, 0.0, 2)[0],
-        gradients._plan_backward(shape, (strides, strides, None, None), strides, dtype, 1e-5, None, 0.0, True, False)[
-            0
-        ],
+        gradients.plan_sums(shape, (strides, strides, None, None), dtype, 1e-5, None, 0.0, 2)[0],
+        gradients.plan_backward(shape, (strides, strides, None, None), strides, dtype, 1e-5, None, 0.0, True, False)[0],
     ]
     assert min(plan.grid[0] for plan in plans) >= 2 * 132
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,11 @@ from ..recording import record_torch
 from .arguments import Size, autocast, check_algorithm
 from .convolution import conv2d, conv_geometry, conv_output_size
 from .entrance import operation
-from .normalization import batch_norm, batch_norm_of_torch, check_norm, normalize_batch, values_per_channel
+from .normalization import batch_norm, batch_norm_of_torch, check_group, check_norm, normalize_batch, values_per_channel
 from .operators import ops
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @operation
@@ -40,7 +43,7 @@ def conv_bn_act(
     dilation: Size = 1,
     groups: int = 1,
     algorithm: str = "auto",
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """act(batch_norm(conv2d(input, weight, bias)) + residual).
 
@@ -58,6 +61,7 @@ def conv_bn_act(
     check_algorithm("conv_bn_act", algorithm)
     check_activation("conv_bn_act", activation, activation_arg)
     slope = LEAKY_SLOPE if activation_arg is None else float(activation_arg)
+    group = check_group("conv_bn_act", process_group, training)
     if input.dim() != 4:
         raise RuntimeError(f"conv_bn_act(): input must be of size [N, C, H, W], but got {list(input.shape)}")
     reason = why_torch(
@@ -85,11 +89,11 @@ def conv_bn_act(
         return ops.conv_bn_act(
             x, w, b, running_mean, running_var, gamma, beta, residual, eps, activation, slope, *geometry, algorithm
         )
-    count = values_per_channel("conv_bn_act", size, process_group)
+    count = values_per_channel("conv_bn_act", size, group)
     y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
     running = running_mean, running_var
     return normalize_batch(
-        y, (mean, var), gamma, beta, residual, running, momentum, eps, activation, slope, count, process_group
+        y, (mean, var), gamma, beta, residual, running, momentum, eps, activation, slope, count, group
     )
 
 
@@ -136,7 +140,7 @@ def bn_act(
     residual: Tensor | None = None,
     activation: str | None = "relu",
     activation_arg: float | Tensor | None = None,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """act(batch_norm(input) + residual). process_group: as batch_norm has it."""
     y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, process_group=process_group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from ..recording import record_torch
 from .arguments import as_float, check_flag
 from .entrance import operation
 from .operators import ops
+
+if TYPE_CHECKING:  # a build of torch without distributed has none
+    from torch.distributed import ProcessGroup
 
 
 # asks for a size first
@@ -31,7 +34,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Batch normalisation, as torch.nn.functional.batch_norm: (input - mean) * weight / sqrt(var + eps) + bias.
 
@@ -43,6 +46,7 @@ def batch_norm(
     torch.nn.SyncBatchNorm has it: mean and variance are those of all parts, of which some may be empty. All ranks have
     to make this call. Gradients of weight and bias are those of a rank's own part, and there are no second derivatives.
     """
+    group = check_group("batch_norm", process_group, training)
     if reason := why_torch(input, running_mean, running_var, weight, bias):
         record_torch("batch_norm", reason, input)
         return batch_norm_of_torch(
@@ -50,7 +54,7 @@ def batch_norm(
         )
     if input.dim() == 0:
         raise (IndexError if training else RuntimeError)("batch_norm(): input must be of size [N, C, ...], but got []")
-    group = process_group if training and input.dim() > 1 and input.shape[1] else None
+    group = group if input.dim() > 1 and input.shape[1] else None
     count = values_per_channel("batch_norm", input.shape, group) if training else 0
     # as PyTorch has it: nothing is normalised, nothing updated, and of the channels the first one counts
     if input.numel() == 0 and group is None:
@@ -83,7 +87,7 @@ def normalize_batch(
     activation: str | None,
     slope: float,
     count: int,
-    group: Any,
+    group: ProcessGroup | None,
 ) -> Tensor:
     """What comes after the statistics of a batch in training, mean and biased variance of `count` values a channel: the
     running ones are updated, if there are any, and y is normalised, added to and activated. With a process group y is a
@@ -98,6 +102,18 @@ def normalize_batch(
     return ops.normalize(y, *statistics, gamma, beta, residual, eps, activation, slope, True)
 
 
+def check_group(function: str, group: ProcessGroup | None, training: bool) -> ProcessGroup | None:
+    """The process group, checked; None where it makes no difference."""
+    if group is None:
+        return None
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"{function}(): process_group must be None or a group of torch.distributed to which this process belongs,"
+            f" but got process_group={group!r}"
+        )
+    return group if training and torch.distributed.get_world_size(group) > 1 else None
+
+
 def batch_norm_of_torch(
     input: Tensor,
     running_mean: Tensor | None,
@@ -107,12 +123,12 @@ def batch_norm_of_torch(
     training: bool,
     momentum: float,
     eps: float,
-    group: Any,
+    group: ProcessGroup | None,
 ) -> Tensor:
-    """By PyTorch's own operators. With a process group in training that is what torch.nn.SyncBatchNorm calls, which
+    """By PyTorch's own operators. With a process group that is what torch.nn.SyncBatchNorm calls, which
     takes no tensor of the CPU; a meta tensor has no numbers that other ranks would need.
     """
-    if group is None or not training or input.is_meta:
+    if group is None or input.is_meta:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if input.is_cpu:
         raise ValueError("SyncBatchNorm expected input tensor to be on GPU or XPU, where PyTorch serves it")
@@ -197,7 +213,7 @@ def _check_vectors(
     return None if gamma is None else gamma.reshape(-1), None if beta is None else beta.reshape(-1)
 
 
-def values_per_channel(function: str, size: Sequence[int], group: Any = None) -> int:
+def values_per_channel(function: str, size: Sequence[int], group: ProcessGroup | None = None) -> int:
     """Raises ValueError if it is one, and no other rank of a process group has more of them."""
     count = size[0] * prod(size[2:])
     if count == 1 and group is None:

@@ -179,6 +179,7 @@ def test_what_is_refused_is_refused_on_every_rank_before_anything_is_exchanged(t
         "dtype": "RuntimeError: batch_norm(): running_mean must have input's dtype torch.float32",
         "eps": "ValueError: batch_norm(): eps must be positive in training",
         "residual": "ValueError: conv_bn_act(): residual must be the output's size",
+        "group": "TypeError: conv_bn_act(): process_group must be None or a group of torch.distributed",
         "running statistics": "ValueError: conv_bn_act(): running_mean and running_var must either both be None",
         "by PyTorch": "ValueError: SyncBatchNorm expected input tensor to be on GPU",
         "under vmap": "ValueError: SyncBatchNorm expected input tensor to be on GPU",
@@ -211,7 +212,7 @@ def test_compiled_models_train_as_they_are(two):
 
 def test_three_ranks_in_their_order_and_groups_of_some(tmp_path):
     """The same bits on each, and those that the ranks' moments give in their order; a group of the first and the last,
-    and a rank that is in none.
+    beside which the second is alone.
     """
     pytest.importorskip("triton")
     found = [of_rank["three"] for of_rank in ranks(tmp_path, 3, "three")]
@@ -219,13 +220,12 @@ def test_three_ranks_in_their_order_and_groups_of_some(tmp_path):
     def told(x: Tensor) -> Tensor:
         return torch.cat([*batch_moments(x), torch.full((1,), float(x.numel() // CHANNELS))])
 
-    for prefix, members in (("", [0, 1, 2]), ("pair ", [0, 2])):
+    for prefix, members in (("", [0, 1, 2]), ("pair ", [0, 2]), ("pair ", [1])):
         mean, var = torch.zeros(CHANNELS), torch.ones(CHANNELS)
         combine_ranks(torch.stack([told(found[rank]["x"]) for rank in members]), mean, var, 0.1)
         for rank in members:
             assert torch.equal(found[rank][f"{prefix}running_mean"], mean)
             assert torch.equal(found[rank][f"{prefix}running_var"], var)
-    assert torch.equal(found[1]["pair running_var"], torch.ones(CHANNELS))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -128,7 +128,8 @@ class _CheckRecorder(TorchFunctionMode):
         autocast = (
             torch.get_autocast_dtype(device) if casts and bound.arguments["input"].dtype != torch.float64 else None
         )
-        arguments = {name: _plain(value) for name, value in bound.arguments.items()}
+        # a synchronised norm is judged by its own part of the batch, as one process computes it
+        arguments = {name: _plain(value) for name, value in bound.arguments.items() if name != "process_group"}
         self.calls.append(Captured(operation, arguments, layer, autocast))
 
     @contextmanager

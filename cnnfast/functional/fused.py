@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,11 @@ from ..recording import record_torch
 from .arguments import Size, autocast, autocasts, batched, check_algorithm
 from .convolution import conv_geometry, conv_output_size, padded_for_torch
 from .entrance import operation
-from .normalization import check_norm, normalized, values_per_channel
+from .normalization import batch_norm_of_torch, check_group, check_norm, normalize_batch, normalized, values_per_channel
 from .operators import ops
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @operation
@@ -39,6 +43,7 @@ def conv_bn_act(
     dilation: Size = 1,
     groups: int = 1,
     algorithm: str = "auto",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """act(batch_norm(conv2d(input, weight, bias)) + residual).
 
@@ -48,9 +53,9 @@ def conv_bn_act(
     Shapes and dtypes as conv2d; running_mean, running_var, bn_weight, bn_bias [K], of input's dtype or float32;
     residual of the output's size and dtype. activation: None, "relu", "leaky_relu" (activation_arg: slope, 0.01),
     "relu6", "gelu", "gelu_tanh", "silu", "hardswish", "mish", "hardsigmoid", "prelu" (activation_arg: a tensor of the
-    output's dtype, [1] or [K]; where a gradient is wanted PyTorch's prelu follows the kernels). Raises as conv2d and
-    batch_norm, ValueError for an unknown activation or a residual or slopes of another size or dtype, TypeError for an
-    activation_arg of another type.
+    output's dtype, [1] or [K]; where a gradient is wanted PyTorch's prelu follows the kernels). process_group: as
+    batch_norm has it. Raises as conv2d and batch_norm, ValueError for an unknown activation or a residual or slopes of
+    another size or dtype, TypeError for an activation_arg of another type.
 
     The backward pass of gelu, gelu_tanh, silu, hardswish, mish and hardsigmoid needs what these were applied to. It
     computes that again from residual and bn_bias, and keeps them: to change these in place before backward is an error.
@@ -58,6 +63,7 @@ def conv_bn_act(
     check_algorithm("conv_bn_act", algorithm)
     check_activation("conv_bn_act", activation, activation_arg)
     slope, slopes = slopes_of(activation, activation_arg)
+    group = check_group("conv_bn_act", process_group, training)
     if input.dim() != 4:
         raise RuntimeError(f"conv_bn_act(): input must be of size [N, C, H, W], but got {list(input.shape)}")
     reason = why_torch(
@@ -68,7 +74,7 @@ def conv_bn_act(
         record_torch("conv_bn_act", reason, input, weight)
         x, padding = padded_for_torch(x, padding)
         y = F.conv2d(x, w, b, stride, padding, dilation, groups)
-        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        y = batch_norm_of_torch(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, group)
         return _by_pytorch("conv_bn_act", y, residual, activation, slope, slopes)
     geometry = conv_geometry("conv_bn_act", x, w, b, stride, padding, dilation, groups)
     gamma, beta, momentum, eps = check_norm(
@@ -79,15 +85,14 @@ def conv_bn_act(
     apart = slopes if wants_gradient(x, w, b, gamma, beta, residual, slopes) else None
     if apart is not None:
         activation, slopes = None, None
+    end = residual, eps, activation, slope, slopes
     if training:
-        count = values_per_channel("conv_bn_act", size)
+        count = values_per_channel("conv_bn_act", size, group)
         y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
-        if running_mean is not None and count > 0:  # an empty batch leaves them as they are
-            ops.update_running(running_mean, running_var, mean, var, momentum, count)
-        z = ops.normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, True)
+        running = running_mean, running_var
+        z = normalize_batch(y, (mean, var), gamma, beta, running, momentum, *end, count, group)
     else:
-        norm = running_mean, running_var, gamma, beta
-        z = ops.conv_bn_act(x, w, b, *norm, residual, eps, activation, slope, slopes, *geometry, algorithm)
+        z = ops.conv_bn_act(x, w, b, running_mean, running_var, gamma, beta, *end, *geometry, algorithm)
     return z if apart is None else F.prelu(z, apart)
 
 
@@ -162,30 +167,31 @@ def bn_act(
     residual: Tensor | None = None,
     activation: str | None = "relu",
     activation_arg: float | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """act(batch_norm(input) + residual).
 
     One pass over memory, in training after one that takes the statistics. Its backward pass is one of
     normalize_backward's: two passes, or with frozen statistics one.
 
-    Shapes, dtypes and running statistics as batch_norm; residual of input's size and dtype; activation, activation_arg
-    as conv_bn_act. Raises as batch_norm, ValueError for an unknown activation or a residual or slopes of another size
-    or dtype, TypeError for an activation_arg of another type.
+    Shapes, dtypes, running statistics and process_group as batch_norm; residual of input's size and dtype; activation,
+    activation_arg as conv_bn_act. Raises as batch_norm, ValueError for an unknown activation or a residual or slopes of
+    another size or dtype, TypeError for an activation_arg of another type.
     """
     check_activation("bn_act", activation, activation_arg)
     slope, slopes = slopes_of(activation, activation_arg)
+    group = check_group("bn_act", process_group, training)
+    norm = running_mean, running_var, weight, bias, training, momentum, eps
     if reason := why_torch(input, running_mean, running_var, weight, bias, residual, slopes):
         record_torch("bn_act", reason, input)
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return _by_pytorch("bn_act", y, residual, activation, slope, slopes)
-    norm = running_mean, running_var, weight, bias, training, momentum, eps
+        return _by_pytorch("bn_act", batch_norm_of_torch(input, *norm, group), residual, activation, slope, slopes)
     if input.dim() > 1:
         _check_epilogue("bn_act", residual, slopes, input.shape, input.shape[1], input.dtype)
     # PyTorch's prelu casts to the dtype of autocast, and nothing else here does
     apart = slopes if autocasts(input) or wants_gradient(input, weight, bias, residual, slopes) else None
     if apart is not None:
-        return F.prelu(normalized("bn_act", input, *norm, residual, None, slope, None), apart)
-    return normalized("bn_act", input, *norm, residual, activation, slope, slopes)
+        return F.prelu(normalized("bn_act", input, *norm, residual, None, slope, None, group), apart)
+    return normalized("bn_act", input, *norm, residual, activation, slope, slopes, group)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

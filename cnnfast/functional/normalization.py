@@ -127,7 +127,8 @@ def check_norm(
 def _check_numbers(function: str, training: bool, momentum: float, eps: float) -> tuple[float, float]:
     """(momentum, eps), checked."""
     check_flag(function, "training", training)
-    momentum, eps = as_float(function, "momentum", momentum), as_float(function, "eps", eps)
+    if type(momentum) is not float or type(eps) is not float:
+        momentum, eps = as_float(function, "momentum", momentum), as_float(function, "eps", eps)
     if eps < 0 or (training and eps == 0):
         rule = "positive in training" if training else "non-negative"
         raise ValueError(f"{function}(): eps must be {rule}, but got eps={eps}")

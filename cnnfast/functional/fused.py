@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import activate, check_activation, check_slopes, slopes_of
+from ..activations import LEAKY_SLOPE, activate, check_activation, check_slopes, slopes_of
 from ..dispatch import why_torch
 from ..recording import record_torch
 from .arguments import Size, autocast, autocasts, batched, check_algorithm
@@ -62,8 +62,8 @@ def conv_bn_act(
     """
     check_algorithm("conv_bn_act", algorithm)
     check_activation("conv_bn_act", activation, activation_arg)
-    slope, slopes = slopes_of(activation, activation_arg)
-    group = check_group("conv_bn_act", process_group, training)
+    slope, slopes = (LEAKY_SLOPE, None) if activation_arg is None else slopes_of(activation, activation_arg)
+    group = None if process_group is None else check_group("conv_bn_act", process_group, training)
     if input.dim() != 4:
         raise RuntimeError(f"conv_bn_act(): input must be of size [N, C, H, W], but got {list(input.shape)}")
     reason = why_torch(
@@ -81,8 +81,9 @@ def conv_bn_act(
         "conv_bn_act", w.shape[0], x.dtype, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps
     )
     size = conv_output_size(x, w, geometry) if training or residual is not None else ()
-    _check_epilogue("conv_bn_act", residual, slopes, size, w.shape[0], x.dtype)
-    apart = slopes if wants_gradient(x, w, b, gamma, beta, residual, slopes) else None
+    if residual is not None or slopes is not None:
+        _check_epilogue("conv_bn_act", residual, slopes, size, w.shape[0], x.dtype)
+    apart = slopes if slopes is not None and wants_gradient(x, w, b, gamma, beta, residual, slopes) else None
     if apart is not None:
         activation, slopes = None, None
     end = residual, eps, activation, slope, slopes
@@ -125,7 +126,7 @@ def conv_act(
     """
     check_algorithm("conv_act", algorithm)
     check_activation("conv_act", activation, activation_arg)
-    slope, slopes = slopes_of(activation, activation_arg)
+    slope, slopes = (LEAKY_SLOPE, None) if activation_arg is None else slopes_of(activation, activation_arg)
     reason = why_torch(input, weight, bias, residual, slopes, algorithm=algorithm)
     x, w, b, residual, slopes = autocast(input, weight, bias, residual, slopes)
     x, unbatched = batched(x)
@@ -140,8 +141,9 @@ def conv_act(
     geometry = conv_geometry("conv_act", x, w, b, stride, padding, dilation, groups)
     channels = 0 if x.shape[1] == 0 else w.shape[0]  # as PyTorch has it, without channels in there are none out
     size = () if residual is None else (x.shape[0], channels, *conv_output_size(x, w, geometry)[2:])
-    _check_epilogue("conv_act", residual, slopes, size, channels, x.dtype)
-    apart = slopes if wants_gradient(x, w, b, residual, slopes) else None
+    if residual is not None or slopes is not None:
+        _check_epilogue("conv_act", residual, slopes, size, channels, x.dtype)
+    apart = slopes if slopes is not None and wants_gradient(x, w, b, residual, slopes) else None
     if apart is not None:
         activation, slopes = None, None
     if channels == 0 or (activation is None and residual is None):
@@ -179,8 +181,8 @@ def bn_act(
     another size or dtype, TypeError for an activation_arg of another type.
     """
     check_activation("bn_act", activation, activation_arg)
-    slope, slopes = slopes_of(activation, activation_arg)
-    group = check_group("bn_act", process_group, training)
+    slope, slopes = (LEAKY_SLOPE, None) if activation_arg is None else slopes_of(activation, activation_arg)
+    group = None if process_group is None else check_group("bn_act", process_group, training)
     norm = running_mean, running_var, weight, bias, training, momentum, eps
     if reason := why_torch(input, running_mean, running_var, weight, bias, residual, slopes):
         record_torch("bn_act", reason, input)
@@ -188,9 +190,8 @@ def bn_act(
     if input.dim() > 1:
         _check_epilogue("bn_act", residual, slopes, input.shape, input.shape[1], input.dtype)
     # PyTorch's prelu casts to the dtype of autocast, and nothing else here does
-    apart = slopes if autocasts(input) or wants_gradient(input, weight, bias, residual, slopes) else None
-    if apart is not None:
-        return F.prelu(normalized("bn_act", input, *norm, residual, None, slope, None, group), apart)
+    if slopes is not None and (autocasts(input) or wants_gradient(input, weight, bias, residual, slopes)):
+        return F.prelu(normalized("bn_act", input, *norm, residual, None, slope, None, group), slopes)
     return normalized("bn_act", input, *norm, residual, activation, slope, slopes, group)
 
 

@@ -47,7 +47,7 @@ def batch_norm(
     torch.nn.SyncBatchNorm has it: mean and variance are those of all parts, of which some may be empty. All ranks have
     to make this call. Gradients of weight and bias are those of a rank's own part, and there are no second derivatives.
     """
-    group = check_group("batch_norm", process_group, training)
+    group = None if process_group is None else check_group("batch_norm", process_group, training)
     if reason := why_torch(input, running_mean, running_var, weight, bias):
         record_torch("batch_norm", reason, input)
         return batch_norm_of_torch(input, running_mean, running_var, weight, bias, training, momentum, eps, group)
@@ -127,10 +127,8 @@ def normalize_batch(
     return ops.normalize(y, *statistics, gamma, beta, residual, eps, activation, slope, slopes, True)
 
 
-def check_group(function: str, group: ProcessGroup | None, training: bool) -> ProcessGroup | None:
+def check_group(function: str, group: ProcessGroup, training: bool) -> ProcessGroup | None:
     """The process group, checked; None where it makes no difference."""
-    if group is None:
-        return None
     if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
             f"{function}(): process_group must be None or a group of torch.distributed to which this process belongs,"
@@ -201,7 +199,8 @@ def check_norm(
 def _check_numbers(function: str, training: bool, momentum: float, eps: float) -> tuple[float, float]:
     """(momentum, eps), checked."""
     check_flag(function, "training", training)
-    momentum, eps = as_float(function, "momentum", momentum), as_float(function, "eps", eps)
+    if type(momentum) is not float or type(eps) is not float:
+        momentum, eps = as_float(function, "momentum", momentum), as_float(function, "eps", eps)
     if eps < 0 or (training and eps == 0):
         rule = "positive in training" if training else "non-negative"
         raise ValueError(f"{function}(): eps must be {rule}, but got eps={eps}")

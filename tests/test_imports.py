@@ -55,7 +55,7 @@ FORBIDDEN = [
 LAYERS = {
     "cnnfast_kernels": [
         "problem rounding gpus tiling layout dtypes operands",
-        "epilogue launch launchable indexing memory devices",
+        "activations epilogue launch launchable indexing memory devices",
         "planes moments slots",
         "gather tma batchnorm pooling",
         "table_rows",

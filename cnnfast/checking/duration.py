@@ -2,8 +2,8 @@
 
 The interpreter runs a program, and within it one step of the main loop, in numpy: its cost is that of Python, some
 milliseconds a step whatever the tile holds. So a convolution costs what its steps do, and what goes over an image once
-costs by the elements, for blocks are of much the same size. The constants below were measured on two cores of a server
-while others used them too; a machine of today is rarely further from them than a factor of two.
+costs by the elements, for blocks are of much the same size. The constants are seconds of a core, and were measured on a
+server's; a machine of today is rarely further from them than a factor of two. What else runs on the machine is counted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..dtypes import argument
+from ..measuring.load import cores_for
 from .capture import Captured, capture_calls
 from .whole import AS_GIVEN, STATE, steps
 
@@ -23,7 +24,7 @@ BLOCK = (64, 32, 16)  # output pixels, filters and channels that a step multipli
 GRADIENTS = 4.0  # a convolution's two gradients, and sums, in units of its forward pass
 POINT = 5e-6  # seconds an element of what passes over memory once: a norm, an activation
 TAP = 12e-6  # seconds an element of a pooling window
-START = 8.0  # seconds: processes start, models are copied, PyTorch computes in float64
+START = 6.0  # seconds: processes start, models are copied, PyTorch computes in float64
 
 
 def foreseen(
@@ -34,8 +35,8 @@ def foreseen(
     """
     cast, _ = argument(dtype, "check")
     calls = capture_calls(target, inputs, cast)
-    model = target if isinstance(target, torch.nn.Module) and calls else None
-    return len(calls), START + estimated_seconds(calls, steps(model, backward) if model is not None else [], backward)
+    whole = steps(target, backward) if isinstance(target, torch.nn.Module) and calls else []
+    return len(calls), (START + estimated_seconds(calls, whole, backward)) / cores_for(1)
 
 
 def estimated_seconds(calls: Sequence[Captured], whole: Sequence[str], backward: bool) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..dtypes import SHORT
+from ..measuring.load import cores_for, usable_cores
 from ..triton_here import why_no_kernels
 from . import options
 from .console import JsonFile, about, announce, printer, progress, refuse_unwritable, refused_by, table, write_json
@@ -77,7 +78,6 @@ def aot(
     try:
         from cnnfast_kernels import aot as compiler
         from cnnfast_kernels.aot import record as loops
-        from cnnfast_kernels.aot.processes import usable_cores
     except (ImportError, AttributeError) as error:
         raise typer.BadParameter(f"nothing can be compiled: {why_no_kernels(error)}", param_hint="aot") from None
 
@@ -87,7 +87,7 @@ def aot(
     with refused_by("aot", RuntimeError):
         compiler.require_compiled_kernels()
     processes = min(jobs or usable_cores(), len(work))
-    time = about(SECONDS_EACH * len(work) / min(processes, usable_cores()))
+    time = about(SECONDS_EACH * len(work) / cores_for(processes))
     cases, by = f"{len(work)} case{'s' * (len(work) > 1)}", f"{processes} process{'es' * (processes > 1)}"
     text = f"{cases} for {', '.join(archs)}, compiled by {by}: {time}, by an estimate"
     announce(json_file, f"{text}; what Triton has in its cache takes no time.")

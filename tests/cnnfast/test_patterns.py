@@ -11,7 +11,7 @@ from torch import nn
 
 from cnnfast import patterns
 from cnnfast.activations import ACTIVATIONS, activate
-from cnnfast_kernels import epilogue
+from cnnfast_kernels import activations
 
 WRITTEN = [(name, callee) for name, callees in patterns.ACTIVATIONS.items() for callee in callees]
 
@@ -51,7 +51,7 @@ def test_an_activation_computes_what_its_name_says(name, callee):
 
 
 def test_all_names_are_known_to_the_kernels_and_to_the_paths_of_pytorch():
-    assert {*patterns.ACTIVATIONS, "gelu_tanh"} <= set(epilogue.ACTIVATIONS) & set(ACTIVATIONS)
+    assert {*patterns.ACTIVATIONS, "gelu_tanh"} <= set(activations.ACTIVATIONS) & set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cnnfast.__main__ import app
@@ -96,3 +98,26 @@ def test_demo_without_its_extra_says_what_to_install(monkeypatch, module, name):
     assert result.exit_code == 2
     assert name in result.output
     assert 'pip install ".[demo]"' in result.output
+
+
+def test_the_table_of_aot_fits_into_80_columns():
+    """With the longest names and figures that there are."""
+    aot = pytest.importorskip("cnnfast_kernels.aot", reason="triton is not installed")
+    from cnnfast.commands.aot import summary
+
+    figures = {"registers": 255, "spill_bytes": 1024, "shared_bytes": 232448, "seconds": 1234.56}
+    names = ("normalize_backward_kernel", "max_pool_backward_kernel", "conv_wgrad_reduce_kernel")
+    rows = [
+        aot.KernelRow(name, f"variant {i}", "tile", arch, **figures, tensor_core=core, loop_instructions=loop)
+        for name in names
+        for arch in ("sm_90", "sm_120")
+        for i, (core, loop) in enumerate((("DMMA", 100), ("HGMMA", 1323), (None, None)))
+    ]
+    text = io.StringIO()
+    Console(width=80, file=text).print(summary(rows))
+    lines = text.getvalue().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert "…" not in text.getvalue()
+    shown = [line.split() for line in lines if line.startswith(tuple(name.removesuffix("_kernel") for name in names))]
+    assert len(shown) == len(names) * 2, "a row is one line"
+    assert shown[0][1:] == ["sm_120", "3", "255", "1024", "227", "DMMA", "HGMMA", "100-1323", "3703.7"]

@@ -215,6 +215,9 @@ def test_a_whole_run_prints_and_writes(stand_in, tmp_path):
     assert stand_in == [0.01] * count
     assert len(tables.read(tmp_path / "rows.json")) == count
     assert f"{count} of {count} convolutions measured" in result.stderr
+    first = result.stderr.splitlines()[0]
+    assert first.startswith(f"{count} convolutions with ")
+    assert first.endswith("but --budget ends it after about 10 minutes.")
 
 
 @interpreted

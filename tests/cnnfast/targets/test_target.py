@@ -259,6 +259,22 @@ def test_errors_say_what_would_be_right(files, name, message):
     assert message in says(name)
 
 
+def test_a_file_that_failed_is_read_again(folder):
+    write(folder, "mended.py", "raise ValueError('not yet')")
+    assert says("mended.py:net") == "cannot import mended.py: ValueError in mended.py, line 1: not yet"
+    assert "mended" not in sys.modules
+    write(folder, "mended.py", "from torch import nn\nnet = nn.ReLU()")
+    assert type(resolve_module("mended.py:net")[1]) is nn.ReLU
+
+
+def test_the_line_is_the_innermost_of_the_users_own(files):
+    write(files, "outer.py", "import beside\ndef net():\n    return beside.broken()")
+    write(files, "beside.py", "CHANNELS = 3\ndef broken():\n    return int('x')")
+    assert says("outer.py:net") == (
+        "cannot build outer.py:net: ValueError in beside.py, line 3: invalid literal for int() with base 10: 'x'"
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Inputs
 

@@ -212,6 +212,11 @@ def test_prelu(step, slopes, device):
         torch.testing.assert_close(y, called(modules, x, r).detach(), rtol=1e-11, atol=1e-11)
 
 
+def test_prelu_without_slopes(device):
+    with pytest.raises(TypeError, match="activation_arg must be prelu's slope"):
+        cnn.conv_act(nn.Conv2d(4, 4, 1).to(device), torch.ones(IMAGE, device=device), None, "prelu")
+
+
 def test_prelu_that_pytorch_refuses(device):
     """Its errors are PyTorch's: slopes of another number, or of another dtype."""
     norm, x = nn.BatchNorm2d(4).double().to(device), normal(*IMAGE).to(device)

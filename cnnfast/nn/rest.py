@@ -42,7 +42,7 @@ def split(
         fits = isinstance(residual, Tensor) and residual.dtype == x.dtype and not (rows and residual.dim() != 3)
         image = residual.unsqueeze(2) if rows and fits else residual
         now, later = (rest._replace(residual=image), Rest()) if fits and image.shape == size else (Rest(), rest)
-    if now.activation == "prelu":
+    if now.activation == "prelu" and isinstance(now.activation_arg, Tensor):  # otherwise functional's own error
         now, later = _split_prelu(now, size, x, modules)
     return now, later
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import pickle
 from collections import Counter
 
 import pytest
@@ -456,3 +457,221 @@ def test_a_block_is_reparametrised_after_the_conversion(name, quick, timm):
     ours = cnnfast.convert(ours)
     assert_same_steps(ours, original, x, modes=("no_grad", "eval"))
     assert steps_of(ours, x) == {"conv_act": 2}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Activations with a parameter, and those of timm
+
+
+class Residual(nn.Module):
+    """SRGAN's (Ledig and others 2017): PReLU between the norms, a sum at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(CHANNELS, CHANNELS, 3, 1, 1, bias=False) for _ in range(2))
+        self.bn1, self.bn2 = nn.BatchNorm2d(CHANNELS), nn.BatchNorm2d(CHANNELS)
+        self.prelu = nn.PReLU(CHANNELS)
+
+    def forward(self, x):
+        return self.bn2(self.conv2(self.prelu(self.bn1(self.conv1(x))))) + x
+
+
+def generator_of_details() -> nn.Module:
+    stem = nn.Sequential(nn.Conv2d(3, CHANNELS, 3, 1, 1), nn.PReLU())
+    up = nn.Sequential(nn.Conv2d(CHANNELS, 4 * CHANNELS, 3, 1, 1), nn.PixelShuffle(2), nn.PReLU())
+    return nn.Sequential(stem, Residual(), up, nn.Conv2d(CHANNELS, 3, 3, 1, 1))
+
+
+def test_srgan(quick):
+    """In eval PReLU is part of its step; where gradients are recorded it is PyTorch's, and its row says why."""
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64, device=quick)
+    ours = assert_fused(build(generator_of_details, quick), x, steps={"conv_act": 1, "conv_bn_act": 2})
+
+    def row(name: str) -> tuple[str, str]:
+        return next((row.status, row.reason) for row in cnnfast.report(ours, x).rows if row.name == name)
+
+    for training in (False, True):
+        ours.train(training)
+        status, reason = row("1.prelu")
+        assert status == "left"
+        assert "gradients are recorded" in reason
+        assert row("1.bn1") == row("1.conv1") == ("fused", "conv1 + bn1")
+        with torch.no_grad():
+            for name in ("1.prelu", "1.conv1", "1.bn1"):
+                assert row(name) == ("fused", "conv1 + bn1 + prelu")
+            assert row("0.1") == ("fused", "Conv2d + PReLU")
+    assert "2.2" not in {row.name for row in cnnfast.report(ours, x).rows}, "what follows PixelShuffle is in no group"
+
+
+def test_a_frozen_prelu_is_part_of_its_step(quick):
+    """Nothing is differentiated, whatever mode gradients are in."""
+    model = build(Residual, quick).requires_grad_(False)
+    x = image().to(quick)
+    ours = cnnfast.convert(model)
+    rows = {row.name: row.status for row in cnnfast.report(ours, x).rows}
+    assert rows["prelu"] == "fused"
+    torch.testing.assert_close(ours(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Swish", "Mish", "HardSwish", "HardSigmoid", "GELU", "GELUTanh", "PReLU"),
+        *("SwishMe", "MishMe", "HardSwishMe", "HardSigmoidMe"),
+    ],
+)
+@pytest.mark.parametrize("forward", [conv_relu, norm_relu])
+def test_timms_activations(forward, name, quick, timm):
+    module = "activations_me" if name.endswith("Me") else "activations"
+    make = getattr(importlib.import_module(f"timm.layers.{module}"), name)
+    # PyTorch's derivative of hardsigmoid, which serves here, is off by 3e-8 in float64
+    modes: tuple[Mode, ...] = ("no_grad",) if name.startswith("HardSigmoid") else MODES
+    for in_place, tried in ((False, modes), (True, ("no_grad",))):  # timm's own cannot be differentiated in place
+        model = build(block(forward, relu=make(inplace=in_place)), quick)
+        assert_fused(model, image().to(quick), steps=GROUPS[forward], modes=tried)
+
+
+@pytest.mark.parametrize("name", ["HardMish", "QuickGELU", "Sigmoid", "Tanh"])
+def test_timms_other_activations(name, quick, timm):
+    make = getattr(importlib.import_module("timm.layers.activations"), name)
+    ours = assert_fused(build(block(conv_relu, relu=make), quick), image().to(quick), steps={})
+    (row,) = [row for row in cnnfast.report(ours, image().to(quick)).rows if row.name == ""]
+    assert f"self.relu ({name}) is not an activation that kernels know" in row.reason
+
+
+def test_an_activation_that_changes_after_the_conversion(quick):
+    """What a module's attributes say is read at each call."""
+    ours = cnnfast.convert(build(block(conv_relu, relu=nn.LeakyReLU(0.1)), quick))
+    x = image().to(quick)
+    ours.relu.negative_slope = 0.5
+    assert torch.equal(ours(x), F.leaky_relu(ours.conv(x), 0.5))
+    ours = cnnfast.convert(build(block(norm_relu, relu=nn.PReLU()), quick))
+    with torch.no_grad():
+        ours.relu.weight.fill_(0.7)
+        assert torch.equal(ours(x), F.leaky_relu(ours.bn(x), 0.7))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# timm's Conv2dSame
+
+
+def test_a_stem_with_tensorflows_padding(quick, timm):
+    from timm.layers import BatchNormAct2d, Conv2dSame
+
+    def stem():
+        return nn.Sequential(
+            *(Conv2dSame(3, 4, 3, 2, bias=False), BatchNormAct2d(4, act_layer=nn.SiLU)),
+            *(Conv2dSame(4, 4, 5, 2, groups=4), nn.ReLU(), Conv2dSame(4, 2, 2)),
+        )
+
+    for size in (7, 8):
+        x = torch.randn(2, 3, size, 9, dtype=torch.float64, device=quick)
+        ours = assert_fused(build(stem, quick), x, steps={"conv_bn_act": 1, "conv_act": 1})
+    assert isinstance(ours[0], Conv2dSame)
+    statuses = {row.name: row.status for row in cnnfast.report(ours, x).rows if row.name}
+    assert statuses == {"0": "fused", "1": "fused", "2": "fused", "4": "replaced"}
+    assert [type(m) for m in cnnfast.revert(ours)] == [type(m) for m in stem()]
+    assert_same_steps(ours[4], copy.deepcopy(cnnfast.revert(ours)[4]), image().to(quick)[0])
+    with cnnfast.backend("torch"):
+        torch.testing.assert_close(ours(x), cnnfast.revert(ours)(x))
+
+
+def test_tf_efficientnet_fuses_all_but_the_last_of_each_squeeze(quick, timm):
+    with torch.device("meta"):
+        model = timm.create_model("tf_efficientnet_b0").eval()
+    report = cnnfast.report(cnnfast.convert(model), IMAGE)
+    left = [row for row in report.rows if row.convolution and row.status != "fused"]
+    assert {(row.status, row.name.rpartition(".")[2]) for row in left} == {("replaced", "conv_expand")}
+    assert len(left) == 16
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# More networks
+
+
+def yolo(act: type[nn.Module]) -> nn.Module:
+    """A CSP bottleneck, and a head without norms."""
+
+    def step(before: int, after: int, size: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(before, after, size, 1, size // 2, bias=False), nn.BatchNorm2d(after), act())
+
+    class Bottleneck(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cv1, self.cv2 = step(CHANNELS, 3, 1), step(3, CHANNELS, 3)
+
+        def forward(self, x):
+            return x + self.cv2(self.cv1(x))
+
+    return nn.Sequential(step(3, CHANNELS, 3), Bottleneck(), nn.Conv2d(CHANNELS, 6, 1), act(), nn.Conv2d(6, 7, 1))
+
+
+@pytest.mark.parametrize("act", [nn.SiLU, nn.Mish])
+def test_a_yolo_block(act, quick):
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64, device=quick)
+    assert_fused(build(lambda: yolo(act), quick), x, steps={"conv_bn_act": 3, "conv_act": 1})
+
+
+def test_a_block_of_mobilenet_v3(quick, torchvision):
+    """Hard swish after the norms; of the squeeze, ReLU after its first convolution and hard sigmoid after its second,
+    both without a norm.
+    """
+    mobilenet = torchvision.models.mobilenetv3
+    config = mobilenet.InvertedResidualConfig(8, 3, 16, 8, True, "HS", 1, 1, 1)
+    model = build(lambda: mobilenet.InvertedResidual(config, functools.partial(nn.BatchNorm2d, eps=0.001)), quick)
+    assert_fused(model, image(8).to(quick), steps={"conv_bn_act": 3, "conv_act": 2})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Copies, and what else must not change
+
+
+@pytest.mark.parametrize(
+    ("make", "steps"),
+    [(DenseBlock, {"conv_act": 4}), (lambda: nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU(True)), {"bn_act": 1})],
+    ids=["convolutions", "norm"],
+)
+def test_copies_and_state(make, steps, quick):
+    model = build(make, quick)
+    keys, x = list(model.state_dict()), image().to(quick)
+    ours = assert_fused(model, x, steps=steps)
+    assert list(ours.state_dict()) == keys
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), cnnfast.convert(cnnfast.revert(ours))):
+        assert torch.equal(twin(x), ours(x))
+        assert steps_of(twin, x) == steps
+    back = cnnfast.revert(ours)
+    assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
+    assert steps_of(back, x) == {}
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    for training in (False, True):
+        ours.train(training)
+        torch.testing.assert_close(compiled(x), cnnfast.revert(copy.deepcopy(ours))(x))
+
+
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last])
+def test_memory_formats(fmt, quick):
+    model = build(block(pre_activation), quick).to(memory_format=fmt)
+    assert_fused(model, image().to(quick, memory_format=fmt), steps=GROUPS[pre_activation])
+
+
+def test_a_graph_module(quick):
+    model = torch.fx.symbolic_trace(build(block(pre_activation), quick))
+    ours = cnnfast.convert(model)
+    assert_same_steps(ours, copy.deepcopy(model), image().to(quick))
+    assert steps_of(ours, image().to(quick)) == GROUPS[pre_activation]
+
+
+def test_by_kernels(device):
+    """The launches of a block before whose convolutions norms stand, and of one without any."""
+    ours = cnnfast.convert(build(block(pre_activation), device)).eval()
+    x = image().to(device)
+    with torch.no_grad(), cnnfast.trace() as trace:
+        y = ours(x)
+    assert trace.launches == ["normalize_kernel", "conv_fprop_kernel", "conv_fprop_kernel"]
+    with torch.no_grad():
+        torch.testing.assert_close(y, cnnfast.revert(ours)(x), rtol=1e-11, atol=1e-11)
+    dense = build(lambda: DenseBlock(CHANNELS, 2), device)
+    assert_same_steps(cnnfast.convert(dense), copy.deepcopy(dense), x, modes=("eval",))
+    with torch.no_grad(), cnnfast.trace() as trace:
+        cnnfast.convert(dense)(x)
+    assert trace.launches == ["conv_fprop_kernel"] * 5

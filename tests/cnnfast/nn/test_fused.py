@@ -129,7 +129,8 @@ def test_activations(activation, device, monkeypatch):
     monkeypatch.setitem(ACTIVATIONS, "hardsigmoid", lambda u, slope: torch.nn.functional.relu6(u + 3) / 6)
     theirs = members(device).eval()
     x, residual = normal(*X).to(device), normal(*Y, seed=1).to(device)
-    options = {"activation_arg": 0.3} if activation == "leaky_relu" else {}
+    slopes = {"leaky_relu": 0.3, "prelu": normal(6).to(device)}
+    options = {"activation_arg": slopes[activation]} if activation in slopes else {}
     compare(copy.deepcopy(theirs), theirs, x, residual, activation=activation, **options)
 
 

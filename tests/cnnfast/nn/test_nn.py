@@ -17,7 +17,8 @@ from cnnfast import dispatch
 from tests.support.agreement import assert_close, assert_served_by_kernels, integers, normal, run
 from tests.support.modules import assert_same_buffers, outcome, randomise
 
-SUBCLASSES = ("Conv2d", "Conv1d", "ConvTranspose2d", "BatchNorm2d", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d")
+NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
+SUBCLASSES = ("Conv2d", "Conv1d", "ConvTranspose2d", *NORMS, "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d")
 IMAGE, UNBATCHED, SEQUENCE = (2, 4, 6, 5), (4, 6, 5), (2, 4, 7)
 PADDED = ("reflect", "replicate", "circular")
 
@@ -44,6 +45,9 @@ LAYERS = [
     ("BatchNorm2d", (4,), {}, IMAGE),
     ("BatchNorm2d", (4,), {"affine": False, "eps": 0.1, "momentum": 0.3}, IMAGE),
     ("BatchNorm2d", (4,), {"track_running_stats": False}, IMAGE),
+    ("BatchNorm1d", (4,), {}, (5, 4)),
+    ("BatchNorm1d", (4,), {"momentum": None}, SEQUENCE),
+    ("BatchNorm3d", (4,), {"eps": 0.1}, (2, 4, 3, 2, 3)),
     ("MaxPool2d", (3,), {"stride": 2, "padding": 1}, IMAGE),
     ("MaxPool2d", ((2, 3),), {"dilation": (2, 1), "ceil_mode": True}, UNBATCHED),
     ("AvgPool2d", (3,), {"stride": 2, "padding": 1, "count_include_pad": False}, IMAGE),
@@ -64,7 +68,7 @@ def pair(name, args, options, device, dtype=torch.float64) -> tuple[nn.Module, n
     return ours, theirs
 
 
-MODES = [(*case, training) for case in LAYERS for training in ((True, False) if case[0] == "BatchNorm2d" else (True,))]
+MODES = [(*case, training) for case in LAYERS for training in ((True, False) if case[0] in NORMS else (True,))]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

@@ -6,6 +6,7 @@ import copy
 import functools
 import random
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,22 +21,27 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 T = TypeVar("T")
 
+# What is put back afterwards is the process's: two threads would put back each other's.
+_one_at_a_time = threading.RLock()
+
 
 @contextmanager
 def leaving_no_trace() -> Iterator[None]:
     """The random numbers of PyTorch, Python and numpy are afterwards as they were, and what torch.compile compiled runs
-    uncompiled meanwhile.
+    uncompiled meanwhile. Both are the process's: what other threads draw meanwhile they may draw again, and they run
+    uncompiled, too. One thread at a time does this; others wait.
     """
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    # Nothing is compiled before torch._dynamo is imported, and importing it takes seconds.
-    uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    draws = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=cuda), uncompiled:
-            yield
-    finally:
-        random.setstate(draws[0])
-        numpy.random.set_state(draws[1])
+    with _one_at_a_time:
+        cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        # Nothing is compiled before torch._dynamo is imported, and importing it takes seconds.
+        uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        draws = random.getstate(), numpy.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=cuda), uncompiled:
+                yield
+        finally:
+            random.setstate(draws[0])
+            numpy.random.set_state(draws[1])
 
 
 def meta(tree: Any) -> Any:

@@ -6,6 +6,7 @@ import copy
 import functools
 import random
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,9 @@ from .located import located
 
 T = TypeVar("T")
 
+# What is put back afterwards is the process's: two threads would put back each other's.
+_one_at_a_time = threading.RLock()
+
 _aside: ContextVar[bool] = ContextVar("a copy is run to learn something of it", default=False)
 
 
@@ -33,21 +37,23 @@ def is_aside() -> bool:
 
 @contextmanager
 def leaving_no_trace() -> Iterator[None]:
-    """The random numbers of PyTorch, Python and numpy are afterwards as they were. Meanwhile what torch.compile
-    compiled runs uncompiled, and no batch norm of ours synchronises.
+    """The random numbers of PyTorch, Python and numpy are afterwards as they were, and what torch.compile compiled runs
+    uncompiled meanwhile. Both are the process's: what other threads draw meanwhile they may draw again, and they run
+    uncompiled, too. One thread at a time does this; others wait. No batch norm of ours synchronises meanwhile.
     """
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    # Nothing is compiled before torch._dynamo is imported, and importing it takes seconds.
-    uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    draws = random.getstate(), numpy.random.get_state()
-    token = _aside.set(True)
-    try:
-        with torch.random.fork_rng(devices=cuda), uncompiled:
-            yield
-    finally:
-        _aside.reset(token)
-        random.setstate(draws[0])
-        numpy.random.set_state(draws[1])
+    with _one_at_a_time:
+        cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        # Nothing is compiled before torch._dynamo is imported, and importing it takes seconds.
+        uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        draws = random.getstate(), numpy.random.get_state()
+        token = _aside.set(True)
+        try:
+            with torch.random.fork_rng(devices=cuda), uncompiled:
+                yield
+        finally:
+            _aside.reset(token)
+            random.setstate(draws[0])
+            numpy.random.set_state(draws[1])
 
 
 def meta(tree: Any) -> Any:

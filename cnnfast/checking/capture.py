@@ -174,6 +174,12 @@ def capture_calls(
 
     inputs = tree_map_only(Tensor, prepare, inputs)
     recorder = _CheckRecorder(owners)
-    with leaving_no_trace(), torch.no_grad(), dispatch.backend("torch"), entrance.capture(recorder.ours), recorder:
+    with (
+        leaving_no_trace(),
+        torch.no_grad(),
+        dispatch.in_this_thread("torch"),
+        entrance.capture(recorder.ours),
+        recorder,
+    ):
         target(*inputs)
     return recorder.calls

@@ -50,6 +50,11 @@ def convert(model: M, *, inplace: bool = False, memory_format: torch.memory_form
     Outputs then become channels_last, and a later `.view` may raise where `.reshape` would not. None keeps all strides.
     Converting a converted model converts what is new in it. `report` says what was done, and what was left and why.
 
+    Several threads may convert, report and call models at once, the same one too. As everywhere in PyTorch, a model
+    that is changed, by inplace=True or by setting an attribute of a part of it, must not be called by another thread
+    meanwhile. While one thread converts, no other can trace by torch.fx, or call what torch.compile has compiled:
+    torch.fx refuses both.
+
     Raises TypeError if `model` is no module, and if a part of it cannot be copied over the same tensors, as a scripted
     module (then use inplace=True); ValueError for another memory format, and for a compiled model (convert it first,
     then compile).

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from .. import nn as cnn
 from ..nn.layers import SameConv2d, torch_serves
 from ..patterns import FROZEN_NORMS, activation_of
-from .grafts import base_of, graft, grafted_before, own_class, set_class
+from .grafts import base_of, graft, grafted, own_class, set_class
 
 LEAVES: dict[type, type] = {
     nn.Conv1d: cnn.Conv1d,
@@ -197,4 +197,4 @@ def may_follow(norm: nn.Module, conv: nn.Module) -> bool:
 def _grafted(base: type, ours: type) -> type:
     """A subclass of `base` that computes as `ours` does."""
     methods = {name: ours.__dict__[name] for name in COMPUTING if name in ours.__dict__}
-    return grafted_before(base, ours) or graft(base, (base, ours), methods, swap, ours)
+    return grafted(base, ours, lambda: graft(base, (base, ours), methods, swap, ours))

@@ -4,6 +4,7 @@ norm. Of these the blocks and the forwards that conversion writes are made.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -24,20 +25,31 @@ HOOKS_OF_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_b
 
 # Called with every fused step that modules take: see `observed`.
 Observer = Callable[[tuple[torch.nn.Module, ...], bool, str | None], None]
-_observers: list[Observer] = []
+_observers: tuple[Observer, ...] = ()  # never changed in place: another thread may be going through them
+_observing = threading.Lock()  # between reading them and writing others
 
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """In this context every conv_bn_act, conv_act and bn_act calls `observer(modules, whether there is a residual,
-    activation)`, of the convolution and the norm that it has, and steps are fused even if PyTorch serves them.
+    """In this context every conv_bn_act, conv_act and bn_act of this thread calls `observer(modules, whether there is a
+    residual, activation)`, of the convolution and the norm that it has, and steps are fused even if PyTorch serves
+    them.
     """
-    _observers.append(observer)
+    global _observers
+    thread = threading.get_ident()
+
+    def heard(*step: Any) -> None:
+        if threading.get_ident() == thread:
+            observer(*step)
+
+    with _observing:
+        _observers = (*_observers, heard)
     try:
         with capture(lambda *call: nullcontext()):
             yield
     finally:
-        _observers.remove(observer)
+        with _observing:
+            _observers = tuple(other for other in _observers if other is not heard)
 
 
 def fusable(x: Any, *modules: torch.nn.Module) -> bool:

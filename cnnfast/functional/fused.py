@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import activate, check_activation, check_slopes, slopes_of
+from ..activations import ActivationName, activate, check_activation, check_slopes, slopes_of
 from ..dispatch import why_torch
 from ..recording import record_torch
-from .arguments import Size, autocast, autocasts, batched, check_algorithm
+from .arguments import Algorithm, Size, autocast, autocasts, batched, check_algorithm
 from .convolution import conv_geometry, conv_output_size, padded_for_torch
 from .entrance import operation
 from .normalization import check_norm, normalized, values_per_channel
@@ -29,7 +29,7 @@ def conv_bn_act(
     *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    activation: str | None = "relu",
+    activation: ActivationName | None = "relu",
     activation_arg: float | Tensor | None = None,
     training: bool = False,
     momentum: float = 0.1,
@@ -38,7 +38,7 @@ def conv_bn_act(
     padding: Size | str = 0,
     dilation: Size = 1,
     groups: int = 1,
-    algorithm: str = "auto",
+    algorithm: Algorithm = "auto",
 ) -> Tensor:
     """act(batch_norm(conv2d(input, weight, bias)) + residual).
 
@@ -102,9 +102,9 @@ def conv_act(
     groups: int = 1,
     *,
     residual: Tensor | None = None,
-    activation: str | None = "relu",
+    activation: ActivationName | None = "relu",
     activation_arg: float | Tensor | None = None,
-    algorithm: str = "auto",
+    algorithm: Algorithm = "auto",
 ) -> Tensor:
     """act(conv2d(input, weight, bias) + residual).
 
@@ -160,7 +160,7 @@ def bn_act(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
-    activation: str | None = "relu",
+    activation: ActivationName | None = "relu",
     activation_arg: float | Tensor | None = None,
 ) -> Tensor:
     """act(batch_norm(input) + residual).
@@ -214,7 +214,12 @@ def _check_epilogue(
 
 
 def _by_pytorch(
-    function: str, y: Tensor, residual: Tensor | None, activation: str | None, slope: float, slopes: Tensor | None
+    function: str,
+    y: Tensor,
+    residual: Tensor | None,
+    activation: ActivationName | None,
+    slope: float,
+    slopes: Tensor | None,
 ) -> Tensor:
     """act(y + residual), of operands that are checked as elsewhere."""
     _check_epilogue(function, residual, slopes, y.shape, y.shape[1] if y.dim() > 1 else 1, y.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
+from ..activations import ActivationName
 from ..dispatch import why_torch
 from ..functional.entrance import capture, captured
 from .layers import BatchNorm2d, Conv2d, running_statistics
@@ -119,7 +120,7 @@ def conv_bn_act(
     bn: torch.nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: ActivationName | None = None,
     activation_arg: Slope = None,
 ) -> Tensor:
     """act(bn(conv(x)) + residual) by the two modules' own parameters and state, without calling them: ask `fusable`
@@ -165,7 +166,7 @@ def conv_act(
     conv: torch.nn.Conv2d | torch.nn.Conv1d,
     x: Tensor,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: ActivationName | None = None,
     activation_arg: Slope = None,
 ) -> Tensor:
     """act(conv(x) + residual) by the module's own parameters, without calling it. Everything is as conv_bn_act has
@@ -187,7 +188,7 @@ def bn_act(
     bn: torch.nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: ActivationName | None = None,
     activation_arg: Slope = None,
 ) -> Tensor:
     """act(bn(x) + residual) by the norm's own parameters and state, without calling it.

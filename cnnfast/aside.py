@@ -18,6 +18,8 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .located import located
+
 T = TypeVar("T")
 
 
@@ -116,6 +118,13 @@ def run_aside(run: Callable[[nn.Module, tuple[Any, ...]], T], model: nn.Module, 
     )
     with leaving_no_trace(), made:
         return run(model, inputs)
+
+
+def does_not_run(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> RuntimeError:
+    """The error to raise from `error`, which a run of the model on these inputs raised."""
+    shapes = " ".join("x".join(map(str, t.shape)) for t in tree_leaves(inputs) if isinstance(t, Tensor))
+    what = f"{type(model).__name__} does not run on {shapes or 'these inputs'}"
+    return RuntimeError(f"{what}: {located(error)}")
 
 
 def is_callers(hook: Any) -> bool:

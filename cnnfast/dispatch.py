@@ -16,15 +16,17 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch.compiler import assume_constant_result
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .spelling import unknown_value
+from .triton_here import why_no_kernels
 
+NO_KERNELS = ""  # why there are none in this process
 try:
     from cnnfast_kernels import launch, launchable
     from cnnfast_kernels.dtypes import KERNEL_DTYPES
-except ImportError:  # no triton on this platform: every operation takes PyTorch's path
+except (ImportError, AttributeError) as error:  # no triton, or one of another version: PyTorch serves every operation
+    NO_KERNELS = why_no_kernels(error)
     launch = launchable = None
     KERNEL_DTYPES = {}
 
@@ -103,6 +105,14 @@ def on_gpu(x: torch.Tensor) -> bool:
 def library_allowed() -> bool:
     """Whether the library's convolution may stand in for ours: not where kernels were asked for."""
     return _backend not in ("kernels", "prefer kernels")
+
+
+def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second:
+    torch.compile calls the function when it traces, and takes the answer for a constant.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
 
 
 def asked_once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,7 +205,7 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
     if _backend == "torch":
         return _torch('backend("torch")')
     if launch is None:
-        return _torch("triton is not installed")
+        return _torch(NO_KERNELS)
     if CPU_REASON and x.is_cpu:  # first: calls that PyTorch serves anyway shall not pay for the other questions
         return _torch(CPU_REASON)
     if transformed():

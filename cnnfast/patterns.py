@@ -40,6 +40,9 @@ ACTIVATIONS: dict[ActivationName, tuple[Any, ...]] = {
     "gelu": (nn.GELU, F.gelu),
     "silu": (nn.SiLU, F.silu),
     "hardswish": (nn.Hardswish, F.hardswish),
+    "mish": (nn.Mish, F.mish),
+    "hardsigmoid": (nn.Hardsigmoid, F.hardsigmoid),
+    "prelu": (nn.PReLU,),
 }
 # Modules of timm's that compute one of these, known by name as the norms are. Some of them work in place.
 TIMMS_NAMES: dict[ActivationName, tuple[str, ...]] = {
@@ -47,13 +50,16 @@ TIMMS_NAMES: dict[ActivationName, tuple[str, ...]] = {
     "gelu": ("activations.GELU",),
     "gelu_tanh": ("activations.GELUTanh",),
     "hardswish": ("activations.HardSwish", "activations_me.HardSwishMe"),
+    "mish": ("activations.Mish", "activations_me.MishMe"),
+    "hardsigmoid": ("activations.HardSigmoid", "activations_me.HardSigmoidMe"),
+    "prelu": ("activations.PReLU",),
 }
 TIMMS_ACTIVATIONS: dict[str, ActivationName] = {
     f"timm.layers.{name}": activation for activation, names in TIMMS_NAMES.items() for name in names
 }
 # Functions and methods that activate, and that no kernel computes.
 OTHER_ACTIVATIONS: tuple[Any, ...] = (
-    *(F.hardsigmoid, F.mish, F.prelu, F.sigmoid, F.elu, F.softmax, torch.sigmoid, torch.tanh, torch.softmax),
+    *(F.prelu, torch.prelu, F.sigmoid, F.elu, F.softmax, torch.sigmoid, torch.tanh, torch.softmax),
     *("sigmoid", "sigmoid_", "tanh", "softmax"),
 )
 GELUS: dict[Any, Activation] = {"none": ("gelu", None), "tanh": ("gelu_tanh", None)}  # by `approximate`
@@ -114,7 +120,10 @@ def activation_of(module: Any) -> Activation | None:
     name = NAMES.get(kind)
     if name is None:
         name = TIMMS_ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
-        return None if name is None else (name, None)
+        if name == "gelu":  # it has no `approximate`
+            return name, None
+    if name == "prelu":
+        return name, module.weight
     if name == "leaky_relu":
         return name, module.negative_slope
     if name == "gelu":

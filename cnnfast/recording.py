@@ -15,7 +15,7 @@ import torch
 
 try:
     from cnnfast_kernels import launch
-except ImportError:  # no triton on this platform: PyTorch serves every operation, and nothing is launched
+except (ImportError, AttributeError):  # dispatch.NO_KERNELS says why: nothing is launched
     launch = None
 
 if TYPE_CHECKING:
@@ -113,8 +113,17 @@ class Trace:
         Console(file=text, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
-    def enter(self, call: Call) -> None:
+    @property
+    def heard_here(self) -> int:
+        """How many of its calls this thread made."""
+        return self._inside.__dict__.get("heard", 0)
+
+    def add(self, call: Call) -> None:
         self.calls.append(call)
+        self._inside.heard = self.heard_here + 1
+
+    def enter(self, call: Call) -> None:
+        self.add(call)
         self._inside.__dict__.setdefault("stack", []).append(call)
 
     def leave(self) -> None:
@@ -131,7 +140,8 @@ class Trace:
             call.launches.append(event)
 
 
-traces: list[Trace] = []  # those that last
+# Those that last. Another thread's may end at any time: who goes through them all takes a copy first.
+traces: list[Trace] = []
 
 
 @contextmanager
@@ -166,13 +176,13 @@ def _call(operation: str, arguments: tuple[Any, ...], served_by: Server, reason:
 
 def record_torch(operation: str, reason: str, *arguments: Any) -> None:
     """Tells every trace that PyTorch serves this call."""
-    for calls in traces:
-        calls.calls.append(_call(operation, arguments, "torch", reason))
+    for calls in tuple(traces):
+        calls.add(_call(operation, arguments, "torch", reason))
 
 
 def note(served_by: Server, reason: str) -> None:
     """Tells every trace more of the call of an operator that is running."""
-    for calls in traces:
+    for calls in tuple(traces):
         call = calls.innermost()
         if call is not None:
             call.served_by, call.reason = served_by, reason

@@ -15,9 +15,19 @@ _defined: list[torch.library.Library] = []  # an operator ends with the Library 
 
 @functools.cache
 def torchvision() -> ModuleType:
-    """torchvision, importable also where its C library does not load: PyPI's wheel is linked with CUDA, and beside a
-    torch without CUDA the import fails for want of two operators that no model here calls. Raises ModuleNotFoundError
-    where it is not installed.
+    """torchvision, importable also where its C library does not load. Raises ModuleNotFoundError where it is not
+    installed.
+    """
+    make_importable()
+    importlib.import_module("torchvision.models.detection")
+    return importlib.import_module("torchvision")
+
+
+@functools.cache
+def make_importable() -> None:
+    """Lets torchvision, and timm, which imports it, be imported where torchvision's C library does not load: PyPI's
+    wheel is linked with CUDA, and beside a torch without CUDA the import fails for want of two operators that no model
+    here calls. Does nothing where torchvision is not installed.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is not None and spec.origin is not None:
@@ -28,5 +38,3 @@ def torchvision() -> ModuleType:
             for name in ("nms", "qnms"):
                 library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             _defined.append(library)
-    importlib.import_module("torchvision.models.detection")
-    return importlib.import_module("torchvision")

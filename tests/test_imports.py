@@ -55,7 +55,7 @@ FORBIDDEN = [
 LAYERS = {
     "cnnfast_kernels": [
         "problem rounding gpus tiling layout dtypes operands",
-        "epilogue launch launchable indexing memory devices",
+        "activations epilogue launch launchable indexing memory devices",
         "planes moments slots",
         "gather tma batchnorm pooling",
         "table_rows",
@@ -67,7 +67,7 @@ LAYERS = {
     ],
     "cnnfast": [
         "spelling",
-        "activations patterns",
+        "activations patterns modes triton_here located",
         "ops dispatch recording aside precision dtypes measuring children torchvision_import",
         "functional summary",
         "nn",

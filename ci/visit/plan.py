@@ -22,7 +22,7 @@ from cnnfast import dispatch
 from cnnfast.bench.job import Job, numbers_drawn, plain
 from cnnfast.bench.shapes import layers as bench_layers
 from cnnfast.demo import ahead as demo_kernels
-from cnnfast.demo import digits, photograph, story
+from cnnfast.demo import assortment, digits, effort, photograph
 from cnnfast.models import resnet50
 from cnnfast.tuning import ahead
 from cnnfast.tuning.planning import planned
@@ -117,10 +117,13 @@ def tests(part: Part, gpu: devices.Gpu) -> Cost:
 
 
 def demo(part: Part, gpu: devices.Gpu) -> Cost:
-    x, some = photograph.normalized(photograph.load_photograph(None)), torch.empty(story.GPU_DIGITS, 1, 8, 8)
+    x, some = photograph.normalized(photograph.load_photograph(None)), torch.empty(effort.GPU_DIGITS, 1, 8, 8)
+    piece = torch.empty(1, 3, assortment.SIZE, assortment.SIZE).contiguous(memory_format=torch.channels_last)
     layers, network = photograph.make_layers(0), digits.make_network(0)
-    cases = [(layers, x, True), (network, some, True), (network, some, False)]  # as story.py has them
-    binaries, makers, seconds = compiled(demo_kernels.launches(cases, story.GPU_DTYPES, gpu))
+    others = assortment.make_assortment(0)
+    # As story.py has them.
+    cases = [(layers, x, True), (network, some, True), (network, some, False), (others, piece, True)]
+    binaries, makers, seconds = compiled(demo_kernels.launches(cases, effort.GPU_DTYPES, gpu))
     seconds += (
         len(part.stages) * RATES["a process's start"]
         + RATES["the demo's training, judging and drawing"]

@@ -10,3 +10,9 @@ printed (report.py), drawn (pictures.py), and compared with an earlier run (comp
 
 host_cost.py is apart from all that: what the host's part of a call costs, without a GPU.
 """
+
+# The providers, in the order in which they run (providers.py), for who needs no more of them, and no torch.
+NAMES = (
+    *("eager", "eager-graph", "cudnn-fused", "cudnn-graph", "cnnfast", "cnnfast-graph", "cnnfast-kernels"),
+    *("nchw", "jax", "compile", "cnnfast-compile", "max-autotune"),
+)

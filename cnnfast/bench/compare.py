@@ -38,6 +38,13 @@ class Change:
             return SLOWER
         return FASTER if self.ratio < 1 / (1 + NOISE) and (self.after.high or 0) < (self.before.low or 0) else SAME
 
+    def to_dict(self) -> dict[str, object]:
+        """What the table shows, with the medians in seconds."""
+        row = self.after
+        job = {name: getattr(row, name) for name in ("kind", "subject", "mode", "dtype", "batch", "input", "provider")}
+        times = {"before": self.before.median, "after": row.median, "ratio": self.ratio}
+        return {**job, **times, "verdict": self.verdict, "reason": row.reason}
+
 
 def compare(before: Sequence[BenchRow], after: Sequence[BenchRow]) -> list[Change]:
     """A change for each provider and job that both runs have, and that at least one of them has timed; the worst first.

@@ -65,6 +65,10 @@ class Provider:
 
     def unavailable(self, job: Job) -> str:
         """Why it cannot run, or the empty string."""
+        return self.refusal(job)
+
+    def refusal(self, job: Job) -> str:
+        """The same, as far as the job's mode and device tell, which takes no time to find out."""
         if self.skipped:
             return self.skipped
         if job.mode not in self.modes:

@@ -240,6 +240,7 @@ def compare(
         torch_rms=torch_rms,
         rms_limit=2 * torch_rms + 2 * plain_rms + typical,
         position=tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape)) if errors.numel() else (),
+        largest=_norms(exact)[0],
     )
 
 

@@ -26,7 +26,8 @@ class Comparison:
     limits.
 
     `message` says what is wrong other than an error too large: shape, dtype, NaN. `position` is that of the largest
-    error.
+    error. `largest` is the largest magnitude in the reference: errors are absolute, and this is the scale they belong
+    to.
     """
 
     tensor: str
@@ -38,6 +39,7 @@ class Comparison:
     rms_limit: float = 0.0
     position: tuple[int, ...] = ()
     message: str = ""
+    largest: float = 0.0
 
     @property
     def ok(self) -> bool:

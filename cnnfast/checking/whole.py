@@ -5,8 +5,8 @@ the original and the converted model take the same steps from the same state:
 
     state      keys, order, shapes, dtypes and values of state_dict, each loading the other's; names, order, sharing
                and requires_grad of the parameters; buffers; training flags
-    eval       the output, without gradients; no buffer changes
-    training   the output, the buffers after it, and the gradients of all parameters and inputs
+    infer      the output, in eval mode, without gradients; no buffer changes
+    train      the output, the buffers after it, and the gradients of all parameters and inputs
     as given   the same, if some modules of the model are in training and others are not
 
 Everything is judged by the rule of judge.py: no worse than twice PyTorch's own error in the same dtype plus a floor,
@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .. import dispatch
 from ..conversion import convert
 from ..dtypes import TF32, name_of
+from ..modes import INFER, TRAIN
 from ..precision import UNIT as TF32_UNIT
 from ..precision import float32_products
 from .judge import compare, kernels
@@ -47,7 +48,7 @@ from .outcome import RunOutcome, deviation, distance, named_tensors, outcome_of
 from .report import FAIL, NOT_JUDGED, NOT_OURS, OK, CheckRow, Comparison
 from .state import compare_states
 
-STATE, EVAL, TRAINING, AS_GIVEN = "state", "eval", "training", "as given"
+STATE, AS_GIVEN = "state", "as given"  # and the two modes
 SAMPLES = 3  # runs that are moved about
 SUM = 64  # units of the accumulators' dtype: see above
 KINK = 2.0**-13
@@ -64,8 +65,8 @@ Watch = Callable[[str], None]
 def steps(model: nn.Module, backward: bool) -> list[str]:
     """The steps that are judged of `model`, each a row."""
     flags = {module.training for module in model.modules()}
-    training = [TRAINING] if backward or True in flags else []
-    return [STATE, EVAL, *training, *([AS_GIVEN] if len(flags) > 1 else [])]
+    training = [TRAIN] if backward or True in flags else []
+    return [STATE, INFER, *training, *([AS_GIVEN] if len(flags) > 1 else [])]
 
 
 def judge_conversion(
@@ -109,7 +110,7 @@ def judge_whole(
             yield CheckRow("", STATE, "", "", OK if all(c.ok for c in compared) else FAIL, comparisons=compared)
             continue
         with _watched(step, watch), float32_products("tf32" if tf32 else "ieee"):
-            row = _Step(original, converted, inputs, step, backward and step != EVAL, dtype, tf32).judged()
+            row = _Step(original, converted, inputs, step, backward and step != INFER, dtype, tf32).judged()
         yield row
 
 
@@ -222,7 +223,7 @@ class _Step:
             mover.move(model)
             inputs = tree_map_only(Tensor, mover.moved, inputs)
         if self.mode != AS_GIVEN:
-            model.train(self.mode == TRAINING)
+            model.train(self.mode == TRAIN)
         with dispatch.prefer_kernels() if ours else dispatch.backend("torch"):
             return outcome_of(model, inputs, self.output_gradient if self.backward else None)
 

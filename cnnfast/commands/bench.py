@@ -3,87 +3,133 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..bench import NAMES
 from ..dtypes import TF32, dtype_of
+from ..modes import INFER, MODES
+from ..spelling import did_you_mean
+from . import options
+from .bench_jobs import BATCHES, batches, duration, model_tasks, providers, refuse_impossible
 from .console import (
-    DTYPE_HELP,
-    INPUT_DEFAULT,
-    INPUT_HELP,
-    MODEL_HELP,
-    MODES,
-    SECONDS_HELP,
     STANDARD_OUTPUT,
-    BudgetSeconds,
     JsonFile,
-    dtype_named,
+    announce,
     exit_code,
     interruptible,
-    modes_of,
-    module_of,
     printer,
     progress,
     refuse_no_time,
     refuse_unwritable,
+    refuse_unwritable_folder,
     refused_by,
-    shape_for,
-    sizes_of,
+    write_json,
     write_text,
 )
 
 if TYPE_CHECKING:
     import torch
 
-    from ..bench.providers import Provider
     from ..bench.series import Series
     from ..bench.task import Task
     from ..measuring.budget import Budget
 
+EXAMPLES = (
+    "cnnfast bench resnet50 --mode infer,train --batch 1,32",
+    "cnnfast bench model.py:Net --provider eager --provider cnnfast --json -",
+    "cnnfast bench --compare before.json after.json",
+)
 STANDARD = "resnet50"
-# Images of each step of the standard set, by device.
-BATCHES = {
-    "cuda": {"infer": [1, 8, 32, 256], "train": [32, 256], "layers": [64]},
-    "cpu": {"infer": [1], "train": [2], "layers": [1]},
-}
-LAYER_PROVIDERS = {
-    "cuda": ("eager-graph", "nchw", "cnnfast-graph", "cnnfast-kernels"),
-    "cpu": ("eager", "nchw", "cnnfast"),
-}
+WHAT = "What is compared"
 
 
 def bench(
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default="the standard set, of ResNet-50")] = None,
-    layers: Annotated[
-        bool, typer.Option("--layers", help="Single layers of ResNet-50 and MobileNetV2 instead of a model.")
-    ] = False,
-    mode: Annotated[str, typer.Option(help="infer, train, or infer,train.", show_default="infer")] = "",
-    batch: Annotated[str, typer.Option(help="Images a step, as 1,8,32,256.", show_default="by device")] = "",
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP, show_default="bf16 on a GPU, fp32 on a CPU")] = "",
+    model: Annotated[
+        str | None,
+        typer.Argument(help=options.MODEL_HELP, metavar="MODEL", show_default="the standard set, of ResNet-50"),
+    ] = None,
     shapes: Annotated[
         list[str] | None,
-        typer.Option("--input", help=f"{INPUT_HELP} --batch replaces its first size.", show_default=INPUT_DEFAULT),
+        typer.Option(
+            "--input",
+            help=f"{options.INPUT_HELP} --batch replaces its first size.",
+            metavar=options.SHAPE,
+            show_default=options.INPUT_DEFAULT,
+            rich_help_panel=options.INPUTS,
+        ),
     ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help=options.DTYPE_HELP,
+            metavar=options.DTYPE,
+            show_default="bf16 on a GPU, fp32 on a CPU",
+            rich_help_panel=options.INPUTS,
+        ),
+    ] = "",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="infer, train, or both.", metavar=options.MODES, show_default="infer", rich_help_panel=options.INPUTS
+        ),
+    ] = "",
+    batch: Annotated[
+        str,
+        typer.Option(help="Images a step.", metavar="1,8,32", show_default="by device", rich_help_panel=options.INPUTS),
+    ] = "",
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            help="Single layers of ResNet-50 and MobileNetV2 instead of a model.",
+            rich_help_panel=options.INPUTS,
+        ),
+    ] = False,
     provider: Annotated[
-        list[str] | None, typer.Option(help="Only this one; repeat for several.", show_default="all")
-    ] = None,
-    seconds: Annotated[float, typer.Option(min=0, help=f"{SECONDS_HELP} Each provider has one in each job.")] = 1.0,
-    budget: BudgetSeconds = None,
-    json_file: JsonFile = None,
-    pictures: Annotated[
-        Path | None, typer.Option(help="Folder for pictures: roofline, layers, images a second.")
+        list[str] | None,
+        typer.Option(
+            help=f"Only this one; repeat it for several: {', '.join(NAMES)}.",
+            metavar="NAME",
+            show_default="all",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Measure nothing: compare two files of --json, the earlier first.", metavar="A B"),
+        typer.Option(
+            help="Measure nothing: compare two files of --json, the earlier first.",
+            metavar="FILE FILE",
+            show_default=False,
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help=f"{options.SECONDS_HELP} Each provider has one in each job.",
+            metavar=options.SECONDS,
+            rich_help_panel=options.TIME,
+        ),
+    ] = 1.0,
+    budget: options.BudgetSeconds = None,
+    json_file: JsonFile = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for pictures: roofline, layers, images a second.",
+            metavar="FOLDER",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
 ) -> None:
-    """Measure MODEL in eval or training against the strongest baselines; losses are listed first.
+    """Time MODEL against the strongest baselines, with what the machine allows beside it; losses are listed first.
 
     Baselines are PyTorch in channels_last with cudnn.benchmark, the same as a CUDA graph, torch.compile, cuDNN's fused
     convolutions and JAX, as far as this machine has them; what did not run is listed with the reason. Each is checked
@@ -91,8 +137,8 @@ def bench(
     take turns in every round. Beside each time stands what the machine allows, by its bandwidth and matrix rate, which
     are measured in the same run.
 
-    Without MODEL the standard set runs: ResNet-50 in eval and in training, and --layers. Without a GPU PyTorch serves
-    every call, so that ratios show what conversion costs. `--compare A B` ends with exit code 1 if something became
+    Without MODEL the standard set runs: ResNet-50 in both modes, and --layers. Without a GPU PyTorch serves
+    every call, so that ratios show what conversion costs. `--compare` ends with exit code 1 if something became
     slower or wrong.
 
     The file of --json is written after every result. Ctrl-C and SIGTERM end the run with a report of what it has, and
@@ -100,21 +146,33 @@ def bench(
     that compute or move most come first. A measurement that has begun is finished: a provider that compiles for a
     minute may exceed the budget by that minute.
     """
+    modes = options.modes_of(mode)
+    images = batches(batch)
+    sizes = options.sizes_of(shapes)
+    name = options.dtype_named(dtype) if dtype else ""
+    for text in provider or []:
+        if text not in NAMES:
+            advice = did_you_mean(text, NAMES)
+            raise typer.BadParameter(f"{text!r} is none of {', '.join(NAMES)}{advice}", param_hint="--provider")
+    refuse_no_time(budget)
+    if not seconds < inf:
+        raise typer.BadParameter(
+            f"{seconds:g} is no time to measure for: write seconds, as in --seconds 1", param_hint="--seconds"
+        )
+    refuse_unwritable(json_file)
+    refuse_unwritable_folder(pictures, "--pictures")
+    if pictures is not None and importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter('pictures need matplotlib: pip install ".[demo]"', param_hint="--pictures")
     if compare is not None:
-        raise typer.Exit(_compare(*compare))
+        if model or layers or mode or batch or shapes or dtype or provider or pictures:
+            raise typer.BadParameter(
+                "nothing is measured: leave out MODEL and all options but --json", param_hint="--compare"
+            )
+        raise typer.Exit(_compare(*compare, json_file))
     if layers and (model or mode or shapes):
         raise typer.BadParameter(
             "single layers have their own sizes and modes: leave out MODEL, --mode and --input", param_hint="--layers"
         )
-    modes = modes_of(mode)
-    batches = _batches(batch)
-    sizes = sizes_of(shapes)
-    name = dtype_named(dtype) if dtype else ""
-    refuse_no_time(budget)
-    refuse_unwritable(json_file)
-    refuse_unwritable(pictures, "--pictures")
-    if pictures is not None and importlib.util.find_spec("matplotlib") is None:
-        raise typer.BadParameter('pictures need matplotlib: pip install ".[demo]"', param_hint="--pictures")
 
     from ..measuring.budget import Budget
 
@@ -135,7 +193,8 @@ def bench(
             "tf32 needs a GPU: on a CPU PyTorch, which serves every call there, rounds nothing", param_hint="--dtype"
         )
     precision = dtype_of(name)
-    chosen = _providers(provider or [], device, layers)
+    refuse_impossible(provider or [], device, modes)
+    chosen = providers(provider or [], device, layers)
 
     with ExitStack() as stack:
         if precision == torch.float32:
@@ -146,11 +205,12 @@ def bench(
         stack.enter_context(quick_collections())
         tasks: list[Task] = []
         if not layers:
-            wanted = modes or (MODES if model is None else MODES[:1])
-            tasks += _model_tasks(model or STANDARD, wanted, batches, sizes, precision, device, chosen)
+            wanted = modes or (MODES if model is None else (INFER,))
+            tasks += model_tasks(model or STANDARD, wanted, images, sizes, precision, device, chosen)
         if layers or (model is None and not modes and not sizes):
-            of_layers = _providers(provider or [], device, True)
-            tasks += layer_tasks(batches or BATCHES[device.type]["layers"], precision, device, of_layers)
+            of_layers = providers(provider or [], device, True)
+            tasks += layer_tasks(images or BATCHES[device.type]["layers"], precision, device, of_layers)
+        announce(json_file, duration(tasks, seconds, budget))
         series, code = _run(tasks, device, precision, seconds, limit, json_file)
 
     console = printer(json_file)
@@ -207,9 +267,11 @@ def _run(
     return series, code or (1 if wrong else 0)
 
 
-def _compare(before: Path, after: Path) -> int:
-    """Prints the comparison; returns the exit code."""
-    from rich.console import Console
+def _compare(before: Path, after: Path, json_file: Path | None) -> int:
+    """Prints the comparison and writes it as JSON; returns the exit code."""
+    for file in (before, after):
+        if not file.is_file():
+            raise typer.BadParameter(f"there is no file {file}", param_hint="--compare")
 
     from ..bench.compare import compare, comparison, regressed
     from ..bench.rows import read
@@ -219,54 +281,6 @@ def _compare(before: Path, after: Path) -> int:
     changes = compare(*runs)
     if not changes:
         raise typer.BadParameter(f"{before} and {after} have no provider and job in common", param_hint="--compare")
-    Console().print(comparison(changes))
+    printer(json_file).print(comparison(changes))
+    write_json(json_file, [change.to_dict() for change in changes])
     return 1 if regressed(changes) else 0
-
-
-def _batches(text: str) -> list[int]:
-    sizes = text.split(",") if text else []
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise typer.BadParameter(
-            f"{text!r}: write positive sizes with commas between them, as in 1,8,32", param_hint="--batch"
-        )
-    return list(map(int, sizes))
-
-
-def _providers(names: list[str], device: torch.device, layers: bool) -> list[Provider]:
-    from ..bench.providers import EAGER, PROVIDERS
-
-    if wrong := [name for name in names if name not in PROVIDERS]:
-        raise typer.BadParameter(f"{wrong[0]!r} is none of {', '.join(PROVIDERS)}", param_hint="--provider")
-    if names:
-        return [PROVIDERS[name] for name in names]
-    if layers:
-        return [PROVIDERS[name] for name in LAYER_PROVIDERS[device.type]]
-    slow = "takes minutes on a CPU, ask by --provider"
-    return [replace(p, skipped=slow) if device.type == "cpu" and p.how != EAGER else p for p in PROVIDERS.values()]
-
-
-def _model_tasks(
-    text: str,
-    modes: tuple[str, ...],
-    batches: list[int],
-    sizes: list[tuple[int, ...]],
-    dtype: torch.dtype,
-    device: torch.device,
-    providers: list[Provider],
-) -> Iterator[Task]:
-    from ..bench.job import Job, plain, without_dropout
-    from ..bench.task import model_task
-
-    target, module = module_of(text)
-    module = without_dropout(module.float().cpu())
-    given = sizes or [shape_for(module)]
-    for mode in modes:
-        try:
-            baseline = plain(module.train(mode == "train"))
-        except Exception as error:  # conversion and tracing run the model's own code
-            raise typer.BadParameter(
-                f"{text} cannot be had without cnnfast, as a baseline: {error}", param_hint="MODEL"
-            ) from None
-        for batch in batches or ([sizes[0][0]] if sizes else BATCHES[device.type][mode]):
-            shapes = tuple((batch, *size[1:]) for size in given)
-            yield model_task(Job(target.name, baseline, shapes, mode, dtype, device, original=module), providers)

@@ -1,4 +1,5 @@
-"""What the commands share: options and their values, bars of progress, tables, files, and how work is interrupted.
+"""What the commands share: what is refused before any work, bars of progress, tables, files, and how work is
+interrupted. Options stand in options.py.
 
 `refused_by` is the one place where an error of the library becomes typer's error with exit code 2.
 """
@@ -16,43 +17,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from ..dtypes import CHOICES, full_name
-from ..targets.inputs import input_shape, parse_shape
-from ..targets.naming import resolve, resolve_module
-from ..targets.target import Target, TargetError
-
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
-    from torch import nn
 
 STANDARD_OUTPUT = Path("-")
-MODES = ("infer", "train")
+JSON_HELP = "Write the results to this file too, as JSON; - is standard output, and tables then go to standard error."
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help=JSON_HELP, metavar="FILE", show_default=False, rich_help_panel="Results")
+]
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Options
-
-MODEL_HELP = (
-    "resnet50, SOURCE:NAME of cnnfast, torchvision, timm or transformers, file.py:NAME, or package.module:NAME."
-)
-INPUT_HELP = "Shape of an input, as 1x3x224x224; repeat for several."
-INPUT_DEFAULT = "what the model is made for, or 224"
-DTYPE_HELP = f"One of {CHOICES}. fp32 multiplies as IEEE says; tf32: float32 tensors, products rounded to TF32."
-JSON_HELP = "Write the results to this file too; - is standard output."
-SECONDS_HELP = "Seconds of one timing."
-
-Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-Shapes = Annotated[list[str] | None, typer.Option("--input", help=INPUT_HELP, show_default=INPUT_DEFAULT)]
-Dtype = Annotated[str, typer.Option(help=DTYPE_HELP)]
-JsonFile = Annotated[Path | None, typer.Option("--json", help=JSON_HELP)]
-BudgetSeconds = Annotated[
-    float | None,
-    typer.Option(
-        help="Seconds of measuring in all. What costs most is measured first, and what no longer fits is named.",
-        show_default="no limit",
-    ),
-]
+# What is refused before any work
 
 
 @contextmanager
@@ -64,44 +41,6 @@ def refused_by(option: str | None, *errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
-
-
-def sizes_of(shapes: list[str] | None) -> list[tuple[int, ...]]:
-    """The shapes of --input as tuples."""
-    with refused_by("--input", TargetError):
-        return [parse_shape(shape) for shape in shapes or []]
-
-
-def dtype_named(text: str) -> str:
-    """The full name of --dtype: bf16 as "bfloat16"; "tf32" stays."""
-    with refused_by("--dtype", ValueError):
-        return full_name(text)
-
-
-def modes_of(text: str) -> tuple[str, ...]:
-    """The modes of --mode, each once; none of them if it is empty."""
-    modes = tuple(dict.fromkeys(text.split(","))) if text else ()
-    if wrong := [mode for mode in modes if mode not in MODES]:
-        raise typer.BadParameter(f"{wrong[0]!r} is neither infer nor train", param_hint="--mode")
-    return modes
-
-
-def target_of(text: str) -> Target:
-    """The module or function that MODEL names."""
-    with refused_by("MODEL", TargetError):
-        return resolve(text)
-
-
-def module_of(text: str) -> tuple[Target, nn.Module]:
-    """The torch.nn.Module that MODEL names."""
-    with refused_by("MODEL", TargetError):
-        return resolve_module(text)
-
-
-def shape_for(model: nn.Module, batch: int = 1, *, small: bool = False) -> tuple[int, ...]:
-    """A shape that the model takes, where --input gives none."""
-    with refused_by("--input", TargetError):
-        return input_shape(model, batch, small=small)
 
 
 def refuse_no_time(budget: float | None) -> None:
@@ -126,6 +65,20 @@ def refuse_unwritable(file: Path | None, option: str = "--json") -> None:
         raise typer.BadParameter(f"{file} cannot be written: {error.strerror}", param_hint=option) from None
     if not existed:
         file.unlink()
+
+
+def refuse_unwritable_folder(folder: Path | None, option: str) -> None:
+    """The same for a folder that files are written into; it may be new, and so may the one that it is in. Leaves
+    nothing behind.
+    """
+    if folder is None:
+        return
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        why = "is no folder" if not there.is_dir() else f"cannot be written: {error.strerror}"
+        raise typer.BadParameter(f"{there} {why}", param_hint=option) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,6 +166,21 @@ def printer(json_file: Path | None) -> Console:
     from rich.console import Console
 
     return Console(stderr=json_file == STANDARD_OUTPUT)
+
+
+def announce(json_file: Path | None, text: str) -> None:
+    """Prints a sentence before long work, where tables go."""
+    printer(json_file).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def about(seconds: float) -> str:
+    """A duration as people say it, "about 3 minutes", and no more exact than an estimate is."""
+    if seconds < 10:
+        return "a few seconds"
+    size, unit = (1, "second") if seconds < 90 else (60, "minute") if seconds < 90 * 60 else (3600, "hour")
+    count = round(seconds / size)
+    count = round(count, -1) if count > 20 else count
+    return f"about {count:,} {unit}{'s' * (count > 1)}"
 
 
 def write_text(file: Path | None, text: str) -> None:

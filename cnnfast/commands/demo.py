@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,31 +11,41 @@ import typer
 
 from .console import JsonFile, bars, printer, refuse_no_time, refuse_unwritable, write_text
 
-EPOCHS = 30
-# Seconds. Timing 46 directions of layers for 0.2 s each takes 9 s; the rest is for compiling and judging them.
-BUDGET = 30.0
-
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and demo.png.")] = Path("cnnfast-report"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the split, the weights and the training.")] = 0,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = EPOCHS,
+    quick: Annotated[bool, typer.Option("--quick", help="Less of each kind, in less than a minute.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print the tables of each layer too.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of the split, the weights and the training.")
+    ] = 0,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the training images.", show_default="30; 15 with --quick")
+    ] = None,
     budget: Annotated[
-        float, typer.Option(help="Seconds for timing ResNet-50's convolutions on a GPU, the costliest first.")
-    ] = BUDGET,
+        float | None,
+        typer.Option(
+            help="Seconds for timing ResNet-50's convolutions on a GPU, the costliest first.",
+            show_default="30; 10 with --quick",
+        ),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Train a small residual network on real digits, then run the kernels on real images and judge every error.
 
-    The network is built of cnnfast.nn's layers and trained on scikit-learn's 1,797 handwritten digits. Then the kernels
-    run, forward and backward, on a photograph through a ResNet's first layers, and on held-out digits through the
-    trained network, each call against float64 and beside PyTorch. Without a GPU they run in Triton's interpreter, in
-    float32. On a GPU they run in float32, tf32, float16 and bfloat16, and ResNet-50's convolutions are timed too, as
-    long as --budget lasts: the report names what it left out. Takes a few minutes. Ends with exit code 0 only if
-    everything holds.
+    The network is built of cnnfast.nn's layers and trained with Adam on scikit-learn's 1,797 handwritten digits. Then
+    the kernels run, forward and backward, on a photograph through a ResNet's first layers, through one layer of each
+    kind, and on held-out digits through the trained network, each call against float64 and beside PyTorch. A model in
+    plain torch.nn is converted, and the costs of ResNet-50's layers are counted. Without a GPU the kernels run in
+    Triton's interpreter, in float32, which takes about two minutes. On a GPU they run in float32, tf32, float16 and
+    bfloat16, and ResNet-50's convolutions are timed too, as long as --budget lasts: the report names what it left out.
+    Ends with exit code 0 only if everything holds.
+
+    Examples: cnnfast demo --quick, or cnnfast demo --out report --verbose.
     """
     refuse_no_time(budget)
     refuse_unwritable(json_file)
+    refuse_folder(out)
     console = printer(json_file)
     missing = [
         extra
@@ -48,20 +59,37 @@ def demo(
         Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2)
 
+    import torch
+
+    from ..demo import findings, story
+    from ..demo.effort import effort_for
     from ..demo.markdown import markdown
     from ..demo.picture import draw
-    from ..demo.story import tell
 
-    with bars(console) as shown:
-        results, images = tell(seed, epochs, shown, budget)
-    out.mkdir(parents=True, exist_ok=True)
-    draw(results, images, out / "demo.png")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    effort = effort_for(device.type == "cuda", quick)
+    effort = replace(effort, epochs=epochs or effort.epochs, budget=budget or effort.budget)
+    console.print(effort.duration, highlight=False, soft_wrap=True)
+    shown = bars(console, disable=not console.is_terminal)
+    shown.live.transient = True  # what is done is told in sentences
+    with shown:
+        telling = story.Telling(shown, verbose)
+        results, images = story.tell(effort, seed, telling, device)
+        draw(results, images, out / "demo.png")
     (out / "report.md").write_text(markdown(results, "demo.png"))
     for file in (out / "report.json", json_file):
         write_text(file, results.to_json())
-    console.print(
-        f"\nreport: {out / 'report.md'}, {out / 'report.json'}, {out / 'demo.png'} ({results.seconds:.0f} s)",
-        soft_wrap=True,
-    )
-    console.print("[green]Everything holds.[/]" if results.ok else "[bold red]Something FAILED.[/]")
+    telling.say(*findings.of_end(results, out))
     raise typer.Exit(0 if results.ok else 1)
+
+
+def refuse_folder(folder: Path) -> None:
+    """Ends the command with exit code 2, before any work, if the folder cannot be made or the files not be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise typer.BadParameter(f"{folder} is a file: name a folder, or a new one", param_hint="--out") from None
+    except OSError as error:
+        raise typer.BadParameter(f"{folder} cannot be made: {error.strerror}", param_hint="--out") from None
+    for name in ("report.md", "report.json", "demo.png"):
+        refuse_unwritable(folder / name, "--out")

@@ -6,6 +6,8 @@ import typer
 
 from .console import JsonFile, printer, progress, refuse_unwritable, write_text
 
+EXAMPLES = ("cnnfast doctor", "cnnfast doctor --json doctor.json")
+
 
 def doctor(json_file: JsonFile = None) -> None:
     """Tell what this machine has for cnnfast, what is broken, who serves which call, and what to do next.

@@ -8,37 +8,80 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import console
+from ..modes import TRAIN
+from ..spelling import did_you_mean
+from ..triton_here import why_no_kernels
+from . import console, options
+
+EXAMPLES = (
+    "cnnfast tune resnet50 --input 64x3x224x224",
+    "cnnfast tune model.py:Net --mode infer,train --budget 600",
+    "cnnfast tune resnet50 --dry-run --gpu h200",
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from cnnfast_kernels import devices
+    from cnnfast_kernels.gpus import KnownGpu
 
     from ..tuning import Measured, Tuning
 
 FORMATS = ("channels_last", "contiguous")
+LAYOUTS: dict[str, str | None] = {"nhwc": FORMATS[0], "nchw": FORMATS[1], "contiguousformat": FORMATS[1]}
+DRY = "Without a GPU"
 
 
 def tune(
-    model: console.Model,
-    shapes: console.Shapes = None,
-    dtype: console.Dtype = "bf16",
-    mode: Annotated[str, typer.Option(help="infer; train: gradients too; or infer,train.")] = "infer",
+    model: options.Model,
+    shapes: options.Shapes = None,
+    dtype: options.Dtype = "bf16",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="infer; train, whose gradients are measured too; or both.",
+            metavar=options.MODES,
+            rich_help_panel=options.INPUTS,
+        ),
+    ] = "infer",
     memory_format: Annotated[
-        str, typer.Option("--format", help="Layout of images and weights in memory: channels_last or contiguous.")
+        str,
+        typer.Option(
+            "--format",
+            help="Layout of images and weights in memory: channels_last or contiguous.",
+            metavar="LAYOUT",
+            rich_help_panel=options.INPUTS,
+        ),
     ] = FORMATS[0],
-    budget: console.BudgetSeconds = None,
-    seconds: Annotated[float | None, typer.Option(help=console.SECONDS_HELP, show_default="0.05")] = None,
-    table: Annotated[
-        Path | None, typer.Option(help="Add the rows to this file too, a table that others can use.")
+    budget: options.BudgetSeconds = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help=options.SECONDS_HELP, show_default="0.05", metavar=options.SECONDS, rich_help_panel=options.TIME
+        ),
     ] = None,
     json_file: console.JsonFile = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            help="Add the rows to this file too, a table that others can use.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list what would be measured; this needs no GPU.")
+        bool,
+        typer.Option("--dry-run", help="Only list what would be measured.", rich_help_panel=DRY),
     ] = False,
     gpu: Annotated[
-        str | None, typer.Option(help="With --dry-run: the GPU to list for.", show_default="the one that is here")
+        str | None,
+        typer.Option(
+            help="With --dry-run: the GPU to list for.",
+            show_default="the one that is here",
+            metavar="h200",
+            rich_help_panel=DRY,
+        ),
     ] = None,
 ) -> None:
     """Measure the convolutions of MODEL on this GPU, and let the fastest serve from then on.
@@ -48,15 +91,18 @@ def tune(
     table in your cache folder, which cnnfast reads in every later run; rows of other models and sizes stay in it. A row
     serves its own sizes, and batches half to twice as large.
 
-    Measure the sizes and the dtype that you will run: PyTorch's convolutions of float32 on a GPU are tf32 unless you
-    set them to IEEE. Ends with exit code 1 if a convolution could not be measured, or anything computed wrong numbers.
+    Measure the sizes and the dtype that you will run: PyTorch's convolutions of fp32 on a GPU are tf32 unless you set
+    them to IEEE. Ends with exit code 1 if a convolution could not be measured, or anything computed wrong numbers.
     Ctrl-C loses nothing: what was measured is printed and kept, and the exit code is 130, or 143 after SIGTERM.
     """
-    sizes = console.sizes_of(shapes)
-    name = console.dtype_named(dtype)
-    modes = console.modes_of(mode)
+    sizes = options.sizes_of(shapes)
+    name = options.dtype_named(dtype)
+    modes = options.modes_of(mode)
+    if not modes:
+        raise typer.BadParameter("'' is neither infer nor train", param_hint="--mode")
     if memory_format not in FORMATS:
-        raise typer.BadParameter(f"{memory_format!r} is neither {' nor '.join(FORMATS)}", param_hint="--format")
+        advice = did_you_mean(memory_format, FORMATS, LAYOUTS)
+        raise typer.BadParameter(f"{memory_format!r} is neither {' nor '.join(FORMATS)}{advice}", param_hint="--format")
     console.refuse_no_time(budget)
     if seconds is not None and not 0 < seconds < inf:
         raise typer.BadParameter(
@@ -70,59 +116,64 @@ def tune(
         raise typer.BadParameter(
             "measuring is done on the GPU that is here: add --dry-run to list for another", param_hint="--gpu"
         )
-    known = None if gpu is None else _known(gpu)
+    if gpu is not None:
+        _known(gpu)
     console.refuse_unwritable(json_file)
     console.refuse_unwritable(table, "--table")
 
     import torch
 
+    here = torch.cuda.is_available()
+    if not dry_run and not here:
+        raise typer.BadParameter(
+            "there is no GPU here to measure on; --dry-run lists what would be measured", param_hint="tune"
+        )
     try:
         from cnnfast_kernels import devices
 
         from .. import tuning
         from ..measuring.budget import Budget
         from ..tuning.planning import planned
-    except ImportError as error:
-        raise typer.BadParameter(f"measuring needs triton: {error}") from None
-    here = torch.cuda.is_available()
-    if not dry_run and not here:
-        raise typer.BadParameter(
-            "there is no GPU here to measure on; --dry-run lists what would be measured", param_hint="tune"
-        )
+    except (ImportError, AttributeError) as error:
+        what = "listed" if dry_run else "measured"
+        raise typer.BadParameter(f"nothing can be {what}: {why_no_kernels(error)}", param_hint="tune") from None
 
     torch.manual_seed(0)
-    _, module = console.module_of(model)
-    sizes = sizes or [console.shape_for(module)]
+    _, module = options.module_of(model)
+    sizes = sizes or [options.shape_for(module)]
     how: dict[str, Any] = {
         "dtype": name,
         "memory_format": getattr(torch, {"contiguous": "contiguous_format"}.get(memory_format, memory_format)),
     }
-    trains = tuple(m == "train" for m in modes)
+    trains = tuple(m == TRAIN for m in modes)
     if dry_run:
+        known = devices.Gpu(*_known(gpu)[1:]) if gpu is not None else None
         known = known or (devices.gpu(torch.device("cuda", torch.cuda.current_device())) if here else None)
-        with console.refused_by("tune", RuntimeError):
+        with console.refused_by("--input", RuntimeError):
             found = planned(module, tuple(torch.empty(size, device="meta") for size in sizes), trains, gpu=known, **how)
         console.printer(json_file).print(listed(found, known))
         data = [{"convolution": str(m), "count": m.count, "candidates": list(m.candidates)} for m in found]
         console.write_json(json_file, data)
         return
 
-    time = Budget(budget)
+    time, each = Budget(budget), seconds or tuning.SECONDS
     result: Tuning | None = None
     code, ended = 0, ""
     try:
-        with console.interruptible(), console.progress("finding the convolutions") as tell:
+        with console.interruptible():
             module = module.cuda()
             inputs = [torch.randn(size, device="cuda") for size in sizes]
             result = tuning.begin(module, *inputs, trains=trains, table=table, **how)
+            console.announce(json_file, _duration(result, each, budget))
+            with console.progress("measuring") as tell:
 
-            def told(done: int, total: int, text: str) -> None:
-                tell(done, total, text)
-                if json_file != console.STANDARD_OUTPUT:
-                    console.write_text(json_file, result.to_json())
+                def told(done: int, total: int, text: str) -> None:
+                    tell(done, total, text)
+                    if json_file != console.STANDARD_OUTPUT:
+                        console.write_text(json_file, result.to_json())
 
-            where = inputs[0].device
-            tuning.proceed(result, where, budget=time, table=table, seconds=seconds or tuning.SECONDS, progress=told)
+                where = inputs[0].device
+                tuning.proceed(result, where, budget=time, table=table, seconds=each, progress=told)
     except KeyboardInterrupt as interrupt:
         code, ended = console.exit_code(interrupt), "The run was interrupted."
     except (RuntimeError, OSError, ValueError) as error:
@@ -138,11 +189,25 @@ def tune(
     raise typer.Exit(code or (0 if result.ok else 1))
 
 
-def _known(text: str) -> devices.Gpu:
-    from cnnfast_kernels import devices, gpus
+def _duration(tuning: Tuning, seconds: float, budget: float | None) -> str:
+    """How long it will take, as far as that is known before a kernel is compiled: in timing, and at most."""
+    candidates = sum(len(m.candidates) for m in tuning.left)
+    text = f"{len(tuning.left)} convolutions with {candidates} candidates: {console.about(seconds * candidates)} of"
+    end = "compiling and judging them takes several times that"
+    if budget is None:
+        return f"{text} timing; {end}. --budget SECONDS ends it, and Ctrl-C loses nothing."
+    return f"{text} timing; {end}, but --budget ends it after {console.about(budget)}."
+
+
+def _known(text: str) -> KnownGpu:
+    """Of --gpu. Imports neither torch nor triton."""
+    from cnnfast_kernels import gpus
 
     with console.refused_by("--gpu", ValueError):
-        return devices.Gpu(*gpus.named(text)[1:])
+        try:
+            return gpus.named(text)
+        except ValueError as error:
+            raise ValueError(f"{error}{did_you_mean(text, [gpu.name for gpu in gpus.KNOWN])}") from None
 
 
 def listed(found: list[Measured], gpu: devices.Gpu | None) -> Table:
@@ -151,8 +216,8 @@ def listed(found: list[Measured], gpu: devices.Gpu | None) -> Table:
     on = "any GPU of sm_90" if gpu is None else f"{gpu.name} (sm_{gpu.arch})"
     what = f"{len(found)} convolutions to measure on {on}, with {candidates} candidates in all"
     table = console.table(
-        ("calls", "convolution", "dtype", "x, w, y", "candidates"),
-        right=("calls", "candidates"),
+        ("calls", "convolution", "dtype", "x, w, y", "candi-\ndates"),
+        right=("calls", "candi-\ndates"),
         title=f"{what}; what costs most comes first",
         title_justify="left",
     )

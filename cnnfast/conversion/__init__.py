@@ -19,10 +19,10 @@ from ..spelling import keywords_explained, unknown_value
 from .fusion import fuse, unfuse
 from .leaves import swap, swap_back
 from .reporting import report_on
-from .rows import ConversionReport, ConvolutionRow
+from .rows import CollectedRow, ConversionReport, ConvolutionRow
 from .tree import share
 
-__all__ = ["ConversionReport", "ConvolutionRow", "convert", "report", "revert"]
+__all__ = ["CollectedRow", "ConversionReport", "ConvolutionRow", "convert", "report", "revert"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -87,13 +87,21 @@ def revert(model: M, *, inplace: bool = False) -> M:
 
 
 def report(model: nn.Module, *example_inputs: Any) -> ConversionReport:
-    """What of `model` runs on our kernels, and what does not and why.
+    """What of `model` runs on our kernels, what does not and why, and the share that each part has of the FLOPs and of
+    the bytes of one forward pass.
+
+    FLOPs are multiplications and additions of convolutions and matrix products. Bytes are computed from shapes and
+    dtypes, and not measured: what each call reads and returns, a fused step once. What stays PyTorch's and costs
+    something is listed by class: norms of other kinds, linear layers, attention, activations that stand alone, and
+    tensor operations between modules. The shares of all rows sum to 1.
 
     A copy of the model runs on meta tensors, or on real ones if it cannot, in the modes that the model is in. The
     report says what was fused in that run, and what was called alone. Where the run fails, it says what is planned, and
     that nothing was seen. The model, its hooks, its lazy modules and the random numbers stay as they are.
 
-    example_inputs: what the model takes; FLOPs are counted on them. Without them one image of 224 x 224 is tried.
+    example_inputs: what the model takes; FLOPs and bytes are counted on them. Without them one image of 224 x 224 is
+    tried, and nothing is counted if the model does not take it. In modes in which the model does not run they are those
+    of eval mode.
     Raises TypeError if `model` is no module, RuntimeError if it does not run on inputs that were given, not even in
     eval mode.
     """

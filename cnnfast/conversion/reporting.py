@@ -1,10 +1,9 @@
-"""What a conversion did, module by module: what is planned in the model as it is now, corrected by what a run of it
-shows.
+"""What a conversion did, module by module, what it left to PyTorch, and the share that each has of the model's work:
+what is planned in the model as it is now, corrected by what a run of it shows.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,52 +15,66 @@ from cnnfast_kernels.problem import ConvProblem
 
 from .. import dispatch
 from ..nn.fused import forward_replaced
+from .costs import Spender, Spent
 from .fusion import groups_of, plan_of, why_not_fused
 from .grafts import base_of
 from .leaves import is_norm, is_ours, replacement, stored_weight, why_left
-from .observing import Observation, look
+from .observing import Observation, Run, look
 from .planning import Group, only_holds
 from .rows import FUSED, LEFT, REPLACED, ConversionReport, ConvolutionRow
 from .showing import described
+from .staying import collected, standardised
 
 if TYPE_CHECKING:
     from cnnfast_kernels.devices import Gpu
 
-    from ..summary import Layer
-
 REPLACED_ON_THE_INSTANCE = "its forward was replaced on the instance"
+PRELU_IN_TRAINING = (
+    "after the fused step, because gradients are recorded, and that of its slope has no kernel; without them it is part"
+    " of the step"
+)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def report_on(model: nn.Module, example_inputs: tuple[Any, ...]) -> ConversionReport:
     modules = dict(model.named_modules())
     plans = {name: found for name, module in modules.items() if (found := groups_of(module))}
-    found, seen, sizes = _look(model, example_inputs)
-    costs = _flops(found)
+    run, seen, sizes = _look(model, example_inputs)
+    spent = run.spent if run is not None else None
     members = _Members(modules, plans, seen if isinstance(seen, Observation) else None)
     rows = []
     for name, module in modules.items():
         status, reason = members.told(name) or _container(name, module, plans.get(name, []), members)
         if status:
+            cost = None if spent is None else spent.get(Spender("module", name), Spent())
             rows.append(
                 ConvolutionRow(
                     name,
                     base_of(type(module)).__name__,
                     status,
                     reason,
-                    costs.get(name),
-                    isinstance(module, CONVOLUTIONS),
+                    flops=cost and cost.flops,
+                    convolution=isinstance(module, CONVOLUTIONS),
+                    bytes=cost and cost.bytes,
                 )
             )
-    total = sum(costs.values()) if found else None
-    notes = list(_notes(model, found, sizes))
+    planned = [name for name, (_, _, idle) in members.planned.items() if not idle] if run is None else []
+    notes = list(_notes(model, run, sizes))
     if members.seen is None and any(row.status == FUSED for row in rows):
         why = sizes
         if seen is not None:
             first_line = str(seen).strip().partition("\n")[0]
             why = f"in its present modes it raises {type(seen).__name__}: {first_line}"
         notes.insert(0, f"What is fused was planned, and not seen in a run: {why}")
-    return ConversionReport(rows, total, sizes, notes)
+    return ConversionReport(
+        rows,
+        collected(modules, [row.name for row in rows] + planned, spent),
+        total_flops=None if spent is None else sum(cost.flops for cost in spent.values()),
+        total_bytes=None if spent is None else sum(cost.bytes for cost in spent.values()),
+        saved_bytes=None if spent is None else sum(cost.saved for cost in spent.values()),
+        input=sizes,
+        notes=notes,
+    )
 
 
 class _Members:
@@ -75,9 +88,13 @@ class _Members:
         self.modules, self.seen = modules, seen
         # name of a member > (its container's name, what the group computes, why it is not computed so, or "")
         self.planned: dict[str, tuple[str, str, str]] = {}
+        self.prelus: dict[str, str] = {}  # name of a member > that of the PReLU that ends its group
         for container, groups in plans.items():
             for group, reason in groups:
                 text = described(modules[container], group)
+                act = _joined(container, group.activation)
+                if group.activation in group.members and isinstance(modules[act], nn.PReLU):
+                    self.prelus |= {_joined(container, member): act for member in group.members}
                 for name in (_joined(container, member) for member in group.members):
                     # Two containers, one inside the other, may both plan it: the one that does fuse counts.
                     if name not in self.planned or self.planned[name][2]:
@@ -90,7 +107,12 @@ class _Members:
             return FUSED, self.into(name)
         if is_ours(module):
             return self._unfused(name, module)
-        reason = why_left(module) or _why_plain(module)
+        if members := [member for member, prelu in self.prelus.items() if prelu == name != member]:
+            if any(map(self._prelu_is_apart, members)):
+                return LEFT, PRELU_IN_TRAINING
+            if all(map(self.fused, members)):
+                return FUSED, self.into(name)
+        reason = standardised(module) or why_left(module) or _why_plain(module)
         return (LEFT, reason) if reason else None
 
     def fused(self, name: str) -> bool:
@@ -101,7 +123,15 @@ class _Members:
 
     def into(self, name: str) -> str:
         """What the fused step computes that a module is part of; the empty string if it is part of none."""
-        return self.planned[name][1] if name in self.planned else self.seen.into[name] if self.seen else ""
+        if name not in self.planned:
+            return self.seen.into[name] if self.seen else ""
+        text = self.planned[name][1]
+        return text.rpartition(" + ")[0] if self._prelu_is_apart(name) else text
+
+    def _prelu_is_apart(self, name: str) -> bool:
+        """Whether PyTorch computed the PReLU of the group that a module is a member of after the fused step."""
+        into = self.seen.into.get(name, "") if self.seen is not None and name in self.prelus else ""
+        return bool(into) and not into.endswith("prelu")
 
     def _unfused(self, name: str, module: nn.Module) -> tuple[str, str]:
         """(status, reason) of a module of ours that is not always fused; the reason says why, if that was planned."""
@@ -172,21 +202,21 @@ def _own(block: nn.Module) -> Iterator[nn.Module]:
             yield from _own(child)
 
 
-def _look(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[list[Layer], Observation | Exception | None, str]:
-    """(the model's layers; what a run of the model as it is now showed, or the error that it raised, or None; a text
-    that says which input these are of, or why there are none).
+def _look(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Run | None, Observation | Exception | None, str]:
+    """(a run of the model; what it showed of the model as it is now, or the error that this raised, or None; a text
+    that says which input it is of, or why there is none).
 
-    Without inputs an image as large as ImageNet's is tried. There are no layers if the model does not take it.
+    Without inputs an image as large as ImageNet's is tried. There is no run if the model does not take it.
     """
     inputs = example_inputs or _image(model)
     if not inputs:
-        return [], None, ""
+        return None, None, ""
     try:
         return *look(model, inputs), f"for an input of {_sizes(inputs)}"
     except Exception as error:  # whatever a foreign forward raises
         if example_inputs:
             raise
-        return [], None, f"the model does not take {_sizes(inputs)}: {type(error).__name__}"
+        return None, None, f"the model does not take {_sizes(inputs)}: {type(error).__name__}"
 
 
 def _image(model: nn.Module) -> tuple[Any, ...]:
@@ -199,19 +229,11 @@ def _image(model: nn.Module) -> tuple[Any, ...]:
     return (torch.empty(1, first.in_channels or 3, 224, 224, device="meta", dtype=stored_weight(first).dtype),)
 
 
-def _flops(found: list[Layer]) -> Counter[str]:
-    """The FLOPs of each module by name, all of its calls together."""
-    costs: Counter[str] = Counter()
-    for layer in found:
-        costs[layer.name] += layer.flops
-    return costs
-
-
 def _sizes(inputs: tuple[Any, ...]) -> str:
     return ", ".join("x".join(map(str, t.shape)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))
 
 
-def _notes(model: nn.Module, found: list[Layer], sizes: str) -> Iterator[str]:
+def _notes(model: nn.Module, run: Run | None, sizes: str) -> Iterator[str]:
     weights = [stored_weight(m) for m in model.modules() if isinstance(m, nn.Conv2d) and is_ours(m)]
     if not weights:
         return
@@ -222,7 +244,7 @@ def _notes(model: nn.Module, found: list[Layer], sizes: str) -> Iterator[str]:
     elif weights[0].is_cuda:
         from cnnfast_kernels import devices
 
-        yield from _unmeasured(model, devices.gpu(weights[0].device), found, sizes)
+        yield from _unmeasured(model, devices.gpu(weights[0].device), run, sizes)
     images = [w for w in weights if w.dim() == 4 and w.shape[1] > 1 and w[0, 0].numel() > 1]
     strided = sum(not w.is_contiguous(memory_format=torch.channels_last) for w in images)
     if strided:
@@ -233,15 +255,15 @@ def _notes(model: nn.Module, found: list[Layer], sizes: str) -> Iterator[str]:
         )
 
 
-def _unmeasured(model: nn.Module, gpu: Gpu, found: list[Layer], sizes: str) -> Iterator[str]:
+def _unmeasured(model: nn.Module, gpu: Gpu, run: Run | None, sizes: str) -> Iterator[str]:
     """A line that says how many convolutions were not measured on this GPU, if any were not."""
     from cnnfast_kernels import tables
 
     call = "cnnfast tune MODEL, or cnnfast.tune(model, *inputs), measures them."
-    if not found:
+    if run is None:
         yield f"Which convolutions are unmeasured on this GPU ({gpu.name}) is not known, for {sizes}. {call}"
         return
-    problems = [problem for layer in found if (problem := _problem(model.get_submodule(layer.name), layer.input_shape))]
+    problems = [problem for name, shape in run.shapes if (problem := _problem(model.get_submodule(name), shape))]
     missing = sum(not tables.was_measured(*gpu, problem) for problem in problems)
     if missing:
         yield f"{missing} of {len(problems)} convolutions are unmeasured on this GPU ({gpu.name}) {sizes}. {call}"

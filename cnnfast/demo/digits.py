@@ -16,7 +16,6 @@ from .layers import ResidualBlock, seeded
 HELD_OUT = 360  # of 1,797
 BATCH = 64
 LEARNING_RATE = 4e-3
-WEIGHT_DECAY = 5e-2
 LABEL_SMOOTHING = 0.1
 ACCURACY_WANTED = 0.97
 
@@ -89,7 +88,7 @@ def train(
     device = next(network.parameters()).device
     digits = digits.to(device)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     batches = len(digits) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=max(2, epochs * batches))
     network.train()

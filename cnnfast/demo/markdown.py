@@ -1,12 +1,23 @@
-"""The demo's report, as Markdown."""
+"""The demo's report, as Markdown: findings first, then the tables that they are made from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .digits import ACCURACY_WANTED
-from .results import Proof, Results, figure
+from cnnfast.checking import Comparison
+
+from . import findings
+from .results import Proof, Results, in_units
 from .timing import HEADING
+
+JUDGED = (
+    "Each call was computed, on the values that reached it, by our kernels, by PyTorch, and in float64. Errors are the"
+    " largest distances from float64, shown for the tensor nearest to its limit, in ulp: units in the last place of the"
+    " dtype at the largest value of that tensor; report.json has them as absolute numbers. The limit is the sum of"
+    " twice PyTorch's own error, twice that of the plain formulas in the accumulators' dtype, and one unit in the last"
+    " place. The root mean square of the errors is held to the same rule. In float32 all multiply as IEEE says; tf32 is"
+    " float32 with products of operands rounded to TF32, in the plain formulas too."
+)
 
 
 def markdown(results: Results, picture: str) -> str:
@@ -15,41 +26,55 @@ def markdown(results: Results, picture: str) -> str:
     parts = [
         "# cnnfast demo",
         f"**{'Everything holds.' if results.ok else 'Something FAILED: see below.'}** {results.seconds:.0f} s in all.",
+        "\n".join(f"- {each}" for each in findings.all_of(results)),
+        f"![photograph, feature maps, digits, errors, costs]({picture})",
+        "## The machine",
         table(("", ""), results.environment.items()),
-        f"![photograph, feature maps, digits, errors]({picture})",
         "## Handwritten digits",
         f"A residual network was trained on {t.images} of scikit-learn's images for {len(t.losses)} epochs"
         f" ({t.seconds:.0f} s, seed {t.seed}; served by {t.served_by})."
-        f" Of {t.held_out} held-out images it reads {t.held_out - len(t.mistakes)} right: **{t.accuracy:.1%}**"
-        f" (wanted: {ACCURACY_WANTED:.0%})."
         f" Loss: {t.losses[0]:.3f} after the first epoch, {t.losses[-1]:.3f} after the last.",
     ]
     if t.mistakes:
         parts.append(table(("image", "is", "read as"), sorted(t.mistakes)))
     parts.append("## The kernels")
     if results.proofs:
-        parts.append(
-            "Each call was computed, on the values that reached it, by our kernels, by PyTorch, and in float64."
-            " Errors are the largest distances from float64, shown for the tensor nearest to its limit. The limit is"
-            " the sum of twice PyTorch's own error, twice that of the plain formulas in the accumulators' dtype, and"
-            " one unit in the last place. The root mean square of the errors is held to the same rule. In float32 all"
-            " multiply as IEEE says; tf32 is float32 with products of operands rounded to TF32, in the plain formulas"
-            " too."
-        )
-        parts += [part for proof in results.proofs for part in proof_parts(proof)]
+        parts += [JUDGED, *(part for proof in results.proofs for part in proof_parts(proof))]
     else:
         parts.append("Triton is not installed here: no kernel ran.")
     if (c := results.conversion) is not None:
-        rows = [(row.name, row.kind, row.status, row.reason) for row in c.report.rows]
         parts += [
-            "## A model of plain torch.nn, converted",
-            "The same network written with nothing but torch.nn, with the trained weights, and then"
-            f" `cnnfast.convert(model)`: **{c.summary}** ({c.seconds:.0f} s; kernels launched: {len(c.launches)}).",
-            table(("module", "class", "", "into, or why"), rows),
+            "## Models converted",
+            "The digits' network written with nothing but torch.nn, with the trained weights, and then"
+            f" `cnnfast.convert(model)`: **{c.summary}** (kernels launched: {len(c.launches)}).",
+            converted(c.report),
+        ]
+    if (known := results.known) is not None:
+        parts += [f"{known.name}, by the same call: **{known.report.summary}**.", converted(known.report)]
+    if (costs := results.costs) is not None:
+        rows = (
+            (
+                layer.name,
+                f"{layer.flops / 1e9:.2f}",
+                f"{layer.pointwise_flops / 1e9:.3f}",
+                *(f"{size / 2**20:.1f}" for size in (layer.bytes, layer.pointwise_bytes, layer.fused_bytes)),
+            )
+            for layer in costs.layers
+        )
+        heading = ("layer", "GFLOPs", "of norm, ReLU, addition", "MiB", "of norm, ReLU, addition", "MiB fused")
+        parts += [
+            f"## What {costs.name}'s layers compute and move",
+            f"Computed from shapes, not measured: batch {costs.batch}, bfloat16, inference; MiB are read and written,"
+            " each operand once. A layer is a convolution with what follows it.",
+            table(heading, rows),
         ]
     if results.timings:
         parts += ["## Times", results.timed, table(HEADING, (t.cells for t in results.timings)), results.left_out]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def converted(report) -> str:
+    return table(("module", "class", "", "into, or why"), ((r.name, r.kind, r.status, r.reason) for r in report.rows))
 
 
 def proof_parts(proof: Proof) -> list[str]:
@@ -58,19 +83,28 @@ def proof_parts(proof: Proof) -> list[str]:
             row.layer or "",
             row.operation,
             row.shapes,
-            *(figure(row.worst(b), ours) for b in (False, True) for ours in (True, False)),
+            *(ulps(row.worst(b), proof.dtype) for b in (False, True)),
             row.verdict,
         )
         for row in proof.report.rows
     ]
     problems = [f"- {row}: {problem}" for row in proof.report.rows for problem in row.problems]
+    heading = ("layer", "operation", "sizes", "forward: ours, PyTorch's, limit, ulp", "backward", "")
     return [
         f"### {proof.title}, {proof.dtype}",
         f"{proof.report.summary} ({proof.seconds:.0f} s)",
-        table(("layer", "operation", "sizes", "forward", "PyTorch", "backward", "PyTorch", ""), rows),
+        table(heading, rows),
         *(["\n".join(problems)] if problems else []),
         table(("kernel", "launched in calls"), ((f"`{kernel}`", n) for kernel, n in proof.launches.items())),
     ]
+
+
+def ulps(comparison: Comparison | None, dtype: str) -> str:
+    """Our error, PyTorch's and the limit, or nothing where none was judged."""
+    if comparison is None:
+        return ""
+    errors = (comparison.error, comparison.torch_error, comparison.limit)
+    return ", ".join(findings.short(in_units(error, comparison.largest, dtype)) for error in errors)
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

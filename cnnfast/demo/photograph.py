@@ -25,8 +25,7 @@ def load_photograph(size: int | None) -> Tensor:
     H, W = image.shape[2:]
     scale = size / min(H, W)
     image = nn.functional.interpolate(image, (round(H * scale), round(W * scale)), mode="bilinear", antialias=True)
-    top, left = (image.shape[2] - size) // 2, (image.shape[3] - size) // 2
-    return image[:, :, top : top + size, left : left + size].clamp(0, 1)
+    return centre(image, size).clamp(0, 1)
 
 
 def normalized(image: Tensor) -> Tensor:
@@ -45,6 +44,26 @@ class StemAndBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(F.max_pool2d(self.stem(x), 3, 2, 1))
+
+
+class BothMaps(nn.Module):
+    """What those layers make of an image [N, 3, H, W]: the maps [N, 64, H/2, W/2] of the stem and those of the block,
+    [N, 64, H/4, W/4].
+    """
+
+    def __init__(self, layers: StemAndBlock) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        stem = self.layers.stem(x)
+        return stem, self.layers.block(F.max_pool2d(stem, 3, 2, 1))
+
+
+def centre(image: Tensor, size: int) -> Tensor:
+    """The middle of an image [N, C, H, W], [N, C, size, size]."""
+    top, left = ((extent - size) // 2 for extent in image.shape[2:])
+    return image[:, :, top : top + size, left : left + size]
 
 
 def make_layers(seed: int) -> StemAndBlock:

@@ -1,10 +1,9 @@
-"""The demo's picture: the photograph, what the residual block makes of it, digits as they were read, errors, and times
-if there are any.
+"""The demo's picture: what was computed, how wrong it is beside PyTorch's own, and where time and memory go. Titles are
+findings, made from the results.
 """
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,117 +12,92 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .results import Proof, Results
+from . import panels
+from .digits import Digits
+from .findings import short
+from .results import Results
 
-OURS, THEIRS, WRONG = "#1f6fb4", "#c7c7c7", "#c0392b"
-MAPS = (2, 4)
-DIGITS = 12
+DIGITS = 13
+MAPS = 5  # in each of two rows
+DPI = 100
+WIDTH = 13.0  # inches
 
 
 @dataclass
 class Images:
-    """photograph [3, H, W] in [0, 1]; features [C, P, Q] of it, and who computed them; digits [N, 8, 8], with what they
-    are and what was read, each [N].
+    """photograph [3, H, W] in [0, 1]; stem [C, H/2, W/2] and block [C, H/4, W/4] of it; the held-out digits,
+    and what was read in each, [N].
     """
 
     photograph: Tensor
-    features: Tensor
-    features_by: str
-    digits: Tensor
-    labels: Tensor
+    stem: Tensor
+    block: Tensor
+    digits: Digits
     read: Tensor
+
+
+def picture(results: Results, images: Images) -> Figure:
+    rows = len(panels.judged(results.proofs))
+    heights = [4.1, 1.5, 1.4 + 0.26 * max(rows, 2), 4.3] + [5.5] * bool(results.timings)
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    _maps(parts[0], images, results)
+    _digits(parts[1], images, results)
+    panels.errors(parts[2], results)
+    panels.costs(parts[3], results)
+    if results.timings:
+        panels.times(parts[4], results)
+    return figure
 
 
 def draw(results: Results, images: Images, file: Path) -> None:
     """Writes a PNG."""
-    heights = [3.6, 1.4, 6.5] + [6.0] * bool(results.timings)
-    figure = Figure(figsize=(13, sum(heights) + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    _photograph(parts[0], images)
-    _digits(parts[1], images, results)
-    _errors(parts[2], results.proofs)
-    if results.timings:
-        _times(parts[3], results)
-    figure.savefig(file, dpi=110)
+    picture(results, images).savefig(file, dpi=DPI)
 
 
-def _photograph(figure, images: Images) -> None:
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
+def _maps(figure, images: Images, results: Results) -> None:
+    panels.headline(figure, maps_title(results))
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.0))
     axes = left.subplots()
     axes.imshow(images.photograph.permute(1, 2, 0).numpy())
-    axes.set_title(f"photograph, {images.photograph.shape[1]} x {images.photograph.shape[2]}", fontsize=11)
+    axes.set_title(f"a photograph, {images.photograph.shape[1]} x {images.photograph.shape[2]} pixels", fontsize=10)
     axes.axis("off")
-    shown = f"{MAPS[0] * MAPS[1]} of {len(images.features)} channels (by {images.features_by})"
-    right.suptitle(f"after the stem and one residual block: {shown}")
-    liveliest = images.features.flatten(1).std(1).argsort(descending=True)
-    for axes, channel in zip(right.subplots(*MAPS).flat, liveliest, strict=False):
-        axes.imshow(images.features[channel].numpy(), cmap="magma")
-        axes.axis("off")
+    rows = right.subfigures(2, 1)
+    texts = ("after the stem: 7x7 convolution of stride 2, norm, ReLU", "after a 3x3 max pool and a residual block")
+    for row, maps, text in zip(rows, (images.stem, images.block), texts, strict=True):
+        liveliest = maps.flatten(1).std(1).argsort(descending=True)[:MAPS]
+        for axes, channel in zip(row.subplots(1, MAPS), liveliest, strict=False):
+            axes.imshow(maps[channel].numpy(), cmap="cividis")
+            axes.set_axis_off()
+        row.suptitle(f"{text} ({MAPS} of {len(maps)} maps, {maps.shape[1]} x {maps.shape[2]})", fontsize=10)
+
+
+def maps_title(results: Results) -> str:
+    m = results.maps
+    if m is None or not m.launches:
+        return "PyTorch computed these feature maps: no kernel ran here"
+    ours, theirs = map(short, m.errors)
+    errors = f"at most {ours} ulp from float64; PyTorch's own are {theirs}"
+    return f"Our kernels computed these feature maps: {errors}" if m.ok else f"These feature maps are WRONG: {errors}"
 
 
 def _digits(figure, images: Images, results: Results) -> None:
     """Some of the held-out digits, those that were misread first."""
     t = results.training
-    right = f"{t.held_out - len(t.mistakes)} of {t.held_out} right, {t.accuracy:.1%}"
-    figure.suptitle(f"held-out digits as the network reads them: {right}", fontsize=11)
-    order = (images.read == images.labels).int().argsort(stable=True)
-    for axes, i in zip(figure.subplots(1, DIGITS).flat, order, strict=False):
-        axes.imshow(images.digits[i].numpy(), cmap="gray_r")
-        right = images.read[i] == images.labels[i]
-        axes.set_title(
-            f"{images.read[i]}" if right else f"{images.read[i]}, is {images.labels[i]}",
-            color="black" if right else WRONG,
-        )
-        axes.axis("off")
-
-
-def _errors(figure, proofs: list[Proof]) -> None:
-    """Bars of the largest errors against float64, a pair for each call and direction, in the first dtype of a proof."""
-    subjects = list({proof.title: proof for proof in reversed(proofs)}.values())[::-1]
-    if not subjects:
-        figure.suptitle("triton is not installed here: no kernel ran")
-        return
-    figure.suptitle("largest error against float64, of the tensor nearest to its limit", fontsize=11)
-    grid = figure.subplots(1, len(subjects), squeeze=False)[0]
-    for axes, proof in zip(grid, subjects, strict=True):
-        bars = [
-            (f"{row.layer or row.operation}{', backward' if backward else ''}", worst)
-            for row in proof.report.rows
-            for backward in (False, True)
-            if (worst := row.worst(backward))
-        ]
-        places = np.arange(len(bars))
-        axes.barh(places - 0.2, [c.error for _, c in bars], 0.4, color=OURS, label="our kernels")
-        axes.barh(places + 0.2, [c.torch_error for _, c in bars], 0.4, color=THEIRS, label="PyTorch")
-        axes.plot([c.limit for _, c in bars], places, "|", color=WRONG, markersize=14, label="limit")
-        axes.set_yticks(places, [name for name, _ in bars])
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        for place, (_, worst) in zip(places, bars, strict=True):
-            if worst.error == worst.torch_error == 0:  # a logarithmic axis cannot show it
-                axes.text(0.01, place, "both exact", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-        axes.set_title(textwrap.fill(f"{proof.title}, {proof.dtype}", 34), fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    grid[0].legend(loc="lower right", fontsize=9)
-
-
-def _times(figure, results: Results) -> None:
-    """Bars of milliseconds, a pair for each layer and direction; what was left out is named below."""
-    figure.suptitle(textwrap.fill(results.timed, 150), fontsize=9)
-    timed = [t for t in results.timings if t.timed]
-    places = np.arange(len(timed))
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, title, ours, theirs in (
-        (left, "forward", [t.forward for t in timed], [t.torch_forward for t in timed]),
-        (right, "backward", [t.backward for t in timed], [t.torch_backward for t in timed]),
-    ):
-        axes.barh(places - 0.2, [ms or 0 for ms in ours], 0.4, color=OURS, label="our kernels")
-        axes.barh(places + 0.2, [ms or 0 for ms in theirs], 0.4, color=THEIRS, label="PyTorch")
-        axes.set_title(title, fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.set_yticks(places, [t.layer for t in timed], fontsize=7)
-    left.invert_yaxis()
-    right.legend(loc="lower right", fontsize=9)
-    if results.left_out:
-        figure.supxlabel(textwrap.fill(results.left_out, 190), fontsize=7)
+    right = f"{t.held_out - len(t.mistakes)} of {t.held_out} unseen digits are read right ({t.accuracy:.1%})"
+    shown = "; those misread come first, framed" if t.mistakes else ", after training with Adam on shifted ones"
+    panels.headline(figure, right + shown)
+    correct = images.read == images.digits.labels
+    order = correct.int().argsort(stable=True)[:DIGITS]
+    for axes, i in zip(np.atleast_1d(figure.subplots(1, DIGITS)), order, strict=False):
+        axes.imshow(images.digits.images[i, 0].numpy(), cmap="gray_r")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        read, label = int(images.read[i]), int(images.digits.labels[i])
+        if correct[i]:
+            axes.spines[:].set_visible(False)
+            axes.set_title(f"read {read}", fontsize=10)
+        else:
+            axes.spines[:].set(color=panels.LIMIT, linewidth=2.5)
+            axes.set_title(f"read {read}, is {label}", fontsize=10, color=panels.LIMIT, fontweight="bold")

@@ -6,21 +6,12 @@ every digit as before.
 
 from __future__ import annotations
 
-import json
-import sys
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-import cnnfast
 import cnnfast.nn as cnn
-from cnnfast.checking.child import interpreted
-from cnnfast.dispatch import launch, prefer_kernels
 
 from .digits import DigitNet
-
-MARK = "cnnfast-read "
 
 
 class PlainBlock(nn.Module):
@@ -77,26 +68,3 @@ def plain_twin(network: DigitNet) -> PlainDigitNet:
         norm.load_state_dict(trained.bn.state_dict())
     twin.head.load_state_dict(network.head.state_dict())
     return twin.eval()
-
-
-def read(model: nn.Module, images: Tensor) -> tuple[list[int], list[str]]:
-    """(digit read in each image, kernels launched). Our kernels serve, in Triton's interpreter if there is no GPU."""
-    if launch is not None and not launch.INTERPRETED and not images.is_cuda:
-        lines = interpreted(__name__, {"weights": model.state_dict(), "images": images})
-        answer = next(json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK))
-        return answer["read"], answer["launches"]
-    with torch.no_grad(), prefer_kernels(), cnnfast.trace() as calls:
-        digits = model(images).argmax(1).tolist()
-    return digits, calls.launches
-
-
-def main(path: str) -> None:
-    data: dict[str, Any] = torch.load(path, weights_only=True)
-    model = PlainDigitNet(data["weights"]["stem.0.weight"].shape[0])
-    model.load_state_dict(data["weights"])
-    digits, launches = read(cnnfast.convert(model.eval()), data["images"])
-    print(MARK + json.dumps({"read": digits, "launches": launches}), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

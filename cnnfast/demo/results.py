@@ -1,17 +1,38 @@
-"""What a demo found, as data."""
+"""What a demo found, as data.
+
+Errors are shown in units in the last place (ulp) of the dtype at the largest value of the tensor that they are in: that
+value times the dtype's epsilon. So tensors of any size and dtype stand on one axis.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cnnfast.checking import CheckReport, Comparison
-from cnnfast.conversion import ConversionReport
+import torch
 
+from cnnfast.checking import CheckReport, Comparison
+from cnnfast.checking.report import NOT_JUDGED, OK
+from cnnfast.conversion import ConversionReport
+from cnnfast.dtypes import TF32, dtype_of
+
+from .costs import Costs
 from .digits import ACCURACY_WANTED
+from .effort import WHOLE, Effort
 from .timing import Timing
+
+TF32_EPSILON = 2.0**-10  # ten bits of mantissa
+
+
+def in_units(error: float, largest: float, dtype: str) -> float:
+    """An absolute error in ulp, of a tensor whose largest magnitude is `largest`. dtype: its name, or "tf32"."""
+    if error == 0:
+        return 0.0
+    unit = largest * (TF32_EPSILON if dtype == TF32 else torch.finfo(dtype_of(dtype)).eps)
+    return error / unit if unit else float("inf")
 
 
 @dataclass
@@ -39,11 +60,12 @@ class Training:
 
 @dataclass
 class Proof:
-    """A check of some layers on real images. `title` says what went through which layers; dtype "tf32" is float32 with
-    TF32 products.
+    """A check of some layers on real images. `title` says what went through which layers, `subject` does in a word;
+    dtype "tf32" is float32 with TF32 products.
     """
 
     title: str
+    subject: str
     dtype: str
     report: CheckReport
     seconds: float
@@ -55,6 +77,28 @@ class Proof:
 
 
 @dataclass
+class Maps:
+    """The photograph in a ResNet's first layers, by our kernels. size: of the photograph, "H x W". comparisons: of the
+    maps after the stem and after the block, by check's rule, in which PyTorch's own error stands for that of the plain
+    formulas.
+    """
+
+    size: str
+    comparisons: list[Comparison]
+    launches: list[str]
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        """The largest of ours and the largest of PyTorch's, in ulp of float32."""
+        ours = max(in_units(c.error, c.largest, "float32") for c in self.comparisons)
+        return ours, max(in_units(c.torch_error, c.largest, "float32") for c in self.comparisons)
+
+    @property
+    def ok(self) -> bool:
+        return all(c.ok for c in self.comparisons)
+
+
+@dataclass
 class Conversion:
     """The same network in plain torch.nn, converted: it reads `same` of `digits` digits as PyTorch does."""
 
@@ -62,7 +106,6 @@ class Conversion:
     same: int
     launches: list[str]
     report: ConversionReport
-    seconds: float
 
     @property
     def summary(self) -> str:
@@ -74,18 +117,67 @@ class Conversion:
 
 
 @dataclass
+class Known:
+    """A known model, converted."""
+
+    name: str
+    report: ConversionReport
+
+    @property
+    def convolutions(self) -> str:
+        fused, all_of_them = self.report.count("fused"), sum(row.convolution for row in self.report.rows)
+        return f"{fused} of {all_of_them} convolutions fused"
+
+    @property
+    def coverage(self) -> float:
+        """The share of the FLOPs that have our forward."""
+        return self.report.coverage or 0.0
+
+
+@dataclass
 class Results:
-    """`environment` says where this ran. `timings` is empty without a GPU; `proofs` is empty, and `conversion` None,
-    without triton.
+    """`environment` says where this ran. `timings` is empty without a GPU; `proofs` is empty without triton; `known` is
+    None where its library is not installed.
     """
 
     environment: dict[str, str]
     training: Training
+    effort: Effort = WHOLE
+    maps: Maps | None = None
     proofs: list[Proof] = field(default_factory=list)
+    conversion: Conversion | None = None
+    known: Known | None = None
+    costs: Costs | None = None
     timings: list[Timing] = field(default_factory=list)
     timed: str = ""
     seconds: float = 0.0
-    conversion: Conversion | None = None
+
+    def worst(self, backward: bool) -> tuple[float, float] | None:
+        """The largest error of ours in ulp, and the largest of PyTorch's; None if nothing was judged in that
+        direction.
+        """
+        found = [(c, p.dtype) for p in self.proofs for row in p.report.rows for c in row.comparisons]
+        found = [(c, dtype) for c, dtype in found if c.backward == backward and c.limit]
+        if not found:
+            return None
+        ours = max(in_units(c.error, c.largest, dtype) for c, dtype in found)
+        return ours, max(in_units(c.torch_error, c.largest, dtype) for c, dtype in found)
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """(checks that hold, all checks): of each call, in every dtype, and of each step of a whole model."""
+        rows = [row for p in self.proofs for row in (*p.report.rows, *p.report.whole) if row.verdict != NOT_JUDGED]
+        return sum(row.verdict == OK for row in rows), len(rows)
+
+    @property
+    def errors(self) -> dict[str, Any]:
+        """The largest of each direction, and their unit. None stands for an infinite number of units."""
+        found: dict[str, Any] = {"unit": "ulp: the dtype's epsilon times the largest value of the tensor"}
+        for name, backward in (("forward", False), ("backward", True)):
+            if (worst := self.worst(backward)) is not None:
+                ours, theirs = (None if math.isinf(units) else units for units in worst)
+                found[name] = {"ours": ours, "pytorch": theirs}
+        return found
 
     @property
     def left_out(self) -> str:
@@ -97,12 +189,13 @@ class Results:
     @property
     def ok(self) -> bool:
         parts = [self.training.ok, *(p.report.ok for p in self.proofs), *(t.right for t in self.timings)]
-        return all(parts) and (self.conversion is None or self.conversion.ok)
+        return all(parts) and all(part is None or part.ok for part in (self.maps, self.conversion))
 
     def to_json(self) -> str:
         proofs = [
             {
                 "title": p.title,
+                "subject": p.subject,
                 "dtype": p.dtype,
                 "seconds": p.seconds,
                 "launches": p.launches,
@@ -110,21 +203,21 @@ class Results:
             }
             for p in self.proofs
         ]
-        c = self.conversion
+        c, known = self.conversion, self.known
         data: dict[str, Any] = {
             "ok": self.ok,
             "seconds": self.seconds,
             "environment": self.environment,
             "training": {**asdict(self.training), "accuracy": self.training.accuracy, "wanted": ACCURACY_WANTED},
+            "effort": asdict(self.effort),
+            "maps": None if self.maps is None else {**asdict(self.maps), "ok": self.maps.ok},
+            "errors": self.errors,
             "proofs": proofs,
             "conversion": None if c is None else {**vars(c), "ok": c.ok, "report": json.loads(c.report.to_json())},
+            "known": None if known is None else {"name": known.name, "report": json.loads(known.report.to_json())},
+            "costs": None if self.costs is None else self.costs.as_dict(),
             "timed": self.timed,
             "timings": [asdict(t) for t in self.timings],
             "left_out": self.left_out,
         }
         return json.dumps(data, indent=1, allow_nan=False)
-
-
-def figure(comparison: Comparison | None, ours: bool) -> str:
-    """An error as text, or nothing where there is none."""
-    return "" if comparison is None else f"{comparison.error if ours else comparison.torch_error:.1e}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
+from rich.console import RenderableType
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -15,83 +18,104 @@ from torch import Tensor, nn
 import cnnfast
 from cnnfast import __version__
 from cnnfast.checking import check
+from cnnfast.checking.judge import compare
 from cnnfast.dispatch import backend, launch, prefer_kernels
-from cnnfast.dtypes import TF32
 from cnnfast.measuring.budget import Budget
+from cnnfast.models import resnet50
+from cnnfast.precision import float32_products
 from cnnfast.recording import Trace, trace
+from cnnfast.torchvision_import import torchvision
 
-from . import ahead, digits, photograph, plain, timing
+from . import ahead, assortment, by_kernels, costs, digits, findings, photograph, plain, timing
+from .effort import Effort
+from .findings import Told
 from .picture import Images
-from .results import Conversion, Proof, Results, Training
-
-# As much as Triton's interpreter can do in the time that a demo may take.
-INTERPRETED_SIZE = 96
-INTERPRETED_BACKWARD_SIZE = 32  # the stem's two gradients, of 49 taps, take longest
-INTERPRETED_DIGITS = 4
-INTERPRETED_CONVERTED = 64  # digits for the converted network: forward alone
-GPU_DIGITS = 64
-GPU_DTYPES = ("float32", TF32, "float16", "bfloat16")
+from .results import Conversion, Known, Maps, Proof, Results, Training
 
 OURS = "our kernels"
-PHOTOGRAPH_PATH = "through a ResNet's stem and first block, in training"
+RESNET = "through a ResNet's stem and first block, in training"
+SMALL = 96  # pixels of each side of the photograph, of which pieces are judged in the interpreter
+KNOWN = "torchvision's ResNet-50"
 
 
-def tell(seed: int, epochs: int, bars: Progress, budget: float) -> tuple[Results, Images]:
-    """Runs everything, on a GPU if there is one, and tells it on the console of `bars`. budget: seconds for the timing
-    on a GPU.
-    """
-    began, console = time.perf_counter(), bars.console
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = device.type == "cuda"
+@dataclass(frozen=True)
+class Telling:
+    """Where the story is told: bars of progress, and the console below them; `verbose` shows tables too."""
+
+    bars: Progress
+    verbose: bool = False
+
+    def say(self, *said: Told) -> None:
+        for each in said:
+            for line in each.lines():
+                self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, title: str, *tables: RenderableType) -> None:
+        if self.verbose:
+            self.bars.console.print(Text(f"\n{title}", "bold"), *tables)
+
+
+def tell(effort: Effort, seed: int, telling: Telling, device: torch.device) -> tuple[Results, Images]:
+    """Does as much as `effort` says, and tells it."""
+    began = time.perf_counter()
     place = environment(device)
-    console.print(", ".join(f"{name} {value}" for name, value in place.items()), highlight=False, soft_wrap=True)
+    telling.say(findings.of_machine(place))
 
     network = digits.make_network(seed).to(device)
     training_part, held_out = digits.load_digits(seed)
-    image = photograph.load_photograph(None if gpu else INTERPRETED_SIZE)
+    image = photograph.load_photograph(effort.photograph)
     layers = photograph.make_layers(seed).to(device)
     x = photograph.normalized(image).to(device)
-    some = held_out.images[: GPU_DIGITS if gpu else INTERPRETED_DIGITS].to(device)
-    if gpu:
-        compile_kernels([(layers, x, True), (network, some, True), (network, some, False)], device, bars)
-    training, read = learn(network, training_part, held_out, epochs, seed, bars)
-    right = f"{training.accuracy:.1%} ({training.held_out - len(training.mistakes)} of {training.held_out})"
-    spent = f"{training.seconds:.0f} s of training, served by {training.served_by}"
-    console.print(f"held-out digits read right: {right}; {spent}", highlight=False, soft_wrap=True)
-    results = Results(place, training)
+    some = held_out.images[: effort.digits].to(device)
+    others = assortment.make_assortment(seed).to(device)
+    small = photograph.normalized(photograph.load_photograph(SMALL)).to(device)
+    piece = photograph.centre(small, assortment.SIZE)
+    if device.type == "cuda":
+        cases = [(layers, x, True), (network, some, True), (network, some, False), (others, piece, True)]
+        compile_kernels(cases, effort.dtypes, device, telling.bars)
+    training, read = learn(network, training_part, held_out, effort.epochs, seed, telling.bars)
+    results = Results(place, training, effort)
+    telling.say(findings.of_training(training), findings.of_accuracy(training))
 
-    with torch.no_grad(), prefer_kernels(), trace() as calls:
-        features = layers(x)
-    by = OURS if served_by(calls) == OURS else "PyTorch"
-    images = Images(image[0], features[0].float().cpu(), by, held_out.images[:, 0], held_out.labels, read)
+    converted = held_out.images[: effort.converted].to(device)
+    with float32_products("ieee"):
+        computed = compute(layers, x, network, converted)
 
-    if launch is None:
-        console.print("triton is not installed here: no kernel can run")
-    else:
-        for dtype in GPU_DTYPES if gpu else GPU_DTYPES[:1]:
-            if not gpu:
-                results.proofs.append(
-                    prove(f"photograph, {sizes(x)}, {PHOTOGRAPH_PATH}", layers, x, dtype, bars, backward=False)
-                )
-                x = centre(x, INTERPRETED_BACKWARD_SIZE)
-            results.proofs.append(prove(f"photograph, {sizes(x)}, {PHOTOGRAPH_PATH}", layers, x, dtype, bars))
-            results.proofs.append(
-                prove(f"{len(some)} held-out digits through the trained network", network, some, dtype, bars)
-            )
-        results.conversion = convert_digits(
-            network, held_out.images[: len(held_out) if gpu else INTERPRETED_CONVERTED].to(device), bars
-        )
-    if gpu:
+    if launch is not None:
+        for dtype in effort.dtypes:
+            for size, backward in ((effort.forward, False), (effort.backward, True)):
+                if size != 0:
+                    part = x if size is None else photograph.centre(small, size)
+                    title = f"photograph, {pixels(part)}, {RESNET}"
+                    results.proofs.append(prove(title, "photograph", layers, part, dtype, telling, backward))
+            title = f"one of each kind of layer, on {pixels(piece)} of the photograph"
+            results.proofs.append(prove(title, "each kind", others, piece, dtype, telling))
+            if effort.digits:
+                title = f"{len(some)} held-out digits through the trained network"
+                results.proofs.append(prove(title, "digits", network, some, dtype, telling))
+    results.maps, results.conversion, maps = computed()
+    telling.show("the digits' network in plain torch.nn, converted", results.conversion.report)
+    images = Images(image[0], *maps, held_out, read)
+    telling.say(findings.of_maps(results))
+    telling.say(*findings.of_errors(results))
+
+    results.known = convert_known(telling)
+    results.costs = costs.costs_of(resnet50, "ResNet-50")
+    telling.say(findings.of_conversion(results), findings.of_costs(results))
+    if device.type == "cuda":
         results.timed = timing.CONDITIONS
-        results.timings = measure(device, Budget(budget), bars)
-        console.print(results.left_out, highlight=False, soft_wrap=True)
+        results.timings = measure(device, Budget(effort.budget), telling)
+        telling.show(results.left_out)
+        telling.say(findings.of_times(results))
+    if effort.left_out:
+        telling.say(findings.of_left_out(effort))
     results.seconds = time.perf_counter() - began
     return results, images
 
 
-def compile_kernels(cases: list[ahead.Case], device: torch.device, bars: Progress) -> None:
+def compile_kernels(cases: list[ahead.Case], dtypes: tuple[str, ...], device: torch.device, bars: Progress) -> None:
     bar = bars.add_task("compiling kernels", total=None, note="")
-    ahead.compile_ahead(cases, GPU_DTYPES, device, lambda done, total: bars.update(bar, completed=done, total=total))
+    ahead.compile_ahead(cases, dtypes, device, lambda done, total: bars.update(bar, completed=done, total=total))
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -133,68 +157,91 @@ def learn(
             read = digits.predict(network, held_out)
     wrong = (read != held_out.labels).nonzero().flatten()
     mistakes = [(int(held_out.rows[i]), int(held_out.labels[i]), int(read[i])) for i in wrong]
-    by = served_by(calls) if gpu else "PyTorch, as always on a CPU"
+    by = served_by(calls) if gpu else "PyTorch"
     return Training(seed, len(training_part), len(held_out), losses, mistakes, by, seconds), read
 
 
-def sizes(image: Tensor) -> str:
+def pixels(image: Tensor) -> str:
     return " x ".join(map(str, image.shape[2:]))
 
 
-def centre(image: Tensor, size: int) -> Tensor:
-    top, left = ((extent - size) // 2 for extent in image.shape[2:])
-    return image[:, :, top : top + size, left : left + size]
-
-
-def prove(title: str, module: nn.Module, x: Tensor, name: str, bars: Progress, backward: bool = True) -> Proof:
-    """Checks every call of `module(x)` in the dtype of that name, by default forward and backward, and prints what was
-    found.
+def compute(
+    layers: photograph.StemAndBlock, x: Tensor, network: digits.DigitNet, images: Tensor
+) -> Callable[[], tuple[Maps, Conversion, tuple[Tensor, Tensor]]]:
+    """Begins to compute the photograph's maps, and what the network in plain torch.nn, converted, reads in the images,
+    by our kernels. The result waits for them, and sets them beside PyTorch's; the maps [64, H/2, W/2] and
+    [64, H/4, W/4] come third.
     """
+    original = plain.plain_twin(network)
+    converted = cnnfast.convert(original, memory_format=torch.channels_last)
+    report = cnnfast.report(converted, images[:1])
+    shown = photograph.BothMaps(copy.deepcopy(layers))
+    with torch.no_grad(), backend("torch"):
+        theirs = [maps.cpu() for maps in copy.deepcopy(shown)(x)]
+        exact = [maps.cpu() for maps in copy.deepcopy(shown).double()(x.double())]
+        wanted = original(images).argmax(1).tolist()
+    running = by_kernels.start([(shown, x), (converted, images)])
+
+    def wait() -> tuple[Maps, Conversion, tuple[Tensor, Tensor]]:
+        seen, read = running()
+        comparisons = [
+            compare(name, ours, pytorchs, pytorchs, best, precision="float32")
+            for name, ours, pytorchs, best in zip(("stem", "block"), seen.output, theirs, exact, strict=True)
+        ]
+        same = sum(a == b for a, b in zip(read.output.argmax(1).tolist(), wanted, strict=True))
+        stem, block = seen.output
+        return (
+            Maps(pixels(x), comparisons, seen.launches),
+            Conversion(len(images), same, read.launches, report),
+            (stem[0], block[0]),
+        )
+
+    return wait
+
+
+def prove(
+    title: str, subject: str, module: nn.Module, x: Tensor, name: str, telling: Telling, backward: bool = True
+) -> Proof:
+    """Checks every call of `module(x)` in the dtype of that name, by default forward and backward."""
     title += ", forward and backward" if backward else ", forward"
-    bar = bars.add_task(title.partition(" through")[0], total=None, note=name)
+    bar = telling.bars.add_task(title.partition(" through")[0], total=None, note=name)
     began = time.perf_counter()
     report = check(
         module,
         x,
         backward=backward,
         dtype=name,
-        progress=lambda done, total, call: bars.update(bar, completed=done, total=total, note=f"{name} {call}"),
+        progress=lambda done, total, call: telling.bars.update(bar, completed=done, total=total, note=f"{name} {call}"),
     )
-    proof = Proof(title, name, report, time.perf_counter() - began)
-    bars.console.print(Text(f"\n{title}, {name}", "bold"), report, launch_table(proof.launches.items()))
+    proof = Proof(title, subject, name, report, time.perf_counter() - began)
+    telling.show(f"{title}, {name}", report, launch_table(proof.launches.items()))
     return proof
 
 
-def convert_digits(network: digits.DigitNet, images: Tensor, bars: Progress) -> Conversion:
-    """Writes the network in plain torch.nn, converts it, and compares what both read in `images`."""
-    bar = bars.add_task("the network in plain torch.nn, converted", total=1, note=f"{len(images)} digits")
-    began = time.perf_counter()
-    original = plain.plain_twin(network)
-    converted = cnnfast.convert(original, memory_format=torch.channels_last)
-    report = cnnfast.report(converted, images[:1])
-    with torch.no_grad():
-        wanted = original(images).argmax(1).tolist()
-    read, launches = plain.read(converted, images)
-    same = sum(a == b for a, b in zip(read, wanted, strict=True))
-    found = Conversion(len(images), same, launches, report, time.perf_counter() - began)
-    bars.update(bar, advance=1)
-    bars.console.print(
-        Text("\nthe same network in plain torch.nn: cnnfast.convert(model)", "bold"), report, Text(found.summary)
-    )
-    return found
+def convert_known(telling: Telling) -> Known | None:
+    """torchvision's ResNet-50, converted on the meta device, where nothing is computed; None without torchvision."""
+    try:
+        library = torchvision()
+    except ImportError:
+        return None
+    with torch.device("meta"):
+        model, image = library.models.resnet50(), torch.empty(1, *costs.IMAGE)
+    report = cnnfast.report(cnnfast.convert(model, memory_format=torch.channels_last), image)
+    telling.show(f"{KNOWN}: cnnfast.convert(model)", report)
+    return Known(KNOWN, report)
 
 
-def measure(device: torch.device, budget: Budget, bars: Progress) -> list[timing.Timing]:
-    """Times ResNet-50's convolutions and prints what was found."""
-    bar = bars.add_task("ResNet-50's convolutions", total=None, note="")
+def measure(device: torch.device, budget: Budget, telling: Telling) -> list[timing.Timing]:
+    """Times ResNet-50's convolutions."""
+    bar = telling.bars.add_task("ResNet-50's convolutions", total=None, note="")
     timings = timing.time_layers(
-        device, budget, lambda done, total, note: bars.update(bar, completed=done, total=total, note=note)
+        device, budget, lambda done, total, note: telling.bars.update(bar, completed=done, total=total, note=note)
     )
     table = Table(*timing.HEADING, title=timing.CONDITIONS)
     for found in timings:
         if found.timed or found.problem:
             table.add_row(*found.cells)
-    bars.console.print(table)
+    telling.show("ResNet-50's convolutions", table)
     return timings
 
 

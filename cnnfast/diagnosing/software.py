@@ -14,15 +14,13 @@ from types import ModuleType
 from typing import Any
 
 from .. import __version__
+from ..triton_here import NEWEST_TRITON, OLDEST_TRITON, SUPPORTED_TRITON
 from .finding import Command, Finding, in_a_line
 
 TOPIC = "Software"
 OPTIONAL_TOPIC = "Optional"
 
 OLDEST_TORCH = (2, 11)
-# The tritons that the tests run on, as pyproject.toml requires them.
-OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
-SUPPORTED_TRITON = "3.6 to 3.9"
 
 # What each is for here, and how it is installed from a clone of cnnfast's repository.
 OPTIONAL = {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..activations import LEAKY_SLOPE, ActivationName, activate
 from ..functional.arguments import autocast
+from ..functional.fused import wants_gradient
 
 Slope = float | Tensor | None  # leaky_relu's number, or prelu's parameter
 
@@ -53,8 +54,10 @@ def _split_prelu(rest: Rest, size: Sequence[int], x: Tensor, modules: tuple[torc
     given: Any = rest.activation_arg
     cast, slope = autocast(x.new_empty(0), given)
     parameters = (p for module in modules for p in module.parameters())
-    operands = (x, slope, rest.residual, *parameters)
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    if differentiated or not cast.dtype == slope.dtype == x.dtype or tuple(slope.shape) not in ((1,), (size[1],)):
+    if (
+        wants_gradient(x, slope, rest.residual, *parameters)
+        or not cast.dtype == slope.dtype == x.dtype
+        or tuple(slope.shape) not in ((1,), (size[1],))
+    ):
         return rest._replace(activation=None, activation_arg=None), Rest(None, "prelu", given)
     return rest._replace(activation_arg=slope), Rest()

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnnfast_kernels import batchnorm, memory
+from cnnfast_kernels.activations import FROM_OUTPUT
 from cnnfast_kernels.dtypes import accumulator_dtype
-from cnnfast_kernels.epilogue import FROM_OUTPUT
 from cnnfast_kernels.planes import dense_format
 
 from ..activations import activate

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from ..aside import meta, meta_copy, on_a_copy, run_aside
+from ..aside import does_not_run, meta, meta_copy, on_a_copy, run_aside
 from .rows import Layer as Layer
 from .rows import Summary as Summary
 from .running import summary_of as summary_of
+from .totals import KindTotal as KindTotal
+from .totals import by_kind as by_kind
+from .totals import to_depth as to_depth
 
 
 def layers(model: nn.Module, *example_inputs: Any) -> list[Layer]:
@@ -34,9 +36,7 @@ def summarize(model: nn.Module, *example_inputs: Any) -> Summary:
     try:
         return on_a_copy(summary_of, model, example_inputs)
     except Exception as error:
-        shapes = " ".join("x".join(map(str, t.shape)) for t in tree_leaves(example_inputs) if isinstance(t, Tensor))
-        what = f"{type(model).__name__} does not run on {shapes or 'these inputs'}"
-        raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
+        raise does_not_run(model, example_inputs, error) from error
 
 
 def attempt(model: nn.Module, *example_inputs: Any) -> Summary | None:

@@ -73,8 +73,11 @@ class _Run(TorchDispatchMode):
             parameters=sum(p.numel() for p in parameters),
             trainable=sum(p.numel() for p in parameters if p.requires_grad),
             unused=sum(p.numel() for p in parameters if id(p) not in self.counted),
+            parameter_bytes=sum(p.nbytes for p in parameters),
+            buffer_bytes=sum({id(b): b.nbytes for b in self.model.buffers() if not is_lazy(b)}.values()),
             flops=self.flops,
             output_bytes=sum(row.output_bytes for row in found),
+            classes={name: type(module).__name__ for name, module in self.model.named_modules()},
         )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -111,6 +114,7 @@ class _Run(TorchDispatchMode):
             output_shape=tuple(outputs[0].shape) if outputs else (),
             parameters=sum(p.numel() for i, p in own.items() if i not in self.counted),
             trainable=any(p.requires_grad for p in own.values()),
+            trainable_parameters=sum(p.numel() for i, p in own.items() if p.requires_grad and i not in self.counted),
             flops=call.flops,
             receptive_field=seen.size if seen else 0,
             jump=seen.jump if seen else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -14,6 +13,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from ..spelling import near, quoted
 from .files import with_default_configuration
 from .target import Target, TargetError
 
@@ -57,16 +57,16 @@ def _not_found(name: str, sources: Sequence[str], present: Sequence[str]) -> str
     places = f"no model of {', '.join(here)}" if here else "a bare name, and no library of models can be imported here"
     broken = [source for source in present if source not in here]
     without = f" ({', '.join(broken)} installed, but not importable)" if broken else ""
-    near = _near(name, here)
-    advice = f"; near: {', '.join(near)}" if near else f"; write {WAYS}" if len(sources) > 1 else ""
+    package, dot, _ = name.partition(".")
+    if dot and not installed(package):
+        without += f", and there is no package {package}"
+    modules = [(source, module) for source in here if (module := imported(source)) is not None]
+    known = [known for source, module in modules for known in SOURCES[source].names(module)]
+    if like := near(name, known, most=3):
+        advice = f". Did you mean {quoted(like)}?"
+    else:
+        advice = f"; write {WAYS}" if len(sources) > 1 else ""
     return f"{name!r} is {places}{without}{advice}"
-
-
-def _near(name: str, sources: Iterable[str]) -> list[str]:
-    """Names like this one, the nearest first, whatever their case."""
-    modules = [(source, module) for source in sources if (module := imported(source)) is not None]
-    by_lower = {known.lower(): known for source, module in modules for known in SOURCES[source].names(module)}
-    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=6, cutoff=0.7)]
 
 
 def installed(module: str) -> bool:
@@ -85,6 +85,9 @@ def installed(module: str) -> bool:
 def imported(source: str) -> ModuleType | None:
     """The library's module. None if its import fails, which is said once on standard error."""
     try:
+        if source in ("torchvision", "timm") and installed("torchvision"):
+            # Not above: it imports torch, which `--help` does not wait for.
+            importlib.import_module("cnnfast.torchvision_import").make_importable()
         return importlib.import_module(SOURCES[source].module)
     except Exception as error:
         print(f"{source} is installed but does not import: {_in_a_line(error)}", file=sys.stderr)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import load, missing_arguments, named_in, offers
+from .files import factory, load, missing_arguments, named_in, offers
 from .libraries import SOURCES, WAYS, installed, looked_up
 from .target import Target, TargetError
 
@@ -23,13 +23,13 @@ def resolve(text: str) -> Target:
     """The module or function that `text` names. A class, or a function without required arguments, is called, and its
     result is taken.
 
-    Raises TargetError, which says what is wrong and what would be right.
+    Raises TargetError, which says what is wrong and what would be right, and where the user's own code raised an error.
     """
     where, colon, name = text.rpartition(":")
     if colon and where in SOURCES:
         return looked_up(name, [where])
     if colon and where and name:
-        return Target(text, where, named_in(load(where), where, name))
+        return Target(text, where, named_in(load(where, list(SOURCES)), where, name))
     if not colon and text.endswith(".py"):
         raise TargetError(f"{text} names no model: write file.py:NAME; {offers(load(text), text)}")
     if colon or not text:
@@ -49,7 +49,7 @@ def resolve_module(text: str) -> tuple[Target, nn.Module]:
     if isinstance(target.value, nn.Module):
         return target, target.value
     if needs := missing_arguments(target.value):
-        because = f"needs arguments ({', '.join(needs)})"
-    else:
-        because = f"gives {type(target.value).__name__}, not a torch.nn.Module"
+        name = text.rpartition(":")[2]
+        raise TargetError(f"{text} needs arguments ({', '.join(needs)}): {factory(name, needs)}")
+    because = f"gives {type(target.value).__name__}, not a torch.nn.Module"
     raise TargetError(f"{text} {because}: name a module, or a function that builds one without arguments")

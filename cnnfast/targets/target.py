@@ -11,7 +11,7 @@ class TargetError(ValueError):
     """A model that cannot be had by its name, or a model without a shape for its input. The message says why, and what
     would be right.
 
-    A class of its own: a ValueError that the user's code raises while it builds a model is not ours.
+    What the user's own code raised while it was imported or built the model is its __cause__.
     """
 
 

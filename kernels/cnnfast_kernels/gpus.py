@@ -5,6 +5,7 @@ Pure Python: imports neither torch nor triton.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 # Bytes of shared memory that one program may have, by architecture: 90 for sm_90.
@@ -39,3 +40,18 @@ def named(text: str) -> KnownGpu:
         if text.lower() in (gpu.name, gpu.cuda.lower()):
             return gpu
     raise ValueError(f"{text!r} is none of {', '.join(gpu.name for gpu in KNOWN)}")
+
+
+def capability_of(arch: str) -> int:
+    """90 of "sm_90", "sm_90a" and "90". Raises ValueError, which names the choices, for an architecture that is not
+    known here, and says which one a GPU's name stands for.
+    """
+    match = re.fullmatch(r"(?:sm_)?(\d+)a?", arch)
+    if not match or int(match[1]) not in SHARED_LIMITS:
+        known = ", ".join(f"sm_{c}" for c in SHARED_LIMITS)
+        try:
+            meant = f". Did you mean 'sm_{named(arch).arch}'?"
+        except ValueError:
+            meant = ""
+        raise ValueError(f"arch={arch!r} is not known here: use one of {known}{meant}")
+    return int(match[1])

@@ -310,3 +310,30 @@ def test_bfloat16_in_the_bare_interpreter_is_pytorchs():
     assert results == [3.0, 3.0]
     assert ours == ["conv_fprop", ""]
     assert theirs == ["conv2d", "Triton's interpreter computes bfloat16 wrongly"]
+
+
+def test_what_torch_compile_takes_as_constant_is_marked_as_pytorch_marks_it():
+    """dispatch marks it itself, because PyTorch's decorator imports torch._dynamo."""
+
+    def ours():
+        pass
+
+    def theirs():
+        pass
+
+    assert vars(dispatch.assume_constant_result(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
+def import_without_dynamo() -> bool:
+    import sys
+
+    import cnnfast.checking
+    import cnnfast.functional
+    import cnnfast.summary  # noqa: F401
+
+    return "torch._dynamo" in sys.modules
+
+
+@pytest.mark.compiled
+def test_importing_us_does_not_import_dynamo():
+    assert not run_compiled(import_without_dynamo)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cnnfast_kernels import epilogue, launch
+from cnnfast_kernels import activations, launch
 from cnnfast_kernels.batchnorm import (
     apply_sums,
     batch_moments,
@@ -69,7 +69,7 @@ def integers(shape, dtype, device, seed, layout="channels_last", low=-3, high=4)
 
 
 # prelu has no gradient in kernels: see test_prelu.
-ACTIVATIONS = [a for a in epilogue.ACTIVATIONS if a != "prelu"]
+ACTIVATIONS = [a for a in activations.ACTIVATIONS if a != "prelu"]
 
 
 def activate(u, activation, slope=SLOPE):

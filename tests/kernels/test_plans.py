@@ -169,7 +169,7 @@ def specialisations():
         kept = len(plan.compiled)
         by_plan = gpu.launches[-1]
         launch.run(
-            plan.kernel, plan.grid, x.device, *by_plan.arguments[:10], *plan.scalars, tile=plan.tile, **plan.options
+            plan.kernel, plan.grid, x.device, *by_plan.arguments[:11], *plan.scalars, tile=plan.tile, **plan.options
         )
         by_triton = gpu.launches[-1]
     same = (

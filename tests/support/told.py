@@ -85,6 +85,9 @@ def assert_report_is_true(model: nn.Module, *inputs: Any) -> ConversionReport:
     assert told == seen, f"{report}\n{trace}"
     modules, statuses = dict(model.named_modules()), {row.name: row.status for row in report.rows}
     assert len(statuses) == len(report.rows), "one row a module"
+    for what in ("flops", "bytes"):
+        parts = [getattr(row, what) for row in (*report.rows, *report.collected)]
+        assert sum(parts) == getattr(report, f"total_{what}"), f"parts of the {what} are missing, or counted twice"
     silent = {name for name, m in modules.items() if isinstance(m, (*CONVOLUTIONS, *POOLS, *NORMS))} - statuses.keys()
     assert not silent, "modules of ours without a row"
     for row in report.rows:

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from ..activations import ACTIVATIONS
 from ..batchnorm import (
     apply_sums,
     batch_moments,
@@ -24,7 +25,6 @@ from ..batchnorm import (
     update_running,
 )
 from ..choosing import Tile
-from ..epilogue import ACTIVATIONS
 from ..gather.depthwise.tiles import strip_tiles
 from ..pooling import (
     adaptive_avg_pool,
@@ -109,6 +109,9 @@ def depthwise_convolutions() -> Iterator[Case]:
         for name in operations:
             yield case(name, layer, None, "half")
     yield case("transposed", three, None, "half")
+    # no norm, which leaves registers free; and one slope for all channels, which is not loaded as a vector
+    yield case("act", three, None, "half", note=" no norm")
+    yield case("act", three, None, "half", note=" no norm prelu", activation="prelu")
 
 
 def convolutions(arch: int) -> Iterator[Case]:
@@ -135,6 +138,10 @@ def convolutions(arch: int) -> Iterator[Case]:
     for activation in ACTIVATIONS:
         if activation not in (None, "relu"):
             yield case("infer", POINTWISE, smallest, "half", note=f" {activation}", activation=activation)
+    # VGG's convolutions, and those of a re-parametrised block with an addition
+    yield case("act", BODY, largest, "half", note=" no norm, no residual", residual=False)
+    yield case("act", BODY, largest, "half", note=" no norm")
+    yield case("act", POINTWISE, smallest, "half", note=" no norm prelu", activation="prelu")
     yield Case("im2col bfloat16", partial(BODY.im2col, torch.bfloat16))
 
 
@@ -174,6 +181,9 @@ def box_convolutions(arch: int) -> Iterator[Case]:
         note=" in boxes, one slot",
         split=1,
     )
+    tile = next(candidate_boxes(BODY.problem, "fprop", arch=arch))
+    yield case("act", BODY, tile, "half", note=" in boxes, no norm")
+    yield case("act", BODY, tile, "half", note=" in boxes, no norm prelu", activation="prelu")
     for activation in ACTIVATIONS:
         tile = next(candidate_boxes(BODY.problem, "fprop", activation))
         if activation in (None, "relu"):
@@ -225,6 +235,17 @@ def batch_norm_over_ranks(dtype: torch.dtype, ranks: int) -> None:
     apply_sums(y, y, y, statistics, *norm, sums, 1e-5, "relu", 0.0, (True, True))
 
 
+def activation_pass(dtype: torch.dtype, fmt: torch.memory_format, activation: str) -> None:
+    """Forward and backward of act(y + bias + residual) after a convolution that the library serves."""
+    y = layers.empty(BATCH, 64, 56, 56, dtype=dtype, fmt=fmt)
+    bias, residual = layers.empty(64, dtype=dtype), torch.empty_like(y)
+    slopes = layers.empty(64, dtype=dtype) if activation == "prelu" else None
+    norm = (None, None, None, bias, residual, 0.0, activation, 0.01)
+    z = normalize(y, *norm, slopes)
+    if activation != "prelu":
+        normalize_backward(torch.empty_like(z), y, z, *norm, False, (True, False, True, False))
+
+
 def pooling(dtype: torch.dtype, fmt: torch.memory_format) -> None:
     x = layers.empty(BATCH, 64, 112, 112, dtype=dtype, fmt=fmt)
     window = PoolProblem.of(tuple(x.shape), (3, 3), (2, 2), (1, 1))
@@ -246,6 +267,10 @@ def passes() -> Iterator[Case]:
     # 8 ranks are those of one machine; 2048 make the highest block, of one channel, with float64's registers.
     yield Case("batch norm over 8 ranks bfloat16", partial(batch_norm_over_ranks, torch.bfloat16, 8))
     yield Case("batch norm over 2048 ranks float64", partial(batch_norm_over_ranks, torch.float64, 2048))
+    # read off the result, computed again, and one whose slopes are operands
+    for activation in ("relu", "mish", "prelu"):
+        yield Case(f"bias and {activation} bfloat16", partial(activation_pass, torch.bfloat16, LAST, activation))
+    yield Case("bias and mish float32 NCHW", partial(activation_pass, FLOAT32, NCHW, "mish"))
     yield Case("pooling bfloat16", partial(pooling, torch.bfloat16, LAST))
     yield Case("pooling float32 NCHW", partial(pooling, FLOAT32, NCHW))
 

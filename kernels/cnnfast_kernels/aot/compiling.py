@@ -22,11 +22,11 @@ from itertools import groupby
 from typing import Any
 
 from .. import launch
-from ..gpus import SHARED_LIMITS
+from ..gpus import SHARED_LIMITS, capability_of
 from . import sass
 from .cases import cases
 from .processes import in_processes
-from .stub_driver import capability_of, require_compiled_kernels, target
+from .stub_driver import require_compiled_kernels, target
 
 
 @dataclass(frozen=True, slots=True)

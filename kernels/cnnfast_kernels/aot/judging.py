@@ -9,9 +9,9 @@ from importlib import import_module
 import triton
 
 from .. import tma
+from ..gpus import capability_of
 from ..tma.views import why_not_on
 from .compiling import KernelRow
-from .stub_driver import capability_of
 
 
 def problems(rows: Iterable[KernelRow]) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 
 from ..choosing import Geometry, Tile
 from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
-from ..epilogue import BatchNorm, Epilogue
+from ..epilogue import NO_NORM, BatchNorm, Epilogue
 from ..problem import ConvProblem
 from ..tiling import Precision
 
@@ -61,9 +61,23 @@ class CaseLayer:
     def infer(
         self, tile: Tile | None, precision: Precision, dtype: torch.dtype, activation: str | None = "relu"
     ) -> None:
-        """The heaviest epilogue of inference: batch norm, residual, activation."""
+        """The heaviest epilogue of inference: batch norm, residual, activation, of prelu with a slope a channel."""
         norm = BatchNorm(empty(self.K), empty(self.K), empty(self.K), empty(self.K))
-        epilogue = Epilogue(None, norm, self.y(dtype), activation, 0.01)
+        slopes = empty(self.K, dtype=dtype) if activation == "prelu" else None
+        epilogue = Epilogue(None, norm, self.y(dtype), activation, 0.01, slopes)
+        conv_fprop(self.x(dtype), self.w(dtype), self.geometry, epilogue, tf32=precision == "tf32", tile=tile)
+
+    def act(
+        self,
+        tile: Tile | None,
+        precision: Precision,
+        dtype: torch.dtype,
+        activation: str = "relu",
+        residual: bool = True,
+    ) -> None:
+        """The epilogue without a norm: bias, residual, activation, of prelu with one slope for all channels."""
+        bias, slopes = empty(self.K, dtype=dtype), empty(1, dtype=dtype) if activation == "prelu" else None
+        epilogue = Epilogue(bias, NO_NORM, self.y(dtype) if residual else None, activation, 0.01, slopes)
         conv_fprop(self.x(dtype), self.w(dtype), self.geometry, epilogue, tf32=precision == "tf32", tile=tile)
 
     def train(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:

@@ -34,10 +34,11 @@ from triton.runtime.jit import KernelParam, MockTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import launch
+from ..gpus import capability_of
 from ..tma.views import why_not_on
 from .compiling import reason, stderr_captured
 from .decisions import decisions
-from .stub_driver import capability_of, require_compiled_kernels, target
+from .stub_driver import require_compiled_kernels, target
 
 ALIGNMENT = 16  # bytes of an address, and what an integer is divisible by, that Triton compiles for
 

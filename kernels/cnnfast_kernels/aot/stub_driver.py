@@ -13,7 +13,6 @@ would have written stays as it was. Works on triton 3.6 to 3.9.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,17 +24,7 @@ from triton.runtime.driver import driver as drivers
 from triton.runtime.jit import JITFunction
 
 from .. import launch
-from ..gpus import SHARED_LIMITS
-
-
-def capability_of(arch: str) -> int:
-    """90 of "sm_90", "sm_90a" and "90". Raises ValueError, which names the choices, for an architecture that is not
-    known here.
-    """
-    match = re.fullmatch(r"(?:sm_)?(\d+)a?", arch)
-    if not match or int(match[1]) not in SHARED_LIMITS:
-        raise ValueError(f"arch={arch!r} is not known here: use one of {', '.join(f'sm_{c}' for c in SHARED_LIMITS)}")
-    return int(match[1])
+from ..gpus import SHARED_LIMITS, capability_of
 
 
 def require_compiled_kernels() -> None:

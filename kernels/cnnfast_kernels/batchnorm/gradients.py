@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 from .. import launch, memory
+from ..activations import FROM_OUTPUT
 from ..dtypes import accumulator_dtype
-from ..epilogue import FROM_OUTPUT, Channels, finish_of
+from ..epilogue import Channels, finish_of
 from ..layout import Layout, dense
 from ..moments import combine_slots
 from ..planes import (

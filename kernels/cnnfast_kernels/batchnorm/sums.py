@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from .. import launch, memory
+from ..activations import activate_backward
 from ..dtypes import accumulator_dtype
-from ..epilogue import Channels, activate_backward, finish_of
+from ..epilogue import Channels, finish_of
 from ..layout import Layout, dense
 from ..moments import combine_slots
 from ..planes import (

@@ -379,7 +379,6 @@ REFUSED = {
     ("--budget", "nan"): "leaves no time",
     ("--budget", "soon"): "'--budget'",
     ("--json", "no/such/rows.json"): "there is no folder no/such",
-    ("--pictures", "no/such/pictures"): "there is no folder no/such",
     ("--mode", "eval"): "neither infer nor train",
 }
 

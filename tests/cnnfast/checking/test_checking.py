@@ -461,30 +461,16 @@ def test_command_checks_a_model(command, tmp_path):
 
 def test_command_checks_a_function_and_an_object(command):
     assert command("models.py:function", "--input", "1x2x4x4", "--input", "2x2").exit_code == 0
-    assert command("models:pool", "--input", "1x2x4x4", "--eval", "--dtype", "float16").exit_code == 0
+    assert command("models:pool", "--input", "1x2x4x4", "--mode", "infer", "--dtype", "half").exit_code == 0
     assert command("torch.nn:ReLU", "--input", "1x2x4x4").exit_code == 1  # nothing covered
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["models.py"], "file.py:NAME"),
-        (["nothing.py:Net"], "no file nothing.py"),
-        (["nothing.at.all:Net"], "cannot import"),
-        (["models.py:absent"], "Needy, build, function"),
-        (["models.py:Needy"], "needs arguments"),
-        (["models.py:number"], "nothing that can be called"),
-        (["models.py:pool", "--input", "1x0x4"], "is no shape"),
-        (
-            ["models.py:pool", "--dtype", "int8"],
-            "'int8' is none of bf16, fp16, fp32, tf32, fp64, bfloat16, float16, float32, float64",
-        ),
-        (["models.py:build", "--input", "1x2x5x5"], "channels"),
-    ],
-)
-def test_command_says_what_is_wrong(command, arguments, message):
-    result = command(*arguments)
-    assert result.exit_code == 2
-    words = " ".join(result.output.replace("│", " ").split())
-    assert message in words
-    assert "Traceback" not in words
+@pytest.mark.parametrize(("mode", "training"), [("infer", False), ("train", True), (None, True)])
+def test_command_runs_the_model_in_the_mode_that_is_asked_for(command, tmp_path, mode, training):
+    """A batch norm updates its statistics in training alone."""
+    (tmp_path / "norms.py").write_text("import torch\nnorm = torch.nn.BatchNorm2d(2)\n")
+    asked = ["--mode", mode] if mode else []
+    result = command("norms.py:norm", "--input", "2x2x3x3", "--no-backward", "--json", "out.json", *asked)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert ("running_mean" in {c["tensor"] for c in row["comparisons"]}) == training

@@ -94,10 +94,10 @@ def judged(original: nn.Module, converted: nn.Module, x: Any, **options: Any) ->
 def test_an_honest_conversion_holds(dtype, device):
     model = build(frozen=True).to(device)
     rows = judged(model, cnnfast.convert(model), image(device), dtype=dtype and getattr(torch, dtype))
-    assert list(rows) == ["state", "eval", "training", "as given"] == steps(model, True)
+    assert list(rows) == ["state", "infer", "train", "as given"] == steps(model, True)
     assert {name: row.problems for name, row in rows.items()} == {name: [] for name in rows}
     assert {row.verdict for row in rows.values()} == {"ok"}
-    tensors = {c.tensor for c in rows["training"].comparisons}
+    tensors = {c.tensor for c in rows["train"].comparisons}
     trained = {f"grad of {name}" for name, p in model.named_parameters() if p.requires_grad}
     assert {
         "output",
@@ -141,8 +141,8 @@ def test_both_models_stay_as_they_are(device):
 
 def test_steps_that_are_asked_for(device):
     model = build().to(device).eval()
-    assert steps(model, backward=False) == ["state", "eval"]
-    assert steps(model.train(), backward=False) == ["state", "eval", "training"]
+    assert steps(model, backward=False) == ["state", "infer"]
+    assert steps(model.train(), backward=False) == ["state", "infer", "train"]
     rows = judged(model, cnnfast.convert(model), image(device), backward=False)
     assert not any(c.backward for row in rows.values() for c in row.comparisons)
 
@@ -245,32 +245,32 @@ def broken(net: Net, x: Tensor, y: Tensor) -> Tensor:
 
 
 FAULTS = [
-    Fault("forgotten residual", block_forward(lambda block, y, x: block.relu(y)), "eval", "output"),
-    Fault("residual after the activation", block_forward(lambda block, y, x: block.relu(y) + x), "eval", "output"),
+    Fault("forgotten residual", block_forward(lambda block, y, x: block.relu(y)), "infer", "output"),
+    Fault("residual after the activation", block_forward(lambda block, y, x: block.relu(y) + x), "infer", "output"),
     Fault(
         "residual without gradient",
         block_forward(lambda block, y, x: block.relu(y + x.detach())),
-        "training",
+        "train",
         "grad of stem.weight",
     ),
-    Fault("activation forgotten", block_forward(lambda block, y, x: y + x), "eval", "output"),
-    Fault("another slope", lambda net: setattr(net.act, "negative_slope", 0.012), "eval", "output"),
-    Fault("another eps", lambda net: setattr(net.norm, "eps", 1e-3), "eval", "output"),
-    Fault("another momentum", lambda net: setattr(net.norm, "momentum", 0.11), "training", "norm.running_mean"),
+    Fault("activation forgotten", block_forward(lambda block, y, x: y + x), "infer", "output"),
+    Fault("another slope", lambda net: setattr(net.act, "negative_slope", 0.012), "infer", "output"),
+    Fault("another eps", lambda net: setattr(net.norm, "eps", 1e-3), "infer", "output"),
+    Fault("another momentum", lambda net: setattr(net.norm, "momentum", 0.11), "train", "norm.running_mean"),
     Fault("frozen statistic updated", after(drift, "block.bn1"), "as given", "block.bn1.running_mean"),
-    Fault("statistic updated in eval", after(drift, "norm"), "eval", "norm.running_mean"),
-    Fault("statistics of the batch in eval", strip, "eval", "output"),
+    Fault("statistic updated in eval", after(drift, "norm"), "infer", "norm.running_mean"),
+    Fault("statistics of the batch in eval", strip, "infer", "output"),
     Fault(
         "statistic not updated",
         after(undo(lambda norm, x: norm.running_var.fill_(1.0)), "norm"),
-        "training",
+        "train",
         "norm.running_var",
     ),
-    Fault("biased variance", after(undo(biased), "norm"), "training", "norm.running_var"),
+    Fault("biased variance", after(undo(biased), "norm"), "train", "norm.running_var"),
     Fault(
         "step not counted",
         after(undo(lambda norm, x: norm.num_batches_tracked.sub_(1)), "norm"),
-        "training",
+        "train",
         "norm.num_batches_tracked",
     ),
     Fault("frozen norm in training", lambda net: net.block.bn1.train(), "state", "training flags"),
@@ -290,36 +290,36 @@ FAULTS = [
     Fault(
         "weight without gradient",
         lambda net: setattr(net.stem, "__class__", Detached),
-        "training",
+        "train",
         "grad of stem.weight",
     ),
-    Fault("dropout in eval", after(lambda net, x, y: nn.functional.dropout(y, 0.3), ""), "eval", "output"),
-    Fault("no dropout in training", lambda net: setattr(net, "dropout", nn.Identity()), "training", "output"),
+    Fault("dropout in eval", after(lambda net, x, y: nn.functional.dropout(y, 0.3), ""), "infer", "output"),
+    Fault("no dropout in training", lambda net: setattr(net, "dropout", nn.Identity()), "train", "output"),
     Fault(
         "a thousandth too much in training",
         after(lambda net, x, y: scaled_in_training(y, net.training), ""),
-        "training",
+        "train",
         "output",
     ),
     Fault(
         "a wrong gradient alone",
         after(lambda net, x, y: y + (y - y.detach()) * 0.3, "block"),
-        "training",
+        "train",
         "grad of stem.weight",
     ),
-    Fault("raises in training", after(broken, ""), "training", ""),
-    Fault("writes into its input", after(lambda net, x, y: (x.mul_(2), y)[1], ""), "eval", "input afterwards"),
-    Fault("another structure", after(lambda net, x, y: (y, y), ""), "eval", "output"),
+    Fault("raises in training", after(broken, ""), "train", ""),
+    Fault("writes into its input", after(lambda net, x, y: (x.mul_(2), y)[1], ""), "infer", "input afterwards"),
+    Fault("another structure", after(lambda net, x, y: (y, y), ""), "infer", "output"),
     Fault(
         "another dtype",
         after(lambda net, x, y: y.double() if y.dtype == torch.float32 else y.float(), ""),
-        "eval",
+        "infer",
         "output",
     ),
     Fault(
         "NaN",
         after(lambda net, x, y: y.index_fill(1, torch.tensor([1], device=y.device), float("nan")), ""),
-        "eval",
+        "infer",
         "output",
     ),
 ]
@@ -347,7 +347,7 @@ def test_a_faulty_conversion_in_place_does_not_hide_behind_its_original(device, 
 
     monkeypatch.setattr("cnnfast.checking.whole.convert", convert)
     rows = {row.operation: row for row in judge_conversion(build().to(device), (image(device),))}
-    assert rows["eval"].verdict == "FAIL"
+    assert rows["infer"].verdict == "FAIL"
 
 
 def test_a_model_that_convert_refuses_is_not_judged(device):
@@ -360,8 +360,8 @@ def test_a_conversion_that_changes_nothing_is_not_ours(device):
     rows = judged(model, copy.deepcopy(model), image(device))
     assert {name: row.verdict for name, row in rows.items()} == {
         "state": "ok",
-        "eval": "not ours",
-        "training": "not ours",
+        "infer": "not ours",
+        "train": "not ours",
     }
     assert not CheckReport([], list(rows.values())).ok
 
@@ -409,9 +409,9 @@ def test_randomness(draw, verdict, reason, device):
         torch.manual_seed(0)
         model = Noisy(draw).to(device)
     rows = judged(model, cnnfast.convert(model), image(device))
-    assert rows["eval"].verdict == "ok"
-    assert rows["training"].verdict == verdict, rows["training"].problems
-    assert reason in rows["training"].reason
+    assert rows["infer"].verdict == "ok"
+    assert rows["train"].verdict == verdict, rows["train"].problems
+    assert reason in rows["train"].reason
     report = CheckReport([CheckRow("", "conv2d", "", "", "ok")], list(rows.values()))
     assert report.ok
     assert ("not judged" in report.summary) == bool(reason)
@@ -458,9 +458,9 @@ def test_a_generator_of_the_models_own_is_left_alone():
 def test_a_step_that_the_original_cannot_take_is_not_judged(device):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(device)
     rows = judged(model, cnnfast.convert(model), image(device, 1, 3, 3, 3))
-    assert rows["eval"].verdict == "ok"
-    assert rows["training"].verdict == "not judged"
-    assert "more than 1 value per channel" in rows["training"].reason
+    assert rows["infer"].verdict == "ok"
+    assert rows["train"].verdict == "not judged"
+    assert "more than 1 value per channel" in rows["train"].reason
 
 
 def test_a_step_that_rounding_decides_is_not_judged(device):
@@ -471,8 +471,8 @@ def test_a_step_that_rounding_decides_is_not_judged(device):
     model = nn.Sequential(*layers).to(device)
     x = image(device, 1, 4, 1, 1).repeat(2, 1, 1, 1) * torch.tensor([1, 1 + 1e-6], device=device).view(2, 1, 1, 1)
     rows = judged(model, cnnfast.convert(model), x)
-    assert rows["training"].verdict == "not judged"
-    assert "rounding alone changes" in rows["training"].reason
+    assert rows["train"].verdict == "not judged"
+    assert "rounding alone changes" in rows["train"].reason
 
 
 def test_gradients_that_would_overflow_are_scaled(device):
@@ -481,8 +481,8 @@ def test_gradients_that_would_overflow_are_scaled(device):
         model.head.weight *= 1.4e5
         model.scale *= 1e-4
     rows = judged(model, cnnfast.convert(model), image(device), dtype=torch.float16)
-    assert rows["training"].verdict == "ok", rows["training"].problems
-    unscaled = _Step(model, model, (image(device),), "training", True, torch.float16).run(model.half()).tensors
+    assert rows["train"].verdict == "ok", rows["train"].problems
+    unscaled = _Step(model, model, (image(device),), "train", True, torch.float16).run(model.half()).tensors
     assert unscaled["output"].isfinite().all()
     assert not unscaled["grad of block.conv1.weight"].isfinite().all()
 
@@ -494,7 +494,7 @@ def test_infinite_outputs_must_be_infinite_in_both(device):
         model.head.weight *= 1e5
         model.head.weight.clamp_(-6e4, 6e4)
     rows = judged(model, cnnfast.convert(model), image(device), dtype=torch.float16, backward=False)
-    assert rows["eval"].verdict == "ok", rows["eval"].problems
+    assert rows["infer"].verdict == "ok", rows["infer"].problems
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -515,7 +515,7 @@ def test_structures_of_tensors(device):
     model = Many().to(device)
     inputs = {"left": image(device), "right": image(device, 2, 1, 4, 4)}
     converted = cnnfast.convert(model)
-    row = judged(model, converted, inputs)["training"]
+    row = judged(model, converted, inputs)["train"]
     assert row.verdict == "ok", row.problems
     assert {
         "output['features'][0]", "output['features'][1][0]", "output['classes']", "output['waves']",
@@ -525,7 +525,7 @@ def test_structures_of_tensors(device):
         converted,
         lambda self, images: {**Many.forward(self, images), "classes": Many.forward(self, images)["classes"] + 1},
     )
-    assert "output['classes']" in {c.tensor for c in judged(model, converted, inputs)["eval"].comparisons if not c.ok}
+    assert "output['classes']" in {c.tensor for c in judged(model, converted, inputs)["infer"].comparisons if not c.ok}
 
 
 def test_a_class_that_rounding_decides_is_nobodys_fault(device):
@@ -541,7 +541,7 @@ def test_a_class_that_rounding_decides_is_nobodys_fault(device):
             return torch.stack([y, y + y.double().mul(1e-12).to(y.dtype)]).argmax(0)
 
     model = Tie().to(device)
-    row = judged(model, cnnfast.convert(model), image(device, 1, 1, 4, 4).abs() + 1)["eval"]
+    row = judged(model, cnnfast.convert(model), image(device, 1, 1, 4, 4).abs() + 1)["infer"]
     assert row.verdict == "ok", row.problems
 
 
@@ -554,7 +554,7 @@ def test_check_judges_modules_as_a_whole(device):
     report = cnnfast.check(
         build(frozen=True).to(device), image(device), dtype="float64", progress=lambda *event: seen.append(event)
     )
-    assert [row.operation for row in report.whole] == ["state", "eval", "training", "as given"]
+    assert [row.operation for row in report.whole] == ["state", "infer", "train", "as given"]
     assert report.summary.endswith("of 4 steps of the whole model 4 ok"), str(report)
     data = json.loads(report.to_json())
     assert [row["operation"] for row in data["whole"]] == [row.operation for row in report.whole]
@@ -580,7 +580,7 @@ def test_whole_rows_count_and_are_shown_shortened():
         [call],
         [
             CheckRow("", "state", "", "", "ok"),
-            CheckRow("", "training", "2x3x8x8", "float32", "FAIL", comparisons=wrong),
+            CheckRow("", "train", "2x3x8x8", "float32", "FAIL", comparisons=wrong),
         ],
     )
     assert not report.ok
@@ -589,7 +589,7 @@ def test_whole_rows_count_and_are_shown_shortened():
     assert "training 2x3x8x8 float32" in text
     assert "and 20 more" in text
     assert "FAIL: of 1 calls 1 ok; of 2 steps of the whole model 1 ok, 1 FAIL" in text
-    assert CheckReport([call], [CheckRow("", "training", "", "", "not judged", "random")]).ok
+    assert CheckReport([call], [CheckRow("", "train", "", "", "not judged", "random")]).ok
     assert json.loads(report.to_json())["whole"][1]["verdict"] == "FAIL"
 
 
@@ -614,7 +614,7 @@ def test_a_child_process_judges_the_whole_where_this_one_does_not_interpret():
         return [[[row.operation, row.verdict, row.problems, row.forward] for row in whole], seen]
 
     rows, seen = run_compiled(check_in_a_child)
-    assert [row[:3] for row in rows] == [["state", "ok", []], ["eval", "ok", []], ["training", "ok", []]]
+    assert [row[:3] for row in rows] == [["state", "ok", []], ["infer", "ok", []], ["train", "ok", []]]
     assert any("conv_fprop" in kernel for kernel in rows[1][3])
     assert "whole model, training: 1 kernels" in seen
 

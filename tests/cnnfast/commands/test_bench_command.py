@@ -182,34 +182,6 @@ def test_a_wrong_provider_ends_with_1(model, monkeypatch):
     assert "eager            wrong: tensor 0 is off by" in result.output
 
 
-WRONG = {
-    ("nonsense",): "MODEL",
-    ("resnet18", "--mode", "eval"): "neither infer nor train",
-    ("resnet18", "--batch", "1,x"): "positive sizes",
-    ("resnet18", "--batch", "0"): "positive sizes",
-    (
-        "resnet18",
-        "--dtype",
-        "int8",
-    ): "'int8' is none of bf16, fp16, fp32, tf32, fp64, bfloat16, float16, float32, float64",
-    ("resnet18", "--dtype", "tf32"): "tf32 needs a GPU",
-    ("resnet18", "--input", "3x"): "no shape",
-    ("resnet18", "--provider", "tensorrt"): "none of eager",
-    ("resnet18", "--layers"): "leave out MODEL",
-    ("--layers", "--mode", "train"): "leave out MODEL",
-    ("resnet18", "--input", "1x4x64x64"): "1x4x64x64",
-    ("--compare", "no.json", "file.json"): "no.json",
-    ("cnnfast.functional:max_pool2d",): "needs arguments",
-}
-
-
-@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
-def test_wrong_arguments_are_named(arguments):
-    result = bench(*arguments)
-    assert result.exit_code == 2, result.output
-    assert WRONG[arguments] in " ".join(result.output.replace("│", " ").split())
-
-
 def test_a_model_of_two_inputs(model):
     two = model.replace(":Net", ":Two")
     result = bench(two, "--input", "1x3x8x8", "--input", "1x4x8x8", "--batch", "2", "--seconds", "0")

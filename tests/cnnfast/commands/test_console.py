@@ -12,7 +12,7 @@ import pytest
 import torch
 import typer
 
-from cnnfast.commands import console
+from cnnfast.commands import console, options
 from cnnfast.commands.console import Terminated, exit_code, interruptible, refuse_no_time, refuse_unwritable, write_text
 
 
@@ -95,12 +95,12 @@ def test_no_time_is_refused(budget):
 @pytest.mark.parametrize(
     ("read", "text", "option", "says"),
     [
-        (console.module_of, "resnet5O", "MODEL", "'resnet5O' is no model of"),
-        (console.target_of, "nothing.py:Net", "MODEL", "there is no file nothing.py"),
-        (console.sizes_of, ["1x3x32x32", "3x"], "--input", "'3x' is no shape"),
-        (console.shape_for, torch.nn.ReLU(), "--input", "ReLU has no layer with a weight"),
-        (console.dtype_named, "int8", "--dtype", "'int8' is none of bf16"),
-        (console.modes_of, "infer,eval", "--mode", "'eval' is neither infer nor train"),
+        (options.module_of, "resnet5O", "MODEL", "'resnet5O' is no model of"),
+        (options.target_of, "nothing.py:Net", "MODEL", "there is no file nothing.py"),
+        (options.sizes_of, ["1x3x32x32", "3x"], "--input", "'3x' is no shape"),
+        (options.shape_for, torch.nn.ReLU(), "--input", "ReLU has no layer with a weight"),
+        (options.dtype_named, "int8", "--dtype", "'int8' is none of bf16"),
+        (options.modes_of, "infer,eval", "--mode", "'eval' is neither infer nor train"),
     ],
 )
 def test_what_the_library_refuses_ends_a_command_with_2_and_names_the_option(read, text, option, says):
@@ -109,17 +109,9 @@ def test_what_the_library_refuses_ends_a_command_with_2_and_names_the_option(rea
     assert (raised.value.param_hint, raised.value.exit_code) == (option, 2)
 
 
-def test_an_error_of_the_models_own_code_is_not_taken_for_a_wrong_name(tmp_path):
-    file = tmp_path / "own.py"
-    file.write_text("def net(): raise ValueError('mine')")
-    with pytest.raises(ValueError, match="mine") as raised:
-        console.module_of(f"{file}:net")
-    assert type(raised.value) is ValueError
-
-
 def test_modes_are_named_once():
-    assert console.modes_of("train,infer,train") == ("train", "infer")
-    assert console.modes_of("") == ()
+    assert options.modes_of("train,infer,train") == ("train", "infer")
+    assert options.modes_of("") == ()
 
 
 def test_a_missing_folder_is_refused(tmp_path):

@@ -39,12 +39,13 @@ ACTIVATIONS = {
     "hardswish": {"act_layer": nn.Hardswish, "inplace": False},
     "leaky_relu": {"act_layer": functools.partial(nn.LeakyReLU, negative_slope=0.3)},
     "gelu": {"act_layer": nn.GELU},
+    "mish": {"act_layer": nn.Mish},
+    "prelu": {"act_layer": "prelu"},
     "momentum": {"momentum": None, "eps": 0.1},
     "not_affine": {"affine": False},
     "untracked": {"track_running_stats": False},
 }
 LEFT = {
-    "mish": {"act_layer": nn.Mish},
     "sigmoid": {"act_layer": nn.Sigmoid},
     "dropped": {"drop_layer": functools.partial(nn.Dropout2d, 0.5)},
 }

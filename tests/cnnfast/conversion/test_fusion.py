@@ -28,11 +28,12 @@ ACTIVATIONS = {
     "gelu_tanh": nn.GELU(approximate="tanh"),
     "silu": nn.SiLU(inplace=True),
     "hardswish": nn.Hardswish(),
+    "mish": nn.Mish(inplace=True),
+    "hardsigmoid": nn.Hardsigmoid(),
+    "prelu": nn.PReLU(CHANNELS),
 }
 OTHER_ACTIVATIONS = {
-    "prelu": nn.PReLU(CHANNELS),
     "elu": nn.ELU(),
-    "mish": nn.Mish(),
     "sigmoid": nn.Sigmoid(),
     "hardtanh": nn.Hardtanh(-0.5, 0.5),
     "softmax": nn.Softmax2d(),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -116,7 +117,14 @@ def seeded(change: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]
 def shape(model: nn.Module) -> list[Any]:
     """What a user can ask of the modules without calling them."""
     return [
-        (name, type(m).__name__, parametrize.is_parametrized(m), sorted(vars(m)), list(m._modules), repr(m))
+        (
+            name,
+            type(m).__name__,
+            parametrize.is_parametrized(m),
+            sorted(vars(m)),
+            list(m._modules),
+            re.sub("  # .*", "", repr(m)),
+        )
         for name, m in model.named_modules()
     ] + [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
 

@@ -242,11 +242,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
         None,
         "self.conv only up to self.bn, because += writes the sum into x",
     ),
-    "prelu": (
+    "elu": (
         plain,
-        {"relu": nn.PReLU},
+        {"relu": nn.ELU},
         None,
-        "self.conv only up to self.bn, because self.relu (PReLU) is not an activation that kernels know",
+        "self.conv only up to self.bn, because self.relu (ELU) is not an activation that kernels know",
     ),
     "activation_with_a_forward": (
         plain,

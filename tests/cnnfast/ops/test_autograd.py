@@ -30,9 +30,16 @@ def composition(x, w, mean, var, g, b, *, bias, residual, activation, training, 
     return getattr(theirs, activation)(y + residual)
 
 
-PYTORCH = SimpleNamespace(
-    **vars(theirs) | {"conv_bn_act": composition, "global_avg_pool2d": lambda x: x.mean((2, 3), keepdim=True)}
-)
+def without_norm(x, w, bias, *, residual, activation, **geometry):
+    return getattr(theirs, activation)(theirs.conv2d(x, w, bias, **geometry) + residual)
+
+
+def without_convolution(x, mean, var, g, b, training, *, residual, activation):
+    return getattr(theirs, activation)(theirs.batch_norm(x, mean, var, g, b, training) + residual)
+
+
+COMPOSITIONS = {"conv_bn_act": composition, "conv_act": without_norm, "bn_act": without_convolution}
+PYTORCH = SimpleNamespace(**vars(theirs) | COMPOSITIONS | {"global_avg_pool2d": lambda x: x.mean((2, 3), keepdim=True)})
 X, IMAGE, W, ROW, TAPS = (2, 4, 4, 3), (2, 6, 4, 3), (6, 4, 3, 3), (2, 4, 6), (6, 2, 3)
 
 
@@ -43,6 +50,20 @@ def fused(activation, training):
         )
 
     return call, [X, W, (6,), (6,), (6,), IMAGE], (6,)
+
+
+def finished(activation):
+    def call(f, x, w, bias, residual):
+        return f.conv_act(x, w, bias, padding=1, residual=residual, activation=activation)
+
+    return call, [X, W, (6,), IMAGE], None
+
+
+def normed(activation, training):
+    def call(f, x, g, b, residual, mean, var):
+        return f.bn_act(x, mean, var, g, b, training, residual=residual, activation=activation)
+
+    return call, [X, (4,), (4,), X], (4,)
 
 
 def norm(training):
@@ -68,6 +89,10 @@ CALLS = {
     "conv_bn_act relu training": fused("relu", True),
     "conv_bn_act relu eval": fused("relu", False),
     "conv_bn_act gelu eval": fused("gelu", False),
+    "conv_act relu": finished("relu"),
+    "conv_act gelu": finished("gelu"),
+    "bn_act relu training": normed("relu", True),
+    "bn_act gelu eval": normed("gelu", False),
 }
 NAMES = pytest.mark.parametrize("name", CALLS)
 
@@ -220,7 +245,7 @@ def test_training_with_an_optimizer(device):
 # What is saved
 
 # Kept where PyTorch keeps the argument of the activation: it is computed again from these.
-RECOMPUTED = {"conv_bn_act gelu eval": (4, 5)}
+RECOMPUTED = {"conv_bn_act gelu eval": (4, 5), "conv_act gelu": (2, 3), "bn_act gelu eval": (2, 3)}
 
 
 def gradients_or_none(loss, inputs):

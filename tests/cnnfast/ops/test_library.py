@@ -12,7 +12,7 @@ import cnnfast.functional as ours
 from cnnfast import reference
 from cnnfast.ops import library_convolution
 from cnnfast_kernels import choosing, tables
-from cnnfast_kernels.epilogue import ACTIVATIONS
+from cnnfast_kernels.activations import ACTIVATIONS
 from cnnfast_kernels.gather.depthwise.tiles import StripTile
 from cnnfast_kernels.tiling import TileConfig
 from tests.support.agreement import assert_bits, assert_close, assert_same_strides, exact, integers, normal, run

@@ -168,6 +168,30 @@ DIFFERENTIABLE = {
         ),
         [SMALL, image(2, 2, 1, 1, seed=1), BIAS[:2], image(2, 2, 4, 3, seed=2)],
     ),
+    "conv_act": (
+        lambda x, w, b, r: ours.conv_act(x, w, b, 1, (0, 1), residual=9 * r, activation="relu6"),
+        [SMALL, image(2, 2, 1, 3, seed=1), BIAS[:2], image(2, 2, 4, 3, seed=2)],
+    ),
+    "conv_act without activation": (
+        lambda x, w, b, r: ours.conv_act(x, w, b, residual=r, activation=None),
+        [SMALL, image(2, 2, 1, 1, seed=1), BIAS[:2], image(2, 2, 4, 3, seed=2)],
+    ),
+    "conv_act mish": (
+        lambda x, w, b, r: ours.conv_act(x, w, b, groups=2, residual=r, activation="mish"),
+        [SMALL, image(2, 1, 1, 1, seed=1), BIAS[:2], image(2, 2, 4, 3, seed=2)],
+    ),
+    "conv_act prelu": (
+        lambda x, w, s: ours.conv_act(x, w, activation="prelu", activation_arg=s),
+        [SMALL, image(2, 2, 1, 1, seed=1), BIAS[:1]],
+    ),
+    "bn_act training": (
+        lambda x, w, b, r: ours.bn_act(x, None, None, w, b, True, residual=r, activation="silu"),
+        [SMALL, WEIGHT[:2], BIAS[:2], image(2, 2, 4, 3, seed=2)],
+    ),
+    "bn_act eval": (
+        lambda x, w, b: ours.bn_act(x, *(t.to(x) for t in STATS), w, b, activation="leaky_relu"),
+        [SMALL, WEIGHT[:2], BIAS[:2]],
+    ),
     "batch_norm training": (lambda x, w, b: ours.batch_norm(x, None, None, w, b, True), [SMALL, WEIGHT[:2], BIAS[:2]]),
     "batch_norm eval": (
         lambda x, w, b: ours.batch_norm(x, *(t.to(x) for t in STATS), w, b),
@@ -227,7 +251,9 @@ def test_third_derivatives(name, device):
 
 def net(f, x, w, v, running, g, b):
     """Every operation once; `f` is cnnfast.functional or the same in PyTorch."""
-    y = f.conv2d(block(f, x, w, running, g, b), v, None, 1, 1)
+    z = f.conv_act(block(f, x, w, running, g, b), v, None, padding=1, activation="relu")
+    y = f.conv_act(z, v[:, :1].repeat(1, 5, 1, 1), b[:1].expand(5), padding=1, residual=z, activation="mish")
+    y = f.conv2d(f.bn_act(y, None, None, residual=z, training=True, activation="silu"), v[:, :1], None, 1, 1, 1, 5)
     y = f.batch_norm(f.avg_pool2d(y, 2), None, None, None, None, True)
     return f.global_avg_pool2d(y * y * y)
 
@@ -248,6 +274,16 @@ class PyTorch:
     def conv_bn_act(x, w, mean=None, var=None, g=None, b=None, activation="relu", training=False, **geometry):
         y = theirs.batch_norm(theirs.conv2d(x, w, **geometry), mean, var, g, b, training)
         return theirs.relu(y)
+
+    @staticmethod
+    def conv_act(x, w, bias=None, residual=None, activation="relu", **geometry):
+        y = theirs.conv2d(x, w, bias, **geometry)
+        return getattr(theirs, activation)(y if residual is None else y + residual)
+
+    @staticmethod
+    def bn_act(x, mean, var, residual=None, activation="relu", **options):
+        y = theirs.batch_norm(x, mean, var, **options)
+        return getattr(theirs, activation)(y if residual is None else y + residual)
 
     @staticmethod
     def global_avg_pool2d(x):
@@ -323,6 +359,24 @@ def test_compile_frozen_batch_norm(device):
     for function in (torch.compile(fused, fullgraph=True, backend="aot_eager"), fused):
         y = function(*inputs)
         results.append([y, *torch.autograd.grad(y.sum(), [t for t in inputs if t.requires_grad])])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["inference", "gradients"])
+def test_compile_prelu(wanted, device):
+    """One kernel, or two and PyTorch's prelu, compiled as they are called."""
+    torch._dynamo.reset()
+
+    def fused(x, w, s):
+        return ours.conv_act(x, w, activation="prelu", activation_arg=s)
+
+    inputs = [t.to(device).requires_grad_(wanted) for t in (X.clone(), normal(6, 4, 1, 1), BIAS.clone())]
+    results = []
+    for function in (torch.compile(fused, fullgraph=True, backend="aot_eager"), fused):
+        with cnnfast.trace() as trace:
+            y = function(*inputs)
+        results.append([y, *(torch.autograd.grad(y.sum(), inputs) if wanted else ())])
+        assert [call.operation for call in trace] == (["conv_fprop"] if wanted else ["conv_act"])
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
@@ -409,6 +463,8 @@ FLOPS = {
     "conv_transpose2d": lambda f, x, w: f.conv_transpose2d(x, w[:4], None, 2, 1, 1),
     "conv_bn_act": lambda f, x, w: f.conv_bn_act(x, w, training=True),
     "conv_bn_act eval": lambda f, x, w: f.conv_bn_act(x, w, MEAN.to(x), VAR.to(x)),
+    "conv_act": lambda f, x, w: f.conv_act(x, w),
+    "conv_act gelu": lambda f, x, w: f.conv_act(x, w, activation="gelu"),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from cnnfast import torchvision_import
 from cnnfast.targets.inputs import input_shape, parse_shape
 from cnnfast.targets.libraries import imported
 from cnnfast.targets.naming import resolve, resolve_module
@@ -60,6 +61,7 @@ def libraries(folder, monkeypatch):
             return nn.Sequential(nn.Conv2d(3, len(name), 3))
         """,
     )
+    monkeypatch.setattr(torchvision_import, "make_importable", lambda: None)
     monkeypatch.setitem(sys.modules, "transformers", None)  # not installed
     monkeypatch.syspath_prepend(str(folder))
     return folder
@@ -85,7 +87,7 @@ def test_a_bare_name_is_cnnfasts_first(libraries, capsys):
 def test_a_prefix_fixes_the_source(libraries):
     found, model = resolve_module("timm:resnet50")
     assert (found.name, found.source, model[0].out_channels) == ("resnet50", "timm", 8)
-    assert "'resnet18' is no model of timm; near: resnet50" in says("timm:resnet18")
+    assert "'resnet18' is no model of timm. Did you mean 'resnet50'" in says("timm:resnet18")
 
 
 def test_a_source_that_does_not_import_is_passed_over(libraries, capsys):
@@ -107,10 +109,10 @@ def test_a_source_that_is_not_installed_is_said_to_be_so(libraries):
 def test_unknown_names_are_told_near_ones(libraries):
     message = says("resnext50_32x4")
     assert message.startswith(
-        "'resnext50_32x4' is no model of cnnfast, timm (torchvision installed, but not importable); "
-        "near: resnext50_32x4d"
+        "'resnext50_32x4' is no model of cnnfast, timm (torchvision installed, but not importable). "
+        "Did you mean 'resnext50_32x4d'"
     )
-    assert "near: resnet50" in says("ResNet-50")
+    assert "Did you mean 'resnet50'" in says("ResNet-50")
     assert "file.py:NAME" in says("xyzzy")
 
 
@@ -151,8 +153,7 @@ def test_real_libraries(library, name, kind, monkeypatch):
 def test_real_near_matches(library, name, near):
     package(library)
     message = says(name)
-    assert "near: " in message
-    assert near in message.partition("near: ")[2].split(", ")
+    assert repr(near) in message.partition(". Did you mean ")[2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,7 +217,8 @@ def test_functions_of_tensors_stand_for_themselves(files):
     assert resolve("nets.py:apply").value(torch.tensor(-1.0)) == 0
     assert (
         says("nets.py:apply")
-        == "nets.py:apply needs arguments (x): name a module, or a function that builds one without arguments"
+        == "nets.py:apply needs arguments (x): write a function that builds it, `def build(): return apply(x=...)`, "
+        "and name that: file.py:build"
     )
     assert "needs arguments (width, depth)" in says("nets.py:factory")
     assert resolve("torch:relu").value is torch.relu
@@ -233,20 +235,44 @@ def test_functions_of_tensors_stand_for_themselves(files):
         ),
         ("nothing.py:Net", "there is no file nothing.py"),
         ("nothing.py", "there is no file nothing.py"),
-        ("nothing.at.all:Net", "cannot import nothing.at.all: No module named 'nothing'"),
-        ("nets.py:Nett", "nets.py has no 'Nett'; near: Net"),
+        ("nothing.at.all:Net", "there is no module nothing, neither installed nor in this folder; a file is "),
+        ("nets.py:Nett", "nets.py has no 'Nett'. Did you mean 'Net'?"),
         ("nets.py:zzz", "nets.py has no 'zzz'; nets.py has Configured, Namespace"),
-        ("nets.py:Needy", "Needy needs arguments (width, depth): name a function that builds it without"),
+        (
+            "nets.py:Needy",
+            "Needy needs arguments (width, depth): write a function that builds it, "
+            "`def build(): return Needy(width=..., depth=...)`, and name that: file.py:build",
+        ),
         ("nets.py:number", "nets.py:number is, or returns, int: nothing that can be called"),
         ("nets:", "write a bare name such as resnet50"),
         (":Net", "write a bare name"),
         ("", "write a bare name"),
-        ("package.inner.models.nett", "package.inner.models has no 'nett'; near: net"),
-        ("package.outer.net", "cannot import package.outer"),
+        ("package.inner.models.nett", "package.inner.models has no 'nett'. Did you mean 'net'?"),
+        ("package.outer.net", "there is no module package.outer"),
+        ("nott.py:Net", "there is no file nott.py"),
+        ("net.py:Net", "there is no file net.py. Did you mean 'nets.py'?"),
+        ("torchvison:resnet18", "there is no module torchvison, neither installed nor in this folder. Did you mean"),
+        ("nowhere.Net", "and there is no package nowhere"),
     ],
 )
 def test_errors_say_what_would_be_right(files, name, message):
     assert message in says(name)
+
+
+def test_a_file_that_failed_is_read_again(folder):
+    write(folder, "mended.py", "raise ValueError('not yet')")
+    assert says("mended.py:net") == "cannot import mended.py: ValueError in mended.py, line 1: not yet"
+    assert "mended" not in sys.modules
+    write(folder, "mended.py", "from torch import nn\nnet = nn.ReLU()")
+    assert type(resolve_module("mended.py:net")[1]) is nn.ReLU
+
+
+def test_the_line_is_the_innermost_of_the_users_own(files):
+    write(files, "outer.py", "import beside\ndef net():\n    return beside.broken()")
+    write(files, "beside.py", "CHANNELS = 3\ndef broken():\n    return int('x')")
+    assert says("outer.py:net") == (
+        "cannot build outer.py:net: ValueError in beside.py, line 3: invalid literal for int() with base 10: 'x'"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from cnnfast_kernels import conv, devices, launch, memory
-from cnnfast_kernels.epilogue import ACTIVATIONS, BatchNorm, Epilogue
+from cnnfast_kernels.activations import ACTIVATIONS
+from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.moments import combine
 from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.dgrad import tma_dgrad

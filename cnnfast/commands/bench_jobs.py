@@ -1,0 +1,113 @@
+"""What `cnnfast bench` is to do: its jobs, by whom, and how long that takes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import typer
+
+from ..located import located
+from ..modes import INFER, MODES, TRAIN
+from . import options
+from .console import about, refused_by
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..bench.providers import Provider
+    from ..bench.task import Task
+
+# Images of each step of the standard set, by device.
+BATCHES = {
+    "cuda": {INFER: [1, 8, 32, 256], TRAIN: [32, 256], "layers": [64]},
+    "cpu": {INFER: [1], TRAIN: [2], "layers": [1]},
+}
+LAYER_PROVIDERS = {
+    "cuda": ("eager-graph", "nchw", "cnnfast-graph", "cnnfast-kernels"),
+    "cpu": ("eager", "nchw", "cnnfast"),
+}
+
+
+def duration(tasks: Sequence[Task], seconds: float, budget: float | None) -> str:
+    """How long it will take, as far as that is known before anything has run: in timing, and at most."""
+    timings = sum(not provider.refusal(task.job) for task in tasks for provider in task.providers)
+    jobs = f"{len(tasks)} job{'s' * (len(tasks) > 1)} with {timings} providers in all"
+    text = f"{jobs}: {about(seconds * timings)} of timing, by an estimate"
+    end = "first results, compiled and judged, come on top"
+    if budget is None:
+        return f"{text}; {end}. --budget SECONDS ends it, and Ctrl-C keeps what is measured."
+    return f"{text}; {end}, but --budget ends it after {about(budget)}."
+
+
+def batches(text: str) -> list[int]:
+    sizes = text.split(",") if text else []
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise typer.BadParameter(
+            f"{text!r}: write positive sizes with commas between them, as in 1,8,32", param_hint="--batch"
+        )
+    return list(map(int, sizes))
+
+
+def refuse_impossible(names: Sequence[str], device: torch.device, modes: Sequence[str]) -> None:
+    """Ends the command before a model is built if a provider that was asked for cannot run here, or in no mode of
+    --mode.
+    """
+    from ..bench.providers import PROVIDERS
+
+    for name in names:
+        provider = PROVIDERS[name]
+        reason = ""
+        if provider.graph and device.type != "cuda":
+            reason = "it is a CUDA graph, and there is no GPU here"
+        elif name == "jax" and importlib.util.find_spec("jax") is None:
+            reason = "jax is not installed: pip install jax"
+        elif modes and not set(modes) & set(provider.modes):
+            reason = f"it runs only in mode {' and '.join(mode for mode in MODES if mode in provider.modes)}"
+        if reason:
+            raise typer.BadParameter(f"{name} cannot run: {reason}", param_hint="--provider")
+
+
+def providers(names: Sequence[str], device: torch.device, layers: bool) -> list[Provider]:
+    from ..bench.providers import EAGER, PROVIDERS
+
+    if names:
+        return [PROVIDERS[name] for name in names]
+    if layers:
+        return [PROVIDERS[name] for name in LAYER_PROVIDERS[device.type]]
+    slow = "takes minutes on a CPU, ask by --provider"
+    return [replace(p, skipped=slow) if device.type == "cpu" and p.how != EAGER else p for p in PROVIDERS.values()]
+
+
+def model_tasks(
+    text: str,
+    modes: tuple[str, ...],
+    batches: list[int],
+    sizes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+    providers: list[Provider],
+) -> Iterator[Task]:
+    import torch
+
+    from ..bench.job import Job, plain, without_dropout
+    from ..bench.task import model_task
+    from ..summary import summarize
+
+    target, module = options.module_of(text)
+    module = without_dropout(module.float().cpu())
+    given = sizes or [options.shape_for(module)]
+    with refused_by("--input", RuntimeError):  # now, and not after the machine was measured
+        summarize(module, *(torch.empty(size, device="meta") for size in given))
+    for mode in modes:
+        try:
+            baseline = plain(module.train(mode == TRAIN))
+        except Exception as error:  # conversion and tracing run the model's own code
+            raise typer.BadParameter(
+                f"{text} cannot be had without cnnfast, as a baseline: {located(error)}", param_hint="MODEL"
+            ) from None
+        for batch in batches or ([sizes[0][0]] if sizes else BATCHES[device.type][mode]):
+            shapes = tuple((batch, *size[1:]) for size in given)
+            yield model_task(Job(target.name, baseline, shapes, mode, dtype, device, original=module), providers)

@@ -1,0 +1,89 @@
+"""Options and arguments that commands share, in one vocabulary, and the values that their texts stand for.
+
+What has a default of its own in a command is declared there, with the texts that stand here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..dtypes import full_name
+from ..modes import modes_named
+from ..targets.inputs import input_shape, parse_shape
+from ..targets.naming import resolve, resolve_module
+from ..targets.target import Target, TargetError
+from .console import refused_by
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Panels of --help.
+INPUTS, TIME, OUTPUT = "Model and inputs", "Time", "Results"
+
+MODEL_HELP = (
+    "A name such as resnet50, SOURCE:NAME of cnnfast, torchvision, timm or transformers, or your own: file.py:NAME, "
+    "package.module:NAME."
+)
+INPUT_HELP = "Shape of an input; repeat it for several inputs."
+INPUT_DEFAULT = "what the model is made for, or 224"
+DTYPE_HELP = (
+    "bf16, fp16, fp32, tf32 or fp64, or PyTorch's names, such as bfloat16 or torch.half. fp32 multiplies as IEEE says; "
+    "tf32 is float32 whose products are rounded to TF32."
+)
+SECONDS_HELP = "How long one timing takes."
+
+SHAPE, DTYPE, MODE, MODES, SECONDS = "1x3x224x224", "DTYPE", "infer|train", "infer,train", "SECONDS"
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--input", help=INPUT_HELP, metavar=SHAPE, show_default=INPUT_DEFAULT, rich_help_panel=INPUTS),
+]
+Dtype = Annotated[str, typer.Option(help=DTYPE_HELP, metavar=DTYPE, rich_help_panel=INPUTS)]
+BudgetSeconds = Annotated[
+    float | None,
+    typer.Option(
+        help="How long all of it may take. What costs most is measured first, and what no longer fits is named.",
+        show_default="no limit",
+        metavar=SECONDS,
+        rich_help_panel=TIME,
+    ),
+]
+
+
+def sizes_of(shapes: list[str] | None) -> list[tuple[int, ...]]:
+    """The shapes of --input as tuples."""
+    with refused_by("--input", TargetError):
+        return [parse_shape(shape) for shape in shapes or []]
+
+
+def dtype_named(text: str) -> str:
+    """The full name of --dtype: bf16 as "bfloat16"; "tf32" stays."""
+    with refused_by("--dtype", ValueError):
+        return full_name(text)
+
+
+def modes_of(text: str) -> tuple[str, ...]:
+    """The modes of --mode, each once; none of them if it is empty."""
+    with refused_by("--mode", ValueError):
+        return modes_named(text)
+
+
+def target_of(text: str) -> Target:
+    """The module or function that MODEL names."""
+    with refused_by("MODEL", TargetError):
+        return resolve(text)
+
+
+def module_of(text: str) -> tuple[Target, nn.Module]:
+    """The torch.nn.Module that MODEL names."""
+    with refused_by("MODEL", TargetError):
+        return resolve_module(text)
+
+
+def shape_for(model: nn.Module, batch: int = 1, *, small: bool = False) -> tuple[int, ...]:
+    """A shape that the model takes, where --input gives none."""
+    with refused_by("--input", TargetError):
+        return input_shape(model, batch, small=small)

@@ -42,6 +42,8 @@ def conv_bn_act(
 ) -> Tensor:
     """act(batch_norm(conv2d(input, weight, bias)) + residual).
 
+        y = conv_bn_act(x, conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, residual=x, padding=1)
+
     In eval one kernel. In training the convolution leaves the statistics of its output, running_mean and running_var
     are updated in place if given, and a second kernel normalises, adds and activates.
 

@@ -184,6 +184,7 @@ class Bottleneck(_Block):
 
     x [N, inplanes, H, W] to [N, 4 * planes, P, Q] with P = ceil(H / stride). groups and base_width give ResNeXt and
     wide ResNets. downsample: makes the residual of x; needed where sizes differ. norm_layer(channels): BatchNorm2d.
+    Raises what torch.nn.Conv2d raises.
     """
 
     expansion = 4

@@ -132,6 +132,7 @@ def conv_bn_act(
     the modules called one after the other would give, under autocast too: a residual of another dtype, or one that has
     to be broadcast, is added by PyTorch after the fused convolution and norm. activation, activation_arg: as in
     functional.conv_bn_act; prelu, whose activation_arg is its parameter, is PyTorch's where gradients are recorded.
+    Raises what `conv` and functional.conv_bn_act raise.
     """
     images, rest = operands(conv, x), Rest(residual, activation, activation_arg)
     if _promotes(bn, images.x.dtype):

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import LEAKY_SLOPE, activate, check_activation, check_slopes, slopes_of
+from ..activations import LEAKY_SLOPE, ActivationName, activate, check_activation, check_slopes, slopes_of
 from ..dispatch import why_torch
 from ..recording import record_torch
-from .arguments import Size, autocast, autocasts, batched, check_algorithm
+from .arguments import Algorithm, Size, autocast, autocasts, batched, check_algorithm
 from .convolution import conv_geometry, conv_output_size, padded_for_torch
 from .entrance import operation
 from .normalization import batch_norm_of_torch, check_group, check_norm, normalize_batch, normalized, values_per_channel
@@ -33,7 +33,7 @@ def conv_bn_act(
     *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    activation: str | None = "relu",
+    activation: ActivationName | None = "relu",
     activation_arg: float | Tensor | None = None,
     training: bool = False,
     momentum: float = 0.1,
@@ -42,10 +42,12 @@ def conv_bn_act(
     padding: Size | str = 0,
     dilation: Size = 1,
     groups: int = 1,
-    algorithm: str = "auto",
+    algorithm: Algorithm = "auto",
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """act(batch_norm(conv2d(input, weight, bias)) + residual).
+
+        y = conv_bn_act(x, conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, residual=x, padding=1)
 
     In eval one kernel. In training the convolution leaves the statistics of its output, running_mean and running_var
     are updated in place if given, and a second kernel normalises, adds and activates.
@@ -108,9 +110,9 @@ def conv_act(
     groups: int = 1,
     *,
     residual: Tensor | None = None,
-    activation: str | None = "relu",
+    activation: ActivationName | None = "relu",
     activation_arg: float | Tensor | None = None,
-    algorithm: str = "auto",
+    algorithm: Algorithm = "auto",
 ) -> Tensor:
     """act(conv2d(input, weight, bias) + residual).
 
@@ -167,7 +169,7 @@ def bn_act(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
-    activation: str | None = "relu",
+    activation: ActivationName | None = "relu",
     activation_arg: float | Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -221,7 +223,12 @@ def _check_epilogue(
 
 
 def _by_pytorch(
-    function: str, y: Tensor, residual: Tensor | None, activation: str | None, slope: float, slopes: Tensor | None
+    function: str,
+    y: Tensor,
+    residual: Tensor | None,
+    activation: ActivationName | None,
+    slope: float,
+    slopes: Tensor | None,
 ) -> Tensor:
     """act(y + residual), of operands that are checked as elsewhere."""
     _check_epilogue(function, residual, slopes, y.shape, y.shape[1] if y.dim() > 1 else 1, y.dtype)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm
 
-from ..activations import activate
+from ..activations import ActivationName, activate
 from ..dispatch import why_torch
 from ..recording import record_torch
 from .arguments import as_float, check_flag
@@ -66,7 +66,7 @@ def normalized(
     momentum: float,
     eps: float,
     residual: Tensor | None,
-    activation: str | None,
+    activation: ActivationName | None,
     slope: float,
     slopes: Tensor | None,
     group: ProcessGroup | None,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
+from ..activations import ActivationName
 from ..dispatch import why_torch
 from ..functional.entrance import capture, captured
 from .layers import BatchNorm2d, Conv2d, SyncBatchNorm, running_statistics, synchronising_group
@@ -131,7 +132,7 @@ def conv_bn_act(
     bn: torch.nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: ActivationName | None = None,
     activation_arg: Slope = None,
 ) -> Tensor:
     """act(bn(conv(x)) + residual) by the two modules' own parameters and state, without calling them: ask `fusable`
@@ -143,7 +144,7 @@ def conv_bn_act(
     dtype that the modules called one after the other would give, under autocast too: a residual of another dtype, or
     one that has to be broadcast, is added by PyTorch after the fused convolution and norm. activation, activation_arg:
     as in functional.conv_bn_act; prelu, whose activation_arg is its parameter, is PyTorch's where gradients are
-    recorded.
+    recorded. Raises what `conv` and functional.conv_bn_act raise.
     """
     images, rest = operands(conv, x), Rest(residual, activation, activation_arg)
     if _promotes(bn, images.x.dtype):
@@ -179,7 +180,7 @@ def conv_act(
     conv: torch.nn.Conv2d | torch.nn.Conv1d,
     x: Tensor,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: ActivationName | None = None,
     activation_arg: Slope = None,
 ) -> Tensor:
     """act(conv(x) + residual) by the module's own parameters, without calling it. Everything is as conv_bn_act has
@@ -201,7 +202,7 @@ def bn_act(
     bn: torch.nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: ActivationName | None = None,
     activation_arg: Slope = None,
 ) -> Tensor:
     """act(bn(x) + residual) by the norm's own parameters and state, without calling it.

@@ -126,6 +126,14 @@ def folded(x: Tensor, w: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return F.conv_bn_act(x, w, mean, var, gamma, beta, residual=x, padding=1)
 
 
+def without_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """An epilogue without a norm, whose derivative is told by its result; and one whose slopes are operands."""
+    with torch.no_grad():
+        slopes = torch.tensor([0.5], dtype=x.dtype, device=x.device)
+        z = F.conv_act(x, w, b, padding=1, residual=x, activation="prelu", activation_arg=slopes)
+    return F.conv_act(x, w, b, padding=1, residual=z)
+
+
 def max_pool(x: Tensor) -> Tensor:
     y, indices = F.max_pool2d(x, 3, 2, 1, return_indices=True)
     return y + (indices * 0).to(y.dtype)
@@ -169,6 +177,24 @@ FAMILIES: dict[str, Family] = {
     ),
     "convolution and norm, eval": Family(
         folded, (IMAGE, FILTERS, (16,), (16,)), SINGLE, ("conv_fprop_kernel", "normalize_backward_kernel")
+    ),
+    "convolution and activation": Family(
+        without_norm,
+        (IMAGE, FILTERS, (16,)),
+        SINGLE,
+        ("conv_fprop_kernel", "normalize_backward_kernel"),
+    ),
+    "tensor maps, convolution and activation": Family(
+        lambda x, w, b: F.conv_act(x, w, b, padding=1, activation="relu6"),
+        ((2, 64, 8, 16), (64, 64, 3, 3), (64,)),
+        HALF,
+        (TMA[0], "normalize_backward_kernel"),
+    ),
+    "norm and activation": Family(
+        lambda x, g, b: F.bn_act(x, None, None, g, b, True, residual=x),
+        (IMAGE, (16,), (16,)),
+        SINGLE,
+        ("batch_moments_kernel", *NORM),
     ),
     "norm, NHWC": Family(
         lambda x, g, b: F.batch_norm(x, None, None, g, b, True),

@@ -133,17 +133,20 @@ def assert_running(compared: Compared, first: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Convolution with batch norm, residual and activation
 
-ACTIVATIONS = [None, "relu", "leaky_relu", "relu6"]
+ACTIVATIONS = [None, "relu", "leaky_relu", "relu6", "prelu"]
 
 
 @st.composite
-def fused_convolutions(draw: st.DrawFn) -> Case:
-    """x, w, bias, bn_weight, bn_bias, residual, running_mean, running_var.
+def fused_convolutions(draw: st.DrawFn, normed: bool = True) -> Case:
+    """x, w, bias, bn_weight, bn_bias, residual, running_mean, running_var, slopes.
+
+    Not normed: of conv_act, whose norm's operands are absent. slopes: prelu's, for which nobody wants a gradient, so
+    that a kernel of ours applies it.
 
     In training every filter is one tap that takes one channel as it is, or negated: the statistics of the result are
     then known.
     """
-    training, dtype = draw(st.booleans()), draw(st.sampled_from(DTYPES))
+    training, dtype = normed and draw(st.booleans()), draw(st.sampled_from(DTYPES))
     kind, C, K, groups = draw(channels())
     along = few_taps(draw(st.tuples(axes(), axes())), 9)
     N = draw(BATCHES.filter(bool))[0]
@@ -162,14 +165,17 @@ def fused_convolutions(draw: st.DrawFn) -> Case:
     ]
     for i in (2, 3, 4, 5):
         shapes[i] = shapes[i] if draw(st.booleans()) else None
-    running = not training or draw(st.booleans())
+    running = normed and (not training or draw(st.booleans()))
     shapes[6:] = shapes[6:] if running else [None, None]
+    shapes[3:5] = shapes[3:5] if normed else [None, None]
     # what is stored between two kernels is exact
     if training or 2 * along[0].taps * along[1].taps * C // groups + 2 > CAPACITY[dtype]:
         dtype = draw(st.sampled_from(DTYPES[2:]))
     eps, spread = draw(st.sampled_from(SPREADS)) if training else (draw(st.sampled_from(EPS)), 0.0)
     activation = draw(st.sampled_from(ACTIVATIONS))
+    shapes.append((draw(st.sampled_from([1, K])),) if activation == "prelu" else None)
     options = {
+        "normed": normed,
         "activation": activation,
         "activation_arg": draw(st.sampled_from(SLOPES)) if activation == "leaky_relu" else None,
         "training": training,
@@ -190,13 +196,15 @@ def fused_convolutions(draw: st.DrawFn) -> Case:
         "empty batch",
     ) * (N == 0)
     norm = draw(norm_dtypes(dtype))
-    dtypes = (dtype, dtype, dtype, norm, norm, dtype, norm, norm)
-    return Case(tuple(shapes), tuple(of), dtype, options, dtypes, (*draw(frozen_inputs(6)), 6, 7), branches=branches)
+    dtypes = (dtype, dtype, dtype, norm, norm, dtype, norm, norm, dtype)
+    frozen = (*draw(frozen_inputs(6)), 6, 7, 8) if activation != "prelu" else tuple(range(9))
+    return Case(tuple(shapes), tuple(of), dtype, options, dtypes, frozen, branches=branches)
 
 
 def fused_branches(kind: str, residual: bool, options: dict[str, Any], geometry: Iterator[str]) -> Iterator[str]:
     yield from (kind, "training" if options["training"] else "eval", f"algorithm: {options['algorithm']}", *geometry)
     slope = options["activation_arg"]
+    yield "norm" if options["normed"] else "no norm"
     yield f"activation: {options['activation']}" + ("" if slope is None or slope > 0 else ", slope not positive")
     if residual:
         yield "residual"
@@ -204,7 +212,7 @@ def fused_branches(kind: str, residual: bool, options: dict[str, Any], geometry:
 
 def check_fused_convolution(case: Case, device: torch.device) -> Compared:
     options = dict(case.options)
-    spread, training, eps = options.pop("spread"), options["training"], options["eps"]
+    spread, normed, training, eps = options.pop("spread"), options.pop("normed"), options["training"], options["eps"]
     geometry = {name: options[name] for name in ("stride", "padding", "dilation", "groups")}
     values: list[Tensor | None] = [
         None if shape is None else integers(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(case.shapes)
@@ -218,20 +226,29 @@ def check_fused_convolution(case: Case, device: torch.device) -> Compared:
         sign = 2 * integers(w_shape[0], seed=41, dtype=torch.float64).clamp(min=0) - 1
         values[1] = torch.zeros(w_shape, dtype=torch.float64)
         values[1][torch.arange(w_shape[0]), taken, 0, 0] = sign
+    if values[8] is not None:  # powers of two
+        values[8] = 2.0 ** values[8]
     if case.shapes[7] is not None:
         values[7] = torch.ones(w_shape[0], dtype=torch.float64) if training else variances(w_shape[0], eps)
 
     def mine(
-        x: Tensor, w: Tensor, bias: Any, bn_weight: Any, bn_bias: Any, residual: Any, mean: Any, var: Any
+        x: Tensor, w: Tensor, bias: Any, bn_weight: Any, bn_bias: Any, residual: Any, mean: Any, var: Any, slopes: Any
     ) -> Tensor:
-        return ours.conv_bn_act(x, w, mean, var, bn_weight, bn_bias, bias=bias, residual=residual, **options)
+        arg = options["activation_arg"] if slopes is None else slopes
+        if not normed:
+            how = {"activation": options["activation"], "activation_arg": arg, "algorithm": options["algorithm"]}
+            return ours.conv_act(x, w, bias, **geometry, residual=residual, **how)
+        given = options | {"activation_arg": arg, "bias": bias, "residual": residual}
+        return ours.conv_bn_act(x, w, mean, var, bn_weight, bn_bias, **given)
 
     def right(
-        x: Tensor, w: Tensor, bias: Any, bn_weight: Any, bn_bias: Any, residual: Any, mean: Any, var: Any
+        x: Tensor, w: Tensor, bias: Any, bn_weight: Any, bn_bias: Any, residual: Any, mean: Any, var: Any, slopes: Any
     ) -> Tensor:
-        y = theirs.conv2d(x, w, bias, **geometry)
-        u = theirs.batch_norm(y, mean, var, bn_weight, bn_bias, training, options["momentum"], eps)
-        slope = 0.01 if options["activation_arg"] is None else options["activation_arg"]
+        u = theirs.conv2d(x, w, bias, **geometry)
+        if normed:
+            u = theirs.batch_norm(u, mean, var, bn_weight, bn_bias, training, options["momentum"], eps)
+        arg = options["activation_arg"] if slopes is None else slopes
+        slope = 0.01 if arg is None else arg
         return activate(u if residual is None else u + residual, options["activation"], slope)
 
     compared = compare(case, values, mine, right, device)

@@ -49,6 +49,7 @@ PROPERTIES = {
     "conv1d": Property(convolutions(1), partial(check_convolution, "conv1d"), 10, 250),
     "conv_transpose2d": Property(transposed_convolutions(), partial(check_convolution, "conv_transpose2d"), 10, 300),
     "conv_bn_act": Property(fused_convolutions(), check_fused_convolution, 10, 250),
+    "conv_act": Property(fused_convolutions(normed=False), check_fused_convolution, 6, 200),
     "batch_norm": Property(batch_norms(), check_batch_norm, 20, 300),
     "max_pool2d": Property(max_pools(), check_max_pool, 15, 300),
     "avg_pool2d": Property(average_pools(), check_average_pool, 10, 200),

@@ -265,6 +265,29 @@ def test_conv_bn_act(training, dtype, device):
     } <= tensors
 
 
+CALLS = {
+    "conv_act": lambda x, w, b, z, s, v: F.conv_act(x, w, b, residual=z),
+    "conv_act mish": lambda x, w, b, z, s, v: F.conv_act(x, w, b, residual=z, activation="mish"),
+    "conv_act prelu": lambda x, w, b, z, s, v: F.conv_act(x, w, b, activation="prelu", activation_arg=s),
+    "bn_act training": lambda x, w, b, z, s, v: F.bn_act(x, None, None, training=True, activation="silu"),
+    "bn_act hardsigmoid": lambda x, w, b, z, s, v: F.bn_act(z, b, v, s, b, residual=z, activation="hardsigmoid"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+@pytest.mark.parametrize("name", CALLS)
+def test_conv_act_and_bn_act(name, dtype, device):
+    inputs = [draw(*size, device=device) for size in ((2, 5, 4, 4), (4, 5, 2, 2), (4,), (2, 4, 3, 3), (4,), (4,))]
+    inputs[5] = inputs[5].square() + 0.5  # a variance
+    report = cnnfast.check(CALLS[name], *inputs, dtype=dtype)
+    assert report.ok, str(report)
+    (row,) = report.rows
+    assert row.operation == name.split()[0]
+    tensors = {c.tensor for c in row.comparisons}
+    assert {"output", "grad of input (with gradients)"} <= tensors
+    assert ("grad of activation_arg (with gradients)" in tensors) == ("prelu" in name)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Capture
 

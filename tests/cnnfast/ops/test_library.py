@@ -125,6 +125,102 @@ def test_the_library_and_one_pass_of_ours(library_first, device, activation, tra
             assert_same_strides(served, run(fused(ours, "ours"), inputs, frozen))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")
+@pytest.mark.parametrize("geometry", [{"padding": 1}, {"padding": "same", "groups": 3}], ids=["dense", "depthwise"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "prelu", None], ids=str)
+def test_the_library_and_one_pass_without_a_norm(library_first, device, monkeypatch, activation, geometry):
+    """The library adds no bias: ours is in the pass that adds and activates. Gradients too, in float64."""
+    K, taps = (3, 2) if "groups" in geometry else (4, 3)
+    x, w, b = normal(2, 3, 5, 5), normal(K, 3 // geometry.get("groups", 1), taps, taps, seed=1), normal(K, seed=2)
+    inputs = [t.to(device) for t in (x, w, b, normal(2, K, 5, 5, seed=3))]
+    slopes = normal(K, seed=4) if activation == "prelu" else None
+
+    def fused(functions):
+        def call(x, w, b, z):
+            how = {"activation": activation, "activation_arg": None if slopes is None else slopes.to(x.device)}
+            return functions.conv_act(x, w, b, residual=z, **geometry, **how)
+
+        return call
+
+    biases, convolution = [], torch.convolution
+    monkeypatch.setattr(torch, "convolution", lambda *a: biases.append(a[2]) or convolution(*a))
+    for frozen in ((), range(4)):
+        served = run(fused(ours), inputs, frozen)
+        assert_close(served, run(fused(reference), [t.cpu() for t in inputs], frozen), 1e-11)
+        convolutions = [call for call in served.trace if call.operation.startswith("conv")]
+        assert {call.served_by for call in convolutions} == {"library"}
+    assert biases.count(None) == len(biases)
+    assert served.trace.launches == ["normalize_kernel"]
+    assert served.operations == ["conv_act"]
+
+
+class Cudnn:
+    """Stands in for cuDNN's fused operators, and records how they are called."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.calls: list[str] = []
+        monkeypatch.setattr(library_convolution, "_has_cudnn", lambda x: True)
+        monkeypatch.setattr(torch, "cudnn_convolution_relu", self.relu)
+        monkeypatch.setattr(torch, "cudnn_convolution_add_relu", self.add_relu)
+
+    def relu(self, x, w, bias, stride, padding, dilation, groups):
+        self.calls.append("relu")
+        return torch.convolution(x, w, bias, stride, padding, dilation, False, [0, 0], groups).relu()
+
+    def add_relu(self, x, w, z, alpha, bias, stride, padding, dilation, groups):
+        self.calls.append("add_relu")
+        y = torch.convolution(x, w, bias, stride, padding, dilation, False, [0, 0], groups)
+        return (y + alpha * z).relu()
+
+
+@pytest.mark.parametrize("fmt", [LAST, NCHW], ids=["NHWC", "NCHW"])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+def test_cudnns_fused_kernel_serves_relu(library_first, device, monkeypatch, residual, fmt):
+    """With and without gradients: one call, and nothing of ours in the forward pass."""
+    cudnn = Cudnn(monkeypatch)
+    x, w, z = (integers(*size, largest=2, seed=i).to(device).contiguous(memory_format=fmt)
+               for i, size in enumerate(((2, 4, 5, 6), (5, 4, 3, 3), (2, 5, 3, 6))))  # fmt: skip
+    inputs = [x, w, integers(5, seed=7).to(device), z if residual else None]
+    how = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
+
+    def call(x, w, b, z):
+        return ours.conv_act(x, w, b, residual=z, **how)
+
+    served = run(call, inputs)
+    assert cudnn.calls == ["add_relu" if residual else "relu"]
+    assert_bits(served, exact(lambda x, w, b, z: reference.conv_act(x, w, b, residual=z, **how), inputs))
+    (first, *_) = served.trace
+    assert (first.operation, first.served_by, first.launches) == ("conv_act", "library", [])
+
+
+NOT_CUDNNS = {
+    "another activation": (lambda x, w, z: ours.conv_act(x, w, padding=1, activation="relu6"), {}),
+    "float64": (lambda x, w, z: ours.conv_act(x.double(), w.double(), padding=1), {}),
+    "groups": (lambda x, w, z: ours.conv_act(x, w[:, :2], padding=1, groups=2), {}),
+    "more padding at one end": (lambda x, w, z: ours.conv_act(x, w[..., :2, :], padding="same"), {}),
+    "a residual in another format": (
+        lambda x, w, z: ours.conv_act(x, w, padding=1, residual=z.contiguous()), {}
+    ),
+    "an image in another format": (lambda x, w, z: ours.conv_act(x.contiguous(), w, padding=1), {}),
+    "deterministic": (lambda x, w, z: ours.conv_act(x, w, padding=1), {"deterministic": True}),
+    "no cuDNN": (lambda x, w, z: ours.conv_act(x, w, padding=1), {"has": False}),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")
+@pytest.mark.parametrize("name", NOT_CUDNNS)
+def test_what_cudnns_fused_kernel_is_not_asked_for(library_first, device, monkeypatch, name):
+    cudnn, (call, settings) = Cudnn(monkeypatch), NOT_CUDNNS[name]
+    monkeypatch.setattr(library_convolution, "_has_cudnn", lambda x: settings.get("has", True))
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", settings.get("deterministic", False))
+    x, w, z = (integers(*size).to(device, memory_format=LAST) for size in ((2, 4, 5, 6), (6, 4, 3, 3), (2, 6, 5, 6)))
+    with torch.no_grad(), cnnfast.trace() as trace:
+        call(x, w, z)
+    assert cudnn.calls == []
+    # where all is channels_last, padding that the library does not take is ours
+    assert trace.launches[-1] == ("conv_fprop_kernel" if "padding" in name else "normalize_kernel")
+
+
 def test_running_statistics_where_the_library_serves(library_first, device):
     """They are updated once, with the unbiased variance."""
     x, w = normal(2, 3, 5, 5).to(device, memory_format=LAST), normal(3, 3, 3, 3, seed=1).to(device)

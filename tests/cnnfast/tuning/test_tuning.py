@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import cnnfast
+import cnnfast.functional as F
 from cnnfast import dispatch, tuning
 from cnnfast.precision import float32_products
 from cnnfast.tuning import racing, running
@@ -86,6 +87,34 @@ def test_the_model_stays_as_it_is():
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     with pytest.raises(RuntimeError, match="does not run on 2x5x6x6"):
         tuning.plan(model, torch.zeros(2, 5, 6, 6))
+
+
+class WithoutNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = torch.nn.Parameter(torch.randn(4, 4, 1, 1, generator=torch.Generator().manual_seed(0)))
+        self.slopes = torch.nn.Parameter(torch.tensor([0.25]))
+
+    def forward(self, x):
+        y = F.conv_act(x, self.filters, residual=x)
+        y = F.conv_act(y, self.filters, activation="prelu", activation_arg=self.slopes)
+        return F.conv_act(y, self.filters, activation="mish") + F.conv2d(y, self.filters)
+
+
+def test_without_a_norm_the_epilogue_has_a_key_of_its_own(gpu, device):
+    """Every candidate for it is right, the library's convolution with a pass after it too."""
+    model = WithoutNorm().to(device).requires_grad_(False)
+    names = ["fprop + residual relu", "fprop + prelu", "fprop + mish", "fprop"]
+    assert found(model, image(device)) == {f"{name} 2x4x6x6 > 4, 1x1/1": 1 for name in names}
+    result = tuning.tune(model, image(device), measure=clock())
+    assert result.ok, str(result)
+    assert [tables.find(row.key) for row in result.rows] == result.rows
+    # where a gradient is wanted, mish is a pass of its own and so is prelu
+    trained = found(model.requires_grad_(), image(device), train=True)
+    assert {name: n for name, n in trained.items() if "fprop" in name} == {
+        "fprop + residual relu 2x4x6x6 > 4, 1x1/1": 1,
+        "fprop 2x4x6x6 > 4, 1x1/1": 3,
+    }
 
 
 def test_keys_are_those_that_calls_ask_for(gpu, device):

@@ -124,7 +124,7 @@ def why_left(module: nn.Module) -> str:
     if isinstance(module, nn.SyncBatchNorm):
         return "synchronises statistics between processes: PyTorch's own, unless fused in eval mode"
     if class_name(module) in FROZEN_NORMS:
-        return "frozen: PyTorch's own, unless fused with a convolution"
+        return "frozen: PyTorch's own, unless fused with what stands before or after it"
     if isinstance(module, UNCOVERED):
         return f"there is no kernel for {cls.__name__}"
     original = _original(cls)

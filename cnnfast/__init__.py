@@ -1,8 +1,17 @@
 """Hand-written Triton kernels for convolutional networks in PyTorch.
 
+    import cnnfast, torch, torchvision
+
+    model = torchvision.models.resnet50().cuda()
+    model = cnnfast.convert(model, memory_format=torch.channels_last)
+    print(cnnfast.report(model))  # what was fused, replaced or left, and why
+
 `convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it, `warm` compiles
 what it will launch ahead, `tune` measures who serves it fastest on this GPU. `functional` holds the operations, `nn`
 the layers, `models` the ResNets; `trace` and `backend` show and steer who serves a call.
+
+Everything runs on every machine: where no kernel can serve a call, PyTorch does, and `trace` says why. Each function's
+own help says what it takes and returns.
 """
 
 from __future__ import annotations

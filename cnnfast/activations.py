@@ -4,16 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .spelling import fold, quoted, unknown_value, word_for
+
+ActivationName = Literal[
+    "relu", "leaky_relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish", "mish", "hardsigmoid", "prelu"
+]
+ACTIVATION_NAMES: tuple[ActivationName | None, ...] = (None, *get_args(ActivationName))
+# What other libraries call them, and what they have that no kernel computes, as spelling.py folds words.
+OTHER_ACTIVATION_NAMES: dict[str, ActivationName | None] = {
+    **dict.fromkeys(("", "none", "linear", "identity"), None),
+    **dict.fromkeys(("leaky", "lrelu"), "leaky_relu"),
+    **dict.fromkeys(("geluerf", "geluexact"), "gelu"),
+    **dict.fromkeys(("geluapproximate", "gelufast", "gelunew", "gelupytorchtanh"), "gelu_tanh"),
+    **dict.fromkeys(("swish", "swishme"), "silu"),
+    **dict.fromkeys(("hswish", "hardswishme"), "hardswish"),
+    "hsigmoid": "hardsigmoid",
+}
+NOT_COMPUTED = (
+    *("celu", "elu", "glu", "hardshrink", "hardtanh", "logsigmoid", "quickgelu", "relu2", "rrelu", "selu", "sigmoid"),
+    *("softmax", "softmin", "softplus", "softshrink", "softsign", "swiglu", "tanh", "tanhshrink", "threshold"),
+)
+
 LEAKY_SLOPE = 0.01
 
 # of an argument and a slope: a number for leaky_relu, a tensor [1] or [C] for prelu, and for the others ignored
-ACTIVATIONS: dict[str | None, Callable[[Tensor, Any], Tensor]] = {
+ACTIVATIONS: dict[ActivationName | None, Callable[[Tensor, Any], Tensor]] = {
     None: lambda u, slope: u,
     "relu": lambda u, slope: F.relu(u),
     "leaky_relu": F.leaky_relu,
@@ -28,11 +49,11 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor, Any], Tensor]] = {
 }
 
 
-def activate(u: Tensor, activation: str | None, slope: float | Tensor = LEAKY_SLOPE) -> Tensor:
+def activate(u: Tensor, activation: ActivationName | None, slope: float | Tensor = LEAKY_SLOPE) -> Tensor:
     return ACTIVATIONS[activation](u, slope)
 
 
-def slopes_of(activation: str | None, activation_arg: float | Tensor | None) -> tuple[float, Tensor | None]:
+def slopes_of(activation: ActivationName | None, activation_arg: float | Tensor | None) -> tuple[float, Tensor | None]:
     """(leaky_relu's slope, prelu's slopes) of what check_activation has let pass."""
     if activation == "prelu":
         assert isinstance(activation_arg, Tensor)
@@ -53,15 +74,12 @@ def check_slopes(function: str, slopes: Tensor, channels: int, dtype: torch.dtyp
         )
 
 
-def check_activation(function: str, activation: str | None, activation_arg: float | Tensor | None) -> None:
+def check_activation(function: str, activation: ActivationName | None, activation_arg: float | Tensor | None) -> None:
     """Raises, in the name of `function`, ValueError for an unknown activation or an argument that it does not take, and
     TypeError for a slope of another type than its activation has.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{function}(): activation must be one of {', '.join(map(str, ACTIVATIONS))}, "
-            f"but got activation={activation!r}"
-        )
+    if activation not in ACTIVATION_NAMES:
+        raise _unknown_activation(function, activation)
     if activation == "prelu":
         if not isinstance(activation_arg, Tensor):
             raise TypeError(
@@ -78,3 +96,15 @@ def check_activation(function: str, activation: str | None, activation_arg: floa
             f"{function}(): activation_arg must be leaky_relu's slope, a number (a tensor of slopes is for prelu), "
             f"but got activation_arg={activation_arg!r}"
         )
+
+
+def _unknown_activation(function: str, activation: object) -> ValueError:
+    """The error for what is no name of an activation. Whoever gives a module, a class or a function is told the name
+    that stands for it.
+    """
+    if fold(word_for(activation)) in NOT_COMPUTED:
+        given = f"activation={activation!r}, which no kernel computes: give None, and apply it to the result"
+        return ValueError(f"{function}(): activation must be {quoted(ACTIVATION_NAMES)}, but got {given}")
+    if getattr(activation, "approximate", "none") == "tanh":
+        return unknown_value(function, "activation", activation, ACTIVATION_NAMES, {"gelu": "gelu_tanh"})
+    return unknown_value(function, "activation", activation, ACTIVATION_NAMES, OTHER_ACTIVATION_NAMES)

@@ -6,9 +6,11 @@ import copy
 import functools
 import random
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy
@@ -22,22 +24,36 @@ from .located import located
 
 T = TypeVar("T")
 
+# What is put back afterwards is the process's: two threads would put back each other's.
+_one_at_a_time = threading.RLock()
+
+_aside: ContextVar[bool] = ContextVar("a copy is run to learn something of it", default=False)
+
+
+def is_aside() -> bool:
+    """Whether what runs is a copy of a model, for the sake of a look at it: it must not wait for other processes."""
+    return _aside.get()
+
 
 @contextmanager
 def leaving_no_trace() -> Iterator[None]:
     """The random numbers of PyTorch, Python and numpy are afterwards as they were, and what torch.compile compiled runs
-    uncompiled meanwhile.
+    uncompiled meanwhile. Both are the process's: what other threads draw meanwhile they may draw again, and they run
+    uncompiled, too. One thread at a time does this; others wait. No batch norm of ours synchronises meanwhile.
     """
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    # Nothing is compiled before torch._dynamo is imported, and importing it takes seconds.
-    uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    draws = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=cuda), uncompiled:
-            yield
-    finally:
-        random.setstate(draws[0])
-        numpy.random.set_state(draws[1])
+    with _one_at_a_time:
+        cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        # Nothing is compiled before torch._dynamo is imported, and importing it takes seconds.
+        uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        draws = random.getstate(), numpy.random.get_state()
+        token = _aside.set(True)
+        try:
+            with torch.random.fork_rng(devices=cuda), uncompiled:
+                yield
+        finally:
+            _aside.reset(token)
+            random.setstate(draws[0])
+            numpy.random.set_state(draws[1])
 
 
 def meta(tree: Any) -> Any:
@@ -49,7 +65,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     """A copy with meta tensors in the place of all tensors that the model holds. Those that were shared still are, and
     those of lazy modules are still without a size.
     """
-    memo: dict[int, Any] = {}
+    memo = shared_groups(model)
     for module in model.modules():
         for t in tree_leaves(dict(vars(module))):
             if is_lazy(t):
@@ -65,7 +81,14 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def _real_copy(model: nn.Module) -> nn.Module:
     held = (t for module in model.modules() for t in tree_leaves(dict(vars(module))))
     with _CopiesTensors(lambda t: t.detach().clone()):
-        return copy.deepcopy(model, {id(t): _another(t, t.data.device) for t in held if is_lazy(t)})
+        another = {id(t): _another(t, t.data.device) for t in held if is_lazy(t)}
+        return copy.deepcopy(model, shared_groups(model) | another)
+
+
+def shared_groups(model: nn.Module) -> dict[int, Any]:
+    """For copy.deepcopy, as its memo: the process groups of synchronised norms, which it cannot copy, are shared."""
+    norms = (module for module in model.modules() if isinstance(module, nn.SyncBatchNorm))
+    return {id(norm.process_group): norm.process_group for norm in norms}
 
 
 class _CopiesTensors(TorchFunctionMode):

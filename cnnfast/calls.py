@@ -159,7 +159,7 @@ def _prepared(t: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_
 
 @contextmanager
 def standing_for(gpu: devices.Gpu, device_type: str = "cuda") -> Iterator[None]:
-    """As long as the context lasts, the whole process takes meta tensors for tensors on this GPU."""
+    """As long as the context lasts, this thread takes meta tensors for tensors on this GPU."""
     with ExitStack() as stack:
         stack.enter_context(dispatch.meta_as_gpu())
         stack.enter_context(devices.meta_stands_for(gpu, device_type))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .spelling import unknown_value
@@ -38,18 +40,28 @@ OTHER_BACKENDS: dict[str, Backend] = {
     **dict.fromkeys(("cudnn", "library"), "torch"),
     "default": "auto",
 }
+Choice = Backend | Literal["prefer kernels"]
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 STRIDED = torch.strided
 OLDEST_GPU = (8, 0)
 CPU_REASON = "" if launch is None or launch.INTERPRETED else "the tensors are on the CPU, and Triton does not interpret"
-_backend: Backend | Literal["prefer kernels"] = "auto"
-_meta_on_gpu = False
+
+# What a thread chose itself, in `choices`, the last one last, and whether its meta tensors are a GPU's, in `meta`.
+_own = threading.local()
+# What any thread chose for all, each choice in a list of its own, by which it is found again; and the last of these.
+_for_all: list[list[Choice]] = []
+_backend: Choice = "auto"
+_in_force = 0  # how many choices there are now, of all threads: where there is none, calls ask no further
+_guard = threading.Lock()  # of these three
 
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Overrides the choice, for the whole process, while the context lasts.
+    """Overrides the choice while the context lasts: for this thread, and for all threads that make none of their own.
+
+    Among these are autograd's, in which backward passes run, and those that DataParallel starts. Where several threads
+    choose, each has what it chose itself last; a thread that chose nothing has what any of them chose last.
 
     "auto": kernels where there is a path, PyTorch elsewhere. "kernels": a call that would go to PyTorch raises
     RuntimeError. "torch": PyTorch serves every call. Raises ValueError for another name.
@@ -64,9 +76,16 @@ def backend(name: Backend) -> Iterator[None]:
 
 
 @contextmanager
+def in_this_thread(name: Backend) -> Iterator[None]:
+    """The same for this thread alone: not for a backward pass, which may run in another."""
+    with _choosing(name, for_all=False):
+        yield
+
+
+@contextmanager
 def prefer_kernels() -> Iterator[None]:
-    """Our kernels serve, for the whole process, wherever there is a path, also where the library is faster; elsewhere
-    PyTorch does, which is no error as it is under backend("kernels").
+    """Our kernels serve wherever there is a path, also where the library is faster; elsewhere PyTorch does, which is no
+    error as it is under backend("kernels"), whose threads these are too.
 
     This is for checking whether our kernels are right, and which calls are not theirs.
     """
@@ -75,36 +94,53 @@ def prefer_kernels() -> Iterator[None]:
 
 
 @contextmanager
-def _choosing(choice: Backend | Literal["prefer kernels"]) -> Iterator[None]:
-    global _backend
-    before, _backend = _backend, choice
+def _choosing(choice: Choice, for_all: bool = True) -> Iterator[None]:
+    global _backend, _in_force
+    own: list[Choice] = _own.__dict__.setdefault("choices", [])
+    own.append(choice)
+    entry: list[Choice] = [choice]
+    with _guard:
+        _in_force += 1
+        if for_all:
+            _for_all.append(entry)
+            _backend = choice
     try:
         yield
     finally:
-        _backend = before
+        own.pop()
+        with _guard:
+            _in_force -= 1
+            _for_all[:] = [other for other in _for_all if other is not entry]
+            _backend = _for_all[-1][0] if _for_all else "auto"
+
+
+def _chosen() -> Choice:
+    if is_compiling():  # Dynamo guards a global variable, and not what a thread keeps
+        return _backend
+    own: list[Choice] = getattr(_own, "choices", [])
+    return own[-1] if own else _backend
 
 
 @contextmanager
 def meta_as_gpu() -> Iterator[None]:
-    """Meta tensors take the path that a GPU's would, for the whole process. They hold nothing: operators are called,
-    and nothing runs.
+    """This thread's meta tensors take the path that a GPU's would. They hold nothing: operators are called, and nothing
+    runs.
     """
-    global _meta_on_gpu
-    before, _meta_on_gpu = _meta_on_gpu, True
+    before, _own.meta = getattr(_own, "meta", False), True
     try:
         yield
     finally:
-        _meta_on_gpu = before
+        _own.meta = before
 
 
 def on_gpu(x: torch.Tensor) -> bool:
     """Whether it is on a GPU, or taken to be."""
-    return x.is_cuda or (_meta_on_gpu and x.is_meta)
+    return x.is_cuda or (x.is_meta and getattr(_own, "meta", False))
 
 
 def library_allowed() -> bool:
     """Whether the library's convolution may stand in for ours: not where kernels were asked for."""
-    return _backend not in ("kernels", "prefer kernels")
+    return not _in_force or _chosen() not in ("kernels", "prefer kernels")
 
 
 def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,7 +226,7 @@ def _in_bf16(*tensors: torch.Tensor | None) -> bool:
 
 def _torch(reason: str) -> str:
     """The reason for which PyTorch serves a call, if there is one, unless kernels have to."""
-    if reason and _backend == "kernels":
+    if reason and _in_force and _chosen() == "kernels":
         raise RuntimeError(f'backend("kernels"): this call would be served by PyTorch, because {reason}')
     return reason
 
@@ -202,7 +238,7 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
     """
     if algorithm == "torch":
         return _torch('algorithm="torch"')
-    if _backend == "torch":
+    if _in_force and _chosen() == "torch":
         return _torch('backend("torch")')
     if launch is None:
         return _torch(NO_KERNELS)

@@ -7,10 +7,7 @@ import traceback
 from pathlib import Path
 
 # Files below these are not the user's: those of Python and of this package. Installed packages are known by INSTALLED.
-OTHERS = tuple(
-    Path(folder).resolve()
-    for folder in (*(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")), Path(__file__).parent)
-)
+OTHERS = (Path(sysconfig.get_path("stdlib")).resolve(), Path(__file__).resolve().parent)
 INSTALLED = {"site-packages", "dist-packages", "cnnfast_kernels"}
 
 

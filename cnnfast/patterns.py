@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .activations import LEAKY_SLOPE
+from .activations import LEAKY_SLOPE, ActivationName
 
 # Its name, and the slope of leaky_relu or the slopes of prelu, as functional.conv_bn_act takes them.
-Activation = tuple[str, float | Tensor | None]
+Activation = tuple[ActivationName, float | Tensor | None]
 
 # Batch norms whose statistics and weights are constants: buffers running_mean, running_var, weight and bias, and eps.
 # They are known by name, so that none of these libraries has to be there.
@@ -33,7 +33,7 @@ IN_PLACE_SUMS: tuple[Any, ...] = (operator.iadd, "add_")  # they write the sum i
 SUMS = NEW_SUMS + IN_PLACE_SUMS
 
 # The activations that kernels compute, by the names that functional.conv_bn_act has for them.
-ACTIVATIONS: dict[str, tuple[Any, ...]] = {
+ACTIVATIONS: dict[ActivationName, tuple[Any, ...]] = {
     "relu": (nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"),
     "leaky_relu": (nn.LeakyReLU, F.leaky_relu),
     "relu6": (nn.ReLU6, F.relu6),
@@ -45,18 +45,17 @@ ACTIVATIONS: dict[str, tuple[Any, ...]] = {
     "prelu": (nn.PReLU,),
 }
 # Modules of timm's that compute one of these, known by name as the norms are. Some of them work in place.
-TIMMS_ACTIVATIONS = {
-    f"timm.layers.{name}": activation
-    for activation, names in {
-        "silu": ("activations.Swish", "activations_me.SwishMe"),
-        "gelu": ("activations.GELU",),
-        "gelu_tanh": ("activations.GELUTanh",),
-        "hardswish": ("activations.HardSwish", "activations_me.HardSwishMe"),
-        "mish": ("activations.Mish", "activations_me.MishMe"),
-        "hardsigmoid": ("activations.HardSigmoid", "activations_me.HardSigmoidMe"),
-        "prelu": ("activations.PReLU",),
-    }.items()
-    for name in names
+TIMMS_NAMES: dict[ActivationName, tuple[str, ...]] = {
+    "silu": ("activations.Swish", "activations_me.SwishMe"),
+    "gelu": ("activations.GELU",),
+    "gelu_tanh": ("activations.GELUTanh",),
+    "hardswish": ("activations.HardSwish", "activations_me.HardSwishMe"),
+    "mish": ("activations.Mish", "activations_me.MishMe"),
+    "hardsigmoid": ("activations.HardSigmoid", "activations_me.HardSigmoidMe"),
+    "prelu": ("activations.PReLU",),
+}
+TIMMS_ACTIVATIONS: dict[str, ActivationName] = {
+    f"timm.layers.{name}": activation for activation, names in TIMMS_NAMES.items() for name in names
 }
 # Functions and methods that activate, and that no kernel computes.
 OTHER_ACTIVATIONS: tuple[Any, ...] = (
@@ -68,7 +67,7 @@ GELUS: dict[Any, Activation] = {"none": ("gelu", None), "tanh": ("gelu_tanh", No
 # Where the classes of activations are defined. PyTorch's module defines MultiheadAttention too.
 HOMES = (nn.ReLU.__module__, "timm.layers.activations")
 
-NAMES = {callee: name for name, callees in ACTIVATIONS.items() for callee in callees}
+NAMES: dict[Any, ActivationName] = {callee: name for name, callees in ACTIVATIONS.items() for callee in callees}
 
 
 def callee(node: Any, modules: Mapping[str, nn.Module]) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import threading
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+_importing = threading.Lock()  # two threads would define the operators twice
 _defined: list[torch.library.Library] = []  # an operator ends with the Library that defined it
 
 
@@ -30,11 +32,12 @@ def make_importable() -> None:
     here calls. Does nothing where torchvision is not installed.
     """
     spec = importlib.util.find_spec("torchvision")
-    if spec is not None and spec.origin is not None:
-        try:
-            torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
-        except OSError:
-            library = torch.library.Library("torchvision", "DEF")
-            for name in ("nms", "qnms"):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _defined.append(library)
+    with _importing:
+        if spec is not None and spec.origin is not None and not _defined:
+            try:
+                torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
+            except OSError:
+                library = torch.library.Library("torchvision", "DEF")
+                for name in ("nms", "qnms"):
+                    library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                _defined.append(library)

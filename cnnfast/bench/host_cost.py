@@ -72,6 +72,7 @@ OPERATIONS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
         "x w g b",
         lambda x, w, mean, var, g, b, z: F.conv_bn_act(x, w, mean, var, g, b, padding=1, training=True),
     ),
+    "conv_act": ("x w", lambda x, w, z, **_: F.conv_act(x, w, None, 1, 1, residual=z)),
     "batch_norm": ("x g b", lambda x, mean, var, g, b, **_: F.batch_norm(x, mean, var, g, b)),
     "batch_norm, training": ("x g b", lambda x, mean, var, g, b, **_: F.batch_norm(x, mean, var, g, b, True)),
     "max_pool2d": ("x", lambda x, **_: F.max_pool2d(x, 3, 2, 1)),

@@ -38,6 +38,10 @@ def check(
     """Checks every convolution, batch norm and pooling that `target(*example_inputs)` calls, whether of cnnfast or of
     torch.
 
+        report = cnnfast.check(model, x)
+        print(report)  # a table: errors against float64, PyTorch's own beside ours
+        assert report.ok
+
     Each call is computed on its actual values by our kernels, by PyTorch, and in float64; the rule is in
     checking/judge.py. For tensors on the CPU, in a process whose kernels are compiled, a child process interprets the
     kernels.

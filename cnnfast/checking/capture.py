@@ -128,7 +128,8 @@ class _CheckRecorder(TorchFunctionMode):
         autocast = (
             torch.get_autocast_dtype(device) if casts and bound.arguments["input"].dtype != torch.float64 else None
         )
-        arguments = {name: _plain(value) for name, value in bound.arguments.items()}
+        # a synchronised norm is judged by its own part of the batch, as one process computes it
+        arguments = {name: _plain(value) for name, value in bound.arguments.items() if name != "process_group"}
         self.calls.append(Captured(operation, arguments, layer, autocast))
 
     @contextmanager
@@ -173,6 +174,12 @@ def capture_calls(
 
     inputs = tree_map_only(Tensor, prepare, inputs)
     recorder = _CheckRecorder(owners)
-    with leaving_no_trace(), torch.no_grad(), dispatch.backend("torch"), entrance.capture(recorder.ours), recorder:
+    with (
+        leaving_no_trace(),
+        torch.no_grad(),
+        dispatch.in_this_thread("torch"),
+        entrance.capture(recorder.ours),
+        recorder,
+    ):
         target(*inputs)
     return recorder.calls

@@ -38,8 +38,13 @@ OTHER_FORMATS = {
 @keywords_explained
 def convert(model: M, *, inplace: bool = False, memory_format: torch.memory_format | None = None) -> M:
     """The same model on cnnfast's kernels: convolutions, batch norms and pools replaced, and fused where they follow
-    one another.
+    one another. state_dict, parameters, buffers, hooks, methods and isinstance are the model's own.
 
+        model = cnnfast.convert(model, memory_format=torch.channels_last)
+        y = model(x.to(memory_format=torch.channels_last))
+        print(cnnfast.report(model, x))
+
+    model: any torch.nn.Module, in training or in eval, on any device; the result has its class, or one derived from it.
     Unless `inplace`, the result is a new tree of modules over the same Parameter and buffer objects: an optimizer that
     was made before still trains it, a checkpoint of one is a checkpoint of the other, and training one changes the
     statistics of both. Where a hook holds a part of the model, its copy holds the copy of that part, as after
@@ -50,9 +55,14 @@ def convert(model: M, *, inplace: bool = False, memory_format: torch.memory_form
     Outputs then become channels_last, and a later `.view` may raise where `.reshape` would not. None keeps all strides.
     Converting a converted model converts what is new in it. `report` says what was done, and what was left and why.
 
+    Several threads may convert, report and call models at once, the same one too. As everywhere in PyTorch, a model
+    that is changed, by inplace=True or by setting an attribute of a part of it, must not be called by another thread
+    meanwhile. While one thread converts, no other can trace by torch.fx, or call what torch.compile has compiled:
+    torch.fx refuses both.
+
     Raises TypeError if `model` is no module, and if a part of it cannot be copied over the same tensors, as a scripted
-    module (then use inplace=True); ValueError for another memory format, and for a compiled model (convert it first,
-    then compile).
+    module (then use inplace=True), and for an unknown keyword; ValueError for another memory format, and for a compiled
+    model (convert it first, then compile).
     """
     _check("convert", model)
     if memory_format not in FORMATS:
@@ -75,7 +85,10 @@ def revert(model: M, *, inplace: bool = False) -> M:
     """The model in PyTorch's own classes again, over the same Parameter and buffer objects; cnnfast.nn's modules become
     torch.nn's too.
 
-    For what knows PyTorch's classes only, such as torch.jit.script and quantization. Raises TypeError as convert does.
+    For what knows PyTorch's classes only, such as torch.jit.script and quantization. A model that was never converted
+    is left as it is. inplace: as convert has it. Raises TypeError and ValueError as convert does.
+
+        scripted = torch.jit.script(cnnfast.revert(model))
     """
     _check("revert", model)
     if not inplace:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..nn.fused import forward_replaced, served, why_watched
 from . import graphs
 from .effects import buffers, traits
-from .grafts import base_of, graft, grafted_before, own_class, set_class
+from .grafts import base_of, graft, grafted, own_class, set_class
 from .planning import FusionPlan, Group, Variant, examine, plan
 from .refused import Refused
 from .showing import shown
@@ -95,7 +95,7 @@ def why_not_fused(block: nn.Module) -> list[str]:
 
 def _fused_class(base: Any, found: FusionPlan) -> type:
     purpose = found, base.forward
-    return grafted_before(base, purpose) or _graft_forward(base, found, purpose)
+    return grafted(base, purpose, lambda: _graft_forward(base, found, purpose))
 
 
 def _graft_forward(base: Any, found: FusionPlan, purpose: Any) -> type:
@@ -122,14 +122,23 @@ def _graft_forward(base: Any, found: FusionPlan, purpose: Any) -> type:
         changed(self)
 
     def changed(self: Any) -> None:
-        """The forward may depend on what has changed: it is traced anew."""
+        """The forward may depend on what has changed: it is traced anew. A replica of DataParallel's is not: it gets
+        parameters, buffers and children of the same structure, one by one, for each call of the model.
+        """
+        if "_is_replica" in self.__dict__:
+            return
         if type(self) is cls:
             fuse(self)
         elif isinstance(self, cls):  # another library has put a class of its own on top of ours
             self.__dict__["_cnnfast_changed"] = True
 
+    def replicate(self: Any) -> Any:
+        with copying_without_fusing():  # it sets attributes before `_is_replica`
+            return base._replicate_for_data_parallel(self)
+
     unread = ["training", "__class__"]
     methods = {"__setattr__": set_attribute, "__delattr__": delete_attribute, "_cnnfast_plan": found}
+    methods["_replicate_for_data_parallel"] = replicate
     methods["forward"] = _in_place_of(base.forward, forward)
     if base.__repr__ is nn.Module.__repr__:  # whoever has a text of its own keeps it
         methods["__repr__"] = lambda self: shown(self, groups_of)

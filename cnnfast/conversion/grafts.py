@@ -6,6 +6,7 @@ are what they were. It is never pickled: a pickle names the module's own class, 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch.nn.utils import parametrize
 from ..nn.scripting import RevertToScript
 
 Regraft = Callable[[nn.Module], None]
+
+# Between looking for a class and making it: two threads shall not make two classes for one purpose.
+_making = threading.RLock()
 
 
 def base_of(cls: type) -> type:
@@ -50,6 +54,12 @@ def _is_of_parametrizations(cls: type, module: nn.Module) -> bool:
     return not others and all(own)
 
 
+def grafted(base: type, purpose: Any, make: Callable[[], type]) -> type:
+    """The class that was grafted on `base` for an equal purpose, or the one that is now made for it."""
+    with _making:
+        return grafted_before(base, purpose) or make()
+
+
 def grafted_before(base: type, purpose: Any) -> type | None:
     """The class that was grafted on `base` for an equal purpose, if there is still one.
 
@@ -70,16 +80,16 @@ def graft(base: type, bases: tuple[type, ...], namespace: dict[str, Any], regraf
 
     def reduce(self: Any, protocol: Any) -> Any:
         own = type(self)
-        function, arguments, *state = super(grafted, self).__reduce_ex__(protocol)
+        function, arguments, *state = super(made, self).__reduce_ex__(protocol)
         function, *arguments = (base if part is own else part for part in (function, *arguments))
         return (_rebuilt, (regraft, bool(state and state[0] is not None), function, *arguments), *state)
 
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     kept = {"_cnnfast_base": base, "_cnnfast_purpose": purpose}
-    grafted: Any = type(base.__name__, bases, {"__reduce_ex__": reduce, **named, **kept, **namespace})
-    if not hasattr(grafted, "__prepare_scriptable__"):
-        grafted.__prepare_scriptable__ = RevertToScript.__prepare_scriptable__
-    return grafted
+    made: Any = type(base.__name__, bases, {"__reduce_ex__": reduce, **named, **kept, **namespace})
+    if not hasattr(made, "__prepare_scriptable__"):
+        made.__prepare_scriptable__ = RevertToScript.__prepare_scriptable__
+    return made
 
 
 def _rebuilt(regraft: Regraft, has_state: bool, function: Callable[..., nn.Module], *arguments: Any) -> nn.Module:

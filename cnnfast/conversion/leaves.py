@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from .. import nn as cnn
 from ..nn.layers import SameConv2d, torch_serves
 from ..patterns import FROZEN_NORMS, activation_of
-from .grafts import base_of, graft, grafted_before, own_class, set_class
+from .grafts import base_of, graft, grafted, own_class, set_class
 
 LEAVES: dict[type, type] = {
     nn.Conv1d: cnn.Conv1d,
@@ -20,6 +20,7 @@ LEAVES: dict[type, type] = {
     nn.BatchNorm1d: cnn.BatchNorm1d,
     nn.BatchNorm2d: cnn.BatchNorm2d,
     nn.BatchNorm3d: cnn.BatchNorm3d,
+    nn.SyncBatchNorm: cnn.SyncBatchNorm,
     nn.MaxPool2d: cnn.MaxPool2d,
     nn.AvgPool2d: cnn.AvgPool2d,
     nn.AdaptiveAvgPool2d: cnn.AdaptiveAvgPool2d,
@@ -30,7 +31,7 @@ ORIGINALS = {ours: theirs for theirs, ours in LEAVES.items()}
 COMPUTING = ("forward", "_conv_forward", "_check_input_dim", "__call__")
 
 # Classes that a report mentions although there is none to take their place.
-UNCOVERED = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.SyncBatchNorm)
+UNCOVERED = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d)
 
 
 def class_name(module: nn.Module) -> str:
@@ -64,17 +65,32 @@ class _Same(SameConv2d):
         return SameConv2d.forward(self, x)
 
 
+class _SyncNormAct(cnn.SyncBatchNorm):
+    """timm's SyncBatchNormAct, which has the children drop and act only where timm's own conversion has made it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            return base_of(type(self)).forward(self, input)  # pyright: ignore[reportAttributeAccessIssue]
+        y = cnn.SyncBatchNorm.forward(self, input)
+        for name in ("drop", "act"):
+            y = getattr(self, name)(y) if hasattr(self, name) else y
+        return y
+
+
 # For classes of other libraries that have a forward of their own: a class of ours that computes the same. They are
 # known by name, so that no library is imported.
 ADAPTERS: dict[str, type] = {
     "timm.layers.norm_act.BatchNormAct2d": _NormAct,
+    "timm.layers.norm_act.SyncBatchNormAct": _SyncNormAct,
     "timm.layers.conv2d_same.Conv2dSame": _Same,
 }
-NORMS = (cnn.BatchNorm1d, cnn.BatchNorm2d, cnn.BatchNorm3d)
+NORMS = (cnn.BatchNorm1d, cnn.BatchNorm2d, cnn.BatchNorm3d, cnn.SyncBatchNorm)
 
 
 def normalizes_and_activates(module: nn.Module) -> bool:
     """Whether its children `drop` and `act` belong to what it computes."""
+    if type(module).forward is _SyncNormAct.forward:
+        return {"drop", "act"} <= module._modules.keys()
     return type(module).forward is _NormAct.forward or class_name(module) == "timm.layers.norm_act.FrozenBatchNormAct2d"
 
 
@@ -121,8 +137,6 @@ def why_left(module: nn.Module) -> str:
         return "not initialised yet: run the model once, then convert it" if _original(becomes or cls) else ""
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance" if _original(cls) else ""
-    if isinstance(module, nn.SyncBatchNorm):
-        return "synchronises statistics between processes: PyTorch's own, unless fused in eval mode"
     if class_name(module) in FROZEN_NORMS:
         return "frozen: PyTorch's own, unless fused with what stands before or after it"
     if isinstance(module, UNCOVERED):
@@ -168,8 +182,9 @@ def is_norm(module: nn.Module) -> bool:
     of a batch norm and an activation.
     """
     if isinstance(module, NORMS):
-        return type(module).forward is cnn.BatchNorm2d.forward or normalizes_and_activates(module)
-    return own_class(module) is nn.SyncBatchNorm or class_name(module) in FROZEN_NORMS
+        alone = type(module).forward in (cnn.BatchNorm2d.forward, cnn.SyncBatchNorm.forward)
+        return alone or normalizes_and_activates(module)
+    return class_name(module) in FROZEN_NORMS
 
 
 def may_follow(norm: nn.Module, conv: nn.Module) -> bool:
@@ -182,4 +197,4 @@ def may_follow(norm: nn.Module, conv: nn.Module) -> bool:
 def _grafted(base: type, ours: type) -> type:
     """A subclass of `base` that computes as `ours` does."""
     methods = {name: ours.__dict__[name] for name in COMPUTING if name in ours.__dict__}
-    return grafted_before(base, ours) or graft(base, (base, ours), methods, swap, ours)
+    return grafted(base, ours, lambda: graft(base, (base, ours), methods, swap, ours))

@@ -116,7 +116,7 @@ class Run:
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it is one operator whose FLOPs nobody counts
         # By PyTorch's own operators, and with meta tensors taken for a GPU's: autocast does not act on others.
-        with dispatch.backend("torch"), dispatch.meta_as_gpu(), observed(self.fused), capture(self.function):
+        with dispatch.in_this_thread("torch"), dispatch.meta_as_gpu(), observed(self.fused), capture(self.function):
             try:
                 with recording.trace() as self.served, self.costs:
                     self.model(*inputs)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import nn as cnn
-from ..activations import LEAKY_SLOPE, activate
+from ..activations import LEAKY_SLOPE, ActivationName, activate
 from ..dispatch import on_gpu
 from ..nn.fused import takes
 from ..patterns import activation_of
@@ -167,7 +167,7 @@ def call(
     x: Tensor,
     residual: Tensor | None,
     in_place: bool,
-    activation: nn.Module | str | None,
+    activation: nn.Module | ActivationName | None,
     slope: float | None,
 ) -> Tensor:
     """What a generated forward calls for a group. conv, norm: one of the two may be None. in_place: the sum was written

@@ -238,7 +238,7 @@ def _notes(model: nn.Module, run: Run | None, sizes: str) -> Iterator[str]:
     weights = [stored_weight(m) for m in model.modules() if isinstance(m, nn.Conv2d) and is_ours(m)]
     if not weights:
         return
-    with dispatch.backend("auto"):
+    with dispatch.in_this_thread("auto"):
         reason = dispatch.why_torch(weights[0])
     if reason:
         yield f"PyTorch serves this model as it is now, because {reason}."

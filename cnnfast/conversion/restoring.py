@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import random
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy
 from torch import nn
 
-from .refused import Refused
+from .refused import Drew, Refused
 
 
 @contextlib.contextmanager
@@ -30,18 +31,35 @@ def in_mode(block: nn.Module, training: bool) -> Iterator[None]:
             m.__dict__["training"] = flag
 
 
+class _Printed:
+    """In the place of sys.stdout: notes whether this thread prints, and lets others print. here: whether it did."""
+
+    def __init__(self, stdout: Any) -> None:
+        self.stdout, self.thread, self.here = stdout, threading.get_ident(), False
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() != self.thread:
+            return self.stdout.write(text)
+        self.here = True
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stdout, name)
+
+
 @contextlib.contextmanager
 def unchanged(block: nn.Module) -> Iterator[None]:
     """Puts back the attributes of all modules, the lists, dicts and sets among them, and the state of random numbers.
-    Raises Refused if any of that had changed, or if something was printed.
+    Raises Refused if any of that had changed, or if this thread printed something; Drew if random numbers were drawn,
+    which are those of all threads.
     """
     modules = list(block.modules())
     before = [(vars(m), _contents(vars(m))) for m in modules]
     inner = [[(v, _contents(v)) for v in vars(m).values() if isinstance(v, list | dict | set)] for m in modules]
     draws = random.getstate(), numpy.random.get_state()
-    printed = io.StringIO()
+    printed = _Printed(sys.stdout)
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed):  # pyright: ignore[reportArgumentType]
             yield
     finally:
         changed = [_restore(*entry) for entry in (*before, *(e for entries in inner for e in entries))]
@@ -49,10 +67,10 @@ def unchanged(block: nn.Module) -> Iterator[None]:
         random.setstate(draws[0])
         numpy.random.set_state(draws[1])
     if drawn:
-        raise Refused("its forward draws random numbers")
+        raise Drew("its forward draws random numbers")
     if any(changed):
         raise Refused("its forward changes attributes")
-    if printed.getvalue():
+    if printed.here:
         raise Refused("its forward prints")
 
 

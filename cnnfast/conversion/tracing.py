@@ -13,6 +13,7 @@ import inspect
 import itertools
 import operator
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .grafts import own_class
-from .refused import Refused
+from .refused import Drew, Refused
 from .restoring import in_mode, unchanged
 from .watching import watched
 
@@ -52,6 +53,15 @@ _METHODS = (
     " float type_as"
 )
 METHODS = set(_METHODS.split())
+
+# torch.fx puts functions of its own into torch.nn.Module and elsewhere while it traces, and so does this file into
+# torch: for the whole process. Two threads that trace at once would leave each other's there for good. Meanwhile other
+# threads may call modules and functions: what was put there sends them on.
+_tracing = threading.RLock()
+
+# How often a forward is traced if random numbers are drawn meanwhile and other threads may have drawn them. A forward
+# that draws does so each time.
+TRIES = 4
 
 # The optional arguments of a forward that are tried as tensors too: for each the forward is traced twice more.
 MOST_OPTIONAL = 2
@@ -90,9 +100,22 @@ class _Tracer(fx.Tracer):
         self.asked: set[str] = set()
         self.proxies: list[weakref.ref[fx.Proxy]] = []
         self.gradients = torch.is_grad_enabled()
+        self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Every module's call while it traces, those by other threads too."""
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Every parameter, buffer and child that is read of a module while it traces, by other threads too."""
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if torch.is_grad_enabled() != self.gradients:
@@ -203,22 +226,38 @@ def _alive(references: Sequence[weakref.ref[Any]]) -> bool:
 
 
 def _trace_once(block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str], training: bool) -> Traced:
-    with unchanged(block), in_mode(block, training), torch.set_grad_enabled(training), _NoTensors():
-        tracer = _Tracer(arguments, lists)
-        try:
-            with _lists_recorded(tracer), watched(block):
-                graph = tracer.trace(block)
-        except Refused:
-            raise
-        except Exception as error:  # control flow on values, or len() of a tensor, say: the message of torch.fx tells
-            line = str(error).strip().splitlines()
-            raise Refused(f"its forward cannot be traced ({type(error).__name__}: {line[0] if line else ''})") from None
+    tracer, graph = _recorded_without_others(block, arguments, lists, training)
     if _alive(tracer.proxies):
         raise Refused("its forward keeps a tensor somewhere")
     # The annotation of a result may name what the forward's own module has imported; the generated source has not.
     graph.output_node().type = None
     kinds = tuple(("list" if name in lists else "tensor") if name in tracer.asked else "any" for name in arguments)
     return Traced(graph, kinds, frozenset(tracer.asked))
+
+
+def _recorded_without_others(
+    block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str], training: bool
+) -> tuple[_Tracer, fx.Graph]:
+    """As _recorded, again if random numbers were drawn that may have been another thread's."""
+    for _ in range(TRIES - 1 if threading.active_count() > 1 else 0):
+        with contextlib.suppress(Drew):
+            return _recorded(block, arguments, lists, training)
+    return _recorded(block, arguments, lists, training)
+
+
+def _recorded(
+    block: nn.Module, arguments: tuple[str, ...], lists: frozenset[str], training: bool
+) -> tuple[_Tracer, fx.Graph]:
+    with _tracing, unchanged(block), in_mode(block, training), torch.set_grad_enabled(training), _NoTensors():
+        tracer = _Tracer(arguments, lists)
+        try:
+            with _lists_recorded(tracer), watched(block):
+                return tracer, tracer.trace(block)
+        except Refused:
+            raise
+        except Exception as error:  # control flow on values, or len() of a tensor, say: the message of torch.fx tells
+            line = str(error).strip().splitlines()
+            raise Refused(f"its forward cannot be traced ({type(error).__name__}: {line[0] if line else ''})") from None
 
 
 @contextlib.contextmanager
@@ -230,7 +269,7 @@ def _lists_recorded(tracer: _Tracer) -> Iterator[None]:
 
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(tensors, fx.Proxy):
+            if isinstance(tensors, fx.Proxy) and tensors.tracer is tracer:
                 return tracer.create_proxy("call_function", original, (tensors, *args), kwargs)
             return original(tensors, *args, **kwargs)
 

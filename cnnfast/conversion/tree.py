@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from ..aside import shared_groups
 from .grafts import own_class, set_class
 from .graphs import share_graph_modules
 
@@ -39,7 +40,7 @@ def share(model: M, function: str) -> M:
     Raises TypeError, in the name of `function`, if an attribute or a hook cannot be copied over the same tensors.
     """
     found = list(_references([model]).values())
-    memo: dict[int, Any] = {id(t): t for t, _ in found if _is(t, Tensor)}
+    memo: dict[int, Any] = {id(t): t for t, _ in found if _is(t, Tensor)} | shared_groups(model)
     all_hooks = [hooks for m, _ in found if _is(m, nn.Module) for hooks in _hooks(m)]
     # The dictionaries are filled below, once it is known what else of the model is copied.
     memo |= {id(hooks): type(hooks)() for hooks in all_hooks}

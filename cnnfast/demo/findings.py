@@ -45,8 +45,8 @@ def of_machine(environment: dict[str, str]) -> Told:
     )
     where = environment["GPU"]
     if where == "none":
-        by = "Triton interprets the kernels" if "triton" in environment else "no triton: PyTorch computes everything"
-        where = f"no GPU: {by}"
+        interpreted = "no GPU: Triton interprets the kernels"
+        where = interpreted if "triton" in environment else "no GPU and no triton: PyTorch computes everything"
     return told("machine", f"{where}; {versions}")
 
 
@@ -118,7 +118,7 @@ def of_left_out(effort: Effort) -> Told:
 
 
 def of_end(results: Results, folder: Path) -> list[Told]:
-    end = "everything holds" if results.ok else "something FAILED"
+    end = "everything holds" if results.ok else f"FAILED: {', '.join(results.failed)}"
     return [
         told("report", f"{folder / 'report.md'}, report.json, demo.png"),
         told("next", "cnnfast doctor; cnnfast check resnet18 --input 1x3x32x32"),

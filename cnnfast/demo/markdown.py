@@ -23,9 +23,10 @@ JUDGED = (
 def markdown(results: Results, picture: str) -> str:
     """The report; `picture` is the file name of the picture beside it."""
     t = results.training
+    end = "Everything holds." if results.ok else f"FAILED: {', '.join(results.failed)}."
     parts = [
         "# cnnfast demo",
-        f"**{'Everything holds.' if results.ok else 'Something FAILED: see below.'}** {results.seconds:.0f} s in all.",
+        f"**{end}** {results.seconds:.0f} s in all.",
         "\n".join(f"- {each}" for each in findings.all_of(results)),
         f"![photograph, feature maps, digits, errors, costs]({picture})",
         "## The machine",

@@ -100,12 +100,15 @@ class Maps:
 
 @dataclass
 class Conversion:
-    """The same network in plain torch.nn, converted: it reads `same` of `digits` digits as PyTorch does."""
+    """The same network in plain torch.nn, converted: it reads `same` of `digits` digits as PyTorch does. kernels:
+    whether any can run here; without triton none can.
+    """
 
     digits: int
     same: int
     launches: list[str]
     report: ConversionReport
+    kernels: bool = True
 
     @property
     def summary(self) -> str:
@@ -113,7 +116,7 @@ class Conversion:
 
     @property
     def ok(self) -> bool:
-        return self.same == self.digits and bool(self.launches) and self.report.count("left") == 0
+        return self.same == self.digits and bool(self.launches) == self.kernels and self.report.count("left") == 0
 
 
 @dataclass
@@ -187,9 +190,20 @@ class Results:
         return " ".join(f"Left out, because {reason}: {layers}." for reason, layers in zip(reasons, named, strict=True))
 
     @property
+    def failed(self) -> list[str]:
+        """What does not hold, by the words under which it is told."""
+        parts = {
+            "held out": self.training.ok,
+            "photograph": self.maps is None or self.maps.ok,
+            "judged": all(p.report.ok for p in self.proofs),
+            "convert": self.conversion is None or self.conversion.ok,
+            "times": all(t.right for t in self.timings),
+        }
+        return [name for name, ok in parts.items() if not ok]
+
+    @property
     def ok(self) -> bool:
-        parts = [self.training.ok, *(p.report.ok for p in self.proofs), *(t.right for t in self.timings)]
-        return all(parts) and all(part is None or part.ok for part in (self.maps, self.conversion))
+        return not self.failed
 
     def to_json(self) -> str:
         proofs = [
@@ -206,6 +220,7 @@ class Results:
         c, known = self.conversion, self.known
         data: dict[str, Any] = {
             "ok": self.ok,
+            "failed": self.failed,
             "seconds": self.seconds,
             "environment": self.environment,
             "training": {**asdict(self.training), "accuracy": self.training.accuracy, "wanted": ACCURACY_WANTED},

@@ -192,7 +192,7 @@ def compute(
         stem, block = seen.output
         return (
             Maps(pixels(x), comparisons, seen.launches),
-            Conversion(len(images), same, read.launches, report),
+            Conversion(len(images), same, read.launches, report, kernels=launch is not None),
             (stem[0], block[0]),
         )
 

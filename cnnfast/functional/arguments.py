@@ -130,9 +130,10 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Casts as PyTorch's convolutions do under torch.autocast: floating tensors but float64, to the dtype in force,
     where kernels are.
     """
-    if not autocasts(x):
+    device = "cuda" if x.is_cuda else "cpu"
+    if not torch.is_autocast_enabled(device) or not (x.is_cuda or x.is_cpu):
         return x, *others
-    dtype = torch.get_autocast_dtype("cuda" if x.is_cuda else "cpu")
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
     )

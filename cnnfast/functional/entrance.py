@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -18,22 +19,32 @@ from ..spelling import refuse_unknown_keywords
 P = ParamSpec("P")
 R = TypeVar("R")
 Observer = Callable[[str, tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
-_captures: list[Observer] = []
+# Each with the thread whose calls it captures. Another thread's may go at any time: who goes through them all takes a
+# copy first.
+_captures: list[tuple[int, Observer]] = []
 
 
 @contextmanager
 def capture(observer: Observer) -> Iterator[None]:
-    """Every call of a cnnfast.functional function runs within `observer(name, args, kwargs)`, a context manager."""
-    _captures.append(observer)
+    """Every call of a cnnfast.functional function by this thread runs within `observer(name, args, kwargs)`, a context
+    manager.
+    """
+    entry = threading.get_ident(), observer
+    _captures.append(entry)
     try:
         yield
     finally:
-        _captures.remove(observer)
+        _captures.remove(entry)
 
 
 def captured() -> bool:
-    """Whether calls are being captured."""
-    return bool(_captures)
+    """Whether this thread's calls are being captured."""
+    return bool(_captures) and bool(_of_this_thread())
+
+
+def _of_this_thread() -> list[Observer]:
+    here = threading.get_ident()
+    return [observer for thread, observer in tuple(_captures) if thread == here]
 
 
 def _refuse_non_tensors(
@@ -72,7 +83,7 @@ def operation(
             if not _captures:
                 return function(*args, **kwargs)
             with ExitStack() as stack:
-                for observer in tuple(_captures):
+                for observer in _of_this_thread():
                     stack.enter_context(observer(function.__name__, args, kwargs))
                 return function(*args, **kwargs)
         except AttributeError:

@@ -82,8 +82,9 @@ def max_pool2d(
     """Maximum over windows, as torch.nn.functional.max_pool2d: input [N, C, H, W] or [C, H, W]; padding counts as -inf,
     NaN wins.
 
-    With return_indices also the int64 positions h * W + w of the maxima. Raises RuntimeError and TypeError where
-    PyTorch does.
+    Returns [N, C, P, Q] of input's dtype, stride being kernel_size by default; with return_indices a pair of it and the
+    int64 positions h * W + w of the maxima, as torch.nn.functional.max_unpool2d takes them. Raises RuntimeError and
+    TypeError where PyTorch does.
     """
     if reason := why_torch(input):
         record_torch("max_pool2d", reason, input)
@@ -109,8 +110,8 @@ def avg_pool2d(
 ) -> Tensor:
     """Mean over windows, as torch.nn.functional.avg_pool2d: input [N, C, H, W] or [C, H, W].
 
-    count_include_pad: zeros of the padding count in the divisor; divisor_override replaces it. Raises where PyTorch
-    does.
+    Returns [N, C, P, Q] of input's dtype, stride being kernel_size by default. count_include_pad: zeros of the padding
+    count in the divisor; divisor_override replaces it. Raises RuntimeError and TypeError where PyTorch does.
     """
     if reason := why_torch(input):
         record_torch("avg_pool2d", reason, input)

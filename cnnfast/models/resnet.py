@@ -21,8 +21,7 @@ class ResNet(TraceToScript):
     kernel with its norm, activation and addition.
 
         model = cnnfast.models.resnet50(num_classes=10)
-        trained = torchvision.models.resnet50(weights="DEFAULT")
-        cnnfast.models.resnet50().load_state_dict(trained.state_dict())  # checkpoints load both ways
+        logits = model(torch.randn(8, 3, 224, 224))  # [8, 10]
 
     block: BasicBlock or Bottleneck; layers: how many of them in each of the four stages. num_classes: of the last
     layer's outputs. in_channels: of the image.

@@ -18,6 +18,7 @@ from .layers import (
     ConvTranspose2d,
     GlobalAvgPool2d,
     MaxPool2d,
+    SyncBatchNorm,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ConvTranspose2d",
     "GlobalAvgPool2d",
     "MaxPool2d",
+    "SyncBatchNorm",
     "bn_act",
     "conv_act",
     "conv_bn_act",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from ..activations import LEAKY_SLOPE, activate, check_activation
+from ..activations import LEAKY_SLOPE, ActivationName, activate, check_activation
 from ..spelling import keywords_explained
 from .fused import conv_bn_act, fusable, is_batch_norm, is_conv2d
 from .layers import BatchNorm2d, Conv2d
@@ -28,12 +28,20 @@ NormLayer = Callable[[int], nn.Module]  # makes a norm of so many channels
 class ConvBNAct(TraceToScript):
     """act(bn(conv(x)) + residual), of the children `conv` (Conv2d) and `bn` (BatchNorm2d).
 
-    x [N, in_channels, H, W] to [N, out_channels, P, Q]. padding: int, pair, "valid" or "same": with stride 1 as
-    torch.nn.Conv2d's "same", otherwise dilation * (kernel_size - 1) // 2 on each side, as ResNets pad. activation:
-    None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu", "hardswish", "mish",
-    "hardsigmoid". eps and momentum (None: the average of all batches) are the norm's, everything else the
-    convolution's. residual: added before the activation; broadcast and promoted as PyTorch does. Raises what
-    torch.nn.Conv2d and BatchNorm2d raise, and ValueError for an unknown activation.
+        block = cnnfast.nn.ConvBNAct(3, 64, 7, stride=2, activation="silu")
+        y = block(x)  # [N, 3, H, W] to [N, 64, (H + 1) // 2, (W + 1) // 2]
+
+    x [N, in_channels, H, W] to [N, out_channels, P, Q], in the parameters' dtype: float16, bfloat16, float32 or
+    float64. padding: int, pair, "valid" or "same": with stride 1 as torch.nn.Conv2d's "same", otherwise
+    dilation * (kernel_size - 1) // 2 on each side, as ResNets pad.
+
+    activation: None, "relu", "leaky_relu" (activation_arg: slope, 0.01), "relu6", "gelu", "gelu_tanh", "silu",
+    "hardswish", "mish", "hardsigmoid", "prelu" (activation_arg: its slopes, a Parameter [1] or [out_channels], which
+    becomes the block's). eps and momentum (None: the average of all batches) are the norm's, everything else the
+    convolution's. residual: added before the activation; broadcast and promoted as PyTorch does.
+
+    Raises what torch.nn.Conv2d and BatchNorm2d raise, ValueError for an unknown activation, and TypeError for an
+    unknown keyword and for an activation_arg of another type.
     """
 
     @keywords_explained
@@ -48,8 +56,8 @@ class ConvBNAct(TraceToScript):
         groups: int = 1,
         *,
         bias: bool = False,
-        activation: str | None = "relu",
-        activation_arg: float | None = None,
+        activation: ActivationName | None = "relu",
+        activation_arg: float | nn.Parameter | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         padding_mode: PaddingMode = "zeros",
@@ -65,7 +73,8 @@ class ConvBNAct(TraceToScript):
         where = stride, padding, dilation, groups
         self.conv = Conv2d(*sizes, *where, bias, padding_mode, device, dtype)
         self.bn = BatchNorm2d(out_channels, eps, momentum, device=device, dtype=dtype)
-        self.activation, self.activation_arg = activation, activation_arg
+        self.activation: ActivationName | None = activation
+        self.activation_arg = activation_arg
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if fusable(x, self.conv, self.bn) and is_conv2d(self.conv) and is_batch_norm(self.bn):
@@ -75,9 +84,9 @@ class ConvBNAct(TraceToScript):
         return activate(y, self.activation, LEAKY_SLOPE if self.activation_arg is None else self.activation_arg)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}" + (
-            "" if self.activation_arg is None else f", activation_arg={self.activation_arg}"
-        )
+        arg = self.activation_arg
+        shown = f"slopes of size {list(arg.shape)}" if isinstance(arg, Tensor) else arg
+        return f"activation={self.activation}" + ("" if arg is None else f", activation_arg={shown}")
 
 
 def conv_bn_relu(
@@ -175,6 +184,7 @@ class Bottleneck(_Block):
 
     x [N, inplanes, H, W] to [N, 4 * planes, P, Q] with P = ceil(H / stride). groups and base_width give ResNeXt and
     wide ResNets. downsample: makes the residual of x; needed where sizes differ. norm_layer(channels): BatchNorm2d.
+    Raises what torch.nn.Conv2d raises.
     """
 
     expansion = 4

@@ -4,6 +4,7 @@ norm. Of these the blocks and the forwards that conversion writes are made.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
+from ..activations import ActivationName
 from ..dispatch import why_torch
 from ..functional.entrance import capture, captured
-from .layers import BatchNorm2d, Conv2d, running_statistics
+from .layers import BatchNorm2d, Conv2d, SyncBatchNorm, running_statistics, synchronising_group
 from .operands import operands
 from .rest import Rest, Slope, split
 
@@ -24,20 +26,31 @@ HOOKS_OF_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_b
 
 # Called with every fused step that modules take: see `observed`.
 Observer = Callable[[tuple[torch.nn.Module, ...], bool, str | None], None]
-_observers: list[Observer] = []
+_observers: tuple[Observer, ...] = ()  # never changed in place: another thread may be going through them
+_observing = threading.Lock()  # between reading them and writing others
 
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """In this context every conv_bn_act, conv_act and bn_act calls `observer(modules, whether there is a residual,
-    activation)`, of the convolution and the norm that it has, and steps are fused even if PyTorch serves them.
+    """In this context every conv_bn_act, conv_act and bn_act of this thread calls `observer(modules, whether there is a
+    residual, activation)`, of the convolution and the norm that it has, and steps are fused even if PyTorch serves
+    them.
     """
-    _observers.append(observer)
+    global _observers
+    thread = threading.get_ident()
+
+    def heard(*step: Any) -> None:
+        if threading.get_ident() == thread:
+            observer(*step)
+
+    with _observing:
+        _observers = (*_observers, heard)
     try:
         with capture(lambda *call: nullcontext()):
             yield
     finally:
-        _observers.remove(observer)
+        with _observing:
+            _observers = tuple(other for other in _observers if other is not heard)
 
 
 def fusable(x: Any, *modules: torch.nn.Module) -> bool:
@@ -72,9 +85,9 @@ def _dimensions(module: torch.nn.Module) -> tuple[int, ...]:
 def why_watched(*modules: torch.nn.Module, members: Sequence[tuple[Sequence[str], type]] = ()) -> str:
     """Why the modules themselves have to be called; the empty string if something may take the place of their calls.
 
-    A module has a hook, or its forward is replaced; hooks of all modules are registered; or a SyncBatchNorm trains.
-    members: the path and the class of the modules, or of the first of them, by which the reason names one. The reason
-    names others by their class alone.
+    A module has a hook, or its forward is replaced; hooks of all modules are registered; or PyTorch's own SyncBatchNorm
+    trains, whose other processes may call it. members: the path and the class of the modules, or of the first of them,
+    by which the reason names one. The reason names others by their class alone.
     """
     if _has_any_global_hook():
         return "hooks of all modules are registered"
@@ -94,8 +107,8 @@ def _why_called(m: torch.nn.Module) -> str:
         return "has a backward hook"
     if forward_replaced(m):
         return "has a forward that was replaced on the instance"
-    if m.training and isinstance(m, torch.nn.SyncBatchNorm):
-        return "synchronises its statistics in training"
+    if m.training and isinstance(m, torch.nn.SyncBatchNorm) and not isinstance(m, SyncBatchNorm):
+        return "synchronises its statistics in training by PyTorch's own code: it is not converted"
     return ""
 
 
@@ -119,18 +132,19 @@ def conv_bn_act(
     bn: torch.nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: ActivationName | None = None,
     activation_arg: Slope = None,
 ) -> Tensor:
     """act(bn(conv(x)) + residual) by the two modules' own parameters and state, without calling them: ask `fusable`
     first.
 
     conv: any torch.nn.Conv2d and x [N, C, H, W], or any Conv1d and x [N, C, L]. bn: BatchNorm2d, or BatchNorm1d after a
-    Conv1d, whose rules about buffers, num_batches_tracked and momentum hold; SyncBatchNorm in eval; or a frozen norm,
-    which has running_mean, running_var, weight, bias and eps, but no track_running_stats. Results have the dtype that
-    the modules called one after the other would give, under autocast too: a residual of another dtype, or one that has
-    to be broadcast, is added by PyTorch after the fused convolution and norm. activation, activation_arg: as in
-    functional.conv_bn_act; prelu, whose activation_arg is its parameter, is PyTorch's where gradients are recorded.
+    Conv1d, whose rules about buffers, num_batches_tracked and momentum hold; SyncBatchNorm, in training ours; or a
+    frozen norm, which has running_mean, running_var, weight, bias and eps, but no track_running_stats. Results have the
+    dtype that the modules called one after the other would give, under autocast too: a residual of another dtype, or
+    one that has to be broadcast, is added by PyTorch after the fused convolution and norm. activation, activation_arg:
+    as in functional.conv_bn_act; prelu, whose activation_arg is its parameter, is PyTorch's where gradients are
+    recorded. Raises what `conv` and functional.conv_bn_act raise.
     """
     images, rest = operands(conv, x), Rest(residual, activation, activation_arg)
     if _promotes(bn, images.x.dtype):
@@ -157,6 +171,7 @@ def conv_bn_act(
         padding=images.padding,
         dilation=images.dilation,
         groups=images.groups,
+        process_group=synchronising_group(bn, x),
     )
     return later(images.result(y))
 
@@ -165,7 +180,7 @@ def conv_act(
     conv: torch.nn.Conv2d | torch.nn.Conv1d,
     x: Tensor,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: ActivationName | None = None,
     activation_arg: Slope = None,
 ) -> Tensor:
     """act(conv(x) + residual) by the module's own parameters, without calling it. Everything is as conv_bn_act has
@@ -187,7 +202,7 @@ def bn_act(
     bn: torch.nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: ActivationName | None = None,
     activation_arg: Slope = None,
 ) -> Tensor:
     """act(bn(x) + residual) by the norm's own parameters and state, without calling it.
@@ -214,6 +229,7 @@ def bn_act(
         residual=now.residual,
         activation=now.activation,
         activation_arg=now.activation_arg,
+        process_group=synchronising_group(bn, x),
     )
     return later(y)
 
@@ -234,7 +250,8 @@ def is_batch_norm(module: torch.nn.Module) -> bool:
     """The same for torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm and torchvision's FrozenBatchNorm2d."""
     kind = type(module)
     if issubclass(kind, torch.nn.BatchNorm2d | torch.nn.SyncBatchNorm):
-        return kind.forward in (torch.nn.BatchNorm2d.forward, BatchNorm2d.forward, torch.nn.SyncBatchNorm.forward)
+        forwards = (norm.forward for norm in (torch.nn.BatchNorm2d, BatchNorm2d, torch.nn.SyncBatchNorm, SyncBatchNorm))
+        return kind.forward in forwards
     return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc"
 
 

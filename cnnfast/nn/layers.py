@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
+from ..aside import is_aside
 from ..dispatch import why_torch
 from ..functional.arguments import Sides
 from ..recording import record_torch
@@ -133,6 +134,43 @@ class BatchNorm3d(torch.nn.BatchNorm3d, RevertToScript):
 
     _call_impl = call_or_record
     forward = _normalize
+
+
+class SyncBatchNorm(torch.nn.SyncBatchNorm, RevertToScript):
+    """torch.nn.SyncBatchNorm of [N, C] to [N, C, D, H, W]: in training mean and variance are those of the batches of
+    all processes of its group, of which some may be empty; weight and bias get the gradients of their own batch.
+
+    Where kernels serve, tensors may be on the CPU, and every process of the group has to use this class: PyTorch's own
+    exchanges other numbers. There are no second derivatives, and torch.compile breaks the graph in training. Elsewhere
+    PyTorch serves. Raises what torch.nn.SyncBatchNorm raises, before anything is exchanged.
+    """
+
+    _call_impl = call_or_record
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            return super().forward(input)
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        mean, var, training, momentum = running_statistics(self)
+        group = synchronising_group(self, input)
+        return functional.batch_norm(
+            input, mean, var, self.weight, self.bias, training, momentum, self.eps, process_group=group
+        )
+
+
+def synchronising_group(bn: torch.nn.Module, input: Tensor) -> Any:
+    """The process group with whose other ranks this norm shares its statistics, by torch.nn.SyncBatchNorm's rules; None
+    if it uses its own.
+
+    What runs aside waits for nobody, and of meta tensors nothing is sent.
+    """
+    if not (isinstance(bn, torch.nn.SyncBatchNorm) and bn.training) or (is_aside() and not input.is_meta):
+        return None
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    group = bn.process_group or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
 
 
 def running_statistics(bn: torch.nn.Module) -> tuple[Tensor | None, Tensor | None, bool, float]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations import LEAKY_SLOPE, activate
+from ..activations import LEAKY_SLOPE, ActivationName, activate
 from ..functional.arguments import autocast
 from ..functional.fused import wants_gradient
 
@@ -21,7 +21,7 @@ class Rest(NamedTuple):
     """What comes after the convolution, or the norm: act(y + residual)."""
 
     residual: Tensor | None = None
-    activation: str | None = None
+    activation: ActivationName | None = None
     activation_arg: Slope = None
 
     def __call__(self, y: Tensor) -> Tensor:

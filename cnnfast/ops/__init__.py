@@ -9,6 +9,7 @@ from . import flops as _flops  # noqa: F401 - registers its formulas
 from .batchnorm import batch_moments, channel_sum, normalize, update_running
 from .conv import conv_act, conv_bn_act, conv_dgrad, conv_fprop, conv_stats
 from .pooling import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool, max_pool_indices
+from .synchronising import normalize_over_ranks
 
 __all__ = [
     "adaptive_avg_pool",
@@ -24,5 +25,6 @@ __all__ = [
     "max_pool",
     "max_pool_indices",
     "normalize",
+    "normalize_over_ranks",
     "update_running",
 ]

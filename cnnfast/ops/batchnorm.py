@@ -25,20 +25,20 @@ from . import plain
 from .registry import register
 
 
-def _statistics_like(y: Tensor) -> Tensor:
+def statistics_like(y: Tensor) -> Tensor:
     return y.new_empty(y.shape[1], dtype=accumulator_dtype(y.dtype))
 
 
 def _fake_moments(y: Tensor) -> tuple[Tensor, Tensor]:
-    return _statistics_like(y), _statistics_like(y)
+    return statistics_like(y), statistics_like(y)
 
 
-def _dense_like(y: Tensor) -> Tensor:
+def dense_like(y: Tensor) -> Tensor:
     return memory.empty(y.shape, y, dense_format(y))
 
 
 def _fake_normalize(y: Tensor, *rest: Any) -> Tensor:
-    return _dense_like(y)
+    return dense_like(y)
 
 
 def _normalize(y: Tensor, mean, var, gamma, beta, residual, eps, activation, slope, slopes, training) -> Tensor:
@@ -55,7 +55,7 @@ def _fake_normalize_backward(
     image, needs = dz if y is None else y, rest[-1]
     of = dz if mean is None else mean
     vectors = (dz.new_empty(dz.shape[1], dtype=(of if t is None else t).dtype) for t in (gamma, beta))
-    grads = _dense_like(image), *vectors, _dense_like(image)
+    grads = dense_like(image), *vectors, dense_like(image)
     return tuple(g if need else dz.new_empty(0) for g, need in zip(grads, needs, strict=True))
 
 

@@ -52,13 +52,16 @@ def tune(
 ) -> Tuning:
     """Measures the convolutions of the model on its GPU, and writes the user's table, which is used from now on.
 
+        print(cnnfast.tune(model, x, train=True, budget=300))  # at most 300 seconds
+
     The convolutions are those that the converted model makes, in a forward pass and, if `train`, in its backward pass.
     For each of them about a dozen tiles of our kernels, and the library's convolution in its benchmark mode, run on
     random operands. A candidate that computes wrong numbers, by the rule of cnnfast.check, is out. The others take
     turns on the clock, each as one CUDA graph over sets of operands that together do not fit the GPU's second-level
     cache. The row says which of our tiles is the fastest, and whether the library is faster still.
 
-    model: on a GPU; it stays as it is. memory_format: as `convert` takes it.
+    model: on a GPU; it stays as it is. example_inputs: with the shapes, dtypes and layouts of the real ones.
+    memory_format: as `convert` takes it.
 
     budget: seconds for the whole, compilation included; by default everything is measured. The layers that cost the
     model most come first: calls x the larger of FLOPs / rate and bytes / bandwidth, an estimate by the round numbers of

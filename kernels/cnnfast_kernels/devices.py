@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -34,33 +35,37 @@ def _unnamed(arch: int) -> Gpu:
     return Gpu("", arch)
 
 
-_stand_in: tuple[Gpu, str] | None = None
+_own = threading.local()  # `stand_in`: (GPU, type of device) that a thread's meta tensors stand for, or None
+
+
+def _stand_in(device: torch.device) -> tuple[Gpu, str] | None:
+    return getattr(_own, "stand_in", None) if device.type == "meta" else None
 
 
 @contextmanager
 def meta_stands_for(gpu: Gpu, device_type: str = "cuda") -> Iterator[None]:
-    """Plans for meta tensors, which hold nothing, are made as if they were on `gpu`, for the whole process, while the
-    context lasts.
+    """Plans for this thread's meta tensors, which hold nothing, are made as if they were on `gpu` while the context
+    lasts.
 
     device_type: what `type_of` says of their device meanwhile.
     """
-    global _stand_in
-    before, _stand_in = _stand_in, (gpu, device_type)
+    before, _own.stand_in = getattr(_own, "stand_in", None), (gpu, device_type)
     try:
         yield
     finally:
-        _stand_in = before
+        _own.stand_in = before
 
 
 def type_of(device: torch.device) -> str:
     """`device.type`, and of meta tensors that stand for others, that of theirs."""
-    return device.type if _stand_in is None or device.type != "meta" else _stand_in[1]
+    found = _stand_in(device)
+    return found[1] if found else device.type
 
 
 def gpu(device: torch.device) -> Gpu:
     """What plans for tensors on `device` are made for. The interpreter runs what sm_90 would."""
-    if _stand_in is not None and device.type == "meta":
-        return _stand_in[0]
+    if found := _stand_in(device):
+        return found[0]
     if launch.INTERPRETED:
         return NO_GPU
     if device.type == "cuda":

@@ -41,12 +41,8 @@ class Epilogue(NamedTuple):
 
     def compiled(self, dtype: torch.dtype) -> Finish:
         """What of it a kernel for tensors of `dtype` is compiled for."""
-        return finish_of(dtype, self.norm.eps, self.activation, self.slope, is_one(self.slopes))
-
-
-def is_one(slopes: torch.Tensor | None) -> bool:
-    """Whether prelu has one slope for all channels."""
-    return slopes is not None and slopes.numel() == 1
+        one_slope = self.slopes is not None and self.slopes.numel() == 1
+        return finish_of(dtype, self.norm.eps, self.activation, self.slope, one_slope)
 
 
 PLAIN = Epilogue()

@@ -22,7 +22,7 @@ from .choosing import (
     fprop_question,
     wgrad_question,
 )
-from .epilogue import Epilogue, Finish, finish_of, is_one
+from .epilogue import Epilogue, Finish, finish_of
 from .layout import Layout
 
 Shape = tuple[int, ...]
@@ -124,7 +124,7 @@ def fprop_key(
         addresses, residual_strides = addresses | residual.data_ptr(), residual.stride()
     return tuple.__new__(FpropKey, (
         x.shape, x.stride(), w.shape, w.stride(), residual_strides, x.dtype, geometry, statistics, norm.eps, activation,
-        slope, is_one(slopes), tf32, tile, devices.gpu(x.device), addresses % 16 == 0,
+        slope, slopes is not None and slopes.numel() == 1, tf32, tile, devices.gpu(x.device), addresses % 16 == 0,
     ))  # fmt: skip
 
 

@@ -37,6 +37,10 @@ class Launched:
 
 Substitute = Callable[[Any, tuple[int, ...], Sequence[Any], Mapping[str, Any]], Any]
 
+# Triton's interpreter keeps the position in the grid in one object for all threads, and replaces functions of
+# triton.language while a kernel runs: two threads' kernels would mix. Compiled kernels need no lock.
+_interpreting = threading.Lock()
+
 _observers: list[Callable[[Launched], None]] = []
 # By thread: what is called in place of a launch, and whether observers are told of it.
 _substitutes: dict[int, tuple[Substitute, bool]] = {}
@@ -99,7 +103,7 @@ def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, ti
     else:
         # Triton asks the current device for its stream; the tensors' device need not be the current one.
         foreign = device.type == "cuda" and device.index != torch.cuda.current_device()
-        with torch.cuda.device(device) if foreign else nullcontext():
+        with torch.cuda.device(device) if foreign else _interpreting if INTERPRETED else nullcontext():
             compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
     if _observers and told:
         _tell(kernel, tile, grid, compiled)
@@ -246,18 +250,33 @@ class Launch(Generic[Operands]):
 # Of each function that prepares launches: a network has dozens of shapes, and images of all sizes make thousands.
 PLANS_KEPT = 2048
 _plan_caches: list[Any] = []
+_forgotten = 0  # how often plans were forgotten
 
 
 def planned(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps the results of a function that makes plans, or what takes them, from hashable arguments: of those used
     last.
+
+    Several threads may ask at once, and may make the same plan twice. A plan that another thread's forget_plans
+    overtakes while it is made is made again: it would be kept although it is an old one.
     """
-    cached = functools.lru_cache(PLANS_KEPT)(function)
+
+    @functools.wraps(function)
+    def make(*arguments: Any, **options: Any) -> Any:
+        while True:
+            forgotten = _forgotten
+            result = function(*arguments, **options)
+            if forgotten == _forgotten:
+                return result
+
+    cached = functools.lru_cache(PLANS_KEPT)(make)
     _plan_caches.append(cached)
     return cached
 
 
 def forget_plans() -> None:
     """Plans are made anew, where something changed that they were made from: a tile table, a kernel."""
+    global _forgotten
+    _forgotten += 1
     for cached in _plan_caches:
         cached.cache_clear()

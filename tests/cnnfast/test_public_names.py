@@ -98,3 +98,28 @@ def test_a_warning_of_warm_names_the_line_that_called_it(monkeypatch):
     with pytest.warns(RuntimeWarning, match="1 of 1 kernels .* no PTX") as warned:
         cnnfast.warm(nn.Linear(1, 1))
     assert warned[0].filename == __file__
+
+
+PUBLIC = {
+    **{f"cnnfast.{name}": getattr(cnnfast, name) for name in cnnfast.__all__ if name != "__version__"},
+    **{f"functional.{name}": function for name, function in FUNCTIONS.items()},
+    **{f"nn.{name}": getattr(cnnfast.nn, name) for name in cnnfast.nn.__all__},
+    **{f"models.{name}": getattr(cnnfast.models, name) for name in cnnfast.models.__all__},
+}
+# They refuse nothing themselves, or what they raise is said where another name is described.
+RAISE_NOTHING = ("cnnfast.trace", "nn.GlobalAvgPool2d", "nn.fusable", "models.resn", "models.wide")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_public_name_has_a_help_of_its_own(name):
+    """It says what is raised, and a function's names each of its arguments, or whose they are."""
+    thing = PUBLIC[name]
+    text = thing.__doc__
+    assert text
+    assert text != next((base.__doc__ for base in getattr(thing, "__mro__", ())[1:]), None)
+    if inspect.ismodule(thing) or name.startswith(RAISE_NOTHING):
+        return
+    assert "Raises" in text or "as conv_bn_act" in text
+    if name.startswith("cnnfast."):
+        arguments = [p for p in inspect.signature(thing).parameters if p not in text]
+        assert arguments == []

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import cnnfast
 import cnnfast.functional as F
 import cnnfast.nn as cnn
+from cnnfast.activations import ActivationName
 from cnnfast.checking import CheckReport
 from cnnfast.conversion import ConversionReport
 from cnnfast.models import ResNet
@@ -88,6 +89,10 @@ def functions(x: Tensor, w: Tensor, v: Tensor, flag: bool) -> None:
     assert_type(F.batch_norm(x, v, v, training=True), Tensor)
     assert_type(F.conv_bn_act(x, w, v, v, residual=x, activation=None), Tensor)
     assert_type(F.conv_bn_act(x, w, v, v, activation="leaky_relu", activation_arg=0.1), Tensor)
+    assert_type(F.conv_act(x, w, None, 1, "same", residual=x, activation="mish"), Tensor)
+    assert_type(F.bn_act(x, v, v, activation="prelu", activation_arg=v), Tensor)
+    name: ActivationName | None = "hardsigmoid" if flag else None
+    assert_type(F.conv_act(x, w, activation=name, algorithm="im2col"), Tensor)
     assert_type(F.avg_pool2d(x, 2, divisor_override=3), Tensor)
     assert_type(F.adaptive_avg_pool2d(x, (1, None)), Tensor)
     assert_type(F.global_avg_pool2d(x, keepdim=False), Tensor)
@@ -97,6 +102,11 @@ def functions(x: Tensor, w: Tensor, v: Tensor, flag: bool) -> None:
     F.conv2d(x, w, algorithm="im2cols")  # flagged: reportArgumentType
     F.conv1d(x, w, algorithm="cudnn")  # flagged: reportArgumentType
     F.conv_transpose2d(x, w, algorithm="")  # flagged: reportArgumentType
+    F.conv_bn_act(x, w, v, v, activation="swish")  # flagged: reportArgumentType
+    F.conv_act(x, w, activation=nn.ReLU())  # flagged: reportArgumentType
+    F.bn_act(x, v, v, activation="ReLU")  # flagged: reportArgumentType
+    F.conv_act(x, w, algorithm="gemm")  # flagged: reportArgumentType
+    F.conv_bn_act(x, w, v, v, algorithm="gemm")  # flagged: reportArgumentType
     F.conv2d(x, w, strides=2)  # flagged: reportCallIssue
     F.conv2d(x, w, None, 1, 0, 1, 1, "auto")  # flagged: reportCallIssue
     F.batch_norm(x)  # flagged: reportCallIssue
@@ -126,6 +136,9 @@ def layers() -> None:
     bottleneck: nn.Module = cnn.Bottleneck(64, 16)
     assert_type(cnnfast.nn.GlobalAvgPool2d(keepdim=False).keepdim, bool)
     nn.Sequential(block, bottleneck)
+    cnn.ConvBNAct(3, 8, 3, activation="prelu", activation_arg=nn.Parameter(torch.ones(8)))
+    cnn.ConvBNAct(3, 8, 3, activation="swish")  # flagged: reportArgumentType
+    cnn.ConvBNAct(3, 8, 3, activation=nn.ReLU)  # flagged: reportArgumentType
     cnn.ConvBNAct(3, 8, 3, padding_mode="mirror")  # flagged: reportArgumentType
     cnn.ConvBNAct(3, 8, 3, act="relu")  # flagged: reportCallIssue
     cnn.ConvBNAct(3, 8)  # flagged: reportCallIssue

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import cnnfast
 import cnnfast.functional as F
-from cnnfast_kernels import conv, devices
+from cnnfast_kernels import batchnorm, conv, devices
 from cnnfast_kernels.conv import Geometry
 from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.tiles import BoxTile
@@ -53,6 +53,30 @@ class Family(NamedTuple):
         with cnnfast.backend("kernels"):
             y = self.function(*operands)
             return [y.detach(), *torch.autograd.grad(y, list(operands), torch.ones_like(y))]
+
+
+class OverRanks(torch.autograd.Function):
+    """A norm in training as each of two ranks computes it, which have the same images. There is no process group."""
+
+    how = 1e-5, "relu", 0.0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        mean, var = batchnorm.batch_moments(x)
+        told = torch.cat((mean, var, mean.new_full((1,), x.numel() // x.shape[1])))
+        statistics = batchnorm.combine_ranks(torch.stack((told, told)), mean.clone(), var.clone(), 0.1)
+        z = batchnorm.normalize(x, *statistics[:2], gamma, beta, None, *OverRanks.how)
+        ctx.save_for_backward(x, z, gamma, beta, *statistics)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, z, gamma, beta, *statistics = ctx.saved_tensors
+        operands = dz, x, z
+        sums = batchnorm.gradient_sums(*operands, *statistics[:2], gamma, beta, None, *OverRanks.how)
+        norm = tuple(statistics), gamma, beta, None
+        dx, _ = batchnorm.apply_sums(*operands, *norm, 2 * sums, *OverRanks.how, (True, False))
+        return dx, sums[1], sums[0]
 
 
 class Pointers(torch.autograd.Function):
@@ -159,6 +183,7 @@ FAMILIES: dict[str, Family] = {
         ("batch_moments_kernel", *NORM),
         NCHW,
     ),
+    "norm, over ranks": Family(OverRanks.apply, (IMAGE, (16,), (16,)), SINGLE, ("combine_ranks_kernel", *NORM)),
     "max pool": Family(
         max_pool, (IMAGE,), SINGLE, ("max_pool_kernel", "max_pool_indices_kernel", "max_pool_backward_kernel")
     ),

@@ -167,6 +167,7 @@ def normalize_backward(
     argument = mergeable(residual) if recompute else None
     dz, y, z = mergeable(dz), mergeable(y), mergeable(z)
     mean, var, gamma, beta = contiguous(mean, var, gamma, beta)
+    of = dz if mean is None else mean
 
     sum_g = sum_gx = dgamma = None
     need_sum_gx = need_dgamma or (training and need_dy)
@@ -183,7 +184,7 @@ def normalize_backward(
         sum_g, sum_gx = combine_slots(slots) if training or not need_dgamma else combine_slots(slots, var, eps)
         if need_dgamma:
             assert sum_gx is not None
-            dgamma = sum_gx.to(next(t for t in (gamma, mean, dz) if t is not None).dtype)
+            dgamma = sum_gx.to((of if gamma is None else gamma).dtype)
 
     dy = None
     if need_dy or need_dresidual:
@@ -203,5 +204,5 @@ def normalize_backward(
     dbeta = None
     if need_dbeta:
         assert sum_g is not None
-        dbeta = sum_g.to(next(t for t in (beta, mean, dz) if t is not None).dtype)
+        dbeta = sum_g.to((of if beta is None else beta).dtype)
     return dy, dgamma, dbeta, dresidual

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import launch, memory
-from ..epilogue import Channels, Finish, finish, finish_of, is_one, load_channels, load_slopes
+from ..epilogue import Channels, finish, finish_of, load_channels, load_slopes
 from ..layout import Laid, Layout, dense
 from ..planes import (
     PlaneTensor,
@@ -99,10 +99,14 @@ def _plan_normalize(
     residual_strides: tuple[int, ...] | None,
     like: tuple[int, ...],
     dtype: torch.dtype,
-    e: Finish,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    one_slope: bool,
 ) -> tuple[launch.Launch[NormalizeOperands], Layout]:
     z = dense(shape, dtype, dense_format(Layout(shape, like, dtype)))
     planes = common_planes(shape, (y_strides, residual_strides, z.strides), dtype)
+    e = finish_of(dtype, eps, activation, slope, one_slope)
     run = launch.Launch(normalize_kernel, planes.grid, planes.units, *chain(*planes.strides), e=e, **planes.constants)
     return run, z
 
@@ -129,8 +133,8 @@ def normalize(
     like = (y if out_like is None else out_like).stride()
     y, residual = mergeable(y), mergeable(residual)
     residual_strides = None if residual is None else residual.stride()
-    e = finish_of(y.dtype, eps, activation, slope, is_one(slopes))
-    run, layout = _plan_normalize(y.shape, y.stride(), residual_strides, like, y.dtype, e)
+    how = eps, activation, slope, slopes is not None and slopes.numel() == 1
+    run, layout = _plan_normalize(y.shape, y.stride(), residual_strides, like, y.dtype, *how)
     z = memory.empty(layout, y)
     mean, var, gamma, beta, slopes = contiguous(mean, var, gamma, beta, slopes)
     run(NormalizeOperands(y, mean, var, gamma, beta, residual, z, slopes))

@@ -27,13 +27,13 @@ from .sums import GradientSumsOperands, plan_sums, strides
 
 class RanksOperands(NamedTuple):
     """gathered [ranks, 2 * C + 1]: of each rank the means, the biased variances, and the count; what they are combined
-    into, mean and var [C] and count [1]; and the running statistics [C], of any strides, or None.
+    into, mean and var [C] and the total of rows [1]; and the running statistics [C], of any strides, or None.
     """
 
     gathered: torch.Tensor
     mean: torch.Tensor
     var: torch.Tensor
-    count: torch.Tensor
+    total: torch.Tensor
     running_mean: torch.Tensor | None
     running_var: torch.Tensor | None
 
@@ -41,7 +41,7 @@ class RanksOperands(NamedTuple):
 @triton.jit(do_not_specialize=["ranks", "mean_stride", "var_stride"])
 @no_type_check
 def combine_ranks_kernel(
-    gathered_ptr, mean_ptr, var_ptr, count_ptr, running_mean_ptr, running_var_ptr, momentum: tl.float64,
+    gathered_ptr, mean_ptr, var_ptr, total_ptr, running_mean_ptr, running_var_ptr, momentum: tl.float64,
     ranks, mean_stride, var_stride,
     C: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def combine_ranks_kernel(
     total = tl.sum(count, 0)
     tl.store(mean_ptr + c, mean, mask=c_ok)
     tl.store(var_ptr + c, var, mask=c_ok)
-    tl.store(count_ptr, total, mask=tl.program_id(0) == 0)
+    tl.store(total_ptr, total, mask=tl.program_id(0) == 0)
     if running_mean_ptr is not None:
         ok = c < tl.where(total > 1, C, 0)
         unbiased = var * round_quotient(total, total - 1.0)
@@ -128,9 +128,10 @@ def gradient_sums(
     """
     dz, y, z, residual = mergeable(dz), mergeable(y), mergeable(z), _argument(residual, z, activation)
     vectors: Any = contiguous(mean, var, gamma, beta)
+    mean, var, gamma, beta = vectors
     run, layout = plan_sums(dz.shape, strides(dz, y, z, residual), dz.dtype, eps, activation, slope, 2)
     slots = memory.empty(layout, dz)
-    run(GradientSumsOperands(dz, y, z, residual, *vectors, slots))
+    run(GradientSumsOperands(dz, y, z, residual, mean, var, gamma, beta, slots))
     sums = memory.empty(layout.shape[1:], slots)
     combine_slots(slots, out=sums)
     return sums
@@ -158,10 +159,11 @@ def apply_sums(
     like = y.stride()  # of which `mergeable` may make a copy of another format
     dz, y, z, residual = mergeable(dz), mergeable(y), mergeable(z), _argument(residual, z, activation)
     vectors: Any = contiguous(mean, var, gamma, beta)
+    mean, var, gamma, beta = vectors
     of_operands = strides(dz, y, z, residual)
     run, layout, _ = plan_backward(dz.shape, of_operands, like, dz.dtype, eps, activation, slope, *needs)
     dy, dresidual = (memory.empty(layout, dz) if need else None for need in needs)
-    run(NormalizeBackwardOperands(dz, y, z, residual, *vectors, sums[0], sums[1], count, dy, dresidual))
+    run(NormalizeBackwardOperands(dz, y, z, residual, mean, var, gamma, beta, sums[0], sums[1], count, dy, dresidual))
     return dy, dresidual
 
 

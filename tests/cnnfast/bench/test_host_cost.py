@@ -52,6 +52,7 @@ MOST = {
     "conv2d": (28, 35, 34),
     "conv_bn_act": (39, 49, 68),
     "conv_bn_act, training": (63, 75, 70),
+    "conv_act": (37, 48, 58),
     "batch_norm": (20, 25, 36),
     "batch_norm, training": (42, 47, 36),
     "max_pool2d": (24, 31, 12),

@@ -54,8 +54,8 @@ def test_quick_prints_a_story_and_writes_a_report(judged, tmp_path, monkeypatch)
     ]  # fmt: skip
     assert 14 <= len(lines) <= 18
     assert max(map(len, lines)) <= 80
-    assert "something FAILED" in lines[-1]
-    assert judged == [((1, 3, 24, 24), True, "float32"), ((1, 3, 8, 8), True, "float32")]
+    assert "FAILED: held out (" in lines[-1]
+    assert judged == [((1, 3, 16, 16), True, "float32"), ((1, 3, 8, 8), True, "float32")]
     assert {file.name for file in Path("cnnfast-report").iterdir()} == {"report.md", "report.json", "demo.png"}
     data = json.loads(Path("cnnfast-report/report.json").read_text())
     assert not data["ok"]

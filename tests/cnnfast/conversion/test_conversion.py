@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import cnnfast
+import cnnfast.nn as cnn
 from tests.support.blocks import CONVOLUTIONS, Net, build, image
 from tests.support.steps import assert_same_steps, converted, converted_and_original, noise, step
 
@@ -182,16 +183,14 @@ def test_frozen_batch_norm(net, x, which):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_synchronised_batch_norm(net, x, when):
-    """Made by PyTorch's own conversion; without a process group it is batch norm, with one it is not ours to fuse in
-    training.
-    """
+    """Made by PyTorch's own conversion, which takes no notice of ours; without a process group it is batch norm."""
     original = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
     if when == "before":
         ours = cnnfast.convert(nn.SyncBatchNorm.convert_sync_batchnorm(net))
     else:
         ours = nn.SyncBatchNorm.convert_sync_batchnorm(cnnfast.convert(net))
-    assert type(ours.stem[1]) is nn.SyncBatchNorm
-    assert_same_steps(ours, original, x)
+    assert type(ours.stem[1]) is (cnn.SyncBatchNorm if when == "before" else nn.SyncBatchNorm)
+    assert_same_steps(ours, original, x, fused=CONVOLUTIONS if when == "before" else None)
 
 
 def test_dropout_draws_the_same_numbers(quick, x):

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-import torch.distributed
 
 from tests.support.blocks import CONVOLUTIONS
-from tests.support.child import IMPORTABLE
+from tests.support.processes import run_ranks
 
 WORLD = 2
 
@@ -19,29 +15,8 @@ WORLD = 2
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of the processes found."""
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("this torch is built without gloo")
-    meet = tmp_path_factory.mktemp("processes") / "meet"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*map(str, IMPORTABLE), os.environ.get("PYTHONPATH", "")]),
-    }
-    commands = [
-        [sys.executable, "-m", "tests.support.distributed_steps", str(rank), str(WORLD), str(meet)]
-        for rank in range(WORLD)
-    ]
-    children = [
-        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for c in commands
-    ]
-    try:
-        outputs = [child.communicate(timeout=300) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    for child, (out, error) in zip(children, outputs, strict=True):
-        assert child.returncode == 0, f"{out[-2000:]}\n{error[-6000:]}"
-    return [json.loads(out.strip().splitlines()[-1]) for out, _ in outputs]
+    outputs = run_ranks("tests.support.distributed_steps", WORLD, tmp_path_factory.mktemp("processes"))
+    return [json.loads(out.strip().splitlines()[-1]) for out in outputs]
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])

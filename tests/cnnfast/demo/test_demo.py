@@ -393,11 +393,13 @@ def test_an_effort_says_how_long_it_takes_and_what_it_leaves_out(gpu, quick):
 def test_what_failed_is_said_first():
     wrong = made_up(ok=False)
     assert "1 of 2 checks FAIL: the report names them, and why" in str(findings.of_errors(wrong)[-1])
-    assert "something FAILED" in str(findings.of_end(wrong, Path("x"))[-1])
+    assert "FAILED: judged (20 s)" in str(findings.of_end(wrong, Path("x"))[-1])
     assert wrong.maps is not None
     wrong.maps.comparisons[0].error = 1.0
     assert not wrong.maps.ok
     assert "which is WRONG" in str(findings.of_maps(wrong))
+    assert wrong.failed == ["photograph", "judged"]
+    assert json.loads(wrong.to_json())["failed"] == wrong.failed
 
 
 def test_report_as_markdown_and_json():
@@ -473,7 +475,14 @@ def test_costs_are_those_of_the_shapes():
 def test_report_without_triton():
     results = made_up()
     results.proofs, results.timings = [], []
-    assert "no kernel ran" in markdown(results, "demo.png")
+    assert results.conversion is not None
+    results.conversion.launches = []
+    assert not results.ok  # kernels could have run
+    results.conversion.kernels = False
+    assert results.ok
+    text = markdown(results, "demo.png")
+    assert "no kernel ran" in text
+    assert "none was judged" in text
 
 
 def images() -> Images:

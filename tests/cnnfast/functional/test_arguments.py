@@ -223,6 +223,9 @@ TRAINED = {"training": True, "running_mean": None, "running_var": None}
 # of each filter half the products are 1 less than a mean and half 1 more
 BALANCED = {"input": signs(2, 2, 2, 4), "weight": torch.eye(2).double().view(2, 2, 1, 1)}
 
+# What several processes compute with one is tested in nn/test_synchronised.py.
+ALONE = given("process_group", {"None": None})
+
 BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "conv2d": {
         "input": {
@@ -382,6 +385,7 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "dilation": given("dilation", {"int": 2, "pair": (2, 1)}),
         "groups": {"two": {"groups": 2, "weight": whole(2, 2, 2, 2, largest=1)}},
         "algorithm": CONV["algorithm"],
+        "process_group": ALONE,
     },
     "conv_act": {
         "input": {
@@ -540,6 +544,7 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "int": {"eps": 3},
             "large": {"eps": 15.0},
         },
+        "process_group": ALONE,
     },
     "max_pool2d": {
         "input": {
@@ -734,7 +739,8 @@ def test_branch(function, argument, branch, dtype, device):
     assert {call.served_by for call in trace} <= {"kernels"}
     assert trace.launches or 0 in (results[0].numel(), arguments["input"].numel())
 
-    arguments.pop("algorithm", None)
+    for of_ours in ("algorithm", "process_group"):
+        arguments.pop(of_ours, None)
     exact = evaluate(THEIRS[function], arguments, torch.float64, torch.float64, not forward)
     same = evaluate(THEIRS[function], arguments, dtype, parameters, not forward)
     for mine, its, right in zip(results + gradients, same[0] + same[1], exact[0] + exact[1], strict=True):
@@ -768,10 +774,11 @@ def documented(function: str) -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize("function", [name for name in BRANCHES if hasattr(theirs, name)])
 def test_signature(function):
-    """Names, order and defaults are PyTorch's; `algorithm` is ours, by name only."""
+    """Names, order and defaults are PyTorch's; `algorithm` and `process_group` are ours, by name only."""
     mine = inspect.signature(getattr(ours, function)).parameters.values()
     assert [(p.name, p.default) for p in mine if p.kind is not p.KEYWORD_ONLY] == documented(function)
-    assert [p.name for p in mine if p.kind is p.KEYWORD_ONLY] == ["algorithm"] * function.startswith("conv")
+    own = "algorithm" if function.startswith("conv") else "process_group"
+    assert [p.name for p in mine if p.kind is p.KEYWORD_ONLY] == [own] * ("conv" in function or "norm" in function)
 
 
 def test_every_argument_has_branches():

@@ -61,6 +61,29 @@ def test_conv_bn_act(args, options, padding, size, training, device):
     assert_same_buffers(ours, theirs)
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_slopes_of_prelu_belong_to_the_block(per_channel, device):
+    """They are trained, saved and moved with it, whoever serves."""
+    slopes = nn.Parameter(torch.linspace(0.1, 0.8, 6 if per_channel else 1, dtype=torch.float64))
+    ours = cnn.ConvBNAct(4, 6, 3, activation="prelu", activation_arg=slopes, dtype=torch.float64)
+    assert next(iter(ours.state_dict())) == "activation_arg"
+    assert f"activation=prelu, activation_arg=slopes of size [{len(slopes)}]" in repr(ours)
+    randomise(ours).to(device)
+    theirs = nn.Sequential(nn.Conv2d(4, 6, 3, padding="same", bias=False), nn.BatchNorm2d(6), nn.PReLU(len(slopes)))
+    first, *others = ours.state_dict().values()
+    theirs.to(device, torch.float64).load_state_dict(dict(zip(theirs.state_dict(), [*others, first], strict=True)))
+    for training in (True, False):
+        x, results = normal(*X).to(device), []
+        for model in (ours.train(training), theirs.train(training)):
+            y = model(x)
+            y.square().sum().backward()
+            results.append(y.detach())
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(ours.activation_arg.grad, theirs[2].weight.grad)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x))
+
+
 @pytest.mark.parametrize(
     ("keyword", "says"),
     [

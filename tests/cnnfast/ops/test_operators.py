@@ -27,6 +27,8 @@ NHWC = X.contiguous(memory_format=torch.channels_last)
 W = normal(6, 2, 2, 3, seed=1)
 Y = normal(2, 6, 5, 2, seed=2)
 MEAN, VAR, WEIGHT, BIAS = (normal(6, seed=i).abs() + 0.5 for i in range(3, 7))
+TOLD = torch.cat([torch.stack([MEAN, VAR]).flatten().repeat(3, 1), torch.tensor([[4.0], [0.0], [2.0]])], 1)
+COUNT, SUMS = torch.tensor([30.0], dtype=torch.float64), torch.stack([MEAN, VAR])
 TAPS = torch.tensor([3, 3, 2], dtype=torch.uint8).expand(2, 4, 3, 3).contiguous()  # taps that lie in the image
 
 
@@ -97,6 +99,15 @@ SAMPLES = {
     "channel_sum": [wants(Y), (normal(3, 6),)],
     "batch_moments": [(Y,), (Y.float(),)],
     "update_running": [(MEAN.clone(), VAR.clone(), MEAN, VAR, 0.1, 20)],
+    "combine_ranks": [(TOLD, MEAN.clone(), VAR.clone(), 0.1), (TOLD.float(), None, None, 0.1)],
+    "gradient_sums": [
+        (Y, Y, None, MEAN, VAR, WEIGHT, BIAS, Y, 1e-5, "gelu", 0.0),
+        (arrange(Y, "transposed"), Y, Y, MEAN, VAR, None, None, None, 1e-5, "relu", 0.0),
+    ],
+    "apply_sums": [
+        (Y, Y, None, MEAN, VAR, COUNT, WEIGHT, BIAS, Y, SUMS, 1e-5, "gelu", 0.0, [True, True]),
+        (Y, arrange(Y, "transposed"), Y, MEAN, VAR, COUNT, None, None, None, SUMS, 1e-5, "relu", 0.0, [True, False]),
+    ],
     "max_pool": [wants(X, True, *WINDOW), (NHWC, False, *WINDOW), wants(NHWC, False, *WINDOW)],
     "max_pool_indices": [(TAPS, X.shape, *WINDOW)],
     "max_pool_backward": [wants(normal(2, 4, 3, 3), TAPS, X.shape, True, *WINDOW)],

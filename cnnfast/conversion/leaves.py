@@ -138,7 +138,7 @@ def why_left(module: nn.Module) -> str:
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance" if _original(cls) else ""
     if class_name(module) in FROZEN_NORMS:
-        return "frozen: PyTorch's own, unless fused with a convolution"
+        return "frozen: PyTorch's own, unless fused with what stands before or after it"
     if isinstance(module, UNCOVERED):
         return f"there is no kernel for {cls.__name__}"
     original = _original(cls)

@@ -15,6 +15,7 @@ from cnnfast_kernels.problem import ConvProblem
 
 from .. import dispatch
 from ..nn.fused import forward_replaced
+from ..nn.layers import SameConv2d
 from .costs import Spender, Spent
 from .fusion import groups_of, plan_of, why_not_fused
 from .grafts import base_of
@@ -274,5 +275,6 @@ def _problem(module: nn.Module, input_shape: tuple[int, ...]) -> ConvProblem | N
     if not isinstance(module, nn.Conv2d) or not is_ours(module) or len(input_shape) != 4:
         return None
     left, right, top, bottom = module._reversed_padding_repeated_twice
-    where = tuple(module.weight.shape), module.stride, (top, bottom, left, right), module.dilation, module.groups
+    sides = module.sides(input_shape[2:]) if isinstance(module, SameConv2d) else (top, bottom, left, right)
+    where = tuple(module.weight.shape), module.stride, tuple(sides), module.dilation, module.groups
     return ConvProblem.of(input_shape, *where)  # pyright: ignore[reportArgumentType]

@@ -7,6 +7,7 @@ hardly more than torch.nn's layer does. torch.fx traces each layer as it traces 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,15 +87,16 @@ class SameConv2d(Conv2d):
     Conversion grafts it on timm's Conv2dSame. The input is not padded first: our convolutions take four paddings.
     """
 
-    def sides(self, input: Tensor) -> Sides:
+    def sides(self, image: Sequence[int]) -> Sides:
+        """The zeros around an image of so many rows and columns."""
         ends: list[int] = []
-        for n, taps, step, dil in zip(input.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True):
+        for n, taps, step, dil in zip(image, self.kernel_size, self.stride, self.dilation, strict=True):
             total = max((-(-n // step) - 1) * step + dil * (taps - 1) + 1 - n, 0)
             ends += [total // 2, total - total // 2]
         return Sides(*ends)
 
     def forward(self, input: Tensor) -> Tensor:
-        padding: Any = self.sides(input)
+        padding: Any = self.sides(input.shape[-2:])
         return functional.conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 

@@ -65,7 +65,7 @@ def operands(conv: Any, x: Tensor) -> Operands:
     (x,) = autocast(x)
     weight, stride, padding, dilation = conv.weight, conv.stride, conv.padding, conv.dilation
     if isinstance(conv, SameConv2d):
-        padding = conv.sides(x)
+        padding = conv.sides(x.shape[2:])
     elif conv.padding_mode != "zeros":
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = (0,) * len(stride)

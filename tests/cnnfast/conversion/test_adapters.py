@@ -96,6 +96,32 @@ def test_timms_norm_before_a_convolution(layers, quick):
     assert_same_steps(converted_alone, copy.deepcopy(model[0]), image().to(quick))
 
 
+def test_timms_norm_before_a_convolution_with_hooks(layers, quick):
+    """It is one step by itself, until a hook wants its activation's call."""
+    ours = cnnfast.convert(build(lambda: nn.Sequential(layers.BatchNormAct2d(CHANNELS)), quick))
+    x, calls = image().to(quick), []
+    (row,) = cnnfast.report(ours, x).rows
+    assert (row.status, row.reason) == ("fused", "0 + relu")
+    handle = ours[0].act.register_forward_hook(lambda *call: calls.append(call))
+    (row,) = cnnfast.report(ours, x).rows
+    assert row.status == "replaced"
+    y = ours(x)
+    assert len(calls) == 1
+    handle.remove()
+    assert torch.equal(ours(x), y)
+    assert len(calls) == 1
+
+
+def test_a_frozen_norm_and_its_activation_alone(layers, quick):
+    """The activation is applied once, whatever the fused step does not take."""
+    make = functools.partial(layers.FrozenBatchNormAct2d, CHANNELS, act_layer=nn.SiLU)
+    model = build(lambda: nn.Sequential(nn.MaxPool2d(2), make()), quick)
+    original, ours = copy.deepcopy(model), cnnfast.convert(model)
+    assert_same_steps(ours, original, image().to(quick))
+    assert_same_steps(ours, original, image().to(quick)[0], may_raise=True)
+    assert {row.status for row in cnnfast.report(ours, image().to(quick)).rows if row.name == "1"} == {"fused"}
+
+
 @pytest.mark.parametrize("name", ["ConvNormAct", "ConvNormActAa", "SeparableConvNormAct"])
 def test_timms_blocks(name, layers, quick):
     model = build(lambda: getattr(layers, name)(CHANNELS, CHANNELS, 3, act_layer=nn.SiLU), quick)

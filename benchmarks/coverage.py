@@ -149,10 +149,15 @@ def about() -> dict[str, str]:
     """What was surveyed, and with what."""
     import timm
 
-    folder = Path(cnnfast.__file__).parent
-    told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        folder = Path(cnnfast.__file__).parent.parent
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+
+    commit = git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown"
+    if git("diff", "--quiet", "HEAD", "--", "cnnfast", "kernels").returncode:
+        commit += ", with changes that are not committed"
     versions = {"torch": torch.__version__, "torchvision": torchvision().__version__, "timm": timm.__version__}
-    return {"commit": told.stdout.strip() or "unknown", **versions}
+    return {"commit": commit, **versions}
 
 
 def percent(share: float | None) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ import cnnfast
 import cnnfast.functional as F
 from cnnfast import dispatch
 from cnnfast.aside import leaving_no_trace
+from cnnfast.functional import entrance
+from cnnfast.nn import fused
 from cnnfast_kernels import devices, launch
 from tests.support.agreement import integers
 from tests.support.threads import MOMENT, SECONDS, elsewhere, together
@@ -93,24 +95,27 @@ def test_what_is_looked_at_aside_changes_nothing_for_other_threads(workers):
     assert second.does(lambda: devices.gpu(META.device).name) == "another"
 
 
-def test_captures_are_of_one_thread():
-    from contextlib import nullcontext
+def test_captures_and_fused_steps_are_of_one_thread(quick):
+    heard: list[tuple[str, int]] = []
 
-    from cnnfast.functional import entrance
-
-    heard = []
-
-    def observer(name, args, kwargs):
+    def called(name, args, kwargs):
         heard.append((name, threading.get_ident()))
         return nullcontext()
 
-    x = torch.zeros(1, 1, 2, 2)
-    with entrance.capture(observer):
-        F.max_pool2d(x, 2)
-        assert entrance.captured()
-        assert not elsewhere(entrance.captured)
-        elsewhere(lambda: F.max_pool2d(x, 2))
-    assert heard == [("max_pool2d", threading.get_ident())]
+    def step():
+        with torch.no_grad():
+            fused.conv_bn_act(conv, norm, x)
+        return entrance.captured()
+
+    conv, norm = torch.nn.Conv2d(1, 1, 1).to(quick), torch.nn.BatchNorm2d(1).to(quick).eval()
+    x = torch.zeros(1, 1, 2, 2, device=quick)
+    with entrance.capture(called), fused.observed(lambda *step: heard.append(("a step", threading.get_ident()))):
+        assert not elsewhere(step)
+        assert heard == []
+        assert step()
+    here = threading.get_ident()
+    assert heard == [("a step", here), ("conv_bn_act", here)]
+    assert not entrance.captured()
 
 
 def test_a_plan_that_was_overtaken_is_made_again():

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .spelling import unknown_value
 from .triton_here import why_no_kernels
 
-NO_KERNELS = ""  # why there are none in this process
+NO_KERNELS = "triton is not installed"  # why there are none, where there are none
 try:
     from cnnfast_kernels import launch, launchable
     from cnnfast_kernels.dtypes import KERNEL_DTYPES

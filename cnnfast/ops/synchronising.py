@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from cnnfast_kernels import batchnorm
@@ -89,7 +90,7 @@ class _NormalizeOverRanks(torch.autograd.Function):
         )
 
 
-@torch.compiler.disable  # what ranks exchange is not traced
+@_disable_dynamo  # what ranks exchange is not traced; torch.compiler.disable would import torch._dynamo, for a second
 def normalize_over_ranks(
     y: Tensor,
     statistics: tuple[Tensor, Tensor],

@@ -38,8 +38,8 @@ def _unnamed(arch: int) -> Gpu:
 _own = threading.local()  # `stand_in`: (GPU, type of device) that a thread's meta tensors stand for, or None
 
 
-def _stand_in(device: torch.device) -> tuple[Gpu, str] | None:
-    return getattr(_own, "stand_in", None) if device.type == "meta" else None
+def _stand_in() -> tuple[Gpu, str] | None:
+    return getattr(_own, "stand_in", None)
 
 
 @contextmanager
@@ -58,13 +58,14 @@ def meta_stands_for(gpu: Gpu, device_type: str = "cuda") -> Iterator[None]:
 
 def type_of(device: torch.device) -> str:
     """`device.type`, and of meta tensors that stand for others, that of theirs."""
-    found = _stand_in(device)
-    return found[1] if found else device.type
+    if device.type == "meta" and (found := _stand_in()):
+        return found[1]
+    return device.type
 
 
 def gpu(device: torch.device) -> Gpu:
     """What plans for tensors on `device` are made for. The interpreter runs what sm_90 would."""
-    if found := _stand_in(device):
+    if device.type == "meta" and (found := _stand_in()):
         return found[0]
     if launch.INTERPRETED:
         return NO_GPU

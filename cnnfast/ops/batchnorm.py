@@ -64,12 +64,9 @@ def derivative_from_output(activation: str | None, slope: float) -> bool:
     return activation in FROM_OUTPUT and not (activation == "leaky_relu" and slope <= 0)
 
 
-def refuse_prelu(operator: str, activation: str | None) -> None:
-    """Raises RuntimeError: an operator that shall be differentiated takes no prelu."""
-    if activation == "prelu":
-        raise RuntimeError(
-            f"cnnfast::{operator} has no gradient with prelu: apply torch.prelu to what it gives without"
-        )
+def no_gradient_of_prelu(operator: str) -> RuntimeError:
+    """The error for an operator that shall be differentiated and was given prelu."""
+    return RuntimeError(f"cnnfast::{operator} has no gradient with prelu: apply torch.prelu to what it gives without")
 
 
 def _replay(y, mean, var, gamma, beta, residual, eps, activation, slope, training) -> Tensor:
@@ -85,7 +82,8 @@ def _replay(y, mean, var, gamma, beta, residual, eps, activation, slope, trainin
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, training):
-        refuse_prelu("normalize", activation)
+        if activation == "prelu":
+            raise no_gradient_of_prelu("normalize")
         z = normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, training)
         # act' is read off z where it can be: z is kept by whatever comes next, u = bn(y) + residual by nobody
         from_output = derivative_from_output(activation, slope)

@@ -18,7 +18,7 @@ from cnnfast_kernels.layout import convolution_format, is_channels_last, result_
 
 from . import conv_implementations as implementations
 from . import plain
-from .batchnorm import channel_sum, derivative_from_output, frozen_backward, normalize, refuse_prelu
+from .batchnorm import channel_sum, derivative_from_output, frozen_backward, no_gradient_of_prelu, normalize
 from .conv_implementations import GEOMETRY, memory_format
 from .registry import register
 
@@ -137,7 +137,8 @@ class _BnAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, bias, mean, var, gamma, beta, residual, eps, activation, slope, slopes, *geometry):
-        refuse_prelu("conv_bn_act", activation)
+        if activation == "prelu":
+            raise no_gradient_of_prelu("conv_bn_act")
         ctx.geometry = geometry
         ctx.norm = eps, activation, slope
         z = _fused_bn_act(x, w, bias, mean, var, gamma, beta, residual, eps, activation, slope, slopes, *geometry)
@@ -159,7 +160,8 @@ class _Act(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, bias, residual, activation, slope, slopes, *geometry):
-        refuse_prelu("conv_act", activation)
+        if activation == "prelu":
+            raise no_gradient_of_prelu("conv_act")
         ctx.geometry = geometry
         ctx.activation = activation, slope
         z = _fused_act(x, w, bias, residual, activation, slope, slopes, *geometry)

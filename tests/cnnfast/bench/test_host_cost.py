@@ -91,8 +91,8 @@ def test_a_repeated_call_does_not_pass_the_dispatcher(entered):
 
 
 def is_ours(function):
-    """Whether an entered function is one that a real call enters: neither the call's own, nor the stub driver's, nor the
-    question which backend was chosen, which is asked here because the calls are made under one.
+    """Whether an entered function is one that a real call enters: neither the call's own, nor the stub driver's, nor
+    the question which backend was chosen, which is asked here because the calls are made under one.
     """
     own = ("cnnfast.bench.", "cnnfast_kernels.aot.", "cnnfast.dispatch:_chosen")
     return function.startswith("cnnfast") and not function.startswith(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +41,16 @@ def class_name(module: nn.Module) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _normalize_and_activate(norm: Any, x: Tensor, normalize: Callable[..., Tensor]) -> Tensor:
+    """What timm's layers of a batch norm and an activation compute, in one step where kernels know the activation.
+    normalize: the forward of the norm alone.
+    """
+    act = activation_of(norm.act)
+    if act and type(norm.drop) is nn.Identity and cnn.fusable(x, norm.drop, norm.act):
+        return cnn.bn_act(norm, x, None, *act)
+    return norm.act(norm.drop(normalize(norm, x)))
+
+
 class _NormAct(cnn.BatchNorm2d):
     """timm's BatchNormAct2d: its children drop and act follow the normalisation."""
 
@@ -49,10 +60,7 @@ class _NormAct(cnn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # timm has another name for it
         if not isinstance(x, Tensor):  # torch.fx traces into timm's layer, and shall record timm's own
             return base_of(type(self)).forward(self, x)  # pyright: ignore[reportAttributeAccessIssue]
-        act = activation_of(self.act)
-        if act and type(self.drop) is nn.Identity and cnn.fusable(x, self.drop, self.act):
-            return cnn.bn_act(self, x, None, *act)
-        return self.act(self.drop(cnn.BatchNorm2d.forward(self, x)))
+        return _normalize_and_activate(self, x, cnn.BatchNorm2d.forward)
 
 
 class _Same(SameConv2d):
@@ -68,13 +76,12 @@ class _Same(SameConv2d):
 class _SyncNormAct(cnn.SyncBatchNorm):
     """timm's SyncBatchNormAct, which has the children drop and act only where timm's own conversion has made it."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(input, Tensor):
-            return base_of(type(self)).forward(self, input)  # pyright: ignore[reportAttributeAccessIssue]
-        y = cnn.SyncBatchNorm.forward(self, input)
-        for name in ("drop", "act"):
-            y = getattr(self, name)(y) if hasattr(self, name) else y
-        return y
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not isinstance(x, Tensor):
+            return base_of(type(self)).forward(self, x)  # pyright: ignore[reportAttributeAccessIssue]
+        if {"drop", "act"} <= self._modules.keys():
+            return _normalize_and_activate(self, x, cnn.SyncBatchNorm.forward)
+        return cnn.SyncBatchNorm.forward(self, x)
 
 
 # For classes of other libraries that have a forward of their own: a class of ours that computes the same. They are

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 import cnnfast
+from cnnfast.functional.entrance import capture
 from tests.support.blocks import CHANNELS, build, image
 from tests.support.packages import package
 from tests.support.steps import assert_same_steps
@@ -137,6 +140,24 @@ def test_timms_convolutions_are_left(name, layers, quick):
     )
     original, ours = copy.deepcopy(model), cnnfast.convert(model)
     assert type(ours[0]) is getattr(layers, name)
+    assert_same_steps(ours, original, image().to(quick))
+
+
+def test_timms_synchronised_norm_and_activation_alone(layers, quick):
+    """One step, as BatchNormAct2d is; drop and act stand where timm's conversion has put them."""
+    model = build(lambda: nn.Sequential(layers.BatchNormAct2d(CHANNELS), nn.Conv2d(CHANNELS, CHANNELS, 3)), quick)
+    model = layers.convert_sync_batchnorm(model)
+    original, ours = copy.deepcopy(model), cnnfast.convert(model)
+    called: list[str] = []
+
+    @contextmanager
+    def heard(name: str, *call: Any) -> Iterator[None]:
+        called.append(name)
+        yield
+
+    with capture(heard):
+        ours(image().to(quick))
+    assert called == ["bn_act", "conv2d"]
     assert_same_steps(ours, original, image().to(quick))
 
 

@@ -483,6 +483,7 @@ BRANCHES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             },
             "prelu's, with gradients": {"activation": "prelu", "activation_arg": SLOPES, **EVAL},
         },
+        "process_group": ALONE,
     },
     "batch_norm": {
         "input": {

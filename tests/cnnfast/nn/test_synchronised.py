@@ -20,6 +20,7 @@ from tests.support.blocks import CHANNELS, build
 from tests.support.processes import run_ranks
 from tests.support.synchronised_steps import (
     NORMS,
+    Preactivated,
     Residual,
     images,
     model_steps,
@@ -29,7 +30,7 @@ from tests.support.synchronised_steps import (
 )
 
 HAS_TIMM = importlib.util.find_spec("timm") is not None
-CASES = ("norms", "models", "frozen_input", "errors", "alone", "compiled", *["timms"] * HAS_TIMM)
+CASES = ("norms", "models", "preactivated", "frozen_input", "errors", "alone", "compiled", *["timms"] * HAS_TIMM)
 PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 GATHER, REDUCE = ({"all_gather_single", "all_gather_into_tensor"}, {"all_reduce"})
 
@@ -124,7 +125,9 @@ def test_one_gather_forward_and_one_reduction_backward(name, two):
         assert found["served by"] == ["kernels"]
 
 
-@pytest.mark.parametrize(("name", "model"), [("models", Residual), ("timms", timm_model)])
+@pytest.mark.parametrize(
+    ("name", "model"), [("models", Residual), ("preactivated", Preactivated), ("timms", timm_model)]
+)
 def test_converted_models_under_distributed_data_parallel(name, model, two):
     """As one process that trains the original on the whole batch: parameters and buffers after two steps."""
     if name == "timms" and not HAS_TIMM:
@@ -146,8 +149,17 @@ def test_synchronised_groups_are_fused_in_training(two):
         assert found["operations"].items() >= {"conv_stats": 6, "normalize": 6, "combine_ranks": 6}.items()
         assert not {"batch_moments", "update_running", "conv_fprop"} & set(found["operations"])
         assert found["served by"] == ["kernels"]
-        assert found["fused"] == 3
+        assert {"stem.0", "conv", "conv2"} <= found["fused"].keys()
         assert found["gathered"] == 6
+
+
+def test_a_synchronised_norm_and_the_activation_after_it_are_one_step(two):
+    for of_rank in two:
+        found = of_rank["preactivated"]
+        assert found["operations"].items() >= {"batch_moments": 4, "normalize": 4, "combine_ranks": 4}.items()
+        assert found["served by"] == ["kernels"]
+        assert found["gathered"] == 4
+        assert found["fused"] == {"bn": "bn + relu", "bn2": "bn2 + hardswish"}
 
 
 @pytest.mark.skipif(not HAS_TIMM, reason="timm is not installed")

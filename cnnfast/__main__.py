@@ -75,7 +75,7 @@ def main(
 COMMANDS = {
     "Start here": {
         doctor.doctor: ("What this machine has, what is broken, what to do next.", doctor.EXAMPLES),
-        demo.demo: ("The whole story on this machine: train, check, draw.", ("cnnfast demo",)),
+        demo.demo: ("The whole story on this machine: train, check, draw.", demo.EXAMPLES),
         info.info: ("The layers of a model: shapes, parameters, FLOPs.", info.EXAMPLES),
     },
     "Trust": {

@@ -12,6 +12,9 @@ import typer
 from .console import JsonFile, bars, printer, refuse_no_time, refuse_unwritable, write_text
 
 
+EXAMPLES = ("cnnfast demo --quick", "cnnfast demo --out report --verbose")
+
+
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.md, report.json and demo.png.")] = Path("cnnfast-report"),
     quick: Annotated[bool, typer.Option("--quick", help="Less of each kind, in less than a minute.")] = False,
@@ -40,8 +43,6 @@ def demo(
     Triton's interpreter, in float32, which takes about two minutes. On a GPU they run in float32, tf32, float16 and
     bfloat16, and ResNet-50's convolutions are timed too, as long as --budget lasts: the report names what it left out.
     Ends with exit code 0 only if everything holds.
-
-    Examples: cnnfast demo --quick, or cnnfast demo --out report --verbose.
     """
     refuse_no_time(budget)
     refuse_unwritable(json_file)

@@ -11,7 +11,6 @@ import typer
 
 from .console import JsonFile, bars, printer, refuse_no_time, refuse_unwritable, write_text
 
-
 EXAMPLES = ("cnnfast demo --quick", "cnnfast demo --out report --verbose")
 
 

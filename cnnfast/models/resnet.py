@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -115,8 +116,10 @@ class ResNet(TraceToScript):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-@keywords_explained
-def resnet18(
+P = ParamSpec("P")
+
+
+def _options(
     num_classes: int = 1000,
     in_channels: int = 3,
     *,
@@ -126,118 +129,48 @@ def resnet18(
     replace_stride_with_dilation: Sequence[bool] | None = None,
     norm_layer: NormLayer | None = None,
 ) -> ResNet:
+    """The arguments of the factories below, which hand them on to ResNet as they were given."""
+    raise NotImplementedError
+
+
+def _lists(options: Callable[P, ResNet]) -> Callable[[Callable[..., ResNet]], Callable[P, ResNet]]:
+    """Decorates a factory: editors, type checkers and help() show the arguments of `options` as its own."""
+
+    def listing(factory: Callable[..., ResNet]) -> Callable[P, ResNet]:
+        vars(factory)["__signature__"] = inspect.signature(options)
+        return keywords_explained(factory)
+
+    return listing
+
+
+@_lists(_options)
+def resnet18(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
     """18 layers of BasicBlock, which takes no groups, no other width and no dilation; options as ResNet's."""
-    return ResNet(
-        BasicBlock,
-        (2, 2, 2, 2),
-        num_classes,
-        in_channels,
-        zero_init_residual=zero_init_residual,
-        groups=groups,
-        width_per_group=width_per_group,
-        replace_stride_with_dilation=replace_stride_with_dilation,
-        norm_layer=norm_layer,
-    )
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_channels, **options)
 
 
-@keywords_explained
-def resnet34(
-    num_classes: int = 1000,
-    in_channels: int = 3,
-    *,
-    zero_init_residual: bool = False,
-    groups: int = 1,
-    width_per_group: int = 64,
-    replace_stride_with_dilation: Sequence[bool] | None = None,
-    norm_layer: NormLayer | None = None,
-) -> ResNet:
+@_lists(_options)
+def resnet34(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
     """34 layers of BasicBlock, which takes no groups, no other width and no dilation; options as ResNet's."""
-    return ResNet(
-        BasicBlock,
-        (3, 4, 6, 3),
-        num_classes,
-        in_channels,
-        zero_init_residual=zero_init_residual,
-        groups=groups,
-        width_per_group=width_per_group,
-        replace_stride_with_dilation=replace_stride_with_dilation,
-        norm_layer=norm_layer,
-    )
+    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
-@keywords_explained
-def resnet50(
-    num_classes: int = 1000,
-    in_channels: int = 3,
-    *,
-    zero_init_residual: bool = False,
-    groups: int = 1,
-    width_per_group: int = 64,
-    replace_stride_with_dilation: Sequence[bool] | None = None,
-    norm_layer: NormLayer | None = None,
-) -> ResNet:
+@_lists(_options)
+def resnet50(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
     """50 layers of Bottleneck; options as ResNet's."""
-    return ResNet(
-        Bottleneck,
-        (3, 4, 6, 3),
-        num_classes,
-        in_channels,
-        zero_init_residual=zero_init_residual,
-        groups=groups,
-        width_per_group=width_per_group,
-        replace_stride_with_dilation=replace_stride_with_dilation,
-        norm_layer=norm_layer,
-    )
+    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
-@keywords_explained
-def resnet101(
-    num_classes: int = 1000,
-    in_channels: int = 3,
-    *,
-    zero_init_residual: bool = False,
-    groups: int = 1,
-    width_per_group: int = 64,
-    replace_stride_with_dilation: Sequence[bool] | None = None,
-    norm_layer: NormLayer | None = None,
-) -> ResNet:
+@_lists(_options)
+def resnet101(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
     """101 layers of Bottleneck; options as ResNet's."""
-    return ResNet(
-        Bottleneck,
-        (3, 4, 23, 3),
-        num_classes,
-        in_channels,
-        zero_init_residual=zero_init_residual,
-        groups=groups,
-        width_per_group=width_per_group,
-        replace_stride_with_dilation=replace_stride_with_dilation,
-        norm_layer=norm_layer,
-    )
+    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, in_channels, **options)
 
 
-@keywords_explained
-def resnet152(
-    num_classes: int = 1000,
-    in_channels: int = 3,
-    *,
-    zero_init_residual: bool = False,
-    groups: int = 1,
-    width_per_group: int = 64,
-    replace_stride_with_dilation: Sequence[bool] | None = None,
-    norm_layer: NormLayer | None = None,
-) -> ResNet:
+@_lists(_options)
+def resnet152(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
     """152 layers of Bottleneck; options as ResNet's."""
-    return ResNet(
-        Bottleneck,
-        (3, 8, 36, 3),
-        num_classes,
-        in_channels,
-        zero_init_residual=zero_init_residual,
-        groups=groups,
-        width_per_group=width_per_group,
-        replace_stride_with_dilation=replace_stride_with_dilation,
-        norm_layer=norm_layer,
-    )
+    return ResNet(Bottleneck, (3, 8, 36, 3), num_classes, in_channels, **options)
 
 
 @keywords_explained

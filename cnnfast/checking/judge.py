@@ -150,7 +150,7 @@ def _judge_run(call: Captured, wanted: tuple[str, ...], label: str, row: CheckRo
         for evaluation in (theirs, exact):
             evaluation.backward()
     for name, result in ours.results.items():
-        terms = _cancelled_terms(exact) if name == "grad of bias" else 0.0
+        terms = _cancelled_terms(exact, name)
         results = (e.results[name] for e in (theirs, plain, exact))
         precision = name_of(call.dtype, tf32)
         row.comparisons.append(compare(name + label, result, *results, precision=precision, terms=terms))
@@ -174,22 +174,30 @@ def kernels(trace: recording.Trace) -> list[str]:
     return list(dict.fromkeys(f"{event.kernel} [{event.tile}]" if event.tile else event.kernel for event in events))
 
 
-def _cancelled_terms(exact: _Evaluation) -> float:
-    """How large the terms are of a sum that cancels: the gradient of a bias before a batch norm, which subtracts the
-    mean, is exactly zero.
+@torch.no_grad()
+def _cancelled_terms(exact: _Evaluation, name: str) -> float:
+    """How large the terms of a result are that is a sum which cancels, as far as is known; otherwise 0.
 
-    Both results are rounding noise then, in proportion to their terms dy * bn_weight / std; the error of one is no
-    measure for that of the other.
+    Where it cancels, ours and PyTorch's are rounding noise in proportion to the terms, and the error of one is no
+    measure for that of the other. The mean of a batch may be near zero, and its terms are the values of the batch. The
+    gradient of a bias before a batch norm, which subtracts the mean, is exactly zero, and its terms are
+    dy * bn_weight / std.
     """
     a, call = exact.arguments, exact.call
-    if call.operation != "conv_bn_act" or not call.training:
+    if not call.training or name not in ("running_mean", "grad of bias"):
         return 0.0
-    with torch.no_grad():
-        y = reference.conv2d(a["input"], a["weight"], None, a["stride"], a["padding"], a["dilation"], a["groups"])
-        scale = torch.rsqrt(y.var((0, 2, 3), unbiased=False) + a["eps"])
-        scale = scale if a["bn_weight"] is None else scale * a["bn_weight"].abs()
-        dy = output_gradient(call, exact.output).double()
-        return float((dy.square().sum((0, 2, 3)).sqrt() * scale).max())
+    y = a["input"]
+    if call.operation == "conv_bn_act":
+        bias = a["bias"] if name == "running_mean" else None
+        y = reference.conv2d(y, a["weight"], bias, a["stride"], a["padding"], a["dilation"], a["groups"])
+    if name == "running_mean":
+        return a["momentum"] * _norms(y)[1]
+    if call.operation != "conv_bn_act":
+        return 0.0
+    scale = torch.rsqrt(y.var((0, 2, 3), unbiased=False) + a["eps"])
+    scale = scale if a["bn_weight"] is None else scale * a["bn_weight"].abs()
+    dy = output_gradient(call, exact.output).double()
+    return float((dy.square().sum((0, 2, 3)).sqrt() * scale).max())
 
 
 def compare(

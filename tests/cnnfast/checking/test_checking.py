@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import cnnfast
 import cnnfast.functional as F
-from cnnfast.checking.capture import capture_calls, clone
-from cnnfast.checking.judge import compare
+from cnnfast.checking.capture import Captured, capture_calls, clone
+from cnnfast.checking.judge import compare, judge
 from cnnfast.checking.report import WIDTH, CheckReport, CheckRow, Comparison
 from cnnfast.commands.check import check as check_command
 from cnnfast.dtypes import name_of
@@ -34,6 +34,19 @@ from tests.support.poison import embed
 
 def draw(*shape: int, device: torch.device | None = None) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device)
+
+
+def test_a_mean_near_zero_is_judged_by_its_terms():
+    """PyTorch adds up in float64 on a CPU, and a mean of values that cancel is small: neither tells what float32 can."""
+    for seed in (0, 4):
+        x = torch.randn(2, 4, 40, 40, generator=torch.Generator().manual_seed(seed))
+        x = x - x.mean((0, 2, 3), keepdim=True)
+        statistics = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
+        norm = {"weight": None, "bias": None, "training": True, "momentum": 0.1, "eps": 1e-5}
+        row = judge(Captured("batch_norm", {"input": x, **statistics, **norm}), backward=False)
+        assert row.verdict == "ok", row
+        (mean,) = (c for c in row.comparisons if c.tensor == "running_mean")
+        assert mean.limit < 4e-8, "of terms of size 0.1"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def draw(*shape: int, device: torch.device | None = None) -> torch.Tensor:
 
 
 def test_a_mean_near_zero_is_judged_by_its_terms():
-    """PyTorch adds up in float64 on a CPU, and a mean of values that cancel is small: neither tells what float32 can."""
+    """PyTorch adds up in float64 on a CPU, and a mean of values that cancel is small: neither tells of float32."""
     for seed in (0, 4):
         x = torch.randn(2, 4, 40, 40, generator=torch.Generator().manual_seed(seed))
         x = x - x.mean((0, 2, 3), keepdim=True)

@@ -28,6 +28,7 @@ OF_HELPERS = {"image", "integers", "multiples", "normal", "signed"}
 MAY = {
     "cnnfast/functional/test_arguments.py": "values of arguments, and results: a test makes the tensors of a call",
     "cnnfast/functional/test_conv1d_and_transposed.py": "templates: a test sends them to the device",
+    "cnnfast/functional/test_conv_act_and_bn_act.py": "templates: a test sends them to the device",
     "cnnfast/functional/test_conv_bn_act.py": "statistics, which a test sends to where the input is",
     "cnnfast/test_dispatch.py": "templates: the fixture `operands` sends them to the device",
     "cnnfast/functional/test_entrance.py": "templates: the fixture `operands` sends them to the device",

@@ -20,12 +20,19 @@ FROM_OUTPUT = (None, "relu", "leaky_relu", "relu6")
 
 @triton.jit
 @no_type_check
-def sigmoid(u):
-    """1 / (1 + exp(-u)). The exponential is approximate on a GPU already, to 2 ulp and more, and `/` adds 2 ulp at most
-    where 1 + exp(-u) stays below 2**126: an exact division would cost every element of a tile some ten instructions and
-    make nothing exact. Above 2**126 the result is below 2**-126, and may be 0.
+def reciprocal(v):
+    """1 / v for what an exponential makes, 1 or more. The exponential is approximate on a GPU already, to 2 ulp and
+    more, and `/` adds 2 ulp at most where v stays below 2**126: an exact division would cost every element of a tile
+    some ten instructions and make nothing exact. Above 2**126 the result is below 2**-126, and may be 0.
     """
-    return 1.0 / (1.0 + tl.exp(-u))
+    return 1.0 / v
+
+
+@triton.jit
+@no_type_check
+def sigmoid(u):
+    """1 / (1 + exp(-u))."""
+    return reciprocal(1.0 + tl.exp(-u))
 
 
 @triton.jit
@@ -52,7 +59,7 @@ def activate(u, slope, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "mish":  # tanh(softplus(u)) = n / (n + 2) with n = e^u (e^u + 2), and from 20 on it rounds to 1
         exponential = tl.exp(tl.minimum(u, 20.0))
         n = exponential * (exponential + 2.0)
-        u = u * (n / (n + 2.0))
+        u = u * tl.where(u > 20, 1.0, n * reciprocal(n + 2.0))
     elif ACTIVATION == "hardsigmoid":
         u = tl.where(u < -3, 0.0, tl.where(u > 3, 1.0, (u + 3.0) * (1.0 / 6.0)))
     return u
@@ -88,9 +95,9 @@ def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "mish":  # n / (n + 2) + u * 4 e^u (e^u + 1) / (n + 2)^2, n as in `activate`
         exponential = tl.exp(tl.minimum(u, 20.0))
         n = exponential * (exponential + 2.0)
-        r = 1.0 / (n + 2.0)
+        r = reciprocal(n + 2.0)
         rise = tl.where(u > 20, 0.0, 4.0 * exponential * (exponential + 1.0) * r * r)
-        dz = dz * (n * r + u * rise)
+        dz = dz * (tl.where(u > 20, 1.0, n * r) + u * rise)
     elif ACTIVATION == "hardsigmoid":
         dz = tl.where((u > -3) & (u < 3), dz * (1.0 / 6.0), 0.0)
     return dz

@@ -24,7 +24,7 @@ from tests.support.convolutions import SMALL, needs_tensor_maps
 PACKAGE = Path(cnnfast_kernels.__file__).parent
 APPROXIMATE = {"sqrt", "rsqrt", "fdiv"}  # of triton.language
 # The functions that may divide by `/`: the helpers themselves, and what an activation makes of an exponential.
-MAY_DIVIDE = {"round_quotient", "round_root", "sigmoid"}
+MAY_DIVIDE = {"round_quotient", "round_root", "reciprocal"}
 
 
 def jit_functions():

@@ -27,7 +27,7 @@ from .convolutions import (
     stats,
     wgrad,
 )
-from .passes import PLANES, average, max_pool, moments, normalize, plane_mean
+from .passes import PLANES, average, max_pool, moments, normalize, plane_mean, ranks
 from .trial import HALF, LAST, NCHW, SINGLE, SmokeTrial
 
 
@@ -71,6 +71,7 @@ FAMILIES: dict[str, Family] = {
         ("batch_moments_kernel", "combine_kernel", "update_running_kernel"),
         (*(moments(*planes) for planes in PLANES), moments((64, 8, 64, 64), HALF, LAST)),
     ),
+    "ranks": Family(("combine_ranks_kernel",), (ranks((8, 24, 32), 32), ranks((24, 0, 40), 17))),
     "normalize": Family(("normalize_kernel",), tuple(normalize(*planes, gradients=False) for planes in PLANES)),
     "normalize-gradients": Family(
         ("gradient_sums_kernel", "normalize_backward_kernel"),

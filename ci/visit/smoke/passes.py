@@ -33,6 +33,30 @@ def moments(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format
     )
 
 
+def ranks(counts: tuple[int, ...], C: int) -> SmokeTrial:
+    """The statistics of a batch of which each rank has so many rows; a rank without rows has no mean."""
+
+    def ours(gathered: Tensor) -> Tensors:
+        running_mean, running_var = torch.zeros_like(gathered[0, :C]), torch.ones_like(gathered[0, :C])
+        found = batchnorm.combine_ranks(gathered, running_mean, running_var, 0.5)
+        return *found, running_mean, running_var
+
+    def exact(gathered: Tensor) -> Tensors:
+        means, variances, count = gathered.nan_to_num().split((C, C, 1), 1)
+        total = count.sum(0)
+        mean = (count * means).sum(0) / total
+        var = (count * (variances + (means - mean).square())).sum(0) / total
+        return mean, var, total, mean / 2, 0.5 + var * total / (total - 1) / 2
+
+    def operands(device: torch.device) -> Tensors:
+        gathered = integers((len(counts), 2 * C + 1), 4, device, SINGLE).abs()
+        gathered[:, 2 * C] = torch.tensor(counts, dtype=SINGLE)
+        gathered[[n == 0 for n in counts], : 2 * C] = float("nan")
+        return (gathered,)
+
+    return SmokeTrial(f"{len(counts)} ranks, {C} channels", operands, ours, exact, tolerance=2.0**-18)
+
+
 def normalize(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format, gradients: bool) -> SmokeTrial:
     """z = leaky_relu((y - mean) * 2 + bias + residual), or the gradients of y, weight, bias and residual with given
     statistics.

@@ -190,14 +190,14 @@ def test_a_whole_model_may_be_off_by_what_tf32_costs_only_in_tf32(tf32, device):
         row.operation: row
         for row in judge_whole(model, off, (signed(2, 4, 6, 6, device=device),), backward=False, tf32=tf32)
     }
-    assert rows["eval"].verdict == ("ok" if tf32 else "FAIL")
+    assert rows["infer"].verdict == ("ok" if tf32 else "FAIL")
     with torch.no_grad():
         off.conv.weight.mul_(1 + 16 * UNIT)
     rows = {
         row.operation: row
         for row in judge_whole(model, off, (signed(2, 4, 6, 6, device=device),), backward=False, tf32=tf32)
     }
-    assert rows["eval"].verdict == "FAIL"
+    assert rows["infer"].verdict == "FAIL"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -586,7 +586,7 @@ def test_whole_rows_count_and_are_shown_shortened():
     assert not report.ok
     text = str(report)
     assert max(map(len, text.splitlines())) <= WIDTH
-    assert "training 2x3x8x8 float32" in text
+    assert "train 2x3x8x8 float32" in text
     assert "and 20 more" in text
     assert "FAIL: of 1 calls 1 ok; of 2 steps of the whole model 1 ok, 1 FAIL" in text
     assert CheckReport([call], [CheckRow("", "train", "", "", "not judged", "random")]).ok
@@ -616,7 +616,7 @@ def test_a_child_process_judges_the_whole_where_this_one_does_not_interpret():
     rows, seen = run_compiled(check_in_a_child)
     assert [row[:3] for row in rows] == [["state", "ok", []], ["infer", "ok", []], ["train", "ok", []]]
     assert any("conv_fprop" in kernel for kernel in rows[1][3])
-    assert "whole model, training: 1 kernels" in seen
+    assert "whole model, train: 1 kernels" in seen
 
 
 @pytest.mark.parametrize("module", [__name__, "__main__"])

@@ -76,7 +76,7 @@ def test_settings_hold_and_are_put_back(name):
 
 
 def test_what_the_settings_say_on_a_gpu_holds_and_on_a_cpu_only_what_is_asked_for():
-    on_gpu, on_cpu = (SimpleNamespace(dtype=torch.float32, is_cuda=is_cuda) for is_cuda in (True, False))
+    on_gpu, on_cpu = (SimpleNamespace(dtype=torch.float32, is_cuda=is_cuda, is_meta=False) for is_cuda in (True, False))
     setting, before = BACKENDS.cudnn.conv, BACKENDS.cudnn.conv.fp32_precision
     try:
         for value in ("ieee", "tf32"):

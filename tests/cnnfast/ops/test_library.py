@@ -324,7 +324,7 @@ def test_a_report_counts_what_is_unmeasured(gpu):
         tables.write(*gpu, [tables.TableRow(key, TileConfig(32, 32, 16), "kernels", {})], {})
     assert told(4, 4, 8, 8) == told(1, 4, 8, 8) == []
     assert [len(told(*shape)) for shape in ((6, 4, 8, 8), (2, 4, 9, 8))] == [1, 1]
-    assert list(reporting._unmeasured(model, gpu, [], "the model does not take 1x4x224x224")) == [
+    assert list(reporting._unmeasured(model, gpu, None, "the model does not take 1x4x224x224")) == [
         f"Which convolutions are unmeasured on this GPU ({gpu.name}) is not known, "
         f"for the model does not take 1x4x224x224. {measures}"
     ]

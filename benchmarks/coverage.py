@@ -9,8 +9,8 @@ of torchvision and timm, and those of small_networks.py.
 
 --before FILE: another version's numbers to print beside these. That version writes them with --json FILE:
 
-    git worktree add /tmp/before 6653714
-    PYTHONPATH=/tmp/before:/tmp/before/kernels python benchmarks/coverage.py --json FILE
+    git worktree add ../before 6653714
+    PYTHONPATH=../before:../before/kernels python benchmarks/coverage.py --json FILE
 
 Its report may be one that does not count bytes: their place is then empty.
 """

@@ -44,6 +44,7 @@ from .report import FAIL, NOT_OURS, OK, CheckRow, Comparison
 
 DIFFERENTIATED = ("input", "weight", "bias", "bn_weight", "bn_bias", "residual", "activation_arg")
 BUFFERS = ("running_mean", "running_var")
+GAMMA = {"conv_bn_act": "bn_weight", "bn_act": "weight", "batch_norm": "weight"}  # the norm's, by operation
 MULTIPLYING = ("conv1d", "conv2d", "conv_transpose2d", "conv_bn_act", "conv_act")
 UNITS = {"float64": 64.0, "tf32": 512.0}  # in the last place that the floor allows; of other dtypes 1
 
@@ -77,8 +78,9 @@ def _runs(call: Captured, backward: bool) -> list[tuple[tuple[str, ...], str]]:
     names = tuple(name for name, t in call.tensors().items() if name in DIFFERENTIATED and t.is_floating_point())
     if backward and names:
         runs.append((names, " (with gradients)"))
-        if call.operation == "conv_bn_act" and not call.training and "bn_weight" in names:
-            runs.append((tuple(n for n in names if n != "bn_weight"), " (bn_weight frozen)"))
+        gamma = GAMMA.get(call.operation)
+        if gamma in names and not call.training:
+            runs.append((tuple(n for n in names if n != gamma), f" ({gamma} frozen)"))
     return runs
 
 

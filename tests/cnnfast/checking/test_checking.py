@@ -299,6 +299,8 @@ def test_conv_act_and_bn_act(name, dtype, device):
     tensors = {c.tensor for c in row.comparisons}
     assert {"output", "grad of input (with gradients)"} <= tensors
     assert ("grad of activation_arg (with gradients)" in tensors) == ("prelu" in name)
+    # given statistics and a frozen weight: one pass gives the other gradients
+    assert ("grad of bias (weight frozen)" in tensors) == (name == "bn_act hardsigmoid")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import cnnfast.functional as F
 from cnnfast.checking import duration
 from cnnfast.checking.duration import START, estimated_seconds, foreseen
 from cnnfast.commands.console import about
@@ -30,6 +31,21 @@ def test_more_work_takes_longer():
     assert seconds(nn.Sequential(conv, nn.Conv2d(32, 16, 1)), 1, 16, 32, 32) > once
     assert seconds(nn.ConvTranspose2d(16, 32, 3), 1, 16, 32, 32) > 0
     assert 0 < seconds(nn.MaxPool2d(2), 1, 16, 32, 32) < once
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_without_a_convolution_pass_over_memory(affine):
+    bn = nn.BatchNorm2d(16, affine=affine)
+
+    def norm_first(x):
+        y = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        return F.bn_act(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, activation="silu")
+
+    calls = duration.capture_calls(norm_first, (torch.zeros(1, 16, 32, 32),))
+    assert [call.operation for call in calls] == ["batch_norm", "bn_act"]
+    both = estimated_seconds(calls, [], False)
+    assert both == pytest.approx(2 * estimated_seconds(calls[:1], [], False))
+    assert 0 < both < seconds(nn.Conv2d(16, 32, 3, padding=1), 1, 16, 32, 32)
 
 
 def test_a_busy_machine_takes_longer(monkeypatch):

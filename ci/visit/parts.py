@@ -27,7 +27,7 @@ DTYPE = "bf16"
 # a row serves half to twice its batch
 INFER_BATCHES, INFER_COMPILED, TRAIN_BATCH, LAYER_BATCH, TUNE_BATCH = (32, 256, 1), 32, 64, 32, 64
 MODEL_SECONDS, LAYER_SECONDS = 0.3, 0.03  # of timing, for each provider and job
-DEMO_SECONDS = 15  # of the layers that it times: part layers has them all
+DEMO_SECONDS = 8  # of the layers that it times: part layers has them all
 # torch.compile comes apart, after what takes no minute. Left to `cnnfast bench`: max-autotune, which compiles for
 # minutes, torch.compile of the converted model, JAX, and NCHW.
 INFER_PROVIDERS = ("eager", "eager-graph", "cudnn-fused", "cudnn-graph", "cnnfast", "cnnfast-graph", "cnnfast-kernels")

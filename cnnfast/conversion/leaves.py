@@ -57,7 +57,8 @@ class _NormAct(cnn.BatchNorm2d):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # timm has another name for it
+    # timm has another name for the argument
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not isinstance(x, Tensor):  # torch.fx traces into timm's layer, and shall record timm's own
             return base_of(type(self)).forward(self, x)  # pyright: ignore[reportAttributeAccessIssue]
         return _normalize_and_activate(self, x, cnn.BatchNorm2d.forward)
@@ -66,7 +67,8 @@ class _NormAct(cnn.BatchNorm2d):
 class _Same(SameConv2d):
     """timm's Conv2dSame."""
 
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # timm has another name for it
+    # timm has another name for the argument
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         # timm's own also where torch.jit.trace and ONNX record what is computed from sizes
         if torch_serves("conv2d", x, self._parameters.get("weight")):
             return base_of(type(self)).forward(self, x)  # pyright: ignore[reportAttributeAccessIssue]

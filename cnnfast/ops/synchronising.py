@@ -115,7 +115,8 @@ def normalize_over_ranks(
     rows = mean.new_full((1,), y.numel() // y.shape[1])
     gathered = gather(torch.cat((mean, var, rows)), group)
     of_all = combine_ranks(gathered, *running, momentum)
-    return _NormalizeOverRanks.apply(y, *of_all, gamma, beta, residual, eps, activation, slope, slopes, group)  # pyright: ignore[reportReturnType]
+    end = residual, eps, activation, slope, slopes
+    return _NormalizeOverRanks.apply(y, *of_all, gamma, beta, *end, group)  # pyright: ignore[reportReturnType]
 
 
 def _fake_ranks(gathered: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,11 +17,11 @@ from .. import launch, memory
 from ..dtypes import KERNEL_DTYPES
 from ..layout import Layout, dense
 from ..moments import combine_slots, merge_moments
-from ..planes import contiguous, load_vector, mergeable
+from ..planes import contiguous, mergeable
 from ..rounding import round_quotient
 from ..tiling import cdiv
 from .gradients import NormalizeBackwardOperands, plan_backward
-from .running import split_momentum
+from .running import update
 from .sums import GradientSumsOperands, plan_sums, strides
 
 
@@ -69,11 +69,8 @@ def combine_ranks_kernel(
     if running_mean_ptr is not None:
         ok = c < tl.where(total > 1, C, 0)
         unbiased = var * round_quotient(total, total - 1.0)
-        keep, take = split_momentum(momentum, ACC)
-        running_mean = keep * load_vector(running_mean_ptr, c * mean_stride, ok, ACC) + take * mean
-        running_var = keep * load_vector(running_var_ptr, c * var_stride, ok, ACC) + take * unbiased
-        tl.store(running_mean_ptr + c * mean_stride, running_mean.to(running_mean_ptr.dtype.element_ty), mask=ok)
-        tl.store(running_var_ptr + c * var_stride, running_var.to(running_var_ptr.dtype.element_ty), mask=ok)
+        update(running_mean_ptr, c * mean_stride, ok, mean, momentum, ACC)
+        update(running_var_ptr, c * var_stride, ok, unbiased, momentum, ACC)
 
 
 @launch.planned

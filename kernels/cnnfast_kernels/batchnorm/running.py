@@ -27,11 +27,12 @@ class UpdateOperands(NamedTuple):
 
 @triton.jit
 @no_type_check
-def split_momentum(momentum, ACC: tl.constexpr):
-    """(what running statistics keep of themselves, what they take of the batch's)."""
+def update(running_ptr, offset, ok, of_batch, momentum, ACC: tl.constexpr):
+    """In place running = (1 - momentum) * running + momentum * batch, of the channels that lie at `offset`."""
     keep = tl.full((), 1.0 - momentum, ACC)
     take = tl.full((), momentum, ACC)
-    return keep, take
+    running = keep * load_vector(running_ptr, offset, ok, ACC) + take * of_batch
+    tl.store(running_ptr + offset, running.to(running_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["mean_stride", "var_stride", "count"])
@@ -43,14 +44,9 @@ def update_running_kernel(
     """BLOCK_C channels. The strides are those of the running statistics."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
-    keep, take = split_momentum(momentum, ACC)
     unbiased = load_vector(var_ptr, c, c_ok, ACC) * round_quotient(count.to(ACC), (count - 1).to(ACC))
-    running_mean = load_vector(running_mean_ptr, c * mean_stride, c_ok, ACC)
-    running_var = load_vector(running_var_ptr, c * var_stride, c_ok, ACC)
-    running_mean = keep * running_mean + take * load_vector(mean_ptr, c, c_ok, ACC)
-    running_var = keep * running_var + take * unbiased
-    tl.store(running_mean_ptr + c * mean_stride, running_mean.to(running_mean_ptr.dtype.element_ty), mask=c_ok)
-    tl.store(running_var_ptr + c * var_stride, running_var.to(running_var_ptr.dtype.element_ty), mask=c_ok)
+    update(running_mean_ptr, c * mean_stride, c_ok, load_vector(mean_ptr, c, c_ok, ACC), momentum, ACC)
+    update(running_var_ptr, c * var_stride, c_ok, unbiased, momentum, ACC)
 
 
 @launch.planned

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import cnnfast
 import cnnfast.functional as ours
+from tests.support.activations import ACTIVATIONS
 from tests.support.agreement import (
     assert_bits,
     assert_close,
@@ -23,18 +24,6 @@ from tests.support.agreement import (
 )
 from tests.support.convolutions import arrange
 
-ACTIVATIONS = {
-    None: lambda u: u,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "relu6": F.relu6,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "mish": F.mish,
-    "hardsigmoid": lambda u: F.relu6(u + 3) / 6,  # PyTorch's own differentiates by float32's sixth
-}
 FROM_OUTPUT = ("relu", "leaky_relu", "relu6")
 GEOMETRIES = {
     "groups": ({"stride": (1, 2), "padding": 1, "groups": 2}, (2, 4, 5, 4), (6, 2, 3, 3)),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import cnnfast.functional as ours
 from cnnfast_kernels.gather import im2col
+from tests.support.activations import ACTIVATIONS
 from tests.support.agreement import (
     Outcome,
     assert_bits,
@@ -24,18 +25,6 @@ from tests.support.agreement import (
 )
 from tests.support.convolutions import arrange
 
-ACTIVATIONS = {
-    None: lambda u: u,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "relu6": F.relu6,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "mish": F.mish,
-    "hardsigmoid": lambda u: F.relu6(u + 3) / 6,  # PyTorch's own differentiates by float32's sixth
-}
 GEOMETRY = {"stride": (1, 2), "padding": 1, "groups": 2}
 K = 6
 X, W, Y = (2, 4, 5, 4), (K, 2, 3, 3), (2, K, 5, 2)

@@ -78,6 +78,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
+def imports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A test that writes Python files leaves none of them imported, and sys.path as it was: of another test's file of
+    the same name nothing would be read.
+    """
+    path, names, written = list(sys.path), set(sys.modules), str(tmp_path_factory.getbasetemp())
+    yield
+    sys.path[:] = path
+    for name in sys.modules.keys() - names:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(written):
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
 def seeded() -> None:
     """Random numbers of a test do not depend on the tests before it."""
     torch.manual_seed(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -146,8 +145,8 @@ FAULTS = [
         "stale running statistic",
         batch_norm,
         running,
-        "keep * running_var + take * unbiased",
-        "running_var",
+        "keep * load_vector(running_ptr, offset, ok, ACC) + take * of_batch",
+        "load_vector(running_ptr, offset, ok, ACC)",
         "running_var",
     ),
     Fault(
@@ -484,7 +483,6 @@ def command(monkeypatch, tmp_path):
     )
     (tmp_path / "beside.py").write_text("CHANNELS = 3\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     app = typer.Typer()
     app.command()(check_command)
     return lambda *arguments: CliRunner().invoke(app, arguments)

@@ -129,7 +129,6 @@ def folder(tmp_path_factory):
 def test_json_on_standard_output_is_all_that_is_there(line, folder, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     result = invoke(*line.split(), "--json", "-")
     assert result.exit_code == 0, result.output
     assert JSON[line](json.loads(result.stdout))

@@ -243,12 +243,8 @@ def own(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
-    """An empty current folder; what is imported beside it is forgotten."""
+    """An empty current folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield
-    for name in OWN:
-        sys.modules.pop(name.removesuffix(".py"), None)
 
 
 def words(text: str) -> str:

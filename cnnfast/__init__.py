@@ -30,15 +30,21 @@ if TYPE_CHECKING:
     from .conversion import report as report
     from .conversion import revert as revert
     from .dispatch import backend as backend
+    from .engine import Frozen as Frozen
+    from .engine import freeze as freeze
+    from .engine import load as load
     from .recording import trace as trace
     from .tuning import tune as tune
     from .warming import warm as warm
 
 _MODULES = ("functional", "models", "nn")
 _HOME = {
+    "Frozen": ".engine",
     "backend": ".dispatch",
     "check": ".checking",
     "convert": ".conversion",
+    "freeze": ".engine",
+    "load": ".engine",
     "report": ".conversion",
     "revert": ".conversion",
     "trace": ".recording",
@@ -46,11 +52,14 @@ _HOME = {
     "warm": ".warming",
 }
 __all__ = [
+    "Frozen",
     "__version__",
     "backend",
     "check",
     "convert",
+    "freeze",
     "functional",
+    "load",
     "models",
     "nn",
     "report",

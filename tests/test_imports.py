@@ -76,6 +76,7 @@ LAYERS = {
         "calls",
         "warming",
         "checking tuning",
+        "engine",
         "bench",
         "diagnosing",
         "demo commands",

@@ -47,8 +47,8 @@ def convolution(
     activation: str | None,
     numbers: Sequence[float],
 ) -> Tensor:
-    """activation(conv(x, weight) + bias + residual). x [N, C, *sizes], weight [K, C / groups, *taps], bias [K], residual
-    of the result's shape. One, two or three dimensions; stride, padding and dilation have a number for each.
+    """activation(conv(x, weight) + bias + residual). x [N, C, *sizes], weight [K, C / groups, *taps], bias [K], and
+    residual has the result's shape. One, two or three dimensions; stride, padding and dilation have a number for each.
     """
     convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
     y = convolve(x, weight, bias, list(stride), list(padding), list(dilation), groups)

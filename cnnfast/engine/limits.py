@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from .conditions import violated
 from .graph import Graph, Input
 from .plan import Step
 
@@ -25,6 +26,8 @@ def check(graph: Graph, shapes: Sequence[Sequence[int]]) -> None:
         )
         if not fits:
             raise ValueError(f"{taken.name}: this network takes {written(taken)}, got {tuple(shape)}")
+    if sentence := violated(graph.conditions, shapes):
+        raise ValueError(f"this network does not take such sizes: {sentence}")
 
 
 def written(taken: Input) -> str:

@@ -119,3 +119,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     **{f"python.{name}": function for name, function in PYTHON.items()},
 }
 NAMES: dict[Callable[..., Any], str] = {function: name for name, function in OPERATORS.items()}
+
+
+def why_not(target: Any) -> str:
+    """A sentence that says why no graph may call something."""
+    return f"it calls {target}, which the engine does not know"

@@ -1,0 +1,174 @@
+"""From a module to a graph, by torch.export: the only file that knows it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import conditions
+from .aliasing import make_functional
+from .cleaning import clean
+from .graph import Graph, Input
+from .operators import NAMES, why_not
+from .structures import Structure
+
+
+class CannotCapture(ValueError):
+    """A network that no graph can be made of. Its text says in one sentence what stands in the way."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph of flat inputs and results, and the structures that they are taken from and put into."""
+
+    graph: Graph
+    arguments: Structure
+    result: Structure
+
+
+def capture(model: nn.Module, inputs: tuple[Any, ...], *, sizes: bool) -> Captured:
+    """The graph of a module in eval mode on the CPU, called with these positional arguments, for any batch size. sizes:
+    for any height and width too. The module is not changed, but the graph's constants are its parameters and buffers.
+
+    Raises CannotCapture; ValueError for arguments that are not tensors, constants, and tuples, lists and dicts of such.
+    """
+    leaves, arguments = Structure.flatten(inputs)
+    batch = _batch(leaves)
+    with _quietly():
+        if batch == 1:  # torch.export takes a size of 1 for a constant
+            doubled = [torch.cat([leaf, leaf]) if leaf.dim() and leaf.shape[0] == 1 else leaf for leaf in leaves]
+            with contextlib.suppress(CannotCapture):
+                captured = _capture(model, doubled, arguments, 2, sizes)
+                if _batch_is_free(captured.graph):
+                    return captured
+        return _capture(model, leaves, arguments, batch, sizes)
+
+
+class _Flat(nn.Module):
+    """The module with tensors as arguments and a tuple of tensors as result, which torch.export takes whatever the
+    classes of arguments and results are.
+    """
+
+    def __init__(self, network: nn.Module, arguments: Structure, results: list[Structure]) -> None:
+        super().__init__()
+        self.network, self.arguments = network, arguments
+        self.note_result = results.append  # torch.export takes back what is assigned to an attribute meanwhile
+
+    def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        tensors, result = Structure.flatten(self.network(*self.arguments.build(leaves)))
+        self.note_result(result)
+        return tuple(tensors)
+
+
+PREFIX = "network."  # of the names of parameters, by the class above
+
+
+def _capture(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch: int, sizes: bool) -> Captured:
+    results: list[Structure] = []
+    flat = _Flat(model, arguments, results)
+    flat.training = False
+    free = tuple(_free_dimensions(leaf, batch, sizes) for leaf in leaves)
+    try:
+        exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(free,), strict=False)
+    except Exception as error:
+        raise CannotCapture(_reason(error)) from error
+    module = exported.module(check_guards=False)
+    calls: fx.Graph = module.graph
+    if not make_functional(calls):
+        module = exported.run_decompositions({}).module(check_guards=False)
+        calls = module.graph
+    clean(calls)
+    constants = _constants(calls, module)
+    found = [node for node in calls.nodes if node.op == "placeholder"]
+    inputs = tuple(
+        Input(name, tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape), leaf.dtype)
+        for name, node, leaf in zip(_names(model, arguments), found, leaves, strict=True)
+    )
+    for node in calls.nodes:
+        if node.op == "call_function" and node.target not in NAMES:
+            raise CannotCapture(why_not(node.target))
+    _rename(found, inputs)
+    for node in calls.nodes:
+        node.meta = {}
+    guards = getattr(exported, "_guards_code", [])
+    kept = tuple(conditions.from_guard(guard) for guard in guards if not guard.endswith("!= 1"))
+    graph = Graph(calls, constants, inputs, kept)
+    graph.prune()
+    return Captured(graph, arguments, results[-1])
+
+
+def _batch(leaves: Sequence[Tensor]) -> int:
+    return next((leaf.shape[0] for leaf in leaves if leaf.dim()), 0)
+
+
+def _free_dimensions(leaf: Tensor, batch: int, sizes: bool) -> dict[int, Any]:
+    free = [0] if leaf.dim() and leaf.shape[0] == batch and batch > 1 else []
+    if sizes and leaf.dim() >= 3:
+        free += [dim for dim in range(2, leaf.dim()) if leaf.shape[dim] > 1]
+    return {dim: torch.export.Dim.AUTO for dim in free}
+
+
+def _batch_is_free(graph: Graph) -> bool:
+    return all(not given.shape or given.shape[0] is None for given in graph.inputs)
+
+
+def _constants(calls: fx.Graph, module: nn.Module) -> dict[str, Tensor]:
+    constants: dict[str, Tensor] = {}
+    names: dict[int, str] = {}  # tied parameters are one constant
+    for node in calls.nodes:
+        if node.op == "get_attr":
+            value = module
+            for part in node.target.split("."):
+                value = getattr(value, part)
+            name = names.setdefault(id(value), node.target.removeprefix(PREFIX))
+            constants[name] = value.detach()
+            node.target = name
+    return constants
+
+
+def _names(model: nn.Module, arguments: Structure) -> list[str]:
+    """A name for each tensor of the arguments: that of forward's parameter where the argument is a tensor itself."""
+    given = [one.name for one in inspect.signature(model.forward).parameters.values() if one.kind <= 1]
+    names: list[str] = []
+
+    def walk(structure: Structure, name: str) -> None:
+        if structure.kind == "tensor":
+            names.append(re.sub(r"\W", "_", name))
+        for index, part in enumerate(structure.parts):
+            walk(part, f"{name}_{structure.keys[index] if structure.keys else index}")
+
+    for index, part in enumerate(arguments.parts):
+        walk(part, given[index] if index < len(given) else f"input_{index}")
+    return names
+
+
+def _rename(placeholders: Sequence[fx.Node], inputs: Sequence[Input]) -> None:
+    for node, given in zip(placeholders, inputs, strict=True):
+        node.name = node.target = given.name
+
+
+def _reason(error: Exception) -> str:
+    return str(error).split("\n")[0]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what torch.export warns of and logs: it concerns its developers, and what matters is raised."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,23 @@ def accept(given: tuple[Any, ...], arguments: Structure, takes: Sequence[Input],
     another number of dimensions, is no number of the right kind, or is not a dense tensor on the CPU. Sizes are not
     looked at: see `misfits`.
     """
-    leaves, structure = Structure.flatten(given)
+    try:
+        leaves, structure = Structure.flatten(_in_order(given, arguments))
+    except ValueError as error:
+        raise ValueError(f"frozen(): {error}") from None
     if problem := next(_differences(structure, arguments, ""), ""):
         raise ValueError(f"frozen(): {problem}")
     return [_accepted(t, one, dtype) for t, one in zip(leaves, takes, strict=True)]
+
+
+def _in_order(tree: Any, wanted: Structure) -> Any:
+    """The same tree, with the keys of its dicts in the order that the structure has."""
+    if isinstance(tree, Mapping) and wanted.kind == "dict" and tree.keys() == set(wanted.keys):
+        parts = zip(wanted.keys, wanted.parts, strict=True)
+        return {key: _in_order(tree[key], part) for key, part in parts}
+    if type(tree) in (list, tuple) and len(tree) == len(wanted.parts):
+        return type(tree)(_in_order(part, one) for part, one in zip(tree, wanted.parts, strict=True))
+    return tree
 
 
 def _differences(given: Structure, wanted: Structure, path: str) -> Iterator[str]:
@@ -34,10 +47,8 @@ def _differences(given: Structure, wanted: Structure, path: str) -> Iterator[str
     elif len(given.parts) != len(wanted.parts):
         what = path or "the network"
         yield f"{what} takes {_count(len(wanted.parts), path)}, but got {_count(len(given.parts), path)}"
-    elif sorted(given.keys) != sorted(wanted.keys):
-        yield f"{path} must have the keys {', '.join(wanted.keys)}, but got {', '.join(given.keys)}"
     elif given.keys != wanted.keys:
-        yield f"{path} must have its keys in the order {', '.join(wanted.keys)}, but got {', '.join(given.keys)}"
+        yield f"{path} must have the keys {', '.join(wanted.keys)}, but got {', '.join(given.keys)}"
     else:
         for where, one, other in zip(places(wanted, path), given.parts, wanted.parts, strict=True):
             yield from _differences(one, other, where)

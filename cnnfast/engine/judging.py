@@ -46,8 +46,8 @@ class Reference:
 class ResultCheck:
     """One result. sqnr, own: the decibels of the frozen network and, where that was asked, of the original in the same
     dtype; infinite if nothing differs, None for integers and booleans. equal: the share of the elements of those that
-    are equal. agreement: the share of rows whose largest element stands in the same column, for a result [N, classes].
-    problem: why the result is refused, or the empty string.
+    are equal; in half precision it is told, and not judged. agreement: the share of rows whose largest element stands
+    in the same column, for a result [N, classes]. problem: why the result is refused, or the empty string.
     """
 
     name: str
@@ -153,10 +153,10 @@ def _judged(name: str, result: Tensor, right: Tensor, limit: float, own: Tensor 
     if result.shape != right.shape:
         return ResultCheck(name, problem=f"its shape is {list(result.shape)}, not {list(right.shape)}")
     if not right.is_floating_point():
-        equal = (result == right).double().mean().item() if right.numel() else 1.0
-        own_equal = (own == right).double().mean().item() if own is not None and right.numel() else 1.0
-        problem = "" if equal >= min(1.0, own_equal) else "its elements must be equal"
-        return ResultCheck(name, equal=equal, problem=problem)
+        equal = share_equal(result, right)
+        needed = 1.0 if own is None else share_equal(own, right)
+        judged = limit == LIMITS[torch.float32]
+        return ResultCheck(name, equal=equal, problem="its elements differ" if judged and equal < needed else "")
     sqnr, mine = sqnr_of(result, right), None if own is None else sqnr_of(own, right)
     if mine is not None:
         limit = min(limit, mine - BELOW_OWN)
@@ -165,6 +165,10 @@ def _judged(name: str, result: Tensor, right: Tensor, limit: float, own: Tensor 
         agreement = (result.argmax(1) == right.argmax(1)).double().mean().item()
     problem = "" if sqnr >= limit else "below its limit"
     return ResultCheck(name, sqnr, limit, mine, agreement=agreement, problem=problem)
+
+
+def share_equal(result: Tensor, right: Tensor) -> float:
+    return (result == right).double().mean().item() if right.numel() else 1.0
 
 
 def sqnr_of(result: Tensor, right: Tensor) -> float:

@@ -14,16 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import conditions
-from .aliasing import make_functional
+from .aliasing import drop_dropout, drop_writes_to_inputs, make_functional
 from .cleaning import clean
 from .graph import Graph, Input
-from .operators import NAMES, why_not
+from .guards import conditions_of
+from .inlining import inline
+from .operators import NAMES, CannotCapture, why_not
 from .structures import Structure
-
-
-class CannotCapture(ValueError):
-    """A network that no graph can be made of. Its text says in one sentence what stands in the way."""
 
 
 @dataclass(frozen=True)
@@ -79,31 +76,66 @@ def _capture(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch
     free = tuple(_free_dimensions(leaf, batch, sizes) for leaf in leaves)
     try:
         exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(free,), strict=False)
+    except CannotCapture:
+        raise
     except Exception as error:
         raise CannotCapture(_reason(error)) from error
-    module = exported.module(check_guards=False)
-    calls: fx.Graph = module.graph
+    for part in exported.graph_module.modules():
+        if isinstance(part, fx.GraphModule):
+            drop_dropout(part.graph)
+    calls, module = _unpacked(exported)
     if not make_functional(calls):
-        module = exported.run_decompositions({}).module(check_guards=False)
-        calls = module.graph
-    clean(calls)
+        calls, module = _unpacked(exported.run_decompositions({}))
+        drop_writes_to_inputs(calls)
     constants = _constants(calls, module)
-    found = [node for node in calls.nodes if node.op == "placeholder"]
-    inputs = tuple(
-        Input(name, tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape), leaf.dtype)
-        for name, node, leaf in zip(_names(model, arguments), found, leaves, strict=True)
-    )
+    clean(calls, constants)
+    placeholders = [node for node in calls.nodes if node.op == "placeholder"]
     for node in calls.nodes:
         if node.op == "call_function" and node.target not in NAMES:
-            raise CannotCapture(why_not(node.target))
-    _rename(found, inputs)
-    for node in calls.nodes:
-        node.meta = {}
-    guards = getattr(exported, "_guards_code", [])
-    kept = tuple(conditions.from_guard(guard) for guard in guards if not guard.endswith("!= 1"))
-    graph = Graph(calls, constants, inputs, kept)
+            raise CannotCapture(why_not(node.target) + _where(node))
+    found = conditions_of(placeholders, calls)
+    inputs = tuple(
+        Input(name, tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape), leaf.dtype)
+        for name, node, leaf in zip(_names(model, arguments), placeholders, leaves, strict=True)
+    )
+    graph = Graph(_plain_copy(calls, inputs), constants, inputs, found)
     graph.prune()
     return Captured(graph, arguments, results[-1])
+
+
+def _unpacked(exported: torch.export.ExportedProgram) -> tuple[fx.Graph, nn.Module]:
+    module = exported.module(check_guards=False)
+    inline(module.graph, module)
+    return module.graph, module
+
+
+def _where(node: fx.Node) -> str:
+    """The line of the model's code that a call comes from, which is the last of its trace."""
+    lines = re.findall(r'File "(.*?)", line (\d+), in (\w+)', node.meta.get("stack_trace") or "")
+    return " ({}, line {}, in {})".format(*lines[-1]) if lines else ""
+
+
+def _plain_copy(calls: fx.Graph, inputs: Sequence[Input]) -> fx.Graph:
+    """The graph with placeholders named as the inputs, and without what torch.export knows about each node: the path
+    of the module that a node comes from is all that is kept, as meta["module"].
+    """
+    copied, values = fx.Graph(), {}
+    given = iter(inputs)
+    for node in calls.nodes:
+        if node.op == "placeholder":
+            values[node] = copied.placeholder(next(given).name)
+        elif node.op == "output":
+            copied.output(tuple(values[result] for result in node.args[0]))
+        else:
+            values[node] = copied.node_copy(node, values.__getitem__)
+            values[node].meta = {"module": _module_path(node)}
+    return copied
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return path.removeprefix(PREFIX.rstrip(".")).removeprefix(".")
 
 
 def _batch(leaves: Sequence[Tensor]) -> int:
@@ -149,11 +181,6 @@ def _names(model: nn.Module, arguments: Structure) -> list[str]:
     for index, part in enumerate(arguments.parts):
         walk(part, given[index] if index < len(given) else f"input_{index}")
     return names
-
-
-def _rename(placeholders: Sequence[fx.Node], inputs: Sequence[Input]) -> None:
-    for node, given in zip(placeholders, inputs, strict=True):
-        node.name = node.target = given.name
 
 
 def _reason(error: Exception) -> str:

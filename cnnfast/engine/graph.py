@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .operators import MAKERS
+
 
 @dataclass(frozen=True)
 class Input:
@@ -77,6 +79,8 @@ class Graph:
                     values[node] = self.constants[str(node.target)].to(device)
                 elif node.op == "call_function":
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                    if node.target in MAKERS:
+                        kwargs = {**kwargs, "device": device}
                     values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return tuple(values[node] for node in self.results)
 

@@ -18,7 +18,7 @@ from .operators import CannotCapture
 
 aten = torch.ops.aten
 
-# In eval mode PyTorch returns the argument itself, which torch.export does not know: to it the result is another tensor.
+# In eval mode PyTorch returns the argument itself. torch.export does not know that, and traces another tensor.
 DROPOUTS = {
     getattr(aten, name + underscore).default: aten.alias.default
     for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")

@@ -23,10 +23,13 @@ SAME = {
 
 @rule(*SAME, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 def _arithmetic(call: Call) -> fx.Node | None:
+    """Without alpha, and with a number in place of a constant that is one."""
     target = SAME.get(call.target, call.target)
     alpha = call.arguments.pop("alpha", 1)
     call.keywords.discard("alpha")
     other = call["other"]
+    if call.value(call.first).dtype.is_floating_point and call.value(call.first).dim():
+        other = call.number(other)
     if alpha != 1:
         other = call.write(aten.mul.Tensor, other, alpha) if isinstance(other, fx.Node) else other * alpha
     if target is call.target and other is call["other"]:

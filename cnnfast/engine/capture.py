@@ -146,7 +146,7 @@ def _free_dimensions(leaf: Tensor, batch: int, sizes: bool) -> dict[int, Any]:
     free = [0] if leaf.dim() and leaf.shape[0] == batch and batch > 1 else []
     if sizes and leaf.dim() >= 3:
         free += [dim for dim in range(2, leaf.dim()) if leaf.shape[dim] > 1]
-    return {dim: torch.export.Dim.AUTO for dim in free}
+    return dict.fromkeys(free, torch.export.Dim.AUTO)
 
 
 def _batch_is_free(graph: Graph) -> bool:

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from . import arithmetic_rules, layer_rules, shape_rules  # noqa: F401: they register their rules
+from . import arithmetic_rules, layer_rules, shape_rules  # noqa: F401
 from .operators import MAKERS, multiplied
 from .rules import RULES, Call, aten
 
@@ -26,7 +26,7 @@ def clean(calls: fx.Graph, constants: dict[str, Tensor]) -> None:
     """Rewrites a functional graph. Every call has all its positional arguments afterwards, and of the keywords those
     that are not the default. What depends on constants alone becomes a constant.
     """
-    for node in list(calls.nodes):
+    for node in calls.nodes:  # torch.fx allows for nodes that come and go meanwhile
         if node.op == "call_module" or node.target in ASSERTIONS:  # torch.export's checks of arguments are modules
             calls.erase_node(node)
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
@@ -41,7 +41,7 @@ def clean(calls: fx.Graph, constants: dict[str, Tensor]) -> None:
 
 def _spell(node: fx.Node, constants: dict[str, Tensor]) -> None:
     """Applies the rule for a call, if there is one."""
-    call = Call(node)
+    call = Call(node, constants)
     written = RULES[node.target](call) if node.target in RULES else None
     if written is None:
         call.normalise()
@@ -50,27 +50,41 @@ def _spell(node: fx.Node, constants: dict[str, Tensor]) -> None:
     node.replace_all_uses_with(written)
     if written.op == "call_function" and "val" not in written.meta:
         written.meta = dict(node.meta)
-        Call(written).normalise()
+        Call(written, constants).normalise()
         _evaluate(written, constants)
     node.graph.erase_node(node)
 
 
 def _evaluate(node: fx.Node, constants: dict[str, Tensor]) -> bool:
-    """Replaces a call that depends on constants alone by its result, where that is one tensor."""
-    inputs, value = node.all_input_nodes, node.meta.get("val")
-    if not isinstance(value, Tensor) or any(one.op != "get_attr" for one in inputs):
-        return False
-    if not inputs and node.target not in MAKERS:
+    """Replaces a call that depends on constants alone by its result: by a constant, or, where the result is a tuple,
+    each of its members that something reads.
+    """
+    inputs = node.all_input_nodes
+    if any(one.op != "get_attr" for one in inputs) or not (inputs or node.target in MAKERS):
         return False
     limit = LARGEST_EVALUATED if inputs else LARGEST_MADE
-    if not all(isinstance(size, int) for size in value.shape) or value.numel() * value.itemsize > limit:
+    single = isinstance(node.meta.get("val"), Tensor)
+    readers = [node] if single else list(node.users)
+    if not all(_is_known(reader, limit) for reader in readers):
         return False
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: constants[str(one.target)])
-    name = f"computed.{node.name}"
-    constants[name] = node.target(*args, **kwargs).contiguous()  # type: ignore[operator]
-    with node.graph.inserting_before(node):
-        written = node.graph.get_attr(name)
-    written.meta = dict(node.meta)
-    node.replace_all_uses_with(written)
+    result = node.target(*args, **kwargs)  # type: ignore[operator]
+    for reader in readers:
+        name = f"computed.{reader.name}"
+        constants[name] = (result if single else result[reader.args[1]]).contiguous()
+        with node.graph.inserting_before(node):
+            written = node.graph.get_attr(name)
+        written.meta = dict(reader.meta)
+        reader.replace_all_uses_with(written)
+        if reader is not node:
+            node.graph.erase_node(reader)
     node.graph.erase_node(node)
     return True
+
+
+def _is_known(node: fx.Node, limit: int) -> bool:
+    """Whether the value of a node is a tensor of a known shape and at most so many bytes."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
+        return False
+    return value.numel() * value.itemsize <= limit

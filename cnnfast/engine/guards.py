@@ -35,9 +35,7 @@ def conditions_of(placeholders: Sequence[fx.Node], calls: fx.Graph) -> tuple[str
     environment = _environment(placeholders)
     if not hasattr(environment, "guards") or not hasattr(environment, "replacements"):
         raise CannotCapture("this version of PyTorch does not tell which sizes a captured network is right for")
-    arithmetic = any(
-        node.op == "call_function" and node.target is not aten.sym_size.int and _is_size(node) for node in calls.nodes
-    )
+    arithmetic = any(map(_is_computed_size, calls.nodes))
     for guard in environment.guards:
         expression = _resolved(guard.expr, environment.replacements)
         if expression is sympy.true or not _matters(guard, expression, arithmetic):
@@ -85,8 +83,9 @@ def _resolved(expression: Any, replacements: dict[Any, Any]) -> Any:
     return expression
 
 
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+def _is_computed_size(node: fx.Node) -> bool:
+    is_size = isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+    return is_size and node.op == "call_function" and node.target is not aten.sym_size.int
 
 
 def _matters(guard: Any, expression: Any, arithmetic: bool) -> bool:

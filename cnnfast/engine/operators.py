@@ -89,8 +89,8 @@ OURS: dict[str, Callable[..., Any]] = {
 
 # Those of PyTorch's that make tensors of nothing.
 FROM_NOTHING = ("full.default", "arange.start_step", "linspace.default", "eye.default", "scalar_tensor.default")
-# PyTorch's, without the "aten." before each: none that is not listed, and none whose reading or writing PyTorch does not
-# check (as_strided, _unsafe_index), that writes into an argument, or that draws random numbers.
+# PyTorch's, without the "aten." before each: none whose reading PyTorch does not check
+# (as_strided, _unsafe_index), that writes into an argument, or that draws random numbers.
 ATEN = (
     # Layers
     *("conv1d.default", "conv2d.default", "conv3d.default"),
@@ -152,7 +152,7 @@ ATEN = (
     *("unfold.default", "tril.default", "triu.default", "diagonal.default", "one_hot.default"),
     # New tensors
     *FROM_NOTHING,
-    "sym_size.int",
+    *("sym_size.int", "clone.default"),  # a plan copies what it returns
 )
 
 

@@ -33,8 +33,8 @@ class Call:
     default.
     """
 
-    def __init__(self, node: fx.Node) -> None:
-        self.node, self.target = node, node.target
+    def __init__(self, node: fx.Node, constants: dict[str, Tensor]) -> None:
+        self.node, self.target, self.constants = node, node.target, constants
         self.arguments: dict[str, Any] = {}
         self.keywords: set[str] = set()
         for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
@@ -43,9 +43,7 @@ class Call:
             else:
                 value = node.kwargs.get(argument.name, argument.default_value)
             self.arguments[argument.name] = value
-            if argument.kwarg_only and value == argument.default_value:
-                continue
-            if argument.kwarg_only:
+            if argument.kwarg_only and value != argument.default_value:
                 self.keywords.add(argument.name)
 
     def __getitem__(self, name: str) -> Any:
@@ -61,6 +59,12 @@ class Call:
         which a size may be an expression, and its dtype.
         """
         return (self.node if node is None else node).meta["val"]
+
+    def number(self, argument: Any) -> Any:
+        """A Python number in place of a constant that is one number, and anything else as it is."""
+        if isinstance(argument, fx.Node) and argument.op == "get_attr" and self.constants[argument.target].dim() == 0:
+            return self.constants[argument.target].item()
+        return argument
 
     def shape_is(self, node: fx.Node) -> bool:
         """Whether the call's result has the shape of a node."""

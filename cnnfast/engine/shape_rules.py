@@ -36,11 +36,9 @@ def _cast(call: Call) -> fx.Node | None:
 
 @rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.view_copy.default)
 def _reshape(call: Call) -> fx.Node:
-    return (
-        call.first
-        if call.shape_is(call.first)
-        else call.write(aten.reshape.default, call.first, call["size" if "size" in call.arguments else "shape"])
-    )
+    if call.shape_is(call.first):
+        return call.first
+    return call.write(aten.reshape.default, call.first, call["shape" if "shape" in call.arguments else "size"])
 
 
 @rule(aten.view_as.default, aten.reshape_as.default)

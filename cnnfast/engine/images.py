@@ -1,0 +1,158 @@
+"""Image files: which files are images, reading them, and bringing their pixels into a mode that has a channel for each
+mean. Pillow is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image, Resampling
+
+NO_PILLOW = 'images are read by Pillow, which is not installed: pip install "cnnfast[images]"'
+# The mode of an image that has so many channels.
+CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
+# What Pillow knows and cannot draw by itself: scientific data, films, and drawings for which it starts Ghostscript.
+NO_PHOTOGRAPHS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+class UnreadableImage(ValueError):
+    """An image file that cannot be used; the message is the reason, without the file."""
+
+
+def pillow() -> ModuleType:
+    """PIL.Image, which knows all formats. Raises ModuleNotFoundError, which says how to install it."""
+    try:
+        from PIL import Image
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(NO_PILLOW, name="PIL") from None
+    Image.init()
+    return Image
+
+
+def resampling(interpolation: str) -> Resampling:
+    """Pillow's filter of this name, such as "bicubic"."""
+    return pillow().Resampling[interpolation.upper()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding
+
+
+@dataclass(frozen=True)
+class Found:
+    """files: what to read, in order. unreadable: folders that cannot be looked into, with the reason. others: how many
+    files of folders are no images, by their extension.
+    """
+
+    files: list[Path]
+    unreadable: dict[Path, str]
+    others: dict[str, int]
+
+
+def find(places: Sequence[Path]) -> Found:
+    """The files among `places`, and the images in its folders and in their folders, by name. In a folder a file is an
+    image if its extension is one that Pillow reads, and what is hidden, with a dot before its name, is left out.
+    Links are followed, and no folder is visited twice.
+
+    Raises FileNotFoundError for a place that is neither a file nor a folder.
+    """
+    extensions = _extensions()
+    found = Found([], {}, {})
+    for place in places:
+        if place.is_file():
+            found.files.append(place)
+        elif place.is_dir():
+            for file in _files_below(place, found.unreadable):
+                if file.suffix.lower() in extensions:
+                    found.files.append(file)
+                else:
+                    found.others[file.suffix.lower()] = found.others.get(file.suffix.lower(), 0) + 1
+        else:
+            raise FileNotFoundError(f"there is no file or folder {place}")
+    return found
+
+
+def _extensions() -> set[str]:
+    image = pillow()
+    readable = image.OPEN.keys() - NO_PHOTOGRAPHS | {"MPO"}  # which JPEG's reader opens
+    return {extension for extension, name in image.registered_extensions().items() if name in readable}
+
+
+def _files_below(folder: Path, unreadable: dict[Path, str]) -> Iterator[Path]:
+    def remember(error: OSError) -> None:
+        unreadable[Path(error.filename)] = error.strerror or str(error)
+
+    visited = set()
+    for here, folders, files in os.walk(folder, onerror=remember, followlinks=True):
+        place = os.stat(here)
+        if (place.st_dev, place.st_ino) in visited:  # a link to a folder above it
+            folders.clear()
+            continue
+        visited.add((place.st_dev, place.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(here, name) for name in sorted(files) if not name.startswith("."))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(file: Path) -> Image:
+    """The image in a file, turned upright as the camera noted in its EXIF data; of several pictures the first. Raises
+    UnreadableImage.
+    """
+    images = pillow()
+    from PIL import ImageOps
+
+    try:
+        with images.open(file, formats=[name for name in images.ID if name not in NO_PHOTOGRAPHS]) as image:
+            image.load()
+            try:
+                return ImageOps.exif_transpose(image)
+            except Exception:  # what a broken note raises is not always a class of its own
+                return image.copy()
+    except images.DecompressionBombError as error:
+        raise UnreadableImage(str(error)) from None
+    except images.UnidentifiedImageError:
+        empty = file.stat().st_size == 0
+        raise UnreadableImage("the file is empty" if empty else "Pillow knows no image format like this") from None
+    except OSError as error:
+        raise UnreadableImage(error.strerror or str(error)) from None
+    except Exception as error:  # readers of broken files raise whatever their parsing meets
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from None
+
+
+def to_mode(image: Image, mode: str) -> Image:
+    """The image in this mode of 8 bits a channel. Pixels of 16 bits, which Pillow would cut off at 255, are scaled, so
+    that white stays white. Otherwise by Pillow, as torchvision's loaders do it: transparency is forgotten, and colours
+    become grey by their weights of ITU-R 601-2.
+
+    Raises UnreadableImage for pixels whose white is not known.
+    """
+    if image.mode == mode:
+        return image
+    if image.mode == "F" or (image.mode == "I" and not _has_16_bits(image)):
+        raise UnreadableImage(
+            f'pixels of 32 bits (mode "{image.mode}") do not tell what white is: save it with 16 bits, or 8'
+        )
+    if image.mode[0] == "I":
+        import numpy as np
+
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # rounded to nearest: 65535 = 255 * 257
+        image = pillow().fromarray(grey.astype(np.uint8))
+    try:
+        return image.convert(mode)
+    except ValueError as error:
+        raise UnreadableImage(str(error)) from None
+
+
+def _has_16_bits(image: Image) -> bool:
+    """Whether pixels of a type of 32 bits, as which Pillow reads some files of 16, need only 16."""
+    lowest, highest = image.getextrema()
+    return 0 <= lowest and highest < 2**16  # type: ignore[operator]

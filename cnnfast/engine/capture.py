@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from torch import Tensor, fx, nn
 
 from .aliasing import drop_dropout, drop_writes_to_inputs, make_functional
 from .cleaning import clean
+from .giving_up import within
 from .graph import Graph, Input
 from .guards import conditions_of
 from .inlining import inline
 from .operators import NAMES, CannotCapture, why_not
 from .structures import Structure
+
+_one_at_a_time = threading.Lock()  # torch.export keeps what it is about in variables of the process
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,38 @@ def capture(model: nn.Module, inputs: tuple[Any, ...], *, sizes: bool) -> Captur
 
     Raises CannotCapture; ValueError for arguments that are not tensors, constants, and tuples, lists and dicts of such.
     """
+    with _one_at_a_time:
+        return _capture(model, inputs, sizes)
+
+
+def capture_within(model: nn.Module, inputs: tuple[Any, ...], seconds: float = 60.0) -> Captured | str:
+    """The graph for any height and width, or a sentence that says why there is none. torch.export's algebra takes
+    minutes for some networks, such as Swin Transformers: it is given up after so many seconds.
+    """
+    try:
+        with _one_at_a_time:
+            captured = within(seconds, lambda: _capture(model, inputs, True))
+    except TimeoutError:
+        return f"torch.export was not done with other image sizes within {seconds:g} seconds"
+    except ValueError as error:
+        return str(error)
+    sizes = [size for given in captured.graph.inputs if len(given.shape) > 2 for size in given.shape[2:]]
+    if sizes and None not in sizes:
+        return f"the network's code allows for images of {' x '.join(map(str, sizes))} only"
+    return captured
+
+
+def _capture(model: nn.Module, inputs: tuple[Any, ...], sizes: bool) -> Captured:
     leaves, arguments = Structure.flatten(inputs)
-    batch = _batch(leaves)
+    batch = next((leaf.shape[0] for leaf in leaves if leaf.dim()), 0)
     with _quietly():
         if batch == 1:  # torch.export takes a size of 1 for a constant
             doubled = [torch.cat([leaf, leaf]) if leaf.dim() and leaf.shape[0] == 1 else leaf for leaf in leaves]
             with contextlib.suppress(CannotCapture):
-                captured = _capture(model, doubled, arguments, 2, sizes)
-                if _batch_is_free(captured.graph):
+                captured = _traced(model, doubled, arguments, 2, sizes)
+                if all(not given.shape or given.shape[0] is None for given in captured.graph.inputs):
                     return captured
-        return _capture(model, leaves, arguments, batch, sizes)
+        return _traced(model, leaves, arguments, batch, sizes)
 
 
 class _Flat(nn.Module):
@@ -69,7 +95,7 @@ class _Flat(nn.Module):
 PREFIX = "network."  # of the names of parameters, by the class above
 
 
-def _capture(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch: int, sizes: bool) -> Captured:
+def _traced(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch: int, sizes: bool) -> Captured:
     results: list[Structure] = []
     flat = _Flat(model, arguments, results)
     flat.training = False
@@ -138,19 +164,11 @@ def _module_path(node: fx.Node) -> str:
     return path.removeprefix(PREFIX.rstrip(".")).removeprefix(".")
 
 
-def _batch(leaves: Sequence[Tensor]) -> int:
-    return next((leaf.shape[0] for leaf in leaves if leaf.dim()), 0)
-
-
 def _free_dimensions(leaf: Tensor, batch: int, sizes: bool) -> dict[int, Any]:
     free = [0] if leaf.dim() and leaf.shape[0] == batch and batch > 1 else []
     if sizes and leaf.dim() >= 3:
         free += [dim for dim in range(2, leaf.dim()) if leaf.shape[dim] > 1]
     return dict.fromkeys(free, torch.export.Dim.AUTO)
-
-
-def _batch_is_free(graph: Graph) -> bool:
-    return all(not given.shape or given.shape[0] is None for given in graph.inputs)
 
 
 def _constants(calls: fx.Graph, module: nn.Module) -> dict[str, Tensor]:
@@ -189,13 +207,17 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what torch.export warns of and logs: it concerns its developers, and what matters is raised."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+    """Without what torch.export warns of and logs: it concerns its developers, and what matters is raised. Without the
+    caller's modes, too, which would find their way into the graph.
+    """
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch")]
+    enabled = [logger for logger in loggers if not logger.disabled]
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
+        for logger in enabled:
+            logger.disabled = True
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger in enabled:
+                logger.disabled = False

@@ -108,10 +108,15 @@ class Frozen:
 
         Raises ImportError without onnx, ValueError where a step has no form in ONNX.
         """
-        from .cpu.onnx_graph import to_onnx
+        from .cpu import onnx_graph
 
-        model = to_onnx(self.network.graph, self.example)
-        Path(path).write_bytes(model.SerializeToString())
+        try:
+            model = onnx_graph.to_onnx(
+                self.network.graph, self.example, [one.name for one in self.network.graph.inputs]
+            )
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{error.name} is not installed: pip install 'cnnfast[cpu]' brings it") from None
+        onnx_graph.save(model, path)
 
     def report(self) -> FrozenReport:
         """Each step at the size of the example: what serves it, and what was fused into it. str() is a table; .steps,

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
-from .commands import aot, bench, check, demo, doctor, info, predict, tune
+from .commands import aot, bench, check, demo, doctor, freeze, info, predict, tune
 
 EXIT_CODES = "**Exit codes:** 0 done, and everything holds; 1 judged, and something failed; 2 wrong input."
 
@@ -81,6 +81,9 @@ COMMANDS = {
     "Trust": {
         check.check: ("Judge every layer of a model against float64.", check.EXAMPLES),
         aot.aot: ("Compile every kernel for a GPU that need not be here.", aot.EXAMPLES),
+    },
+    "Deploy": {
+        freeze.freeze: ("Write a trained model as one file for any CPU.", freeze.EXAMPLES),
     },
     "Speed": {
         tune.tune: ("Measure a model's convolutions on this GPU, once.", tune.EXAMPLES),

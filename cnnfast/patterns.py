@@ -1,8 +1,9 @@
 """How PyTorch writes convolution > norm > sum > activation: with modules, functions, methods and operators.
 
 These are tables, and what reads a module, or a node of a torch.fx graph, by them. A node's callee is the class of the
-module, the function, or the name of the method that it calls. Which of these steps become one kernel is not decided
-here: conversion fuses all that stands here, and bench's cuDNN a sum of two and ReLU.
+module, the function, the name of the method, or the operator of torch.ops.aten that it calls; the latter is what
+torch.export writes. Which of these steps become one kernel is not decided here: conversion and the engine fuse all that
+stands here, and bench's cuDNN a sum of two and ReLU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor, fx, nn
 
 from .activations import LEAKY_SLOPE, ActivationName
 
+aten = torch.ops.aten
+
 # Its name, and the slope of leaky_relu or the slopes of prelu, as functional.conv_bn_act takes them.
 Activation = tuple[ActivationName, float | Tensor | None]
 
@@ -28,20 +31,20 @@ FROZEN_NORMS = {
     "detectron2.layers.batch_norm.FrozenBatchNorm2d",
 }
 
-NEW_SUMS: tuple[Any, ...] = (operator.add, torch.add, "add")
+NEW_SUMS: tuple[Any, ...] = (operator.add, torch.add, "add", aten.add.Tensor)
 IN_PLACE_SUMS: tuple[Any, ...] = (operator.iadd, "add_")  # they write the sum into what stands on the left
 SUMS = NEW_SUMS + IN_PLACE_SUMS
 
 # The activations that kernels compute, by the names that functional.conv_bn_act has for them.
 ACTIVATIONS: dict[ActivationName, tuple[Any, ...]] = {
-    "relu": (nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"),
-    "leaky_relu": (nn.LeakyReLU, F.leaky_relu),
-    "relu6": (nn.ReLU6, F.relu6),
-    "gelu": (nn.GELU, F.gelu),
-    "silu": (nn.SiLU, F.silu),
-    "hardswish": (nn.Hardswish, F.hardswish),
-    "mish": (nn.Mish, F.mish),
-    "hardsigmoid": (nn.Hardsigmoid, F.hardsigmoid),
+    "relu": (nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", aten.relu.default),
+    "leaky_relu": (nn.LeakyReLU, F.leaky_relu, aten.leaky_relu.default),
+    "relu6": (nn.ReLU6, F.relu6, aten.relu6.default),
+    "gelu": (nn.GELU, F.gelu, aten.gelu.default),
+    "silu": (nn.SiLU, F.silu, aten.silu.default),
+    "hardswish": (nn.Hardswish, F.hardswish, aten.hardswish.default),
+    "mish": (nn.Mish, F.mish, aten.mish.default),
+    "hardsigmoid": (nn.Hardsigmoid, F.hardsigmoid, aten.hardsigmoid.default),
     "prelu": (nn.PReLU,),
 }
 # Modules of timm's that compute one of these, known by name as the norms are. Some of them work in place.

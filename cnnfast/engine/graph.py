@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,12 @@ class Graph:
         return Graph(calls, dict(self.constants), self.inputs, self.conditions, self._made)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The results, by plain PyTorch, call by call. On meta tensors too, for their shapes."""
+        """The results, by plain PyTorch, call by call."""
+        values = self.values(inputs)
+        return tuple(values[node] for node in self.results)
+
+    def values(self, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
+        """What every node gives, by plain PyTorch. On meta tensors nothing is computed but the shapes."""
         values: dict[fx.Node, Any] = {}
         given = iter(inputs)
         device = inputs[0].device if inputs else torch.device("cpu")
@@ -76,9 +82,9 @@ class Graph:
                 elif node.op == "get_attr":
                     values[node] = self.constants[str(node.target)].to(device)
                 elif node.op == "call_function":
-                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
                     values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return tuple(values[node] for node in self.results)
+        return values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graph:
         copied = self.copy()

@@ -95,7 +95,7 @@ ATEN = (
     *("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "maximum.default", "clamp.default", "clamp.Tensor"),
     *("max_pool2d.default", "avg_pool2d.default", "adaptive_avg_pool2d.default", "mean.dim", "cat.default"),
     *("reshape.default", "flatten.using_ints", "permute.default", "transpose.int", "chunk.default", "split.Tensor"),
-    *("sym_size.int",),
+    *("sym_size.int", "clone.default"),  # a plan copies what it returns
 )
 # Arithmetic on sizes, and the members of a result that is a tuple.
 PYTHON: dict[str, Callable[..., Any]] = {

@@ -84,13 +84,11 @@ COMMANDS = {
     },
     "Deploy": {
         freeze.freeze: ("Write a trained model as one file for any CPU.", freeze.EXAMPLES),
+        predict.predict: ("Name what is in images, by a frozen network.", predict.EXAMPLES),
     },
     "Speed": {
         tune.tune: ("Measure a model's convolutions on this GPU, once.", tune.EXAMPLES),
         bench.bench: ("Time a model against the strongest baselines.", bench.EXAMPLES),
-    },
-    "Deploy": {
-        predict.predict: ("Name what is in images, by a frozen network.", predict.EXAMPLES),
     },
 }
 

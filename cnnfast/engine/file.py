@@ -57,6 +57,7 @@ def write(network: Network, path: str | Path) -> None:
             "preprocessing": network.preprocessing.to_json() if network.preprocessing else None,
             "classes": list(network.classes) if network.classes is not None else None,
         }
+        _network(dict(tensors), about)  # what is written can be read: it is refused here, and not where it is deployed
         content = container.pack(tensors, about)
     except ValueError as error:
         raise ValueError(f"{path} cannot be written: {error}") from error

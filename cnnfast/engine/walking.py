@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from .demands import check_demands
 from .graph import Graph
 from .operators import NAMES
-from .schemas import LARGEST_NUMBER
+from .schemas import LARGEST_NUMBER, by_name
 
 # Of the values of a graph together, in bytes: so much is always allowed, and so many times what inputs and constants
 # have. Those of ResNet-50, one image of 224 pixels, have twice the bytes of its weights.
@@ -52,6 +53,7 @@ def walk(graph: Graph, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
                 try:
                     if name in PARTS and PARTS[name](*args, **kwargs) > MOST_PARTS:
                         raise ValueError(f"more than {MOST_PARTS:,} parts")
+                    check_demands(name, by_name(name, args, kwargs))
                     value = node.target(*args, **kwargs)  # type: ignore[operator]
                 except Exception as error:  # whatever an operator says of arguments that do not fit
                     raise ValueError(f"node {node.name}: {name}: {error}") from None

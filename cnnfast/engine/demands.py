@@ -1,5 +1,5 @@
 """What operators ask of their arguments beyond their schema, and do not find on meta tensors: there PyTorch computes
-shapes, and leaves to the kernels to refuse the rest.
+shapes, and leaves to the kernels to refuse the rest. What a file asks for is refused when it is planned.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ FLOATING = frozenset(
         *("aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default", "aten.batch_norm.default"),
     )
 )
+# A split into parts of one element each would make as many tensors as there are elements. How many parts there are: of
+# operators that take a list of lengths, it is as long as the list, and files have none of that length.
+MOST_PARTS = 2**12
+PARTS: dict[str, Callable[..., int]] = {
+    "aten.chunk.default": lambda self, chunks, dim=0: min(chunks, self.shape[dim]),
+    "aten.split.Tensor": lambda self, split_size, dim=0: self.shape[dim] // max(split_size, 1),
+}
 
 
 def check_demands(operator: str, given: Mapping[str, Any]) -> None:
@@ -32,6 +39,8 @@ def check_demands(operator: str, given: Mapping[str, Any]) -> None:
     if operator in FLOATING and (len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes)):
         raise ValueError(f"takes tensors of one floating dtype, and gets {', '.join(sorted(map(str, dtypes)))}")
     _check_numbers(operator, given, dtypes)
+    if operator in PARTS and PARTS[operator](**given) > MOST_PARTS:
+        raise ValueError(f"makes more than {MOST_PARTS:,} parts")
     if operator in DEMANDS:
         DEMANDS[operator](given)
 

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from cnnfast.engine import file
+from cnnfast.engine import file, plain
 from cnnfast.engine.network import Network
 from cnnfast.engine.operators import OPERATORS
+from cnnfast.engine.planning import plan
 from cnnfast.engine.schemas import schema
 
 from .frozen_networks import NETWORKS, inputs_of
@@ -386,7 +387,7 @@ def judged(path: Path, original: Network, expected: tuple[Any, ...], signed: boo
         assert seconds < SECONDS, f"{seconds:.1f} s"
     inputs = inputs_of(network)
     try:
-        results = network.graph.run(inputs)
+        results = plain.run(plan(network.graph, network.example), network.graph.constants, inputs)
     except ValueError:
         return "refused when run"
     same = len(results) == len(expected) and all(map(torch.equal, results, expected))

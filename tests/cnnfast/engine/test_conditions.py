@@ -68,6 +68,7 @@ def test_the_sentence_names_the_first_that_does_not_hold():
         "(" * 300 + "1" + ")" * 300,
         "-" * 5000 + "1 > 0",
         "1" + " + 1" * LONGEST + " > 0",
+        "1" + " + 1" * 200 + " > 0",
         "1 > 0\x00",
     ],
 )
@@ -79,7 +80,7 @@ def test_what_is_not_understood(condition):
 
 
 def test_numbers_stay_small():
-    huge = " * ".join(["size(0, 0)"] * 600) + " > 0"
+    huge = " * ".join(["size(0, 0)"] * 60) + " > 0"
     with pytest.raises(ValueError, match="beyond 2"):
         violated([huge], ((2**40,),))
 

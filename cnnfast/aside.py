@@ -78,7 +78,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
 
 
-def _real_copy(model: nn.Module) -> nn.Module:
+def real_copy(model: nn.Module) -> nn.Module:
     held = (t for module in model.modules() for t in tree_leaves(dict(vars(module))))
     with _CopiesTensors(lambda t: t.detach().clone()):
         another = {id(t): _another(t, t.data.device) for t in held if is_lazy(t)}
@@ -131,7 +131,7 @@ def on_a_copy(
     except Exception:
         if meta_only or any(t.is_meta for t in tree_leaves(example_inputs) if isinstance(t, Tensor)):
             raise
-    return run_aside(run, _real_copy(model), tree_map_only(Tensor, Tensor.clone, example_inputs))
+    return run_aside(run, real_copy(model), tree_map_only(Tensor, Tensor.clone, example_inputs))
 
 
 def run_aside(run: Callable[[nn.Module, tuple[Any, ...]], T], model: nn.Module, inputs: tuple[Any, ...]) -> T:

@@ -78,7 +78,7 @@ def merge(file: Path, gpu: str, arch: int, rows: Iterable[TableRow], about: Mapp
     after this process was killed, finds either the old file or the new one; of processes that write at the same time
     none loses the rows of another.
     """
-    with _alone(file):
+    with alone(file):
         merged = {row.key: row.to_dict() for row in (*(read(file) if file.exists() else ()), *rows)}
         head = json.dumps({"format": FORMAT, "cnnfast": __version__, "gpu": gpu, "arch": arch, **about}, indent=1)
         lines = ",\n  ".join(json.dumps(row) for row in merged.values())
@@ -89,7 +89,7 @@ def merge(file: Path, gpu: str, arch: int, rows: Iterable[TableRow], about: Mapp
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[None]:
+def alone(file: Path) -> Iterator[None]:
     """Waits until no other process or thread writes the file. The lock is a file beside it, which exists only while
     somebody writes.
     """

@@ -25,10 +25,8 @@ def relu6_of(x, more=3, high=6):
 RECOGNISED = [
     (aten.relu.default, "relu", ()),
     (lambda y: aten.clamp.default(y, 0), "relu", ()),
-    (lambda y: aten.clamp_min.default(y, 0), "relu", ()),
     (lambda y: aten.clamp.default(y, 0, 6), "hardtanh", (0, 6)),
     (lambda y: aten.clamp.default(y, -2, 3), "hardtanh", (-2, 3)),
-    (aten.relu6.default, "hardtanh", (0, 6)),
     (aten.hardtanh.default, "hardtanh", (-1, 1)),
     (lambda y: aten.hardtanh.default(y, 0.0, 6.0), "hardtanh", (0, 6)),
     (aten.leaky_relu.default, "leaky_relu", (0.01,)),
@@ -55,7 +53,7 @@ RECOGNISED = [
 UNLIKE = [
     lambda y: aten.clamp.default(y, None, 6),
     lambda y: aten.clamp.default(y, 2, 1),
-    lambda y: aten.clamp_min.default(y, 1),
+    lambda y: aten.clamp.default(y, 1),
     lambda y: aten.elu.default(y, 1, 2),
     lambda y: aten.elu.default(y, 1, 1, 3),
     lambda y: soft(y, 2),

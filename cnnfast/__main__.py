@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
-from .commands import aot, bench, check, demo, doctor, freeze, info, tune
+from .commands import aot, bench, check, demo, doctor, freeze, info, predict, tune
 
 EXIT_CODES = "**Exit codes:** 0 done, and everything holds; 1 judged, and something failed; 2 wrong input."
 
@@ -33,7 +33,7 @@ class PlainCommand(TyperCommand):
         return [*params, helping]
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
 
 class PlainGroup(TyperGroup):
@@ -82,12 +82,13 @@ COMMANDS = {
         check.check: ("Judge every layer of a model against float64.", check.EXAMPLES),
         aot.aot: ("Compile every kernel for a GPU that need not be here.", aot.EXAMPLES),
     },
-    "Deploy": {
-        freeze.freeze: ("Write a trained model as one file for any CPU.", freeze.EXAMPLES),
-    },
     "Speed": {
         tune.tune: ("Measure a model's convolutions on this GPU, once.", tune.EXAMPLES),
         bench.bench: ("Time a model against the strongest baselines.", bench.EXAMPLES),
+    },
+    "Deploy": {
+        freeze.freeze: ("Write a trained model as one file for any CPU.", freeze.EXAMPLES),
+        predict.predict: ("Name what is in images, by a frozen network.", predict.EXAMPLES),
     },
 }
 

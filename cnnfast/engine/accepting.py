@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .graph import Input
+from .limits import written
 from .structures import LEAF, Structure
 
 
@@ -84,18 +85,13 @@ def _accepted(t: Tensor, one: Input, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"frozen(): {one.name} must be of {one.dtype}, but got {t.dtype}")
     if t.dim() != len(one.shape):
         advice = f": an image alone needs a batch axis, {one.name}[None]" if t.dim() == len(one.shape) - 1 else ""
-        raise ValueError(f"frozen(): {one.name} must be {described(one)}, but got {list(t.shape)}{advice}")
+        raise ValueError(f"frozen(): {one.name} must be {written(one)}, but got {list(t.shape)}{advice}")
     return t.detach().to(dtype) if one.dtype.is_floating_point else t.detach()
-
-
-def described(one: Input) -> str:
-    """The shape that an input may have: "[any, 3, 224, 224]"."""
-    return f"[{', '.join('any' if size is None else str(size) for size in one.shape)}]"
 
 
 def misfits(takes: Sequence[Input], shapes: Sequence[Sequence[int]]) -> str:
     """What sizes are not what the network takes, in a sentence; the empty string if all are."""
     for one, shape in zip(takes, shapes, strict=True):
         if any(wanted is not None and size != wanted for size, wanted in zip(shape, one.shape, strict=True)):
-            return f"{one.name} must be {described(one)}, but got {list(shape)}"
+            return f"{one.name} must be {written(one)}, but got {list(shape)}"
     return ""

@@ -18,15 +18,14 @@ from torch import Tensor
 from cnnfast_kernels import __version__
 
 from . import container, graph_json
-from .conditions import check, violated
-from .graph import Graph
+from .conditions import check
 from .graph_json import DTYPE_NAMES, dtype, size
 from .network import Network
 from .plain_data import field, strings
+from .planning import plan
 from .preprocessing import Preprocessing
 from .replacing import replace
 from .structures import Structure
-from .walking import walk
 
 FORMAT = "cnnfast frozen network"
 VERSION = 1
@@ -57,6 +56,7 @@ def write(network: Network, path: str | Path) -> None:
             "preprocessing": network.preprocessing.to_json() if network.preprocessing else None,
             "classes": list(network.classes) if network.classes is not None else None,
         }
+        _network(dict(tensors), about)  # what is written can be read: it is refused here, and not where it is deployed
         content = container.pack(tensors, about)
     except ValueError as error:
         raise ValueError(f"{path} cannot be written: {error}") from error
@@ -143,28 +143,16 @@ def _network(tensors: dict[str, Tensor], about: dict[str, Any]) -> Network:
 def _check(network: Network) -> None:
     """Raises ValueError where the parts of a network do not belong together."""
     graph = network.graph
-    _check_example(graph, network.example)
-    if network.arguments.count != len(graph.inputs):
-        raise ValueError(f"the graph takes {len(graph.inputs)} inputs, and the arguments {network.arguments}")
-    results = walk(graph, network.example)
-    if not network.result.count == len(results) == len(network.result_dtypes):
-        raise ValueError(
-            f"the graph has {len(results)} results, of {len(network.result_dtypes)} dtypes, and gives {network.result}"
-        )
-    if network.classes is not None and results[0].shape[-1:] != (len(network.classes),):
-        raise ValueError(f"there are {len(network.classes)} classes, and the result is {list(results[0].shape)}")
-
-
-def _check_example(graph: Graph, example: tuple[tuple[int, ...], ...]) -> None:
     for condition in graph.conditions:
         check(condition, [len(one.shape) for one in graph.inputs])
-    if len(example) != len(graph.inputs):
-        raise ValueError(f"the example has {len(example)} inputs, and the graph {len(graph.inputs)}")
-    for shape, one in zip(example, graph.inputs, strict=True):
-        if len(shape) != len(one.shape) or any(
-            free is not None and free != given for free, given in zip(one.shape, shape, strict=True)
-        ):
-            raise ValueError(f"the example's input {one.name} is {list(shape)}, and the graph takes {list(one.shape)}")
-    reason = violated(graph.conditions, example)
-    if reason:
-        raise ValueError(reason)
+    if network.arguments.count != len(graph.inputs):
+        raise ValueError(f"the graph takes {len(graph.inputs)} inputs, and the arguments {network.arguments}")
+    planned = plan(graph, network.example)
+    if not network.result.count == len(planned.results) == len(network.result_dtypes):
+        raise ValueError(
+            f"there are {len(planned.results)} results, of {len(network.result_dtypes)} dtypes, for {network.result}"
+        )
+    if network.classes is not None:
+        columns = planned.values[planned.results[0]].shape[-1:]
+        if columns != (len(network.classes),):
+            raise ValueError(f"there are {len(network.classes)} classes, and {columns} columns of the result")

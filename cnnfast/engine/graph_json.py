@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from .graph import Graph, Input
 from .operators import NAMES, OPERATORS
 from .plain_data import field, shortened, strings
-from .schemas import LARGEST_NUMBER, TO_THE_END, check_arguments, gives
+from .schemas import LARGEST_NUMBER, check_arguments, gives
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -61,7 +61,7 @@ def _node_data(node: fx.Node, places: Mapping[fx.Node, int]) -> dict[str, Any]:
             data["kwargs"] = {key: _argument_data(one) for key, one in node.kwargs.items()}
     except ValueError as error:
         raise ValueError(f"{node.name}: {error}") from None
-    meta = {key: node.meta[key] for key in META if node.meta.get(key)}
+    meta = {key: _plain(node.meta[key]) for key in META if node.meta.get(key)}
     return {**data, "meta": meta} if meta else data
 
 
@@ -163,7 +163,7 @@ class _Reader:
         if data is None or isinstance(data, bool | str):
             return data
         if isinstance(data, int | float):
-            return _number(data)
+            return data if isinstance(data, int) else _finite(data)
         if isinstance(data, list):
             if depth == DEEPEST:
                 raise ValueError(f"has lists in lists, deeper than {DEEPEST}")
@@ -202,12 +202,15 @@ def _input(data: Any) -> Input:
     return Input(field(data, "name", str), shape, dtype(field(data, "dtype", str)))
 
 
-def _number(value: float) -> float:
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    if isinstance(value, int) and (abs(value) <= LARGEST_NUMBER or value == TO_THE_END):
-        return value
-    raise ValueError(f"has a number that is out of bounds: {shortened(value)}")
+def _finite(value: float) -> float:
+    """Python's JSON reads 1e999 as infinity."""
+    if not math.isfinite(value):
+        raise ValueError("has a number that is out of bounds")
+    return value
+
+
+def _plain(label: Any) -> Any:
+    return list(label) if isinstance(label, tuple) else label
 
 
 def _label(value: Any) -> Any:

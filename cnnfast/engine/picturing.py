@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from .reporting import short
+
 if TYPE_CHECKING:
     from .profiling import Profile, StepTime
 
@@ -42,4 +44,4 @@ def draw(profile: Profile, path: Path) -> None:
 
 
 def _kind(step: StepTime) -> str:
-    return step.pattern or step.operator
+    return step.pattern or short(step.operator) or step.name

@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from .operators import NAMES
+from .reporting import short
 from .runtime import Runners, Shapes
 
 RUNS = 5  # with a clock, after one without; the median counts
@@ -79,7 +80,7 @@ class Profile:
         for heading in ("step", "operator", "pattern", "us", "share"):
             table.add_column(heading, overflow="fold", justify="right" if heading in ("us", "share") else "left")
         for step in self.steps:
-            texts = map(Text, (step.name, step.operator, step.pattern))
+            texts = map(Text, (step.name, short(step.operator), step.pattern))
             table.add_row(*texts, f"{step.microseconds:.1f}", f"{step.share:.1%}")
         return Group(table, Text(self.summary, "bold"))
 

@@ -16,9 +16,11 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from . import limits
+from .demands import check_demands
 from .graph import Graph
 from .operators import NAMES, OPERATORS
 from .plan import Ref, Step
+from .schemas import by_name
 
 # Operators that give images, wherever the result has four dimensions.
 OF_IMAGES = re.compile(r"2d|upsample|pixel|batch_norm|cnnfast\.convolution|cnnfast\.affine")
@@ -49,6 +51,7 @@ class Layouts:
         args, kwargs = replaced((step.args, step.kwargs), lambda ref: self.tensor(ref.name))
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("meta")}
+        check_demands(step.operator, by_name(step.operator, args, kwargs))
         return OPERATORS[step.operator](*args, **kwargs)
 
     def tensor(self, name: str) -> Tensor:

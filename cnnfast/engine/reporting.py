@@ -29,9 +29,9 @@ OURS = "cnnfast."  # of the names of operators that convolutions and their neigh
 
 @dataclass(frozen=True)
 class StepRow:
-    """One step. operator: its name in operators.py. served_by: who computes it. fused: the operators of the original
-    that are part of it. pattern: what it belongs to, such as "squeeze-excitation". shape: of its first result, at the
-    size of the example.
+    """One step. operator: its name in operators.py. served_by: who computes it. fused: the calls of the captured model
+    that it stands for, by name. pattern: what it belongs to, such as "squeeze-excitation". shape: of its first result,
+    at the size of the example.
     """
 
     name: str
@@ -43,8 +43,8 @@ class StepRow:
 
     @property
     def is_pytorchs(self) -> bool:
-        """Whether it stayed an operator of PyTorch's, and was fused with nothing."""
-        return not self.operator.startswith(OURS)
+        """Whether it stayed an operator of PyTorch's: it was fused with nothing, and is part of no pattern."""
+        return not self.pattern and not self.operator.startswith(OURS)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ class FrozenReport:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [_table([step for step in self.steps if not step.is_pytorchs], "")]
         if self.pytorchs:
-            parts.append(_table(self.pytorchs, "steps that stayed PyTorch's, fused with nothing"))
+            parts.append(
+                _table(self.pytorchs, "steps that stayed PyTorch's: fused with nothing, and part of no pattern")
+            )
         reason = self.why if self.runner == UNPLANNED else f"not onnxruntime: {self.why}"
         lines = [reason] if self.why and self.runner != "onnxruntime" else []
         return Group(*parts, *(Text(line, "yellow") for line in (*lines, *self.notes)), Text(self.summary, "bold"))
@@ -151,9 +153,20 @@ def _table(steps: Sequence[StepRow], title: str) -> Table:
     for heading in HEADINGS:
         table.add_column(heading, overflow="fold")
     for step in steps:
-        cells = step.name, step.operator, step.served_by, " + ".join(step.fused), step.pattern
+        others = " + ".join(_kind(name) for name in step.fused if name != step.name)
+        cells = step.name, short(step.operator), step.served_by, others, step.pattern
         table.add_row(*map(Text, cells), "x".join(map(str, step.shape)))
     return table
+
+
+def _kind(name: str) -> str:
+    """What a call does, by its name: "batch_norm_12" and "relu__3" are "batch_norm" and "relu"."""
+    return name.rstrip("0123456789").rstrip("_") or name
+
+
+def short(operator: str) -> str:
+    """A name of operators.py without its library and overload: "max_pool2d" of "aten.max_pool2d.default"."""
+    return operator.split(".")[1] if "." in operator else operator
 
 
 def _mib(count: int) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import threading
 import time
 from collections import OrderedDict
@@ -21,7 +19,6 @@ from .runner import Runner
 
 # Runners that are kept for one graph. Each has memory of its own, and a server may see images of any size.
 MOST = 8
-NEEDED = ("onnx", "onnxruntime")
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -35,7 +32,7 @@ class Runners:
 
     def __init__(self, graph: Graph, dtype: torch.dtype) -> None:
         self.graph, self.dtype = graph, dtype
-        self.why_not_onnxruntime = why_no_onnxruntime(dtype)
+        self.why_not_onnxruntime = sessions.available(graph)
         self._held: OrderedDict[Shapes, _Held] = OrderedDict()
         self._lock = threading.Lock()
         self._plain = PlainRunner(graph)
@@ -68,6 +65,8 @@ class Runners:
                 return sessions.build(self.graph, shapes)
             except NoOnnxForm as error:
                 self.why_not_onnxruntime = str(error)
+            except ImportError as error:
+                self.why_not_onnxruntime = f"it is installed, but does not import: {error}"
         if not onednn.supports(self.dtype):
             return self._plain
         return onednn.build(plan(self.graph, shapes), self.graph.constants)
@@ -79,20 +78,6 @@ class _Held:
     def __init__(self) -> None:
         self.building = threading.Lock()
         self.runner: Runner | None = None
-
-
-def why_no_onnxruntime(dtype: torch.dtype) -> str:
-    """Why onnxruntime does not serve graphs of this dtype here; the empty string if it does."""
-    if dtype != torch.float32:
-        return f"onnxruntime serves float32 here, and the network is in {dtype}"
-    for name in NEEDED:
-        if importlib.util.find_spec(name) is None:
-            return f"{name} is not installed: pip install 'cnnfast[cpu]' brings it"
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # an installation that is broken in whatever way
-            return f"{name} is installed but does not import: {type(error).__name__}: {error}"
-    return ""
 
 
 class PlainRunner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,10 @@ PYTHON = {
 }
 # Every word that an argument may be.
 WORDS = frozenset({*ACTIVATIONS, "none", "floor", "trunc", "constant", "reflect", "replicate", "circular"})
-# Sizes and counts are below, and the first element behind the last one of a slice is the greatest that PyTorch has.
+# Of sizes, counts and places. Some kernels take no more, and no tensor of more elements than this is convolved.
 LARGEST_NUMBER = 2**31 - 1
-TO_THE_END = 2**63 - 1
+LARGEST_FLOAT = torch.finfo(torch.float32).max
+TO_THE_END = 2**63 - 1  # what PyTorch has for the end of a slice that has none
 
 
 @functools.cache
@@ -43,31 +45,39 @@ def gives(operator: str) -> str:
     return "tensor" if returns[0].type.kind() == "TensorType" else "number"
 
 
-def check_arguments(
-    operator: str, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Mapping[fx.Node, str]
-) -> None:
-    """Raises ValueError where an operator cannot be called so: too many arguments, one that is missing or unknown, one
-    of another type. kinds: what each node before the call gives.
-    """
+def by_name(operator: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call under their names. Raises ValueError for one too many, one that is missing or unknown."""
     takes = schema(operator).arguments
-    positional = [argument for argument in takes if not argument.kwarg_only]
+    positional = [argument.name for argument in takes if not argument.kwarg_only]
     if len(args) > len(positional):
         raise ValueError(f"{operator} takes {len(positional)} arguments, and gets {len(args)}")
-    given = dict(zip((argument.name for argument in positional), args, strict=False))
+    given = dict(zip(positional, args, strict=False))
     known = {argument.name for argument in takes}
     for name, value in kwargs.items():
         if name not in known or name in given:
             raise ValueError(f"{operator} gets an argument {name!r} {'twice' if name in given else 'unknown to it'}")
         given[name] = value
-    number_for_tensor = operator.endswith(".Tensor")
-    argument: Any  # pyright does not know what a list may be given as: one number, where N says how many it stands for
     for argument in takes:
-        if argument.name not in given:
-            if not argument.has_default_value():
-                raise ValueError(f"{operator} gets no argument {argument.name!r}")
-        elif not _fits(argument.real_type, argument.N, given[argument.name], kinds, number_for_tensor):
-            value = shortened(given[argument.name])
-            raise ValueError(f"{operator} takes {argument.name!r} as {argument.real_type}, and gets {value}")
+        if argument.name not in given and not argument.has_default_value():
+            raise ValueError(f"{operator} gets no argument {argument.name!r}")
+    return given
+
+
+def check_arguments(
+    operator: str, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Mapping[fx.Node, str]
+) -> None:
+    """Raises ValueError where an operator cannot be called so: one argument too many, missing, unknown, or of another
+    type. kinds: what each node before the call gives.
+    """
+    given = by_name(operator, args, kwargs)
+    number_for_tensor = operator.endswith(".Tensor")
+    argument: Any  # pyright does not know N: of a list that may be given as one number, how many it stands for
+    for argument in schema(operator).arguments:
+        name = argument.name
+        if name not in given or (name == "end" and given[name] == TO_THE_END):
+            continue
+        if not _fits(argument.real_type, argument.N, given[name], kinds, number_for_tensor):
+            raise ValueError(f"{operator} takes {name!r} as {argument.real_type}, and gets {shortened(given[name])}")
 
 
 def _fits(
@@ -92,11 +102,11 @@ def _fits(
         case "TensorType":
             if isinstance(value, fx.Node):
                 return kinds[value] == "tensor" or (number_for_tensor and gives_number)
-            return number_for_tensor and type(value) in (int, float)
+            return number_for_tensor and _in_bounds(value)
         case "IntType" | "SymIntType":
-            return gives_number or type(value) is int
+            return gives_number or (type(value) is int and _in_bounds(value))
         case "FloatType" | "NumberType":
-            return gives_number or type(value) in (int, float)
+            return gives_number or _in_bounds(value)
         case "BoolType":
             return type(value) is bool
         case "StringType":
@@ -105,3 +115,9 @@ def _fits(
             return isinstance(value, torch.dtype)
         case _:
             return False
+
+
+def _in_bounds(value: Any) -> bool:
+    if type(value) is int:
+        return abs(value) <= LARGEST_NUMBER
+    return type(value) is float and (abs(value) <= LARGEST_FLOAT or not math.isfinite(value))

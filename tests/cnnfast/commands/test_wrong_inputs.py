@@ -90,6 +90,8 @@ ANY = [
     ("check", "Missing argument 'MODEL'"),
     ("info", "Missing argument 'MODEL'"),
     ("tune", "Missing argument 'MODEL'"),
+    ("predict", "Missing argument 'FILE'"),
+    ("predict model.cnnfast", "Missing argument 'IMAGE|FOLDER'"),
     ("doctor everything", "unexpected extra argument"),
 ]
 # Of MODEL: each is asked of one command, and all of `info`, which needs nothing else.
@@ -165,6 +167,7 @@ ROWS = [
             "aot": JSON,
             "doctor": JSON,
             "demo": [*BUDGET, *JSON],
+            "predict {own}/fine.py {own}/fine.py": JSON,
         }.items()
         for option, says in options
     ),
@@ -203,6 +206,16 @@ ROWS = [
     ("tune resnet18 --seconds 0", "0 is no time to measure for: write seconds above 0, as in --seconds 0.05"),
     ("tune resnet18 --input 1x4x32x32 --dry-run", "ResNet does not run on 1x4x32x32"),
     ("tune {own}/building.py:Needy --dry-run", "Needy needs arguments (width, depth)"),
+    (
+        "predict resnet18 x.jpg",
+        "there is no file resnet18: freeze a model first, by cnnfast freeze resnet18 --out resnet",
+    ),
+    ("predict {own}/fine.py none.jpg", "there is no file or folder none.jpg"),
+    ("predict {own}/fine.py {own}", "no file in there has the extension of an image that Pillow reads"),
+    ("predict {own}/fine.py {own}/fine.py --batch 0", "Invalid value for '--batch'"),
+    ("predict {own}/fine.py {own}/fine.py --top few", "Invalid value for '--top'"),
+    ("predict {own}/fine.py {own}/fine.py --csv nowhere/x.csv", "there is no folder nowhere"),
+    ("predict {own}/fine.py {own}/fine.py --csv - --json -", "standard output can take the CSV or the JSON"),
     ("aot --arch sm_75", f"arch='sm_75' is not known here: {ARCHS}"),
     ("aot --arch h200", "Did you mean 'sm_90'?"),
     ("aot --jobs 0", "Invalid value for '--jobs'"),
@@ -291,6 +304,7 @@ AT_ONCE = [
     ("tune resnet18 --gpu h300 --dry-run", "Did you mean"),
     ("aot --arch sm_75", "arch='sm_75' is not known here"),
     ("info resnet18 --input 3x", "'3x' is no shape"),
+    ("predict resnet18 x.jpg", "there is no file resnet18"),
 ]
 WITHOUT_TORCH = """
 import sys

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cnnfast.engine.graph import Graph
+from cnnfast.engine.operators import OPERATORS
 from cnnfast.engine.plan import Plan, Ref, Step, Value
 from cnnfast.engine.planning import plan
 from tests.support.graphs import written
@@ -30,6 +31,11 @@ def steps(made: Plan, operator: str) -> list[Step]:
 
 def output(made: Plan, step: Step) -> Value:
     return made.values[step.outputs[0]]
+
+
+def sized(name: str, size: Any, *numbers: Any) -> Any:
+    """A call of one of Python's operators on a size."""
+    return size.tracer.create_proxy("call_function", OPERATORS[f"python.{name}"], (size, *numbers), {})
 
 
 X = (2, 4, 4, 8)
@@ -66,11 +72,12 @@ def test_four_dimensions_are_not_always_an_image():
 
 def test_sizes_are_numbers_in_a_plan():
     def function(c, x):
-        n = aten.sym_size.int(x, 0)
-        return aten.reshape.default(x, [n * 4, 32])
+        n = sized("mul", aten.sym_size.int(x, 0), 4)
+        return aten.relu.default(aten.reshape.default(x, [n, 32]))
 
     made = planned(function, X)
-    assert [(step.operator, step.args) for step in made.steps][0] == ("aten.reshape.default", (Ref("x0"), [8, 32]))
+    assert [step.operator for step in made.steps] == ["aten.reshape.default", "aten.relu.default"]
+    assert made.steps[0].args == (Ref("x0"), [8, 32])
 
 
 def test_a_plan_touches_no_weight():
@@ -158,19 +165,25 @@ def test_a_dense_block_shares_one_buffer_and_copies_nothing():
 
 
 def test_parts_that_are_not_made_for_a_concatenation_are_copied():
-    """Inputs, constants, what stands there twice, views, and what lies in another."""
+    """Inputs, constants, what stands there twice, and what lies in another."""
     made = plan(graph_of("branches"), [X])
     one, flat, more, twice = steps(made, "aten.cat.default")
     a, b = steps(made, "cnnfast.convolution")[0].outputs[0], steps(made, "aten.relu.default")[0].outputs[0]
     assert made.values[a].buffer == output(made, one).buffer  # the first that asks for it has it
     assert [(p.part, p.place.offset) for p in one.pieces] == [("x0", 4), (b, 8), (b, 12)]
-    assert [p.part for p in flat.pieces] == [Ref.name for Ref in flat.args[0]]
+    assert not flat.pieces
     assert [p.part for p in more.pieces] == ["image"]
     assert [p.part for p in twice.pieces] == [a, a]
-    for step in (one, flat, more, twice):
-        for piece in step.pieces:
-            assert piece.place.buffer == output(made, step).buffer
-            assert not step.is_view
+    assert [step.is_view for step in (one, flat, more, twice)] == [False, True, False, False]
+    assert all(piece.place.buffer == output(made, one).buffer for piece in one.pieces)
+
+
+def test_a_view_is_copied_into_a_concatenation():
+    made = plan(graph_of("shuffle"), [X])
+    left, _ = steps(made, "aten.chunk.default")[0].outputs
+    (step,) = steps(made, "aten.cat.default")
+    assert [(p.part, p.place.shape, p.place.offset) for p in step.pieces] == [(left, (2, 2, 4, 8), 0)]
+    assert output(made, steps(made, "aten.relu.default")[0]).offset == 2
 
 
 def test_a_part_of_another_dtype_is_copied():
@@ -199,7 +212,8 @@ def test_an_empty_part_of_one_dimension_counts_for_nothing():
     made = planned(function, X, nothing=torch.ones(0))
     (step,) = steps(made, "aten.cat.default")
     assert step.is_view
-    assert made.values[steps(made, "aten.mul.Tensor")[0].outputs[0]].offset == 4
+    second = output(made, steps(made, "aten.mul.Tensor")[0])
+    assert second.offset == 4 * second.stride[1]
 
 
 def test_concatenations_in_concatenations_need_no_copy():
@@ -336,14 +350,10 @@ def test_an_image_that_is_too_small():
         plan(graph, [(1, 3, 7, 6)])
 
 
-def large(c: Any, x: Any) -> Any:
-    return aten.expand.default(aten.reshape.default(x, [1, -1]), [1 << 20, 1 << 20])
-
-
 def product(c: Any, x: Any) -> Any:
     n = aten.sym_size.int(x, 1)
     for _ in range(8):
-        n = n * n
+        n = sized("mul", n, n)
     return aten.reshape.default(x, [n, -1])
 
 

@@ -82,14 +82,12 @@ COMMANDS = {
         check.check: ("Judge every layer of a model against float64.", check.EXAMPLES),
         aot.aot: ("Compile every kernel for a GPU that need not be here.", aot.EXAMPLES),
     },
-    "Deploy": {
-        freeze.freeze: ("Write a trained model as one file for any CPU.", freeze.EXAMPLES),
-    },
     "Speed": {
         tune.tune: ("Measure a model's convolutions on this GPU, once.", tune.EXAMPLES),
         bench.bench: ("Time a model against the strongest baselines.", bench.EXAMPLES),
     },
     "Deploy": {
+        freeze.freeze: ("Write a trained model as one file for any CPU.", freeze.EXAMPLES),
         predict.predict: ("Name what is in images, by a frozen network.", predict.EXAMPLES),
     },
 }

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import conditions
-from .aliasing import make_functional
+from .aliasing import drop_dropout, drop_writes_to_inputs, make_functional
 from .cleaning import clean
+from .giving_up import within
 from .graph import Graph, Input
-from .operators import NAMES, why_not
+from .guards import conditions_of
+from .inlining import inline
+from .operators import NAMES, CannotCapture, why_not
 from .structures import Structure
 
-
-class CannotCapture(ValueError):
-    """A network that no graph can be made of. Its text says in one sentence what stands in the way."""
+_one_at_a_time = threading.Lock()  # torch.export keeps what it is about in variables of the process
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,38 @@ def capture(model: nn.Module, inputs: tuple[Any, ...], *, sizes: bool) -> Captur
 
     Raises CannotCapture; ValueError for arguments that are not tensors, constants, and tuples, lists and dicts of such.
     """
+    with _one_at_a_time:
+        return _capture(model, inputs, sizes)
+
+
+def capture_within(model: nn.Module, inputs: tuple[Any, ...], seconds: float = 60.0) -> Captured | str:
+    """The graph for any height and width, or a sentence that says why there is none. torch.export's algebra takes
+    minutes for some networks, such as Swin Transformers: it is given up after so many seconds.
+    """
+    try:
+        with _one_at_a_time:
+            captured = within(seconds, lambda: _capture(model, inputs, True))
+    except TimeoutError:
+        return f"torch.export was not done with other image sizes within {seconds:g} seconds"
+    except ValueError as error:
+        return str(error)
+    sizes = [size for given in captured.graph.inputs if len(given.shape) > 2 for size in given.shape[2:]]
+    if sizes and None not in sizes:
+        return f"the network's code allows for images of {' x '.join(map(str, sizes))} only"
+    return captured
+
+
+def _capture(model: nn.Module, inputs: tuple[Any, ...], sizes: bool) -> Captured:
     leaves, arguments = Structure.flatten(inputs)
-    batch = _batch(leaves)
+    batch = next((leaf.shape[0] for leaf in leaves if leaf.dim()), 0)
     with _quietly():
         if batch == 1:  # torch.export takes a size of 1 for a constant
             doubled = [torch.cat([leaf, leaf]) if leaf.dim() and leaf.shape[0] == 1 else leaf for leaf in leaves]
             with contextlib.suppress(CannotCapture):
-                captured = _capture(model, doubled, arguments, 2, sizes)
-                if _batch_is_free(captured.graph):
+                captured = _traced(model, doubled, arguments, 2, sizes)
+                if all(not given.shape or given.shape[0] is None for given in captured.graph.inputs):
                     return captured
-        return _capture(model, leaves, arguments, batch, sizes)
+        return _traced(model, leaves, arguments, batch, sizes)
 
 
 class _Flat(nn.Module):
@@ -72,53 +95,80 @@ class _Flat(nn.Module):
 PREFIX = "network."  # of the names of parameters, by the class above
 
 
-def _capture(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch: int, sizes: bool) -> Captured:
+def _traced(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch: int, sizes: bool) -> Captured:
     results: list[Structure] = []
     flat = _Flat(model, arguments, results)
     flat.training = False
     free = tuple(_free_dimensions(leaf, batch, sizes) for leaf in leaves)
     try:
         exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(free,), strict=False)
+    except CannotCapture:
+        raise
     except Exception as error:
         raise CannotCapture(_reason(error)) from error
-    module = exported.module(check_guards=False)
-    calls: fx.Graph = module.graph
+    for part in exported.graph_module.modules():
+        if isinstance(part, fx.GraphModule):
+            drop_dropout(part.graph)
+    calls, module = _unpacked(exported)
     if not make_functional(calls):
-        module = exported.run_decompositions({}).module(check_guards=False)
-        calls = module.graph
-    clean(calls)
+        calls, module = _unpacked(exported.run_decompositions({}))
+        drop_writes_to_inputs(calls)
     constants = _constants(calls, module)
-    found = [node for node in calls.nodes if node.op == "placeholder"]
-    inputs = tuple(
-        Input(name, tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape), leaf.dtype)
-        for name, node, leaf in zip(_names(model, arguments), found, leaves, strict=True)
-    )
+    clean(calls, constants)
+    placeholders = [node for node in calls.nodes if node.op == "placeholder"]
     for node in calls.nodes:
         if node.op == "call_function" and node.target not in NAMES:
-            raise CannotCapture(why_not(node.target))
-    _rename(found, inputs)
-    for node in calls.nodes:
-        node.meta = {}
-    guards = getattr(exported, "_guards_code", [])
-    kept = tuple(conditions.from_guard(guard) for guard in guards if not guard.endswith("!= 1"))
-    graph = Graph(calls, constants, inputs, kept)
+            raise CannotCapture(why_not(node.target) + _where(node))
+    found = conditions_of(placeholders, calls)
+    inputs = tuple(
+        Input(name, tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape), leaf.dtype)
+        for name, node, leaf in zip(_names(model, arguments), placeholders, leaves, strict=True)
+    )
+    graph = Graph(_plain_copy(calls, inputs), constants, inputs, found)
     graph.prune()
     return Captured(graph, arguments, results[-1])
 
 
-def _batch(leaves: Sequence[Tensor]) -> int:
-    return next((leaf.shape[0] for leaf in leaves if leaf.dim()), 0)
+def _unpacked(exported: torch.export.ExportedProgram) -> tuple[fx.Graph, nn.Module]:
+    module = exported.module(check_guards=False)
+    inline(module.graph, module)
+    return module.graph, module
+
+
+def _where(node: fx.Node) -> str:
+    """The line of the model's code that a call comes from, which is the last of its trace."""
+    lines = re.findall(r'File "(.*?)", line (\d+), in (\w+)', node.meta.get("stack_trace") or "")
+    return " ({}, line {}, in {})".format(*lines[-1]) if lines else ""
+
+
+def _plain_copy(calls: fx.Graph, inputs: Sequence[Input]) -> fx.Graph:
+    """The graph with placeholders named as the inputs, and without what torch.export knows about each node: the path
+    of the module that a node comes from is all that is kept, as meta["module"].
+    """
+    copied, values = fx.Graph(), {}
+    given = iter(inputs)
+    for node in calls.nodes:
+        if node.op == "placeholder":
+            values[node] = copied.placeholder(next(given).name)
+        elif node.op == "output":
+            copied.output(tuple(values[result] for result in node.args[0]))
+        else:
+            values[node] = copied.node_copy(node, values.__getitem__)
+            values[node].meta = {"module": _module_path(node)}
+    return copied
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return path.removeprefix(PREFIX.rstrip(".")).removeprefix(".")
 
 
 def _free_dimensions(leaf: Tensor, batch: int, sizes: bool) -> dict[int, Any]:
     free = [0] if leaf.dim() and leaf.shape[0] == batch and batch > 1 else []
     if sizes and leaf.dim() >= 3:
         free += [dim for dim in range(2, leaf.dim()) if leaf.shape[dim] > 1]
-    return {dim: torch.export.Dim.AUTO for dim in free}
-
-
-def _batch_is_free(graph: Graph) -> bool:
-    return all(not given.shape or given.shape[0] is None for given in graph.inputs)
+    return dict.fromkeys(free, torch.export.Dim.AUTO)
 
 
 def _constants(calls: fx.Graph, module: nn.Module) -> dict[str, Tensor]:
@@ -151,24 +201,23 @@ def _names(model: nn.Module, arguments: Structure) -> list[str]:
     return names
 
 
-def _rename(placeholders: Sequence[fx.Node], inputs: Sequence[Input]) -> None:
-    for node, given in zip(placeholders, inputs, strict=True):
-        node.name = node.target = given.name
-
-
 def _reason(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what torch.export warns of and logs: it concerns its developers, and what matters is raised."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+    """Without what torch.export warns of and logs: it concerns its developers, and what matters is raised. Without the
+    caller's modes, too, which would find their way into the graph.
+    """
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch")]
+    enabled = [logger for logger in loggers if not logger.disabled]
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
+        for logger in enabled:
+            logger.disabled = True
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger in enabled:
+                logger.disabled = False

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 LONGEST = 8000  # characters of a condition; the longest of those of torchvision's and timm's networks has below 2,000
 LARGEST = 2**63
@@ -134,17 +134,13 @@ def _value(tree: ast.expr, shapes: Shapes) -> int:
 
 
 class _Translation(ast.NodeTransformer):
-    """From the notation of torch.export to ours: L['leaves'][0].size()[2] becomes size(0, 2)."""
+    """Names become what they stand for, and small powers products."""
 
-    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
-        match node:
-            case ast.Subscript(
-                value=ast.Call(func=ast.Attribute(value=ast.Subscript(slice=ast.Constant(value=index)), attr="size")),
-                slice=ast.Constant(value=dimension),
-            ):
-                numbers: list[ast.expr] = [ast.Constant(index), ast.Constant(dimension)]
-                return ast.Call(ast.Name("size"), numbers, [])
-        return self.generic_visit(node)
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.parse(self.names[node.id], mode="eval").body if node.id in self.names else node
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
@@ -157,13 +153,13 @@ class _Translation(ast.NodeTransformer):
         return node
 
 
-def from_guard(guard: str) -> str:
-    """A condition from what torch.export calls a guard, where the only variable is a tuple of the inputs. Raises
-    ValueError for what cannot be said in our notation.
+def translated(text: str, names: Mapping[str, str]) -> str:
+    """A condition, or a number, from a Python expression over other names: names says which size each is, such as
+    "size(0, 2)". Raises ValueError for what cannot be said in our notation.
     """
     try:
-        condition = ast.unparse(_Translation().visit(ast.parse(guard, mode="eval").body))
+        condition = ast.unparse(_Translation(names).visit(ast.parse(text, mode="eval").body))
     except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"cannot read the condition on sizes {guard!r}") from error
+        raise ValueError(f"cannot read the condition on sizes {text!r}") from error
     parsed(condition)
     return condition

@@ -197,7 +197,8 @@ def _private(model: nn.Module, example_inputs: tuple[Any, ...], dtype: torch.dty
                 hooked.append(name or "the model itself")
     leaves, structure = Structure.flatten(example_inputs)
     inputs = structure.build([t.detach().clone() for t in leaves])
-    notes = [f"hooks of yours are not part of the network: on {', '.join(dict.fromkeys(hooked))}"] if hooked else []
+    where = ", ".join(dict.fromkeys(hooked))
+    notes = [f"forward hooks of yours are not part of the network: on {where}"] if hooked else []
     return Original(copied.eval().requires_grad_(False), inputs, dtype), notes
 
 

@@ -95,11 +95,11 @@ class Frozen:
         model's code. The file is replaced as a whole: a reader finds the old one or the new one.
 
         The first time, the model is captured with its image sizes left free, as after a call with another size.
-        Raises OSError where the file cannot be written.
+        Raises OSError where the file cannot be written, ValueError where the preprocessing makes images of a size that
+        the network does not take.
         """
         self._grow()
-        if self.preprocessing is not None:
-            self.preprocessing.check_sizes(self.network)
+        self._check_preprocessing()
         file.write(self.network, path)
 
     def to_onnx(self, path: str | Path) -> None:
@@ -142,6 +142,13 @@ class Frozen:
         self._check = original.check(self._serving.on, self.network.result)
         return self._check
 
+    def _check_preprocessing(self) -> None:
+        how = self.preprocessing
+        if how is not None:
+            how.check_sizes(self.network)
+            if how.output_size and (reason := self._serving.refusal(((1, len(how.mean), *how.output_size),))):
+                raise ValueError(f"the preprocessing makes images that the network does not take: {reason}")
+
     def _accepted(self, inputs: tuple[Any, ...]) -> list[Tensor]:
         network = self.network
         return accept(inputs, network.arguments, network.graph.inputs, network.dtype)
@@ -167,6 +174,8 @@ class Frozen:
                 return
             try:
                 captured = original.captured(sizes=True)
+                if [one.shape for one in captured.graph.inputs] == [one.shape for one in self.network.graph.inputs]:
+                    raise CannotCapture("it computes with the numbers of this size")
                 grown = _Serving(replace(self.network, graph=fold(captured.graph, self.dtype)))
                 if not grown.refusal(_shapes(leaves) if leaves else self.example):
                     one = None if leaves is None else self.network.arguments.build(_one_of_each(self.network, leaves))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from .operators import MAKERS
+
 
 @dataclass(frozen=True)
 class Input:
@@ -84,6 +86,8 @@ class Graph:
                     values[node] = self.constants[str(node.target)].to(device)
                 elif node.op == "call_function":
                     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                    if node.target in MAKERS:
+                        kwargs = {**kwargs, "device": device}
                     values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return values
 

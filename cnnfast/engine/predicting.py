@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,18 +69,19 @@ def predict(
         except MemoryError:
             return file, "there is not enough memory for it"
 
-    for group in _batches(_ahead(prepared, files, 2 * batch), batch):
-        images = [image for _, image in group if isinstance(image, Tensor)]
-        found = iter(_classify(network, torch.stack(images), top, classes) if images else ())
-        told = [(file, image if isinstance(image, str) else next(found)) for file, image in group]
-        yield [Prediction(f, error=one) if isinstance(one, str) else Prediction(f, one) for f, one in told]
+    with closing(_ahead(prepared, files, 2 * batch)) as reader:
+        for group in _batches(reader, batch):
+            images = [image for _, image in group if isinstance(image, Tensor)]
+            found = iter(_classify(network, torch.stack(images), top, classes) if images else ())
+            told = [(file, image if isinstance(image, str) else next(found)) for file, image in group]
+            yield [Prediction(f, error=one) if isinstance(one, str) else Prediction(f, one) for f, one in told]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
 
 
-def _ahead(function: Callable[[S], T], items: Iterable[S], most: int) -> Iterator[T]:
+def _ahead(function: Callable[[S], T], items: Iterable[S], most: int) -> Generator[T, None, None]:
     """function(item) of each item in their order, by a thread that is at most so many items ahead."""
     pool = ThreadPoolExecutor(1)
     waiting: deque[Future[T]] = deque()

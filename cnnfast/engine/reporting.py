@@ -30,8 +30,8 @@ OURS = "cnnfast."  # of the names of operators that convolutions and their neigh
 @dataclass(frozen=True)
 class StepRow:
     """One step. operator: its name in operators.py. served_by: who computes it. fused: the calls of the captured model
-    that it stands for, by name. pattern: what it belongs to, such as "squeeze-excitation". shape: of its first result, at the
-    size of the example.
+    that it stands for, by name. pattern: what it belongs to, such as "squeeze-excitation". shape: of its first result,
+    at the size of the example.
     """
 
     name: str

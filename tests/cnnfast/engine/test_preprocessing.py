@@ -304,6 +304,7 @@ def test_a_crop_of_one_image_by_hand():
     image = PIL.fromarray(np.arange(15, dtype=np.uint8).reshape(1, 15))
     grey = Preprocessing(None, (1, 4), "bilinear", (0.0,), (1 / 255,), fill=(200,))
     assert grey.apply(image).round().flatten().tolist() == [6, 7, 8, 9]  # (15 - 4) / 2 = 5.5, to an even number
+    assert replace(grey, crop=(1, 6)).apply(image).round().flatten().tolist() == [4, 5, 6, 7, 8, 9]  # 4.5, likewise
     wide = replace(grey, crop=(3, 18))
     assert wide.apply(image)[0, 1].round().tolist() == [200, *range(15), 200, 200]
     assert wide.apply(image)[0, [0, 2]].round().unique().tolist() == [200]

@@ -1,0 +1,102 @@
+"""Steps that PyTorch's own operators compute: into memory that is given, where they can, or into their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..operators import OPERATORS
+from ..plan import Step
+from .activations import in_place
+from .routines import Lookup, Routine, Values, by_parameter
+
+_aten = torch.ops.aten
+
+# Operators that write what they compute straight into `out`. torch's functions reach the operator faster than
+# torch.ops does. Many more have an overload with `out`, but those compute into memory of their own first.
+_WRITERS: dict[str, Callable[..., Tensor]] = {
+    "aten.add.Tensor": torch.add,
+    "aten.sub.Tensor": torch.sub,
+    "aten.mul.Tensor": torch.mul,
+    "aten.div.Tensor": torch.div,
+    "aten.maximum.default": torch.maximum,
+    "aten.minimum.default": torch.minimum,
+    "aten.clamp.default": torch.clamp,
+    "aten.clamp.Tensor": torch.clamp,
+    "aten.relu.default": lambda x, *, out: torch.clamp_min(x, 0, out=out),
+    "aten.sigmoid.default": torch.sigmoid,
+    "aten.tanh.default": torch.tanh,
+    "aten.hardtanh.default": _aten.hardtanh.out,
+    "aten.silu.default": _aten.silu.out,
+    "aten.hardswish.default": _aten.hardswish.out,
+    "aten.hardsigmoid.default": _aten.hardsigmoid.out,
+    "aten.gelu.default": _aten.gelu.out,
+    "aten.mish.default": _aten.mish.out,
+    "aten.leaky_relu.default": _aten.leaky_relu.out,
+    "aten.elu.default": _aten.elu.out,
+    "aten.avg_pool2d.default": _aten.avg_pool2d.out,
+    "aten.mean.dim": torch.mean,
+}
+
+
+def affine(step: Step, lookup: Lookup) -> Routine:
+    given = by_parameter(step)
+    x, scale, shift = (lookup.number(given[name]) for name in ("x", "scale", "shift"))
+    residual = lookup.optional_number(given["residual"])
+    activate = in_place(given["activation"], given["numbers"])
+
+    def compute(values: Values, out: Tensor) -> Tensor:
+        if residual is None:
+            torch.addcmul(values[shift], values[x], values[scale], out=out)
+        else:  # `out` may be the residual, which has to be read before anything is written
+            torch.addcmul(values[residual], values[x], values[scale], out=out)
+            out.add_(values[shift])
+        if activate is not None:
+            activate(out)
+        return out
+
+    return Routine("PyTorch (addcmul)", compute, takes_out=True)
+
+
+def sum_of(step: Step, lookup: Lookup) -> Routine:
+    given = by_parameter(step)
+    x, y = lookup.number(given["x"]), lookup.number(given["y"])
+    activate = in_place(given["activation"], given["numbers"])
+
+    def compute(values: Values, out: Tensor) -> Tensor:
+        torch.add(values[x], values[y], out=out)
+        if activate is not None:
+            activate(out)
+        return out
+
+    return Routine("PyTorch (add)", compute, takes_out=True)
+
+
+def by_pytorch(step: Step, lookup: Lookup) -> Routine:
+    """Any operator, by the function of its name."""
+    name = f"PyTorch ({step.operator.removeprefix('aten.').partition('.')[0]})"
+    parts = [lookup.fill(argument) for argument in step.args]
+    named = {key: lookup.fill(argument) for key, argument in step.kwargs.items()}
+    writer = _WRITERS.get(step.operator)
+    if writer is not None:
+
+        def write(values: Values, out: Tensor) -> Tensor:
+            return writer(*[f(values) for f in parts], **{k: f(values) for k, f in named.items()}, out=out)
+
+        return Routine(name, write, takes_out=True)
+    function = OPERATORS[step.operator]
+    return Routine(
+        name, lambda values, out: function(*[f(values) for f in parts], **{k: f(values) for k, f in named.items()})
+    )
+
+
+def reshaped_copy(step: Step, lookup: Lookup) -> Routine:
+    """A reshape of what does not lie in memory in that order: always a copy, whatever the strides turn out to be."""
+    view = by_pytorch(step, lookup).compute
+
+    def compute(values: Values, out: None) -> Tensor:
+        return view(values, out).clone(memory_format=torch.contiguous_format)
+
+    return Routine("PyTorch (reshape)", compute)

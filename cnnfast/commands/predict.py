@@ -236,6 +236,8 @@ def _show(done: Sequence[Prediction], asked: int, names: Sequence[str] | None, c
         )
     if len(read) > MOST_LINES or len(broken) > MOST_LINES:
         console.print(f"{MOST_LINES} lines of a kind are shown; --csv FILE and --json FILE have all.", highlight=False)
+    if read and names is None:
+        console.print("These classes have no names here: --classes NAMES gives them.", highlight=False)
     if asked > 1 or broken or not read:
         left_out = f", {len(broken):,} left out" if broken else ""
         console.print(f"{len(read):,} of {asked:,} images predicted{left_out}", highlight=False)

@@ -129,7 +129,9 @@ def test_standard_output_holds_nothing_else(kind):
 
 def test_classes_without_names_are_numbers(monkeypatch):
     monkeypatch.setattr(engine, "load", lambda file: Colours(classes=None))
-    assert lines(predict("photos/a.png", "--json", "out.json").stdout)[0][1] == "class 0"
+    result = predict("photos/a.png", "--json", "out.json")
+    assert lines(result.stdout)[0][1] == "class 0"
+    assert "These classes have no names here: --classes NAMES gives them." in result.stdout
     assert json.loads(Path("out.json").read_text())[0]["top"][0]["name"] is None
 
 

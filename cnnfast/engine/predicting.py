@@ -42,6 +42,10 @@ class NoClasses(ValueError):
     """The result of a network does not tell classes; the message says what it is."""
 
 
+class OtherClasses(ValueError):
+    """The result of a network tells another number of classes than there are names."""
+
+
 def predict(
     network: Callable[[Tensor], Any],
     preprocessing: Preprocessing,
@@ -59,7 +63,7 @@ def predict(
     these images. classes: how many the network should have, if that is known. A few batches of images are in memory,
     however many files there are.
 
-    Raises NoClasses if the result is not one tensor [n, classes], or has another number of them.
+    Raises NoClasses if the result is not one tensor [n, classes], OtherClasses if it has another number of them.
     """
 
     def prepared(file: Path) -> Prepared:
@@ -131,7 +135,7 @@ def _classify(network: Callable[[Tensor], Any], images: Tensor, top: int, classe
         raise NoClasses(f"its result is {kind} of {shapes}, and classes are read from one tensor of N x classes")
     scores = leaves[0].double()
     if classes is not None and scores.shape[1] != classes:
-        raise NoClasses(f"its result has {scores.shape[1]} columns, and there are names of {classes} classes")
+        raise OtherClasses(f"these are names of {classes} classes, and the network tells {scores.shape[1]}")
     values, indices = probabilities(scores).topk(min(top, scores.shape[1]))
     return [
         tuple(zip(index.tolist(), value.tolist(), strict=True)) if value.isfinite().all() else NOT_FINITE

@@ -65,7 +65,8 @@ def capture_within(model: nn.Module, inputs: tuple[Any, ...], seconds: float = 6
 
 def _capture(model: nn.Module, inputs: tuple[Any, ...], sizes: bool) -> Captured:
     leaves, arguments = Structure.flatten(inputs)
-    batch = next((leaf.shape[0] for leaf in leaves if leaf.dim()), 0)
+    images = max(leaves, key=Tensor.dim, default=torch.tensor(0))  # the others are features, masks, scales
+    batch = images.shape[0] if images.dim() else 0
     with _quietly():
         if batch == 1:  # torch.export takes a size of 1 for a constant
             doubled = [torch.cat([leaf, leaf]) if leaf.dim() and leaf.shape[0] == 1 else leaf for leaf in leaves]

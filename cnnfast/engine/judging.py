@@ -99,7 +99,7 @@ def decibels(value: float | None) -> str:
 
 def computed(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The results of a copy of the model in another dtype on the inputs, cast to it. Leaves no trace."""
-    model = real_copy(model).to(dtype)
+    model = real_copy(model).eval().to(dtype)  # a copy of torchvision's feature extractors is in training mode
     leaves, structure = Structure.flatten(inputs)
     cast = structure.build([t.detach().to(dtype) if t.is_floating_point() else t for t in leaves])
     with leaving_no_trace(), in_this_thread("torch"), torch.no_grad():

@@ -23,9 +23,12 @@ from .plan import Ref, Step
 from .schemas import by_name
 
 # Operators that give images, wherever the result has four dimensions.
-OF_IMAGES = re.compile(r"2d|upsample|pixel|batch_norm|cnnfast\.convolution|cnnfast\.affine")
+OF_IMAGES = re.compile(r"2d|upsample|pixel|channel_shuffle|(batch|group|instance)_norm|cnnfast\.(convolution|affine)")
 # Beside the element-wise ones: what these are given is an image if what they give is one.
-KEEPING = re.compile(r"cat\.|chunk|split|slice|getitem|clone|hardswish|cnnfast\.sum")
+KEEPING = re.compile(
+    r"cnnfast\.sum|aten\.(cat|chunk|split|tensor_split|slice|narrow|pad|roll|flip|to|repeat|expand)\b|getitem"
+    r"|aten\.(hardswish|prelu|glu|log_sigmoid|rsub|masked_fill|where|softmax)\b"
+)
 LARGEST_NUMBER = 2**62
 
 

@@ -90,7 +90,7 @@ ANY = [
     ("check", "Missing argument 'MODEL'"),
     ("info", "Missing argument 'MODEL'"),
     ("tune", "Missing argument 'MODEL'"),
-    ("predict", "Missing argument 'FILE'"),
+    ("predict", "Missing argument 'NETWORK'"),
     ("predict model.cnnfast", "Missing argument 'IMAGE|FOLDER'"),
     ("doctor everything", "unexpected extra argument"),
 ]
@@ -211,6 +211,7 @@ ROWS = [
         "predict resnet18 x.jpg",
         "there is no file resnet18: freeze a model first, by cnnfast freeze resnet18 --out resnet",
     ),
+    ("predict {own}/fine.py {own}/fine.py", "{own}/fine.py is not a safetensors file"),
     ("predict {own}/fine.py none.jpg", "there is no file or folder none.jpg"),
     ("predict {own}/fine.py {own}", "no file in there has the extension of an image that Pillow reads"),
     ("predict {own}/fine.py {own}/fine.py --batch 0", "Invalid value for '--batch'"),

@@ -91,7 +91,7 @@ def _order(call: Call, rank: int) -> list[int]:
     """
     names = torch.empty(tuple(range(1, rank + 1)), device="meta")
     numbers = {name: value for name, value in call.arguments.items() if name != "self"}
-    return [size - 1 for size in call.target(names, **numbers).shape]
+    return [size - 1 for size in call.target(names, **numbers).shape]  # type: ignore[operator]
 
 
 @rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from . import arithmetic_rules, layer_rules, shape_rules  # noqa: F401
+from . import arithmetic_rules, layer_rules, view_rules  # noqa: F401
 from .operators import MAKERS, multiplied
 from .rules import RULES, Call, aten
 

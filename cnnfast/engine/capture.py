@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -206,10 +207,10 @@ def _constants(calls: fx.Graph, module: nn.Module) -> dict[str, Tensor]:
     names: dict[int, str] = {}  # tied parameters are one constant
     for node in calls.nodes:
         if node.op == "get_attr":
-            value = module
-            for part in node.target.split("."):
-                value = getattr(value, part)
-            name = names.setdefault(id(value), node.target.removeprefix(PREFIX))
+            value = attrgetter(str(node.target))(module)
+            if not isinstance(value, Tensor):  # such as a random number generator: what is called with it is refused
+                continue
+            name = names.setdefault(id(value), str(node.target).removeprefix(PREFIX))
             constants[name] = value.detach()
             node.target = name
     return constants
@@ -222,7 +223,8 @@ def _names(model: nn.Module, arguments: Structure) -> list[str]:
 
     def walk(structure: Structure, name: str) -> None:
         if structure.kind == "tensor":
-            names.append(re.sub(r"\W", "_", name))
+            name = re.sub(r"\W", "_", name)
+            names.append(name if name not in names else f"{name}_{len(names)}")
         for index, part in enumerate(structure.parts):
             walk(part, f"{name}_{structure.keys[index] if structure.keys else index}")
 

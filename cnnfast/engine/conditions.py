@@ -63,6 +63,18 @@ def check(condition: str, ranks: Sequence[int]) -> None:
                     raise ValueError(f"a condition asks for size({index}, {dimension}), which no input has")
 
 
+def fixed_size(condition: str) -> tuple[int, int, int] | None:
+    """Input, dimension and number of a condition such as "size(0, 2) == 224"; None of any other."""
+    match parsed(condition):
+        case ast.Compare(
+            left=ast.Call(func=ast.Name(id="size"), args=[ast.Constant(value=index), ast.Constant(value=dimension)]),
+            ops=[ast.Eq()],
+            comparators=[ast.Constant(value=int() as number)],
+        ):
+            return index, dimension, number
+    return None
+
+
 @functools.lru_cache(4096)
 def parsed(condition: str) -> ast.expr:
     """The tree of a condition, with only what this file knows. Raises ValueError."""

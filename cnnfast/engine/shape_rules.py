@@ -1,8 +1,8 @@
 """What shapes the commonest operators give, without asking PyTorch.
 
-PyTorch's own rules for these are written in Python, take up to a millisecond a call, and begin by importing its
-compiler, which takes a second in a process that only loads a network. For all that stands not here, and for all
-arguments that a rule does not know well, PyTorch is asked.
+PyTorch's own rules for these are slow, being Python, and import its compiler when the first of them is asked, which a
+process that only loads a network would have to wait for. PyTorch is asked for all other operators, and for arguments
+that a rule does not know well.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector of a CPU
@@ -16,42 +16,51 @@ class Lifetime(NamedTuple):
     last: int
 
 
+# Which is placed first: the largest, what is large for long, or what begins first. Each is best for some networks; with
+# the three of them 17 of torchvision's and timm's need no byte more than least(), with the first alone 14.
+ORDERS: tuple[Callable[[Lifetime], tuple[int, ...]], ...] = (
+    lambda life: (-life.bytes, life.first),
+    lambda life: (-life.bytes * (life.last - life.first + 1), life.first),
+    lambda life: (life.first, -life.bytes),
+)
+
+
 def arrange(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
     """An address for each, a multiple of ALIGNMENT, and the bytes of the whole: no two that are in use at the same step
-    overlap. The largest are placed first, each in the smallest gap that holds it among those placed that live at the
-    same time: the greedy method by size of Pisarchyk and Lee, "Efficient memory management for deep neural net
-    inference", 2020.
+    overlap. After Pisarchyk and Lee, "Efficient memory management for deep neural net inference", 2020: greedy, in
+    several orders, of which the best is kept.
     """
-    addresses = [0] * len(lifetimes)
-    placed: list[tuple[int, int, Lifetime]] = []  # begin, end
-    for index in sorted(range(len(lifetimes)), key=lambda i: (-lifetimes[i].bytes, lifetimes[i].first)):
-        mine = lifetimes[index]
-        if mine.bytes == 0:
-            continue
-        size = -(-mine.bytes // ALIGNMENT) * ALIGNMENT
-        begin = _smallest_gap(size, sorted((b, e) for b, e, other in placed if _together(mine, other)))
-        addresses[index] = begin
-        placed.append((begin, begin + size, mine))
-    return addresses, max((end for _, end, _ in placed), default=0)
+    return min((_greedy(lifetimes, order) for order in ORDERS), key=lambda found: found[1])
 
 
 def least(lifetimes: Sequence[Lifetime]) -> int:
     """The bytes in use at the step that uses most: no arrangement takes less."""
-    steps = {lifetime.first for lifetime in lifetimes}  # the use only grows where a lifetime begins
+    steps = {life.first for life in lifetimes}  # the use only grows where something begins
     return max((sum(life.bytes for life in lifetimes if life.first <= step <= life.last) for step in steps), default=0)
 
 
-def _together(one: Lifetime, other: Lifetime) -> bool:
-    return one.first <= other.last and other.first <= one.last
+def _greedy(lifetimes: Sequence[Lifetime], order: Callable[[Lifetime], tuple[int, ...]]) -> tuple[list[int], int]:
+    """Each in its turn goes into the smallest gap that holds it, among those placed that live at the same time."""
+    addresses = [0] * len(lifetimes)
+    placed: list[tuple[int, int, Lifetime]] = []  # with begin and end
+    for index in sorted(range(len(lifetimes)), key=lambda index: order(lifetimes[index])):
+        mine = lifetimes[index]
+        size = -(-mine.bytes // ALIGNMENT) * ALIGNMENT
+        taken = sorted((b, e) for b, e, other in placed if mine.first <= other.last and other.first <= mine.last)
+        begin = _smallest_gap(size, taken)
+        if size:
+            addresses[index] = begin
+            placed.append((begin, begin + size, mine))
+    return addresses, max((end for _, end, _ in placed), default=0)
 
 
 def _smallest_gap(size: int, taken: Sequence[tuple[int, int]]) -> int:
-    """Where the smallest gap between spans, in the order of their beginnings, begins that is `size` long; behind them
-    all, if there is none.
+    """Where the smallest gap of at least `size` begins between spans that are given in the order of their beginnings;
+    behind them all, if there is none.
     """
-    best, free, room = None, 0, 0
+    gaps, free = [], 0
     for begin, end in taken:
-        if size <= begin - free and (best is None or begin - free < room):
-            best, room = free, begin - free
+        if size <= begin - free:
+            gaps.append((begin - free, free))
         free = max(free, end)
-    return free if best is None else best
+    return min(gaps)[1] if gaps else free

@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 
 LONGEST = 8000  # characters of a condition; the longest of those of torchvision's and timm's networks has below 2,000
+DEEPEST = 100  # of operations within operations
 LARGEST = 2**63
 
 ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -62,6 +63,18 @@ def check(condition: str, ranks: Sequence[int]) -> None:
                     raise ValueError(f"a condition asks for size({index}, {dimension}), which no input has")
 
 
+def fixed_size(condition: str) -> tuple[int, int, int] | None:
+    """Input, dimension and number of a condition such as "size(0, 2) == 224"; None of any other."""
+    match parsed(condition):
+        case ast.Compare(
+            left=ast.Call(func=ast.Name(id="size"), args=[ast.Constant(value=index), ast.Constant(value=dimension)]),
+            ops=[ast.Eq()],
+            comparators=[ast.Constant(value=int() as number)],
+        ):
+            return index, dimension, number
+    return None
+
+
 @functools.lru_cache(4096)
 def parsed(condition: str) -> ast.expr:
     """The tree of a condition, with only what this file knows. Raises ValueError."""
@@ -75,7 +88,9 @@ def parsed(condition: str) -> ast.expr:
     return tree
 
 
-def _check_tree(tree: ast.AST) -> None:
+def _check_tree(tree: ast.AST, depth: int = 0) -> None:
+    if depth > DEEPEST:
+        raise SyntaxError(f"operations lie within one another more than {DEEPEST} deep")
     match tree:
         case ast.Constant(value=int() as number) if not isinstance(number, bool) and abs(number) < LARGEST:
             return
@@ -95,7 +110,7 @@ def _check_tree(tree: ast.AST) -> None:
         case _:
             raise SyntaxError(f"{type(tree).__name__} is not understood")
     for part in parts:
-        _check_tree(part)
+        _check_tree(part, depth + 1)
 
 
 def _value(tree: ast.expr, shapes: Shapes) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..operators import OPERATORS
 from ..plan import Step
+from ..propagation import references
 from .activations import in_place
 from .routines import Lookup, Routine, Values, by_parameter
 
@@ -86,17 +88,26 @@ def by_pytorch(step: Step, lookup: Lookup) -> Routine:
             return writer(*[f(values) for f in parts], **{k: f(values) for k, f in named.items()}, out=out)
 
         return Routine(name, write, takes_out=True)
-    function = OPERATORS[step.operator]
-    return Routine(
-        name, lambda values, out: function(*[f(values) for f in parts], **{k: f(values) for k, f in named.items()})
-    )
+    function: Any = OPERATORS[step.operator]
+
+    def compute(values: Values, out: None) -> Any:
+        return function(*[f(values) for f in parts], **{k: f(values) for k, f in named.items()})
+
+    if step.is_view:
+        return Routine(name, compute)
+    given = [lookup.numbers[argument] for argument in references(step)]
+
+    def compute_anew(values: Values, out: None) -> Any:
+        y = compute(values, out)
+        return [_own(part, values, given) for part in y] if several else _own(y, values, given)
+
+    several = len(step.outputs) > 1
+    return Routine(name, compute_anew)
 
 
-def reshaped_copy(step: Step, lookup: Lookup) -> Routine:
-    """A reshape of what does not lie in memory in that order: always a copy, whatever the strides turn out to be."""
-    view = by_pytorch(step, lookup).compute
-
-    def compute(values: Values, out: None) -> Tensor:
-        return view(values, out).clone(memory_format=torch.contiguous_format)
-
-    return Routine("PyTorch (reshape)", compute)
+def _own(y: Tensor, values: Values, given: Sequence[int]) -> Tensor:
+    """A result in memory of its own, which later steps may write over. PyTorch gives views of constants, and of values
+    that the plan expects in another order of memory, where a plan counts on new tensors.
+    """
+    address = y.untyped_storage().data_ptr()
+    return y.clone() if any(values[n].untyped_storage().data_ptr() == address for n in given) else y

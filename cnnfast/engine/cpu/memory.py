@@ -13,6 +13,10 @@ from .routines import Routine, Values
 _CONCATENATION = "aten.cat.default"
 
 
+def allocate(bytes: int) -> Tensor:
+    return torch.empty(bytes, dtype=torch.uint8)
+
+
 def given_memory(plan: Plan, routines: Sequence[Routine | None]) -> dict[str, list[Value]]:
     """The buffers that lie in the arena, or are allocated for the caller before a run, each with all values in it. They
     are those that hold a concatenation, whose parts are written by several steps, and those that begin with a step that
@@ -42,8 +46,8 @@ def laid_out(x: Tensor, value: Value) -> Tensor:
     """An input, with the strides that the plan expects of it."""
     if x.shape != value.shape or x.dtype != value.dtype:
         raise ValueError(
-            f"input {value.name}: this plan is for a tensor of shape {value.shape} and {value.dtype}, got {x.shape} "
-            f"and {x.dtype}"
+            f"input {value.name}: this plan is for a tensor of shape {value.shape} and {value.dtype}, got "
+            f"{tuple(x.shape)} and {x.dtype}"
         )
     if x.stride() == value.stride:
         return x

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..plan import Plan, Step
 from ..runner import Runner
+from . import memory
 from .actions import actions
 from .convolutions import convolution
-from .elementwise import affine, by_pytorch, reshaped_copy, sum_of
+from .elementwise import affine, by_pytorch, sum_of
 from .memory import given_memory, laid_out, place
 from .products import linear
 from .routines import Lookup, Routine, Values
@@ -54,8 +55,6 @@ def routine_for(step: Step, lookup: Lookup) -> Routine | None:
             return affine(step, lookup)
         case "cnnfast.sum":
             return sum_of(step, lookup)
-        case "aten.reshape.default" | "aten.flatten.using_ints":
-            return reshaped_copy(step, lookup)
     return by_pytorch(step, lookup)
 
 
@@ -65,14 +64,14 @@ class OneDnnRunner:
     next call: as many are made as there are calls at one time.
     """
 
-    name = "oneDNN"
-
     def __init__(self, plan: Plan, constants: Mapping[str, Tensor]) -> None:
         self._plan = plan
         self._lookup = lookup = Lookup(plan, constants)
         with torch.inference_mode():
             routines = [routine_for(step, lookup) for step in plan.steps]
         self._served_by = {step.name: _name(step, routine) for step, routine in zip(plan.steps, routines, strict=True)}
+        by_onednn = any("oneDNN" in name for name in self._served_by.values())
+        self.name = "oneDNN" if by_onednn else "PyTorch"
         self._given = given_memory(plan, routines)
         self._results = {name for name in self._given if plan.buffers[name].address is None}
         self._actions = tuple(actions(lookup, routines, self._given))
@@ -115,8 +114,7 @@ class OneDnnRunner:
         for (number, value), x in zip(self._inputs, inputs, strict=True):
             values[number] = laid_out(x, value)
         for name in self._results:
-            memory = torch.empty(self._plan.buffers[name].bytes, dtype=torch.uint8)
-            place(values, self._given[name], self._lookup.numbers, memory)
+            place(values, self._given[name], self._lookup.numbers, memory.allocate(self._plan.buffers[name].bytes))
         with torch.inference_mode():
             run(values)
         self._idle.append(idle)
@@ -128,7 +126,7 @@ class OneDnnRunner:
         values: Values = [None] * len(numbers)
         for name, constant in self._lookup.constants.items():
             values[numbers[name]] = constant
-        arena = torch.empty(plan.arena, dtype=torch.uint8)
+        arena = memory.allocate(plan.arena)
         for name in self._given.keys() - self._results:
             buffer = plan.buffers[name]
             assert buffer.address is not None

@@ -77,15 +77,25 @@ def attention(
     return w.call("MatMul", w.call("Softmax", scores, axis=-1), value)
 
 
+def einsum(w: OnnxWriter, equation: str, tensors: Sequence[OnnxValue], path: Any = None) -> str:
+    return w.call("Einsum", *tensors, equation=equation.replace(" ", ""))
+
+
+def bilinear(w: OnnxWriter, x: OnnxValue, y: OnnxValue, weight: OnnxValue, bias: OnnxValue | None = None) -> str:
+    """x [..., I] and y [..., J] with weight [K, I, J]."""
+    z = w.call("Einsum", x, weight, y, equation="...i,kij,...j->...k")
+    return z if bias is None else w.call("Add", z, bias)
+
+
 FORMS: dict[str, Callable[..., Any]] = {
     "cnnfast.linear": linear,
     "aten.linear.default": linear,
     **{f"aten.{name}.default": lambda w, x, y: w.call("MatMul", x, y) for name in ("matmul", "bmm", "mm", "mv", "dot")},
     "aten.addmm.default": added_product,
     "aten.baddbmm.default": added_product,
+    "aten.einsum.default": einsum,
+    "aten.bilinear.default": bilinear,
     "aten.softmax.int": softmax("Softmax"),
-    "aten._softmax.default": softmax("Softmax"),
     "aten.log_softmax.int": softmax("LogSoftmax"),
-    "aten._log_softmax.default": softmax("LogSoftmax"),
     "aten.scaled_dot_product_attention.default": attention,
 }

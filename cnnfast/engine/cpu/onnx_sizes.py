@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from ..graph import Graph
 
@@ -47,7 +46,7 @@ def known_of_all(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[fx.Node,
             )
             for given, shape in zip(graph.inputs, shapes, strict=True)
         ]
-        runs.append(dict(_values(graph, inputs)))
+        runs.append(graph.values(inputs))
 
     known: dict[fx.Node, Any] = {}
     for node, first in runs[0].items():
@@ -56,24 +55,6 @@ def known_of_all(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[fx.Node,
         )
         known[node] = _compared(first, runs[1][node], sizes, depends)
     return known
-
-
-def _values(graph: Graph, inputs: Sequence[Tensor]) -> Iterator[tuple[fx.Node, Any]]:
-    values: dict[fx.Node, Any] = {}
-    given = iter(inputs)
-    with torch.no_grad():
-        for node in graph.calls.nodes:
-            if node.op == "placeholder":
-                values[node] = next(given)
-            elif node.op == "get_attr":
-                constant = graph.constants[str(node.target)]
-                values[node] = torch.empty_like(constant, device="meta")
-            elif node.op == "call_function":
-                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            else:
-                continue
-            yield node, values[node]
 
 
 def _compared(first: Any, second: Any, sizes: Sequence[int], depends: bool) -> Any:

@@ -59,20 +59,21 @@ Number = OnnxValue | int | float | bool
 
 
 class OnnxWriter:
-    """result: what is known of the call that is being written (a list of several). Its name is the beginning of the
-    names of all nodes that are written for it: "layer1_0_conv1/Conv".
+    """result: what is known of the call that is being written, a list of a call with several results; wanted: which of
+    these are read. The call's name is the beginning of those of all nodes written for it: "layer1_0_conv1/Conv".
     """
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.constants: dict[str, Tensor] = {}
         self.result: Any = None
+        self.wanted: frozenset[int] = frozenset()
         self._call = ""
         self._names: set[str] = set()
         self._constant_names: dict[Any, str] = {}
 
-    def begin(self, call: str, result: Any) -> None:
-        self._call, self.result = call, result
+    def begin(self, call: str, result: Any, wanted: Iterable[int] = ()) -> None:
+        self._call, self.result, self.wanted = call, result, frozenset(wanted)
 
     def unique(self, name: str) -> str:
         number, unique = 1, name
@@ -91,6 +92,8 @@ class OnnxWriter:
         import onnx
 
         names = [argument.name if isinstance(argument, OnnxValue) else argument or "" for argument in inputs]
+        while names and not names[-1]:  # an input that is left out; onnxruntime crashes on some such at the end
+            names.pop()
         name = self.unique(f"{self._call}/{operator}")
         results = [name, *(self.unique(f"{name}:{i}") for i in range(1, outputs))]
         given = {key: value for key, value in attributes.items() if value is not None}
@@ -170,10 +173,15 @@ class OnnxWriter:
             proto.external_data.add(key="location", value=OUTSIDE)
         return proto
 
-    def forget_unused(self) -> None:
-        """Constants that no node reads: what a form has put into another shape."""
-        used = {name for node in self.nodes for name in node.input}
-        self.constants = {name: constant for name, constant in self.constants.items() if name in used}
+    def forget_unused(self, results: Iterable[str]) -> None:
+        """Nodes and constants that no result needs: sizes that a form found out by itself, a weight that is turned."""
+        needed, kept = set(results), []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        self.nodes = kept[::-1]
+        self.constants = {name: constant for name, constant in self.constants.items() if name in needed}
 
     def model(self, inputs: Sequence[Any], results: Sequence[Any], outside: Iterable[str] = ()) -> Any:
         """An onnx.ModelProto. outside: names of constants whose values whoever runs the model adds."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..plan import Step
 from .activations import fused, in_place
+from .elementwise import by_pytorch
 from .routines import Lookup, Routine, Values, by_parameter
 
 # An operator of oneDNN's works for about 10 us on the host before it computes anything, a call of BLAS for 1. In return
@@ -105,6 +106,8 @@ def choose(product: MatrixProduct, onednn: bool) -> tuple[str, Multiply]:
 
 def linear(step: Step, lookup: Lookup, onednn: bool) -> Routine:
     given = by_parameter(step)
+    if lookup.is_computed(given["weight"]) or lookup.is_computed(given["bias"]):
+        return by_pytorch(step, lookup)  # there is nothing to pack before a run
     weight, bias = lookup.constant(given["weight"]), lookup.constant(given["bias"])
     assert weight is not None
     x = lookup.number(given["x"])

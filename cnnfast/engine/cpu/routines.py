@@ -50,6 +50,10 @@ class Lookup:
         """The tensor behind a constant; None of a value."""
         return self.constants.get(ref.name) if isinstance(ref, Ref) else None
 
+    def is_computed(self, argument: Any) -> bool:
+        """Whether an argument is a tensor that only a run gives."""
+        return isinstance(argument, Ref) and argument.name not in self.constants
+
     def output(self, step: Step) -> Value:
         return self.plan.values[step.outputs[0]]
 

@@ -111,11 +111,6 @@ def _instance_norm(given: Mapping[str, Any]) -> None:
         raise ValueError("writes into the statistics of training")
 
 
-def _gelu(given: Mapping[str, Any]) -> None:
-    if given.get("approximate", "none") not in ("none", "tanh"):
-        raise ValueError(f"knows no approximation {given['approximate']!r}")
-
-
 DEMANDS: dict[str, Callable[[Mapping[str, Any]], None]] = {
     "cnnfast.convolution": _convolution,
     "aten.conv1d.default": _convolution,
@@ -126,7 +121,6 @@ DEMANDS: dict[str, Callable[[Mapping[str, Any]], None]] = {
     "aten.batch_norm.default": _batch_norm,
     "aten.div.Scalar_mode": _division,
     "aten.div.Tensor_mode": _division,
-    "aten.gelu.default": _gelu,
     "aten.instance_norm.default": _instance_norm,
     "aten.max_pool2d.default": _no_booleans,
     "aten.relu.default": _no_booleans,

@@ -20,8 +20,13 @@ PYTHON = {
     **dict.fromkeys(("add", "sub", "mul", "floordiv", "mod", "max", "min"), "(int a, int b) -> int"),
     "neg": "(int a) -> int",
 }
-# Every word that an argument may be.
-WORDS = frozenset({*ACTIVATIONS, "none", "floor", "trunc", "constant", "reflect", "replicate", "circular"})
+# Every word that an argument of a name may be.
+WORDS: dict[str, Sequence[str]] = {
+    "activation": tuple(ACTIVATIONS),
+    "approximate": ("none", "tanh"),
+    "rounding_mode": ("floor", "trunc"),
+    "mode": ("constant", "reflect", "replicate", "circular"),
+}
 # Of einsum, which has a letter for each dimension.
 EQUATION = re.compile("[a-zA-Z,.> -]{1,200}")
 # Where and how tensors are made is the runner's affair.
@@ -83,8 +88,9 @@ def check_arguments(
             continue
         if name == "equation" and isinstance(given[name], str) and EQUATION.fullmatch(given[name]):
             continue
-        nothing = name in MADE_WITH and given[name] not in (None, False)
-        if nothing or not _fits(argument.real_type, argument.N, given[name], kinds, name == "other"):
+        unknown = isinstance(given[name], str) and given[name] not in WORDS.get(name, ())
+        unknown |= name in MADE_WITH and given[name] not in (None, False)
+        if unknown or not _fits(argument.real_type, argument.N, given[name], kinds, name == "other"):
             raise ValueError(f"{operator} takes {name!r} as {argument.real_type}, and gets {shortened(given[name])}")
 
 
@@ -118,7 +124,7 @@ def _fits(
         case "BoolType":
             return type(value) is bool
         case "StringType":
-            return isinstance(value, str) and value in WORDS
+            return isinstance(value, str)
         case "ScalarTypeType":
             return isinstance(value, torch.dtype)
         case _:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from .rules import Call, aten, rule
+from .rules import SpelledCall, aten, rule
 
 # Other names, and other overloads, of the same operators.
 SAME: dict[Any, Any] = {
@@ -22,7 +22,7 @@ SAME: dict[Any, Any] = {
 
 
 @rule(*SAME, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
-def _arithmetic(call: Call) -> fx.Node | None:
+def _arithmetic(call: SpelledCall) -> fx.Node | None:
     """Without alpha, and with a number in place of a constant that is one."""
     target = SAME.get(call.target, call.target)
     alpha = call.arguments.pop("alpha", 1)
@@ -38,22 +38,22 @@ def _arithmetic(call: Call) -> fx.Node | None:
 
 
 @rule(aten.rsub.Tensor)
-def _reversed_subtraction(call: Call) -> fx.Node | None:
+def _reversed_subtraction(call: SpelledCall) -> fx.Node | None:
     return call.write(aten.sub.Tensor, call["other"], call["self"]) if call["alpha"] == 1 else None
 
 
 @rule(aten.square.default)
-def _square(call: Call) -> fx.Node:
+def _square(call: SpelledCall) -> fx.Node:
     return call.write(aten.mul.Tensor, call.first, call.first)
 
 
 @rule(aten.relu6.default)
-def _relu6(call: Call) -> fx.Node:
+def _relu6(call: SpelledCall) -> fx.Node:
     return call.write(aten.hardtanh.default, call.first, 0.0, 6.0)
 
 
 @rule(aten.clamp.default, aten.clip.default, aten.clamp_min.default, aten.clamp_max.default)
-def _clamp(call: Call) -> fx.Node | None:
+def _clamp(call: SpelledCall) -> fx.Node | None:
     low, high = call.arguments.get("min"), call.arguments.get("max")
     floating = call.value(call.first).dtype.is_floating_point
     if floating and low == 0 and high is None:
@@ -64,11 +64,11 @@ def _clamp(call: Call) -> fx.Node | None:
 
 
 @rule(aten._softmax.default, aten._log_softmax.default)
-def _softmax(call: Call) -> fx.Node | None:
+def _softmax(call: SpelledCall) -> fx.Node | None:
     target = aten.softmax.int if call.target is aten._softmax.default else aten.log_softmax.int
     return None if call["half_to_float"] else call.write(target, call.first, call["dim"], None)
 
 
 @rule(aten.special_expit.default)
-def _sigmoid(call: Call) -> Any:
+def _sigmoid(call: SpelledCall) -> Any:
     return call.write(aten.sigmoid.default, call.first)

@@ -32,7 +32,7 @@ _one_at_a_time = threading.Lock()  # torch.export keeps what it is about in vari
 
 
 @dataclass(frozen=True)
-class Captured:
+class CapturedNetwork:
     """A graph of flat inputs and results, and the structures that they are taken from and put into."""
 
     graph: Graph
@@ -40,7 +40,7 @@ class Captured:
     result: Structure
 
 
-def capture(model: nn.Module, inputs: tuple[Any, ...], *, sizes: bool) -> Captured:
+def capture(model: nn.Module, inputs: tuple[Any, ...], *, sizes: bool) -> CapturedNetwork:
     """The graph of a module in eval mode on the CPU, called with these positional arguments, for any batch size. sizes:
     for any height and width too. The module is not changed, but the graph's constants are its parameters and buffers.
 
@@ -50,7 +50,7 @@ def capture(model: nn.Module, inputs: tuple[Any, ...], *, sizes: bool) -> Captur
         return _capture(model, inputs, sizes)
 
 
-def capture_within(model: nn.Module, inputs: tuple[Any, ...], seconds: float = 60.0) -> Captured | str:
+def capture_within(model: nn.Module, inputs: tuple[Any, ...], seconds: float = 60.0) -> CapturedNetwork | str:
     """The graph for any height and width, or a sentence that says why there is none. torch.export's algebra takes
     minutes for some networks, such as Swin Transformers: it is given up after so many seconds.
     """
@@ -67,7 +67,7 @@ def capture_within(model: nn.Module, inputs: tuple[Any, ...], seconds: float = 6
     return captured
 
 
-def _capture(model: nn.Module, inputs: tuple[Any, ...], sizes: bool) -> Captured:
+def _capture(model: nn.Module, inputs: tuple[Any, ...], sizes: bool) -> CapturedNetwork:
     leaves, arguments = Structure.flatten(inputs)
     images = max(leaves, key=Tensor.dim, default=torch.tensor(0))  # the others are features, masks, scales
     batch = images.shape[0] if images.dim() else 0
@@ -107,7 +107,7 @@ class _Flat(nn.Module):
 PREFIX = "network."  # of the names of parameters, by the class above
 
 
-def _traced(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch: int, sizes: bool) -> Captured:
+def _traced(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch: int, sizes: bool) -> CapturedNetwork:
     results: list[Structure] = []
     flat = _Flat(model, arguments, results)
     flat.training = False
@@ -142,7 +142,7 @@ def _traced(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch:
     kept = tuple(condition for condition in found if not fixed_size(condition))
     graph = Graph(_plain_copy(calls, inputs), constants, inputs, kept)
     graph.prune()
-    return Captured(graph, arguments, results[-1])
+    return CapturedNetwork(graph, arguments, results[-1])
 
 
 def _shape(placeholder: fx.Node, index: int, fixed: dict[tuple[int, int], int]) -> tuple[int | None, ...]:

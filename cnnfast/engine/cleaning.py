@@ -10,7 +10,7 @@ from torch.fx.node import map_arg
 
 from . import arithmetic_rules, layer_rules, view_rules  # noqa: F401
 from .operators import MAKERS, multiplied
-from .rules import RULES, Call, aten
+from .rules import RULES, SpelledCall, aten
 
 # They raise where a tensor is not what it was in the example: dtypes and devices are fixed here, and sizes are what the
 # conditions are about.
@@ -42,7 +42,7 @@ def clean(calls: fx.Graph, constants: dict[str, Tensor]) -> None:
 
 def _spell(node: fx.Node, constants: dict[str, Tensor]) -> None:
     """Applies the rule for a call, if there is one."""
-    call = Call(node, constants)
+    call = SpelledCall(node, constants)
     written = RULES[node.target](call) if node.target in RULES else None
     if written is None:
         call.normalise()
@@ -53,7 +53,7 @@ def _spell(node: fx.Node, constants: dict[str, Tensor]) -> None:
     node.replace_all_uses_with(written)
     node.graph.erase_node(node)
     for one in call.written:
-        Call(one, constants).normalise()
+        SpelledCall(one, constants).normalise()
     if written in call.written:
         _evaluate(written, constants)
 

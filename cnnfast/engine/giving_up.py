@@ -6,7 +6,6 @@ import ctypes
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
@@ -17,13 +16,13 @@ import torch
 Result = TypeVar("Result")
 
 # Here nothing but algebra happens: an exception between any two steps is as harmless as one that sympy raises.
+# Elsewhere it is not: PyTorch ends the process where a dispatch mode is left half entered.
 ALGEBRA = (
     os.path.dirname(sympy.__file__) + os.sep,
     os.path.join(os.path.dirname(torch.__file__), "utils", "_sympy") + os.sep,
 )
 # An exception within one of these would leave undone what a `with` statement promises to undo.
 UNINTERRUPTIBLE = {"__enter__", "__exit__", "__del__"}
-PATIENCE = 5.0  # seconds to wait for algebra, before any other place will do
 POLL = 0.01
 
 
@@ -33,7 +32,8 @@ class _GivenUp(BaseException):
 
 def within(seconds: float, work: Callable[[], Result]) -> Result:
     """What work() returns, or raises, if that takes no more than so many seconds; raises TimeoutError otherwise. The
-    thread that works has ended in either case, and whatever context managers it was in are left.
+    thread that works has ended in either case, and whatever context managers it was in are left. It is made to end
+    where it does algebra: what does none comes to its own end, and its result counts, however late.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -60,19 +60,20 @@ def within(seconds: float, work: Callable[[], Result]) -> Result:
 
 def _end(thread: threading.Thread) -> None:
     """Raises an exception in the thread, at a place where that is safe, until the thread has ended."""
-    began = time.monotonic()
     while thread.is_alive():
         # Python gives another thread its turn only after 5 ms: what is seen here still holds when the exception is set.
         frame = sys._current_frames().get(thread.ident or 0)
-        if frame is not None and _is_safe(frame, patient=time.monotonic() - began < PATIENCE):
+        if frame is not None and _is_safe(frame):
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_GivenUp))
+            del frame
             thread.join(1.0)  # the way out of all context managers
-        del frame
-        thread.join(POLL)
+        else:
+            del frame
+            thread.join(POLL)
 
 
-def _is_safe(frame: FrameType, patient: bool) -> bool:
-    if patient and not frame.f_code.co_filename.startswith(ALGEBRA):
+def _is_safe(frame: FrameType) -> bool:
+    if not frame.f_code.co_filename.startswith(ALGEBRA):
         return False
     return UNINTERRUPTIBLE.isdisjoint(one.f_code.co_name for one in _stack(frame))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..aside import leaving_no_trace
 from ..dispatch import CPU_REASON, backend, in_this_thread
 from . import judging
-from .capture import CannotCapture, Captured, capture, capture_within
+from .capture import CannotCapture, CapturedNetwork, capture, capture_within
 from .judging import SelfCheck
 from .structures import Structure
 
@@ -32,12 +32,12 @@ class Original:
     def name(self) -> str:
         return type(self.model).__name__
 
-    def captured(self) -> Captured:
+    def captured(self) -> CapturedNetwork:
         """With any batch size, and the image sizes of the example. Raises CannotCapture."""
         with leaving_no_trace(), backend("torch"):
             return capture(self.model, self.inputs, sizes=False)
 
-    def captured_with_any_size(self) -> Captured:
+    def captured_with_any_size(self) -> CapturedNetwork:
         """With any batch size and any image size. Raises CannotCapture, also after SECONDS. This may be in the midst of
         a server's work: nothing is held meanwhile that other threads would notice, but where kernels are interpreted,
         which would else be captured.

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 aten = torch.ops.aten
 
-Rule = Callable[["Call"], Any]
+Rule = Callable[["SpelledCall"], Any]
 RULES: dict[Any, Rule] = {}
 
 
@@ -28,7 +28,7 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-class Call:
+class SpelledCall:
     """A call of an operator of PyTorch's. call["padding"] is an argument by its name in the operator's schema, or its
     default.
     """

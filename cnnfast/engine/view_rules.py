@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .rules import Call, aten, rule
+from .rules import SpelledCall, aten, rule
 
 
 @rule(
@@ -16,7 +16,7 @@ from .rules import Call, aten, rule
     *(aten.lift.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.detach_copy.default),
     *(aten.resolve_conj.default, aten.resolve_neg.default),
 )
-def _same(call: Call) -> fx.Node:
+def _same(call: SpelledCall) -> fx.Node:
     return call.first
 
 
@@ -24,7 +24,7 @@ def _same(call: Call) -> fx.Node:
     *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default),
     *(aten.type_as.default,),
 )
-def _cast(call: Call) -> fx.Node | None:
+def _cast(call: SpelledCall) -> fx.Node | None:
     dtype = call.value().dtype
     if dtype == call.value(call.first).dtype:
         return call.first
@@ -35,41 +35,41 @@ def _cast(call: Call) -> fx.Node | None:
 
 
 @rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.view_copy.default)
-def _reshape(call: Call) -> fx.Node:
+def _reshape(call: SpelledCall) -> fx.Node:
     if call.shape_is(call.first):
         return call.first
     return call.write(aten.reshape.default, call.first, call["shape" if "shape" in call.arguments else "size"])
 
 
 @rule(aten.view_as.default, aten.reshape_as.default)
-def _reshape_as(call: Call) -> fx.Node:
+def _reshape_as(call: SpelledCall) -> fx.Node:
     return call.write(aten.reshape.default, call.first, call.sizes(call["other"]))
 
 
 @rule(aten.unflatten.int)
-def _unflatten(call: Call) -> fx.Node:
+def _unflatten(call: SpelledCall) -> fx.Node:
     sizes, dim = call.sizes(call.first), call["dim"]
     sizes[dim : dim + 1 or None] = call["sizes"]
     return call.write(aten.reshape.default, call.first, sizes)
 
 
 @rule(aten.flatten.using_ints)
-def _flatten(call: Call) -> fx.Node | None:
+def _flatten(call: SpelledCall) -> fx.Node | None:
     return call.first if call.shape_is(call.first) else None
 
 
 @rule(aten.ravel.default)
-def _ravel(call: Call) -> fx.Node:
+def _ravel(call: SpelledCall) -> fx.Node:
     return call.write(aten.flatten.using_ints, call.first, 0, -1)
 
 
 @rule(aten.expand.default, aten.broadcast_to.default)
-def _expand(call: Call) -> fx.Node:
+def _expand(call: SpelledCall) -> fx.Node:
     return call.first if call.shape_is(call.first) else call.write(aten.expand.default, call.first, call["size"])
 
 
 @rule(aten.expand_as.default)
-def _expand_as(call: Call) -> fx.Node:
+def _expand_as(call: SpelledCall) -> fx.Node:
     if call.shape_is(call.first):
         return call.first
     return call.write(aten.expand.default, call.first, call.sizes(call["other"]))
@@ -79,13 +79,13 @@ def _expand_as(call: Call) -> fx.Node:
     *(aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default),
     *(aten.movedim.int, aten.movedim.intlist, aten.swapaxes.default, aten.swapdims.default),
 )
-def _permute(call: Call) -> fx.Node:
+def _permute(call: SpelledCall) -> fx.Node:
     rank = call.value(call.first).dim()
     order = _order(call, rank)
     return call.first if order == list(range(rank)) else call.write(aten.permute.default, call.first, order)
 
 
-def _order(call: Call, rank: int) -> list[int]:
+def _order(call: SpelledCall, rank: int) -> list[int]:
     """For each dimension of the result the dimension of the argument: what PyTorch makes of an argument that is only
     names of its dimensions.
     """
@@ -95,7 +95,7 @@ def _order(call: Call, rank: int) -> list[int]:
 
 
 @rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
-def _squeeze(call: Call) -> fx.Node:
+def _squeeze(call: SpelledCall) -> fx.Node:
     """What torch.export took for one wide is dropped, whatever is one wide later: a batch of one stays a batch."""
     shape = call.value(call.first).shape
     given = call.arguments.get("dim", range(len(shape)))
@@ -105,7 +105,7 @@ def _squeeze(call: Call) -> fx.Node:
 
 
 @rule(aten.slice.Tensor)
-def _slice(call: Call) -> fx.Node | None:
+def _slice(call: SpelledCall) -> fx.Node | None:
     call.arguments["start"] = call["start"] if call["start"] is not None else 0
     call.arguments["end"] = call["end"] if call["end"] is not None else sys.maxsize
     whole = isinstance(call["end"], int) and call["end"] == sys.maxsize and call["start"] == 0 and call["step"] == 1
@@ -113,7 +113,7 @@ def _slice(call: Call) -> fx.Node | None:
 
 
 @rule(aten.slice_scatter.default)
-def _slice_scatter(call: Call) -> Any:
+def _slice_scatter(call: SpelledCall) -> Any:
     """A tensor with a slice replaced is what lies before the slice, the other tensor, and what lies behind it."""
     x, dim = call.first, call["dim"]
     size = call.value(x).shape[dim]
@@ -132,7 +132,7 @@ def _slice_scatter(call: Call) -> Any:
 
 
 @rule(aten.select_scatter.default)
-def _select_scatter(call: Call) -> Any:
+def _select_scatter(call: SpelledCall) -> Any:
     x, dim, index = call.first, call["dim"], call["index"]
     size = call.value(x).shape[dim]
     if not isinstance(size, int) or not isinstance(index, int):
@@ -147,7 +147,7 @@ def _select_scatter(call: Call) -> Any:
 
 
 @rule(aten.copy.default)
-def _copy(call: Call) -> fx.Node:
+def _copy(call: SpelledCall) -> fx.Node:
     """What copy_ writes: its argument, in the shape and dtype of what it writes into."""
     copied: fx.Node = call["src"]
     if call.value(copied).dtype != call.value().dtype:
@@ -160,7 +160,7 @@ def _copy(call: Call) -> fx.Node:
     *(aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format),
     *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
 )
-def _full(call: Call) -> fx.Node:
+def _full(call: SpelledCall) -> fx.Node:
     return _filled(call, call["size"])
 
 
@@ -168,18 +168,18 @@ def _full(call: Call) -> fx.Node:
     *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),
     *(aten.zero.default, aten.fill.Scalar),
 )
-def _full_like(call: Call) -> fx.Node:
+def _full_like(call: SpelledCall) -> fx.Node:
     return _filled(call, call.sizes(call.first))
 
 
-def _filled(call: Call, sizes: Any) -> fx.Node:
+def _filled(call: SpelledCall, sizes: Any) -> fx.Node:
     """Memory that is not filled holds anything: 0 too."""
     number = call.arguments.get("fill_value", call.arguments.get("value", 1 if "ones" in str(call.target) else 0))
     return call.write(aten.full.default, sizes, number, dtype=call.value().dtype)
 
 
 @rule(aten.fill.Tensor)
-def _fill_with_tensor(call: Call) -> fx.Node:
+def _fill_with_tensor(call: SpelledCall) -> fx.Node:
     value = call["value"]
     if call.value(value).dtype != call.value().dtype:
         value = call.write(aten.to.dtype, value, call.value().dtype, False, False, None)
@@ -187,6 +187,6 @@ def _fill_with_tensor(call: Call) -> fx.Node:
 
 
 @rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
-def _arange(call: Call) -> fx.Node:
+def _arange(call: SpelledCall) -> fx.Node:
     start, step = call.arguments.get("start", 0), call.arguments.get("step", 1)
     return call.write(aten.arange.start_step, start, call["end"], step, dtype=call.value().dtype)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnnfast.engine import capture as capturing
-from cnnfast.engine.capture import CannotCapture, Captured, capture, capture_within
+from cnnfast.engine.capture import CannotCapture, CapturedNetwork, capture, capture_within
 from cnnfast.engine.conditions import violated
 from cnnfast.engine.operators import NAMES
 
@@ -57,11 +57,11 @@ class Function(nn.Module):
         return self.function(self, *inputs)
 
 
-def of(function: Any, *inputs: Any, sizes: bool = False) -> Captured:
+def of(function: Any, *inputs: Any, sizes: bool = False) -> CapturedNetwork:
     return capture(Function(function).eval(), inputs, sizes=sizes)
 
 
-def agree(captured: Captured, model: nn.Module, *inputs: Tensor) -> None:
+def agree(captured: CapturedNetwork, model: nn.Module, *inputs: Tensor) -> None:
     with torch.no_grad():
         ours, theirs = captured.result.build(captured.graph.run(inputs)), model(*inputs)
     assert type(ours) is type(theirs)
@@ -331,7 +331,7 @@ def test_giving_up_leaves_a_healthy_process(monkeypatch):
     flags = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
     whole = capturing._traced
 
-    def slow(*args: Any) -> Captured:
+    def slow(*args: Any) -> CapturedNetwork:
         whole(*args)
         while True:
             whole(*args)
@@ -343,7 +343,7 @@ def test_giving_up_leaves_a_healthy_process(monkeypatch):
     assert (torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag) == flags
     monkeypatch.undo()
     captured = capture_within(model, example)
-    assert isinstance(captured, Captured)
+    assert isinstance(captured, CapturedNetwork)
     agree(captured, model, integers(2, 3, 5, 7))
 
 

@@ -17,7 +17,7 @@ TRIALS = (
     *((2, 224, 224), (3, 256, 320), (5, 225, 257), (3, 448, 448), (3, 256, 256), (2, 64, 64), (3, 96, 96)),
     *((2, 4096, 4096), (3, 8192, 8192)),
 )
-ENOUGH = 3
+ENOUGH = 3  # where more than the batch is free, and otherwise one fewer
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -31,6 +31,7 @@ class Sizes:
     def __init__(self, graph: Graph, example: Shapes | None = None) -> None:
         self.shapes: list[Shapes] = []  # of all inputs, in each run
         self.runs: list[dict[fx.Node, Any]] = []
+        images = any(None in given.shape[1:] for given in graph.inputs)
         for shapes in _trials(graph, example):
             inputs = [torch.empty(s, dtype=i.dtype, device="meta") for s, i in zip(shapes, graph.inputs, strict=True)]
             try:
@@ -38,7 +39,7 @@ class Sizes:
             except Exception:  # of whatever kind: operators refuse sizes that the network cannot take
                 continue
             self.shapes.append(shapes)
-            if len(self.runs) == ENOUGH:
+            if len(self.runs) == (ENOUGH if images else ENOUGH - 1):
                 break
         self.proven = len(self.runs) > 1 or all(None not in given.shape for given in graph.inputs)
 

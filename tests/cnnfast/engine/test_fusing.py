@@ -60,9 +60,9 @@ def folded(network, *inputs, shapes=(IMAGE,)) -> Graph:
         # two additions
         (lambda c, x: relu(plus(plus(three(c, x), x), x)), {"cnnfast.convolution": 1, "cnnfast.sum": 1}),
         # of two convolutions one adds the other
-        (lambda c, x: relu(plus(three(c, x), one(c, x))), {"cnnfast.convolution": 2}),
+        (lambda c, x: relu(plus(three(c, x), one(c, three(c, x)))), {"cnnfast.convolution": 3}),
         # a convolution before a batch norm that stands by itself
-        (lambda c, x: relu(plus(norm(c, x), one(c, x))), {"cnnfast.convolution": 1, "cnnfast.affine": 1}),
+        (lambda c, x: relu(plus(norm(c, x), one(c, three(c, x)))), {"cnnfast.convolution": 2, "cnnfast.affine": 1}),
         (lambda c, x: relu(plus(norm(c, x), x)), {"cnnfast.affine": 1}),
         (lambda c, x: relu(plus(x, relu(x))), {"aten.relu.default": 1, "cnnfast.sum": 1}),
         # twice the same, and not once

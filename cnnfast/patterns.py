@@ -39,7 +39,7 @@ SUMS = NEW_SUMS + IN_PLACE_SUMS
 ACTIVATIONS: dict[ActivationName, tuple[Any, ...]] = {
     "relu": (nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", aten.relu.default),
     "leaky_relu": (nn.LeakyReLU, F.leaky_relu, aten.leaky_relu.default),
-    "relu6": (nn.ReLU6, F.relu6, aten.relu6.default),
+    "relu6": (nn.ReLU6, F.relu6),
     "gelu": (nn.GELU, F.gelu, aten.gelu.default),
     "silu": (nn.SiLU, F.silu, aten.silu.default),
     "hardswish": (nn.Hardswish, F.hardswish, aten.hardswish.default),

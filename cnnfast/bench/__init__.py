@@ -2,11 +2,11 @@
 first.
 
 A job says what is measured (job.py, shapes.py, numbers.py), and a task is a job with those who do it (task.py). A
-series (series.py) runs one task after the other (running.py). Each provider (providers.py; folding.py and jax_model.py
-are two of them) has its kernels compiled ahead (ahead.py, layers_ahead.py), is judged before it is timed (gate.py), is
-timed (cnnfast/measuring), and is asked for its memory and its kernels (footprint.py), all in the same surroundings
-(surroundings.py). Rows (rows.py) hold what was found beside what the machine allows (roofline.py, graph.py). They are
-printed (report.py), drawn (pictures.py), and compared with an earlier run (compare.py).
+series (series.py) runs one task after the other (running.py). Each provider (providers.py; folding.py, jax_model.py and
+engines.py are some of them) has its kernels compiled ahead (ahead.py, layers_ahead.py), is judged before it is timed
+(gate.py), is timed (cnnfast/measuring), and is asked for its memory and its kernels (footprint.py), all in the same
+surroundings (surroundings.py). Rows (rows.py) hold what was found beside what the machine allows (roofline.py,
+graph.py). They are printed (report.py), drawn (pictures.py), and compared with an earlier run (compare.py).
 
 host_cost.py is apart from all that: what the host's part of a call costs, without a GPU.
 """
@@ -14,5 +14,6 @@ host_cost.py is apart from all that: what the host's part of a call costs, witho
 # The providers, in the order in which they run (providers.py), for who needs no more of them, and no torch.
 NAMES = (
     *("eager", "eager-graph", "cudnn-fused", "cudnn-graph", "cnnfast", "cnnfast-graph", "cnnfast-kernels"),
-    *("nchw", "jax", "compile", "cnnfast-compile", "max-autotune"),
+    *("nchw", "frozen", "onnxruntime", "openvino", "jax", "compile", "cnnfast-compile", "compile-freezing"),
+    "max-autotune",
 )

@@ -64,7 +64,7 @@ class Node:
 
 
 @dataclass
-class Graph:
+class WorkGraph:
     """Nodes in an order in which they can run.
 
     sizes: bytes of each value. indices: the same, if the positions in pooling windows took a byte each, not eight.
@@ -82,7 +82,7 @@ class Graph:
         return sum(node.flops for node in self.nodes)
 
 
-def graph_of(model: nn.Module, shapes: Sequence[Sequence[int]], dtype: torch.dtype, mode: str) -> Graph:
+def graph_of(model: nn.Module, shapes: Sequence[Sequence[int]], dtype: torch.dtype, mode: str) -> WorkGraph:
     """The graph of a forward pass (modes "infer" and "forward", see job.py), of a forward pass with all gradients of
     parameters ("train"), or of gradients alone.
 
@@ -114,7 +114,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.graph = Graph()
+        self.graph = WorkGraph()
         self.current: dict[int, int] = {}  # memory > its value
         self.alive: list[Any] = []  # keeps all memory alive, so that no address comes to mean another memory
 

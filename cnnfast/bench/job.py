@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .. import conversion, dispatch
 from ..aside import leaving_no_trace
 from ..dtypes import name_of
+from ..engine import Frozen
 from ..precision import allow_tf32
 from .numbers import Numbers
 
@@ -32,10 +33,11 @@ class Job:
     """A step to measure.
 
     model: in PyTorch's own classes (see `plain`), in float32, on the CPU. original: the model over the same parameters
-    that cnnfast converts; None for `model` itself. shapes: of the inputs; the first size of each is the batch. dtype:
-    of the inputs, and of the parameters, except in mode "train", where those of a 16-bit job stay float32. copies: how
-    many sets of buffers take turns, so that a single layer finds them no warmer in the cache than in a network.
-    numbers: what inputs and output gradients are filled with; a job that `replace` makes of this one shares them.
+    that cnnfast converts; None for `model` itself. frozen: what a file of cnnfast.freeze held, if that is measured, and
+    `model` is its graph. shapes: of the inputs; the first size of each is the batch. dtype: of the inputs, and of the
+    parameters, except in mode "train", where those of a 16-bit job stay float32. copies: how many sets of buffers take
+    turns, so that a single layer finds them no warmer in the cache than in a network. numbers: what inputs and output
+    gradients are filled with; a job that `replace` makes of this one shares them.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Job:
     device: torch.device
     copies: int = 1
     original: nn.Module | None = None
+    frozen: Frozen | None = None
     numbers: Numbers = field(default_factory=Numbers, compare=False, repr=False)
 
     @property

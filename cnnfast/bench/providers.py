@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from .. import conversion, dispatch
 from ..measuring.graphs import captured
 from ..measuring.rotation import rotating
-from . import ahead, folding, jax_model
+from . import ahead, engines, folding, jax_model
 from .job import BACKWARD, FORWARD, MODELS, Job, channels_last_of, placed, steps_of
 from .roofline import CONV, OPERATORS, POINTWISE
 
 SINGLE = (FORWARD, *BACKWARD)
 INFER = MODELS[:1]
-EAGER, COMPILE, MAX_AUTOTUNE = "eager", "compile", "max-autotune"
+EAGER, COMPILE, FREEZING, MAX_AUTOTUNE = "eager", "compile", "freezing", "max-autotune"
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Prepared:
 class Provider:
     """One way to compute a step.
 
-    text: what the legend of a report says of it. how: eager, compile or max-autotune. graph: whether it is replayed as
-    a CUDA graph. baseline: whether cnnfast has to beat it. level: how far it fuses (roofline.py). skipped: why it shall
-    not run, though it could.
+    text: what the legend of a report says of it. how: eager, compile, freezing or max-autotune. graph: whether it is
+    replayed as a CUDA graph. baseline: whether cnnfast has to beat it. level: how far it fuses (roofline.py). skipped:
+    why it shall not run, though it could.
     """
 
     name: str
@@ -167,6 +167,20 @@ class Jax(Provider):
         return Prepared(step, read=lambda results: [jax_model.tensor(y, job.device) for y in results])
 
 
+class CpuEngine(Provider):
+    """What a CPU's inference is deployed with (engines.py)."""
+
+    in_torch = False
+
+    def unavailable(self, job: Job) -> str:
+        return super().unavailable(job) or engines.unavailable(self.name, job)
+
+    def prepare(self, job: Job) -> Prepared:
+        step = engines.STEPS[self.name][0](job)
+        step()
+        return Prepared(step)
+
+
 # In the order in which they run. Those that compile longest come last, so that a run that ends early has the others.
 PROVIDERS = {
     provider.name: provider
@@ -187,6 +201,9 @@ PROVIDERS = {
             "cnnfast-kernels", "the same graph by our kernels alone", graph=True, baseline=False, ours=True, level=CONV
         ),
         Provider("nchw", "PyTorch eager, NCHW: for reference only", channels_last=False, baseline=False),
+        CpuEngine("frozen", "cnnfast.freeze", INFER, channels_last=False, baseline=False, ours=True, level=CONV),
+        CpuEngine("onnxruntime", "torch.onnx's export in onnxruntime", INFER, channels_last=False, level=CONV),
+        CpuEngine("openvino", "torch.onnx's export in OpenVINO", INFER, channels_last=False, level=CONV),
         Jax("jax", "batch norm folded, jax.jit", INFER, level=CONV),
         Provider("compile", "torch.compile", MODELS, COMPILE, level=POINTWISE),
         Ours(
@@ -198,6 +215,7 @@ PROVIDERS = {
             ours=True,
             level=CONV,
         ),
+        Provider("compile-freezing", "torch.compile and freezing", INFER, FREEZING, level=POINTWISE),
         Provider("max-autotune", "torch.compile, max-autotune and freezing", INFER, MAX_AUTOTUNE, level=POINTWISE),
     )
 }
@@ -213,5 +231,5 @@ def compiler(how: str, inference: bool) -> Iterator[Callable[[nn.Module], Callab
         return
     import torch._inductor.config as inductor
 
-    with inductor.patch(freezing=inference and how == MAX_AUTOTUNE):
-        yield lambda model: torch.compile(model, mode=None if how == COMPILE else how, dynamic=False)
+    with inductor.patch(freezing=inference and how != COMPILE):
+        yield lambda model: torch.compile(model, mode=how if how == MAX_AUTOTUNE else None, dynamic=False)

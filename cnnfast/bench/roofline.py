@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..measuring.machine import Peaks
-from .graph import Graph, Node
+from .graph import Node, WorkGraph
 
 OPERATORS, POINTWISE, CONV, CHAINS = LEVELS = ("operators", "pointwise", "conv", "chains")
 TWICE = 2  # a map is recomputed by its readers only if they read at most so many times its own bytes for it
@@ -64,7 +64,7 @@ class Work:
         return sum(kernel.seconds(peaks) for kernel in self.kernels)
 
 
-def levels(graph: Graph) -> dict[str, Work]:
+def levels(graph: WorkGraph) -> dict[str, Work]:
     """The step at every level: without "chains" if it trains, but with a kernel for the optimizer."""
     names = LEVELS[:-1] if graph.parameters else LEVELS
     optimizer = [Kernel(("optimizer",), 0, OPTIMIZER_BYTES * graph.parameters)] if graph.parameters else []
@@ -74,7 +74,7 @@ def levels(graph: Graph) -> dict[str, Work]:
     }
 
 
-def _separate(graph: Graph) -> Iterator[Kernel]:
+def _separate(graph: WorkGraph) -> Iterator[Kernel]:
     """A kernel for each operator."""
     needed = graph.results.union(*(node.reads for node in graph.nodes))
     for node in graph.nodes:
@@ -88,7 +88,7 @@ def _separate(graph: Graph) -> Iterator[Kernel]:
 class _Fused:
     """One level above `operators`: the kernels, and which values exist in memory."""
 
-    def __init__(self, graph: Graph, level: str) -> None:
+    def __init__(self, graph: WorkGraph, level: str) -> None:
         self.nodes, self.sizes, self.results = graph.nodes, graph.indices, graph.results
         self.prologues = level in (CONV, CHAINS)
         self.maker = {v: i for i, node in enumerate(self.nodes) for v in node.writes}

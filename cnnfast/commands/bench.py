@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..bench import NAMES
-from ..dtypes import TF32, dtype_of
-from ..modes import INFER, MODES
+from ..dtypes import TF32, dtype_of, name_of
+from ..modes import INFER, MODES, TRAIN
 from ..spelling import did_you_mean
 from . import options
-from .bench_jobs import BATCHES, batches, duration, model_tasks, providers, refuse_impossible
+from .bench_jobs import BATCHES, batches, duration, file_tasks, frozen_in, model_tasks, providers, refuse_impossible
 from .console import (
     STANDARD_OUTPUT,
     JsonFile,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "cnnfast bench resnet50 --mode infer,train --batch 1,32",
     "cnnfast bench model.py:Net --provider eager --provider cnnfast --json -",
+    "cnnfast bench model.cnnfast --batch 1,8",
     "cnnfast bench --compare before.json after.json",
 )
 STANDARD = "resnet50"
@@ -137,6 +138,9 @@ def bench(
     take turns in every round. Beside each time stands what the machine allows, by its bandwidth and matrix rate, which
     are measured in the same run.
 
+    MODEL may be a file of `cnnfast freeze`. Then it runs beside PyTorch, torch.compile with freezing, onnxruntime and
+    OpenVINO, as far as they are installed, on all threads.
+
     Without MODEL the standard set runs: ResNet-50 in both modes, and --layers. Without a GPU PyTorch serves
     every call, so that ratios show what conversion costs. `--compare` ends with exit code 1 if something became
     slower or wrong.
@@ -192,19 +196,28 @@ def bench(
         raise typer.BadParameter(
             "tf32 needs a GPU: on a CPU PyTorch, which serves every call there, rounds nothing", param_hint="--dtype"
         )
-    precision = dtype_of(name)
+    frozen = frozen_in(model)
+    if frozen and (dtype or TRAIN in modes):
+        raise typer.BadParameter(
+            f"{model} computes in {name_of(frozen.dtype)}, and in mode infer: leave out --dtype and --mode",
+            param_hint="MODEL",
+        )
+    precision = frozen.dtype if frozen else dtype_of(name)
     refuse_impossible(provider or [], device, modes)
-    chosen = providers(provider or [], device, layers)
+    chosen = providers(provider or [], device, layers, frozen is not None)
 
     with ExitStack() as stack:
         if precision == torch.float32:
             # torch.compile still reads this older setting, which must not contradict
             torch.backends.cudnn.allow_tf32 = name == TF32
             stack.enter_context(float32_products("tf32" if name == TF32 else "ieee"))
-        stack.enter_context(one_thread(device))
+        if frozen is None:
+            stack.enter_context(one_thread(device))
         stack.enter_context(quick_collections())
         tasks: list[Task] = []
-        if not layers:
+        if model and frozen:
+            tasks += file_tasks(model, frozen, images, sizes, device, chosen)
+        elif not layers:
             wanted = modes or (MODES if model is None else (INFER,))
             tasks += model_tasks(model or STANDARD, wanted, images, sizes, precision, device, chosen)
         if layers or (model is None and not modes and not sizes):

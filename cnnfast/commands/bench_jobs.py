@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..bench.providers import Provider
     from ..bench.task import Task
+    from ..engine import Frozen
 
 # Images of each step of the standard set, by device.
 BATCHES = {
@@ -29,6 +31,9 @@ LAYER_PROVIDERS = {
     "cuda": ("eager-graph", "nchw", "cnnfast-graph", "cnnfast-kernels"),
     "cpu": ("eager", "nchw", "cnnfast"),
 }
+# By whom the network of a file of cnnfast.freeze is run, and by whom a model is only where that is asked for.
+OF_A_FILE = ("eager", "frozen", "onnxruntime", "openvino", "compile-freezing")
+ENGINES = ("frozen", "onnxruntime", "openvino")
 
 
 def duration(tasks: Sequence[Task], seconds: float, budget: float | None) -> str:
@@ -70,15 +75,30 @@ def refuse_impossible(names: Sequence[str], device: torch.device, modes: Sequenc
             raise typer.BadParameter(f"{name} cannot run: {reason}", param_hint="--provider")
 
 
-def providers(names: Sequence[str], device: torch.device, layers: bool) -> list[Provider]:
+def frozen_in(text: str | None) -> Frozen | None:
+    """The network in a file of cnnfast.freeze, or None for any other MODEL."""
+    if text is None or Path(text).suffix != ".cnnfast":
+        return None
+    from ..engine import load
+
+    with refused_by("MODEL", OSError, ValueError):
+        return load(text)
+
+
+def providers(names: Sequence[str], device: torch.device, layers: bool, file: bool = False) -> list[Provider]:
+    """file: whether what runs is a file of cnnfast.freeze."""
     from ..bench.providers import EAGER, PROVIDERS
 
     if names:
         return [PROVIDERS[name] for name in names]
+    if file:
+        return [PROVIDERS[name] for name in OF_A_FILE]
     if layers:
         return [PROVIDERS[name] for name in LAYER_PROVIDERS[device.type]]
-    slow = "takes minutes on a CPU, ask by --provider"
-    return [replace(p, skipped=slow) if device.type == "cpu" and p.how != EAGER else p for p in PROVIDERS.values()]
+    slow, apart = "takes minutes on a CPU, ask by --provider", "an engine of its own, ask by --provider"
+    skipped = {p.name: slow for p in PROVIDERS.values() if p.how != EAGER} if device.type == "cpu" else {}
+    skipped |= dict.fromkeys((*ENGINES, "compile-freezing"), apart)
+    return [replace(p, skipped=skipped.get(p.name, "")) for p in PROVIDERS.values()]
 
 
 def model_tasks(
@@ -111,3 +131,24 @@ def model_tasks(
         for batch in batches or ([sizes[0][0]] if sizes else BATCHES[device.type][mode]):
             shapes = tuple((batch, *size[1:]) for size in given)
             yield model_task(Job(target.name, baseline, shapes, mode, dtype, device, original=module), providers)
+
+
+def file_tasks(
+    text: str,
+    frozen: Frozen,
+    batches: list[int],
+    sizes: list[tuple[int, ...]],
+    device: torch.device,
+    providers: list[Provider],
+) -> Iterator[Task]:
+    """Inference of a frozen network, on images of the size that it was frozen with unless `sizes` says otherwise."""
+    from ..bench.engines import module_of
+    from ..bench.job import Job
+    from ..bench.task import model_task
+
+    network = frozen.network
+    module = module_of(network.graph)
+    for batch in batches or ([sizes[0][0]] if sizes else BATCHES[device.type][INFER]):
+        shapes = tuple((batch, *size[1:]) for size in sizes or network.example)
+        job = Job(Path(text).name, module, shapes, INFER, network.dtype, device, frozen=frozen)
+        yield model_task(job, providers)

@@ -137,7 +137,7 @@ def freeze(
         printer(json_file).print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except (RuntimeError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="freeze") from None
+        raise typer.BadParameter(str(error).removeprefix("freeze(): "), param_hint="freeze") from None
     except OSError as error:
         raise typer.BadParameter(str(error), param_hint="--out") from None
 

@@ -51,7 +51,7 @@ def predict(
     model: Annotated[
         Path,
         typer.Argument(
-            help="A frozen network: a file that `cnnfast freeze` wrote.", metavar="FILE", show_default=False
+            help="A frozen network: the file that `cnnfast freeze` wrote.", metavar="NETWORK", show_default=False
         ),
     ],
     places: Annotated[
@@ -68,7 +68,7 @@ def predict(
             help="How images are prepared: a JSON file with size, crop, interpolation, mean and std, weights of "
             "torchvision, such as ResNet50_Weights.IMAGENET1K_V2, or timm:NAME.",
             metavar="HOW",
-            show_default="what FILE has",
+            show_default="what NETWORK has",
             rich_help_panel=IMAGES,
         ),
     ] = "",
@@ -77,7 +77,7 @@ def predict(
         typer.Option(
             help="Names of the classes: a text file with a name in each line, or weights of torchvision.",
             metavar="NAMES",
-            show_default="what FILE has",
+            show_default="what NETWORK has",
             rich_help_panel=IMAGES,
         ),
     ] = "",
@@ -99,7 +99,7 @@ def predict(
 ) -> None:
     """Name the most probable classes of images, by a frozen network.
 
-    Images are prepared as the file says, which has it from `cnnfast freeze`, and turned upright as the camera noted.
+    Images are prepared as NETWORK says, which has it from `cnnfast freeze`, and turned upright as the camera noted.
     Probabilities are the softmax of the network's result, or the result itself if it holds probabilities already.
 
     In a folder, files are images if their extension is one that Pillow reads; hidden files are left out. An image that
@@ -113,7 +113,7 @@ def predict(
     refuse_unwritable(csv_file, "--csv")
     refuse_unwritable(json_file)
     if not model.is_file():
-        raise typer.BadParameter(f"there is no file {model}{_advice(model)}", param_hint="FILE")
+        raise typer.BadParameter(f"there is no file {model}{_advice(model)}", param_hint="NETWORK")
 
     from ..engine.images import find
 
@@ -123,9 +123,11 @@ def predict(
         raise typer.BadParameter(_no_image(found), param_hint="IMAGE")
     network = _load(model)
     how, names = _surroundings(network, model, preprocessing, classes)
-    done, code = _predictions(network, how, names, found, batch=batch, top=top)
+    done, code = _predictions(network, model, how, names, found, batch=batch, top=top)
     console = printer(STANDARD_OUTPUT if STANDARD_OUTPUT in (csv_file, json_file) else None)
     _show(done, len(found.files), names, console)
+    if code:
+        console.print("Interrupted: the rest was not looked at.")
     write_csv(csv_file, done, names)
     write_json(json_file, [_as_json(one, names) for one in done])
     raise typer.Exit(code or int(any(one.error for one in done)))
@@ -153,7 +155,7 @@ def _no_image(found: Found) -> str:
 def _load(file: Path) -> Frozen:
     from .. import engine
 
-    with refused_by("FILE", OSError, ValueError):
+    with refused_by("NETWORK", OSError, ValueError):
         return engine.load(file)
 
 
@@ -164,23 +166,30 @@ def _surroundings(
     from ..engine.classes import classes_of
     from ..engine.preprocessing import Preprocessing
 
-    with refused_by("--preprocessing", ValueError, ModuleNotFoundError):
+    with refused_by("--preprocessing", ValueError):
         how = Preprocessing.of(preprocessing) if preprocessing else network.preprocessing
         if how is None:
             raise ValueError(
-                f"{file} does not say how images are prepared for it: give --preprocessing HOW here, or to cnnfast "
-                "freeze, which then keeps it in the file"
+                f"{file} does not say how images are prepared for it. Give it here, such as --preprocessing "
+                "ResNet50_Weights.IMAGENET1K_V2 or a JSON file, or to cnnfast freeze, which keeps it in the file"
             )
         how.check_sizes(network.network)
-    with refused_by("--classes", ValueError, ModuleNotFoundError):
+    with refused_by("--classes", ValueError):
         return how, classes_of(classes) if classes else network.classes
 
 
 def _predictions(
-    network: Frozen, how: Preprocessing, names: Sequence[str] | None, found: Found, *, batch: int, top: int
+    network: Frozen,
+    file: Path,
+    how: Preprocessing,
+    names: Sequence[str] | None,
+    found: Found,
+    *,
+    batch: int,
+    top: int,
 ) -> tuple[list[Prediction], int]:
     """What was predicted, or was until an interrupt, and the exit code of that."""
-    from ..engine.predicting import NoClasses, Prediction
+    from ..engine.predicting import NoClasses, OtherClasses, Prediction
     from ..engine.predicting import predict as predictions
 
     done = [Prediction(folder, error=why) for folder, why in found.unreadable.items()]
@@ -195,9 +204,11 @@ def _predictions(
                     tell(len(done), len(found.files))
     except KeyboardInterrupt as interrupt:
         return done, exit_code(interrupt)
+    except OtherClasses as error:
+        raise typer.BadParameter(str(error), param_hint="--classes") from None
     except NoClasses as error:
-        python = "network = cnnfast.load(FILE); network(network.preprocessing.apply(image)[None])"
-        raise typer.BadParameter(f"{error}. Call it from Python: {python}", param_hint="FILE") from None
+        python = f"network = cnnfast.load({str(file)!r}); network(network.preprocessing.apply(image)[None])"
+        raise typer.BadParameter(f"{error}. Call it in Python: {python}", param_hint="NETWORK") from None
     return done, 0
 
 
@@ -227,6 +238,8 @@ def _show(done: Sequence[Prediction], asked: int, names: Sequence[str] | None, c
         )
     if len(read) > MOST_LINES or len(broken) > MOST_LINES:
         console.print(f"{MOST_LINES} lines of a kind are shown; --csv FILE and --json FILE have all.", highlight=False)
+    if read and names is None:
+        console.print("These classes have no names here: --classes NAMES gives them.", highlight=False)
     if asked > 1 or broken or not read:
         left_out = f", {len(broken):,} left out" if broken else ""
         console.print(f"{len(read):,} of {asked:,} images predicted{left_out}", highlight=False)

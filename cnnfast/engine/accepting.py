@@ -35,7 +35,8 @@ def _in_order(tree: Any, wanted: Structure) -> Any:
         parts = zip(wanted.keys, wanted.parts, strict=True)
         return {key: _in_order(tree[key], part) for key, part in parts}
     if type(tree) in (list, tuple) and len(tree) == len(wanted.parts):
-        return type(tree)(_in_order(part, one) for part, one in zip(tree, wanted.parts, strict=True))
+        parts = [_in_order(part, one) for part, one in zip(tree, wanted.parts, strict=True)]
+        return parts if isinstance(tree, list) else tuple(parts)
     return tree
 
 

@@ -24,7 +24,6 @@ OTHERS: dict[Any, str] = {aten.sigmoid.default: "sigmoid", aten.tanh.default: "t
 CLAMPS: dict[Any, tuple[str, str]] = {
     aten.hardtanh.default: ("min_val", "max_val"),
     aten.clamp.default: ("min", "max"),
-    aten.clamp_min.default: ("min", ""),
 }
 RELU6: Activation = "hardtanh", (0.0, 6.0)
 
@@ -46,7 +45,7 @@ def activation(node: fx.Node) -> Activation | None:
         return ("elu", (float(given["alpha"]),)) if given["scale"] == given["input_scale"] == 1 else None
     if node.target in CLAMPS:
         given = arguments(node)
-        low, high = (given.get(name) for name in CLAMPS[node.target])
+        low, high = (given[name] for name in CLAMPS[node.target])
         if low == 0 and high is None:
             return "relu", ()
         if isinstance(low, int | float) and isinstance(high, int | float) and low < high:

@@ -6,8 +6,9 @@ import operator
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
-from . import arithmetic_rules, layer_rules, shape_rules  # noqa: F401
+from . import arithmetic_rules, layer_rules, view_rules  # noqa: F401
 from .operators import MAKERS, multiplied
 from .rules import RULES, Call, aten
 
@@ -47,12 +48,14 @@ def _spell(node: fx.Node, constants: dict[str, Tensor]) -> None:
         call.normalise()
         _evaluate(node, constants)
         return
-    node.replace_all_uses_with(written)
-    if written.op == "call_function" and "val" not in written.meta:
+    if written in call.written and "val" not in written.meta:
         written.meta = dict(node.meta)
-        Call(written, constants).normalise()
-        _evaluate(written, constants)
+    node.replace_all_uses_with(written)
     node.graph.erase_node(node)
+    for one in call.written:
+        Call(one, constants).normalise()
+    if written in call.written:
+        _evaluate(written, constants)
 
 
 def _evaluate(node: fx.Node, constants: dict[str, Tensor]) -> bool:
@@ -62,12 +65,14 @@ def _evaluate(node: fx.Node, constants: dict[str, Tensor]) -> bool:
     inputs = node.all_input_nodes
     if any(one.op != "get_attr" for one in inputs) or not (inputs or node.target in MAKERS):
         return False
+    if torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
+        return False
     limit = LARGEST_EVALUATED if inputs else LARGEST_MADE
     single = isinstance(node.meta.get("val"), Tensor)
     readers = [node] if single else list(node.users)
     if not all(_is_known(reader, limit) for reader in readers):
         return False
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: constants[str(one.target)])
+    args, kwargs = map_arg((node.args, node.kwargs), lambda one: constants[str(one.target)])
     result = node.target(*args, **kwargs)  # type: ignore[operator]
     for reader in readers:
         name = f"computed.{reader.name}"

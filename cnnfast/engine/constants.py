@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from .graph import Graph
-from .sizes import Sizes
+from .sizes import Shapes
 
 
 def exactly(value: Any) -> Any:
@@ -52,26 +52,34 @@ def fits(value: Tensor, dtype: torch.dtype) -> bool:
     return bool(error.isfinite().all()) and bool(error.norm() <= torch.finfo(dtype).eps * value.norm())
 
 
-def round_constants(graph: Graph, given: Graph, dtype: torch.dtype) -> None:
-    """Rounds every floating constant to `dtype`, but for those that `given` has in another dtype than the rest. Where
-    the model casts a value to another dtype, as attention does to float32, the constants that meet it have that dtype.
+def round_constants(graph: Graph, given: Graph, dtype: torch.dtype, shapes: Shapes | None) -> None:
+    """Rounds every floating constant once: to `dtype`, or to that of the value that it meets, where the network casts
+    values, as to float32 before a softmax. What `given` has in another dtype than the rest stays as it is. shapes:
+    some that the inputs can have; without them, all constants are rounded to `dtype`.
     """
     main = main_dtype(given)
-    originals = {name: value.dtype for name, value in given.constants.items() if value.dtype != main}
-    exact = dict(graph.constants)
-    for name, value in exact.items():
-        if value.is_floating_point() and name not in originals:
-            graph.constants[name] = value.to(dtype)
-    sizes = Sizes(graph)
+    kept = {name for name, value in given.constants.items() if value.dtype != main}
+    exact = {name: v for name, v in graph.constants.items() if v.is_floating_point() and name not in kept}
+    graph.constants.update({name: value.to(dtype) for name, value in exact.items()})
+    if shapes is None:
+        return
+    values: dict[fx.Node, Any] = {}
+    inputs = iter([torch.empty(s, dtype=i.dtype, device="meta") for s, i in zip(shapes, graph.inputs, strict=True)])
     for node in list(graph.calls.nodes):
-        if node.op != "call_function":
-            continue
-        constants = [n for n in node.all_input_nodes if n.op == "get_attr" and exact[str(n.target)].is_floating_point()]
-        others = {sizes.dtype(n) for n in node.all_input_nodes if n.op != "get_attr"}
-        met = {d for d in others if d is not None and d.is_floating_point}
-        if len(met) == 1 and (wanted := met.pop()) != dtype:
+        if node.op == "placeholder":
+            values[node] = next(inputs)
+        elif node.op == "get_attr":
+            values[node] = graph.constants[str(node.target)].to("meta")
+        elif node.op == "call_function":
+            constants = [n for n in node.all_input_nodes if n.op == "get_attr"]
+            met = {getattr(values[n], "dtype", None) for n in node.all_input_nodes if n.op != "get_attr"}
+            floating = [d for d in met if d is not None and d.is_floating_point]
             for constant in constants:
-                if str(constant.target) not in originals:
+                if len(floating) == 1 and floating[0] != dtype and str(constant.target) in exact:
                     with graph.calls.inserting_before(node):
-                        node.replace_input_with(constant, graph.new_constant(exact[str(constant.target)].to(wanted)))
+                        rounded = graph.new_constant(exact[str(constant.target)].to(floating[0]))
+                    values[rounded] = graph.constants[str(rounded.target)].to("meta")
+                    node.replace_input_with(constant, rounded)
+            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
     graph.prune()

@@ -30,6 +30,8 @@ MOST_PARTS = 2**12
 PARTS: dict[str, Callable[..., int]] = {
     "aten.chunk.default": lambda self, chunks, dim=0: min(chunks, self.shape[dim]),
     "aten.split.Tensor": lambda self, split_size, dim=0: self.shape[dim] // max(split_size, 1),
+    "aten.unbind.int": lambda self, dim=0: self.shape[dim],
+    "aten.tensor_split.sections": lambda self, sections, dim=0: sections,
 }
 
 

@@ -9,6 +9,7 @@ leaves them alone. A node says nothing that its reader does not know.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from cnnfast_kernels import __version__
 
 from . import container, graph_json
 from .conditions import check
-from .graph_json import DTYPE_NAMES, dtype, size
+from .graph_json import DTYPE_NAMES, dtype, dtype_name, size
 from .network import Network
-from .plain_data import field, strings
+from .plain_data import field, shortened, strings
 from .planning import plan
 from .preprocessing import Preprocessing
 from .replacing import replace
+from .schemas import LARGEST_NUMBER
 from .structures import Structure
 
 FORMAT = "cnnfast frozen network"
@@ -49,8 +51,8 @@ def write(network: Network, path: str | Path) -> None:
             "same": same,
             "arguments": network.arguments.to_json(),
             "result": network.result.to_json(),
-            "dtype": DTYPE_NAMES[network.dtype],
-            "result_dtypes": [DTYPE_NAMES[one] for one in network.result_dtypes],
+            "dtype": dtype_name(network.dtype),
+            "result_dtypes": [dtype_name(one) for one in network.result_dtypes],
             "example": [list(shape) for shape in network.example],
             "fixed": network.fixed,
             "preprocessing": network.preprocessing.to_json() if network.preprocessing else None,
@@ -72,13 +74,14 @@ def read(path: str | Path) -> Network:
     path = Path(path)
     try:
         tensors, about = container.unpack(path, _check_version)
-        return _network(tensors, about)
-    except (OSError, MemoryError):
-        raise
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
-    except Exception as error:  # data that came from JSON can be wrong in more ways than are told apart here
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    try:
+        return _network(tensors, about)
+    except ValueError as error:
+        raise ValueError(f"{path} does not describe a network: {error}") from None
+    except Exception as error:  # what is written above and below is meant to tell what is wrong; this catches the rest
+        raise ValueError(f"{path} cannot be understood: {type(error).__name__}: {error}") from error
 
 
 def _apart(constants: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -112,17 +115,17 @@ def _check_version(about: dict[str, Any]) -> None:
             f"{VERSION}: upgrade cnnfast"
         )
     if version < 1:
-        raise ValueError(f"is damaged: it says that its format is {version}")
+        raise ValueError(f"is in format {version}, which there is not")
 
 
 def _network(tensors: dict[str, Tensor], about: dict[str, Any]) -> Network:
     for name, owner in field(about, "same", dict).items():
-        if name in tensors or owner not in tensors:
-            raise ValueError(f"constant {name!r} is said to be the same as {owner!r}")
+        if name in tensors or not isinstance(owner, str) or owner not in tensors:
+            raise ValueError(f"constant {shortened(name)} is said to be the same as {shortened(owner)}")
         tensors[name] = tensors[owner]
     for name, value in tensors.items():
         if value.dtype not in DTYPE_NAMES:
-            raise ValueError(f"constant {name!r} has dtype {value.dtype}")
+            raise ValueError(f"constant {shortened(name)} has dtype {value.dtype}, which files do not have")
     graph = graph_json.from_data(field(about, "graph", dict), tensors)
     preprocessing, classes = about.get("preprocessing"), about.get("classes")
     network = Network(
@@ -134,7 +137,7 @@ def _network(tensors: dict[str, Tensor], about: dict[str, Any]) -> Network:
         example=tuple(tuple(map(size, shape)) for shape in field(about, "example", list)),
         fixed=field(about, "fixed", str),
         preprocessing=None if preprocessing is None else Preprocessing.from_json(preprocessing),
-        classes=None if classes is None else tuple(strings(classes, "the name of a class")),
+        classes=None if classes is None else tuple(strings(classes, "names of classes")),
     )
     _check(network)
     return network
@@ -147,12 +150,16 @@ def _check(network: Network) -> None:
         check(condition, [len(one.shape) for one in graph.inputs])
     if network.arguments.count != len(graph.inputs):
         raise ValueError(f"the graph takes {len(graph.inputs)} inputs, and the arguments {network.arguments}")
+    if any(math.prod(shape) > LARGEST_NUMBER for shape in network.example):
+        raise ValueError(f"too large a declared size: an example of {network.example}")
     planned = plan(graph, network.example)
     if not network.result.count == len(planned.results) == len(network.result_dtypes):
         raise ValueError(
             f"there are {len(planned.results)} results, of {len(network.result_dtypes)} dtypes, for {network.result}"
         )
     if network.classes is not None:
-        columns = planned.values[planned.results[0]].shape[-1:]
-        if columns != (len(network.classes),):
-            raise ValueError(f"there are {len(network.classes)} classes, and {columns} columns of the result")
+        shape = planned.values[planned.results[0]].shape if planned.results else ()
+        if shape[-1:] != (len(network.classes),):
+            raise ValueError(
+                f"there are {len(network.classes)} classes, and the first result has the shape {list(shape)}"
+            )

@@ -14,10 +14,7 @@ from .sizes import Sizes
 aten = torch.ops.aten
 
 CONVOLUTION, LINEAR, AFFINE, SUM = (OURS[name] for name in ("convolution", "linear", "affine", "sum"))
-CONVOLUTIONS = {
-    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
-    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
-}
+CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 # The arguments of the engine's operators, in their order.
 WEIGHT, BIAS = 1, 2
@@ -47,13 +44,6 @@ def _convolution(graph: Graph, sizes: Sizes, node: fx.Node) -> None:
         return
     taps = weight.shape[2:]
     stride, padding, dilation = (_each(given[name], len(taps)) for name in ("stride", "padding", "dilation"))
-    if padding == ["valid"] * len(taps):
-        padding = [0] * len(taps)
-    elif "same" in padding:
-        both = [d * (k - 1) for d, k in zip(dilation, taps, strict=True)]
-        if any(number % 2 for number in both):
-            return
-        padding = [number // 2 for number in both]
     node.target, node.kwargs = CONVOLUTION, {}
     geometry = stride, padding, dilation, given["groups"]
     node.args = (given["input"], given["weight"], given["bias"], None, *geometry, None, ())

@@ -95,14 +95,13 @@ def freeze(
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         original, notes = _private(model, example_inputs, wanted)
         try:
-            with leaving_no_trace():
-                result = original.model(*original.inputs)
+            result = original.run()
         except Exception as error:
             raise does_not_run(model, example_inputs, error) from error
         tell(1, len(STAGES), STAGES[1])
         try:
             leaves, structure = _flat_result(result)
-            captured = original.captured(sizes=False)
+            captured = original.captured()
         except CannotCapture as error:
             frozen: Frozen = Unplanned(original, result, str(error), given, notes)
         else:
@@ -262,8 +261,8 @@ def _misfit(preprocessing: Preprocessing, network: Network) -> str:
 
 def _miscount(classes: tuple[str, ...], result: Tensor) -> str:
     """Why the classes are no names of the result's columns; the empty string if they are."""
-    if result.dim() < 2:
-        return f"classes are names of columns, and the first result has the shape {list(result.shape)}"
+    if result.dim() != 2:
+        return f"classes name the columns of a result [N, classes], and the first result is {list(result.shape)}"
     if result.shape[1] != len(classes):
         columns = f"the first result, {list(result.shape)}, has {result.shape[1]} columns"
         return f"there are {len(classes)} classes, and {columns}"

@@ -14,6 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ..torchvision_import import make_importable, torchvision
+
 FORMS = (
     "a mapping with size, crop, interpolation, mean and std, such as dict(size=256, crop=224, interpolation='bilinear',"
     " mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]); a JSON file of that; weights of torchvision, such as"
@@ -27,6 +29,7 @@ PROCESSORS = ("BitImage", "CLIPImage", "ConvNextImage", "DeiTImage", "MobileNetV
 PROCESSORS += ("SiglipImage", "ViTImage")
 # Below this ConvNext's processor crops; from it on it squeezes the whole image into a square.
 CONVNEXT_CROPS_BELOW = 384
+NAMES = "a JSON file (*.json), weights of torchvision, such as ResNet50_Weights.IMAGENET1K_V2, or timm:NAME"
 # Names of torchvision's, and of Pillow's numbers, that are not ours: Pillow knows one way to take the nearest pixel.
 INTERPOLATIONS: dict[Any, str] = {"nearest-exact": "nearest", 0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 INTERPOLATIONS |= {4: "box", 5: "hamming"}
@@ -37,10 +40,20 @@ def fields_from(given: Any) -> Mapping[str, Any] | None:
     is near to them, with the reason why it cannot be had.
     """
     given = as_object(given)
+    if isinstance(given, str | Path):
+        raise ValueError(f"preprocessing={str(given)!r} is none of {NAMES}{_advice(str(given))}")
     if isinstance(given, functools.partial):
         given = given()  # torchvision's weights.transforms, without the parentheses
     if isinstance(given, Enum):
         given = getattr(given, "transforms", lambda: None)()
+    try:
+        return _fields_from_object(given)
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"preprocessing={shortened(given)} cannot be understood: {why}") from error
+
+
+def _fields_from_object(given: Any) -> Mapping[str, Any] | None:
     cfg = timm_cfg(given)
     if cfg is not None:
         return _from_timm(cfg)
@@ -75,25 +88,36 @@ def as_object(given: Any) -> Any:
     if re.fullmatch(r"(torchvision:)?\w+_Weights\.\w+", text):
         return _weights(text.removeprefix("torchvision:"))
     if text.startswith("timm:"):
-        from ..torchvision_import import make_importable
-
-        make_importable()
-        import timm
-
-        cfg = timm.get_pretrained_cfg(text.removeprefix("timm:"))
-        if cfg is None or not timm.is_model(text.removeprefix("timm:")):
-            raise ValueError(f"{text!r} is no model of timm")
-        return cfg
+        return _pretrained_cfg(text.removeprefix("timm:"))
     return given
 
 
-def _weights(name: str) -> Any:
-    from ..torchvision_import import torchvision
+def _advice(text: str) -> str:
+    """What was probably meant by the name of a class of weights, or of a file that is there."""
+    if re.fullmatch(r"(torchvision:)?\w+_Weights", text):
+        return f". Did you mean '{text}.DEFAULT'?"
+    return f"; {text} is a file, but its name does not end in .json" if Path(text).is_file() else ""
 
+
+def _weights(name: str) -> Any:
     try:
         return torchvision().models.get_weight(name)
+    except ModuleNotFoundError:
+        raise ValueError(f"{name} needs torchvision, which is not installed") from None
     except (ValueError, KeyError, AttributeError):
         raise ValueError(f"{name!r} is the name of no weights of torchvision") from None
+
+
+def _pretrained_cfg(name: str) -> Any:
+    make_importable()
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise ValueError(f"timm:{name} needs timm, which is not installed") from None
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not timm.is_model(name):
+        raise ValueError(f"'timm:{name}' is no model of timm")
+    return cfg
 
 
 def timm_cfg(given: Any) -> Mapping[str, Any] | None:
@@ -107,7 +131,9 @@ def timm_cfg(given: Any) -> Mapping[str, Any] | None:
 
 def _from_timm(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """As timm.data.resolve_data_config and create_transform, for evaluation."""
-    height, width = cfg["input_size"][-2:]
+    if len(cfg["input_size"]) != 3:
+        raise ValueError(f"preprocessing: input_size is {cfg['input_size']}, and must be (channels, height, width)")
+    _, height, width = cfg["input_size"]
     mean, std = cfg.get("mean") or IMAGENET_MEAN, cfg.get("std") or IMAGENET_STD
     crop_pct = cfg.get("crop_pct") or 0.875
     resized = (math.floor(height / crop_pct), math.floor(width / crop_pct))

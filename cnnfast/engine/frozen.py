@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor
 
 from . import file
-from .accepting import accept, misfits
+from .accepting import accept
 from .capture import CannotCapture
-from .conditions import violated
 from .folding import fold
 from .graph import Input
 from .judging import SelfCheck
@@ -24,9 +22,8 @@ from .original import Original
 from .preprocessing import Preprocessing
 from .profiling import Profile, profile_of
 from .reporting import FrozenReport, report_on
-from .runtime import Runners, Shapes, address, own
-
-AGAIN = "freeze the model again, on an example of this size"
+from .runtime import Shapes
+from .serving import Serving, plainly, shapes_of
 
 
 class Frozen:
@@ -51,6 +48,8 @@ class Frozen:
 
     Raises ValueError, by the name of the argument, for inputs of another structure, kind, device or size. It cannot be
     pickled: save and load it. copy.deepcopy gives the same object, since nothing in it can be changed.
+
+    Made by those two functions; original: what other image sizes are captured from, notes: sentences for the report.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class Frozen:
         original: Original | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        self._serving = _Serving(network)
+        self._serving = Serving(network)
         self._original = original
         self._check: SelfCheck | None = None
         self._notes = tuple(notes)
@@ -153,9 +152,9 @@ class Frozen:
         network = self.network
         return accept(inputs, network.arguments, network.graph.inputs, network.dtype)
 
-    def _for(self, leaves: Sequence[Tensor]) -> _Serving:
+    def _for(self, leaves: Sequence[Tensor]) -> Serving:
         """What serves inputs of these sizes. Raises ValueError if nothing does."""
-        shapes = _shapes(leaves)
+        shapes = shapes_of(leaves)
         serving = self._serving
         if serving.refusal(shapes) and self._original is not None and _is_another_image_size(serving.network, shapes):
             self._grow(leaves)
@@ -172,12 +171,13 @@ class Frozen:
             original = self._original
             if original is None:
                 return
+            if not _takes_images(self.network):
+                self._original = None
+                return
             try:
-                captured = original.captured(sizes=True)
-                if [one.shape for one in captured.graph.inputs] == [one.shape for one in self.network.graph.inputs]:
-                    raise CannotCapture("it computes with the numbers of this size")
-                grown = _Serving(replace(self.network, graph=fold(captured.graph, self.dtype)))
-                if not grown.refusal(_shapes(leaves) if leaves else self.example):
+                captured = original.captured_with_any_size()
+                grown = Serving(replace(self.network, graph=fold(captured.graph, self.dtype)))
+                if not grown.refusal(shapes_of(leaves) if leaves else self.example):
                     one = None if leaves is None else self.network.arguments.build(_one_of_each(self.network, leaves))
                     check = original.check(grown.on, self.network.result, one)
                     if not check.ok:
@@ -189,6 +189,8 @@ class Frozen:
 
     def _sizes(self) -> str:
         """What a report says of image sizes."""
+        if not _takes_images(self.network):
+            return "none, it takes no images"
         if self.network.fixed:
             return f"fixed: {self.network.fixed}"
         return "any" if self._original is None else "as the example's so far; others are captured when they first come"
@@ -227,49 +229,15 @@ def load(path: str | Path) -> Frozen:
     return Frozen(file.read(path))
 
 
-class _Serving:
-    """A network and its runners. It never changes, so that calls in several threads see one or the other."""
-
-    def __init__(self, network: Network, runners: Runners | None = None) -> None:
-        self.network = network
-        self.runners = runners or Runners(network.graph, network.dtype)
-        self.constants = set(map(address, network.graph.constants.values()))
-
-    def fixed(self, reason: str) -> _Serving:
-        return _Serving(replace(self.network, fixed=reason), self.runners)
-
-    def refusal(self, shapes: Shapes) -> str:
-        """Why inputs of these shapes cannot be served; the empty string if they can."""
-        graph = self.network.graph
-        if problem := misfits(graph.inputs, shapes):
-            return f"{problem}; {self.network.fixed}; {AGAIN}" if self.network.fixed else problem
-        problem = violated(graph.conditions, shapes)
-        return f"{problem}; {AGAIN}" if problem else ""
-
-    def __call__(self, leaves: Sequence[Tensor]) -> Any:
-        results = self.flat(leaves)
-        cast = [t.to(dtype) for t, dtype in zip(results, self.network.result_dtypes, strict=True)]
-        return self.network.result.build(cast)
-
-    def flat(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        with plainly():
-            results = self.runners.runner(_shapes(leaves))(leaves)
-        return own(results, leaves, self.constants)
-
-    def on(self, *inputs: Any) -> list[Tensor]:
-        """The flat results, in the dtype of the network, of inputs that nobody else has checked."""
-        network = self.network
-        return self.flat(accept(inputs, network.arguments, network.graph.inputs, network.dtype))
-
-
-def _shapes(leaves: Sequence[Tensor]) -> Shapes:
-    return tuple(tuple(t.shape) for t in leaves)
+def _takes_images(network: Network) -> bool:
+    """Whether an input has sizes that a capture could leave free, beside the batch."""
+    return any(len(one.shape) > 2 for one in network.graph.inputs)
 
 
 def _is_another_image_size(network: Network, shapes: Shapes) -> bool:
     """Whether nothing but heights, widths and depths of images are not what the network takes."""
     return all(
-        wanted is None or size == wanted or (axis >= 2 and len(shape) > 3)
+        wanted is None or size == wanted or axis >= 2
         for one, shape in zip(network.graph.inputs, shapes, strict=True)
         for axis, (size, wanted) in enumerate(zip(shape, one.shape, strict=True))
     )
@@ -290,11 +258,3 @@ def _with_batch(one: Input, shape: Sequence[int]) -> str:
 
 def _steps(network: Network) -> int:
     return sum(node.op == "call_function" for node in network.graph.calls.nodes)
-
-
-@contextmanager
-def plainly() -> Iterator[None]:
-    """Without gradients and without autocast, whatever the caller has set: the network's dtypes are decided."""
-    uncast = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
-    with torch.no_grad(), uncast:
-        yield

@@ -49,7 +49,8 @@ class Graph:
     def new_constant(self, value: Tensor) -> fx.Node:
         """A node for a new constant, where the graph inserts at present."""
         self._made += 1
-        name = f"folded_{self._made}"
+        while (name := f"folded_{self._made}") in self.constants:  # a graph that was read from a file has some
+            self._made += 1
         self.constants[name] = value.detach().contiguous()
         return self.calls.get_attr(name)
 

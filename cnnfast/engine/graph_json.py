@@ -34,13 +34,14 @@ MOST_NODES = 2**16
 LONGEST_LIST = 2**12
 DEEPEST = 3
 LONGEST_NAME = 1000
+MOST_DIMENSIONS = 16
 
 
 def to_data(graph: Graph) -> dict[str, Any]:
     """Raises ValueError, with the node's name, where a call cannot be written: of an operator, or with an argument,
     that files do not have.
     """
-    inputs = [{"name": one.name, "shape": list(one.shape), "dtype": DTYPE_NAMES[one.dtype]} for one in graph.inputs]
+    inputs = [{"name": one.name, "shape": list(one.shape), "dtype": dtype_name(one.dtype)} for one in graph.inputs]
     places = {node: place for place, node in enumerate(graph.calls.find_nodes(op="placeholder"))}
     nodes = [_node_data(node, places) for node in graph.calls.nodes if node.op != "output"]
     results = [node.name for node in graph.results]
@@ -73,7 +74,7 @@ def _argument_data(value: Any) -> Any:
     if isinstance(value, fx.Node):
         return {"value": value.name}
     if isinstance(value, torch.dtype):
-        return {"dtype": DTYPE_NAMES[value]}
+        return {"dtype": dtype_name(value)}
     if isinstance(value, list | tuple):
         return [_argument_data(one) for one in value]
     raise ValueError(f"files have no {type(value).__name__} for an argument: {value!r}")
@@ -84,14 +85,14 @@ def from_data(data: Any, constants: Mapping[str, Tensor]) -> Graph:
     that it cannot have written.
     """
     inputs = tuple(_input(one) for one in field(data, "inputs", list))
-    conditions = tuple(strings(field(data, "conditions", list), "a condition"))
+    conditions = tuple(strings(field(data, "conditions", list), "conditions"))
     calls = _Reader(constants, inputs)
     described = field(data, "nodes", list)
     if len(described) > MOST_NODES:
         raise ValueError(f"the graph has {len(described):,} nodes, and the most that are read are {MOST_NODES:,}")
     for one in described:
         calls.add(one)
-    results = [calls.tensor(name) for name in strings(field(data, "results", list), "a result")]
+    results = [calls.tensor(name) for name in strings(field(data, "results", list), "the names of results")]
     calls.calls.output(tuple(results))
     if calls.taken != len(inputs):
         raise ValueError(f"{calls.taken} nodes take an input, and there are {len(inputs)} inputs")
@@ -112,7 +113,7 @@ class _Reader:
     def add(self, data: Any) -> None:
         name = field(data, "name", str)
         if not name.isidentifier() or len(name) > LONGEST_NAME:
-            raise ValueError(f"{name[:LONGEST_NAME]!r} is no name of a node")
+            raise ValueError(f"{shortened(name)} is no name of a node")
         if name in self.nodes:
             raise ValueError(f"two nodes are called {name!r}")
         try:
@@ -133,29 +134,29 @@ class _Reader:
         match sorted(data.keys() - {"name", "args", "kwargs", "meta"}):
             case ["input"] if data.keys() == {"name", "input"}:
                 if field(data, "input", int) != self.taken or self.taken == len(self.inputs):
-                    raise ValueError(f"takes input {data['input']} of {len(self.inputs)}, and {self.taken} is next")
+                    raise ValueError(f"it is input {data['input']} of {len(self.inputs)}, and {self.taken} is next")
                 self.taken += 1
                 return self.calls.create_node("placeholder", name, name=name), "tensor"
             case ["constant"] if data.keys() == {"name", "constant"}:
                 constant = field(data, "constant", str)
                 if constant not in self.constants:
-                    raise ValueError(f"the file has no constant {constant!r}")
+                    raise ValueError(f"the file has no constant {shortened(constant)}")
                 return self.calls.create_node("get_attr", constant, name=name), "tensor"
             case ["call"]:
                 return self._call(data, name)
-        raise ValueError("is neither an input nor a constant nor a call")
+        raise ValueError("it is neither an input nor a constant nor a call")
 
     def _call(self, data: dict[str, Any], name: str) -> tuple[fx.Node, str]:
         operator = field(data, "call", str)
         if operator not in OPERATORS:
-            raise ValueError(f"calls {operator!r}, which is none of the operators of this version of cnnfast")
+            raise ValueError(f"it calls {shortened(operator)}, which this version of cnnfast does not know")
         args = tuple(self._argument(one) for one in _not_too_long(field(data, "args", list)))
         kwargs = {key: self._argument(one) for key, one in field(data, "kwargs", dict, {}).items()}
         check_arguments(operator, args, kwargs, self.kinds)
         node = self.calls.create_node("call_function", OPERATORS[operator], args, kwargs, name=name)
         for key, value in field(data, "meta", dict, {}).items():
             if key not in META:
-                raise ValueError(f"says {key!r} of itself, which is unknown")
+                raise ValueError(f"it has {shortened(key)}, which is unknown")
             node.meta[key] = _label(value)
         return node, gives(operator)
 
@@ -166,7 +167,7 @@ class _Reader:
             return data if isinstance(data, int) else _finite(data)
         if isinstance(data, list):
             if depth == DEEPEST:
-                raise ValueError(f"has lists in lists, deeper than {DEEPEST}")
+                raise ValueError(f"it has lists in lists, deeper than {DEEPEST}")
             return [self._argument(one, depth + 1) for one in _not_too_long(data)]
         match data:
             case {"value": str(name)} if len(data) == 1:
@@ -175,37 +176,46 @@ class _Reader:
                 return dtype(name)
             case {"float": "inf" | "-inf" | "nan" as word} if len(data) == 1:
                 return float(word)
-        raise ValueError(f"has an argument that is unknown: {shortened(data)}")
+        raise ValueError(f"{shortened(data)} is no argument")
 
     def _node(self, name: str) -> fx.Node:
         if name not in self.nodes:
-            raise ValueError(f"{name[:LONGEST_NAME]!r} is used, and no node before has this name")
+            raise ValueError(f"no node before is called {shortened(name)}")
         return self.nodes[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Raises ValueError for a dtype that files do not have."""
+    if dtype not in DTYPE_NAMES:
+        raise ValueError(f"{dtype} is no dtype that files have")
+    return DTYPE_NAMES[dtype]
 
 
 def dtype(name: Any) -> torch.dtype:
     """Raises ValueError for what is no name of a dtype that files have."""
     if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"has {shortened(name)} for a dtype")
+        raise ValueError(f"{shortened(name)} is no dtype that files have")
     return DTYPES[name]
 
 
 def size(value: Any) -> int:
     """Raises ValueError for what is no size of a tensor's dimension."""
     if type(value) is not int or not 0 <= value <= LARGEST_NUMBER:
-        raise ValueError(f"has {shortened(value)} for a size")
+        raise ValueError(f"{shortened(value)} is no size")
     return value
 
 
 def _input(data: Any) -> Input:
     shape = tuple(None if one is None else size(one) for one in field(data, "shape", list))
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"an input has {len(shape)} dimensions")
     return Input(field(data, "name", str), shape, dtype(field(data, "dtype", str)))
 
 
 def _finite(value: float) -> float:
     """Python's JSON reads 1e999 as infinity."""
     if not math.isfinite(value):
-        raise ValueError("has a number that is out of bounds")
+        raise ValueError("it has a number that is out of bounds")
     return value
 
 
@@ -214,10 +224,10 @@ def _plain(label: Any) -> Any:
 
 
 def _label(value: Any) -> Any:
-    return value if isinstance(value, str) else tuple(strings(value, "a list of words"))
+    return value if isinstance(value, str) else tuple(strings(value, "words"))
 
 
 def _not_too_long(values: list[Any]) -> list[Any]:
     if len(values) > LONGEST_LIST:
-        raise ValueError(f"has a list of {len(values):,}, and the longest that are read have {LONGEST_LIST:,}")
+        raise ValueError(f"it has a list of {len(values):,}, and the longest that are read have {LONGEST_LIST:,}")
     return values

@@ -21,7 +21,8 @@ from .operators import CannotCapture
 
 aten = torch.ops.aten
 PYTORCH = os.path.dirname(torch.__file__) + os.sep
-PYTHON_OF_LAYERS = os.path.join(PYTORCH, "nn") + os.sep  # such as F.interpolate: decides like a module's own code
+# What modules call, and what decides in Python as they do: F.interpolate, Tensor.split.
+LIKE_A_MODULE = tuple(PYTORCH + part for part in ("nn" + os.sep, "functional.py", "_tensor.py"))
 STRIDES = os.path.join(PYTORCH, "_prims_common") + os.sep
 
 
@@ -94,7 +95,7 @@ def _matters(guard: Any, expression: Any, arithmetic: bool) -> bool:
     """
     place = getattr(getattr(guard, "sloc", None), "framework_loc", None)
     file = str(getattr(place, "filename", ""))
-    if not file.startswith(PYTORCH) or file.startswith(PYTHON_OF_LAYERS):
+    if not file.startswith(PYTORCH) or file.startswith(LIKE_A_MODULE):
         return True
     if file.startswith(STRIDES):
         return False

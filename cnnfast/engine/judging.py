@@ -22,6 +22,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from ..aside import leaving_no_trace, real_copy
+from ..dispatch import in_this_thread
 from .accepting import places
 from .structures import LEAF, Structure
 
@@ -98,10 +99,10 @@ def decibels(value: float | None) -> str:
 
 def computed(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The results of a copy of the model in another dtype on the inputs, cast to it. Leaves no trace."""
-    model = real_copy(model).to(dtype)
+    model = real_copy(model).eval().to(dtype)  # a copy of torchvision's feature extractors is in training mode
     leaves, structure = Structure.flatten(inputs)
     cast = structure.build([t.detach().to(dtype) if t.is_floating_point() else t for t in leaves])
-    with leaving_no_trace(), torch.no_grad():
+    with leaving_no_trace(), in_this_thread("torch"), torch.no_grad():
         return tuple(Structure.flatten(model(*cast))[0])
 
 

@@ -21,7 +21,7 @@ POOLS = {
     *(aten.adaptive_max_pool2d.default, aten.max_pool2d_with_indices.default),
 }
 # They only change how a value's numbers are counted.
-VIEWS = {aten.reshape.default, aten.flatten.using_ints, aten.squeeze.dims, aten.unsqueeze.default, aten.squeeze.dim}
+VIEWS = {aten.reshape.default, aten.flatten.using_ints, aten.squeeze.dims, aten.unsqueeze.default}
 GATES = {aten.sigmoid.default, aten.hardsigmoid.default, aten.hardtanh.default, aten.clamp.default}
 
 GATE_NAMES = ("sigmoid", "hardsigmoid", "hardtanh")

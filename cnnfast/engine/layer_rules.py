@@ -119,6 +119,7 @@ def _only_member(call: Call, target: Any, *args: Any) -> Any:
         return None
     written = call.write(target, *args)
     for user in list(call.node.users):
+        written.meta = dict(user.meta)
         user.replace_all_uses_with(written)
         call.node.graph.erase_node(user)
     return written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..aside import leaving_no_trace
+from ..dispatch import CPU_REASON, backend, in_this_thread
 from . import judging
-from .capture import Captured, capture, capture_within
+from .capture import CannotCapture, Captured, capture, capture_within
 from .judging import SelfCheck
 from .structures import Structure
 
@@ -30,19 +32,26 @@ class Original:
     def name(self) -> str:
         return type(self.model).__name__
 
-    def captured(self, *, sizes: bool) -> Captured:
-        """With any batch size and, if `sizes`, any image size, for which at most SECONDS are taken. Raises
-        CannotCapture.
-        """
-        with leaving_no_trace():
-            if sizes:
-                return capture_within(self.model, self.inputs, seconds=SECONDS)
+    def captured(self) -> Captured:
+        """With any batch size, and the image sizes of the example. Raises CannotCapture."""
+        with leaving_no_trace(), backend("torch"):
             return capture(self.model, self.inputs, sizes=False)
 
-    def results(self) -> tuple[Tensor, ...]:
-        """On the example, in the dtypes that it gives."""
-        with leaving_no_trace(), torch.no_grad():
-            return tuple(Structure.flatten(self.model(*self.inputs))[0])
+    def captured_with_any_size(self) -> Captured:
+        """With any batch size and any image size. Raises CannotCapture, also after SECONDS. This may be in the midst of
+        a server's work: nothing is held meanwhile that other threads would notice, but where kernels are interpreted,
+        which would else be captured.
+        """
+        with nullcontext() if CPU_REASON else backend("torch"):
+            captured = capture_within(self.model, self.inputs, SECONDS)
+        if isinstance(captured, str):
+            raise CannotCapture(captured)
+        return captured
+
+    def run(self) -> Any:
+        """The model's own result on the example."""
+        with leaving_no_trace(), in_this_thread("torch"), torch.no_grad():
+            return self.model(*self.inputs)
 
     def check(
         self, run: Callable[..., Sequence[Tensor]], result: Structure, inputs: tuple[Any, ...] | None = None

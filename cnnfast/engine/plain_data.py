@@ -12,18 +12,20 @@ def field(data: Any, name: str, kind: type[T], otherwise: T | None = None) -> T:
     is `otherwise`, where that is not None.
     """
     if not isinstance(data, dict):
-        raise ValueError(f"has {shortened(data)} where a mapping with {name!r} belongs")
-    if name not in data and otherwise is not None:
+        raise ValueError(f"{shortened(data)} stands where a mapping with {name!r} belongs")
+    if name not in data:
+        if otherwise is None:
+            raise ValueError(f"{name!r} is missing")
         return otherwise
-    if type(data.get(name)) is not kind:
-        raise ValueError(f"has {shortened(data.get(name))} for {name!r}, which is of class {kind.__name__}")
+    if type(data[name]) is not kind:
+        raise ValueError(f"{name!r} is {shortened(data[name])}, and no {kind.__name__}")
     return data[name]
 
 
 def strings(data: Any, what: str) -> list[str]:
     """A list of strings. Raises ValueError, which says what each is, for anything else."""
     if not isinstance(data, list) or not all(isinstance(one, str) for one in data):
-        raise ValueError(f"has {shortened(data)} where {what} belongs")
+        raise ValueError(f"{shortened(data)} is no list of {what}")
     return data
 
 

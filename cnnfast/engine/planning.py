@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from . import limits, sharing
@@ -41,12 +42,17 @@ def _copy_results(layouts: Layouts) -> None:
     copies: dict[str, str] = {}
     for name in dict.fromkeys(layouts.results):
         root = layouts.roots.get(name)
-        whole = root is not None and root not in layouts.inputs
-        if not whole or layouts.tensor(name).nbytes < layouts.tensor(str(root)).nbytes:
+        if root is None or root in layouts.inputs or not _fills(layouts.tensors[name], layouts.tensors[root]):
             copies[name] = layouts.unused_name(f"{name}.copy")
             step = Step(copies[name], "aten.clone.default", (Ref(name),), {}, (copies[name],))
             layouts.steps.append(layouts.store(step, [layouts.call(step)], name in layouts.images))
     layouts.results = tuple(copies.get(name, name) for name in layouts.results)
+
+
+def _fills(view: Tensor, whole: Tensor) -> bool:
+    """Whether each element of the whole is exactly one of the view."""
+    dense = torch.empty_like(view).stride() == view.stride()  # it keeps strides that have neither gaps nor overlaps
+    return dense and view.nbytes == whole.nbytes
 
 
 def _with_pieces(layouts: Layouts, step: Step, places: dict[str, tuple[str, int]]) -> Step:

@@ -186,12 +186,15 @@ class Preprocessing:
         return canvas
 
     def _normalised(self, image: Image) -> Tensor:
+        """By numpy: an image is small, and torch's threads would only disturb those that run a network beside this."""
         import numpy as np
 
-        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, len(self.mean))
-        x = pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        mean, std = (torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1) for numbers in (self.mean, self.std))
-        return x.sub_(mean).div_(std)
+        channels = np.array(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
+        x = channels.astype(np.float32, order="C")
+        x /= 255
+        x -= np.array(self.mean, np.float32).reshape(-1, 1, 1)
+        x /= np.array(self.std, np.float32).reshape(-1, 1, 1)
+        return torch.from_numpy(x)
 
 
 _NAMES = tuple(field.name for field in fields(Preprocessing))

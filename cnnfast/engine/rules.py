@@ -37,6 +37,7 @@ class Call:
         self.node, self.target, self.constants = node, node.target, constants
         self.arguments: dict[str, Any] = {}
         self.keywords: set[str] = set()
+        self.written: list[fx.Node] = []
         for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
             if index < len(node.args):
                 value = node.args[index]
@@ -62,9 +63,9 @@ class Call:
 
     def number(self, argument: Any) -> Any:
         """A Python number in place of a constant that is one number, and anything else as it is."""
-        if isinstance(argument, fx.Node) and argument.op == "get_attr" and self.constants[argument.target].dim() == 0:
-            return self.constants[argument.target].item()
-        return argument
+        is_constant = isinstance(argument, fx.Node) and argument.op == "get_attr"
+        constant = self.constants[str(argument.target)] if is_constant else None
+        return constant.item() if constant is not None and constant.dim() == 0 else argument
 
     def shape_is(self, node: fx.Node) -> bool:
         """Whether the call's result has the shape of a node."""
@@ -73,7 +74,9 @@ class Call:
     def write(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new call in front of this one."""
         with self.node.graph.inserting_before(self.node):
-            return self.node.graph.call_function(target, args, kwargs)
+            written = self.node.graph.call_function(target, args, kwargs)
+        self.written.append(written)
+        return written
 
     def sizes(self, node: fx.Node) -> list[Any]:
         """The sizes of a node: numbers, and where they are not known yet, calls that find them out."""

@@ -110,7 +110,7 @@ def fold_into_what_stands_before(graph: Graph, sizes: Sizes, dtype: torch.dtype)
         whole, taken, last = Scaling(node, ONE, ZERO), [], node
         while len(last.users) == 1:
             (user,) = last.users
-            moved = _axis_after(user, axis)
+            moved = _axis_after(sizes, user, axis)
             found = None if moved is not None else scaling(graph, sizes, user, axis)
             if moved is not None:
                 axis = moved
@@ -241,9 +241,13 @@ def _axis_before(sizes: Sizes, x: fx.Node, user: fx.Node) -> int:
     return (sizes.rank(x) or 0) - 1 if user.target is LINEAR else 1
 
 
-def _axis_after(node: fx.Node, axis: int) -> int | None:
+def _axis_after(sizes: Sizes, node: fx.Node, axis: int) -> int | None:
     """Where a permutation puts an axis of its argument; None of any other call."""
-    if node.target is aten.permute.default:
-        dims: Any = node.args[1]
-        return [d % len(dims) for d in dims].index(axis)
-    return None
+    rank = sizes.rank(node)
+    if rank is None or node.target not in (aten.permute.default, aten.transpose.int):
+        return None
+    dims: Any = node.args[1:] if node.target is aten.transpose.int else node.args[1]
+    dims = [d % rank for d in dims]
+    if node.target is aten.transpose.int:
+        return {dims[0]: dims[1], dims[1]: dims[0]}.get(axis, axis)
+    return dims.index(axis)

@@ -12,7 +12,7 @@ from ..aside import leaving_no_trace
 from ..conversion import convert
 from . import judging
 from .accepting import accept
-from .frozen import Frozen, plainly
+from .frozen import Frozen
 from .graph import Input
 from .judging import Reference, SelfCheck
 from .network import Network
@@ -21,6 +21,7 @@ from .preprocessing import Preprocessing
 from .profiling import Profile
 from .reporting import UNPLANNED, FrozenReport
 from .runtime import Shapes, address, own
+from .serving import plainly
 from .structures import Structure
 
 

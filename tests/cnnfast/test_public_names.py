@@ -78,6 +78,8 @@ def test_a_memory_format_of_another_name(memory_format, meant):
         (cnnfast.tune, "training", "train"),
         (cnnfast.tune, "epochs", None),
         (cnnfast.warm, "training", "train"),
+        (cnnfast.freeze, "d_type", "dtype"),
+        (cnnfast.freeze, "pre_processing", "preprocessing"),
     ],
 )
 def test_a_misspelt_keyword(function, keyword, meant):

@@ -20,6 +20,8 @@ import cnnfast.nn as cnn
 from cnnfast.activations import ActivationName
 from cnnfast.checking import CheckReport
 from cnnfast.conversion import ConversionReport
+from cnnfast.engine.profiling import Profile
+from cnnfast.engine.reporting import FrozenReport
 from cnnfast.models import ResNet
 from cnnfast.recording import Call, Trace
 from cnnfast.tuning import Tuning
@@ -77,6 +79,24 @@ def tools(x: Tensor, function: Callable[[Tensor], Tensor]) -> None:
     cnnfast.check(x)  # flagged: reportArgumentType
     cnnfast.tune(Net(), x, budget="300")  # flagged: reportArgumentType
     assert_type(cnnfast.__version__, str)
+
+
+# --- Freezing ---------------------------------------------------------------------------------------------------------
+
+
+def freezing(x: Tensor) -> None:
+    frozen = cnnfast.freeze(Net(), x, dtype="bf16", preprocessing={"size": 224}, classes=["ant", "bee"])
+    assert_type(frozen, cnnfast.Frozen)
+    assert_type(cnnfast.load("net.cnnfast"), cnnfast.Frozen)
+    assert_type(frozen.report(), FrozenReport)
+    assert_type(frozen.profile(x), Profile)
+    assert_type(frozen.classes, tuple[str, ...] | None)
+    frozen.save("net.cnnfast")
+    frozen.to_onnx("net.onnx")
+    cnnfast.freeze(x)  # flagged: reportArgumentType
+    cnnfast.freeze(Net(), x, quantize="int8")  # flagged: reportArgumentType
+    cnnfast.freeze(Net(), x, batches=(1, 8))  # flagged: reportCallIssue
+    frozen.dtype = torch.float32  # flagged: reportAttributeAccessIssue
 
 
 # --- Functions --------------------------------------------------------------------------------------------------------

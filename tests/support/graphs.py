@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from cnnfast.engine.folding import fold
 from cnnfast.engine.graph import Graph, Input
 from cnnfast.engine.operators import NAMES
 
@@ -45,3 +46,20 @@ def in_float64(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     exact = {name: t.double() if t.is_floating_point() else t for name, t in graph.constants.items()}
     wide = tuple(Input(i.name, i.shape, torch.float64) for i in graph.inputs)
     return Graph(graph.calls, exact, wide).run([x.double() if x.is_floating_point() else x for x in inputs])
+
+
+def exactly_folded(graph: Graph, *inputs: Tensor) -> Graph:
+    """The folded graph, after asserting that it gives, bit for bit, what float64 says, for inputs and constants of
+    which every result is representable.
+    """
+    folded = fold(graph, inputs[0].dtype)
+    folded.calls.lint()
+    for ours, right in zip(folded.run(inputs), in_float64(graph, inputs), strict=True):
+        assert ours.dtype == inputs[0].dtype
+        assert torch.equal(ours.double(), right)
+    return folded
+
+
+def relative_error(ours: Tensor, right: Tensor) -> float:
+    """Of all of a result, in the root mean square."""
+    return float((ours.double() - right).norm() / right.norm())

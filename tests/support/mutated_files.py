@@ -3,7 +3,8 @@ little memory and notes what it opens.
 
     python -m tests.support.mutated_files SEED FIRST LAST
 
-prints a line of JSON for each case; a case that ends the process is the one after the last line.
+prints a line of JSON for each case, and one more with the bytes that they took at most; a case that ends the process is
+the one after the last line.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from cnnfast.engine.planning import plan
 from cnnfast.engine.schemas import schema
 
 from .frozen_networks import NETWORKS, inputs_of
+from .random_calls import NUMBERS, argument
 
 # A loader has this much memory beyond what PyTorch and the unchanged file take, in bytes, and so long, in seconds of
 # the processor's: what is loaded may then run in the same memory.
@@ -122,8 +124,6 @@ BYTES: tuple[Change, ...] = (flipped, overwritten, cut, extended, spliced, moved
 # ----------------------------------------------------------------------------------------------------------------------
 # Changes of what is described
 
-NUMBERS = (0, 1, -1, 2, 3, 7, 255, 4097, 2**16, 2**20, 2**31 - 1, 2**31, -(2**31), 2**40, 2**62, 2**63 - 1, 2**63)
-NUMBERS += (-(2**63), 2**64, 10**30, 0.5, -0.0, 1e-320, 1e308, -1e308)
 WORDS = (
     "",
     "relu",
@@ -232,23 +232,11 @@ def another_call(about: dict[str, Any], random: Random) -> None:
     operator = random.choice(list(OPERATORS))
     names = [node["name"] for node in nodes[:place]]
 
-    def argument(kind: Any) -> Any:
-        match kind.kind():
-            case "OptionalType":
-                return argument(kind.getElementType()) if random.random() < 0.6 else None
-            case "ListType":
-                return [argument(kind.getElementType()) for _ in range(random.choice((0, 1, 2, 2, 2, 3, 4)))]
-            case "TensorType":
-                return {"value": random.choice(names)}
-            case "BoolType":
-                return random.random() < 0.5
-            case "StringType":
-                return random.choice(("none", "tanh", "relu", "constant", "floor", "hardtanh"))
-            case "ScalarTypeType":
-                return {"dtype": random.choice(("float32", "float64", "bfloat16", "int64", "bool", "uint8"))}
-        return random.choice((0, 1, 1, 2, 2, 3, -1, random.choice(NUMBERS)))
-
-    args = [argument(one.real_type) for one in schema(operator).arguments if not one.kwarg_only]
+    args = [
+        argument(one.real_type, random, lambda: {"value": random.choice(names)})
+        for one in schema(operator).arguments
+        if not one.kwarg_only
+    ]
     nodes[place] = {"name": nodes[place]["name"], "call": operator, "args": args}
 
 
@@ -379,8 +367,8 @@ def judged(path: Path, original: Network, expected: tuple[Any, ...], signed: boo
     try:
         network = file.read(path)
     except ValueError as error:
-        if str(path) not in str(error):
-            raise AssertionError(f"the message does not name the file: {error}") from error
+        if str(path) not in str(error) or "cannot be understood" in str(error):
+            raise AssertionError(f"the message does not name the file, or what is wrong with it: {error}") from error
         return "refused"
     finally:
         seconds = time.process_time() - began
@@ -430,6 +418,7 @@ def main(seed: int, first: int, last: int) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         sys.addaudithook(_note)
         for index in range(first, last):
             which, what, signed, content = case(seed, index, files)
@@ -442,6 +431,8 @@ def main(seed: int, first: int, last: int) -> None:
             except BaseException as error:
                 outcome = f"FAILED: {type(error).__name__}: {error}"
             print(json.dumps({"index": index, "what": what, "signed": signed, "outcome": outcome}), flush=True)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print(json.dumps({"peak": peak * 1024}), flush=True)
 
 
 if __name__ == "__main__":

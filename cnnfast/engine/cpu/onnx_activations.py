@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .onnx_elementwise import scaled
-from .onnx_writer import NoOnnxForm, Number, OnnxValue, OnnxWriter
+from .onnx_sizes import NoOnnxForm
+from .onnx_writer import Number, OnnxValue, OnnxWriter
 
 
 def silu(w: OnnxWriter, x: OnnxValue | str) -> str:
@@ -84,21 +85,10 @@ def sum_of(w: OnnxWriter, x: Number, y: Number, name: str | None, numbers: Seque
     return activate(w, scaled("Add")(w, x, y), name, numbers)
 
 
-ACTIVATIONS = (
-    "relu",
-    "hardtanh",
-    "leaky_relu",
-    "silu",
-    "hardswish",
-    "hardsigmoid",
-    "mish",
-    "sigmoid",
-    "tanh",
-)
 FORMS: dict[str, Callable[..., Any]] = {
     "cnnfast.sum": sum_of,
-    **{f"aten.{name}.default": activation(name) for name in ACTIVATIONS},
-    "aten.relu6.default": lambda w, x: activate(w, x, "hardtanh", (0, 6)),
+    **{f"aten.{name}.default": activation(name) for name in ("relu", "hardtanh", "leaky_relu", "silu", "hardswish")},
+    **{f"aten.{name}.default": activation(name) for name in ("hardsigmoid", "mish", "sigmoid", "tanh")},
     "aten.gelu.default": gelu,
     "aten.elu.default": elu,
     "aten.celu.default": lambda w, x, alpha=1.0: w.call("Celu", x, alpha=float(alpha)),
@@ -107,5 +97,4 @@ FORMS: dict[str, Callable[..., Any]] = {
     "aten.softplus.default": softplus,
     "aten.threshold.default": threshold,
     "aten.log_sigmoid.default": lambda w, x: w.call("Neg", w.call("Softplus", w.call("Neg", x))),
-    "aten.softsign.default": lambda w, x: w.call("Softsign", x),
 }

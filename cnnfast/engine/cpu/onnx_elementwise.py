@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -139,11 +138,6 @@ def clamp(w: OnnxWriter, x: OnnxValue, low: Number | None = None, high: Number |
     return y if high is None else w.call("Min", y, w.cast(high, dtype))
 
 
-def cast(w: OnnxWriter, x: OnnxValue, *_: Any) -> str:
-    """To the dtype of the result, whichever arguments say so."""
-    return w.cast(x, w.result.dtype)
-
-
 def where(w: OnnxWriter, condition: OnnxValue, x: Number, y: Number) -> str:
     dtype = w.result.dtype
     return w.call("Where", w.cast(condition, torch.bool), w.cast(x, dtype), w.cast(y, dtype))
@@ -153,22 +147,6 @@ def masked_fill(w: OnnxWriter, x: OnnxValue, mask: OnnxValue, value: Number) -> 
     return where(w, mask, value, x)
 
 
-def reciprocal_root(w: OnnxWriter, x: OnnxValue) -> str:
-    return w.call("Reciprocal", w.call("Sqrt", w.cast(x, w.result.dtype)))
-
-
-def logarithm(base: float, shift: bool = False) -> Callable[..., str]:
-    def form(w: OnnxWriter, x: OnnxValue) -> str:
-        dtype = w.result.dtype
-        argument = w.cast(x, dtype)
-        if shift:
-            argument = w.call("Add", argument, w.number(1.0, dtype))
-        y = w.call("Log", argument)
-        return y if base == math.e else w.call("Mul", y, w.number(1 / math.log(base), dtype))
-
-    return form
-
-
 UNARY = {
     **{name: name.capitalize() for name in ("neg", "abs", "exp", "sqrt", "sin", "cos", "tan", "atan", "erf", "floor")},
     **{name: name.capitalize() for name in ("ceil", "round", "sign", "reciprocal", "sinh", "cosh", "asin", "acos")},
@@ -176,23 +154,18 @@ UNARY = {
 COMPARISONS = {"eq": "Equal", "lt": "Less", "gt": "Greater", "le": "LessOrEqual", "ge": "GreaterOrEqual"}
 FORMS: dict[str, Callable[..., Any]] = {
     **{f"aten.{name}.default": unary(operator) for name, operator in UNARY.items()},
-    "aten.square.default": lambda w, x: w.call("Mul", x, x),
-    "aten.rsqrt.default": reciprocal_root,
-    "aten.log.default": logarithm(math.e),
-    "aten.log2.default": logarithm(2),
-    "aten.log10.default": logarithm(10),
-    "aten.log1p.default": logarithm(math.e, shift=True),
-    **{f"aten.{name}.{kind}": scaled(name.capitalize()) for name in ("add", "sub") for kind in ("Tensor", "Scalar")},
+    "aten.add.Tensor": scaled("Add"),
+    "aten.sub.Tensor": scaled("Sub"),
     **{f"aten.rsub.{kind}": scaled("Sub", swapped=True) for kind in ("Tensor", "Scalar")},
-    **{f"aten.mul.{kind}": binary("Mul") for kind in ("Tensor", "Scalar")},
-    **{f"aten.div.{kind}": division for kind in ("Tensor", "Scalar", "Tensor_mode", "Scalar_mode")},
+    "aten.mul.Tensor": binary("Mul"),
+    **{f"aten.div.{kind}": division for kind in ("Tensor", "Tensor_mode", "Scalar_mode")},
     **{f"aten.floor_divide.{kind}": floor_division for kind in ("default", "Scalar")},
-    **{f"aten.remainder.{kind}": remainder for kind in ("Tensor", "Scalar", "Scalar_Tensor")},
+    **{f"aten.remainder.{kind}": remainder for kind in ("Tensor", "Scalar")},
     **{f"aten.pow.{kind}": power for kind in ("Tensor_Scalar", "Tensor_Tensor", "Scalar")},
-    **{f"aten.{name}": binary("Max") for name in ("maximum.default", "max.other")},
-    **{f"aten.{name}": binary("Min") for name in ("minimum.default", "min.other")},
-    **{f"aten.{name}": clamp for name in ("clamp.default", "clamp.Tensor", "clamp_min.default", "clamp_min.Tensor")},
-    **{f"aten.clamp_max.{kind}": lambda w, x, high: clamp(w, x, None, high) for kind in ("default", "Tensor")},
+    **dict.fromkeys(("aten.maximum.default", "aten.max.other"), binary("Max")),
+    **dict.fromkeys(("aten.minimum.default", "aten.min.other"), binary("Min")),
+    **dict.fromkeys(("aten.clamp.default", "aten.clamp.Tensor", "aten.clamp_min.Tensor"), clamp),
+    "aten.clamp_max.Tensor": lambda w, x, high: clamp(w, x, None, high),
     **{
         f"aten.{name}.{kind}": comparison(operator)
         for name, operator in COMPARISONS.items()
@@ -202,13 +175,13 @@ FORMS: dict[str, Callable[..., Any]] = {
     **{f"aten.logical_{name}.default": logical(name.capitalize()) for name in ("and", "or", "xor", "not")},
     **{
         f"aten.bitwise_{name}.Tensor": bitwise(name.capitalize(), f"Bitwise{name.capitalize()}")
-        for name in ("and", "or")
+        for name in ("and", "or", "xor")
     },
     "aten.bitwise_not.default": bitwise("Not", "BitwiseNot"),
     **{f"aten.where.{kind}": where for kind in ("self", "ScalarOther", "ScalarSelf", "Scalar")},
     **{f"aten.masked_fill.{kind}": masked_fill for kind in ("Scalar", "Tensor")},
-    **{f"aten.{name}": cast for name in ("to.dtype", "_to_copy.default", "type_as.default", "to.dtype_layout")},
-    **{f"python.{name}": binary(name.capitalize()) for name in ("add", "sub", "mul")},
+    "aten.to.dtype": lambda w, x, *_: w.cast(x, w.result.dtype),
+    **{f"python.{name}": binary(name.capitalize()) for name in ("add", "sub", "mul", "max", "min")},
     "python.floordiv": floor_division,
     "python.mod": remainder,
     "python.neg": unary("Neg"),

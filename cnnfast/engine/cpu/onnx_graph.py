@@ -13,18 +13,22 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from ..graph import Graph
-from ..operators import NAMES
+from ..operators import MAKERS, NAMES
 from . import (
     onnx_activations,
     onnx_elementwise,
+    onnx_functions,
     onnx_layers,
+    onnx_picking,
     onnx_pools,
     onnx_products,
     onnx_reductions,
+    onnx_resizing,
     onnx_shapes,
 )
-from .onnx_sizes import KnownTensor, known_of_all
-from .onnx_writer import NoOnnxForm, OnnxValue, OnnxWriter
+from .onnx_bounds import spell_bounds
+from .onnx_sizes import KnownTensor, NoOnnxForm, known_of_all
+from .onnx_writer import OnnxValue, OnnxWriter
 
 if TYPE_CHECKING:
     import onnx
@@ -33,12 +37,15 @@ __all__ = ["NoOnnxForm", "model_of", "save", "to_onnx"]
 
 FORMS: dict[str, Callable[..., Any]] = {
     **onnx_elementwise.FORMS,
+    **onnx_functions.FORMS,
     **onnx_activations.FORMS,
     **onnx_products.FORMS,
     **onnx_layers.FORMS,
     **onnx_pools.FORMS,
+    **onnx_resizing.FORMS,
     **onnx_reductions.FORMS,
     **onnx_shapes.FORMS,
+    **onnx_picking.FORMS,
 }
 # The limit of the format that ONNX is written in.
 LARGEST_FILE = 2**31 - 1
@@ -67,7 +74,9 @@ def save(model: onnx.ModelProto, path: str | os.PathLike[str], external_data: bo
 
     path = Path(path)
     if external_data:
-        onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+        copied = onnx.ModelProto()
+        copied.CopyFrom(model)  # onnx takes the constants out of the model that it saves
+        onnx.save_model(copied, path, save_as_external_data=True, location=f"{path.name}.data")
         return
     size = sum(len(constant.raw_data) for constant in model.graph.initializer)
     if size > LARGEST_FILE - 2**24:
@@ -83,6 +92,7 @@ def model_of(
     outside: Callable[[torch.Tensor], bool] = lambda constant: False,
 ) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
     """The model, and by name the constants that `outside` keeps out of it: whoever runs the model adds them."""
+    graph = spell_bounds(graph)
     w, known = OnnxWriter(), known_of_all(graph, shapes)
     given = list(inputs or _numbered("input", len(graph.inputs)))
     wanted = list(results or _numbered("result", len(graph.results)))
@@ -97,7 +107,7 @@ def model_of(
 
     values = _written(w, graph, known, given)
     _name_results(w, [values[node] for node in graph.results], wanted, given)
-    w.forget_unused()
+    w.forget_unused(wanted)
     placeholders = graph.calls.find_nodes(op="placeholder")
     declared = [w.information(name, values[node]) for name, node in zip(given, placeholders, strict=True)]
     answers = [w.information(name, known[node]) for name, node in zip(wanted, graph.results, strict=True)]
@@ -122,13 +132,8 @@ def _written(w: OnnxWriter, graph: Graph, known: dict[fx.Node, Any], inputs: Seq
         elif node.op == "call_function" and not isinstance(known[node], KnownTensor | list):
             values[node] = known[node]
         elif node.op == "call_function":
-            w.begin(node.name, known[node])
-            name = NAMES.get(node.target, str(node.target))  # type: ignore[arg-type]
             try:
-                if name not in FORMS:
-                    raise NoOnnxForm(name)
-                arguments = map_arg(_arguments(node), values.__getitem__)
-                values[node] = _value(FORMS[name](w, *arguments), known[node])
+                values[node] = _called(w, node, known[node], values)
             except NoOnnxForm as reason:
                 missing.setdefault(str(reason), []).append(node.name)
                 values[node] = _value(_nameless(known[node]), known[node])
@@ -140,6 +145,19 @@ def _written(w: OnnxWriter, graph: Graph, known: dict[fx.Node, Any], inputs: Seq
             )
         )
     return values
+
+
+def _called(w: OnnxWriter, node: fx.Node, known: Any, values: dict[fx.Node, Any]) -> Any:
+    target: Any = node.target
+    name = NAMES.get(target, str(target))
+    if name not in FORMS:
+        raise NoOnnxForm(name)
+    if target in MAKERS and not any(isinstance(values[size], OnnxValue) for size in node.all_input_nodes):
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        return w.constant(target(*args, **kwargs), node.name)
+    members: list[Any] = [user.args[1] for user in node.users if user.users] if isinstance(known, list) else []
+    w.begin(node.name, known, members)
+    return _value(FORMS[name](w, *map_arg(_arguments(node), values.__getitem__)), known)
 
 
 def _value(written: Any, known: Any) -> Any:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from .onnx_activations import activate
-from .onnx_writer import NoOnnxForm, OnnxValue, OnnxWriter
+from .onnx_products import unless_zero
+from .onnx_sizes import NoOnnxForm
+from .onnx_writer import OnnxValue, OnnxWriter
 
 Pair = Sequence[int]
 
@@ -26,28 +28,22 @@ def convolved(
     weight: OnnxValue,
     bias: OnnxValue | None,
     stride: Pair | int,
-    padding: Pair | int | str,
+    padding: Pair | int,
     dilation: Pair | int,
     groups: int,
 ) -> str:
     axes = len(weight.shape) - 2
-    taps, dilations = weight.sizes(*range(2, axes + 2)), per_axis(dilation, axes)
-    if padding == "same":
-        total = [d * (k - 1) for k, d in zip(taps, dilations, strict=True)]
-        pads = [t // 2 for t in total] + [t - t // 2 for t in total]
-    else:
-        pads = per_axis(0 if padding == "valid" else padding, axes) * 2  # type: ignore[arg-type]
     batched = len(x.shape) == axes + 2
     image = x if batched else w.call("Unsqueeze", x, w.integers([0]))
     y = w.call(
         "Conv",
         image,
         weight,
-        bias,
-        kernel_shape=taps,
+        unless_zero(bias),
+        kernel_shape=weight.sizes(*range(2, axes + 2)),
         strides=per_axis(stride, axes),
-        pads=pads,
-        dilations=dilations,
+        pads=per_axis(padding, axes) * 2,
+        dilations=per_axis(dilation, axes),
         group=groups,
     )
     return y if batched else w.call("Squeeze", y, w.integers([0]))
@@ -97,23 +93,6 @@ def transposed_convolution(
         dilations=per_axis(dilation, axes),
         group=groups,
     )
-
-
-def any_convolution(
-    w: OnnxWriter,
-    x: OnnxValue,
-    weight: OnnxValue,
-    bias: OnnxValue | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    transposed: bool,
-    output_padding: Pair,
-    groups: int,
-) -> str:
-    if transposed:
-        return transposed_convolution(w, x, weight, bias, stride, padding, output_padding, groups, dilation)
-    return convolved(w, x, weight, bias, stride, padding, dilation, groups)
 
 
 def affine(
@@ -170,6 +149,17 @@ def layer_norm(
     return w.call("LayerNormalization", x, scale, bias, axis=-len(normalized), epsilon=eps)
 
 
+def rms_norm(
+    w: OnnxWriter, x: OnnxValue, normalized: Sequence[int], weight: OnnxValue | None = None, eps: float | None = None
+) -> str:
+    """x / sqrt(mean(x * x) + eps) * weight; without an eps PyTorch takes the dtype's."""
+    axes = w.integers(range(-len(normalized), 0))
+    squares = w.call("ReduceMean", w.call("Mul", x, x), axes, keepdims=1)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    y = w.call("Div", x, w.call("Sqrt", w.call("Add", squares, w.number(eps, x.dtype))))
+    return y if weight is None else w.call("Mul", y, weight)
+
+
 def channelwise(w: OnnxWriter, y: str, weight: OnnxValue | None, bias: OnnxValue | None, rank: int) -> str:
     """y * weight + bias, with one number a channel, dimension 1."""
     shape = w.integers([-1] + [1] * (rank - 2))
@@ -216,8 +206,7 @@ def instance_norm(
 FORMS: dict[str, Callable[..., Any]] = {
     "cnnfast.convolution": convolution,
     "cnnfast.affine": affine,
-    **{f"aten.conv{axes}d.{kind}": convolved for axes in (1, 2, 3) for kind in ("default", "padding")},
-    "aten.convolution.default": any_convolution,
+    **{f"aten.conv{axes}d.default": convolved for axes in (1, 2, 3)},
     "aten.conv_transpose1d.default": transposed_convolution,
     "aten.conv_transpose2d.input": transposed_convolution,
     "aten.conv_transpose3d.input": transposed_convolution,
@@ -225,4 +214,5 @@ FORMS: dict[str, Callable[..., Any]] = {
     "aten.layer_norm.default": layer_norm,
     "aten.group_norm.default": group_norm,
     "aten.instance_norm.default": instance_norm,
+    "aten.rms_norm.default": rms_norm,
 }

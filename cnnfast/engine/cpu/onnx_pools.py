@@ -1,4 +1,4 @@
-"""Pools and resizing in ONNX."""
+"""Pools in ONNX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .onnx_layers import Pair, per_axis
-from .onnx_writer import NoOnnxForm, OnnxValue, OnnxWriter
+from .onnx_sizes import NoOnnxForm
+from .onnx_writer import OnnxValue, OnnxWriter
 
 
 def image_sizes(x: OnnxValue, axes: int) -> list[int]:
@@ -54,7 +55,18 @@ def padded_image(
     return w.call("Pad", x, w.integers([0, 0, *before, 0, 0, *behind]), w.number(value, dtype))
 
 
-def max_pool(axes: int) -> Callable[..., str]:
+def pooled_with_places(w: OnnxWriter, x: OnnxValue, image: OnnxValue | str, **attributes: Any) -> tuple[str, str]:
+    """The largest of each window, and its place in its plane; ONNX counts from the beginning of the tensor. Places that
+    nobody asks for are not written: runtimes are slower with them.
+    """
+    if 1 not in w.wanted:
+        return w.call("MaxPool", image, **attributes), ""
+    y, places = w.calls("MaxPool", image, outputs=2, **attributes)
+    plane = math.prod(image_sizes(x, len(attributes["kernel_shape"])))
+    return y, w.call("Mod", places, w.number(plane, torch.int64))
+
+
+def max_pool_with_places(axes: int) -> Callable[..., tuple[str, str]]:
     def form(
         w: OnnxWriter,
         x: OnnxValue,
@@ -63,18 +75,28 @@ def max_pool(axes: int) -> Callable[..., str]:
         padding: Pair | int = 0,
         dilation: Pair | int = 1,
         ceil_mode: bool = False,
-    ) -> str:
-        windows = Windows(x, w.result.shape[-axes:], kernel, stride, padding, dilation)
-
-        def pool(image: OnnxValue | str) -> str:
-            pads = [*windows.padding, *windows.behind]
-            if any(pad >= taps for pad, taps in zip(pads, windows.kernel * 2, strict=True)):  # runtimes refuse it
-                image, pads = padded_image(w, image, pads[:axes], pads[axes:], -math.inf, x.dtype), [0] * len(pads)
-            return w.call("MaxPool", image, dilations=windows.dilation, **windows.attributes(pads))
-
-        return in_batch(w, x, axes, pool)
+    ) -> tuple[str, str]:
+        results = w.result[0] if isinstance(w.result, list) else w.result
+        windows = Windows(x, results.shape[-axes:], kernel, stride, padding, dilation)
+        batched = len(x.shape) == axes + 2
+        image: OnnxValue | str = x if batched else w.call("Unsqueeze", x, w.integers([0]))
+        pads = [*windows.padding, *windows.behind]
+        if any(pad >= taps for pad, taps in zip(pads, windows.kernel * 2, strict=True)):  # runtimes refuse it
+            if 1 in w.wanted:
+                raise NoOnnxForm("the places of a max pool with more padding than window")
+            image, pads = padded_image(w, image, pads[:axes], pads[axes:], -math.inf, x.dtype), [0] * len(pads)
+        found = pooled_with_places(w, x, image, dilations=windows.dilation, **windows.attributes(pads))
+        if batched:
+            return found
+        largest, places = (name and w.call("Squeeze", name, w.integers([0])) for name in found)
+        return largest, places
 
     return form
+
+
+def max_pool(axes: int) -> Callable[..., str]:
+    both = max_pool_with_places(axes)
+    return lambda w, *arguments: both(w, *arguments)[0]
 
 
 def average_pool(axes: int) -> Callable[..., str]:
@@ -147,85 +169,32 @@ def adaptive_average_pool(axes: int) -> Callable[..., str]:
     return form
 
 
-def adaptive_max_pool(axes: int) -> Callable[..., list[str]]:
-    def form(w: OnnxWriter, x: OnnxValue, output_size: Pair) -> list[str]:
+def adaptive_max_pool(axes: int) -> Callable[..., tuple[str, str]]:
+    def form(w: OnnxWriter, x: OnnxValue, output_size: Pair) -> tuple[str, str]:
+        """Windows of one size are a pool; others pick their elements, the last one again in those that are shorter."""
         before, after = image_sizes(x, axes), w.result[0].shape[-axes:]
-        if any(size % result for size, result in zip(before, after, strict=True)):
-            raise NoOnnxForm(f"adaptive max pooling of {list(before)} to {list(after)}, which do not divide")
-        windows = [size // result for size, result in zip(before, after, strict=True)]
-        y = in_batch(w, x, axes, lambda image: w.call("MaxPool", image, kernel_shape=windows, strides=windows))
-        return [y, ""]
-
-    return form
-
-
-def axis_weights(operator: Any, axes: int, axis: int, before: int, after: int, options: Sequence[Any]) -> Tensor:
-    """[before, after]: how much of each element of a row each element of the resized row has. PyTorch's own operator,
-    of the rows of the identity matrix, gives them.
-    """
-    *aligned, factors = options
-    rows = torch.eye(before).view(1, before, *[1] * (axes - 1), before)
-    ones = [1] * (axes - 1)
-    given = (None, *aligned, [*map(float, ones), factors[axis]]) if factors else ([*ones, after], *aligned, None)
-    return operator(rows, *given).reshape(before, after)
-
-
-def resized(operator: Any, axes: int) -> Callable[..., str]:
-    """upsample_*.vec. options: align_corners where there is one, and the factors where the sizes are not given.
-    Nearest picks elements and linear has an operator in ONNX; cubic, and antialiased, are a product with a matrix of
-    weights for each axis.
-    """
-    nearest, linear = "nearest" in str(operator), axes > 1 and str(operator).endswith(f"linear{axes}d.vec")
-
-    def form(w: OnnxWriter, x: OnnxValue, size: Any, *options: Any) -> str:
-        before, after, factors = image_sizes(x, axes), list(w.result.shape[-axes:]), options[-1]
-        exact = not factors or all(b * f == a for b, f, a in zip(before, factors, after, strict=True))
-        whole = exact and not any(a % b for b, a in zip(before, after, strict=True))
-        if nearest and whole and "exact" not in str(operator):
-            scales = [a / b for b, a in zip(before, after, strict=True)]
-            return resize(w, x, scales, mode="nearest", coordinates="asymmetric", nearest_mode="floor")
-        if linear and (exact or options[0]):
-            where = "align_corners" if options[0] else "half_pixel"
-            return resize(w, x, after, mode="linear", coordinates=where)
+        if len(x.shape) == axes + 2 and not any(a % b for a, b in zip(before, after, strict=True)):
+            window = [size // result for size, result in zip(before, after, strict=True)]
+            return pooled_with_places(w, x, x, kernel_shape=window, strides=window)
+        if 1 in w.wanted:
+            raise NoOnnxForm(f"the places of adaptive max pooling from {list(before)} to {list(after)}")
         y = x.name
-        for axis in range(axes):
-            if before[axis] == after[axis] and not factors:
-                continue
-            weights = axis_weights(operator, axes, axis, before[axis], after[axis], options)
-            if nearest:
-                y = w.call("Gather", y, w.tensor(weights.argmax(0)), axis=axis + 2)
-            else:
-                y = along_axis(w, y, axes + 2, axis + 2, weights)
-        return y
+        for axis, (size, result) in enumerate(zip(before, after, strict=True), len(x.shape) - axes):
+            starts = torch.arange(result) * size // result
+            last = ((torch.arange(result) + 1) * size + result - 1) // result - 1
+            widest = int((last - starts).max()) + 1
+            places = torch.minimum(starts[:, None] + torch.arange(widest), last[:, None])
+            picked = w.call("Gather", y, w.tensor(places), axis=axis)
+            y = w.call("ReduceMax", picked, w.integers([axis + 1]), keepdims=0)
+        return y, ""
 
     return form
 
 
-def resize(w: OnnxWriter, x: OnnxValue, to: Sequence[float], mode: str, coordinates: str, **more: Any) -> str:
-    """to: the sizes of the image, or as floats the factors."""
-    factors = isinstance(to[0], float)
-    if factors:
-        inputs = [x, None, w.number([1.0, 1.0, *to], torch.float32)]
-    else:
-        inputs = [x, None, None, w.integers(to)]
-        more["axes"] = list(range(2, len(x.shape)))
-    return w.call("Resize", *inputs, mode=mode, coordinate_transformation_mode=coordinates, **more)
-
-
-UPSAMPLES = {
-    1: ("upsample_nearest1d", "_upsample_nearest_exact1d", "upsample_linear1d"),
-    2: ("upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d", "upsample_bicubic2d",
-        "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
-    3: ("upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_trilinear3d"),
-}  # fmt: skip
 FORMS: dict[str, Callable[..., Any]] = {
     **{f"aten.max_pool{axes}d.default": max_pool(axes) for axes in (1, 2, 3)},
+    "aten.max_pool2d_with_indices.default": max_pool_with_places(2),
     **{f"aten.avg_pool{axes}d.default": average_pool(axes) for axes in (1, 2, 3)},
     **{f"aten.adaptive_avg_pool{axes}d.default": adaptive_average_pool(axes) for axes in (1, 2, 3)},
     **{f"aten.adaptive_max_pool{axes}d.default": adaptive_max_pool(axes) for axes in (1, 2, 3)},
-    **{
-        f"aten.{name}.vec": resized(getattr(torch.ops.aten, name).vec, axes)
-        for axes, names in UPSAMPLES.items()
-        for name in names
-    },
 }

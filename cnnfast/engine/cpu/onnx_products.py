@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from .onnx_activations import activate
-from .onnx_writer import NoOnnxForm, OnnxValue, OnnxWriter
+from .onnx_sizes import NoOnnxForm
+from .onnx_writer import OnnxValue, OnnxWriter
+
+
+def unless_zero(bias: OnnxValue | None) -> OnnxValue | None:
+    """A bias of zeros, as a network that was not trained has them, costs onnxruntime time."""
+    return None if bias is None or (bias.value is not None and not bias.value.any()) else bias
 
 
 def linear(
@@ -21,10 +27,11 @@ def linear(
     numbers: Sequence[float] = (),
 ) -> str:
     """A Gemm of matrices; of more dimensions a product with the transposed weight."""
+    bias = unless_zero(bias)
     if len(x.shape) == 2 and len(weight.shape) == 2:
         return activate(w, w.call("Gemm", x, weight, bias, transB=1), activation, numbers)
     if weight.value is not None:
-        turned: OnnxValue | str = w.constant(weight.value.t().contiguous(), f"{weight.name}.T")
+        turned: OnnxValue | str = w.turned(weight)
     else:
         turned = w.call("Transpose", weight, perm=[1, 0]) if len(weight.shape) == 2 else weight
     y = w.call("MatMul", x, turned)
@@ -77,15 +84,25 @@ def attention(
     return w.call("MatMul", w.call("Softmax", scores, axis=-1), value)
 
 
+def einsum(w: OnnxWriter, equation: str, tensors: Sequence[OnnxValue], path: Any = None) -> str:
+    return w.call("Einsum", *tensors, equation=equation.replace(" ", ""))
+
+
+def bilinear(w: OnnxWriter, x: OnnxValue, y: OnnxValue, weight: OnnxValue, bias: OnnxValue | None = None) -> str:
+    """x [..., I] and y [..., J] with weight [K, I, J]."""
+    z = w.call("Einsum", x, weight, y, equation="...i,kij,...j->...k")
+    return z if bias is None else w.call("Add", z, bias)
+
+
 FORMS: dict[str, Callable[..., Any]] = {
     "cnnfast.linear": linear,
     "aten.linear.default": linear,
     **{f"aten.{name}.default": lambda w, x, y: w.call("MatMul", x, y) for name in ("matmul", "bmm", "mm", "mv", "dot")},
     "aten.addmm.default": added_product,
     "aten.baddbmm.default": added_product,
+    "aten.einsum.default": einsum,
+    "aten.bilinear.default": bilinear,
     "aten.softmax.int": softmax("Softmax"),
-    "aten._softmax.default": softmax("Softmax"),
     "aten.log_softmax.int": softmax("LogSoftmax"),
-    "aten._log_softmax.default": softmax("LogSoftmax"),
     "aten.scaled_dot_product_attention.default": attention,
 }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from ..graph import Graph
 
@@ -18,6 +17,10 @@ OTHER = "of N"
 # What the example's batch is multiplied with in the two runs: divisible by all small numbers, so that a network which
 # divides its batch into groups still runs, and far apart.
 MULTIPLES = (24, 36)
+
+
+class NoOnnxForm(ValueError):
+    """An operator, or the way it is called, has no form in ONNX that computes the same."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ def known_of_all(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[fx.Node,
             )
             for given, shape in zip(graph.inputs, shapes, strict=True)
         ]
-        runs.append(dict(_values(graph, inputs)))
+        try:
+            runs.append(graph.values(inputs))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise NoOnnxForm(f"a batch that is free: with {size} images it fails: {error}") from error
 
     known: dict[fx.Node, Any] = {}
     for node, first in runs[0].items():
@@ -58,28 +64,12 @@ def known_of_all(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[fx.Node,
     return known
 
 
-def _values(graph: Graph, inputs: Sequence[Tensor]) -> Iterator[tuple[fx.Node, Any]]:
-    values: dict[fx.Node, Any] = {}
-    given = iter(inputs)
-    with torch.no_grad():
-        for node in graph.calls.nodes:
-            if node.op == "placeholder":
-                values[node] = next(given)
-            elif node.op == "get_attr":
-                constant = graph.constants[str(node.target)]
-                values[node] = torch.empty_like(constant, device="meta")
-            elif node.op == "call_function":
-                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            else:
-                continue
-            yield node, values[node]
-
-
 def _compared(first: Any, second: Any, sizes: Sequence[int], depends: bool) -> Any:
     if isinstance(first, Tensor):
         shape = zip(first.shape, second.shape, strict=True)
         return KnownTensor(tuple(a if a == b else BATCH if [a, b] == sizes else OTHER for a, b in shape), first.dtype)
     if isinstance(first, list | tuple):
+        if len(first) != len(second):
+            raise NoOnnxForm("as many results as the batch is large")
         return [_compared(a, b, sizes, depends) for a, b in zip(first, second, strict=True)]
     return KnownTensor((), torch.int64) if first != second or depends else first

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .onnx_sizes import BATCH, KnownTensor
+from .onnx_sizes import BATCH, KnownTensor, NoOnnxForm
 
 # The newest operator set whose convolutions and pools every onnxruntime since 1.24 and OpenVINO optimise, and which has
 # Gelu; and the version of the format that came with it.
@@ -28,10 +28,6 @@ ELEMENTS = {
 }
 # Of a constant whose values stay outside the model.
 OUTSIDE = "outside"
-
-
-class NoOnnxForm(ValueError):
-    """An operator, or the way it is called, has no form in ONNX that computes the same."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +55,21 @@ Number = OnnxValue | int | float | bool
 
 
 class OnnxWriter:
-    """result: what is known of the call that is being written (a list of several). Its name is the beginning of the
-    names of all nodes that are written for it: "layer1_0_conv1/Conv".
+    """result: what is known of the call that is being written, a list of a call with several results; wanted: which of
+    these are read. The call's name is the beginning of those of all nodes written for it: "layer1_0_conv1/Conv".
     """
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.constants: dict[str, Tensor] = {}
         self.result: Any = None
+        self.wanted: frozenset[int] = frozenset()
         self._call = ""
         self._names: set[str] = set()
         self._constant_names: dict[Any, str] = {}
 
-    def begin(self, call: str, result: Any) -> None:
-        self._call, self.result = call, result
+    def begin(self, call: str, result: Any, wanted: Iterable[int] = ()) -> None:
+        self._call, self.result, self.wanted = call, result, frozenset(wanted)
 
     def unique(self, name: str) -> str:
         number, unique = 1, name
@@ -91,6 +88,8 @@ class OnnxWriter:
         import onnx
 
         names = [argument.name if isinstance(argument, OnnxValue) else argument or "" for argument in inputs]
+        while names and not names[-1]:  # an input that is left out; onnxruntime crashes on some such at the end
+            names.pop()
         name = self.unique(f"{self._call}/{operator}")
         results = [name, *(self.unique(f"{name}:{i}") for i in range(1, outputs))]
         given = {key: value for key, value in attributes.items() if value is not None}
@@ -111,6 +110,15 @@ class OnnxWriter:
             self._constant_names[key] = self.unique(name)
             self.constants[self._constant_names[key]] = value.contiguous()
         return OnnxValue(self._constant_names[key], tuple(value.shape), value.dtype, value)
+
+    def turned(self, matrix: OnnxValue) -> str:
+        """A constant matrix [A, B] as one of [B, A]."""
+        assert matrix.value is not None
+        key = (matrix.name, "turned")
+        if key not in self._constant_names:
+            self._constant_names[key] = self.unique(f"{matrix.name}.T")
+            self.constants[self._constant_names[key]] = matrix.value.t().contiguous()
+        return self._constant_names[key]
 
     def number(self, value: Any, dtype: torch.dtype) -> str:
         """A constant, from a number or nested lists of numbers; equal ones are one."""
@@ -170,10 +178,15 @@ class OnnxWriter:
             proto.external_data.add(key="location", value=OUTSIDE)
         return proto
 
-    def forget_unused(self) -> None:
-        """Constants that no node reads: what a form has put into another shape."""
-        used = {name for node in self.nodes for name in node.input}
-        self.constants = {name: constant for name, constant in self.constants.items() if name in used}
+    def forget_unused(self, results: Iterable[str]) -> None:
+        """Nodes and constants that no result needs: sizes that a form found out by itself, a weight that is turned."""
+        needed, kept = set(results), []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        self.nodes = kept[::-1]
+        self.constants = {name: constant for name, constant in self.constants.items() if name in needed}
 
     def model(self, inputs: Sequence[Any], results: Sequence[Any], outside: Iterable[str] = ()) -> Any:
         """An onnx.ModelProto. outside: names of constants whose values whoever runs the model adds."""

@@ -212,7 +212,7 @@ def test_layers_come_after_models_and_by_their_cost():
 
 def test_whoever_compiles_longest_runs_last():
     how = [provider.how for provider in PROVIDERS.values()]
-    assert how == sorted(how, key=[EAGER, "compile", MAX_AUTOTUNE].index)
+    assert how == sorted(how, key=[EAGER, "compile", "freezing", MAX_AUTOTUNE].index)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from cnnfast.bench.report import report
 from cnnfast.bench.rows import BenchRow, jobs, lines, read, speedup, to_json, verdict
 from cnnfast.bench.running import run
 from cnnfast.bench.task import model_task
+from cnnfast.commands.bench_jobs import providers
 from cnnfast.measuring.machine import Machine, Peaks, this_machine
 from cnnfast.measuring.timing import HostClock, measure
 from cnnfast.models import resnet18
@@ -180,7 +181,7 @@ def test_a_wrong_provider_ends_with_1(model, monkeypatch):
     monkeypatch.setitem(PROVIDERS, "eager", Zero("eager", "of nothing"))
     result = bench(model, "--seconds", "0")
     assert result.exit_code == 1
-    assert "eager            wrong: tensor 0 is off by" in result.output
+    assert "eager             wrong: tensor 0 is off by" in result.output
 
 
 def test_a_model_of_two_inputs(model):
@@ -189,6 +190,54 @@ def test_a_model_of_two_inputs(model):
     assert result.exit_code == 0, result.output
     assert "2x3x8x8 2x4x8x8" in result.output
     assert bench(two, "--input", "1x3x8x8").exit_code == 2
+
+
+@pytest.fixture
+def frozen(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
+    file = tmp_path / "net.cnnfast"
+    cnnfast.freeze(model, torch.randn(2, 3, 12, 10)).save(file)
+    return str(file)
+
+
+def test_a_file_of_freeze_runs_beside_the_engines(frozen, tmp_path):
+    """Those that compile are asked for, as this takes a quarter of a minute."""
+    file = tmp_path / "rows.json"
+    chosen = [f"--provider={name}" for name in ("eager", "frozen", "onnxruntime")]
+    result = bench(frozen, "--batch", "1,3", "--seconds", "0", "--json", str(file), *chosen)
+    assert result.exit_code == 0, result.output
+    rows = read(file)
+    assert [group[0].job for group in jobs(rows)] == [
+        ("model", "net.cnnfast", "infer", n, f"{n}x3x12x10", "float32") for n in (1, 3)
+    ]
+    assert {r.provider for r in rows if r.ours} == {"frozen"}
+    assert {r.status for r in rows if r.provider in ("eager", "frozen")} == {"ok"}
+
+
+def test_who_runs_a_file_unless_others_are_named():
+    cpu = torch.device("cpu")
+    assert [p.name for p in providers([], cpu, False, file=True)] == [
+        "eager", "frozen", "onnxruntime", "openvino", "compile-freezing"
+    ]  # fmt: skip
+    skipped = {p.name: p.skipped for p in providers([], cpu, False)}
+    assert all(skipped[name] for name in ("frozen", "onnxruntime", "openvino", "compile-freezing"))
+
+
+@pytest.mark.parametrize("option", [("--dtype", "bf16"), ("--mode", "train"), ("--mode", "infer,train")])
+def test_a_file_of_freeze_has_its_own_dtype_and_mode(frozen, option):
+    result = bench(frozen, *option)
+    assert result.exit_code == 2
+    assert "computes in float32, and in mode infer" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_file_that_is_none_of_freeze_is_refused(tmp_path):
+    file = tmp_path / "other.cnnfast"
+    file.write_bytes(b"something else")
+    for name in (str(file), str(tmp_path / "none.cnnfast")):
+        result = bench(name)
+        assert result.exit_code == 2
+        assert Path(name).name in result.output.replace("\n", "")
 
 
 def test_pictures_without_matplotlib_say_what_to_install(monkeypatch, model):

@@ -11,10 +11,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
+from torch import nn
 from typer.testing import CliRunner
 
-from cnnfast import __version__
+from cnnfast import __version__, engine
 from cnnfast.__main__ import COMMANDS, EXIT_CODES, app
 from tests.support.child import environment
 
@@ -111,15 +113,21 @@ JSON = {
     "check model.py:Net --input 1x3x4x4 --no-backward": lambda data: data["ok"],
     "bench model.py:Net --input 1x3x8x8 --provider eager --seconds 0": lambda data: data[0]["mode"] == "infer",
     "bench --compare rows.json rows.json": lambda data: data[0]["verdict"] == "same",
+    "freeze model.py:Net --input 1x3x8x8 --out net.cnnfast": lambda data: data["steps"][0]["pattern"] == "convolution",
+    "predict net.cnnfast photo.png --preprocessing how.json": lambda data: len(data[0]["top"]) == 4,
     "tune model.py:Net --input 1x3x8x8 --dry-run --gpu h200": lambda data: data[0]["candidates"][-1] == "library",
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A user's own model, and the rows of a run of it."""
+    """A user's own model, the rows of a run of it, a frozen network, and an image for that."""
     made = tmp_path_factory.mktemp("own")
     (made / "model.py").write_text(OWN)
+    pytest.importorskip("PIL.Image").new("RGB", (9, 8)).save(made / "photo.png")
+    (made / "how.json").write_text('{"size": 8, "crop": 8, "mean": [0, 0, 0], "std": [1, 1, 1]}')
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    engine.freeze(network, torch.zeros(1, 3, 8, 8)).save(made / "net.cnnfast")
     arguments = ["bench", f"{made}/model.py:Net", "--input", "1x3x8x8", "--provider", "eager", "--seconds", "0"]
     assert invoke(*arguments, "--json", f"{made}/rows.json").exit_code == 0
     return made

@@ -10,8 +10,10 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from cnnfast import engine
@@ -20,9 +22,11 @@ from cnnfast.commands.predict import FEW_IMAGES, MOST_LINES, printable
 from cnnfast.engine.graph import Input
 from cnnfast.engine.images import NO_PILLOW
 from cnnfast.engine.preprocessing import Preprocessing
+from tests.support.packages import package
 
 PIL = pytest.importorskip("PIL.Image")
 
+LOAD = engine.load
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 SQUARE = Preprocessing((8, 8), None, "nearest", (0.0,) * 3, (1.0,) * 3)
 
@@ -45,7 +49,7 @@ class Colours:
 def folder(tmp_path, monkeypatch) -> Path:
     """The current folder: a file of a network, and three photographs, one of which is in a folder in their folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(engine, "load", lambda file: Colours(), raising=False)
+    monkeypatch.setattr(engine, "load", lambda file: Colours())
     Path("model.cnnfast").touch()
     Path("photos/deep").mkdir(parents=True)
     for file, colour in {"photos/a.png": "red", "photos/b.jpg": "green", "photos/deep/c.webp": "blue"}.items():
@@ -125,7 +129,9 @@ def test_standard_output_holds_nothing_else(kind):
 
 def test_classes_without_names_are_numbers(monkeypatch):
     monkeypatch.setattr(engine, "load", lambda file: Colours(classes=None))
-    assert lines(predict("photos/a.png", "--json", "out.json").stdout)[0][1] == "class 0"
+    result = predict("photos/a.png", "--json", "out.json")
+    assert lines(result.stdout)[0][1] == "class 0"
+    assert "These classes have no names here: --classes NAMES gives them." in result.stdout
     assert json.loads(Path("out.json").read_text())[0]["top"][0]["name"] is None
 
 
@@ -176,7 +182,38 @@ def test_an_interrupt_keeps_what_is_done(monkeypatch):
     monkeypatch.setattr(engine, "load", lambda file: network)
     result = predict("photos", "--batch", "1", "--json", "out.json", code=128 + signal.SIGTERM)
     assert "2 of 3 images predicted" in result.stdout
+    assert "Interrupted: the rest was not looked at." in result.stdout
     assert [one["file"] for one in json.loads(Path("out.json").read_text())] == ["photos/a.png", "photos/b.jpg"]
+
+
+def test_a_network_that_was_really_frozen(monkeypatch):
+    """The probabilities are those of the model on what torchvision's preset makes of the images."""
+    preset = package("torchvision.transforms._presets").ImageClassification(crop_size=12, resize_size=16)
+    generator = np.random.default_rng(0)
+    sizes = {"a.png": (20, 31), "b.png": (33, 17), "c.png": (5, 40), "d.png": (12, 12)}
+    Path("many").mkdir()
+    for name, (height, width) in sizes.items():
+        PIL.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(f"many/{name}")
+    Path("many/bb.png").write_bytes(b"no image")
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 7)).eval()
+    names = [f"kind {i}" for i in range(7)]
+    frozen = engine.freeze(model, torch.zeros(1, 3, 12, 12), preprocessing=preset, classes=names)
+    frozen.save("real.cnnfast")
+    monkeypatch.setattr(engine, "load", LOAD)
+    arguments = ["predict", "real.cnnfast", "many", "--batch", "3", "--top", "7", "--json", "-"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1, result.output
+    data = {Path(one["file"]).name: one for one in json.loads(result.stdout)}
+    assert list(data) == ["a.png", "b.png", "bb.png", "c.png", "d.png"]
+    assert data.pop("bb.png")["error"]
+    images = torch.stack([preset(PIL.open(one["file"])) for one in data.values()])
+    with torch.no_grad():
+        expected = model.double()(images.double()).softmax(1)
+    for row, one in zip(expected, data.values(), strict=True):
+        assert [top["name"] for top in one["top"]] == [names[i] for i in row.argsort(descending=True)]
+        assert [top["probability"] for top in one["top"]] == pytest.approx(row.sort(descending=True)[0].tolist(), 1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,12 +230,15 @@ def refused(*arguments: str) -> str:
 def test_a_network_that_does_not_say_how_images_are_prepared(monkeypatch):
     monkeypatch.setattr(engine, "load", lambda file: Colours(preprocessing=None))
     said = refused("photos")
-    assert "model.cnnfast does not say how images are prepared for it: give --preprocessing HOW here, or to" in said
+    assert (
+        "model.cnnfast does not say how images are prepared for it. Give it here, such as --preprocessing ResNet50_W"
+        in said
+    )
     Path("how.json").write_text(json.dumps(SQUARE.to_json()))
     assert "3 of 3 images" in predict("photos", "--preprocessing", "how.json").stdout
     Path("how.json").write_text('{"size": 256, "crop": 224, "mean": 0.5}')
     assert "'std' is missing" in refused("photos", "--preprocessing", "how.json")
-    assert "is nothing that tells how images are prepared" in refused("photos", "--preprocessing", "imagenet")
+    assert "'imagenet' is none of a JSON file" in refused("photos", "--preprocessing", "imagenet")
 
 
 def test_names_of_classes_that_are_given(monkeypatch):
@@ -206,7 +246,8 @@ def test_names_of_classes_that_are_given(monkeypatch):
     assert lines(predict("photos/a.png", "--classes", "names.txt").stdout)[0][1] == "rot"
     assert "the file of classes none.txt cannot be read" in refused("photos", "--classes", "none.txt")
     Path("names.txt").write_text("rot\ngrün\n")
-    assert "its result has 3 columns, and there are names of 2 classes" in refused("photos", "--classes", "names.txt")
+    said = refused("photos", "--classes", "names.txt")
+    assert "Invalid value for --classes: these are names of 2 classes, and the network tells 3" in said
 
 
 def test_a_network_whose_result_is_not_of_classes(monkeypatch):
@@ -218,7 +259,8 @@ def test_a_network_whose_result_is_not_of_classes(monkeypatch):
     said = refused("photos")
     assert "its result is a dict of Nx3x8x8, and classes are read from one tensor of N x classes" in said
     assert (
-        "Call it from Python: network = cnnfast.load(FILE); network(network.preprocessing.apply(image)[None])" in said
+        "Call it in Python: network = cnnfast.load('model.cnnfast'); network(network.preprocessing.apply(image)[None])"
+        in said
     )
 
 
@@ -234,7 +276,7 @@ def test_a_file_that_is_no_network(monkeypatch):
         raise ValueError(f"{file} is no frozen network")
 
     monkeypatch.setattr(engine, "load", load)
-    assert "Invalid value for FILE: model.cnnfast is no frozen network" in refused("photos")
+    assert "Invalid value for NETWORK: model.cnnfast is no frozen network" in refused("photos")
 
 
 def test_a_place_without_images(tmp_path):

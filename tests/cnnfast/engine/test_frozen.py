@@ -38,9 +38,9 @@ def captures(monkeypatch) -> list[str]:
     made: list[str] = []
     capture = original.capture_within
 
-    def counted(model, inputs, **seconds):
+    def counted(model, inputs, seconds):
         made.append(type(model).__name__)
-        return capture(model, inputs, **seconds)
+        return capture(model, inputs, seconds)
 
     monkeypatch.setattr(original, "capture_within", counted)
     return made
@@ -144,10 +144,10 @@ def test_threads_call_at_once_with_all_sizes_and_get_their_own_results(captures)
 def test_a_capture_keeps_nobody_waiting_who_does_not_need_it(monkeypatch, frozen):
     capture, going, go_on = original.capture_within, threading.Event(), threading.Event()
 
-    def slow(model, inputs, **seconds):
+    def slow(model, inputs, seconds):
         going.set()
         assert go_on.wait(30)
-        return capture(model, inputs, **seconds)
+        return capture(model, inputs, seconds)
 
     monkeypatch.setattr(original, "capture_within", slow)
     with ThreadPoolExecutor(1) as pool:

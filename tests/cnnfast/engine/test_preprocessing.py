@@ -5,6 +5,8 @@ how images are prepared is understood, or refused with the field that is wrong.
 from __future__ import annotations
 
 import json
+import re
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -250,13 +252,59 @@ def test_what_is_missing_is_named():
             Preprocessing.from_json(nothing)
 
 
-@pytest.mark.parametrize("given", [3, "resnet50", [256, 224], torch.nn.ReLU(), object, lambda image: image], ids=str)
+@pytest.mark.parametrize("given", [3, [256, 224], torch.nn.ReLU(), object, lambda image: image], ids=str)
 def test_anything_else_is_refused_with_what_can_be_given(given):
     with pytest.raises(
         ValueError, match="is nothing that tells how images are prepared: give a mapping with"
     ) as refused:
         Preprocessing.of(given)
     assert str(refused.value).endswith(FORMS)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("resnet50", "'resnet50' is none of a JSON file (*.json), weights of torchvision, such as ResNet50_W"),
+        ("ResNet50_Weights", "or timm:NAME. Did you mean 'ResNet50_Weights.DEFAULT'?"),
+        ("here.txt", "; here.txt is a file, but its name does not end in .json"),
+    ],
+)
+def test_a_text_that_names_nothing_is_refused(given, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.txt").touch()
+    with pytest.raises(ValueError, match=re.escape(says)):
+        Preprocessing.of(given)
+
+
+@pytest.mark.parametrize(("name", "text"), [("timm", "timm:resnet18"), ("torchvision", "ResNet50_Weights.DEFAULT")])
+def test_a_library_that_is_not_installed_is_named(name, text, monkeypatch):
+    package(name)
+
+    def gone():
+        raise ModuleNotFoundError("No module named 'torchvision'")
+
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setattr("cnnfast.engine.from_libraries.torchvision", gone)
+    with pytest.raises(ValueError, match=f"{text} needs {name}, which is not installed"):
+        Preprocessing.of(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input_size": 224},
+        {"input_size": (224,)},
+        {"crop_pct": "0.9"},
+        {"mean": 0.5},
+        {"input_size": (3, "a", "b")},
+        {"crop_mode": "border", "mean": "abc"},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_sense_is_refused(change):
+    cfg = {"input_size": (3, 32, 32), "mean": MEAN, "std": STD}
+    with pytest.raises(ValueError, match="preprocessing"):
+        Preprocessing.of(cfg | change)
 
 
 def test_presets_for_other_tasks_are_refused():

@@ -18,8 +18,8 @@ FLOATING = frozenset(
     (
         *("cnnfast.convolution", "cnnfast.linear", "cnnfast.affine", "cnnfast.sum"),
         *("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.linear.default"),
-        *("aten.relu.default", "aten.silu.default", "aten.hardswish.default", "aten.hardsigmoid.default"),
-        *("aten.max_pool2d.default", "aten.hardtanh.default"),
+        *("aten.silu.default", "aten.hardswish.default", "aten.hardsigmoid.default"),
+        "aten.hardtanh.default",
         *("aten.gelu.default", "aten.mish.default", "aten.leaky_relu.default", "aten.elu.default"),
         *("aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default", "aten.batch_norm.default"),
     )
@@ -30,8 +30,8 @@ MOST_PARTS = 2**12
 PARTS: dict[str, Callable[..., int]] = {
     "aten.chunk.default": lambda self, chunks, dim=0: min(chunks, self.shape[dim]),
     "aten.split.Tensor": lambda self, split_size, dim=0: self.shape[dim] // max(split_size, 1),
-    "aten.unbind.int": lambda self, dim=0: self.shape[dim],
     "aten.tensor_split.sections": lambda self, sections, dim=0: sections,
+    "aten.unbind.int": lambda self, dim=0: self.shape[dim],
 }
 
 
@@ -87,9 +87,28 @@ def _batch_norm(given: Mapping[str, Any]) -> None:
         raise ValueError("takes the statistics of training, and an input with channels")
 
 
-def _sub(given: Mapping[str, Any]) -> None:
+def _no_booleans(given: Mapping[str, Any]) -> None:
     if any(isinstance(value, Tensor) and value.dtype == torch.bool for value in given.values()):
         raise ValueError("takes no booleans")
+
+
+def _division(given: Mapping[str, Any]) -> None:
+    """Of integers, towards zero: dividing the least of them by -1 ends the process."""
+    divisor = given["other"]
+    is_safe = divisor not in (0, -1) if isinstance(divisor, int | float) else divisor.dtype.is_floating_point
+    if given["rounding_mode"] == "trunc" and not given["self"].dtype.is_floating_point and not is_safe:
+        raise ValueError("divides integers towards zero, by what may be 0 or -1")
+
+
+def _attention(given: Mapping[str, Any]) -> None:
+    if given.get("dropout_p", 0) != 0:
+        raise ValueError("draws random numbers")
+
+
+def _instance_norm(given: Mapping[str, Any]) -> None:
+    """In training it would write into its statistics."""
+    if given["use_input_stats"] and (given["running_mean"] is not None or given["running_var"] is not None):
+        raise ValueError("writes into the statistics of training")
 
 
 DEMANDS: dict[str, Callable[[Mapping[str, Any]], None]] = {
@@ -100,5 +119,11 @@ DEMANDS: dict[str, Callable[[Mapping[str, Any]], None]] = {
     "cnnfast.linear": _linear,
     "aten.linear.default": _linear,
     "aten.batch_norm.default": _batch_norm,
-    "aten.sub.Tensor": _sub,
+    "aten.div.Scalar_mode": _division,
+    "aten.div.Tensor_mode": _division,
+    "aten.instance_norm.default": _instance_norm,
+    "aten.max_pool2d.default": _no_booleans,
+    "aten.relu.default": _no_booleans,
+    "aten.scaled_dot_product_attention.default": _attention,
+    "aten.sub.Tensor": _no_booleans,
 }

@@ -18,7 +18,7 @@ from torch.fx.node import map_aggregate
 from . import limits
 from .demands import check_demands
 from .graph import Graph
-from .operators import NAMES, OPERATORS
+from .operators import MAKERS, NAMES, OPERATORS
 from .plan import Ref, Step
 from .schemas import by_name
 from .shape_rules import given_by
@@ -53,7 +53,7 @@ class Layouts:
     def call(self, step: Step) -> Any:
         """What the operator of a step gives, on meta."""
         args, kwargs = replaced((step.args, step.kwargs), lambda ref: self.tensor(ref.name))
-        if "device" in kwargs:
+        if OPERATORS[step.operator] in MAKERS:
             kwargs = {**kwargs, "device": torch.device("meta")}
         given = by_name(step.operator, args, kwargs)
         check_demands(step.operator, given)
@@ -144,6 +144,8 @@ def _add(layouts: Layouts, step: Step, image: bool) -> Any:
     several = not isinstance(given, Tensor)
     tensors = list(given) if several else [given]
     for tensor in tensors:
+        if any(size < 0 for size in tensor.shape):  # PyTorch's rule for expand makes one of -1 and no dimension
+            raise ValueError(f"it would have the shape {tuple(tensor.shape)}")
         if tensor.numel() * tensor.itemsize > layouts.most_bytes:
             raise ValueError(
                 f"{tuple(tensor.shape)} has more bytes than the limit for inputs of these sizes, {layouts.most_bytes}"

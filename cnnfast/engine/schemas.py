@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,10 +17,15 @@ from .plain_data import shortened
 # What arithmetic on sizes takes: Scalar stands for a size.
 PYTHON = {
     "getitem": "(Tensor[] values, int index) -> Tensor",
-    **dict.fromkeys(("add", "sub", "mul", "floordiv", "mod"), "(int a, int b) -> int"),
+    **dict.fromkeys(("add", "sub", "mul", "floordiv", "mod", "max", "min"), "(int a, int b) -> int"),
+    "neg": "(int a) -> int",
 }
 # Every word that an argument may be.
 WORDS = frozenset({*ACTIVATIONS, "none", "floor", "trunc", "constant", "reflect", "replicate", "circular"})
+# Of einsum, which has a letter for each dimension.
+EQUATION = re.compile("[a-zA-Z,.> -]{1,200}")
+# Where and how tensors are made is the runner's affair.
+MADE_WITH = ("device", "layout", "pin_memory", "memory_format")
 # Of sizes, counts and places. Some kernels take no more, and no tensor of more elements than this is convolved.
 LARGEST_NUMBER = 2**31 - 1
 LARGEST_FLOAT = torch.finfo(torch.float32).max
@@ -70,13 +76,15 @@ def check_arguments(
     type. kinds: what each node before the call gives.
     """
     given = by_name(operator, args, kwargs)
-    number_for_tensor = operator.endswith(".Tensor")
     argument: Any  # pyright does not know N: of a list that may be given as one number, how many it stands for
     for argument in schema(operator).arguments:
         name = argument.name
         if name not in given or (name == "end" and given[name] == TO_THE_END):
             continue
-        if not _fits(argument.real_type, argument.N, given[name], kinds, number_for_tensor):
+        if name == "equation" and isinstance(given[name], str) and EQUATION.fullmatch(given[name]):
+            continue
+        nothing = name in MADE_WITH and given[name] not in (None, False)
+        if nothing or not _fits(argument.real_type, argument.N, given[name], kinds, name == "other"):
             raise ValueError(f"{operator} takes {name!r} as {argument.real_type}, and gets {shortened(given[name])}")
 
 

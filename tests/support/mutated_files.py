@@ -360,8 +360,9 @@ def case(seed: int, index: int, files: list[bytes]) -> tuple[int, str, bool, byt
 
 
 def judged(path: Path, original: Network, expected: tuple[Any, ...], signed: bool, changed: bool) -> str:
-    """What came of a file: "refused", "equal", "other values", "refused when run". Raises AssertionError for whatever
-    else there is: another exception, a message without the file's name, a damaged file that was read.
+    """What came of a file: "refused", "equal", "other values", "refused by a kernel, when it was run". Raises
+    AssertionError for whatever else there is: another exception, a message without the file's name, a damaged file that
+    was read.
     """
     began = time.process_time()
     try:
@@ -376,8 +377,10 @@ def judged(path: Path, original: Network, expected: tuple[Any, ...], signed: boo
     inputs = inputs_of(network)
     try:
         results = plain.run(plan(network.graph, network.example), network.graph.constants, inputs)
-    except ValueError:
-        return "refused when run"
+    except (ValueError, IndexError, NotImplementedError, RuntimeError) as error:
+        if "memory" in str(error):
+            raise
+        return "refused by a kernel, when it was run"
     same = len(results) == len(expected) and all(map(torch.equal, results, expected))
     assert signed or not changed, "a damaged file was read"
     return "equal" if same else "other values"

@@ -76,6 +76,12 @@ def sum_of(step: Step, lookup: Lookup) -> Routine:
     return Routine("PyTorch (add)", compute, takes_out=True)
 
 
+def mean_of_images(step: Step, lookup: Lookup) -> Routine:
+    """A pool that leaves one pixel: PyTorch's operator finds that out anew in each call, and allocates."""
+    x = lookup.fill(step.args[0])
+    return Routine("PyTorch (mean)", lambda values, out: torch.mean(x(values), (-2, -1), True, out=out), takes_out=True)
+
+
 def by_pytorch(step: Step, lookup: Lookup) -> Routine:
     """Any operator, by the function of its name."""
     name = f"PyTorch ({step.operator.removeprefix('aten.').partition('.')[0]})"

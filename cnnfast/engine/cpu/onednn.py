@@ -16,7 +16,7 @@ from ..runner import Runner
 from . import memory
 from .actions import actions
 from .convolutions import convolution
-from .elementwise import affine, by_pytorch, sum_of
+from .elementwise import affine, by_pytorch, mean_of_images, sum_of
 from .memory import given_memory, laid_out, place
 from .parts import in_parts_if_large
 from .products import linear
@@ -56,6 +56,8 @@ def routine_for(step: Step, lookup: Lookup) -> Routine | None:
             return affine(step, lookup)
         case "cnnfast.sum":
             return sum_of(step, lookup)
+        case "aten.adaptive_avg_pool2d.default" if set(lookup.output(step).shape[-2:]) == {1}:
+            return mean_of_images(step, lookup)
     return by_pytorch(step, lookup)
 
 

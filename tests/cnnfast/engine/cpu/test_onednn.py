@@ -17,7 +17,7 @@ from cnnfast.engine.graph import Graph
 from cnnfast.engine.planning import plan
 from tests.support.agreement import integers
 from tests.support.graphs import in_float64, written
-from tests.support.planned import CASES, graph_of, inputs_for, random_graphs
+from tests.support.planned import CASES, graph_of, inputs_for, negative, ours, random_graphs
 from tests.support.threads import together
 
 aten = torch.ops.aten
@@ -138,13 +138,28 @@ def test_a_view_of_a_constant_is_not_written_over():
     """PyTorch gives a view, where the plan counts on memory that the next call can have."""
 
     def function(c, x):
-        return aten.add.Tensor(aten.relu.default(aten.permute.default(c.image, [0, 1, 3, 2])), x)
+        return aten.add.Tensor(negative(aten.permute.default(c.image, [0, 1, 3, 2])), x)
 
     image = integers(1, 4, 8, 4, largest=9)
     graph = written(function, (None, 4, 4, 8), image=image.clone())
     x = integers(2, 4, 4, 8)
     for _ in range(2):
-        assert same(Poisoned(graph, [x])([x]), [image.permute(0, 1, 3, 2).relu() + x])
+        assert same(Poisoned(graph, [x])([x]), [x - image.permute(0, 1, 3, 2)])
+
+
+@pytest.mark.parametrize("dead", ["x", "residual"])
+def test_an_affine_step_reads_what_it_writes_over(dead):
+    def function(c, x):
+        x, residual = negative(x), aten.flip.default(x, [2])
+        y = ours("affine", x, c.scale, c.shift, residual, None, [])
+        return aten.flip.default(y, [3]), x if dead == "residual" else residual
+
+    scale, shift = integers(4, 1, 1, largest=3, seed=1), integers(4, 1, 1, largest=3, seed=2)
+    graph = written(function, (None, 4, 4, 8), scale=scale, shift=shift)
+    x = integers(2, 4, 4, 8)
+    made = plan(graph, [x.shape])
+    assert next(step.overwrites for step in made.steps if step.operator == "cnnfast.affine")
+    assert same(Poisoned(graph, [x])([x]), graph.run([x]))
 
 
 def test_each_step_says_what_serves_it_and_takes_time(served):

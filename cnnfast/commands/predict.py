@@ -189,7 +189,7 @@ def _predictions(
     top: int,
 ) -> tuple[list[Prediction], int]:
     """What was predicted, or was until an interrupt, and the exit code of that."""
-    from ..engine.predicting import NoClasses, Prediction
+    from ..engine.predicting import NoClasses, OtherClasses, Prediction
     from ..engine.predicting import predict as predictions
 
     done = [Prediction(folder, error=why) for folder, why in found.unreadable.items()]
@@ -204,6 +204,8 @@ def _predictions(
                     tell(len(done), len(found.files))
     except KeyboardInterrupt as interrupt:
         return done, exit_code(interrupt)
+    except OtherClasses as error:
+        raise typer.BadParameter(str(error), param_hint="--classes") from None
     except NoClasses as error:
         python = f"network = cnnfast.load({str(file)!r}); network(network.preprocessing.apply(image)[None])"
         raise typer.BadParameter(f"{error}. Call it in Python: {python}", param_hint="NETWORK") from None

@@ -24,11 +24,15 @@ OLDEST_TORCH = (2, 11)
 
 # What each is for here, and how it is installed from a clone of cnnfast's repository.
 OPTIONAL = {
-    "torchvision": ("its models are known by name to check, bench, tune and info", "pip install torchvision"),
-    "timm": ("its models are known by name to check, bench, tune and info", "pip install timm"),
-    "transformers": ("its models are known by name to check, bench, tune and info", "pip install transformers"),
+    "torchvision": ("its models are known by name to all commands", "pip install torchvision"),
+    "timm": ("its models are known by name to all commands", "pip install timm"),
+    "transformers": ("its models are known by name to all commands", "pip install transformers"),
     "scikit-learn": ("cnnfast demo trains on its digits", 'pip install ".[demo]"'),
-    "matplotlib": ("cnnfast demo and bench --pictures draw with it", 'pip install ".[demo]"'),
+    "matplotlib": ("cnnfast demo, bench --pictures and profiles draw with it", 'pip install ".[demo]"'),
+    "onnxruntime": ("cnnfast.freeze runs networks by it on a CPU", 'pip install ".[cpu]"'),
+    "onnx": ("cnnfast.freeze writes networks for onnxruntime with it", 'pip install ".[cpu]"'),
+    "pillow": ("cnnfast predict reads images with it", 'pip install ".[images]"'),
+    "openvino": ("cnnfast bench compares with it on a CPU", "pip install openvino onnxscript"),
     "jax": ("cnnfast bench compares with it", "pip install jax"),
 }
 

@@ -27,8 +27,10 @@ DROPOUTS = {
 
 
 def drop_dropout(calls: fx.Graph) -> None:
-    """Dropout in eval mode becomes what it is: another name of its argument."""
+    """Dropout in eval mode becomes what it is: another name of its argument. So does detach_, which writes nothing."""
     for node in calls.nodes:
+        if node.target is aten.detach_.default:
+            node.target = aten.detach.default
         if node.target in DROPOUTS:
             source, probability, training = node.args
             if training and probability:
@@ -52,7 +54,7 @@ def make_functional(calls: fx.Graph) -> bool:
         if not memory.same_elements(node, written):  # unsqueeze_ and its like change the tensor, not its elements
             return False
         for other in memory.sharing(written):
-            if other.op == "get_attr":
+            if other.op == "get_attr" and not _is_copied(other):
                 raise CannotCapture(f"{other.target} is changed by the network itself while it runs")
             later = [user for user in other.users if order[user] > order[node]]
             if other is node or order[other] > order[node] or not later:
@@ -77,6 +79,11 @@ def drop_writes_to_inputs(calls: fx.Graph) -> None:
                 raise CannotCapture(f"{written.target} is changed by the network itself while it runs")
             node.replace_all_uses_with(node.args[1])
             calls.erase_node(node)
+
+
+def _is_copied(constant: fx.Node) -> bool:
+    """Whether a constant is a tensor that the module makes anew in each call, such as torch.tensor(3.0)."""
+    return all(user.target is aten.lift_fresh_copy.default for user in constant.users)
 
 
 def _written(node: fx.Node) -> Any:

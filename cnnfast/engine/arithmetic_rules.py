@@ -9,7 +9,7 @@ from torch import fx
 from .rules import Call, aten, rule
 
 # Other names, and other overloads, of the same operators.
-SAME = {
+SAME: dict[Any, Any] = {
     aten.add.Scalar: aten.add.Tensor,
     aten.sub.Scalar: aten.sub.Tensor,
     aten.mul.Scalar: aten.mul.Tensor,

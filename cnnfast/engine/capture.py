@@ -7,19 +7,23 @@ import inspect
 import logging
 import re
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 
 from .aliasing import drop_dropout, drop_writes_to_inputs, make_functional
 from .cleaning import clean
+from .conditions import fixed_size
 from .giving_up import within
 from .graph import Graph, Input
-from .guards import conditions_of
+from .guards import PYTORCH, conditions_of
 from .inlining import inline
 from .operators import NAMES, CannotCapture, why_not
 from .structures import Structure
@@ -88,7 +92,14 @@ class _Flat(nn.Module):
         self.note_result = results.append  # torch.export takes back what is assigned to an attribute meanwhile
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
-        tensors, result = Structure.flatten(self.network(*self.arguments.build(leaves)))
+        try:
+            given = self.network(*self.arguments.build(leaves))
+        except GuardOnDataDependentSymNode as error:
+            text = "a decision in its code depends on the values in a tensor"
+            raise CannotCapture(text + _line_of(error)) from error
+        except Exception as error:
+            raise CannotCapture(_reason(error) + _line_of(error)) from error
+        tensors, result = Structure.flatten(given)
         self.note_result(result)
         return tuple(tensors)
 
@@ -105,6 +116,8 @@ def _traced(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch:
         exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(free,), strict=False)
     except CannotCapture:
         raise
+    except ValueError as error:  # a result without a structure
+        raise CannotCapture(str(error).split("\n")[0]) from error
     except Exception as error:
         raise CannotCapture(_reason(error)) from error
     for part in exported.graph_module.modules():
@@ -118,16 +131,24 @@ def _traced(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch:
     clean(calls, constants)
     placeholders = [node for node in calls.nodes if node.op == "placeholder"]
     for node in calls.nodes:
-        if node.op == "call_function" and node.target not in NAMES:
-            raise CannotCapture(why_not(node.target) + _where(node))
+        if node.op == "call_function":
+            _admit(node)
     found = conditions_of(placeholders, calls)
+    fixed = {size[:2]: size[2] for size in map(fixed_size, found) if size}
     inputs = tuple(
-        Input(name, tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape), leaf.dtype)
-        for name, node, leaf in zip(_names(model, arguments), placeholders, leaves, strict=True)
+        Input(name, _shape(node, index, fixed), leaf.dtype)
+        for index, (name, node, leaf) in enumerate(zip(_names(model, arguments), placeholders, leaves, strict=True))
     )
-    graph = Graph(_plain_copy(calls, inputs), constants, inputs, found)
+    kept = tuple(condition for condition in found if not fixed_size(condition))
+    graph = Graph(_plain_copy(calls, inputs), constants, inputs, kept)
     graph.prune()
     return Captured(graph, arguments, results[-1])
+
+
+def _shape(placeholder: fx.Node, index: int, fixed: dict[tuple[int, int], int]) -> tuple[int | None, ...]:
+    """Sizes that torch.export has fixed, in the shape itself or by a condition, and None for others."""
+    sizes = enumerate(placeholder.meta["val"].shape)
+    return tuple(size if isinstance(size, int) else fixed.get((index, dim)) for dim, size in sizes)
 
 
 def _unpacked(exported: torch.export.ExportedProgram) -> tuple[fx.Graph, nn.Module]:
@@ -136,10 +157,19 @@ def _unpacked(exported: torch.export.ExportedProgram) -> tuple[fx.Graph, nn.Modu
     return module.graph, module
 
 
+def _admit(node: fx.Node) -> None:
+    if node.target not in NAMES:
+        raise CannotCapture(why_not(node.target) + _where(node))
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if any(isinstance(one, Tensor) and free_unbacked_symbols(one) for one in values):
+        raise CannotCapture(f"the shape of a result of {node.target} depends on the values in a tensor{_where(node)}")
+
+
 def _where(node: fx.Node) -> str:
     """The line of the model's code that a call comes from, which is the last of its trace."""
-    lines = re.findall(r'File "(.*?)", line (\d+), in (\w+)', node.meta.get("stack_trace") or "")
-    return " ({}, line {}, in {})".format(*lines[-1]) if lines else ""
+    lines = re.findall(r'File "(.*?)", line (\d+)', node.meta.get("stack_trace") or "")
+    return " ({}, line {})".format(*lines[-1]) if lines else ""
 
 
 def _plain_copy(calls: fx.Graph, inputs: Sequence[Input]) -> fx.Graph:
@@ -177,10 +207,10 @@ def _constants(calls: fx.Graph, module: nn.Module) -> dict[str, Tensor]:
     names: dict[int, str] = {}  # tied parameters are one constant
     for node in calls.nodes:
         if node.op == "get_attr":
-            value = module
-            for part in node.target.split("."):
-                value = getattr(value, part)
-            name = names.setdefault(id(value), node.target.removeprefix(PREFIX))
+            value = attrgetter(str(node.target))(module)
+            if not isinstance(value, Tensor):  # such as a random number generator: what is called with it is refused
+                continue
+            name = names.setdefault(id(value), str(node.target).removeprefix(PREFIX))
             constants[name] = value.detach()
             node.target = name
     return constants
@@ -193,7 +223,8 @@ def _names(model: nn.Module, arguments: Structure) -> list[str]:
 
     def walk(structure: Structure, name: str) -> None:
         if structure.kind == "tensor":
-            names.append(re.sub(r"\W", "_", name))
+            name = re.sub(r"\W", "_", name)
+            names.append(name if name not in names else f"{name}_{len(names)}")
         for index, part in enumerate(structure.parts):
             walk(part, f"{name}_{structure.keys[index] if structure.keys else index}")
 
@@ -203,7 +234,14 @@ def _names(model: nn.Module, arguments: Structure) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).split("\n")[0]
+    return f"torch.export fails with {type(error).__name__}: {str(error).strip().split(chr(10))[0]:.300}"
+
+
+def _line_of(error: Exception) -> str:
+    """The last line that is not PyTorch's own of those that led to an error."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    ours = [frame for frame in frames if not frame.filename.startswith(PYTORCH)]
+    return f" ({ours[-1].filename}, line {ours[-1].lineno})" if ours else ""
 
 
 @contextlib.contextmanager

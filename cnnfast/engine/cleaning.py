@@ -6,8 +6,9 @@ import operator
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
-from . import arithmetic_rules, layer_rules, shape_rules  # noqa: F401
+from . import arithmetic_rules, layer_rules, view_rules  # noqa: F401
 from .operators import MAKERS, multiplied
 from .rules import RULES, Call, aten
 
@@ -71,7 +72,7 @@ def _evaluate(node: fx.Node, constants: dict[str, Tensor]) -> bool:
     readers = [node] if single else list(node.users)
     if not all(_is_known(reader, limit) for reader in readers):
         return False
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: constants[str(one.target)])
+    args, kwargs = map_arg((node.args, node.kwargs), lambda one: constants[str(one.target)])
     result = node.target(*args, **kwargs)  # type: ignore[operator]
     for reader in readers:
         name = f"computed.{reader.name}"

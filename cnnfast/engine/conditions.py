@@ -12,6 +12,7 @@ import ast
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 LONGEST = 8000  # characters of a condition; the longest of those of torchvision's and timm's networks has below 2,000
 DEEPEST = 100  # of operations within operations
@@ -32,11 +33,11 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[int, int], bool]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-FUNCTIONS: dict[str, tuple[Callable[..., int], int, int]] = {  # with how many arguments, from and to
+# With how many arguments, from and to. size(input, dimension) is no function of numbers.
+FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "min": (min, 2, 8),
     "max": (max, 2, 8),
     "abs": (abs, 1, 1),
-    "size": (lambda index, dimension: 0, 2, 2),
 }
 
 Shapes = Sequence[Sequence[int]]
@@ -58,9 +59,27 @@ def check(condition: str, ranks: Sequence[int]) -> None:
     """
     for node in ast.walk(parsed(condition)):
         match node:
-            case ast.Call(func=ast.Name(id="size"), args=[ast.Constant(value=index), ast.Constant(value=dimension)]):
+            case ast.Call(
+                func=ast.Name(id="size"),
+                args=[ast.Constant(value=int() as index), ast.Constant(value=int() as dimension)],
+            ):
                 if not (index < len(ranks) and dimension < ranks[index]):
                     raise ValueError(f"a condition asks for size({index}, {dimension}), which no input has")
+
+
+def fixed_size(condition: str) -> tuple[int, int, int] | None:
+    """Input, dimension and number of a condition such as "size(0, 2) == 224"; None of any other."""
+    match parsed(condition):
+        case ast.Compare(
+            left=ast.Call(
+                func=ast.Name(id="size"),
+                args=[ast.Constant(value=int() as index), ast.Constant(value=int() as dimension)],
+            ),
+            ops=[ast.Eq()],
+            comparators=[ast.Constant(value=int() as number)],
+        ):
+            return index, dimension, number
+    return None
 
 
 @functools.lru_cache(4096)
@@ -90,11 +109,11 @@ def _check_tree(tree: ast.AST, depth: int = 0) -> None:
             parts = tree.values
         case ast.Compare(ops=ops) if all(type(op) in COMPARISONS for op in ops):
             parts = [tree.left, *tree.comparators]
+        case ast.Call(func=ast.Name(id="size"), args=[ast.Constant(), ast.Constant()] as parts, keywords=[]):
+            pass
         case ast.Call(func=ast.Name(id=name), args=parts, keywords=[]) if name in FUNCTIONS:
             if not FUNCTIONS[name][1] <= len(parts) <= FUNCTIONS[name][2]:
                 raise SyntaxError(f"{name} does not take {len(parts)} arguments")
-            if name == "size" and not all(isinstance(part, ast.Constant) for part in parts):
-                raise SyntaxError("size takes the numbers of an input and of a dimension")
         case _:
             raise SyntaxError(f"{type(tree).__name__} is not understood")
     for part in parts:
@@ -126,7 +145,9 @@ def _value(tree: ast.expr, shapes: Shapes) -> int:
             if abs(number) >= LARGEST:
                 raise ValueError(f"a condition on sizes computes {number}, beyond 2**63")
             return number
-        case ast.Call(func=ast.Name(id="size"), args=[ast.Constant(value=index), ast.Constant(value=dimension)]):
+        case ast.Call(
+            func=ast.Name(id="size"), args=[ast.Constant(value=int() as index), ast.Constant(value=int() as dimension)]
+        ):
             try:
                 return shapes[index][dimension]  # type: ignore[index]
             except IndexError as error:
@@ -148,7 +169,7 @@ class _Translation(ast.NodeTransformer):
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
         match node:
-            case ast.BinOp(op=ast.Pow(), right=ast.Constant(value=2 | 3 as power)):
+            case ast.BinOp(op=ast.Pow(), right=ast.Constant(value=int() as power)) if power in (2, 3):
                 product = node.left
                 for _ in range(power - 1):
                     product = ast.BinOp(product, ast.Mult(), node.left)

@@ -160,4 +160,6 @@ def _check(network: Network) -> None:
     if network.classes is not None:
         shape = planned.values[planned.results[0]].shape if planned.results else ()
         if shape[-1:] != (len(network.classes),):
-            raise ValueError(f"there are {len(network.classes)} classes, and the first result has the shape {list(shape)}")
+            raise ValueError(
+                f"there are {len(network.classes)} classes, and the first result has the shape {list(shape)}"
+            )

@@ -10,6 +10,7 @@ from .forms import use_one_form
 from .fusing import fuse
 from .graph import Graph, Input
 from .labelling import label
+from .merging import merge_branches
 from .preactivation import cut_off_before_convolutions
 from .scaling import fold_into_what_stands_after, fold_into_what_stands_before, use_affine
 from .sizes import Shapes, Sizes
@@ -34,6 +35,7 @@ def fold(graph: Graph, dtype: torch.dtype, example: Shapes | None = None) -> Gra
     spell_in_one_call(folded, sizes)
     use_one_form(folded, sizes)
     fold_into_what_stands_before(folded, sizes, dtype)
+    merge_branches(folded, sizes, dtype)
     cut_off_before_convolutions(folded, sizes, dtype)
     fold_into_what_stands_after(folded, sizes, dtype)
     use_affine(folded, sizes, dtype)

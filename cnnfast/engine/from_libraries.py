@@ -46,6 +46,14 @@ def fields_from(given: Any) -> Mapping[str, Any] | None:
         given = given()  # torchvision's weights.transforms, without the parentheses
     if isinstance(given, Enum):
         given = getattr(given, "transforms", lambda: None)()
+    try:
+        return _fields_from_object(given)
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"preprocessing={shortened(given)} cannot be understood: {why}") from error
+
+
+def _fields_from_object(given: Any) -> Mapping[str, Any] | None:
     cfg = timm_cfg(given)
     if cfg is not None:
         return _from_timm(cfg)
@@ -123,7 +131,9 @@ def timm_cfg(given: Any) -> Mapping[str, Any] | None:
 
 def _from_timm(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """As timm.data.resolve_data_config and create_transform, for evaluation."""
-    height, width = cfg["input_size"][-2:]
+    if len(cfg["input_size"]) != 3:
+        raise ValueError(f"preprocessing: input_size is {cfg['input_size']}, and must be (channels, height, width)")
+    _, height, width = cfg["input_size"]
     mean, std = cfg.get("mean") or IMAGENET_MEAN, cfg.get("std") or IMAGENET_STD
     crop_pct = cfg.get("crop_pct") or 0.875
     resized = (math.floor(height / crop_pct), math.floor(width / crop_pct))

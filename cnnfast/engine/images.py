@@ -110,6 +110,8 @@ def read(file: Path) -> Image:
     images = pillow()
     from PIL import ImageOps
 
+    if file.exists() and not file.is_file():
+        raise UnreadableImage("it is no file, but a folder, a pipe or a device")  # which may never end
     try:
         with images.open(file, formats=[name for name in images.ID if name not in NO_PHOTOGRAPHS]) as image:
             image.load()

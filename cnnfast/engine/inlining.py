@@ -28,11 +28,11 @@ def inline(calls: fx.Graph, module: nn.Module) -> None:
         values = dict(zip(placeholders, given, strict=True))
         with calls.inserting_before(node):
             results = calls.graph_copy(inner.graph, values)
-        if not isinstance(results, (tuple, list)):
+        if isinstance(results, fx.Node):
             node.replace_all_uses_with(results)
         for user in list(node.users):
             assert user.target is getitem, user
-            user.replace_all_uses_with(results[user.args[1]])
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
             calls.erase_node(user)
         calls.erase_node(node)
         if not part.users:

@@ -88,7 +88,14 @@ OURS: dict[str, Callable[..., Any]] = {
 }
 
 # Those of PyTorch's that make tensors of nothing.
-FROM_NOTHING = ("full.default", "arange.start_step", "linspace.default", "eye.default", "scalar_tensor.default")
+FROM_NOTHING = (
+    "full.default",
+    "arange.start_step",
+    "linspace.default",
+    "eye.default",
+    "eye.m",
+    "scalar_tensor.default",
+)
 # PyTorch's, without the "aten." before each: none whose reading PyTorch does not check
 # (as_strided, _unsafe_index), that writes into an argument, or that draws random numbers.
 ATEN = (

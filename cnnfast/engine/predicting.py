@@ -1,4 +1,4 @@
-"""Classes of image files, by a frozen network: a thread reads and prepares images while batches run."""
+"""Classes of image files, by a frozen network: threads read and prepare images while batches run."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ Top = tuple[tuple[int, float], ...]
 Prepared = tuple[Path, Tensor | str]
 # How far the sum of a row may be from 1 if it holds probabilities, which half precision rounds.
 SUMS_TO_ONE = 0.01
+READERS = 4  # threads: a photograph of 12 megapixels takes longer to read than a small network to run
 NOT_FINITE = "the network gives no finite numbers for it"
 
 
@@ -39,6 +40,10 @@ class Prediction:
 
 class NoClasses(ValueError):
     """The result of a network does not tell classes; the message says what it is."""
+
+
+class OtherClasses(ValueError):
+    """The result of a network tells another number of classes than there are names."""
 
 
 def predict(
@@ -58,7 +63,7 @@ def predict(
     these images. classes: how many the network should have, if that is known. A few batches of images are in memory,
     however many files there are.
 
-    Raises NoClasses if the result is not one tensor [n, classes], or has another number of them.
+    Raises NoClasses if the result is not one tensor [n, classes], OtherClasses if it has another number of them.
     """
 
     def prepared(file: Path) -> Prepared:
@@ -82,8 +87,8 @@ def predict(
 
 
 def _ahead(function: Callable[[S], T], items: Iterable[S], most: int) -> Generator[T, None, None]:
-    """function(item) of each item in their order, by a thread that is at most so many items ahead."""
-    pool = ThreadPoolExecutor(1)
+    """function(item) of each item in their order, by threads that are at most so many items ahead."""
+    pool = ThreadPoolExecutor(READERS)
     waiting: deque[Future[T]] = deque()
     try:
         for item in items:
@@ -130,7 +135,7 @@ def _classify(network: Callable[[Tensor], Any], images: Tensor, top: int, classe
         raise NoClasses(f"its result is {kind} of {shapes}, and classes are read from one tensor of N x classes")
     scores = leaves[0].double()
     if classes is not None and scores.shape[1] != classes:
-        raise NoClasses(f"its result has {scores.shape[1]} columns, and there are names of {classes} classes")
+        raise OtherClasses(f"these are names of {classes} classes, and the network tells {scores.shape[1]}")
     values, indices = probabilities(scores).topk(min(top, scores.shape[1]))
     return [
         tuple(zip(index.tolist(), value.tolist(), strict=True)) if value.isfinite().all() else NOT_FINITE

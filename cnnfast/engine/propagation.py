@@ -21,6 +21,7 @@ from .graph import Graph
 from .operators import NAMES, OPERATORS
 from .plan import Ref, Step
 from .schemas import by_name
+from .shape_rules import given_by
 
 # Operators that give images, wherever the result has four dimensions.
 OF_IMAGES = re.compile(r"2d|upsample|pixel|channel_shuffle|(batch|group|instance)_norm|cnnfast\.(convolution|affine)")
@@ -54,8 +55,10 @@ class Layouts:
         args, kwargs = replaced((step.args, step.kwargs), lambda ref: self.tensor(ref.name))
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("meta")}
-        check_demands(step.operator, by_name(step.operator, args, kwargs))
-        return OPERATORS[step.operator](*args, **kwargs)
+        given = by_name(step.operator, args, kwargs)
+        check_demands(step.operator, given)
+        result = given_by(step.operator, given)
+        return OPERATORS[step.operator](*args, **kwargs) if result is None else result
 
     def tensor(self, name: str) -> Tensor:
         """A value or a constant, on meta."""

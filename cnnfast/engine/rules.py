@@ -63,9 +63,9 @@ class Call:
 
     def number(self, argument: Any) -> Any:
         """A Python number in place of a constant that is one number, and anything else as it is."""
-        if isinstance(argument, fx.Node) and argument.op == "get_attr" and self.constants[argument.target].dim() == 0:
-            return self.constants[argument.target].item()
-        return argument
+        is_constant = isinstance(argument, fx.Node) and argument.op == "get_attr"
+        constant = self.constants[str(argument.target)] if is_constant else None
+        return constant.item() if constant is not None and constant.dim() == 0 else argument
 
     def shape_is(self, node: fx.Node) -> bool:
         """Whether the call's result has the shape of a node."""

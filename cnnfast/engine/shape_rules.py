@@ -1,192 +1,129 @@
-"""One spelling for what changes shapes, dtypes and places of elements, and nothing for what changes none of them."""
+"""What shapes the commonest operators give, without asking PyTorch.
+
+PyTorch's own rules for these are slow, being Python, and import its compiler when the first of them is asked, which a
+process that only loads a network would have to wait for. PyTorch is asked for all other operators, and for arguments
+that a rule does not know well.
+"""
 
 from __future__ import annotations
 
-import sys
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor
 
-from .rules import Call, aten, rule
+from .operators import OPERATORS, convolution
 
+Given = Mapping[str, Any]  # the arguments of a call by name, with tensors on meta
 
-@rule(
-    *(aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.positive.default),
-    *(aten.lift.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.detach_copy.default),
-    *(aten.resolve_conj.default, aten.resolve_neg.default),
-)
-def _same(call: Call) -> fx.Node:
-    return call.first
+# Element-wise operators that give booleans, or take them beside what is floating.
+OF_BOOLEANS = re.compile(r"aten\.(eq|ne|lt|le|gt|ge|logical_\w+|is\w+|where|masked_fill)\.")
 
 
-@rule(
-    *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default),
-    *(aten.type_as.default,),
-)
-def _cast(call: Call) -> fx.Node | None:
-    dtype = call.value().dtype
-    if dtype == call.value(call.first).dtype:
-        return call.first
-    if call.target is aten.to.dtype:
-        call.arguments.update(non_blocking=False, copy=False, memory_format=None)
-        return None
-    return call.write(aten.to.dtype, call.first, dtype, False, False, None)
-
-
-@rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.view_copy.default)
-def _reshape(call: Call) -> fx.Node:
-    if call.shape_is(call.first):
-        return call.first
-    return call.write(aten.reshape.default, call.first, call["shape" if "shape" in call.arguments else "size"])
-
-
-@rule(aten.view_as.default, aten.reshape_as.default)
-def _reshape_as(call: Call) -> fx.Node:
-    return call.write(aten.reshape.default, call.first, call.sizes(call["other"]))
-
-
-@rule(aten.unflatten.int)
-def _unflatten(call: Call) -> fx.Node:
-    sizes, dim = call.sizes(call.first), call["dim"]
-    sizes[dim : dim + 1 or None] = call["sizes"]
-    return call.write(aten.reshape.default, call.first, sizes)
-
-
-@rule(aten.flatten.using_ints)
-def _flatten(call: Call) -> fx.Node | None:
-    return call.first if call.shape_is(call.first) else None
-
-
-@rule(aten.ravel.default)
-def _ravel(call: Call) -> fx.Node:
-    return call.write(aten.flatten.using_ints, call.first, 0, -1)
-
-
-@rule(aten.expand.default, aten.broadcast_to.default)
-def _expand(call: Call) -> fx.Node:
-    return call.first if call.shape_is(call.first) else call.write(aten.expand.default, call.first, call["size"])
-
-
-@rule(aten.expand_as.default)
-def _expand_as(call: Call) -> fx.Node:
-    if call.shape_is(call.first):
-        return call.first
-    return call.write(aten.expand.default, call.first, call.sizes(call["other"]))
-
-
-@rule(
-    *(aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default),
-    *(aten.movedim.int, aten.movedim.intlist, aten.swapaxes.default, aten.swapdims.default),
-)
-def _permute(call: Call) -> fx.Node:
-    rank = call.value(call.first).dim()
-    order = _order(call, rank)
-    return call.first if order == list(range(rank)) else call.write(aten.permute.default, call.first, order)
-
-
-def _order(call: Call, rank: int) -> list[int]:
-    """For each dimension of the result the dimension of the argument: what PyTorch makes of an argument that is only
-    names of its dimensions.
+def given_by(operator: str, given: Given) -> Tensor | None:
+    """The result on meta, of the right shape, dtype and order of strides; None if there is no rule. Raises ValueError
+    where the arguments do not fit together.
     """
-    names = torch.empty(tuple(range(1, rank + 1)), device="meta")
-    numbers = {name: value for name, value in call.arguments.items() if name != "self"}
-    return [size - 1 for size in call.target(names, **numbers).shape]
+    return RULES[operator](given) if operator in RULES else None
 
 
-@rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
-def _squeeze(call: Call) -> fx.Node:
-    """What torch.export took for one wide is dropped, whatever is one wide later: a batch of one stays a batch."""
-    shape = call.value(call.first).shape
-    given = call.arguments.get("dim", range(len(shape)))
-    asked = {dim % len(shape) for dim in ([given] if isinstance(given, int) else given)}
-    dropped = sorted(dim for dim in asked if isinstance(shape[dim], int) and shape[dim] == 1)
-    return call.write(aten.squeeze.dims, call.first, dropped) if dropped else call.first
-
-
-@rule(aten.slice.Tensor)
-def _slice(call: Call) -> fx.Node | None:
-    call.arguments["start"] = call["start"] if call["start"] is not None else 0
-    call.arguments["end"] = call["end"] if call["end"] is not None else sys.maxsize
-    whole = isinstance(call["end"], int) and call["end"] == sys.maxsize and call["start"] == 0 and call["step"] == 1
-    return call.first if whole or call.shape_is(call.first) else None
-
-
-@rule(aten.slice_scatter.default)
-def _slice_scatter(call: Call) -> Any:
-    """A tensor with a slice replaced is what lies before the slice, the other tensor, and what lies behind it."""
-    x, dim = call.first, call["dim"]
-    size = call.value(x).shape[dim]
-    start, end = call["start"] or 0, sys.maxsize if call["end"] is None else call["end"]
-    if start == 0 and end == sys.maxsize and call["step"] == 1:
-        return call["src"]
-    if call["step"] != 1 or not all(isinstance(number, int) for number in (size, start, end)):
+def elementwise(given: Given) -> Tensor | None:
+    """Of tensors of one floating dtype, where one has the shape of the result."""
+    tensors = [value for value in given.values() if isinstance(value, Tensor)]
+    if len({tensor.dtype for tensor in tensors}) != 1 or not tensors[0].is_floating_point():
         return None
-    start, end, _ = slice(start, end).indices(size)
-    parts = [call["src"]]
-    if start > 0:
-        parts.insert(0, call.write(aten.slice.Tensor, x, dim, 0, start, 1))
-    if end < size:
-        parts.append(call.write(aten.slice.Tensor, x, dim, end, sys.maxsize, 1))
-    return call.write(aten.cat.default, parts, dim) if len(parts) > 1 else parts[0]
+    whole = max(tensors, key=lambda tensor: (tensor.dim(), tensor.numel()))
+    fits = all(size in (1, wanted) for tensor in tensors for size, wanted in _from_behind(tensor, whole))
+    return torch.empty_like(whole) if fits else None
 
 
-@rule(aten.select_scatter.default)
-def _select_scatter(call: Call) -> Any:
-    x, dim, index = call.first, call["dim"], call["index"]
-    size = call.value(x).shape[dim]
-    if not isinstance(size, int) or not isinstance(index, int):
+def _from_behind(tensor: Tensor, whole: Tensor) -> zip[tuple[int, int]]:
+    return zip(reversed(tensor.shape), reversed(whole.shape), strict=False)
+
+
+def convolved(given: Given) -> Tensor:
+    """Activations leave the shape, and the residual has it."""
+    result = convolution(**{**given, "residual": None, "activation": None, "numbers": ()})
+    residual = given["residual"]
+    if residual is not None and (residual.shape, residual.dtype) != (result.shape, result.dtype):
+        raise ValueError(f"the residual is {list(residual.shape)}, and the convolution gives {list(result.shape)}")
+    return result
+
+
+def affine(given: Given) -> Tensor | None:
+    x = given["x"]
+    result = elementwise(given)
+    return result if result is not None and result.shape == x.shape else None
+
+
+def product(given: Given) -> Tensor | None:
+    x, weight = given["x"] if "x" in given else given["input"], given["weight"]
+    if x.dim() < 2 or x.dtype != weight.dtype or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return None
-    index %= size
-    parts = [call.write(aten.unsqueeze.default, call["src"], dim % call.value(x).dim())]
-    if index > 0:
-        parts.insert(0, call.write(aten.slice.Tensor, x, dim, 0, index, 1))
-    if index + 1 < size:
-        parts.append(call.write(aten.slice.Tensor, x, dim, index + 1, sys.maxsize, 1))
-    return call.write(aten.cat.default, parts, dim) if len(parts) > 1 else parts[0]
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@rule(aten.copy.default)
-def _copy(call: Call) -> fx.Node:
-    """What copy_ writes: its argument, in the shape and dtype of what it writes into."""
-    copied: fx.Node = call["src"]
-    if call.value(copied).dtype != call.value().dtype:
-        copied = call.write(aten.to.dtype, copied, call.value().dtype, False, False, None)
-    same = call.shape_is(call["src"])
-    return copied if same else call.write(aten.expand.default, copied, call.sizes(call.first))
+def concatenated(given: Given) -> Tensor | None:
+    parts, dim = given["tensors"], given.get("dim", 0)
+    first = parts[0]
+    if not -first.dim() <= dim < first.dim():
+        return None
+    dim %= first.dim()
+    frames = {(part.dtype, part.shape[:dim], part.shape[dim + 1 :], part.dim()) for part in parts}
+    if len(frames) != 1:
+        return None
+    shape = list(first.shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    dense = (torch.empty_like(part) for part in parts)  # without the gaps of a part that is a slice itself
+    image = len(shape) == 4 and all(part.is_contiguous(memory_format=torch.channels_last) for part in dense)
+    layout = torch.channels_last if image else torch.contiguous_format
+    return torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
 
 
-@rule(
-    *(aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format),
-    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default),
-)
-def _full(call: Call) -> fx.Node:
-    return _filled(call, call["size"])
+def reduced(given: Given) -> Tensor | None:
+    x, dims = given["self"], given.get("dim")
+    dims = dims or range(x.dim())
+    if not x.is_floating_point() or given.get("dtype") is not None or 0 in x.shape:
+        return None
+    if not all(-x.dim() <= dim < x.dim() for dim in dims):
+        return None
+    over = {dim % x.dim() for dim in dims}
+    if len(over) != len(dims):
+        return None
+    keep = given.get("keepdim", False)
+    return x.new_empty([1 if i in over else n for i, n in enumerate(x.shape) if keep or i not in over])
 
 
-@rule(
-    *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default),
-    *(aten.zero.default, aten.fill.Scalar),
-)
-def _full_like(call: Call) -> fx.Node:
-    return _filled(call, call.sizes(call.first))
+def pooled_adaptively(given: Given) -> Tensor | None:
+    x, size = given["self"], given["output_size"]
+    if x.dim() != 4 or len(size) != 2 or 0 in x.shape or min(size) < 1 or not x.is_floating_point():
+        return None
+    return x.new_empty((*x.shape[:2], *size))
 
 
-def _filled(call: Call, sizes: Any) -> fx.Node:
-    """Memory that is not filled holds anything: 0 too."""
-    number = call.arguments.get("fill_value", call.arguments.get("value", 1 if "ones" in str(call.target) else 0))
-    return call.write(aten.full.default, sizes, number, dtype=call.value().dtype)
+def batch_normed(given: Given) -> Tensor | None:
+    x = given["input"]
+    numbers = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    fits = x.dim() >= 2 and all(n is None or n.shape == x.shape[1:2] for n in numbers)
+    return torch.empty_like(x) if fits and not given["training"] else None
 
 
-@rule(aten.fill.Tensor)
-def _fill_with_tensor(call: Call) -> fx.Node:
-    value = call["value"]
-    if call.value(value).dtype != call.value().dtype:
-        value = call.write(aten.to.dtype, value, call.value().dtype, False, False, None)
-    return call.write(aten.expand.default, value, call.sizes(call.first))
-
-
-@rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
-def _arange(call: Call) -> fx.Node:
-    start, step = call.arguments.get("start", 0), call.arguments.get("step", 1)
-    return call.write(aten.arange.start_step, start, call["end"], step, dtype=call.value().dtype)
+RULES: dict[str, Callable[[Given], Tensor | None]] = {
+    **{
+        name: elementwise
+        for name, operator in OPERATORS.items()
+        if torch.Tag.pointwise in getattr(operator, "tags", ()) and not OF_BOOLEANS.match(name)
+    },
+    "aten.hardswish.default": elementwise,
+    "cnnfast.sum": elementwise,
+    "cnnfast.affine": affine,
+    "cnnfast.convolution": convolved,
+    "cnnfast.linear": product,
+    "aten.linear.default": product,
+    "aten.cat.default": concatenated,
+    "aten.mean.dim": reduced,
+    "aten.adaptive_avg_pool2d.default": pooled_adaptively,
+    "aten.batch_norm.default": batch_normed,
+}

@@ -18,6 +18,7 @@ from .actions import actions
 from .convolutions import convolution
 from .elementwise import affine, by_pytorch, sum_of
 from .memory import given_memory, laid_out, place
+from .parts import in_parts_if_large
 from .products import linear
 from .routines import Lookup, Routine, Values
 
@@ -48,9 +49,9 @@ def routine_for(step: Step, lookup: Lookup) -> Routine | None:
     onednn = supports(lookup.output(step).dtype)
     match step.operator:
         case "cnnfast.convolution":
-            return convolution(step, lookup, onednn)
+            return in_parts_if_large(convolution)(step, lookup, onednn)
         case "cnnfast.linear":
-            return linear(step, lookup, onednn)
+            return in_parts_if_large(linear)(step, lookup, onednn)
         case "cnnfast.affine":
             return affine(step, lookup)
         case "cnnfast.sum":

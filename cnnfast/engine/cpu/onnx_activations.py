@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .onnx_elementwise import scaled
-from .onnx_writer import NoOnnxForm, Number, OnnxValue, OnnxWriter
+from .onnx_sizes import NoOnnxForm
+from .onnx_writer import Number, OnnxValue, OnnxWriter
 
 
 def silu(w: OnnxWriter, x: OnnxValue | str) -> str:

@@ -26,8 +26,9 @@ from . import (
     onnx_resizing,
     onnx_shapes,
 )
-from .onnx_sizes import KnownTensor, known_of_all
-from .onnx_writer import NoOnnxForm, OnnxValue, OnnxWriter
+from .onnx_bounds import spell_bounds
+from .onnx_sizes import KnownTensor, NoOnnxForm, known_of_all
+from .onnx_writer import OnnxValue, OnnxWriter
 
 if TYPE_CHECKING:
     import onnx
@@ -73,7 +74,9 @@ def save(model: onnx.ModelProto, path: str | os.PathLike[str], external_data: bo
 
     path = Path(path)
     if external_data:
-        onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+        copied = onnx.ModelProto()
+        copied.CopyFrom(model)  # onnx takes the constants out of the model that it saves
+        onnx.save_model(copied, path, save_as_external_data=True, location=f"{path.name}.data")
         return
     size = sum(len(constant.raw_data) for constant in model.graph.initializer)
     if size > LARGEST_FILE - 2**24:
@@ -89,6 +92,7 @@ def model_of(
     outside: Callable[[torch.Tensor], bool] = lambda constant: False,
 ) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
     """The model, and by name the constants that `outside` keeps out of it: whoever runs the model adds them."""
+    graph = spell_bounds(graph)
     w, known = OnnxWriter(), known_of_all(graph, shapes)
     given = list(inputs or _numbered("input", len(graph.inputs)))
     wanted = list(results or _numbered("result", len(graph.results)))

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from .onnx_activations import activate
-from .onnx_writer import NoOnnxForm, OnnxValue, OnnxWriter
+from .onnx_products import unless_zero
+from .onnx_sizes import NoOnnxForm
+from .onnx_writer import OnnxValue, OnnxWriter
 
 Pair = Sequence[int]
 
@@ -37,7 +39,7 @@ def convolved(
         "Conv",
         image,
         weight,
-        bias,
+        unless_zero(bias),
         kernel_shape=weight.sizes(*range(2, axes + 2)),
         strides=per_axis(stride, axes),
         pads=per_axis(padding, axes) * 2,

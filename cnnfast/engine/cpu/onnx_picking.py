@@ -10,7 +10,8 @@ import torch
 
 from .onnx_layers import per_axis
 from .onnx_shapes import in_shape, permuted
-from .onnx_writer import NoOnnxForm, Number, OnnxValue, OnnxWriter
+from .onnx_sizes import NoOnnxForm
+from .onnx_writer import Number, OnnxValue, OnnxWriter
 
 END = 2**63 - 1
 

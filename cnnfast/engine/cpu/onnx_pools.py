@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .onnx_layers import Pair, per_axis
-from .onnx_writer import NoOnnxForm, OnnxValue, OnnxWriter
+from .onnx_sizes import NoOnnxForm
+from .onnx_writer import OnnxValue, OnnxWriter
 
 
 def image_sizes(x: OnnxValue, axes: int) -> list[int]:

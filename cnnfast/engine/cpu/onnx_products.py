@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from .onnx_activations import activate
-from .onnx_writer import NoOnnxForm, OnnxValue, OnnxWriter
+from .onnx_sizes import NoOnnxForm
+from .onnx_writer import OnnxValue, OnnxWriter
+
+
+def unless_zero(bias: OnnxValue | None) -> OnnxValue | None:
+    """A bias of zeros, as a network that was not trained has them, costs onnxruntime time."""
+    return None if bias is None or (bias.value is not None and not bias.value.any()) else bias
 
 
 def linear(
@@ -21,10 +27,11 @@ def linear(
     numbers: Sequence[float] = (),
 ) -> str:
     """A Gemm of matrices; of more dimensions a product with the transposed weight."""
+    bias = unless_zero(bias)
     if len(x.shape) == 2 and len(weight.shape) == 2:
         return activate(w, w.call("Gemm", x, weight, bias, transB=1), activation, numbers)
     if weight.value is not None:
-        turned: OnnxValue | str = w.constant(weight.value.t().contiguous(), f"{weight.name}.T")
+        turned: OnnxValue | str = w.turned(weight)
     else:
         turned = w.call("Transpose", weight, perm=[1, 0]) if len(weight.shape) == 2 else weight
     y = w.call("MatMul", x, turned)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from .onnx_shapes import in_shape
-from .onnx_writer import NoOnnxForm, OnnxValue, OnnxWriter
+from .onnx_sizes import NoOnnxForm
+from .onnx_writer import OnnxValue, OnnxWriter
 
 
 def reduced(operator: str, whole: bool = False) -> Callable[..., str]:

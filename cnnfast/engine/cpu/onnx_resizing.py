@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .onnx_pools import along_axis, image_sizes
 from .onnx_shapes import in_shape
-from .onnx_writer import NoOnnxForm, OnnxValue, OnnxWriter
+from .onnx_sizes import NoOnnxForm
+from .onnx_writer import OnnxValue, OnnxWriter
 
 
 def axis_weights(operator: Any, axes: int, axis: int, before: int, after: int, options: Sequence[Any]) -> Tensor:

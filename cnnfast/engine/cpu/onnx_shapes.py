@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .onnx_writer import NoOnnxForm, Number, OnnxValue, OnnxWriter
+from .onnx_sizes import NoOnnxForm
+from .onnx_writer import Number, OnnxValue, OnnxWriter
 
 SPLITS = ("chunk.default", "split.Tensor", "split.sizes", "split_with_sizes.default")
 SPLITS += ("tensor_split.sections", "tensor_split.indices")

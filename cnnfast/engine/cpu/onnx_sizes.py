@@ -19,6 +19,10 @@ OTHER = "of N"
 MULTIPLES = (24, 36)
 
 
+class NoOnnxForm(ValueError):
+    """An operator, or the way it is called, has no form in ONNX that computes the same."""
+
+
 @dataclass(frozen=True)
 class KnownTensor:
     """Of a tensor, or of a number that depends on the batch, whose shape is ()."""
@@ -46,7 +50,10 @@ def known_of_all(graph: Graph, shapes: Sequence[Sequence[int]]) -> dict[fx.Node,
             )
             for given, shape in zip(graph.inputs, shapes, strict=True)
         ]
-        runs.append(graph.values(inputs))
+        try:
+            runs.append(graph.values(inputs))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise NoOnnxForm(f"a batch that is free: with {size} images it fails: {error}") from error
 
     known: dict[fx.Node, Any] = {}
     for node, first in runs[0].items():
@@ -62,5 +69,7 @@ def _compared(first: Any, second: Any, sizes: Sequence[int], depends: bool) -> A
         shape = zip(first.shape, second.shape, strict=True)
         return KnownTensor(tuple(a if a == b else BATCH if [a, b] == sizes else OTHER for a, b in shape), first.dtype)
     if isinstance(first, list | tuple):
+        if len(first) != len(second):
+            raise NoOnnxForm("as many results as the batch is large")
         return [_compared(a, b, sizes, depends) for a, b in zip(first, second, strict=True)]
     return KnownTensor((), torch.int64) if first != second or depends else first

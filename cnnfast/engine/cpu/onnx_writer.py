@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .onnx_sizes import BATCH, KnownTensor
+from .onnx_sizes import BATCH, KnownTensor, NoOnnxForm
 
 # The newest operator set whose convolutions and pools every onnxruntime since 1.24 and OpenVINO optimise, and which has
 # Gelu; and the version of the format that came with it.
@@ -28,10 +28,6 @@ ELEMENTS = {
 }
 # Of a constant whose values stay outside the model.
 OUTSIDE = "outside"
-
-
-class NoOnnxForm(ValueError):
-    """An operator, or the way it is called, has no form in ONNX that computes the same."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +110,15 @@ class OnnxWriter:
             self._constant_names[key] = self.unique(name)
             self.constants[self._constant_names[key]] = value.contiguous()
         return OnnxValue(self._constant_names[key], tuple(value.shape), value.dtype, value)
+
+    def turned(self, matrix: OnnxValue) -> str:
+        """A constant matrix [A, B] as one of [B, A]."""
+        assert matrix.value is not None
+        key = (matrix.name, "turned")
+        if key not in self._constant_names:
+            self._constant_names[key] = self.unique(f"{matrix.name}.T")
+            self.constants[self._constant_names[key]] = matrix.value.t().contiguous()
+        return self._constant_names[key]
 
     def number(self, value: Any, dtype: torch.dtype) -> str:
         """A constant, from a number or nested lists of numbers; equal ones are one."""

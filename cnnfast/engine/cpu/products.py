@@ -18,7 +18,7 @@ from .routines import Lookup, Routine, Values, by_parameter
 # An operator of oneDNN's works for about 10 us on the host before it computes anything, a call of BLAS for 1. In return
 # oneDNN multiplies faster, because its weights are packed and, on some CPUs, because its vectors are wider than those
 # that BLAS uses there. The two meet at one to two million multiplications.
-LARGEST_FOR_BLAS = 1 << 20
+LARGEST_FOR_BLAS = 1_000_000
 
 
 @dataclass(frozen=True)

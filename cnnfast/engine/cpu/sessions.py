@@ -52,7 +52,7 @@ class OnnxSession:
 
     def __init__(self, graph: Graph, shapes: Sequence[Sequence[int]]) -> None:
         self._graph, self._shapes = graph, [tuple(shape) for shape in shapes]
-        self._session = self._start()
+        self._session, self._constants = self._start()
         self._inputs = [given.name for given in self._session.get_inputs()]
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -65,28 +65,34 @@ class OnnxSession:
         return {node.name: self.name for node in self._graph.calls.nodes if node.op == "call_function"}
 
     def profile(self, inputs: Sequence[Tensor]) -> dict[str, float]:
-        """By a session of its own, since onnxruntime writes what it times into a file, at the session's end. Its names
-        for fused steps begin with that of a step they are made of; what it adds, like changes of layout, counts
-        together under "(onnxruntime)".
+        """By a session of its own, since onnxruntime writes what it times into a file, at the session's end. Steps that
+        it fuses count under the first of them, by whose name theirs begin; what it adds, like changes of layout,
+        counts together under "(onnxruntime)".
         """
         with tempfile.TemporaryDirectory() as folder:
-            session = self._start(profile=Path(folder) / "profile")
+            session, _constants = self._start(profile=Path(folder) / "profile")
             fed = self._fed(inputs)
-            session.run(None, fed)
+            for _ in range(2):  # the first run of a session waits for memory
+                session.run(None, fed)
             events = json.loads(Path(session.end_profiling()).read_text())
         seconds = dict.fromkeys(self.served_by(), 0.0)
-        for event in events:
+        # Names of steps in the blocked layout are made of their results' names: of a result of the graph, the caller's.
+        results = {one.name: node.name for one, node in zip(session.get_outputs(), self._graph.results, strict=True)}
+        (first, _second) = (i for i, event in enumerate(events) if event["name"] == "model_run")
+        for event in events[first:]:
             if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-                step, within, _ = event["name"].partition("/")
-                known = step if within and step in seconds else OWN_STEPS
-                seconds[known] = seconds.get(known, 0.0) + event["dur"] * 1e-6
+                name = event["name"].removesuffix("_kernel_time").removesuffix("_nchwc")
+                step = results.get(name, name.partition("/")[0])
+                counted = step if step in seconds else OWN_STEPS
+                seconds[counted] = seconds.get(counted, 0.0) + event["dur"] * 1e-6
         return seconds
 
     def _fed(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         given = zip(self._inputs, self._graph.inputs, inputs, strict=True)
-        return {name: x.detach().to(expected.dtype).contiguous().numpy() for name, expected, x in given}
+        return {name: x.detach().to(one.dtype).resolve_neg().contiguous().numpy() for name, one, x in given}
 
-    def _start(self, profile: Path | None = None) -> Any:
+    def _start(self, profile: Path | None = None) -> tuple[Any, list[Any]]:
+        """A session, and the constants whose memory it reads as long as it lives."""
         import onnxruntime
 
         model, beside = model_of(self._graph, self._shapes, outside=lambda constant: constant.nbytes >= SHARED_FROM)
@@ -95,9 +101,10 @@ class OnnxSession:
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
+        options.log_severity_level = 3  # errors: it warns of its own optimisations
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         shared = [onnxruntime.OrtValue.ortvalue_from_numpy(constant.numpy()) for constant in beside.values()]
         options.add_external_initializers(list(beside), shared)
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        return session, [*beside.values(), *shared]

@@ -246,7 +246,8 @@ def test_names_of_classes_that_are_given(monkeypatch):
     assert lines(predict("photos/a.png", "--classes", "names.txt").stdout)[0][1] == "rot"
     assert "the file of classes none.txt cannot be read" in refused("photos", "--classes", "none.txt")
     Path("names.txt").write_text("rot\ngrün\n")
-    assert "its result has 3 columns, and there are names of 2 classes" in refused("photos", "--classes", "names.txt")
+    said = refused("photos", "--classes", "names.txt")
+    assert "Invalid value for --classes: these are names of 2 classes, and the network tells 3" in said
 
 
 def test_a_network_whose_result_is_not_of_classes(monkeypatch):

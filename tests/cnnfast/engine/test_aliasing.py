@@ -226,7 +226,8 @@ def fallen_into(functions: list[Callable[..., object]]) -> list[str]:
 def same(ours: object, theirs: object) -> bool:
     if isinstance(theirs, tuple):
         return isinstance(ours, tuple) and all(map(same, ours, theirs))
-    assert isinstance(ours, Tensor) and isinstance(theirs, Tensor)
+    assert isinstance(ours, Tensor)
+    assert isinstance(theirs, Tensor)
     return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 

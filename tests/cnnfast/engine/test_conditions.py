@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from cnnfast.engine.conditions import LONGEST, check, parsed, translated, violated
+from cnnfast.engine.conditions import LONGEST, check, fixed_size, parsed, translated, violated
 
 SHAPES = ((2, 3, 5, 7), (2, 11))
 
@@ -107,3 +107,9 @@ def test_translation():
     for text in ("s53**9 >= 9", "s1 > 3", "s53 / 2 > 1", "math.ceil(s53) > 1"):
         with pytest.raises(ValueError, match="condition"):
             translated(text, names)
+
+
+def test_sizes_that_a_condition_fixes():
+    assert fixed_size("size(0, 2) == 224") == (0, 2, 224)
+    for condition in ("size(0, 2) >= 224", "size(0, 2) == size(0, 3)", "size(0, 2) + 1 == 2", "2 <= size(0, 2) == 224"):
+        assert fixed_size(condition) is None

@@ -138,11 +138,14 @@ def broken(name: str, folder: Path) -> Path:
         "drawing.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
         "gone.png": None,
         "folder.png": None,
+        "pipe.png": None,
     }
     if contents[name] is not None:
         file.write_bytes(contents[name])
     elif name == "folder.png":
         file.mkdir()
+    elif name == "pipe.png":
+        os.mkfifo(file)
     return file
 
 
@@ -156,7 +159,8 @@ def broken(name: str, folder: Path) -> Path:
         ("altered.png", "."),
         ("drawing.png", "Pillow knows no image format like this"),
         ("gone.png", "No such file or directory"),
-        ("folder.png", "Is a directory"),
+        ("folder.png", "it is no file, but a folder, a pipe or a device"),
+        ("pipe.png", "it is no file, but a folder, a pipe or a device"),
     ],
 )
 def test_what_cannot_be_read_has_a_reason(tmp_path, name, reason):

@@ -40,7 +40,7 @@ def test_products_of_sizes_stay_small():
 
 
 @pytest.mark.parametrize(
-    "target, words",
+    ("target", "words"),
     [
         (torch.ops.aten.rand.default, "aten.rand.default, which draws random numbers"),
         (torch.ops.aten.bernoulli.default, "draws random numbers"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cnnfast.engine import predicting
-from cnnfast.engine.predicting import NOT_FINITE, NoClasses, Prediction, predict, probabilities
+from cnnfast.engine.predicting import NOT_FINITE, NoClasses, OtherClasses, Prediction, predict, probabilities
 from cnnfast.engine.preprocessing import Preprocessing
 
 PIL = pytest.importorskip("PIL.Image")
@@ -117,13 +117,18 @@ def test_what_is_not_finite_is_no_prediction(tmp_path):
         (lambda x: x.mean((1, 2, 3)), "its result is a tensor of N, and"),
         (lambda x: x[:, :1].mean((2, 3)), "its result is a tensor of Nx1, and"),
         (lambda x: x[:1].mean((2, 3)), "its result is a tensor of Nx3, and"),
-        (lambda x: x[:, :2].mean((2, 3)), "its result has 2 columns, and there are names of 3 classes"),
     ],
 )
 def test_a_result_that_tells_no_classes_is_described(tmp_path, network, says):
     files = [paint(tmp_path, f"{i}.png", "red") for i in range(2)]
     with pytest.raises(NoClasses, match=says):
         list(predict(network, SQUARE, files, batch=2, top=1, classes=3))
+
+
+def test_another_number_of_classes_than_there_are_names(tmp_path):
+    files = [paint(tmp_path, "0.png", "green")]
+    with pytest.raises(OtherClasses, match="these are names of 4 classes, and the network tells 3"):
+        list(predict(Brightest(), SQUARE, files, batch=2, top=1, classes=4))
 
 
 def test_one_tensor_in_a_dict_tells_classes(tmp_path):

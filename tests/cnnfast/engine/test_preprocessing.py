@@ -289,6 +289,24 @@ def test_a_library_that_is_not_installed_is_named(name, text, monkeypatch):
         Preprocessing.of(text)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input_size": 224},
+        {"input_size": (224,)},
+        {"crop_pct": "0.9"},
+        {"mean": 0.5},
+        {"input_size": (3, "a", "b")},
+        {"crop_mode": "border", "mean": "abc"},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_sense_is_refused(change):
+    cfg = {"input_size": (3, 32, 32), "mean": MEAN, "std": STD}
+    with pytest.raises(ValueError, match="preprocessing"):
+        Preprocessing.of(cfg | change)
+
+
 def test_presets_for_other_tasks_are_refused():
     presets = package("torchvision.transforms._presets")
     for preset in (presets.ObjectDetection(), presets.VideoClassification(crop_size=(8, 8), resize_size=(8, 8))):

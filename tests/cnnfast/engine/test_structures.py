@@ -80,7 +80,8 @@ def test_a_file_keeps_all_but_the_class(tree):
     assert loaded == structure
     assert str(loaded) == str(structure)
     again = Structure.flatten(loaded.build(flat))
-    assert again[1] == structure and all(map(same, again[0], flat))
+    assert again[1] == structure
+    assert all(map(same, again[0], flat))
 
 
 def test_what_a_file_builds_is_plain():
@@ -96,7 +97,9 @@ def test_the_classes_of_transformers_come_back():
     flat, structure = Structure.flatten(tree)
     built = structure.build(flat)
     assert type(built) is type(tree)
-    assert built.logits is A and built.hidden_states == (B, C) and built.loss is None
+    assert built.logits is A
+    assert built.hidden_states == (B, C)
+    assert built.loss is None
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
@@ -112,7 +115,7 @@ def test_how_it_reads():
 
 
 @pytest.mark.parametrize(
-    "tree, words",
+    ("tree", "words"),
     [
         ({1: A}, "the keys of a dict of tensors must be str, but one is 1"),
         ((A, object()), "an object of class builtins.object is neither a tensor nor"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -156,8 +157,8 @@ class Frozen:
         """What serves inputs of these sizes. Raises ValueError if nothing does."""
         shapes = shapes_of(leaves)
         serving = self._serving
-        if serving.refusal(shapes) and self._original is not None and _is_another_image_size(serving.network, shapes):
-            self._grow(leaves)
+        if serving.refusal(shapes) and _is_another_image_size(serving.network, shapes):
+            self._grow(leaves)  # does nothing if it was done before, perhaps by another thread just now
             serving = self._serving
         if reason := serving.refusal(shapes):
             raise ValueError(f"frozen(): {reason}")
@@ -177,15 +178,24 @@ class Frozen:
             try:
                 captured = original.captured_with_any_size()
                 grown = Serving(replace(self.network, graph=fold(captured.graph, self.dtype)))
-                if not grown.refusal(shapes_of(leaves) if leaves else self.example):
-                    one = None if leaves is None else self.network.arguments.build(_one_of_each(self.network, leaves))
-                    check = original.check(grown.on, self.network.result, one)
-                    if not check.ok:
-                        raise CannotCapture(f"with its image sizes free it computes something else:\n{check}")
+                check = self._checked(grown, original, leaves)
+                if not check.ok:
+                    raise CannotCapture(f"with its image sizes free it computes something else:\n{check}")
                 self._serving = grown
             except CannotCapture as error:
                 self._serving = self._serving.fixed(f"{original.name} has only this image size: {error}")
             self._original = None
+
+    def _checked(self, grown: Serving, original: Original, leaves: Sequence[Tensor] | None) -> SelfCheck:
+        """How far a graph for any image size is from the original: at the size of these inputs, if both take them, and
+        else at the size of the example.
+        """
+        result = self.network.result
+        if leaves is not None and not grown.refusal(shapes_of(leaves)) and all(t.numel() for t in leaves):
+            one = self.network.arguments.build(_one_of_each(self.network, leaves))
+            with suppress(RuntimeError, ValueError):  # too small an image, for example: the call will say so
+                return original.check(grown.on, result, one)
+        return original.check(grown.on, result)
 
     def _sizes(self) -> str:
         """What a report says of image sizes."""

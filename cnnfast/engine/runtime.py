@@ -38,7 +38,7 @@ class Runners:
         self._plain = PlainRunner(graph)
 
     def runner(self, shapes: Shapes) -> Runner:
-        """The runner for inputs of these shapes."""
+        """The runner for inputs of these shapes. Raises ValueError where a step has no result for such sizes."""
         if any(0 in shape for shape in shapes):
             return self._plain  # there is nothing to compute, and engines make a special case of it
         with self._lock:
@@ -65,6 +65,9 @@ class Runners:
                 return sessions.build(self.graph, shapes)
             except NoOnnxForm as error:
                 self.why_not_onnxruntime = str(error)
+            except RuntimeError:
+                plan(self.graph, shapes)  # says in a sentence what is wrong with these sizes, if that is the reason
+                raise
             except ImportError as error:
                 self.why_not_onnxruntime = f"it is installed, but does not import: {error}"
         if not onednn.supports(self.dtype):

@@ -113,11 +113,34 @@ def test_a_graph_for_any_size_that_computes_something_else_is_not_used(monkeypat
     assert torch.equal(frozen(image(2)), Exact()(image(2)))
 
 
-def test_one_image_too_small_is_refused_and_the_next_one_served():
-    frozen = cnnfast.freeze(nn.Sequential(nn.Conv2d(3, 4, 5), nn.MaxPool2d(2)), image())
-    with pytest.raises(ValueError, match=r"frozen\(\)"):
-        frozen(image(1, 4))
-    assert frozen(image(1, 16)).shape == (1, 4, 6, 6)
+@pytest.mark.parametrize("runner", ["onnxruntime", "oneDNN"])
+def test_an_image_too_small_is_refused_and_the_next_one_served(runner, monkeypatch):
+    if runner == "oneDNN":
+        monkeypatch.setattr("cnnfast.engine.cpu.sessions.available", lambda graph: "it is not wanted here")
+    else:
+        pytest.importorskip("onnxruntime")
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.MaxPool2d(2), nn.Conv2d(4, 4, 2))
+    frozen = cnnfast.freeze(model, image())
+    for x in (image(1, 4), image(1, 6), image(2, 8, 5)):
+        with pytest.raises(ValueError, match=r"shape|small|size"):
+            frozen(x)
+    assert frozen(image(1, 16)).shape == (1, 4, 5, 5)
+    assert frozen.report().runner == runner
+
+
+def test_a_thread_that_comes_when_another_has_just_captured_is_served(monkeypatch, frozen):
+    """It has seen the old graph, and finds nothing left to capture."""
+    refusal = frozen._serving.refusal
+    grow = frozen._grow
+
+    def late(shapes):
+        reason = refusal(shapes)
+        if reason:
+            grow()
+        return reason
+
+    monkeypatch.setattr(frozen._serving, "refusal", late)
+    assert torch.equal(frozen(image(1, 16)), Exact()(image(1, 16)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

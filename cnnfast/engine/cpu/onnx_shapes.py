@@ -149,6 +149,7 @@ FORMS: dict[str, Callable[..., Any]] = {
     "aten.full.default": lambda w, sizes, value, *_: filled(w, sizes, value),
     "aten.scalar_tensor.default": lambda w, value, *_: w.cast(value, w.result.dtype),
     "aten.eye.default": of_the_batch,
+    "aten.eye.m": of_the_batch,
     "aten.linspace.default": of_the_batch,
     "aten.arange.start_step": lambda w, start, end, step=1, *_: counted(w, start, end, step),
 }

@@ -255,7 +255,7 @@ EXACT: dict[str, Callable[..., Any]] = {
         aten.to.dtype(x, torch.float64), aten.to.dtype(c.index, torch.int32),
     ),
     "max_pool2d": lambda c, x: aten.max_pool2d.default(x, [3, 2], [2, 1], [1, 1]),
-    "max_pool2d, ceil": lambda c, x: aten.max_pool2d.default(x, [3, 3], [2, 2], [0, 1], [1, 1], True),
+    "max_pool2d, ceil": lambda c, x: aten.max_pool2d.default(x, [3, 2], [3, 2], [0, 1], [1, 1], True),
     "max_pool2d, a last window in the padding": lambda c, x: aten.max_pool2d.default(x, [2], [2], [1], [1], True),
     "max_pool2d, ceil, far apart": lambda c, x: aten.max_pool2d.default(x, [2, 2], [3, 4], [1, 1], [1, 1], True),
     "max_pool2d, dilated": lambda c, x: aten.max_pool2d.default(x, [2, 3], [2, 2], [1, 1], [3, 2], True),
@@ -500,14 +500,14 @@ CLOSE: dict[str, Callable[..., Any]] = {
     ),
     **{
         f"avg_pool2d, {ceil=}, {pad=}, {counted=}": lambda c, x, a=(pad, ceil, counted): aten.avg_pool2d.default(
-            x, [3, 2], [2, 3], *a
+            x, [4, 3], [2, 3], *a
         )
         for ceil in (False, True)
         for pad in ([0, 0], [1, 1], [1, 0])
         for counted in (False, True)
     },
     "avg_pool2d, by another number": lambda c, x: (
-        aten.avg_pool2d.default(x, [3], [2], [1], True, True, 5), aten.avg_pool2d.default(x, [3], [2], [1], True,
+        aten.avg_pool2d.default(x, [4, 3], [2, 3], [1], True, True, 5), aten.avg_pool2d.default(x, [3], [2], [1], True,
         False, 5)
     ),
     "avg_pool1d": lambda c, x: aten.avg_pool1d.default(aten.select.int(x, 1, 0), [3], [2], [1], True),

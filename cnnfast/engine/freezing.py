@@ -106,13 +106,14 @@ def freeze(
             frozen: Frozen = Unplanned(original, result, str(error), given, notes)
         else:
             tell(2, len(STAGES), STAGES[2])
+            example = tuple(tuple(t.shape) for t in Structure.flatten(original.inputs)[0])
             network = Network(
-                fold(captured.graph, wanted),
+                fold(captured.graph, wanted, example),
                 captured.arguments,
                 structure,
                 wanted,
                 tuple(t.dtype for t in leaves),
-                tuple(tuple(t.shape) for t in Structure.flatten(original.inputs)[0]),
+                example,
             )
             network, left_out = _surrounded(network, leaves, given, found_on(model))
             frozen = Frozen(network, original=original, notes=[*notes, *left_out])

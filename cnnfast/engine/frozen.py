@@ -177,7 +177,8 @@ class Frozen:
                 return
             try:
                 captured = original.captured_with_any_size()
-                grown = Serving(replace(self.network, graph=fold(captured.graph, self.dtype)))
+                graph = fold(captured.graph, self.dtype, self.example)
+                grown = Serving(replace(self.network, graph=graph))
                 check = self._checked(grown, original, leaves)
                 if not check.ok:
                     raise CannotCapture(f"with its image sizes free it computes something else:\n{check}")

@@ -10,16 +10,7 @@ import typer
 
 from ..dtypes import CHOICES
 from . import options
-from .console import (
-    STANDARD_OUTPUT,
-    JsonFile,
-    announce,
-    printer,
-    progress,
-    refuse_unwritable,
-    refused_by,
-    write_text,
-)
+from .console import STANDARD_OUTPUT, JsonFile, announce, printer, progress, refuse_unwritable, refused_by, write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,9 +99,9 @@ def freeze(
     import torch
 
     from .. import engine
-    from ..engine.classes import classes_of
+    from ..engine.images.classes import classes_of
+    from ..engine.images.preprocessing import Preprocessing
     from ..engine.judging import NotClose
-    from ..engine.preprocessing import Preprocessing
     from ..targets.libraries import SOURCES
 
     with refused_by("--classes", ValueError):

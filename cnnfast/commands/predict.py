@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..engine import Frozen
-    from ..engine.images import Found
-    from ..engine.predicting import Prediction
-    from ..engine.preprocessing import Preprocessing
+    from ..engine.images.images import Found
+    from ..engine.images.predicting import Prediction
+    from ..engine.images.preprocessing import Preprocessing
 
 EXAMPLES = (
     "cnnfast predict model.cnnfast cat.jpg",
@@ -115,7 +115,7 @@ def predict(
     if not model.is_file():
         raise typer.BadParameter(f"there is no file {model}{_advice(model)}", param_hint="NETWORK")
 
-    from ..engine.images import find
+    from ..engine.images.images import find
 
     with refused_by("IMAGE", FileNotFoundError, ModuleNotFoundError):
         found = find(places)
@@ -163,8 +163,8 @@ def _surroundings(
     network: Frozen, file: Path, preprocessing: str, classes: str
 ) -> tuple[Preprocessing, tuple[str, ...] | None]:
     """How images are prepared, and the names of classes: what was asked for, or else what the file has."""
-    from ..engine.classes import classes_of
-    from ..engine.preprocessing import Preprocessing
+    from ..engine.images.classes import classes_of
+    from ..engine.images.preprocessing import Preprocessing
 
     with refused_by("--preprocessing", ValueError):
         how = Preprocessing.of(preprocessing) if preprocessing else network.preprocessing
@@ -189,8 +189,8 @@ def _predictions(
     top: int,
 ) -> tuple[list[Prediction], int]:
     """What was predicted, or was until an interrupt, and the exit code of that."""
-    from ..engine.predicting import NoClasses, OtherClasses, Prediction
-    from ..engine.predicting import predict as predictions
+    from ..engine.images.predicting import NoClasses, OtherClasses, Prediction
+    from ..engine.images.predicting import predict as predictions
 
     done = [Prediction(folder, error=why) for folder, why in found.unreadable.items()]
     count = len(names) if names else None

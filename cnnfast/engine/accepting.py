@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .graph import Input
-from .limits import written
+from .planning.limits import written
 from .structures import LEAF, Structure
 
 

@@ -14,14 +14,14 @@ from .. import dtypes
 from ..aside import does_not_run, is_callers, leaving_no_trace, real_copy
 from ..conversion import revert
 from ..spelling import keywords_explained
-from .capture import CannotCapture
-from .classes import classes_of, found_on
-from .folding import fold
+from .capturing.capture import CannotCapture
+from .folding.folding import fold
 from .frozen import Frozen
+from .images.classes import classes_of, found_on
+from .images.preprocessing import Preprocessing
 from .judging import LIMITS, NotClose, SelfCheck
 from .network import Network
 from .original import Original
-from .preprocessing import Preprocessing
 from .structures import Structure
 from .unplanned import Unplanned
 

@@ -12,19 +12,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import file
 from .accepting import accept
-from .capture import CannotCapture
-from .folding import fold
+from .capturing.capture import CannotCapture
+from .folding.folding import fold
 from .graph import Input
+from .images.preprocessing import Preprocessing
 from .judging import SelfCheck
 from .network import Network
 from .original import Original
-from .preprocessing import Preprocessing
 from .profiling import Profile, profile_of
 from .reporting import FrozenReport, report_on
 from .runtime import Shapes
 from .serving import Serving, plainly, shapes_of
+from .storage import file
 
 
 class Frozen:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .graph import Graph
-from .preprocessing import Preprocessing
+from .images.preprocessing import Preprocessing
 from .structures import Structure
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..aside import leaving_no_trace
 from ..dispatch import CPU_REASON, backend, in_this_thread
 from . import judging
-from .capture import CannotCapture, CapturedNetwork, capture, capture_within
+from .capturing.capture import CannotCapture, CapturedNetwork, capture, capture_within
 from .judging import SelfCheck
 from .structures import Structure
 

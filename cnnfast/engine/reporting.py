@@ -15,7 +15,7 @@ from rich.text import Text
 from .judging import SelfCheck, decibels
 from .network import Network
 from .plan import Plan
-from .planning import plan
+from .planning.planning import plan
 from .runtime import PlainRunner, Runners
 
 if TYPE_CHECKING:

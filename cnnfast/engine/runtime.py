@@ -14,7 +14,7 @@ from .cpu import onednn, sessions
 from .cpu.onnx_graph import NoOnnxForm
 from .graph import Graph
 from .operators import NAMES
-from .planning import plan
+from .planning.planning import plan
 from .runner import Runner
 
 # Runners that are kept for one graph. Each has memory of its own, and a server may see images of any size.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .accepting import accept, misfits
-from .conditions import violated
 from .network import Network
+from .planning.conditions import violated
 from .runtime import Runners, Shapes, address, own
 
 AGAIN = "freeze the model again, on an example of this size"

@@ -14,10 +14,10 @@ from . import judging
 from .accepting import accept
 from .frozen import Frozen
 from .graph import Input
+from .images.preprocessing import Preprocessing
 from .judging import Reference, SelfCheck
 from .network import Network
 from .original import Original
-from .preprocessing import Preprocessing
 from .profiling import Profile
 from .reporting import UNPLANNED, FrozenReport
 from .runtime import Shapes, address, own

@@ -22,12 +22,13 @@ from random import Random
 from typing import Any
 
 import torch
+from cnnfast.engine.planning.planning.planning import plan
 
-from cnnfast.engine import file, plain
 from cnnfast.engine.network import Network
 from cnnfast.engine.operators import OPERATORS
-from cnnfast.engine.planning import plan
-from cnnfast.engine.schemas import schema
+from cnnfast.engine.planning.planning import plain
+from cnnfast.engine.storage import file
+from cnnfast.engine.storage.schemas import schema
 
 from .frozen_networks import NETWORKS, inputs_of
 from .random_calls import NUMBERS, argument

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from cnnfast.engine.graph_json import DTYPES
 from cnnfast.engine.operators import OPERATORS
-from cnnfast.engine.schemas import gives, schema
+from cnnfast.engine.storage.graph_json import DTYPES
+from cnnfast.engine.storage.schemas import gives, schema
 
 NUMBERS = (0, 1, -1, 2, 3, 7, 255, 4097, 2**16, 2**20, 2**31 - 1, 2**31, -(2**31), 2**40, 2**62, 2**63 - 1, 2**63)
 NUMBERS += (-(2**63), 2**64, 10**30, 0.5, -0.0, 1e-320, 1e308, -1e308)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..plan import Plan, Step
-from ..propagation import references
+from ..planning.propagation import references
 from .elementwise import by_pytorch
 from .routines import Lookup, Routine, Values
 

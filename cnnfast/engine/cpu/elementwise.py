@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..operators import OPERATORS
 from ..plan import Step
-from ..propagation import references
+from ..planning.propagation import references
 from .activations import in_place
 from .routines import Lookup, Routine, Values, by_parameter
 

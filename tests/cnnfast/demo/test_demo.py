@@ -19,18 +19,7 @@ from cnnfast.checking import CheckReport, CheckRow, Comparison
 from cnnfast.checking.capture import capture_calls
 from cnnfast.conversion import ConversionReport
 from cnnfast.conversion.rows import ConvolutionRow
-from cnnfast.demo import (
-    assortment,
-    costs,
-    digits,
-    effort,
-    findings,
-    panels,
-    photograph,
-    plain,
-    story,
-    timing,
-)
+from cnnfast.demo import assortment, costs, digits, effort, findings, panels, photograph, plain, story, timing
 from cnnfast.demo.markdown import markdown
 from cnnfast.demo.picture import Images, draw, picture
 from cnnfast.demo.results import Conversion, Known, Maps, Proof, Results, Training, in_units

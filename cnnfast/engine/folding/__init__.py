@@ -1,0 +1,1 @@
+"""From a captured graph to one with fewer calls."""

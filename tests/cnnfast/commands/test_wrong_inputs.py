@@ -229,7 +229,7 @@ ROWS = [
     ("freeze resnet18 --out x.cnnfast --weights none.safetensors", "there is no file none.safetensors"),
     ("freeze resnet18 --out x.cnnfast --weights {own}/rows.json", "{own}/rows.json is no file of safetensors"),
     ("freeze resnet18 --out x.cnnfast --classes none.txt", "none.txt cannot be read"),
-    ("freeze resnet18 --out x.cnnfast --preprocessing nonsense", "preprocessing='nonsense' is nothing that tells"),
+    ("freeze resnet18 --out x.cnnfast --preprocessing nonsense", "preprocessing='nonsense' is none of"),
     ("freeze {own}/fine.py:net --input 1x3x8x8 --out x.cnnfast --classes {own}/rows.json", "the name of class 0 is {"),
     ("freeze {own}/fine.py:net --input 1x2x8x8 --out x.cnnfast", "Net does not run on 1x2x8x8: RuntimeError: "),
     ("freeze {own}/fine.py:pool --out x.cnnfast", "needs arguments (x): write a function that builds it"),

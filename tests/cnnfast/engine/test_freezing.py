@@ -279,8 +279,8 @@ def test_results_that_are_too_far_are_refused_with_a_table(monkeypatch):
 
     fold = freezing.fold
 
-    def wrong(graph, dtype):
-        graph = fold(graph, dtype)
+    def wrong(graph, *others):
+        graph = fold(graph, *others)
         graph.constants = {name: t * (1 + 1e-4) for name, t in graph.constants.items()}
         return graph
 

@@ -19,12 +19,12 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from cnnfast.engine.planning.planning.planning import plan
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import cnnfast
 from cnnfast.engine.cpu import onednn
+from cnnfast.engine.planning.planning import plan
 from cnnfast.torchvision_import import torchvision
 
 LIMIT = 1e-5

@@ -20,7 +20,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from cnnfast.engine.planning.planning.planning import plan
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +27,7 @@ import cnnfast
 from cnnfast.bench.engines import by_onnxruntime, unavailable
 from cnnfast.bench.job import Job
 from cnnfast.engine.cpu import onednn
+from cnnfast.engine.planning.planning import plan
 from cnnfast.measuring.machine import this_machine
 from cnnfast.measuring.timing import HostClock, Times, measure
 from cnnfast.torchvision_import import torchvision

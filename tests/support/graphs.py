@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from cnnfast.engine.folding.folding.folding import fold
 from torch import Tensor, fx
 
+from cnnfast.engine.folding.folding import fold
 from cnnfast.engine.graph import Graph, Input
 from cnnfast.engine.operators import NAMES
 

@@ -22,11 +22,11 @@ from random import Random
 from typing import Any
 
 import torch
-from cnnfast.engine.planning.planning.planning import plan
 
 from cnnfast.engine.network import Network
 from cnnfast.engine.operators import OPERATORS
-from cnnfast.engine.planning.planning import plain
+from cnnfast.engine.planning import plain
+from cnnfast.engine.planning.planning import plan
 from cnnfast.engine.storage import file
 from cnnfast.engine.storage.schemas import schema
 

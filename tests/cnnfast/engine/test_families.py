@@ -7,13 +7,13 @@ import importlib.util
 
 import pytest
 import torch
-from cnnfast.engine.planning.planning.planning import plan
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import cnnfast
 from cnnfast.engine.cpu import onednn
-from cnnfast.engine.planning.planning import plain
+from cnnfast.engine.planning import plain
+from cnnfast.engine.planning.planning import plan
 from tests.support.model_zoo import FAMILIES, Family
 
 LIMIT = 1e-5  # of ||frozen - exact|| / ||exact||, where exact is the original in float64

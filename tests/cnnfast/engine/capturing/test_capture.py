@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cnnfast.engine.planning.planning.conditions import violated
 from torch import Tensor, nn
 
 from cnnfast.engine.capturing import capture as capturing
 from cnnfast.engine.capturing.capture import CannotCapture, CapturedNetwork, capture, capture_within
 from cnnfast.engine.operators import NAMES
+from cnnfast.engine.planning.conditions import violated
 
 
 def integers(*shape: int, seed: int = 3) -> Tensor:

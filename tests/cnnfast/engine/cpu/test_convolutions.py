@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cnnfast.engine.planning.planning.planning import plan
 
 from cnnfast.engine.cpu import onednn, parts, products
 from cnnfast.engine.operators import ACTIVATIONS, OPERATORS
+from cnnfast.engine.planning.planning import plan
 from tests.support.agreement import integers, normal
 from tests.support.graphs import in_float64, written
 

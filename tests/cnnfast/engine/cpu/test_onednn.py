@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from cnnfast.engine.folding.folding.folding import fold
-from cnnfast.engine.planning.planning.planning import plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from cnnfast.engine.capturing.capture import capture
 from cnnfast.engine.cpu import memory, onednn
+from cnnfast.engine.folding.folding import fold
 from cnnfast.engine.graph import Graph
+from cnnfast.engine.planning.planning import plan
 from tests.support.agreement import integers
 from tests.support.graphs import in_float64, written
 from tests.support.planned import CASES, graph_of, inputs_for, negative, ours, random_graphs

@@ -8,11 +8,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from cnnfast.engine.folding.folding.folding import fold
 
 from cnnfast.engine import operators
 from cnnfast.engine.cpu import onnx_graph
 from cnnfast.engine.cpu.onnx_graph import NoOnnxForm, save, to_onnx
+from cnnfast.engine.folding.folding import fold
 from tests.support.agreement import integers, normal
 from tests.support.graphs import in_float64, written
 

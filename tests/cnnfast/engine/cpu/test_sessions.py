@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cnnfast.engine.folding.folding.folding import fold
 from torch import Tensor
 
 from cnnfast.engine import operators
 from cnnfast.engine.capturing.capture import capture
 from cnnfast.engine.cpu import sessions
+from cnnfast.engine.folding.folding import fold
 from cnnfast.engine.graph import Graph
 from tests.support.agreement import integers
 from tests.support.child import run_compiled

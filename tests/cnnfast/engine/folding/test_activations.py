@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cnnfast.engine.folding.folding.forms import CONVOLUTION
 
+from cnnfast.engine.folding.forms import CONVOLUTION
 from cnnfast.engine.operators import ACTIVATIONS
 from tests.support.agreement import integers
 from tests.support.graphs import called, fold, in_float64, relative_error, written

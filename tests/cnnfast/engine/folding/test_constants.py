@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from cnnfast.engine.folding.folding.folding import fold
 
+from cnnfast.engine.folding.folding import fold
 from cnnfast.engine.graph import Input
 from tests.support.agreement import integers, normal
 from tests.support.graphs import called, exactly_folded, written

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from cnnfast.engine.folding.folding.folding import fold
 
 from cnnfast.engine.capturing.capture import capture
+from cnnfast.engine.folding.folding import fold
 from cnnfast.engine.operators import NAMES
 from tests.support.agreement import integers
 from tests.support.graphs import called, in_float64, relative_error, written

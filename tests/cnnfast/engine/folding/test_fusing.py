@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cnnfast.engine.folding.folding.folding import fold
-from cnnfast.engine.folding.folding.forms import CONVOLUTION
-from cnnfast.engine.folding.folding.sizes import Sizes
-from cnnfast.engine.planning.planning.conditions import violated
 
+from cnnfast.engine.folding.folding import fold
+from cnnfast.engine.folding.forms import CONVOLUTION
+from cnnfast.engine.folding.sizes import Sizes
 from cnnfast.engine.graph import Graph
+from cnnfast.engine.planning.conditions import violated
 from tests.support.agreement import integers
 from tests.support.graphs import called, exactly_folded, written
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from cnnfast.engine.folding.folding.folding import fold
 
+from cnnfast.engine.folding.folding import fold
 from cnnfast.engine.graph import Graph
 from tests.support.agreement import integers
 from tests.support.graphs import called, written

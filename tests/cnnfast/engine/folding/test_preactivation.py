@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cnnfast.engine.folding.folding.folding import fold
 from torch import Tensor
 
+from cnnfast.engine.folding.folding import fold
 from tests.support.agreement import integers, normal
 from tests.support.graphs import called, exactly_folded, in_float64, relative_error, written
 

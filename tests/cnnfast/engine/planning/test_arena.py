@@ -3,9 +3,10 @@ from __future__ import annotations
 from itertools import combinations
 
 import pytest
-from cnnfast.engine.planning.planning.arena import ALIGNMENT, Lifetime, arrange, least
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cnnfast.engine.planning.arena import ALIGNMENT, Lifetime, arrange, least
 
 
 @st.composite

@@ -3,7 +3,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from cnnfast.engine.planning.planning.conditions import LONGEST, check, fixed_size, parsed, translated, violated
+
+from cnnfast.engine.planning.conditions import LONGEST, check, fixed_size, parsed, translated, violated
 
 SHAPES = ((2, 3, 5, 7), (2, 11))
 

@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from cnnfast.engine.planning.planning.demands import FLOATING, PARTS, check_demands
-from cnnfast.engine.planning.planning.planning import plan
 
 from cnnfast.engine.operators import OPERATORS
-from cnnfast.engine.planning.planning import plain
+from cnnfast.engine.planning import plain
+from cnnfast.engine.planning.demands import FLOATING, PARTS, check_demands
+from cnnfast.engine.planning.planning import plan
 from cnnfast.engine.storage.graph_json import from_data
 from cnnfast.engine.storage.schemas import by_name, schema
 from tests.support.random_calls import graph_of_one_call

@@ -9,16 +9,19 @@ from itertools import combinations
 
 import pytest
 import torch
-from cnnfast.engine.planning.planning.planning import plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cnnfast.engine.capturing.capture import capture
+from cnnfast.engine.folding.folding import fold
 from cnnfast.engine.graph import Graph
 from cnnfast.engine.plan import Buffer, Plan
-from cnnfast.engine.planning.planning import plain
+from cnnfast.engine.planning import plain
+from cnnfast.engine.planning.planning import plan
 from tests.support.agreement import integers
 from tests.support.graphs import in_float64
+from tests.support.model_zoo import FAMILIES
 from tests.support.planned import CASES, graph_of, inputs_for, random_graphs
 
 
@@ -135,3 +138,27 @@ def test_poison_finds_buffers_that_overlap(name):
         moved = replace(made, arena=2 * made.arena)
         moved = changed(moved, replace(other, address=one.address))
         assert not same(plain.run(moved, graph.constants, inputs, poison=True), want), (one, other)
+
+
+NETWORKS = (
+    "torchvision-resnet18",
+    "torchvision-densenet",
+    "torchvision-shufflenet_v2_x0_5",
+    "torchvision-convnext",
+    "unet",
+)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name):
+    """Captured and folded in float64, so that nothing but a fault makes a difference that counts."""
+    (family,) = [family for family in FAMILIES if str(family) == name]
+    model, x = family.make(torch.float64)
+    graph = fold(capture(model.eval(), (x,), sizes=False).graph, torch.float64)
+    batch = torch.cat([x, x.flip(0)[:1]])
+    made = planned(graph, [batch])
+    want = graph.run([batch])
+    clean, poisoned = (plain.run(made, graph.constants, [batch], poison=poison) for poison in (False, True))
+    assert same(clean, poisoned)
+    for result, exact in zip(clean, want, strict=True):
+        torch.testing.assert_close(result, exact, rtol=1e-11, atol=1e-11 * float(exact.abs().max()))

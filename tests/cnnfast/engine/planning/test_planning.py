@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cnnfast.engine.planning.planning.planning import plan
 
 from cnnfast.engine.graph import Graph
 from cnnfast.engine.operators import OPERATORS
 from cnnfast.engine.plan import Plan, Ref, Step, Value
+from cnnfast.engine.planning.planning import plan
 from tests.support.graphs import written
 from tests.support.planned import CASES, CONSTANTS, chunks, convolve, graph_of, negative, ours
 
@@ -304,6 +304,13 @@ def test_results_that_are_not_whole_values_are_copied():
     assert len({made.values[name].buffer for name in (x, image, a, left, right)}) == 5
 
 
+def test_a_result_that_is_the_beginning_of_a_value_is_copied():
+    """It has no gaps, but returning it would keep the other images, too."""
+    made = planned(lambda c, x: chunks(aten.chunk.default(aten.relu.default(x), 2, 0), 2)[0], X)
+    assert made.steps[-1].operator == "aten.clone.default"
+    assert made.buffers[made.results[0]].bytes == 4 * 4 * 4 * 8
+
+
 def test_a_result_that_repeats_elements_is_copied():
     made = planned(lambda c, x: aten.expand.default(aten.mean.dim(x, [2, 3], True), [2, 4, 4, 8]), X)
     assert made.steps[-1].operator == "aten.clone.default"
@@ -358,7 +365,10 @@ def product(c: Any, x: Any) -> Any:
 
 
 HOSTILE = {
-    "a large value": lambda c, x: aten.sum.default(aten.expand.default(c.one, [1 << 20, 1 << 20])),
+    "a large value": lambda c, x: aten.expand.default(c.one, [1 << 20, 1 << 20]),
+    "a large view": lambda c, x: aten.sum.default(
+        aten.expand.default(aten.reshape.default(x, [256, 1]), [256, 1 << 32])
+    ),
     "a value that no number counts": lambda c, x: aten.expand.default(c.one, [1 << 40, 1 << 40]),
     "a large number": product,
     "many parts": lambda c, x: chunks(aten.unbind.int(aten.expand.default(c.one, [1 << 24])), 1)[0],

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from cnnfast.engine.planning.planning.planning import plan
-from cnnfast.engine.planning.planning.shape_rules import RULES, elementwise, given_by
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from cnnfast.engine.operators import OPERATORS
-from cnnfast.engine.planning.planning import propagation
+from cnnfast.engine.planning import propagation
+from cnnfast.engine.planning.planning import plan
+from cnnfast.engine.planning.shape_rules import RULES, elementwise, given_by
 from cnnfast.engine.storage.schemas import by_name, schema
 from tests.support.planned import CASES, graph_of
 

@@ -13,13 +13,13 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from cnnfast.engine.planning.planning.planning import plan
 from safetensors import safe_open
 
 import cnnfast_kernels
 from cnnfast.engine.graph import Graph
 from cnnfast.engine.network import Network
-from cnnfast.engine.planning.planning import plain
+from cnnfast.engine.planning import plain
+from cnnfast.engine.planning.planning import plan
 from cnnfast.engine.storage import file
 from cnnfast.engine.storage.container import LARGEST_HEADER
 from tests.support.child import REPOSITORY, environment

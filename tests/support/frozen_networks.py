@@ -7,10 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cnnfast.engine.images.images.preprocessing import Preprocessing
 from torch import Tensor, fx
 
 from cnnfast.engine.graph import Graph, Input
+from cnnfast.engine.images.preprocessing import Preprocessing
 from cnnfast.engine.network import Network
 from cnnfast.engine.operators import OPERATORS
 from cnnfast.engine.structures import Structure

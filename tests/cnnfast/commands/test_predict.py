@@ -13,8 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cnnfast.engine.images.images.images import NO_PILLOW
-from cnnfast.engine.images.images.preprocessing import Preprocessing
 from torch import nn
 from typer.testing import CliRunner
 
@@ -22,6 +20,8 @@ from cnnfast import engine
 from cnnfast.__main__ import app
 from cnnfast.commands.predict import FEW_IMAGES, MOST_LINES, printable
 from cnnfast.engine.graph import Input
+from cnnfast.engine.images.images import NO_PILLOW
+from cnnfast.engine.images.preprocessing import Preprocessing
 from tests.support.packages import package
 
 PIL = pytest.importorskip("PIL.Image")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from cnnfast.engine.images.images.classes import classes_of, found_on
-from cnnfast.engine.images.images.preprocessing import Preprocessing
 from torch import nn
 
+from cnnfast.engine.images.classes import classes_of, found_on
+from cnnfast.engine.images.preprocessing import Preprocessing
 from tests.support.packages import package
 
 NAMES = ("crane", "kite", "crane")

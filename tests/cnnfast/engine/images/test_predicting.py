@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cnnfast.engine.images.images.predicting import (
+
+from cnnfast.engine.images import predicting
+from cnnfast.engine.images.predicting import (
     NOT_FINITE,
     NoClasses,
     OtherClasses,
@@ -15,9 +17,7 @@ from cnnfast.engine.images.images.predicting import (
     predict,
     probabilities,
 )
-from cnnfast.engine.images.images.preprocessing import Preprocessing
-
-from cnnfast.engine.images.images import predicting
+from cnnfast.engine.images.preprocessing import Preprocessing
 
 PIL = pytest.importorskip("PIL.Image")
 

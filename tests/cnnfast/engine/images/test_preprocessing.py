@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cnnfast.engine.images.images.from_libraries import FORMS
-from cnnfast.engine.images.images.preprocessing import Preprocessing
 
 from cnnfast.engine.graph import Input
+from cnnfast.engine.images.from_libraries import FORMS
+from cnnfast.engine.images.preprocessing import Preprocessing
 from tests.support.packages import package
 
 PIL = pytest.importorskip("PIL.Image")
@@ -284,7 +284,7 @@ def test_a_library_that_is_not_installed_is_named(name, text, monkeypatch):
         raise ModuleNotFoundError("No module named 'torchvision'")
 
     monkeypatch.setitem(sys.modules, "timm", None)
-    monkeypatch.setattr("cnnfast.engine.images.images.from_libraries.torchvision", gone)
+    monkeypatch.setattr("cnnfast.engine.images.from_libraries.torchvision", gone)
     with pytest.raises(ValueError, match=f"{text} needs {name}, which is not installed"):
         Preprocessing.of(text)
 

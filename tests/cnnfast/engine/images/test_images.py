@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnnfast.engine.images.images import NO_PILLOW, UnreadableImage, find, images, read, to_mode
+from cnnfast.engine.images import images
+from cnnfast.engine.images.images import NO_PILLOW, UnreadableImage, find, read, to_mode
 
 PIL = pytest.importorskip("PIL.Image")
 

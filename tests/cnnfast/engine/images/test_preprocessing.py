@@ -252,7 +252,9 @@ def test_what_is_missing_is_named():
             Preprocessing.from_json(nothing)
 
 
-@pytest.mark.parametrize("given", [3, [256, 224], torch.nn.ReLU(), object, lambda image: image], ids=str)
+@pytest.mark.parametrize(
+    "given", [3, [256, 224], torch.nn.ReLU(), object, lambda image: image], ids=lambda g: type(g).__name__
+)
 def test_anything_else_is_refused_with_what_can_be_given(given):
     with pytest.raises(
         ValueError, match="is nothing that tells how images are prepared: give a mapping with"

@@ -115,8 +115,8 @@ def test_a_damaged_file_of_weights_is_refused():
 def test_results_that_are_too_far_end_with_1_and_leave_the_old_file(monkeypatch):
     fold = freezing.fold
 
-    def wrong(graph, dtype):
-        graph = fold(graph, dtype)
+    def wrong(graph, *others):
+        graph = fold(graph, *others)
         graph.constants = {name: t * 1.01 for name, t in graph.constants.items()}
         return graph
 

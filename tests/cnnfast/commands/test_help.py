@@ -113,7 +113,7 @@ JSON = {
     "check model.py:Net --input 1x3x4x4 --no-backward": lambda data: data["ok"],
     "bench model.py:Net --input 1x3x8x8 --provider eager --seconds 0": lambda data: data[0]["mode"] == "infer",
     "bench --compare rows.json rows.json": lambda data: data[0]["verdict"] == "same",
-    "freeze model.py:Net --input 1x3x8x8 --out net.cnnfast": lambda data: data["steps"][0]["pattern"] == "convolution",
+    "freeze model.py:Net --input 1x3x8x8 --out own.cnnfast": lambda data: data["steps"][0]["pattern"] == "convolution",
     "predict net.cnnfast photo.png --preprocessing how.json": lambda data: len(data[0]["top"]) == 4,
     "tune model.py:Net --input 1x3x8x8 --dry-run --gpu h200": lambda data: data[0]["candidates"][-1] == "library",
 }

@@ -80,8 +80,8 @@ def test_the_same_network_gives_the_same_bytes(name, path):
 def test_another_process_writes_the_same_bytes(path):
     """In which sets of strings have another order."""
     script = (
-        "import sys; from cnnfast.engine.storage import file; from tests.support.frozen_networks import residual_network; "
-        "file.write(residual_network(), sys.argv[1])"
+        "import sys; from cnnfast.engine.storage import file; "
+        "from tests.support.frozen_networks import residual_network; file.write(residual_network(), sys.argv[1])"
     )
     content = written(residual_network(), path)
     path.unlink()

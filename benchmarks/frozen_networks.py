@@ -4,8 +4,9 @@ image sizes, by both of the CPU's makers; and which of their steps stay PyTorch'
     python benchmarks/frozen_networks.py > benchmarks/results/frozen_networks.txt
 
 The error is ||frozen - exact|| / ||exact||, where exact is the original in float64, the largest over all results. Its
-neighbour is PyTorch's own error in float32. Weights are random, and the statistics of batch norms are those of noise.
-It takes about a quarter of an hour.
+neighbour is PyTorch's own error in float32. Weights are random, and the statistics of batch norms are those of noise,
+so that some networks amplify roundings: where PyTorch's own error is beyond the limit, twice that is the limit.
+It takes some ten minutes.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from torch.utils._pytree import tree_leaves
 import cnnfast
 from cnnfast.engine.cpu import onednn
 from cnnfast.engine.planning.planning import plan
+from cnnfast.engine.reporting import UNPLANNED
 from cnnfast.torchvision_import import torchvision
 
 LIMIT = 1e-5
-SIZE, BATCH = 224, 2
+SIZE, BATCH = 160, 2
 
 
 class Subject(NamedTuple):
@@ -67,7 +69,8 @@ SUBJECTS = (
         classifier, ("alexnet", "vgg11_bn", "resnet18", "resnet50", "resnext50_32x4d", "densenet121", "squeezenet1_1")
     ),
     *map(classifier, ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "efficientnet_v2_s", "mnasnet0_5")),
-    *map(classifier, ("shufflenet_v2_x1_0", "regnet_y_400mf", "convnext_tiny", "vit_b_16")),
+    *map(classifier, ("shufflenet_v2_x1_0", "regnet_y_400mf", "convnext_tiny")),
+    classifier("vit_b_16", image_size=SIZE),
     *(classifier(name, init_weights=False) for name in ("googlenet", "inception_v3")),
     *map(segmenter, ("fcn_resnet50", "deeplabv3_resnet50", "lraspp_mobilenet_v3_large")),
     *map(backbone, ("resnet18", "resnet50")),
@@ -102,7 +105,7 @@ def sizes() -> Iterator[tuple[int, int, int]]:
     """Batch, height and width: those of the example, another batch, and other images."""
     yield BATCH, SIZE, SIZE
     yield 3, SIZE, SIZE
-    yield 1, 256, 320
+    yield 1, 192, 224
 
 
 def judged(subject: Subject) -> tuple[str, bool]:
@@ -112,8 +115,9 @@ def judged(subject: Subject) -> tuple[str, bool]:
     began = time.perf_counter()
     frozen = cnnfast.freeze(model, torch.randn(BATCH, 3, SIZE, SIZE))
     seconds = time.perf_counter() - began
-    if frozen.network is None:
-        return f"{subject.name}: not captured: {frozen.report()}", False
+    report = frozen.report()
+    if report.runner == UNPLANNED:
+        return f"{subject.name}: not captured: {report.why}", False
     exactly = copy.deepcopy(model).double()
     cells, right, stayed = [], True, Counter[str]()
     for shape in sizes():
@@ -134,9 +138,10 @@ def judged(subject: Subject) -> tuple[str, bool]:
         runner = onednn.build(plan(graph, [tuple(images.shape)]), graph.constants)
         errors = [error(found, exact), error(list(runner([images])), exact)]
         stayed |= Counter(served for served in runner.served_by().values() if served.startswith("PyTorch"))
-        right &= max(errors) <= LIMIT
-        cells.append(f"{text} {errors[0]:.1e}, by oneDNN {errors[1]:.1e}, PyTorch's own {error(own, exact):.1e}")
-    lines = [f"{subject.name} (frozen in {seconds:.1f} s, by {frozen.runner_name})", *(f"  {cell}" for cell in cells)]
+        pytorchs = error(own, exact)
+        right &= max(errors) <= (LIMIT if pytorchs <= LIMIT else 2 * pytorchs)
+        cells.append(f"{text} {errors[0]:.1e}, by oneDNN {errors[1]:.1e}, PyTorch's own {pytorchs:.1e}")
+    lines = [f"{subject.name} (frozen in {seconds:.1f} s, by {report.runner})", *(f"  {cell}" for cell in cells)]
     if stayed:
         names = ", ".join(f"{name.removeprefix('PyTorch ')} x{count}" for name, count in sorted(stayed.items()))
         lines.append(f"  stay PyTorch's: {names}")

@@ -71,7 +71,7 @@ SUBJECTS = (
     *map(classifier, ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "efficientnet_v2_s", "mnasnet0_5")),
     *map(classifier, ("shufflenet_v2_x1_0", "regnet_y_400mf", "convnext_tiny")),
     classifier("vit_b_16", image_size=SIZE),
-    *(classifier(name, init_weights=False) for name in ("googlenet", "inception_v3")),
+    *(classifier(name, init_weights=False, aux_logits=False) for name in ("googlenet", "inception_v3")),
     *map(segmenter, ("fcn_resnet50", "deeplabv3_resnet50", "lraspp_mobilenet_v3_large")),
     *map(backbone, ("resnet18", "resnet50")),
     *map(of_timm, ("seresnet18", "ecaresnet26t", "resnetv2_50", "nfnet_l0", "repvgg_a0", "mobileone_s0", "darknet53")),

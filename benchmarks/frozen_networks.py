@@ -5,7 +5,7 @@ image sizes, by both of the CPU's makers; and which of their steps stay PyTorch'
 
 The error is ||frozen - exact|| / ||exact||, where exact is the original in float64, the largest over all results. Its
 neighbour is PyTorch's own error in float32. Weights are random, and the statistics of batch norms are those of noise,
-so that some networks amplify roundings: where PyTorch's own error is beyond the limit, twice that is the limit.
+so that some networks amplify roundings: where twice PyTorch's own error is beyond the limit, that is the limit.
 It takes some ten minutes.
 """
 
@@ -139,7 +139,7 @@ def judged(subject: Subject) -> tuple[str, bool]:
         errors = [error(found, exact), error(list(runner([images])), exact)]
         stayed |= Counter(served for served in runner.served_by().values() if served.startswith("PyTorch"))
         pytorchs = error(own, exact)
-        right &= max(errors) <= (LIMIT if pytorchs <= LIMIT else 2 * pytorchs)
+        right &= max(errors) <= max(LIMIT, 2 * pytorchs)
         cells.append(f"{text} {errors[0]:.1e}, by oneDNN {errors[1]:.1e}, PyTorch's own {pytorchs:.1e}")
     lines = [f"{subject.name} (frozen in {seconds:.1f} s, by {report.runner})", *(f"  {cell}" for cell in cells)]
     if stayed:

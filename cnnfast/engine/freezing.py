@@ -50,7 +50,7 @@ def freeze(
 
     A private copy of the model, in eval mode, is captured by torch.export. Batch norms are folded into convolutions in
     float64, additions and activations fused. onnxruntime runs the result where it is installed (pip install
-    'cnnfast[cpu]'), oneDNN through PyTorch's own operators elsewhere, and in half precision. The model and its hooks
+    '.[cpu]'), oneDNN through PyTorch's own operators elsewhere, and in half precision. The model and its hooks
     stay as they are, and so do modes, gradients and random numbers. Forward hooks that are functions of yours are not
     part of the frozen network, and its report says so.
 

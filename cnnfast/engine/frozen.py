@@ -115,7 +115,7 @@ class Frozen:
                 self.network.graph, self.example, [one.name for one in self.network.graph.inputs]
             )
         except ModuleNotFoundError as error:
-            raise ImportError(f"{error.name} is not installed: pip install 'cnnfast[cpu]' brings it") from None
+            raise ImportError(f"{error.name} is not installed: pip install '.[cpu]' brings it") from None
         onnx_graph.save(model, path)
 
     def report(self) -> FrozenReport:

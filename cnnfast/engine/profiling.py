@@ -71,7 +71,7 @@ class Profile:
             if (error.name or "").partition(".")[0] != "matplotlib":
                 raise
             raise ImportError(
-                "a picture needs matplotlib, which is not installed: pip install 'cnnfast[demo]' brings it"
+                "a picture needs matplotlib, which is not installed: pip install '.[demo]' brings it"
             ) from None
         draw(self, Path(path))
 

@@ -29,7 +29,7 @@ def available(graph: Graph) -> str:
     """
     for package in ("onnxruntime", "onnx"):
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed (pip install cnnfast[cpu])"
+            return f"{package} is not installed (pip install '.[cpu]')"
     floating = {t.dtype for t in (*graph.constants.values(), *graph.inputs) if t.dtype.is_floating_point}
     if others := floating - {torch.float32}:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image, Resampling
 
-NO_PILLOW = 'images are read by Pillow, which is not installed: pip install "cnnfast[images]"'
+NO_PILLOW = 'images are read by Pillow, which is not installed: pip install ".[images]"'
 # The mode of an image that has so many channels.
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 # What Pillow knows and cannot draw by itself: scientific data, films, and drawings for which it starts Ghostscript.

@@ -87,6 +87,8 @@ def parsed(condition: str) -> ast.expr:
     """The tree of a condition, with only what this file knows. Raises ValueError."""
     if len(condition) > LONGEST:
         raise ValueError(f"a condition on sizes has {len(condition)} characters; at most {LONGEST} are read")
+    if not condition.isprintable():  # which Python's parser refuses by one error or another, by its version
+        raise ValueError(f"cannot read the condition on sizes {condition[:100]!r}: it is no line of text")
     try:
         tree = ast.parse(condition, mode="eval").body
         _check_tree(tree)

@@ -235,7 +235,7 @@ def test_onnx_gives_the_same_numbers(frozen, tmp_path):
 
 def test_to_onnx_without_onnx_says_what_brings_it(frozen, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(ImportError, match=re.escape("onnx is not installed: pip install 'cnnfast[cpu]' brings it")):
+    with pytest.raises(ImportError, match=re.escape("onnx is not installed: pip install '.[cpu]' brings it")):
         frozen.to_onnx(tmp_path / "x.onnx")
 
 

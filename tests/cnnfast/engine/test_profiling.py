@@ -79,5 +79,5 @@ def test_a_picture_without_matplotlib(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "cnnfast.engine.picturing", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'cnnfast[demo]' brings it")):
+    with pytest.raises(ImportError, match=re.escape("pip install '.[demo]' brings it")):
         made(3).picture(tmp_path / "x.png")

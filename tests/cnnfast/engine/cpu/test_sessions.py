@@ -193,7 +193,7 @@ def test_available(graph, monkeypatch):
     find = importlib.util.find_spec
     for package in ("onnx", "onnxruntime"):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, p=package: None if name == p else find(name))
-        assert sessions.available(graph) == f"{package} is not installed (pip install cnnfast[cpu])"
+        assert sessions.available(graph) == f"{package} is not installed (pip install '.[cpu]')"
 
 
 def test_nothing_of_onnx_is_imported_before_it_is_used():

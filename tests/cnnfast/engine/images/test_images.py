@@ -180,4 +180,4 @@ def test_without_pillow_it_is_said_how_to_get_it(monkeypatch):
     with pytest.raises(ModuleNotFoundError) as missing:
         images.pillow()
     assert str(missing.value) == NO_PILLOW
-    assert 'pip install "cnnfast[images]"' in NO_PILLOW
+    assert 'pip install ".[images]"' in NO_PILLOW

@@ -20,12 +20,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, f
 
 from ..graph import Graph, Input
 from ..operators import NAMES, CannotCapture, why_not
-from ..planning.conditions import fixed_size
+from ..planning.conditions import fixed_size, violated
 from ..structures import Structure
 from .aliasing import drop_dropout, drop_writes_to_inputs, make_functional
 from .cleaning import clean
 from .giving_up import within
-from .guards import PYTORCH, conditions_of
+from .guards import PYTORCH, conditions_of, decisions
 from .inlining import inline
 
 _one_at_a_time = threading.Lock()  # torch.export keeps what it is about in variables of the process
@@ -76,7 +76,8 @@ def _capture(model: nn.Module, inputs: tuple[Any, ...], sizes: bool) -> Captured
             doubled = [torch.cat([leaf, leaf]) if leaf.dim() and leaf.shape[0] == 1 else leaf for leaf in leaves]
             with contextlib.suppress(CannotCapture):
                 captured = _traced(model, doubled, arguments, 2, sizes)
-                if all(not given.shape or given.shape[0] is None for given in captured.graph.inputs):
+                free = all(not given.shape or given.shape[0] is None for given in captured.graph.inputs)
+                if free and not violated(captured.graph.conditions, [tuple(leaf.shape) for leaf in leaves]):
                     return captured
         return _traced(model, leaves, arguments, batch, sizes)
 
@@ -113,7 +114,8 @@ def _traced(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch:
     flat.training = False
     free = tuple(_free_dimensions(leaf, batch, sizes) for leaf in leaves)
     try:
-        exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(free,), strict=False)
+        with decisions() as noted:
+            exported = torch.export.export(flat, tuple(leaves), dynamic_shapes=(free,), strict=False)
     except CannotCapture:
         raise
     except ValueError as error:  # a result without a structure
@@ -133,7 +135,7 @@ def _traced(model: nn.Module, leaves: list[Tensor], arguments: Structure, batch:
     for node in calls.nodes:
         if node.op == "call_function":
             _admit(node)
-    found = conditions_of(placeholders, calls)
+    found = conditions_of(placeholders, calls, noted)
     fixed = {size[:2]: size[2] for size in map(fixed_size, found) if size}
     inputs = tuple(
         Input(name, _shape(node, index, fixed), leaf.dtype)

@@ -157,6 +157,35 @@ def test_branches_of_the_network_are_conditions():
             assert torch.equal(graph.run([x])[0], a_branch(None, x))
 
 
+def asks_after_pytorch(_: Any, x: Tensor) -> Tensor:
+    y = F.avg_pool2d(x, 4).contiguous(memory_format=torch.channels_last)
+    y = (y + y.transpose(2, 3).contiguous().transpose(2, 3)).contiguous()
+    return y * 2 if y.shape[2] == 1 else y
+
+
+def test_a_branch_after_bookkeeping_is_a_condition():
+    """torch.export makes no second guard of what its bookkeeping of strides has asked before."""
+    graph = of(asks_after_pytorch, integers(2, 3, 16, 16), sizes=True).graph
+    for height, allowed in ((16, True), (8, True), (4, False)):
+        x = integers(1, 3, height, 16)
+        assert (violated(graph.conditions, [x.shape]) == "") == allowed
+        assert torch.equal(graph.run([x])[0], asks_after_pytorch(None, x)) == allowed
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_branch_on_a_batch_of_one(batch):
+    def function(_: Any, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] == 1 else x + 1
+
+    graph = of(function, integers(batch, 3, 4, 4)).graph
+    assert torch.equal(graph.run([integers(batch, 3, 4, 4)])[0], function(None, integers(batch, 3, 4, 4)))
+    if batch == 1:
+        assert graph.inputs[0].shape[0] == 1
+    else:
+        assert violated(graph.conditions, [(2, 3, 4, 4)]) == ""
+        assert "size(0, 0) != 1" in violated(graph.conditions, [(1, 3, 4, 4)])
+
+
 def pools(_: Any, x: Tensor) -> Tensor:
     x = F.conv2d(x, torch.ones(4, 3, 3, 3), stride=2, padding=1)
     x = F.max_pool2d(x, 3, 2, ceil_mode=True)

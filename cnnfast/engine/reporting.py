@@ -52,9 +52,10 @@ class FrozenReport:
     """str() is a table; rich prints it at the width of its console.
 
     runner: "onnxruntime", "oneDNN", "PyTorch" or UNPLANNED; why: the reason, where it is not onnxruntime. steps: those
-    that compute something, in their order. arena: bytes of memory for the values between steps, at the size of the
-    example; unshared: what they would be if no memory were used twice. sizes: which image sizes the network takes.
-    check: what freezing found; None for a network that was loaded. notes: what else a user should know.
+    that compute something, in their order. arena: bytes that the plan has for the values between steps, at the size of
+    the example (onnxruntime arranges memory of its own); unshared: what they would be if no memory were used twice.
+    sizes: which image sizes the network takes. check: what freezing found; None for a network that was loaded. notes:
+    what else a user should know.
     """
 
     runner: str
@@ -77,7 +78,7 @@ class FrozenReport:
         ran = "runs, without a plan" if self.runner == UNPLANNED else f"runs {len(self.steps)} steps"
         parts = [f"{self.runner} {ran}"]
         if self.unshared:
-            parts.append(f"{_mib(self.arena)} MiB between them, {_mib(self.unshared)} without reuse")
+            parts.append(f"{_mib(self.arena)} MiB planned between them, {_mib(self.unshared)} without reuse")
         if self.check is not None and self.check.sqnr is not None:
             parts.append(f"SQNR {decibels(self.check.sqnr)} against {self.check.against}")
         if self.check is not None and self.check.agreement is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,35 +41,51 @@ class Runners:
         """The runner for inputs of these shapes. Raises ValueError where a step has no result for such sizes."""
         if any(0 in shape for shape in shapes):
             return self._plain  # there is nothing to compute, and engines make a special case of it
+        if not self.why_not_onnxruntime and self._have_one_batch(shapes):
+            # A session serves every batch size, but the same for all inputs.
+            session = self._kept(self._without_batch(shapes), lambda: self._session(shapes))
+            if session is not None:
+                return session
+        runner = self._kept(shapes, lambda: self._planned(shapes))
+        assert runner is not None
+        return runner
+
+    def _kept(self, key: Shapes, build: Callable[[], Runner | None]) -> Runner | None:
+        """What is kept under a key; it is built where there is nothing yet."""
         with self._lock:
-            # A session of onnxruntime serves every batch size.
-            key = shapes if self.why_not_onnxruntime else self._without_batch(shapes)
             held = self._held.setdefault(key, _Held())
             self._held.move_to_end(key)
             while len(self._held) > MOST:
                 self._held.popitem(last=False)
         with held.building:
             if held.runner is None:
-                held.runner = self._build(shapes)
+                held.runner = build()
             return held.runner
+
+    def _have_one_batch(self, shapes: Shapes) -> bool:
+        free = [shape[0] for one, shape in zip(self.graph.inputs, shapes, strict=True) if one.shape[:1] == (None,)]
+        return len(set(free)) <= 1
 
     def _without_batch(self, shapes: Shapes) -> Shapes:
         return tuple(
-            (-1, *shape[1:]) if one.shape and one.shape[0] is None else shape
+            (-1, *shape[1:]) if one.shape[:1] == (None,) else shape
             for one, shape in zip(self.graph.inputs, shapes, strict=True)
         )
 
-    def _build(self, shapes: Shapes) -> Runner:
-        if not self.why_not_onnxruntime:
-            try:
-                return sessions.build(self.graph, shapes)
-            except NoOnnxForm as error:
-                self.why_not_onnxruntime = str(error)
-            except RuntimeError:
-                plan(self.graph, shapes)  # says in a sentence what is wrong with these sizes, if that is the reason
-                raise
-            except ImportError as error:
-                self.why_not_onnxruntime = f"it is installed, but does not import: {error}"
+    def _session(self, shapes: Shapes) -> Runner | None:
+        """None where onnxruntime turns out not to serve the graph; why_not_onnxruntime says why from then on."""
+        try:
+            return sessions.build(self.graph, shapes)
+        except NoOnnxForm as error:
+            self.why_not_onnxruntime = str(error)
+        except ImportError as error:
+            self.why_not_onnxruntime = f"it is installed, but does not import: {error}"
+        except RuntimeError:
+            plan(self.graph, shapes)  # says in a sentence what is wrong with these sizes, if that is the reason
+            raise
+        return None
+
+    def _planned(self, shapes: Shapes) -> Runner:
         if not onednn.supports(self.dtype):
             return self._plain
         return onednn.build(plan(self.graph, shapes), self.graph.constants)

@@ -222,3 +222,12 @@ def random_graphs(draw: st.DrawFn) -> Graph:
     graph = written(function, IMAGE, **CONSTANTS)
     graph.prune()
     return graph
+
+
+# Ways in which an input [N, 4, H, W] may lie in memory.
+LAYOUTS = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "a slice of something larger": lambda x: torch.cat([x.flip(1), x, x], 1)[:, 4:8],
+    "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded": lambda x: x[:1, :, :, :1].expand(x.shape),
+}

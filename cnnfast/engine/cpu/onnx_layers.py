@@ -108,8 +108,9 @@ def affine(
     not over a product with a tensor.
     """
     channels = scale.size(0)
+    parts: list[Any]
     if scale.value is not None and shift.value is not None:
-        parts: list[Any] = [w.tensor(each.value.reshape(channels)) for each in (scale, shift)]  # type: ignore[union-attr]
+        parts = [w.tensor(constant.reshape(channels)) for constant in (scale.value, shift.value)]
     else:
         parts = [w.call("Reshape", each, w.integers([channels])) for each in (scale, shift)]
     zero, one = w.number([0.0] * channels, x.dtype), w.number([1.0] * channels, x.dtype)

@@ -41,6 +41,15 @@ class MatrixProduct:
 Multiply = Callable[[Tensor, Tensor | None], Tensor]
 
 
+def finished(y: Tensor, residual: Tensor | None, activate: Callable[[Tensor], object] | None) -> Tensor:
+    """What a product does not do itself, done in its result."""
+    if residual is not None:
+        y.add_(residual)
+    if activate is not None:
+        activate(y)
+    return y
+
+
 def with_blas(product: MatrixProduct) -> tuple[str, Multiply]:
     weight = product.weight.t()
     activate = in_place(product.activation, product.numbers)
@@ -48,12 +57,7 @@ def with_blas(product: MatrixProduct) -> tuple[str, Multiply]:
     bias = torch.zeros(K) if product.bias is None else product.bias
 
     def multiply(x: Tensor, residual: Tensor | None) -> Tensor:
-        y = torch.addmm(bias, x.reshape(-1, C), weight).view(*x.shape[:-1], K)
-        if residual is not None:
-            y.add_(residual)
-        if activate is not None:
-            activate(y)
-        return y
+        return finished(torch.addmm(bias, x.reshape(-1, C), weight).view(*x.shape[:-1], K), residual, activate)
 
     return "matrix product", multiply
 
@@ -63,12 +67,7 @@ def with_pytorch(product: MatrixProduct) -> tuple[str, Multiply]:
     activate = in_place(product.activation, product.numbers)
 
     def multiply(x: Tensor, residual: Tensor | None) -> Tensor:
-        y = F.linear(x, weight, bias)
-        if residual is not None:
-            y.add_(residual)
-        if activate is not None:
-            activate(y)
-        return y
+        return finished(F.linear(x, weight, bias), residual, activate)
 
     return "PyTorch (linear)", multiply
 
@@ -85,14 +84,8 @@ def with_onednn(product: MatrixProduct) -> tuple[str, Multiply]:
 
     def multiply(x: Tensor, residual: Tensor | None) -> Tensor:
         if residual is None:
-            y = linear(x, weight, bias, attr, scalars, algorithm)
-            if activate is not None:
-                activate(y)
-            return y
-        y = linear_and_add(x, residual, weight, bias, "add")
-        if pass_after_sum is not None:
-            pass_after_sum(y)
-        return y
+            return finished(linear(x, weight, bias, attr, scalars, algorithm), None, activate)
+        return finished(linear_and_add(x, residual, weight, bias, "add"), None, pass_after_sum)
 
     name = "oneDNN matrix product"
     return name if activation is None or last is None else f"{name} + {activation}", multiply

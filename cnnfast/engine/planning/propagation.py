@@ -121,7 +121,8 @@ def propagate(graph: Graph, shapes: Sequence[Sequence[int]]) -> Layouts:
             elif node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), stands_for.__getitem__)  # type: ignore[misc]
                 pattern = node.meta.get("pattern", "")
-                step = Step(node.name, NAMES[node.target], args, kwargs, (names[node],), pattern=pattern)  # type: ignore[index]
+                operator = NAMES[node.target]  # type: ignore[index]
+                step = Step(node.name, operator, args, kwargs, (names[node],), pattern=pattern)
                 try:
                     stands_for[node] = _add(layouts, step, node in images)
                 except Exception as error:  # whatever an operator, or PyTorch's rule for its shapes, raises

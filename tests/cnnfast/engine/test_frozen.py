@@ -211,7 +211,7 @@ def test_a_structure_survives_a_file(tmp_path):
 
 def test_loading_builds_nothing(frozen, tmp_path, monkeypatch):
     frozen.save(tmp_path / "x.cnnfast")
-    monkeypatch.setattr("cnnfast.engine.runtime.Runners._build", lambda *_: pytest.fail("a runner was built"))
+    monkeypatch.setattr("cnnfast.engine.runtime.Runners._kept", lambda *_: pytest.fail("a runner was built"))
     assert cnnfast.load(tmp_path / "x.cnnfast").classes == tuple("abcde")
 
 

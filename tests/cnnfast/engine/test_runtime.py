@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 
 import cnnfast
 from cnnfast.engine import runtime
@@ -81,6 +83,42 @@ def test_a_graph_without_a_form_in_onnx_goes_to_onednn(network, built, monkeypat
     assert runners.runner(shapes(2, 8)) is not runners.runner(shapes(1, 8))
 
 
+def test_who_waited_for_a_session_that_cannot_be_has_a_plan_of_his_own_size(network, monkeypatch):
+    """Two threads with two batch sizes ask for one session."""
+    waiting = threading.Barrier(2)
+
+    def refuse(graph, shapes):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            waiting.wait(0.2)
+        raise NoOnnxForm("no form for a step")
+
+    monkeypatch.setattr(runtime.sessions, "available", lambda graph: "")
+    monkeypatch.setattr(runtime.sessions, "build", refuse)
+    runners = Runners(network.graph, network.dtype)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda batch: runners.runner(shapes(batch, 8))([image(batch)])[0].shape[0], (2, 3)))
+    assert found == [2, 3]
+
+
+class TwoBatches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x, y):
+        return self.one(x).flatten(1).mean(1), self.other(y).flatten(1).sum(1)
+
+
+def test_inputs_may_each_have_a_batch_of_their_own():
+    """The sessions of onnxruntime are for one batch size; with two it fails, or would reuse memory of another size."""
+    model = TwoBatches().eval()
+    frozen = cnnfast.freeze(model, image(2), image(2))
+    for batches in ((2, 2), (2, 5), (4, 1), (3, 3)):
+        images = [image(batch) for batch in batches]
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(*images), model(*images))
+
+
 def test_an_onnxruntime_that_does_not_import_is_no_error(network, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -128,8 +166,9 @@ def test_a_runner_is_built_once_however_many_ask(network, monkeypatch):
 
 
 def test_an_error_while_building_is_the_callers_and_the_next_one_tries_again(network, built, monkeypatch):
+    monkeypatch.setattr(runtime.sessions, "available", lambda graph: "it is not installed")
     runners = Runners(network.graph, network.dtype)
-    build = Runners._build
+    build = Runners._planned
     failures = [MemoryError()]
 
     def failing(self, shapes):
@@ -137,7 +176,7 @@ def test_an_error_while_building_is_the_callers_and_the_next_one_tries_again(net
             raise failures.pop()
         return build(self, shapes)
 
-    monkeypatch.setattr(Runners, "_build", failing)
+    monkeypatch.setattr(Runners, "_planned", failing)
     with pytest.raises(MemoryError):
         runners.runner(shapes(1, 8))
     assert runners.runner(shapes(1, 8)).name == "built"

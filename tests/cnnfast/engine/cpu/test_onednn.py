@@ -17,7 +17,7 @@ from cnnfast.engine.graph import Graph
 from cnnfast.engine.planning.planning import plan
 from tests.support.agreement import integers
 from tests.support.graphs import in_float64, written
-from tests.support.planned import CASES, graph_of, inputs_for, negative, ours, random_graphs
+from tests.support.planned import CASES, LAYOUTS, graph_of, inputs_for, negative, ours, random_graphs
 from tests.support.threads import together
 
 aten = torch.ops.aten
@@ -75,14 +75,6 @@ def test_a_runner_gives_what_its_graph_gives(name, batch, served):
 def test_random_graphs(graph, batch):
     inputs = inputs_for(graph, batch)
     assert same(Poisoned(graph, inputs)(inputs), graph.run(inputs))
-
-
-LAYOUTS = {
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "a slice of something larger": lambda x: torch.cat([x.flip(1), x, x], 1)[:, 4:8],
-    "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "expanded": lambda x: x[:1, :, :, :1].expand(x.shape),
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())

@@ -22,7 +22,7 @@ from cnnfast.engine.planning.planning import plan
 from tests.support.agreement import integers
 from tests.support.graphs import in_float64
 from tests.support.model_zoo import FAMILIES
-from tests.support.planned import CASES, graph_of, inputs_for, random_graphs
+from tests.support.planned import CASES, LAYOUTS, graph_of, inputs_for, random_graphs
 
 
 def planned(graph: Graph, inputs: Sequence[Tensor]) -> Plan:
@@ -55,14 +55,6 @@ def test_plans_of_random_graphs(graph, batch):
     inputs = inputs_for(graph, batch)
     made = planned(graph, inputs)
     assert same(plain.run(made, graph.constants, inputs, poison=True), graph.run(inputs))
-
-
-LAYOUTS = {
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "a slice of something larger": lambda x: torch.cat([x.flip(1), x, x], 1)[:, 4:8],
-    "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "expanded": lambda x: x[:1, :, :, :1].expand(x.shape),
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())

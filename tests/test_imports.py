@@ -45,8 +45,8 @@ FORBIDDEN = [
                 "by cnnfast_kernels.tma.stem",
             ],
         )
-        for importer in ("gather.", "tma.", "batchnorm", "pooling")
-        for imported in ("gather.", "tma.", "batchnorm", "pooling")
+        for importer in ("gather.", "tma.", "batchnorm", "pooling", "augment")
+        for imported in ("gather.", "tma.", "batchnorm", "pooling", "augment")
         if importer != imported or importer.endswith(".")  # parts of pooling may
     ],
 ]
@@ -57,7 +57,7 @@ LAYERS = {
         "problem rounding gpus tiling layout dtypes operands",
         "activations epilogue launch launchable indexing memory devices",
         "planes moments slots",
-        "gather tma batchnorm pooling",
+        "gather tma batchnorm pooling augment",
         "table_rows",
         "table_files",
         "tables",
@@ -69,7 +69,7 @@ LAYERS = {
         "spelling",
         "activations patterns modes triton_here located",
         "ops dispatch recording aside precision dtypes measuring children torchvision_import",
-        "functional summary",
+        "functional summary drawing",
         "nn",
         "models conversion",
         "targets",

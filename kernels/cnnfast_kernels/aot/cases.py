@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from ..activations import ACTIVATIONS
+from ..augment import Augmenting, ImageNumbers, ImageSource, augment_batch
 from ..batchnorm import (
     apply_sums,
     batch_moments,
@@ -259,6 +260,21 @@ def pooling(dtype: torch.dtype, fmt: torch.memory_format) -> None:
     global_avg_pool(layers.empty(BATCH, 512, 7, 7, dtype=dtype, fmt=fmt))
 
 
+def augmentation(images: torch.dtype, dtype: torch.dtype, everything: bool) -> None:
+    """A map alone, or everything that can be done to images, of one size in NCHW or of different sizes."""
+    x = layers.empty(BATCH, 3, 256, 256, dtype=images)
+    source = ImageSource(x)
+    if images == torch.uint8:
+        offsets, sizes = layers.empty(BATCH, dtype=torch.int64), layers.empty(BATCH, 2, dtype=torch.int32)
+        source = ImageSource(x.view(-1), offsets, sizes)
+    numbers = ImageNumbers(layers.empty(BATCH, 2, 3))
+    if everything:
+        colours, boxes, partners = layers.empty(BATCH, 5), layers.empty(BATCH, 1, 7), layers.empty(BATCH, 6)
+        numbers = ImageNumbers(numbers.maps, colours, boxes, None, partners)
+    augmenting = Augmenting(224, 224, dtype, (0.0,) * 3, (0.5,) * 3, (0.25,) * 3, reflect=everything)
+    augment_batch(source, numbers, augmenting)
+
+
 def passes() -> Iterator[Case]:
     yield Case("batch norm bfloat16", partial(batch_norm, torch.bfloat16, LAST, True))
     yield Case("batch norm bfloat16, given statistics", partial(batch_norm, torch.bfloat16, LAST, False))
@@ -273,6 +289,9 @@ def passes() -> Iterator[Case]:
     yield Case("bias and mish float32 NCHW", partial(activation_pass, FLOAT32, NCHW, "mish"))
     yield Case("pooling bfloat16", partial(pooling, torch.bfloat16, LAST))
     yield Case("pooling float32 NCHW", partial(pooling, FLOAT32, NCHW))
+    yield Case("augmentation uint8 to bfloat16, a map", partial(augmentation, torch.uint8, torch.bfloat16, False))
+    yield Case("augmentation uint8 to bfloat16", partial(augmentation, torch.uint8, torch.bfloat16, True))
+    yield Case("augmentation float32", partial(augmentation, FLOAT32, FLOAT32, True))
 
 
 def cases(arch: int = 90) -> list[Case]:

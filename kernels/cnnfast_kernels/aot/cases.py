@@ -262,19 +262,16 @@ def pooling(dtype: torch.dtype, fmt: torch.memory_format) -> None:
 
 def augmentation(images: torch.dtype, dtype: torch.dtype, everything: bool, C: int = 3, noise: bool = False) -> None:
     """A map alone, or everything that can be done to images, of one size in NCHW or of different sizes."""
-    x = layers.empty(BATCH, C, 256, 256, dtype=images)
-    source = ImageSource(x)
+    source = ImageSource(layers.empty(BATCH, C, 256, 256, dtype=images))
     if images == torch.uint8:
-        offsets, sizes = layers.empty(BATCH, dtype=torch.int64), layers.empty(BATCH, 2, dtype=torch.int32)
-        source = ImageSource(x.view(-1), offsets, sizes)
+        places = layers.empty(BATCH, dtype=torch.int64), layers.empty(BATCH, 2, dtype=torch.int32)
+        source = ImageSource(source.images.view(-1), *places)
     numbers = ImageNumbers(layers.empty(BATCH, 2, 3))
     if everything:
-        boxes, seeds = layers.empty(BATCH, 1, 4 + C), None
-        if noise:
-            boxes, seeds = layers.empty(BATCH, 1, 4), layers.empty(BATCH, dtype=torch.int64)
+        boxes = layers.empty(BATCH, 1, 4 if noise else 4 + C)
+        seeds = layers.empty(BATCH, dtype=torch.int64) if noise else None
         numbers = ImageNumbers(numbers.maps, layers.empty(BATCH, 5), boxes, seeds, layers.empty(BATCH, 6))
-    augmenting = Augmenting(224, 224, dtype, (0.0,) * C, (0.5,) * C, (0.25,) * C, reflect=everything)
-    augment_batch(source, numbers, augmenting)
+    augment_batch(source, numbers, Augmenting(224, 224, dtype, (0.0,) * C, (0.5,) * C, (0.25,) * C, everything))
 
 
 def passes() -> Iterator[Case]:

@@ -21,7 +21,7 @@ from ..rounding import divide_again
 from .boxes import erase, lies_in_box, load_box, meets_tile
 from .colours import recolour
 from .means import MeanOperands, grey_mean, grey_mean_kernel, mean_parts
-from .sampling import look
+from .sampling import limit, look
 from .sources import (
     MAX_ELEMENTS,
     MAX_EXTENT,
@@ -34,7 +34,7 @@ from .sources import (
     ImageSource,
     NumberPointers,
 )
-from .tiles import NUM_WARPS, TILE, PixelTile, tile_pixels
+from .tiles import MAX_REGISTERS, NUM_WARPS, TILE, PixelTile, tile_pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def view_both(images, numbers, partner_ptr, n, N, pixels, fill, mean, std, a: tl
     box = load_box(partner_ptr + 2)
     in_box = lies_in_box(box, pixels)
     # An index that is none of an image, or no number, becomes that of one.
-    partner = tl.minimum(tl.minimum(tl.maximum(tl.load(partner_ptr), 0.0), 1e9).to(tl.int32), N - 1)
+    partner = tl.minimum(limit(tl.load(partner_ptr), 0.0, 1e9).to(tl.int32), N - 1)
     views = tl.where((weight != 1) | meets_tile(box, pixels), 2, 1)
     nothing = tl.zeros_like(pixels.p + 0.5)
     v = Colour(nothing, nothing, nothing)
@@ -226,7 +226,7 @@ def _plan(
     parts, span = mean_parts(tiles)
     common = {
         "tile": tile, "a": AugmentVariant(C, images.stride_c == 1, a.reflect),
-        "BLOCK_P": tile.BLOCK_P, "BLOCK_Q": tile.BLOCK_Q, "num_warps": NUM_WARPS,
+        "BLOCK_P": tile.BLOCK_P, "BLOCK_Q": tile.BLOCK_Q, "num_warps": NUM_WARPS, "maxnreg": MAX_REGISTERS,
     }  # fmt: skip
     sizes = *images[2:], a.P, a.Q, parts
     y = dense((N, C, a.P, a.Q), a.dtype, torch.channels_last)

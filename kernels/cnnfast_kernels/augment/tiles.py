@@ -32,6 +32,8 @@ class PixelTile:
 # which some compilers exceed; with two, twice as many threads wait for memory at once.
 TILE = PixelTile(8, 32)
 NUM_WARPS = 4
+# Without a limit some versions of ptxas spill a register where they have used 72; at a limit of 80 all of them do.
+MAX_REGISTERS = 96
 
 
 @triton.jit

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +14,24 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 LOW = 0xFFFFFFFF  # the lower half of 64 bits
+
+
+Words = TypeVar("Words", Tensor, np.ndarray)
+
+
+def rounds(c: tuple[Words, Words, Words, Words], k: tuple[Words, Words]) -> tuple[Words, Words, Words, Words]:
+    """The words of counters and keys, each int64 within [0, 2**32), as philox computes them: also of numpy's arrays,
+    which cost a fifth of the time where there are few of them.
+    """
+    c0, c1, c2, c3 = c
+    k0, k1 = k
+    for _ in range(ROUNDS):
+        # Products of 64 bits wrap in int64, which leaves their bits as they are.
+        first, second = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1 = (second >> 32 & LOW) ^ c1 ^ k0, second & LOW
+        c2, c3 = (first >> 32 & LOW) ^ c3 ^ k1, first & LOW
+        k0, k1 = (k0 + KEY_STEPS[0]) & LOW, (k1 + KEY_STEPS[1]) & LOW
+    return c0, c1, c2, c3
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
@@ -21,13 +42,7 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
     """
     c0, c1, c2, c3 = (counter & LOW).unbind(-1)
     k0, k1 = (key & LOW).unbind(-1)
-    for _ in range(ROUNDS):
-        # Products of 64 bits wrap in int64, which leaves their bits as they are.
-        first, second = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1 = (second >> 32 & LOW) ^ c1 ^ k0, second & LOW
-        c2, c3 = (first >> 32 & LOW) ^ c3 ^ k1, first & LOW
-        k0, k1 = (k0 + KEY_STEPS[0]) & LOW, (k1 + KEY_STEPS[1]) & LOW
-    return torch.stack([c0, c1, c2, c3], -1)
+    return torch.stack(rounds((c0, c1, c2, c3), (k0, k1)), -1)
 
 
 def key_of(seed: Tensor) -> Tensor:

@@ -21,6 +21,12 @@ CLOSED = {
 }
 
 
+def partners_of(mixup_alpha: float | None, cutmix_alpha: float | None, dice: Dice, size: tuple[int, int]) -> np.ndarray:
+    partners = Mixing(mixup_alpha, cutmix_alpha).draw(dice, size)
+    assert partners is not None
+    return partners
+
+
 def weights(alpha: float) -> np.ndarray:
     u, v, _, _ = Dice(0, 0, MANY)[Draw.MIXING]
     return symmetric_beta(alpha, u, v)
@@ -60,16 +66,14 @@ def test_partners_are_the_batch_shifted():
     """By every shift from 1 to N - 1 as often as by any other, chosen by the first image and the epoch."""
     shifts = []
     for epoch in range(300):
-        partners = Mixing(1.0, None).draw(Dice(0, epoch, np.arange(10, 14)), (8, 8))
-        assert partners is not None
+        partners = partners_of(1.0, None, Dice(0, epoch, np.arange(10, 14)), (8, 8))
         shift = partners[:, 0] - np.arange(4)
         assert len(set(shift % 4)) == 1
         shifts.append(shift[0] % 4)
         assert not partners[:, 2:].any()
     assert set(shifts) == {1, 2, 3}
     assert min(map(shifts.count, (1, 2, 3))) > 70
-    again = Mixing(1.0, None).draw(Dice(0, 299, np.array([10, 3, 2, 1])), (8, 8))
-    assert again is not None
+    again = partners_of(1.0, None, Dice(0, 299, np.array([10, 3, 2, 1])), (8, 8))
     assert again[0, 0] == shifts[-1]
 
 
@@ -77,7 +81,7 @@ def test_half_of_the_batches_are_cut():
     cut = 0
     for epoch in range(300):
         both, mixup, cutmix = (
-            Mixing(*alphas).draw(Dice(0, epoch, np.arange(4)), (64, 64))
+            partners_of(*alphas, Dice(0, epoch, np.arange(4)), (64, 64))
             for alphas in ((0.5, 2), (0.5, None), (None, 2))
         )
         assert np.array_equal(both, mixup) or np.array_equal(both, cutmix)
@@ -86,10 +90,8 @@ def test_half_of_the_batches_are_cut():
 
 
 def test_a_single_image_is_not_mixed():
-    partners = Mixing(1.0, 1.0).draw(Dice(0, 0, np.arange(1)), (8, 8))
-    assert partners is not None
-    assert partners.tolist() == [[0, 1, 0, 0, 0, 0]]
-    assert Mixing(1.0, 1.0).draw(Dice(0, 0, np.arange(0)), (8, 8)).shape == (0, 6)
+    assert partners_of(1.0, 1.0, Dice(0, 0, np.arange(1)), (8, 8)).tolist() == [[0, 1, 0, 0, 0, 0]]
+    assert partners_of(1.0, 1.0, Dice(0, 0, np.arange(0)), (8, 8)).shape == (0, 6)
     assert Mixing(None, None).draw(Dice(0, 0, np.arange(8)), (8, 8)) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from tests.support.scripted_torch import ScriptedTorch
 
 GEOMETRY, COLOUR, AUGMENT = (f"torchvision.transforms.v2.{name}.torch" for name in ("_geometry", "_color", "_augment"))
 INDEX = np.arange(60)
+IMAGES = range(60)
 SIZES = [(40, 60), (61, 33), (9, 120), (300, 17), (224, 224), (1, 1), (3, 2)]
 
 
@@ -47,7 +49,7 @@ def tries(draw: Draw, n: int) -> tuple[list[float], list[list[float]]]:
     return [float(v) for area, ratio, _, _ in drawn for v in (area, ratio)], [[y, x] for _, _, x, y in drawn]
 
 
-def exact_ratio(transform) -> None:
+def exact_ratio(transform: Any) -> None:
     transform._log_ratio = [math.log(v) for v in transform.ratio]  # torchvision's own is float32
 
 
@@ -61,7 +63,7 @@ def test_resized_crops(v2, monkeypatch, size, scale, ratio):
     frame = ResizedCrop(scale, ratio).draw(dice(), H, W, (32, 32))
     transform = v2.RandomResizedCrop(32, scale=scale, ratio=ratio)
     exact_ratio(transform)
-    for n in INDEX:
+    for n in IMAGES:
         monkeypatch.setattr(GEOMETRY, ScriptedTorch(*tries(Draw.CROP, n)))
         params = transform.make_params([torch.zeros(3, *size)])
         assert [values[n] for values in frame] == [params[key] for key in ("left", "top", "width", "height")]
@@ -75,7 +77,7 @@ def test_padded_crops(v2, monkeypatch, padding, sides):
     H, W = (np.full(len(INDEX), float(v)) for v in (32, 29))
     frame = PaddedCrop(sides).draw(dice(), H, W, size)
     transform = v2.RandomCrop(size, padding=padding)
-    for n in INDEX:
+    for n in IMAGES:
         x, y, _, _ = dice()[Draw.PADDED_CROP][:, n]
         axes = [number for number, room in ((y, sides[1] + sides[3]), (x, 2 + sides[0] + sides[2])) if room]
         monkeypatch.setattr(GEOMETRY, ScriptedTorch(whole=[axes]))
@@ -90,7 +92,7 @@ def test_erased_boxes(v2, monkeypatch, size, scale, ratio):
     boxes = Erasing(1.0, scale, ratio, (0.0,)).boxes(dice(), size)
     transform = v2.RandomErasing(p=1, scale=scale, ratio=ratio)
     exact_ratio(transform)
-    for n in INDEX:
+    for n in IMAGES:
         monkeypatch.setattr(AUGMENT, ScriptedTorch(*tries(Draw.ERASING, n)))
         params = transform.make_params([torch.zeros(3, *size)])
         i, j, h, w = (params[key] for key in "ijhw")
@@ -102,8 +104,8 @@ def test_colours(v2, monkeypatch):
     ranges = transform.brightness, transform.contrast, transform.saturation, transform.hue
     colours = Jitter(*ranges, grayscale_p=0.3).draw(dice())
     assert colours is not None
-    for n in INDEX:
-        monkeypatch.setattr(COLOUR, ScriptedTorch(dice()[Draw.COLOURS][:, n]))
+    for n in IMAGES:
+        monkeypatch.setattr(COLOUR, ScriptedTorch(dice()[Draw.COLOURS][:, n].tolist()))
         params = transform.make_params([])
         factors = [params[f"{name}_factor"] for name in ("brightness", "contrast", "saturation", "hue")]
         assert colours[n].tolist() == [*map(np.float32, factors), dice()[Draw.COINS][2, n] < 0.3]
@@ -120,7 +122,7 @@ def test_cutmix_boxes_and_weights(v2, monkeypatch, alpha):
     assert np.array_equal(partners[:, 2:], boxes.T.astype(np.float32))
     transform = v2.CutMix(alpha=alpha, num_classes=2)
     shares = label_weights(torch.from_numpy(partners), size)
-    for n in INDEX:
+    for n in IMAGES:
         transform._dist = type("Given", (), {"sample": lambda self, shape, n=n: symmetric_beta(alpha, u, v)[n]})()
         monkeypatch.setattr(AUGMENT, ScriptedTorch(whole=[[x[n], y[n]]]))
         params = transform.make_params([torch.zeros(3, *size)])
@@ -164,7 +166,7 @@ def test_maps_of_the_chain(v2, monkeypatch, options, resized):
     maps = onto(frame, flips.draw(dice(), turn.draw(dice(), size), size), size).rounded(len(INDEX))
     transform = v2.RandomAffine(**options, interpolation=v2.InterpolationMode.BILINEAR)
     compared = 0
-    for n in INDEX[:25]:
+    for n in IMAGES[:25]:
         numbers = dice()[Draw.AFFINE][:, n].tolist()
         asked = [numbers[0], *(numbers[1:3] if turn.translate else []), *(numbers[3:] if turn.scale else [])]
         left, top, width, height = (int(values[n]) for values in frame)

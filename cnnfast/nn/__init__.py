@@ -2,9 +2,11 @@
 are fused.
 
 `layers` are subclasses of torch.nn's classes of the same name. `fused` computes convolution, batch norm, residual and
-activation of existing modules in one step, or those of them that there are; `blocks` are built on it.
+activation of existing modules in one step, or those of them that there are; `blocks` are built on it. `Augment` goes
+before a network: it augments and normalises its batches.
 """
 
+from .augment import Augment, Draws
 from .blocks import BasicBlock, Bottleneck, ConvBNAct
 from .fused import bn_act, conv_act, conv_bn_act, fusable
 from .layers import (
@@ -23,6 +25,7 @@ from .layers import (
 
 __all__ = [
     "AdaptiveAvgPool2d",
+    "Augment",
     "AvgPool2d",
     "BasicBlock",
     "BatchNorm1d",
@@ -33,6 +36,7 @@ __all__ = [
     "Conv2d",
     "ConvBNAct",
     "ConvTranspose2d",
+    "Draws",
     "GlobalAvgPool2d",
     "MaxPool2d",
     "SyncBatchNorm",

@@ -232,8 +232,8 @@ def pretended_gpu(launch_anywhere: bool = False) -> Iterator[Pretended]:
             return launch(self, *args, **kwargs)
 
     def judged(why_torch: Callable[..., str]) -> Callable[..., str]:
-        def why(x: Tensor, *others: Tensor | None, algorithm: str = "auto") -> str:
-            reason = why_torch(x, *others, algorithm=algorithm)
+        def why(x: Tensor, *others: Tensor | None, **how: Any) -> str:
+            reason = why_torch(x, *others, **how)
             if not reason and _plain(x) and not pretended.holds(x):
                 reason = dispatch._torch(CPU_REASON)
                 pretended.served_by_torch.append(f"{sys._getframe(1).f_code.co_name}({list(x.shape)})")

@@ -1,0 +1,269 @@
+"""Augmentation of a batch of images by explicit numbers: what it takes, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ..dispatch import why_torch
+from ..dtypes import full_name
+from ..image_numbers import MOST_ELEMENTS, MOST_PIXELS, GivenNumbers
+from ..recording import record_torch
+from ..spelling import unknown_value
+from .entrance import operation
+from .operators import ops
+from .plain_augmentation import augment_plain
+
+Border = Literal["constant", "reflection"]
+BORDERS: tuple[Border, ...] = get_args(Border)
+# What other libraries call them, as spelling.py folds words.
+OTHER_BORDERS: dict[str, Border] = {
+    **dict.fromkeys(("zeros", "fill"), "constant"),
+    **dict.fromkeys(("reflect", "mirror", "symmetric"), "reflection"),
+}
+IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
+RESULT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_IMAGES = 2**24  # whose indices float32 tells apart
+MOST_BOXES = 64  # of an image: the kernel is compiled for their number
+
+
+class GivenImages(NamedTuple):
+    """The images of a batch: [N, C, H, W]; or a flat buffer, and where in it they lie."""
+
+    images: Tensor
+    offsets: Tensor | None
+    sizes: Tensor | None
+    N: Any
+    C: int
+
+
+@operation
+def augment(
+    images: Tensor | tuple[Tensor, Tensor, Tensor],
+    maps: Tensor | None = None,
+    colours: Tensor | None = None,
+    boxes: Tensor | None = None,
+    partners: Tensor | None = None,
+    *,
+    size: int | Sequence[int],
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+    dtype: torch.dtype | str = torch.float32,
+    border: Border = "constant",
+    fill: float | Sequence[float] = 0.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """A batch of images, each augmented as its numbers say, and normalised: [N, C, P, Q] of `dtype`, channels_last.
+
+    images: [N, C, H, W] or [N, H, W, C] with C 1 or 3 (a second extent of 1 or 3 is C), any strides, uint8 (which is
+        divided by 255) or float16, bfloat16 or float32 of values within [0, 1]; or, of different sizes, (flat uint8
+        buffer, offsets int64 [N], sizes int [N, 2] of (H, W)), image n being [H, W, C] from flat[offsets[n]] on, as
+        pack_images makes them. C is then the length of `mean`.
+    maps: float32 [N, 2, 3], which take a position (x, y) of the result to (m00 x + m01 y + m02, m10 x + m11 y + m12) in
+        the image, where the value is bilinear. Pixel (p, q) covers [q, q + 1) x [p, p + 1). None: each whole image is
+        resized.
+    colours: float32 [N, 5]: factors of brightness, contrast and saturation, the shift of hue in turns (-0.5 to 0.5),
+        and 1 for grey or 0, as torchvision's functions have them, in this order.
+    boxes: float32 [N, B, 4 + C]: left, top, right, bottom in pixels of the result, and the value of each channel that
+        fills the box. Later boxes lie over earlier ones.
+    partners: float32 [N, 6]: the index of another image of the batch, the weight of this one (the other's is 1 -
+        weight), and left, top, right, bottom of a box in which only the other is seen. mixup has an empty box, cutmix
+        the weight 1.
+    size: P and Q, or one number for both. mean, std: of each channel, or one for all; a result is (v - mean) / std.
+    dtype: float16, bfloat16 or float32, or the name of one. border: "constant", where `fill` (of each channel or one
+        for all, within [0, 1]) lies beyond an image, or "reflection".
+    noise: int64 [N], seeds; boxes, then [N, B, 4], are filled with normal noise of the normalised image.
+
+    Steps are taken in the order of the arguments: map, colours, boxes, partner, normalisation. There is no gradient.
+    Numbers lie on the CPU, where they are checked by value and copied together to the device of the images, or there,
+    where they are not read: the kernel then stays inside memory whatever they are. offsets and sizes are always read.
+    Raises TypeError and ValueError for arguments of another kind, shape or value, and RuntimeError where numbers on the
+    CPU would be part of a CUDA graph.
+    """
+    given = _given_images(images, mean)
+    numbers = GivenNumbers(maps, colours, boxes, noise, partners)
+    _check_numbers(given, numbers)
+    P, Q = _size(size)
+    _check_extents(given, P, Q)
+    means, stds, fills = (_of_channels(*each, given.C) for each in (("mean", mean), ("std", std), ("fill", fill)))
+    if 0 in stds:
+        raise ValueError(f"augment(): std must not be 0, but got std={std!r}")
+    if not all(0 <= v <= 1 for v in fills):
+        raise ValueError(f"augment(): fill must be within [0, 1], but got fill={fill!r}")
+    if border not in BORDERS:
+        raise unknown_value("augment", "border", border, BORDERS, OTHER_BORDERS)
+    wanted = _dtype(dtype)
+    arguments = (*given[:3], maps, colours, boxes, noise, partners, (P, Q), means, stds, fills)
+    if reason := why_torch(given.images, dtypes=IMAGE_DTYPES, result=wanted):
+        record_torch("augment", reason, given.images)
+        return augment_plain(*arguments, border == "reflection", wanted)
+    return ops.augment(*arguments, border == "reflection", wanted)
+
+
+def _given_images(images: Any, mean: Any) -> GivenImages:
+    if isinstance(images, Tensor):
+        return _batch(images)
+    if not isinstance(images, tuple | list) or len(images) != 3 or not all(isinstance(t, Tensor) for t in images):
+        raise TypeError(
+            "augment(): images must be a Tensor [N, C, H, W] or [N, H, W, C], or the tensors (flat, offsets, sizes) "
+            f"that pack_images() makes of images of different sizes, but got {_kind(images)}"
+        )
+    flat, offsets, sizes = images
+    _check_tensor("the buffer of images", flat, (torch.uint8,), (None,))
+    _check_tensor("offsets", offsets, (torch.int64,), (None,))
+    _check_tensor("sizes", sizes, (torch.int32, torch.int64), (offsets.shape[0], 2))
+    C = len(mean) if isinstance(mean, Sequence) else 1
+    if C not in (1, 3):
+        raise ValueError(f"augment(): mean must have 1 or 3 values, one for each channel, but got mean={mean!r}")
+    return GivenImages(flat.contiguous(), offsets, sizes, offsets.shape[0], C)
+
+
+def _kind(value: Any) -> str:
+    kind = type(value).__name__
+    return f"a {kind} of {len(value)}" if isinstance(value, tuple | list) else f"a {kind}"
+
+
+def _batch(images: Tensor) -> GivenImages:
+    """The images as [N, C, H, W], whatever their order."""
+    if images.dim() != 4 or (images.shape[1] not in (1, 3) and images.shape[3] not in (1, 3)):
+        raise ValueError(
+            f"augment(): images must be [N, C, H, W] or [N, H, W, C] with 1 or 3 channels, but got {list(images.shape)}"
+        )
+    images = images if images.shape[1] in (1, 3) else images.permute(0, 3, 1, 2)
+    N, C = images.shape[:2]
+    _check_tensor("images", images, IMAGE_DTYPES, images.shape)
+    return GivenImages(images, None, None, N, int(C))
+
+
+def _check_tensor(name: str, t: Any, dtypes: Sequence[torch.dtype], shape: Sequence[Any]) -> None:
+    """Raises unless t is a Tensor of one of the dtypes and of this shape, in which None is any extent."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"augment(): {name} must be a Tensor, not {type(t).__name__}")
+    if t.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"augment(): {name} must be of dtype {names}, but got {t.dtype}")
+    if t.dim() != len(shape) or any(b is not None and a != b for a, b in zip(t.shape, shape, strict=True)):
+        right = ", ".join("any" if extent is None else str(extent) for extent in shape)
+        raise ValueError(f"augment(): {name} must be of shape [{right}], but got {list(t.shape)}")
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"augment(): it has no gradient, but {name} requires one: give {name}.detach()")
+
+
+def _check_numbers(given: GivenImages, numbers: GivenNumbers) -> None:
+    N, C = given.N, given.C
+    maps, colours, boxes, noise, partners = numbers
+    single = (torch.float32,)
+    if maps is not None:
+        _check_tensor("maps", maps, single, (N, 2, 3))
+    if colours is not None:
+        _check_tensor("colours", colours, single, (N, 5))
+    if boxes is not None:
+        _check_tensor("boxes", boxes, single, (N, None, 4 if noise is not None else 4 + C))
+        if boxes.shape[1] > MOST_BOXES:
+            raise ValueError(
+                f"augment(): boxes must be at most {MOST_BOXES} for each image, but got {list(boxes.shape)}"
+            )
+    if noise is not None:
+        _check_tensor("noise", noise, (torch.int64,), (N,))
+        if boxes is None:
+            raise ValueError("augment(): noise fills boxes, but got boxes=None")
+    if partners is not None:
+        _check_tensor("partners", partners, single, (N, 6))
+        if N > MOST_IMAGES:
+            raise ValueError(f"augment(): partners can be given for at most {MOST_IMAGES} images, but got {N}")
+    device = given.images.device
+    for name, t in zip(numbers._fields, numbers, strict=True):
+        if t is not None and t.device.type != "cpu" and t.device != device:
+            raise ValueError(
+                f"augment(): {name} must be on the CPU or on {device}, where the images are, but got {t.device}"
+            )
+
+
+def _size(size: Any) -> tuple[Any, Any]:
+    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int | torch.SymInt) for v in pair):
+        raise TypeError(f"augment(): size must be an int or a pair of ints, but got size={size!r}")
+    if not all(0 < v < MOST_PIXELS for v in pair):
+        raise ValueError(f"augment(): size must be positive and less than {MOST_PIXELS}, but got size={size!r}")
+    return pair
+
+
+def _check_extents(given: GivenImages, P: Any, Q: Any) -> None:
+    if P * Q * given.C >= MOST_ELEMENTS:
+        raise ValueError(
+            f"augment(): a result must have fewer than {MOST_ELEMENTS} elements, but got size={(P, Q)} with "
+            f"{given.C} channels"
+        )
+    if given.offsets is None:
+        _, C, H, W = given.images.shape
+        if not (0 < H < MOST_PIXELS and 0 < W < MOST_PIXELS and H * W * C < MOST_ELEMENTS):
+            raise ValueError(
+                f"augment(): images must have from 1 to {MOST_PIXELS - 1} rows and columns and fewer than "
+                f"{MOST_ELEMENTS} elements each, but got {H} x {W} with {C} channels"
+            )
+
+
+def _of_channels(name: str, value: Any, C: int) -> tuple[float, ...]:
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    try:
+        numbers = tuple(map(float, values))
+    except (TypeError, ValueError):
+        raise TypeError(f"augment(): {name} must be a number or a sequence of them, but got {name}={value!r}") from None
+    if len(numbers) not in (1, C):
+        raise ValueError(
+            f"augment(): {name} must be one number, or one for each of the {C} channels, but got {name}={value!r}"
+        )
+    if not all(-float("inf") < v < float("inf") for v in numbers):
+        raise ValueError(f"augment(): {name} must be finite, but got {name}={value!r}")
+    return numbers if len(numbers) == C else numbers * C
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    names = [str(one).removeprefix("torch.") for one in RESULT_DTYPES]
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else full_name_or_none(dtype)
+    if name not in names:
+        raise unknown_value("augment", "dtype", dtype, RESULT_DTYPES)
+    return getattr(torch, name)
+
+
+def full_name_or_none(dtype: Any) -> str | None:
+    try:
+        return full_name(dtype)
+    except (ValueError, AttributeError):
+        return None
+
+
+def pack_images(images: Sequence[Any], pin_memory: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Images of different sizes in one buffer, as augment takes them: (flat uint8 buffer, offsets int64 [N], sizes
+    int32 [N, 2] of (H, W)), on the CPU. A DataLoader's collate_fn makes a batch of them.
+
+    images: uint8 tensors or numpy arrays on the CPU, [H, W, C] or [C, H, W] (a first extent of 1 or 3 is C) with the
+    same 1 or 3 channels. pin_memory: the buffer is in page-locked memory, which a GPU can copy while the CPU goes on.
+    Raises TypeError and ValueError for anything else.
+    """
+    tensors = [_image(n, image) for n, image in enumerate(images)]
+    if len({t.shape[2] for t in tensors}) > 1:
+        raise ValueError(
+            "pack_images(): images must have the same number of channels, but got "
+            f"{sorted({t.shape[2] for t in tensors})}"
+        )
+    sizes = torch.tensor([t.shape[:2] for t in tensors], dtype=torch.int32).view(-1, 2)
+    ends = torch.tensor([0, *(t.numel() for t in tensors)]).cumsum(0)
+    flat = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=pin_memory)
+    for begin, t in zip(ends.tolist(), tensors, strict=False):
+        flat[begin : begin + t.numel()].view(t.shape).copy_(t)
+    return flat, ends[:-1].clone(), sizes
+
+
+def _image(n: int, image: Any) -> Tensor:
+    """Image n as [H, W, C]."""
+    t = image if isinstance(image, Tensor) else torch.as_tensor(image)
+    if t.dtype != torch.uint8 or t.dim() != 3 or 0 in t.shape or not (t.shape[0] in (1, 3) or t.shape[2] in (1, 3)):
+        raise ValueError(
+            "pack_images(): images must be uint8 of shape [H, W, C] or [C, H, W] with 1 or 3 channels, but image "
+            f"{n} is {t.dtype} of shape {list(t.shape)}"
+        )
+    return t.permute(1, 2, 0) if t.shape[0] in (1, 3) else t

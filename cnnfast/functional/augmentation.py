@@ -27,7 +27,6 @@ OTHER_BORDERS: dict[str, Border] = {
 IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 RESULT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_IMAGES = 2**24  # whose indices float32 tells apart
-MOST_BOXES = 64  # of an image: the kernel is compiled for their number
 
 
 class GivenImages(NamedTuple):
@@ -162,10 +161,6 @@ def _check_numbers(given: GivenImages, numbers: GivenNumbers) -> None:
         _check_tensor("colours", colours, single, (N, 5))
     if boxes is not None:
         _check_tensor("boxes", boxes, single, (N, None, 4 if noise is not None else 4 + C))
-        if boxes.shape[1] > MOST_BOXES:
-            raise ValueError(
-                f"augment(): boxes must be at most {MOST_BOXES} for each image, but got {list(boxes.shape)}"
-            )
     if noise is not None:
         _check_tensor("noise", noise, (torch.int64,), (N,))
         if boxes is None:

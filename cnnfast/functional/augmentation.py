@@ -92,7 +92,7 @@ def augment(
     P, Q = _size(size)
     _check_extents(given, P, Q)
     means, stds, fills = (_of_channels(*each, given.C) for each in (("mean", mean), ("std", std), ("fill", fill)))
-    if 0 in stds:
+    if any(v == 0 for v in stds):
         raise ValueError(f"augment(): std must not be 0, but got std={std!r}")
     if not all(0 <= v <= 1 for v in fills):
         raise ValueError(f"augment(): fill must be within [0, 1], but got fill={fill!r}")

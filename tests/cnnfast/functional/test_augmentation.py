@@ -224,7 +224,8 @@ def test_any_strides(images):
 
 def test_empty_batches(images):
     given = {name: value[:0] if isinstance(value, torch.Tensor) else value for name, value in numbers("noise").items()}
-    for empty in (images[:0], images[:0].permute(0, 2, 3, 1), F.pack_images([])):
+    flat, offsets, sizes = F.pack_images([])
+    for empty in (images[:0], images[:0].permute(0, 2, 3, 1), (flat.to(images.device), offsets, sizes)):
         ours, theirs, launches = both(empty, **given)
         assert launches == []
         assert ours.shape == theirs.shape == (0, C, P, Q)

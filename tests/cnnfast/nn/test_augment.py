@@ -365,7 +365,7 @@ def test_labels_without_mixing_stay(device):
     [
         ([1, 2, 3], 0, ValueError, r"index must be \[N\], with N=4 images, but got \[3\]"),
         (
-            torch.zeros(4, 1, dtype=torch.int64),
+            [[0], [1], [2], [3]],
             0,
             ValueError,
             r"index must be \[N\], with N=4 images, but got \[4, 1\]",

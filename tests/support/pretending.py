@@ -47,6 +47,9 @@ MAY_MIX = (
     "_unsafe_index",
     "is_same_size",
     "_has_same_storage_numel",
+    # cnnfast's, which copy numbers on the CPU to the images' device
+    "augment",
+    "augment_plain",
 )
 # What makes tensors of its own, or chooses the device: it says nothing about where a test's tensors are, and such a
 # test is skipped.

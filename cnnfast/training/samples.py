@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from .folders import list_folder
 from .listing import Listing
 from .orders import shuffled
 from .reading import ImageFiles, SampleSource, as_tensor, digits, read_for_training
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DIGITS = "digits"
 CSV = (".csv", ".tsv", ".txt")
@@ -63,8 +67,20 @@ class ImageSet(Dataset[Sample]):
         Raises UnreadableSample.
         """
         i = range(len(self))[i]
-        try:
+        with self._naming(i):
             return Sample(self._image(i), int(self.labels[i]), i)
+
+    def picture(self, i: int) -> Image:
+        """Image i as Pillow reads it, upright and as large as it is. Raises UnreadableSample."""
+        with self._naming(i):
+            return self.source.read(i, None)
+
+    @contextmanager
+    def _naming(self, i: int) -> Iterator[None]:
+        """What makes an image unreadable is told with its name."""
+        try:
+            yield
+            return
         except UnreadableImage as error:
             reason = str(error)
         except MemoryError:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import cnnfast
 import cnnfast.nn as cnn
 from cnnfast.engine.images.preprocessing import Preprocessing
 from cnnfast.training import pictures
@@ -16,6 +17,15 @@ from cnnfast.training.runs import Epoch
 from cnnfast.training.samples import open_images
 
 pytest.importorskip("sklearn")
+
+
+@pytest.fixture(autouse=True)
+def by_pytorch():
+    """In the interpreter our kernels would take seconds for images that nothing here is about."""
+    with cnnfast.backend("torch"):
+        yield
+
+
 IMAGES = open_images("digits", 8)
 AS_FROZEN = Preprocessing(8, (8, 8), "bilinear", (0.5,), (0.5,))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from .folders import list_folder
 from .listing import Listing, note, quoted_few, refuse_unknown
 from .orders import PARTS, shuffled
 from .reading import ImageFiles, SampleSource, as_tensor, digits, read_for_training
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DIGITS = "digits"
 CSV = (".csv", ".tsv", ".txt")
@@ -76,6 +79,11 @@ class ImageSet(Dataset[Sample]):
             else:
                 image = as_tensor(self.evaluation.resize(self.source.read(i, None)))
             return Sample(image, int(self.labels[i]), i)
+
+    def picture(self, i: int) -> Image:
+        """Image i as Pillow reads it, upright and as large as it is. Raises UnreadableSample."""
+        with self._named(i):
+            return self.source.read(i, None)
 
     def look(self, i: int) -> tuple[int, int]:
         """(width, height) of image i in its file, whose pixels are not read. Raises UnreadableSample where the header

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from .. import functional as F
 from ..drawing import (
@@ -246,16 +247,22 @@ class Augment(nn.Module):
 
         Raises what functional.augment raises, and ValueError or TypeError for labels and indices that do not fit.
         """
+        augmented = self._augmented_aside if torch.compiler.is_compiling() else self._augmented
+        return augmented(images, labels, index, epoch)
+
+    def _augmented(
+        self, images: Images, labels: Tensor | None, index: Tensor | Sequence[int] | None, epoch: int
+    ) -> Any:
         to_augment = ImagesToAugment.of(images)
-        N = len(to_augment.sizes)
-        mixes = self.training and bool(self.mixing.draws)
+        N, channels = len(to_augment.sizes), to_augment.channels or len(self.mean)
         if labels is not None:
-            check_labels(labels, N, self.num_classes, mixes)
+            check_labels(labels, N, self.num_classes, self.training and bool(self.mixing.draws))
         drawn = indices_of(index, N, self.generator) if self.training else torch.arange(N)
-        draws = self.draw(to_augment.sizes, drawn, epoch, to_augment.channels)
+        draws = self.draw(to_augment.sizes, drawn, epoch, channels)
         result = F.augment(
-            to_augment.source, draws.maps, draws.colours, draws.boxes, draws.partners, size=self.size, mean=self.mean,
-            std=self.std, dtype=self.dtype, border=self.seen_border, fill=self.fill, noise=draws.noise,
+            to_augment.source, draws.maps, draws.colours, draws.boxes, draws.partners, noise=draws.noise,
+            size=self.size, mean=self.mean * channels if len(self.mean) == 1 else self.mean, std=self.std,
+            dtype=self.dtype, border=self.seen_border, fill=self.fill,
         )  # fmt: skip
         if labels is None:
             return result
@@ -263,6 +270,6 @@ class Augment(nn.Module):
             return result, labels
         return result, mix_labels(labels, draws.partners, self.size, self.num_classes)
 
-    # Numbers are drawn in Python, which torch.compile leaves as it is: what torch.compiler.disable says, without its
-    # import of torch._dynamo, which takes a second.
-    vars(forward)["_torchdynamo_disable"] = True
+    # Numbers are drawn in Python, which torch.compile is not to trace. torch.compiler.disable would import
+    # torch._dynamo, which takes a second, also where nothing is compiled.
+    _augmented_aside = _disable_dynamo(_augmented)

@@ -48,6 +48,7 @@ MAY_MIX = (
     "_unsafe_index",
     "is_same_size",
     "_has_same_storage_numel",
+    # cnnfast's, which copy numbers on the CPU to the images' device
     "augment",
     "augment_plain",
 )

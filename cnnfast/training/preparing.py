@@ -12,8 +12,7 @@ from torch import Tensor
 
 import cnnfast.nn as cnn
 
-from .dividing import class_weights, split
-from .samples import DIGITS, ImageSet, open_images
+from .samples import DIGITS, ImageSet, class_weights, open_images, split
 
 Data = str | Path | ImageSet
 # Digits are as large as their images: they are moved by a pixel, turned and slanted a little, and never mirrored.

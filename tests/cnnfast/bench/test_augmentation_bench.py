@@ -87,7 +87,11 @@ def test_our_kernels_pass_the_gate(device):
 
 
 class Changed(type(AUGMENTERS["cnnfast"])):
-    """cnnfast by a recipe that differs from the one that was asked for."""
+    """cnnfast by a recipe that differs from the one that was asked for, judged as others are: without the batch whose
+    numbers it draws.
+    """
+
+    judged, judge = Augmenter.judged, Augmenter.judge
 
     def transform(self, recipe, job):
         return super().transform(replace(recipe, **self.differences(recipe)), job)
@@ -98,21 +102,29 @@ class Changed(type(AUGMENTERS["cnnfast"])):
 
 WRONG_STEPS = {
     "no flip": lambda recipe: {"horizontal_flip_p": 0.0},
-    "a darker image": lambda recipe: {"brightness": (0.68, 0.68)} if recipe.brightness else {},
-    "less contrast": lambda recipe: {"contrast": (1.28, 1.28)} if recipe.contrast else {},
-    "pale": lambda recipe: {"saturation": (0.62, 0.62)} if recipe.saturation else {},
-    "another hue": lambda recipe: {"hue": (0.085, 0.085)} if recipe.hue else {},
+    "a darker image": lambda recipe: {"brightness": (0.699, 0.699)} if recipe.brightness else {},
+    "less contrast": lambda recipe: {"contrast": (1.299, 1.299)} if recipe.contrast else {},
+    "pale": lambda recipe: {"saturation": (0.601, 0.601)} if recipe.saturation else {},
+    "another hue": lambda recipe: {"hue": (0.0801, 0.0801)} if recipe.hue else {},
     "never grey": lambda recipe: {"grayscale_p": 0.0},
     "turned the other way": lambda recipe: {"degrees": (-20.0, -20.0)} if recipe.degrees else {},
-    "no box": lambda recipe: {"erasing_p": 0.0} if recipe.erasing_p else {},
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_STEPS)
 def test_each_step_is_judged(wrong, device):
-    recipe = replace(ROTATED, erasing_p=1.0)  # a box in each of the few images
     provider = type("Wrong", (Changed,), {"differences": staticmethod(WRONG_STEPS[wrong])})("cnnfast", "")
-    assert rows(recipe, provider, device=device)["cnnfast"].status == WRONG
+    assert rows(ROTATED, provider, device=device)["cnnfast"].status == WRONG
+
+
+def test_our_boxes_and_crops_are_judged_by_the_numbers_that_are_drawn(device):
+    class Ours(type(AUGMENTERS["cnnfast"])):
+        def transform(self, recipe, job):
+            return super().transform(replace(recipe, **different), job)
+
+    recipe = replace(USUAL, erasing_p=1.0)  # a box in each of the few images
+    for different, status in (({}, OK), ({"erasing_p": 0.0}, WRONG), ({"crop_scale": (0.079, 1.0)}, WRONG)):
+        assert rows(recipe, Ours("cnnfast", ""), device=device)["cnnfast"].status == status, different
 
 
 @pytest.mark.parametrize("wrong", ["another shape", "another dtype", "not finite"])
@@ -130,6 +142,21 @@ def test_what_is_timed_has_the_right_shape_and_is_finite(wrong, device):
     row = rows(LIGHT, Wrong("cnnfast", ""), device=device)["cnnfast"]
     assert (row.status, row.median) == ("failed", None)
     assert "its batch is" in row.reason
+
+
+@needs_torchvision
+@pytest.mark.cpu_tensors("a worker's images lie on the CPU")
+def test_a_worker_computes_by_one_thread(monkeypatch):
+    job = augmentation_task(LIGHT, IMAGES, SIZE, torch.float32, torch.device("cpu"), []).job
+    transform = AUGMENTERS["torchvision-worker"].transform(LIGHT, job)
+    seen, stack, threads = [], torch.stack, torch.get_num_threads()
+    monkeypatch.setattr(torch, "stack", lambda images: (seen.append(torch.get_num_threads()), stack(images))[1])
+    torch.set_num_threads(2)
+    try:
+        assert transform(job.images()).shape == (BATCH, 3, SIZE, SIZE)
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,10 +339,12 @@ def test_only_what_draws_its_numbers_for_each_image_is_compared():
 # The command
 
 
+def command_line(*arguments: str):
+    return CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
 def command(*arguments: str):
-    return CliRunner().invoke(
-        app, ["bench", "augment", "--seconds", "0", *arguments], env={"COLUMNS": "200", "TERM": "dumb"}
-    )
+    return command_line("augment", "--seconds", "0", *arguments)
 
 
 def words(text: str) -> str:
@@ -336,6 +365,9 @@ def test_the_command_tells_and_writes_what_it_found(tmp_path, without_kornia):
     assert {(row.kind, row.mode, row.batch, row.dtype) for row in found} == {("augmentation", "augment", 2, "float32")}
     for data in json.loads(file.read_text()):
         assert (data["median"] is not None) == (data["launches"] is not None) == (data["status"] == OK)
+    compared = words(command_line("--compare", str(file), str(file)).output)
+    assert f"{len(found) - [row.status for row in found].count(UNAVAILABLE)} compared" in compared
+    assert all(f"2x{extents} to 21x21, float32" in compared for extents in ("3x26x30", "26x30x3"))
     said = words(result.output)
     for text in (
         "augment: crop, flip, rotation, colours, erasing, batch 2, 2x26x30x3 to 21x21, float32",

@@ -44,8 +44,8 @@ def head_of(model: nn.Module) -> nn.Module:
 
     Raises ValueError if the model has no parameters.
     """
-    named = [child for name, child in model.named_children() if name in HEADS and any(child.parameters())]
-    layers = [m for m in (named or [model])[-1].modules() if next(m.parameters(recurse=False), None) is not None]
+    named = [child for name, child in model.named_children() if name in HEADS and _has_parameters(child)]
+    layers = [m for m in (named or [model])[-1].modules() if _has_parameters(m, recurse=False)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to train")
     return layers[-1]
@@ -55,6 +55,10 @@ def keep_still(parts: Sequence[nn.Module]) -> None:
     """Puts them in eval: batch norms then use, and leave, the statistics that they have, and nothing is dropped."""
     for part in parts:
         part.eval()
+
+
+def _has_parameters(module: nn.Module, recurse: bool = True) -> bool:
+    return next(module.parameters(recurse), None) is not None
 
 
 def _all_but(model: nn.Module, kept: nn.Module) -> Iterator[nn.Module]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from .. import functional as F
 from ..drawing import (
@@ -27,6 +28,7 @@ from ..drawing import (
     rules,
 )
 from ..drawing.rules import Number, NumberOrRange, Range
+from ..functional.augmentation import BORDERS, OTHER_BORDERS, Border
 from ..spelling import keywords_explained
 from .augment_inputs import Images, ImagesToAugment, check_labels, indices_of
 
@@ -121,7 +123,7 @@ class Augment(nn.Module):
         mean: NumberOrRange = IMAGENET_MEAN,
         std: NumberOrRange = IMAGENET_STD,
         dtype: torch.dtype | str = torch.float32,
-        border: Literal["constant", "reflection"] = "constant",
+        border: Border = "constant",
         fill: NumberOrRange = 0.0,
         seed: int = 0,
         generator: torch.Generator | None = None,
@@ -134,7 +136,7 @@ class Augment(nn.Module):
         self.std = rules.channels("std", std, 0.0, above=True)
         self.fill = rules.channels("fill", fill, 0.0, 1.0)
         self.dtype = rules.dtype("dtype", dtype)
-        self.border = rules.one_of("border", border, ("constant", "reflection"))
+        self.border = rules.one_of("border", border, BORDERS, OTHER_BORDERS)
         self.num_classes = None if num_classes is None else rules.whole("num_classes", num_classes, 1)
         self.seed = rules.whole("seed", seed, -(2**63), 2**64 - 1)
         self.generator = rules.instance("generator", generator, torch.Generator)
@@ -146,7 +148,9 @@ class Augment(nn.Module):
         if crop_scale is not None:
             self.crop = ResizedCrop(rules.rising("crop_scale", crop_scale, "part of the image's area", 1.0), ratio)
             if padding is not None:
-                raise rules.refused("padding", padding, "None unless crop_scale is None: a resized crop is not padded")
+                raise rules.refused(
+                    "padding", padding, "None unless crop_scale=None is given: a resized crop is not padded"
+                )
         elif padding is not None:
             self.crop = PaddedCrop(rules.sides("padding", padding))
         self.flips = Flips(
@@ -170,7 +174,7 @@ class Augment(nn.Module):
             rules.probability("erasing_p", erasing_p),
             rules.rising("erasing_scale", erasing_scale, "part of the area", 1.0),
             rules.rising("erasing_ratio", erasing_ratio, "ratio of height to width"),
-            None if erasing_value == "random" else self.denormalised(rules.channels("erasing_value", erasing_value)),
+            self.values_of_erased(erasing_value),
         )
         self.mixing = Mixing(
             None if mixup_alpha is None else rules.positive("mixup_alpha", mixup_alpha),
@@ -179,11 +183,14 @@ class Augment(nn.Module):
         kinds = (self.crop, self.flips, self.turn, self.jitter, self.erasing, self.mixing)
         self.draws: tuple[int, ...] = tuple(sorted({draw for kind in kinds for draw in kind.draws}))
 
-    def denormalised(self, values: tuple[float, ...]) -> tuple[float, ...]:
-        """Values of channels, or one for all, before they are normalised."""
-        channels = rules.common_length(erasing_value=values, mean=self.mean, std=self.std)
-        mean, std = (numbers * (channels // len(numbers)) for numbers in (self.mean, self.std))
-        return tuple(v * s + m for v, s, m in zip(values * (channels // len(values)), std, mean, strict=True))
+    def values_of_erased(self, given: Any) -> tuple[float, ...] | None:
+        """Of each channel, or one for all, before they are normalised; None: noise."""
+        if isinstance(given, str) and given == "random":
+            return None
+        values = rules.channels("erasing_value", given, otherwise=", or 'random'")
+        channels = max(map(len, (values, self.mean, self.std)))
+        each = (numbers * (channels // len(numbers)) for numbers in (values, self.std, self.mean))
+        return tuple(value * std + mean for value, std, mean in zip(*each, strict=True))
 
     @staticmethod
     def options() -> dict[str, inspect.Parameter]:
@@ -197,7 +204,7 @@ class Augment(nn.Module):
         return ", ".join([repr(self.given["size"]), *changed[1:]])
 
     @property
-    def seen_border(self) -> Literal["constant", "reflection"]:
+    def seen_border(self) -> Border:
         """What to give functional.augment as border with this module's draws: where no map leaves the image, the
         pixels at its edges are not mixed with `fill`, as torchvision's resize does not.
         """
@@ -206,7 +213,7 @@ class Augment(nn.Module):
         return self.border if leaves else "reflection"
 
     def draw(
-        self, sizes: Tensor | Sequence[int], index: Tensor | Sequence[int], epoch: int = 0, channels: int | None = None
+        self, sizes: Tensor | Sequence[Any], index: Tensor | Sequence[int], epoch: int = 0, channels: int | None = None
     ) -> Draws:
         """The numbers of images by their indices (int [N]). sizes: (height, width) of each, int [N, 2], or of all.
         channels: of an image; None: as many as `mean` has. In evaluation only maps.
@@ -246,16 +253,22 @@ class Augment(nn.Module):
 
         Raises what functional.augment raises, and ValueError or TypeError for labels and indices that do not fit.
         """
+        augmented = self._augmented_aside if torch.compiler.is_compiling() else self._augmented
+        return augmented(images, labels, index, epoch)
+
+    def _augmented(
+        self, images: Images, labels: Tensor | None, index: Tensor | Sequence[int] | None, epoch: int
+    ) -> Any:
         to_augment = ImagesToAugment.of(images)
-        N = len(to_augment.sizes)
-        mixes = self.training and bool(self.mixing.draws)
+        N, channels = len(to_augment.sizes), to_augment.channels or len(self.mean)
         if labels is not None:
-            check_labels(labels, N, self.num_classes, mixes)
+            check_labels(labels, N, self.num_classes, self.training and bool(self.mixing.draws))
         drawn = indices_of(index, N, self.generator) if self.training else torch.arange(N)
-        draws = self.draw(to_augment.sizes, drawn, epoch, to_augment.channels)
+        draws = self.draw(to_augment.sizes, drawn, epoch, channels)
         result = F.augment(
-            to_augment.source, draws.maps, draws.colours, draws.boxes, draws.partners, size=self.size, mean=self.mean,
-            std=self.std, dtype=self.dtype, border=self.seen_border, fill=self.fill, noise=draws.noise,
+            to_augment.source, draws.maps, draws.colours, draws.boxes, draws.partners, noise=draws.noise,
+            size=self.size, mean=self.mean * channels if len(self.mean) == 1 else self.mean, std=self.std,
+            dtype=self.dtype, border=self.seen_border, fill=self.fill,
         )  # fmt: skip
         if labels is None:
             return result
@@ -263,6 +276,6 @@ class Augment(nn.Module):
             return result, labels
         return result, mix_labels(labels, draws.partners, self.size, self.num_classes)
 
-    # Numbers are drawn in Python, which torch.compile leaves as it is: what torch.compiler.disable says, without its
-    # import of torch._dynamo, which takes a second.
-    vars(forward)["_torchdynamo_disable"] = True
+    # Numbers are drawn in Python, which torch.compile is not to trace. torch.compiler.disable would import
+    # torch._dynamo, which takes a second, also where nothing is compiled.
+    _augmented_aside = _disable_dynamo(_augmented)

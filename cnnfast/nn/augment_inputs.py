@@ -10,43 +10,43 @@ from torch import Tensor
 
 from .. import functional as F
 
-Images = Tensor | Sequence[Tensor]
+Images = Tensor | tuple[Tensor, Tensor, Tensor] | Sequence[Any]
 CHANNELS = (1, 3)
 
 
 class ImagesToAugment(NamedTuple):
-    """Images as functional.augment takes them, their (height, width), int [N, 2], and how many channels they have;
-    None: as the packed ones do not say.
+    """Images as functional.augment takes them, their (height, width), int [N, 2] on the CPU, and how many channels they
+    have; None: packed ones do not say.
     """
 
-    source: Any
+    source: Tensor | tuple[Tensor, Tensor, Tensor]
     sizes: Tensor
     channels: int | None
 
     @classmethod
     def of(cls, images: Images) -> ImagesToAugment:
-        """Raises TypeError for what is no image."""
+        """Raises TypeError and ValueError for what is no batch of images."""
         if isinstance(images, Tensor):
             return cls(images, *_of_one_size(images))
-        if not isinstance(images, Sequence) or not all(isinstance(image, Tensor) for image in images):
-            raise TypeError(f"Augment(): images must be a tensor or a list of tensors, but got {type(images).__name__}")
-        if not len(images):
-            raise ValueError("Augment(): images must have at least one image, but got an empty list")
-        packed = len(images) == 3 and images[0].dim() == 1
-        source = tuple(images) if packed else F.pack_images(images)
-        channels = None if packed else _channels(images[0])
-        return cls(source, source[2].cpu(), channels)
-
-
-def _channels(image: Tensor) -> int:
-    """Of one image, [H, W, C] or [C, H, W]."""
-    return image.shape[-1] if image.shape[-1] in CHANNELS else image.shape[0]
+        if not isinstance(images, Sequence) or isinstance(images, str):
+            raise TypeError(
+                "Augment(): images must be a Tensor [N, C, H, W] or [N, H, W, C], a list of images [H, W, C] or "
+                f"[C, H, W], or what pack_images() makes of one, but got {type(images).__name__}"
+            )
+        if len(images) == 3 and isinstance(images[0], Tensor) and images[0].dim() == 1:
+            flat, offsets, sizes = images
+            return cls((flat, offsets, sizes), torch.as_tensor(sizes).cpu(), None)
+        flat, offsets, sizes = F.pack_images(images)
+        pixels = int(sizes.long().prod(1).sum())
+        return cls((flat, offsets, sizes), sizes, flat.numel() // pixels if pixels else None)
 
 
 def _of_one_size(images: Tensor) -> tuple[Tensor, int]:
     """(sizes, channels) of [N, C, H, W] or [N, H, W, C]."""
     if images.dim() != 4:
-        raise ValueError(f"Augment(): images must be [N, C, H, W] or [N, H, W, C], but got {list(images.shape)}")
+        raise ValueError(
+            f"Augment(): images must be [N, C, H, W] or [N, H, W, C] with 1 or 3 channels, but got {list(images.shape)}"
+        )
     N, C, H, W = images.shape
     if C not in CHANNELS:
         N, H, W, C = images.shape
@@ -99,7 +99,7 @@ def check_labels(labels: Tensor, images: int, num_classes: int | None, mixes: bo
         raise ValueError(
             "Augment(): num_classes must be given to mix labels that are classes, but got num_classes=None"
         )
-    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+    if images and labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(
             f"Augment(): labels must be from 0 to num_classes - 1 = {num_classes - 1}, but got {int(labels.min())} to "
             f"{int(labels.max())}"

@@ -27,3 +27,16 @@ def round_root(x):
     it does.
     """
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
+@no_type_check
+def divide_again(a, b, inverse):
+    """a / b in float32 for many a and one b whose `inverse` is known, rounded to nearest: three instructions where a
+    quotient that is alone takes a dozen.
+
+    What is left of a after a first quotient is exact in one fma, and its own quotient mends the first (Markstein, 1990,
+    "Computation of elementary functions on the IBM RISC System/6000"). Quotients and remainders must be normal numbers.
+    """
+    quotient = a * inverse
+    return tl.fma(tl.fma(-quotient, b, a), inverse, quotient)

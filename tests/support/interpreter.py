@@ -4,6 +4,7 @@
 The interpreter keeps bfloat16 as its raw 16 bits: products of them are silently wrong, and casts truncate. It reads and
 writes any address. It ignores tl.device_assert. `install()` replaces the methods of its builder that do so:
 
+- tl.fma of float32 rounds once, which it does from triton 3.9 on.
 - tl.dot of bfloat16 is computed in float32, casts into bfloat16 round to nearest even, any other arithmetic on bfloat16
   raises.
 - Every address that a load, store or atomic really uses must lie within one of the launch's tensor arguments, as far as
@@ -32,12 +33,40 @@ def install() -> None:
     if getattr(InterpreterBuilder, "repaired", False):
         return
     InterpreterBuilder.repaired = True
+    fuse_float32()
     compute_bfloat16_as_float32()
     refuse_bfloat16_arithmetic()
     check_addresses()
     # sanitize_overflow would come with debug: kernels may wrap around on purpose, as they do on a GPU.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
+
+
+# --- tl.fma -----------------------------------------------------------------------------------------------------------
+
+
+def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """x * y + z of float32, rounded once. The product is exact in float64; the sum is rounded there to an odd last bit
+    where it is not exact, so that rounding it again, to float32, is what rounding the exact sum would be.
+    """
+    product, addend = x.astype(np.float64) * y, np.asarray(z, np.float64)
+    total = product + addend
+    rest = (product - (total - (total - product))) + (addend - (total - product))  # Knuth's: what the sum has lost
+    even = (np.ascontiguousarray(total).view(np.int64) & 1) == 0
+    lost = even & (rest != 0) & np.isfinite(total)
+    return np.where(lost, np.nextafter(total, np.copysign(np.inf, rest)), total).astype(np.float32)
+
+
+def fuse_float32() -> None:
+    create_fma = InterpreterBuilder.create_fma
+
+    def fused(self, x, y, z):
+        if z.data.dtype != np.float32:
+            return create_fma(self, x, y, z)
+        with np.errstate(all="ignore"):
+            return TensorHandle(fma(x.data, y.data, z.data), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = fused
 
 
 # --- bfloat16 ---------------------------------------------------------------------------------------------------------

@@ -260,18 +260,20 @@ def pooling(dtype: torch.dtype, fmt: torch.memory_format) -> None:
     global_avg_pool(layers.empty(BATCH, 512, 7, 7, dtype=dtype, fmt=fmt))
 
 
-def augmentation(images: torch.dtype, dtype: torch.dtype, everything: bool) -> None:
+def augmentation(images: torch.dtype, dtype: torch.dtype, everything: bool, C: int = 3, noise: bool = False) -> None:
     """A map alone, or everything that can be done to images, of one size in NCHW or of different sizes."""
-    x = layers.empty(BATCH, 3, 256, 256, dtype=images)
+    x = layers.empty(BATCH, C, 256, 256, dtype=images)
     source = ImageSource(x)
     if images == torch.uint8:
         offsets, sizes = layers.empty(BATCH, dtype=torch.int64), layers.empty(BATCH, 2, dtype=torch.int32)
         source = ImageSource(x.view(-1), offsets, sizes)
     numbers = ImageNumbers(layers.empty(BATCH, 2, 3))
     if everything:
-        colours, boxes, partners = layers.empty(BATCH, 5), layers.empty(BATCH, 1, 7), layers.empty(BATCH, 6)
-        numbers = ImageNumbers(numbers.maps, colours, boxes, None, partners)
-    augmenting = Augmenting(224, 224, dtype, (0.0,) * 3, (0.5,) * 3, (0.25,) * 3, reflect=everything)
+        boxes, seeds = layers.empty(BATCH, 1, 4 + C), None
+        if noise:
+            boxes, seeds = layers.empty(BATCH, 1, 4), layers.empty(BATCH, dtype=torch.int64)
+        numbers = ImageNumbers(numbers.maps, layers.empty(BATCH, 5), boxes, seeds, layers.empty(BATCH, 6))
+    augmenting = Augmenting(224, 224, dtype, (0.0,) * C, (0.5,) * C, (0.25,) * C, reflect=everything)
     augment_batch(source, numbers, augmenting)
 
 
@@ -291,7 +293,9 @@ def passes() -> Iterator[Case]:
     yield Case("pooling float32 NCHW", partial(pooling, FLOAT32, NCHW))
     yield Case("augmentation uint8 to bfloat16, a map", partial(augmentation, torch.uint8, torch.bfloat16, False))
     yield Case("augmentation uint8 to bfloat16", partial(augmentation, torch.uint8, torch.bfloat16, True))
+    yield Case("augmentation uint8 to float16, noise", partial(augmentation, torch.uint8, torch.float16, True, 3, True))
     yield Case("augmentation float32", partial(augmentation, FLOAT32, FLOAT32, True))
+    yield Case("augmentation float16, grey", partial(augmentation, torch.float16, torch.float16, True, 1))
 
 
 def cases(arch: int = 90) -> list[Case]:

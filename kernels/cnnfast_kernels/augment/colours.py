@@ -66,11 +66,11 @@ def turn_hue(v, turns):
     """The colour with its hue shifted by `turns`, its largest and its smallest channel kept."""
     value = tl.maximum(tl.maximum(v.red, v.green), v.blue)
     range_ = value - tl.minimum(tl.minimum(v.red, v.green), v.blue)
-    divisor = tl.where(range_ == 0, 1.0, range_)
-    from_red = round_quotient(v.green - v.blue, divisor)
-    from_green = round_quotient(v.blue - v.red, divisor) + 2
-    from_blue = round_quotient(v.red - v.green, divisor) + 4
-    sixths = tl.where(value == v.red, from_red, tl.where(value == v.green, from_green, from_blue)) + 6 * turns
+    is_red = value == v.red
+    is_green = value == v.green
+    lead = tl.where(is_red, v.green - v.blue, tl.where(is_green, v.blue - v.red, v.red - v.green))
+    corner = tl.where(is_red, 0.0, tl.where(is_green, 2.0, 4.0))
+    sixths = round_quotient(lead, tl.where(range_ == 0, 1.0, range_)) + corner + 6 * turns
     return Colour(
         hue_channel(sixths, value, range_, 5),
         hue_channel(sixths, value, range_, 3),

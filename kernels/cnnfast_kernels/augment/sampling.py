@@ -15,11 +15,11 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from ..rounding import round_quotient
-from .sources import Colour, OneImage
+from ..rounding import divide_again, round_quotient
+from .sources import MAX_EXTENT, Colour, OneImage
 
 # No position is farther away than this, in pixels: what a map takes to infinity, or to no number at all, lies here.
-FARTHEST = tl.constexpr(1048576.0)
+FARTHEST = tl.constexpr(MAX_EXTENT + 1.0)
 
 
 @triton.jit
@@ -58,9 +58,13 @@ def limit(v, low, high):
 @triton.jit
 @no_type_check
 def reflect(u, extent):
-    """Position u along an axis of `extent` pixels, folded back into [0, extent] at both ends as often as it takes."""
+    """Position u along an axis of `extent` pixels, folded back into [0, extent] at both ends as often as it takes.
+
+    Where the number of folds is rounded to one too many or too few, the result lies up to an eighth of a pixel outside:
+    nearest to the same pixel at the edge.
+    """
     u = tl.abs(u)
-    folds = tl.floor(u / extent)
+    folds = tl.floor(u * round_quotient(1.0, extent))
     rest = u - folds * extent
     return tl.where(folds - 2 * tl.floor(folds * 0.5) == 0, rest, extent - rest)
 
@@ -80,8 +84,19 @@ def neighbours(u, extent, REFLECT: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def float_of_byte(value):
+    """An uint8 as float32: the last bits of 2^23 + value are value. A GPU does more additions a clock than conversions
+    (the CUDA C++ Programming Guide's table of throughputs), and a pixel of the result would need twelve of those.
+    """
+    return (value.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+@no_type_check
 def load_pixel(pixel_ptr, inside, fill):
-    return tl.where(inside, tl.load(pixel_ptr, mask=inside, other=0).to(tl.float32), fill)
+    value = tl.load(pixel_ptr, mask=inside)
+    value = float_of_byte(value) if value.dtype == tl.uint8 else value.to(tl.float32)
+    return tl.where(inside, value, fill)
 
 
 @triton.jit
@@ -89,6 +104,9 @@ def load_pixel(pixel_ptr, inside, fill):
 def sample(image, x, y, ok, fill, C: tl.constexpr, REFLECT: tl.constexpr):
     """The image's value at positions x, y: Colour of float32, uint8 as parts of 255. `fill` is in the image's own
     units.
+
+    A neighbour whose weight is 0 is not loaded: where positions are centres of pixels, one is read for each, and its
+    value comes out to the bit, whatever lies beside it.
     """
     h, wy = neighbours(y, image.H, REFLECT)
     w, wx = neighbours(x, image.W, REFLECT)
@@ -100,6 +118,10 @@ def sample(image, x, y, ok, fill, C: tl.constexpr, REFLECT: tl.constexpr):
             row = h + dy
             column = w + dx
             inside = ok & (row >= 0) & (row < image.H) & (column >= 0) & (column < image.W)
+            if dy == 1:
+                inside = inside & (wy != 0)
+            if dx == 1:
+                inside = inside & (wx != 0)
             weight = (wy if dy == 1 else 1 - wy) * (wx if dx == 1 else 1 - wx)
             pixel_ptr = image.ptr + row * image.stride_h + column * image.stride_w
             red += weight * load_pixel(pixel_ptr, inside, fill.red)
@@ -107,10 +129,18 @@ def sample(image, x, y, ok, fill, C: tl.constexpr, REFLECT: tl.constexpr):
                 green += weight * load_pixel(pixel_ptr + image.stride_c, inside, fill.green)
                 blue += weight * load_pixel(pixel_ptr + 2 * image.stride_c, inside, fill.blue)
     if image.ptr.dtype.element_ty == tl.uint8:
-        red = round_quotient(red, tl.full(red.shape, 255, tl.float32))
-        green = round_quotient(green, tl.full(green.shape, 255, tl.float32))
-        blue = round_quotient(blue, tl.full(blue.shape, 255, tl.float32))
+        red = divide_again(red, 255.0, 1 / 255)
+        green = divide_again(green, 255.0, 1 / 255)
+        blue = divide_again(blue, 255.0, 1 / 255)
     if C == 3:
         return Colour(red, green, blue)
     else:
         return Colour(red, red, red)
+
+
+@triton.jit
+@no_type_check
+def look(images, maps_ptr, n, pixels, fill, a: tl.constexpr):
+    """Image n at the places of some pixels of its result."""
+    x, y = map_position(maps_ptr + 6 * n, pixels.q + 0.5, pixels.p + 0.5)
+    return sample(find_image(images, n, a.C, a.channels_fast), x, y, pixels.ok, fill, a.C, a.reflect)

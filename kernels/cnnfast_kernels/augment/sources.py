@@ -10,6 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+MAX_EXTENT = 2**20 - 1  # of images and results, in pixels: positions among them are exact to an eighth of a pixel
+MAX_ELEMENTS = 2**31 - 1  # from the first to the last of one image, or of one result: they are counted in 32 bits
+# Parameters of both kernels. Nothing is compiled for a value of the one or an address of the other: numbers of several
+# kinds may share one copy to the GPU, in which they lie as they come, and images a buffer. No load is wider than one.
+SIZES = ("H", "W", "stride_n", "stride_h", "stride_w", "stride_c", "P", "Q", "parts")
+POINTERS = ("images_ptr", "offsets_ptr", "sizes_ptr", "maps_ptr", "colours_ptr")
+
 
 class ImageSource(NamedTuple):
     """The images: [N, C, H, W] with any strides, of uint8 or a floating dtype; or, of different sizes, a flat buffer of
@@ -42,6 +49,16 @@ class ImageNumbers(NamedTuple):
     partners: torch.Tensor | None = None
 
 
+class AugmentVariant(NamedTuple):
+    """What the kernels are compiled for: their constexpr argument `a`. channels_fast: the channels of a pixel are
+    adjacent.
+    """
+
+    C: int
+    channels_fast: bool
+    reflect: bool
+
+
 class ImageBatch(NamedTuple):
     """The images, in a kernel: pointers, and what all of them have in common where they are of one size."""
 
@@ -68,23 +85,39 @@ class OneImage(NamedTuple):
 
 
 class NumberPointers(NamedTuple):
-    """The numbers, in a kernel; `sums` of the grey image as grey_mean_kernel leaves them."""
+    """The numbers, in a kernel; `sums` of the grey image as grey_mean_kernel leaves them, in so many `parts`, and
+    `box_count` boxes of each image.
+    """
 
     maps: Any
     colours: Any
     sums: Any
+    parts: Any
     boxes: Any
+    box_count: Any
     noise: Any
 
 
+class PixelBox(NamedTuple):
+    """A part of a result, in a kernel. Its borders are float32, in pixels."""
+
+    left: Any
+    top: Any
+    right: Any
+    bottom: Any
+
+
 class Pixels(NamedTuple):
-    """Some pixels of a result, in a kernel: their rows and columns, which of them there are, and the result's extents."""
+    """The pixels of a tile of a result, in a kernel: their rows and columns, which of them there are, the result's
+    extents, and the tile's borders.
+    """
 
     p: Any
     q: Any
     ok: Any
     P: Any
     Q: Any
+    tile: Any
 
 
 class Colour(NamedTuple):

@@ -20,7 +20,7 @@ TOP = 5
 MISTAKES = 24
 
 
-class Told(NamedTuple):
+class Probabilities(NamedTuple):
     """What a network says of some images: their index int64 [n], and how probable it takes each class, [n, K]."""
 
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -146,7 +146,7 @@ def _some(images: ImageSet, indices: Tensor | None) -> Tensor:
     return indices
 
 
-def _by_model(model: nn.Module, augment: cnn.Augment, batches: Iterable[Any]) -> Iterator[Told]:
+def _by_model(model: nn.Module, augment: cnn.Augment, batches: Iterable[Any]) -> Iterator[Probabilities]:
     modes = [(module, module.training) for module in (*model.modules(), augment)]
     first = next(model.parameters(), None)
     device, dtype = (torch.device("cpu"), None) if first is None else (first.device, first.dtype)
@@ -156,7 +156,7 @@ def _by_model(model: nn.Module, augment: cnn.Augment, batches: Iterable[Any]) ->
         with torch.inference_mode():
             for batch in batches:
                 pixels = augment(_moved(batch.images, device)).to(dtype)
-                yield Told(batch.index, model(pixels).double().softmax(1).cpu())
+                yield Probabilities(batch.index, model(pixels).double().softmax(1).cpu())
     finally:
         for module, mode in modes:
             module.training = mode
@@ -172,7 +172,7 @@ def _moved(images: Any, device: torch.device) -> Any:
 
 def _by_frozen(
     network: Callable[[Tensor], Any], preprocessing: Preprocessing, images: ImageSet, indices: Tensor, batch: int
-) -> Iterator[Told]:
+) -> Iterator[Probabilities]:
     def prepared(i: int) -> Tensor:
         return preprocessing.apply(images.picture(i))
 
@@ -181,11 +181,14 @@ def _by_frozen(
         scores: Any = network(torch.stack([next(reader) for _ in some]))
         if not isinstance(scores, Tensor) or scores.dim() != 2:
             raise ValueError("the network returns no tensor [N, classes], from which classes could be read")
-        yield Told(some, probabilities(scores.double()))
+        yield Probabilities(some, probabilities(scores.double()))
 
 
 def judged(
-    images: ImageSet, indices: Tensor, said: Iterable[Told], tell: Callable[[int, int], None] = lambda done, of: None
+    images: ImageSet,
+    indices: Tensor,
+    said: Iterable[Probabilities],
+    tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> Evaluation:
     """The evaluation of what a network says of these images, batch by batch. Raises ValueError where it tells another
     number of classes than the images have, or gives no finite numbers for an image.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from tests.support.child import REPOSITORY, environment
 from tests.support.killed_run import MOMENTS
 from tests.support.trainable import small_fit, small_net, weights

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import cnnfast.nn as cnn
@@ -212,7 +213,18 @@ def judged(
         mistakes = sorted([*mistakes, *map(Mistake._make, zip(*columns, strict=True))], key=_badness)[:MISTAKES]
         done += len(index)
         tell(done, len(indices))
+    confusion, in_top, mistakes = _together(confusion, in_top, mistakes)
     return Evaluation(images.classes, confusion.view(K, K), in_top, tuple(mistakes))
+
+
+def _together(confusion: Tensor, in_top: int, mistakes: list[Mistake]) -> tuple[Tensor, int, list[Mistake]]:
+    """What the processes found, each of its own images, as one; the same in each of them."""
+    if not dist.is_available() or not dist.is_initialized():
+        return confusion, in_top, mistakes
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (confusion, in_top, mistakes))
+    everyone = sorted((mistake for *_, own in found for mistake in own), key=_badness)
+    return sum(one for one, *_ in found), sum(n for _, n, _ in found), everyone[:MISTAKES]
 
 
 def _badness(mistake: Mistake) -> tuple[float, float, int]:

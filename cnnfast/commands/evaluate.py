@@ -26,6 +26,7 @@ from .train import DATA_HELP
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
     from ..training.evaluating import Evaluation
     from ..training.samples import ImageSet
@@ -98,8 +99,6 @@ def evaluate(
 
 
 def _of_run(folder: Path, data: str, batch: int, workers: int) -> Evaluation | None:
-    import torch
-
     from ..training.evaluating import evaluate as judge
     from ..training.ranks import connected, rank
     from ..training.trained import read_run
@@ -108,7 +107,7 @@ def _of_run(folder: Path, data: str, batch: int, workers: int) -> Evaluation | N
         trained = read_run(folder)
     images = _images(data, trained.augment.size, trained.classes, trained.channels)
     with connected() as device, progress("images") as tell, refused_by("DATA", ValueError):
-        model = trained.model.to(device, memory_format=torch.channels_last)
+        model: nn.Module = trained.model.to(device)
         found = judge(model, trained.augment, images, batch=batch, workers=workers, tell=tell)
         return found if rank() == 0 else None
 

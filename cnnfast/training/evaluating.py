@@ -224,7 +224,7 @@ def _together(confusion: Tensor, in_top: int, mistakes: list[Mistake]) -> tuple[
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (confusion, in_top, mistakes))
     everyone = sorted((mistake for *_, own in found for mistake in own), key=_badness)
-    return sum(one for one, *_ in found), sum(n for _, n, _ in found), everyone[:MISTAKES]
+    return torch.stack([one for one, *_ in found]).sum(0), sum(n for _, n, _ in found), everyone[:MISTAKES]
 
 
 def _badness(mistake: Mistake) -> tuple[float, float, int]:

@@ -99,7 +99,7 @@ def test_transfer_from_a_file(monkeypatch):
         (("photos", "--model", "net.py:Net", "--freeze", "stem", "--size", "16"), "frozen names no part"),
         (("photos", "--model", "net.py:Net", "--optimizer", "adan", "--size", "16"), "optimizer 'adan' is none of"),
         (("photos", "--model", "net.py:Net", "--weights", "w.pth", "--size", "16"), "there is no file w.pth"),
-        (("photos", "--model", "net.py:Net", "--mixed", "fp8", "--size", "16"), "mixed 'fp8'"),
+        (("photos", "--model", "net.py:Net", "--mixed", "fp8", "--size", "16"), "'fp8' is none of"),
         (("photos/red", "--model", "net.py:Net"), "class"),
     ],
 )

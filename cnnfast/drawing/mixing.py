@@ -19,8 +19,8 @@ def symmetric_beta(alpha: float, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
         1/2 + S / (2 sqrt(1 + 1 / ((u**(-1 / alpha) - 1) cos(2 pi v)**2)))
 
-    with S = 1 for v below 1/2, else -1 (L. Devroye, Non-Uniform Random Variate Generation, 1986, chapter IX.3.5; for
-    every alpha > 0 in Devroye, Random variate generation in one line of code, 1996).
+    with S = 1 for v below 1/2, else -1, for every alpha > 0 (L. Devroye, Random variate generation in one line of code,
+    Winter Simulation Conference 1996; the tests compare distribution and moments).
     """
     _, cosine = sine_and_cosine(360 * v)
     with np.errstate(over="ignore", divide="ignore"):

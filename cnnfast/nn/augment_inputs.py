@@ -39,6 +39,8 @@ class ImagesToAugment(NamedTuple):
             return cls((flat, offsets, sizes), torch.as_tensor(sizes).cpu(), None)
         flat, offsets, sizes = F.pack_images(images)
         pixels = int(sizes.long().prod(1).sum())
+        if len(images) and isinstance(images[0], Tensor):
+            flat = flat.to(images[0].device)
         return cls((flat, offsets, sizes), sizes, flat.numel() // pixels if pixels else None)
 
 

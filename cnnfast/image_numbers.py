@@ -104,3 +104,10 @@ def read_extents(length: int, offsets: Tensor, sizes: Tensor, C: int) -> tuple[T
             f"takes {int(elements[n])} elements from {int(offsets[n])} on, but the buffer has {length}"
         )
     return offsets, sizes.to(torch.int32)
+
+
+def whole_maps(sizes: Tensor, P: int, Q: int) -> Tensor:
+    """float32 [N, 2, 3], on the CPU as sizes [N, 2] of (H, W) are: each whole image is resized to P x Q."""
+    maps = torch.zeros(len(sizes), 2, 3)
+    maps[:, 0, 0], maps[:, 1, 1] = sizes[:, 1] / Q, sizes[:, 0] / P
+    return maps

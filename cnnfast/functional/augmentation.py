@@ -82,7 +82,8 @@ def augment(
 
     Steps are taken in the order of the arguments: map, colours, boxes, partner, normalisation. There is no gradient.
     Numbers lie on the CPU, where they are checked by value and copied together to the device of the images, or there,
-    where they are not read: the kernel then stays inside memory whatever they are. offsets and sizes are always read.
+    where the kernel takes them unread and stays inside memory whatever they are. offsets and sizes are always read, and
+    where PyTorch serves all numbers are.
     Raises TypeError and ValueError for arguments of another kind, shape or value, and RuntimeError where numbers on the
     CPU would be part of a CUDA graph.
     """

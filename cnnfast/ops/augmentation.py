@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cnnfast_kernels.augment import Augmenting, ImageNumbers, ImageSource, augment_batch
 
-from ..image_numbers import ARGUMENTS, GivenNumbers, check_numbers, fake, read_extents
+from ..image_numbers import ARGUMENTS, GivenNumbers, check_numbers, fake, read_extents, whole_maps
 from .registry import register
 
 ALIGNMENT = 16  # bytes: where each tensor of numbers begins, so that Triton compiles for aligned ones alone
@@ -31,7 +31,7 @@ def _augment(
     if offsets is not None:
         offsets, sizes = read_extents(len(images), offsets, sizes, len(mean))
     if maps is None:
-        maps = _whole_maps(images, sizes, P, Q)
+        maps = _whole_maps(images, P, Q) if sizes is None else whole_maps(sizes, P, Q)
     offsets, sizes, *numbers = together((offsets, sizes, maps, colours, boxes, noise, partners), images.device)
     source = ImageSource(images, offsets, sizes)
     augmenting = Augmenting(P, Q, dtype, tuple(fill), tuple(mean), tuple(std), reflect)
@@ -53,15 +53,11 @@ def _check_capturable(given: GivenNumbers, offsets: Tensor | None) -> None:
             )
 
 
-def _whole_maps(images: Tensor, sizes: Tensor | None, P: int, Q: int) -> Tensor:
-    """float32 [N, 2, 3]: each whole image is resized to P x Q."""
-    if sizes is None:
-        N, _, H, W = images.shape
-        maps = images.new_zeros((N, 2, 3), dtype=torch.float32)
-        maps[:, 0, 0], maps[:, 1, 1] = W / Q, H / P
-    else:
-        maps = torch.zeros(len(sizes), 2, 3)
-        maps[:, 0, 0], maps[:, 1, 1] = sizes[:, 1] / Q, sizes[:, 0] / P
+def _whole_maps(images: Tensor, P: int, Q: int) -> Tensor:
+    """float32 [N, 2, 3], made where the images [N, C, H, W] are, so that a graph may be captured."""
+    N, _, H, W = images.shape
+    maps = images.new_zeros((N, 2, 3), dtype=torch.float32)
+    maps[:, 0, 0], maps[:, 1, 1] = W / Q, H / P
     return maps
 
 

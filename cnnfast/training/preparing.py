@@ -51,7 +51,7 @@ class Prepared:
     def config(self, data: Data) -> dict[str, Any]:
         """What is told of the data in a run's config."""
         return {
-            "data": str(data) if isinstance(data, str | Path) else type(data).__name__,
+            "data": named(data),
             "classes": list(self.classes),
             "counts": torch.bincount(self.labels, minlength=len(self.classes)).tolist(),
             "held_out": len(self.held_out.indices) if self.held_out else 0,
@@ -59,6 +59,11 @@ class Prepared:
             "size": list(self.augment.size),
             "augment": dict(self.augment.given),
         }
+
+
+def named(data: float | Data) -> float | str:
+    """As a config has it: a number or a path as it was given."""
+    return str(data) if isinstance(data, str | Path) else "images" if isinstance(data, ImageSet) else data
 
 
 def prepare(

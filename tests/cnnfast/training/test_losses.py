@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from tests.support.trainable import small_net
 from torch import nn
 from torch.nn import functional
 
@@ -14,6 +13,7 @@ from cnnfast.training.averaging import MovingAverage
 from cnnfast.training.losses import cross_entropy
 from cnnfast.training.optimizing import OPTIMIZERS, make_optimizer
 from cnnfast.training.schedule import SCHEDULES, make_schedule
+from tests.support.trainable import small_net
 
 
 def by_definition(logits, shares, weights, smoothing):

@@ -27,8 +27,8 @@ from .finishing import finish
 from .interrupts import Interrupted, InterruptWatch
 from .keeping import Keeper
 from .module import Module
-from .optimizing import OPTIMIZERS
-from .preparing import Data, Part, Prepared, prepare, weights_of_classes
+from .optimizing import LEARNING_RATES, OPTIMIZERS
+from .preparing import Data, Part, Prepared, named, prepare, weights_of_classes
 from .progress import TrainingProgress
 from .runs import Run, load_best, write_config
 from .schedule import SCHEDULES
@@ -51,9 +51,9 @@ def fit(
     validation: float | Data = 0.2,
     size: int | tuple[int, int] | None = None,
     augment: Mapping[str, Any] | None = None,
-    epochs: int = 30,
+    epochs: int = 40,
     batch: int = 64,
-    lr: float = 1e-3,
+    lr: float | None = None,
     optimizer: str = "adamw",
     weight_decay: float = 0.01,
     schedule: str = "one-cycle",
@@ -82,7 +82,8 @@ def fit(
     cnn.Augment's size and options. optimizer, lr, weight_decay, schedule, label_smoothing, frozen: Module's.
     class_weights: a number for each class, or "balanced". ema: the decay of the moving average of the weights, which is
     what is validated and kept; None: the weights themselves. patience: training ends when the accuracy has not risen
-    for so many epochs. clip: the largest norm of a gradient. mixed: "bf16" or "fp16".
+    for so many epochs. lr: None: 4e-3, or for sgd 0.1, which suit random weights; published ones want a tenth. clip:
+    the largest norm of a gradient. mixed: "bf16" or "fp16".
 
     out: the run's folder (Run says what is in it). resume: go on with the run in `out` after the last epoch that it has
     saved, if there is one, with the same options: it ends with the same weights, to the bit, as one that was never
@@ -99,6 +100,7 @@ def fit(
     """
     given = dict(locals())
     _refuse(given)
+    lr = given["lr"] = LEARNING_RATES[optimizer] if lr is None else lr
     prepared = prepare(data, validation, size, augment, seed)
     images, classes = prepared.training.images, prepared.classes
     channels_last = takes_channels_last(model, images.channels, prepared.augment.size, len(classes))
@@ -179,7 +181,8 @@ def _loader(part: Part, given: Mapping[str, Any], trainer: Trainer) -> Any:
 
 
 def _config(given: Mapping[str, Any], prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
-    options = {name: given[name] for name in OPTIONS} | {"processes": trainer.world_size}
+    options = {name: given[name] for name in OPTIONS}
+    options |= {"validation": named(given["validation"]), "processes": trainer.world_size}
     versions = {"cnnfast": cnnfast.__version__, "torch": torch.__version__, "lightning": lightning.__version__}
     machine = {"python": platform.python_version(), "threads": torch.get_num_threads(), "workers": given["workers"]}
     model = given["name"] or type(given["model"]).__name__

@@ -59,9 +59,10 @@ class Module(lightning.LightningModule):
         self.optimizer, self.lr, self.weight_decay, self.schedule = optimizer, lr, weight_decay, schedule
         self.label_smoothing, self.channels_last = label_smoothing, channels_last
         self.register_buffer("class_weights", class_weights, persistent=False)
+        device = next((p.device for p in model.parameters()), None)
         features = first_features(model)
         channels = len(augment.mean) if features is None else features[0]
-        self._still = freeze(model, frozen, torch.zeros(2, channels, *augment.size))
+        self._still = freeze(model, frozen, torch.zeros(2, channels, *augment.size, device=device))
         self.watch = LossWatch()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer images than processes
         self.losses = nn.ModuleDict({name: MeanMetric() for name in ("loss", "validation_loss")})
@@ -76,7 +77,8 @@ class Module(lightning.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, K] of normalised images [N, C, P, Q]."""
-        return self.model(images if self.channels_last else images.contiguous())
+        # Images of a single channel are in both layouts at once: a copy has the strides of the one that is meant.
+        return self.model(images if self.channels_last else images.clone(memory_format=torch.contiguous_format))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = self.augment(batch.images, batch.labels, index=batch.index, epoch=self.current_epoch)

@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
+# Each with the highest learning rate of a schedule that suits random weights.
+LEARNING_RATES = {"adam": 4e-3, "adamw": 4e-3, "sgd": 0.1}
+OPTIMIZERS = tuple(LEARNING_RATES)
 MOMENTUM = 0.9  # of sgd, which is Nesterov's
 
 

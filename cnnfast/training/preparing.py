@@ -61,6 +61,11 @@ class Prepared:
         }
 
 
+def named(data: float | Data) -> float | str:
+    """As a config has it: a number or a path as it was given."""
+    return str(data) if isinstance(data, str | Path) else data.origin if isinstance(data, ImageSet) else data
+
+
 def prepare(
     data: Data,
     validation: float | Data,

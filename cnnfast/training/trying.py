@@ -1,4 +1,6 @@
-"""Whether a model fits the data, before training begins: one forward in training on a copy of it."""
+"""Whether a model fits the data, before training begins: one forward in training on a copy of it, with real
+tensors, since on meta tensors a convolution's result has another layout.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..aside import does_not_run, on_a_copy
+from ..aside import does_not_run, real_copy, run_aside
 
 
 def takes_channels_last(model: nn.Module, channels: int, size: tuple[int, int], classes: int) -> bool:
@@ -16,13 +18,16 @@ def takes_channels_last(model: nn.Module, channels: int, size: tuple[int, int], 
 
     Raises ValueError if it does not run on images of that size in any layout, or does not return logits [N, classes].
     """
-    x = torch.zeros(2, channels, *size)
-    last = x.contiguous(memory_format=torch.channels_last)
+    device = next((p.device for p in model.parameters()), None)
+    x = torch.zeros(2, channels, *size, device=device)
+    last = torch.zeros(2, *size, channels, device=device).permute(
+        0, 3, 1, 2
+    )  # of a single channel, contiguous() would make nothing
     try:
-        result, taken = on_a_copy(_forward, model, (last,)), True
+        result, taken = run_aside(_forward, real_copy(model), (last,)), True
     except Exception:
         try:
-            result, taken = on_a_copy(_forward, model, (x,)), False
+            result, taken = run_aside(_forward, real_copy(model), (x,)), False
         except Exception as error:
             raise ValueError(str(does_not_run(model, (x,), error))) from error
     name = type(model).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import inf, prod
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -92,7 +92,7 @@ def augment(
     P, Q = _size(size)
     _check_extents(given, P, Q)
     means, stds, fills = (_of_channels(*each, given.C) for each in (("mean", mean), ("std", std), ("fill", fill)))
-    if 0 in stds:
+    if any(v == 0 for v in stds):
         raise ValueError(f"augment(): std must not be 0, but got std={std!r}")
     if not all(0 <= v <= 1 for v in fills):
         raise ValueError(f"augment(): fill must be within [0, 1], but got fill={fill!r}")
@@ -134,14 +134,19 @@ def _kind(value: Any) -> str:
 
 def _batch(images: Tensor) -> GivenImages:
     """The images as [N, C, H, W], whatever their order."""
-    if images.dim() != 4 or (images.shape[1] not in (1, 3) and images.shape[3] not in (1, 3)):
+    first, last = (_channels(images.shape[1]), _channels(images.shape[3])) if images.dim() == 4 else (0, 0)
+    if not first and not last:
         raise ValueError(
             f"augment(): images must be [N, C, H, W] or [N, H, W, C] with 1 or 3 channels, but got {list(images.shape)}"
         )
-    images = images if images.shape[1] in (1, 3) else images.permute(0, 3, 1, 2)
-    N, C = images.shape[:2]
+    images = images if first else images.permute(0, 3, 1, 2)
     _check_tensor("images", images, IMAGE_DTYPES, images.shape)
-    return GivenImages(images, None, None, N, int(C))
+    return GivenImages(images, None, None, images.shape[0], first or last)
+
+
+def _channels(extent: Any) -> int:
+    """An extent that may be that of channels, as a number where torch.compile keeps it symbolic; else 0."""
+    return 1 if extent == 1 else 3 if extent == 3 else 0
 
 
 def _check_tensor(name: str, t: Any, dtypes: Sequence[torch.dtype], shape: Sequence[Any]) -> None:
@@ -214,12 +219,9 @@ def _check_extents(given: GivenImages, P: Any, Q: Any) -> None:
 
 
 def _of_channels(name: str, value: Any, C: int) -> tuple[float, ...]:
-    try:
-        values = tuple(value)
-    except TypeError:  # a single number
-        values = (value,)
+    values = value if isinstance(value, Iterable) else (value,)
     numbers = tuple(as_float("augment", name, v) for v in values)
-    if len(numbers) not in (1, C):
+    if len(numbers) != 1 and len(numbers) != C:
         raise ValueError(
             f"augment(): {name} must be one number, or one for each of the {C} channels, but got {name}={value!r}"
         )

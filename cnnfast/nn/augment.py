@@ -30,7 +30,7 @@ from ..drawing import (
 from ..drawing.rules import Number, NumberOrRange, Range
 from ..functional.augmentation import BORDERS, OTHER_BORDERS, Border
 from ..spelling import keywords_explained
-from .augment_inputs import Images, ImagesToAugment, check_labels, indices_of
+from .augment_inputs import Images, ImagesToAugment, check_labels, extents_of, indices_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -216,10 +216,11 @@ class Augment(nn.Module):
         self, sizes: Tensor | Sequence[Any], index: Tensor | Sequence[int], epoch: int = 0, channels: int | None = None
     ) -> Draws:
         """The numbers of images by their indices (int [N]). sizes: (height, width) of each, int [N, 2], or of all.
-        channels: of an image; None: as many as `mean` has. In evaluation only maps.
+        channels: of an image; None: as many as `mean` has. In evaluation only maps. Raises ValueError and TypeError for
+        what does not fit.
         """
         drawn = indices_of(index).numpy()
-        H, W = np.broadcast_to(np.asarray(sizes, np.float64), (len(drawn), 2)).T
+        H, W = extents_of(sizes, len(drawn))
         dice = Dice(self.seed, rules.whole("epoch", epoch, 0, 2**32 - 1), drawn, self.draws if self.training else ())
         if not self.training:
             frame = self.centre.draw(dice, H, W, self.size)

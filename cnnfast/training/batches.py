@@ -134,7 +134,12 @@ class ImageLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         for batch in super().__iter__():
             if isinstance(batch, UnreadableSample):
-                raise batch
+                try:
+                    raise batch
+                finally:
+                    # This frame, of which the error knows, shall not know the error: in such a circle the processes
+                    # would be left to the garbage collector, which waits five seconds for each.
+                    del batch
             yield batch
 
 
@@ -153,11 +158,15 @@ def loader(
     workers: processes that read images ahead, with one thread each, and stay from epoch to epoch; 0: this process reads
     them when they are asked for. pin: batches lie in pinned memory, from which a GPU copies them while it computes.
 
-    Iterating raises UnreadableSample where an image cannot be read.
+    Raises ValueError for options that have no sense; iterating raises UnreadableSample where an image cannot be read.
     """
+    sampler = EpochSampler(indices, seed=seed, batch=batch, shuffle=shuffle)
+    if len(sampler.indices) and not 0 <= int(sampler.indices.min()) <= int(sampler.indices.max()) < len(images):
+        ends = f"{int(sampler.indices.min())} to {int(sampler.indices.max())}"
+        raise ValueError(f"indices are from {ends}, and must be from 0 to {len(images) - 1}, of the images of the set")
     return ImageLoader(
         _Attempts(images),
-        batch_sampler=EpochSampler(indices, seed=seed, batch=batch, shuffle=shuffle),
+        batch_sampler=sampler,
         collate_fn=_collate_attempts,
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import cnnfast.nn as cnn
@@ -20,7 +21,7 @@ TOP = 5
 MISTAKES = 24
 
 
-class Told(NamedTuple):
+class Probabilities(NamedTuple):
     """What a network says of some images: their index int64 [n], and how probable it takes each class, [n, K]."""
 
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -146,7 +147,7 @@ def _some(images: ImageSet, indices: Tensor | None) -> Tensor:
     return indices
 
 
-def _by_model(model: nn.Module, augment: cnn.Augment, batches: Iterable[Any]) -> Iterator[Told]:
+def _by_model(model: nn.Module, augment: cnn.Augment, batches: Iterable[Any]) -> Iterator[Probabilities]:
     modes = [(module, module.training) for module in (*model.modules(), augment)]
     first = next(model.parameters(), None)
     device, dtype = (torch.device("cpu"), None) if first is None else (first.device, first.dtype)
@@ -156,7 +157,7 @@ def _by_model(model: nn.Module, augment: cnn.Augment, batches: Iterable[Any]) ->
         with torch.inference_mode():
             for batch in batches:
                 pixels = augment(_moved(batch.images, device)).to(dtype)
-                yield Told(batch.index, model(pixels).double().softmax(1).cpu())
+                yield Probabilities(batch.index, model(pixels).double().softmax(1).cpu())
     finally:
         for module, mode in modes:
             module.training = mode
@@ -172,7 +173,7 @@ def _moved(images: Any, device: torch.device) -> Any:
 
 def _by_frozen(
     network: Callable[[Tensor], Any], preprocessing: Preprocessing, images: ImageSet, indices: Tensor, batch: int
-) -> Iterator[Told]:
+) -> Iterator[Probabilities]:
     def prepared(i: int) -> Tensor:
         return preprocessing.apply(images.picture(i))
 
@@ -181,11 +182,14 @@ def _by_frozen(
         scores: Any = network(torch.stack([next(reader) for _ in some]))
         if not isinstance(scores, Tensor) or scores.dim() != 2:
             raise ValueError("the network returns no tensor [N, classes], from which classes could be read")
-        yield Told(some, probabilities(scores.double()))
+        yield Probabilities(some, probabilities(scores.double()))
 
 
 def judged(
-    images: ImageSet, indices: Tensor, said: Iterable[Told], tell: Callable[[int, int], None] = lambda done, of: None
+    images: ImageSet,
+    indices: Tensor,
+    said: Iterable[Probabilities],
+    tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> Evaluation:
     """The evaluation of what a network says of these images, batch by batch. Raises ValueError where it tells another
     number of classes than the images have, or gives no finite numbers for an image.
@@ -209,7 +213,18 @@ def judged(
         mistakes = sorted([*mistakes, *map(Mistake._make, zip(*columns, strict=True))], key=_badness)[:MISTAKES]
         done += len(index)
         tell(done, len(indices))
+    confusion, in_top, mistakes = _together(confusion, in_top, mistakes)
     return Evaluation(images.classes, confusion.view(K, K), in_top, tuple(mistakes))
+
+
+def _together(confusion: Tensor, in_top: int, mistakes: list[Mistake]) -> tuple[Tensor, int, list[Mistake]]:
+    """What the processes found, each of its own images, as one; the same in each of them."""
+    if not dist.is_available() or not dist.is_initialized():
+        return confusion, in_top, mistakes
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (confusion, in_top, mistakes))
+    everyone = sorted((mistake for *_, own in found for mistake in own), key=_badness)
+    return torch.stack([one for one, *_ in found]).sum(0), sum(n for _, n, _ in found), everyone[:MISTAKES]
 
 
 def _badness(mistake: Mistake) -> tuple[float, float, int]:

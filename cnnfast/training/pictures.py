@@ -101,8 +101,8 @@ def augmented(augment: Augment, images: ImageSet, indices: Sequence[int]) -> byt
     finally:
         augment.train(mode)
     C = seen.shape[1]
-    mean, std = (torch.tensor(augment.denormalised(v)).view(-1, 1, 1) for v in ((0.0,) * C, (1.0,) * C))
-    pixels = seen.float() * (std - mean) + mean
+    mean, std = (torch.tensor(numbers * (C // len(numbers))).view(-1, 1, 1) for numbers in (augment.mean, augment.std))
+    pixels = seen.float() * std + mean
     told = views(draws, [(int(h), int(w)) for h, w in _sizes(batch.images).tolist()], augment.size)
     return _as_png(sheet(pixels, [view.caption for view in told], headline="Images as the network sees them"))
 

@@ -62,6 +62,7 @@ class ImageSet(Dataset[Sample]):
     size: int
     notes: tuple[str, ...] = ()
     evaluation: Preprocessing | None = None
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -158,7 +159,7 @@ def open_images(
         raise ValueError(f"channels is {channels!r}, and must be 1 (grey) or 3 (red, green, blue)")
     if data == DIGITS:
         held, labels = digits()
-        whole = ImageSet(held, labels, tuple(map(str, range(10))), channels or 1, max(sides))
+        whole = ImageSet(held, labels, tuple(map(str, range(10))), channels or 1, max(sides), origin=DIGITS)
         return whole if classes is None else _labelled_as(whole, classes)
     listing = _listing(Path(data), classes)
     source = ImageFiles.of(listing.folder, listing.names)
@@ -167,7 +168,7 @@ def open_images(
     single = [name for name, count in zip(listing.classes, counts.tolist(), strict=True) if count == 1]
     rest = f"a single image, which is not held out for validation: {quoted_few(single)}"
     notes = filter(None, [*listing.notes, note(len(single), "class has", "classes have", rest)])
-    return ImageSet(source, labels, listing.classes, channels or 3, max(sides), tuple(notes))
+    return ImageSet(source, labels, listing.classes, channels or 3, max(sides), tuple(notes), origin=str(data))
 
 
 def _listing(path: Path, classes: Sequence[str] | None) -> Listing:

@@ -44,7 +44,7 @@ def few_digits(count: int) -> ImageSet:
 
 
 def small_fit(model: nn.Module | None = None, *, count: int = 120, **options: Any) -> Run:
-    """Three epochs of six batches, some seconds on any machine."""
+    """Three epochs of five batches, some seconds on any machine."""
     usual = {"augment": OF_DIGITS, "epochs": 3, "batch": 16, "lr": 5e-3, "ema": 0.9, "progress": False}
     return fit(model or small_net(), few_digits(count), **usual | options)
 

@@ -25,7 +25,7 @@ LINES = {command.__name__: line for commands in COMMANDS.values() for command, (
 TYPED = [line for commands in COMMANDS.values() for _, examples in commands.values() for line in examples]
 GROUP = typer.main.get_command(app)
 # Python's and typer's names of types, which nobody types.
-TYPES = re.compile(r"<[a-z]|\b(TEXT|INTEGER|FLOAT|BOOLEAN|PATH|str|bool|list\[|class)\b|\[x>|[{}]")
+TYPES = re.compile(r"<[a-z]|\b(TEXT|INTEGER|FLOAT|BOOLEAN|PATH|str|bool|list\[)\b|class '|\[x>|[{}]")
 
 
 def invoke(*arguments: str, width: int = 80):

@@ -401,3 +401,48 @@ def test_an_image_too_small_for_a_padded_crop():
     message = r"size \(24, 20\) is larger than image 1, of 20 x 30 pixels, with padding=\(1, 1, 1, 1\)"
     with pytest.raises(ValueError, match=message):
         augment(crop_scale=None, padding=1).draw(torch.tensor([[22, 18], [20, 30]]), range(2))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([[20, 30]] * 3, r"sizes must be \(height, width\), or \[N, 2\] with N=4 indices"),
+        ((20,), r"sizes must be \(height, width\)"),
+        ((20, 30, 3), r"sizes must be \(height, width\)"),
+        ("large", r"sizes must be \(height, width\)"),
+        ((0, 20), "sizes must be at least one pixel each, but got 0"),
+        ((20, float("nan")), "sizes must be at least one pixel each"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        augment().draw(sizes, range(4))
+
+
+def test_no_image(device):
+    y, labels = augment()(images(device, shape=(0, 3, 30, 40)), torch.zeros(0, dtype=torch.int64, device=device))
+    assert y.shape == (0, 3, 24, 20)
+    assert labels.shape == (0, 5)
+    assert augment().eval()(images(device, shape=(0, 3, 30, 40))).shape == (0, 3, 24, 20)
+
+
+def test_a_single_image_is_mixed_with_none(device):
+    y, labels = augment()(images(device, shape=(1, 3, 30, 40)), torch.tensor([3], device=device), index=[5])
+    alone = augment(mixup_alpha=None, cutmix_alpha=None)(images(device, shape=(1, 3, 30, 40)), index=[5])
+    assert torch.equal(y, alone)
+    assert labels.tolist() == [[0, 0, 0, 1, 0]]
+
+
+def test_coins_fall_as_often_as_their_p_says():
+    """Each within four standard errors, and no coin says what another does."""
+    drawn = cnn.Augment(
+        64, horizontal_flip_p=0.3, vertical_flip_p=0.6, grayscale_p=0.2, erasing_p=0.7, erasing_scale=(0.1, 0.2)
+    ).draw((64, 64), range(20_000))
+    assert drawn.colours is not None
+    assert drawn.boxes is not None
+    coins = torch.stack(
+        [drawn.maps[:, 0, 0] < 0, drawn.maps[:, 1, 1] < 0, drawn.colours[:, 4] == 1, drawn.boxes[:, 0, 2] > 0]
+    ).double()
+    p = torch.tensor([0.3, 0.6, 0.2, 0.7], dtype=torch.float64)
+    assert ((coins.mean(1) - p).abs() < 4 * (p * (1 - p) / 20_000).sqrt()).all()
+    assert (torch.corrcoef(coins) - torch.eye(4, dtype=torch.float64)).abs().max() < 4 / 20_000**0.5

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import gc
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -262,6 +264,15 @@ def test_an_epoch_draws_nothing_from_the_generator_of_dropout(images):
         assert torch.equal(torch.get_rng_state(), before)
 
 
+def error_of(batches: Iterable[Batch]) -> tuple[str, int]:
+    """Of the UnreadableSample that they raise; the error itself would keep the frames alive, and their processes."""
+    try:
+        list(batches)
+    except UnreadableSample as error:
+        return str(error), error.number
+    raise AssertionError("all images can be read")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_one_sentence(images, tmp_path, workers):
     file = tmp_path / "dog" / "1.png"
@@ -269,10 +280,28 @@ def test_an_unreadable_image_is_one_sentence(images, tmp_path, workers):
     batches = iter(loader(images, range(7), batch=2, workers=workers))
     assert next(batches).index.tolist() == [0]
     assert next(batches).index.tolist() == [1, 2]
-    with pytest.raises(UnreadableSample) as raised:
-        list(batches)
-    assert str(raised.value) == f"{file} cannot be read: Pillow knows no image format like this"
-    assert raised.value.number == 4
+    assert error_of(batches) == (f"{file} cannot be read: Pillow knows no image format like this", 4)
+
+
+def test_processes_end_with_their_loader_also_after_an_error(images, tmp_path):
+    """At once, and not when the garbage collector finds them."""
+    (tmp_path / "dog" / "1.png").write_bytes(b"no image")
+    ahead = loader(images, range(7), batch=2, workers=1)
+    assert error_of(ahead)
+    workers = ahead._iterator._workers
+    gc.disable()
+    try:
+        del ahead
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("indices", [[0, 7], [-1, 3]])
+def test_indices_are_of_the_set(images, indices):
+    says = f"indices are from {indices[0]} to {indices[1]}, and must be from 0 to 6, of the images of the set"
+    with pytest.raises(ValueError, match=says):
+        loader(images, indices, batch=2)
 
 
 def test_lightning_finds_whom_to_tell_the_epoch(images):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from tests.support.child import REPOSITORY, environment
 from tests.support.killed_run import MOMENTS
 from tests.support.trainable import small_fit, small_net, weights
@@ -67,7 +68,7 @@ def test_a_finished_run_is_returned_as_it_is(whole):
     run = small_fit(small_net(seed=99), out=whole, resume=True, **OPTIONS)
     assert len(run.history) == 3
     assert {file.name: file.stat().st_mtime_ns for file in whole.iterdir()} == before
-    assert same({k: t for k, t in run.model.state_dict().items()}, load_file(whole / "best.safetensors"))
+    assert same(dict(run.model.state_dict()), load_file(whole / "best.safetensors"))
 
 
 def test_a_run_that_stopped_early_is_finished(tmp_path):
@@ -115,5 +116,5 @@ def test_a_damaged_checkpoint_is_told(tmp_path, whole):
     content = (whole / "last.ckpt").read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"no checkpoint"):
         (tmp_path / "last.ckpt").write_bytes(damaged)
-        with pytest.raises(ValueError, match="last.ckpt is no checkpoint of a run, or damaged"):
+        with pytest.raises(ValueError, match=r"last.ckpt is no checkpoint of a run, or damaged"):
             small_fit(out=tmp_path, resume=True, **OPTIONS)

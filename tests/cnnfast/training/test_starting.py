@@ -7,18 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import cnnfast
 from cnnfast.targets.target import TargetError
 from cnnfast.training import starting
 from cnnfast.training.starting import channels_of, start
-
-
-@pytest.fixture(autouse=True)
-def by_pytorch():
-    """In the interpreter a whole network would take minutes."""
-    with cnnfast.backend("torch"):
-        yield
-
 
 DIGIT_NET = "cnnfast.demo.digits:DigitNet"
 

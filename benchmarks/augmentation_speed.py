@@ -34,7 +34,7 @@ WIDTH = 120
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write there instead.")] = None,
-    seconds: Annotated[float, typer.Option(help="How long one timing takes.")] = 1.0,
+    seconds: Annotated[float, typer.Option(help="How long one timing takes.")] = 0.5,
 ) -> None:
     """Time the recipes of `cnnfast bench augment` on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,7 +9,6 @@ the times are medians. kornia takes part where it can be imported: pip install k
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 import sys
@@ -35,7 +34,7 @@ WIDTH = 120
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write there instead.")] = None,
-    seconds: Annotated[float, typer.Option(help="How long one timing takes.")] = 1.0,
+    seconds: Annotated[float, typer.Option(help="How long one timing takes.")] = 0.5,
 ) -> None:
     """Time the recipes of `cnnfast bench augment` on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,9 +48,6 @@ def main(
     printed = io.StringIO()
     console = Console(file=printed, width=WIDTH, color_system=None, force_terminal=False)
     console.print(report(series.rows, WIDTH))
-    for package in ("torchvision", "kornia"):
-        if importlib.util.find_spec(package):
-            console.print(f"{package} {importlib.import_module(package).__version__}", highlight=False)
     text = "\n".join(line.rstrip() for line in printed.getvalue().splitlines()) + "\n"
     folder = Path(__file__).parent / "results" / re.sub(r"\W+", "_", machine.device.lower()).strip("_")
     file = out or folder / "augmentation_speed.txt"

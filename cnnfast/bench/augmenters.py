@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ GREY_WEIGHTS = 1e-3  # what grey does to one that weighs red by 0.299 and not by
 
 @contextmanager
 def graph_breaks_untold() -> Iterator[None]:
-    """torch.compile warns with a stack of calls where it cannot compile a whole, which is nobody's fault here."""
+    """torch.compile warns, with a stack of calls, of what it cannot compile as a whole. Times show what that costs."""
     logger = logging.getLogger("torch._dynamo")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -110,7 +111,8 @@ class Augmenter(Provider):
     def counted(self, job: Job, prepared: Prepared) -> dict[str, Any]:
         assert isinstance(job, AugmentationJob)
         count = self.count(job, prepared.step)
-        return count._asdict() if count else {}
+        version = getattr(sys.modules.get(self.package), "__version__", "")
+        return {"package": f"{self.package} {version}"} | (count._asdict() if count else {})
 
     def count(self, job: AugmentationJob, step: Step) -> Count | None:
         """What a step launches and moves; None for one that is compiled, whose operators are no kernels."""

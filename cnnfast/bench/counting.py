@@ -3,7 +3,8 @@
 What PyTorch launches is counted by its operators: on a GPU each launches one kernel or more, unless it makes a view of
 memory that is there. Only operators count that read or write a tensor as large as an image of the result, because the
 small tensors of random numbers may lie on the CPU. So that is a lower bound. What ours launch is replayed on meta
-tensors that stand for a GPU's: that is exact. Of each the bytes are those of all its tensors: images count whole,
+tensors that stand for a GPU's: that is exact, but for the copy of the numbers to the GPU, which is no kernel. Of each
+launch the bytes are those of all its tensors: images count whole,
 though a crop reads a part of them, and what a cache saves is not known.
 """
 

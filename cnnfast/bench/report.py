@@ -235,8 +235,9 @@ def _table(title: str, cells: dict[str, list[str]], width: int, styles: list[str
 def _legend(rows: Sequence[BenchRow]) -> Iterator[Text]:
     """What the names of providers and columns mean."""
     for known, kind in ((PROVIDERS, MODEL), (AUGMENTERS, AUGMENTATION)):
-        used = dict.fromkeys(row.provider for row in rows if row.kind == kind and row.median and row.provider in known)
-        yield from (Text(f"{name}: {known[name].text}", "dim") for name in used)
+        used = {r.provider: r.package for r in rows if r.kind == kind and r.median and r.provider in known}
+        for name, package in used.items():
+            yield Text(f"{name}: {known[name].text}{f' ({package})' * bool(package)}", "dim")
     yield Text(
         "ms, us: median of one step (what 20 and 80 % of the samples stay below). speed: against"
         " the strongest baseline (*). GB/s: of the bytes that must move. first: setup and compilation.",

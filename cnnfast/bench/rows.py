@@ -38,7 +38,7 @@ class BenchRow:
 
     launches, moved_bytes: of an augmentation, how many kernels one step launches at the least, and how many bytes these
     read and write: of our kernels by replaying what they launch, of PyTorch's by counting its operators
-    (counting.py). None for other subjects.
+    (counting.py). package: whose code augments, with its version. Other subjects have none of these.
     """
 
     kind: str
@@ -69,6 +69,7 @@ class BenchRow:
     kernels: int | None = None
     launches: float | None = None
     moved_bytes: float | None = None
+    package: str = ""
     peak_bytes: int | None = None
     saved_bytes: int | None = None
     error: float | None = None

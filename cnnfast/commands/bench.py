@@ -153,9 +153,10 @@ def bench(
     MODEL may be a file of `cnnfast freeze`. Then it runs beside PyTorch, torch.compile with freezing, onnxruntime and
     OpenVINO, as far as they are installed, on all threads.
 
-    MODEL may be the word augment: uint8 images, by default of 256 x 256 in either layout, become a normalised batch, by
-    cnn.Augment, torchvision.transforms.v2 and kornia, as far as they are installed, in three recipes: crop and flip;
-    the same with colours and erasing; the same with rotation. Launches and bytes are counted, with a GPU or without.
+    MODEL may be the word augment: uint8 images, by default of both layouts (as --input 1x3x256x256 and 1x256x256x3),
+    become a normalised batch, by cnn.Augment, torchvision.transforms.v2 and kornia, as far as they are installed, in
+    three recipes: crop and flip; the same with colours and erasing; the same with rotation. Launches and bytes are
+    counted, with a GPU or without.
 
     Without MODEL the standard set runs: ResNet-50 in both modes, and --layers. Without a GPU PyTorch serves
     every call, so that ratios show what conversion costs. `--compare` ends with exit code 1 if something became

@@ -58,7 +58,7 @@ def augmentation_tasks(
     from ..bench.providers import EAGER
 
     if dtype not in DTYPES:
-        raise typer.BadParameter(f"augment makes {', '.join(DTYPES)}, not {dtype}", param_hint="--dtype")
+        raise typer.BadParameter(f"augment makes bf16, fp16 or fp32, not {dtype}", param_hint="--dtype")
     for shape in shapes:
         if len(shape) != 4 or 3 not in (shape[1], shape[3]):
             text = "x".join(map(str, shape))

@@ -374,7 +374,7 @@ def test_the_command_tells_and_writes_what_it_found(tmp_path, without_kornia):
         "kornia is not installed: pip install kornia",
         "one pass, which reads each image once and writes each result once",
         "are fewer than there are",
-        "all images by the same numbers: for reference only",
+        f"all images by the same numbers: for reference only (torchvision {sys.modules['torchvision'].__version__})",
     ):
         assert text in said
     if not torch.cuda.is_available():

@@ -201,7 +201,7 @@ ROWS = [
     ("bench augment --size much", "Invalid value for '--size'"),
     ("bench augment --mode train", "augment has no modes: leave out --mode"),
     ("bench augment --layers", "leave out MODEL, --mode and --input"),
-    ("bench augment --dtype fp64", "augment makes bfloat16, float16, float32, not float64"),
+    ("bench augment --dtype fp64", "augment makes bf16, fp16 or fp32, not float64"),
     ("bench augment --input 8x4x64x64", "8x4x64x64 are no images: write 64x3x256x256, or 64x256x256x3"),
     ("bench augment --input 3x64x64", "3x64x64 are no images"),
     ("bench augment --size 32 --compare {own}/rows.json {own}/rows.json", "leave out MODEL and all options but --json"),

@@ -36,7 +36,7 @@ def exp(x: np.ndarray) -> np.ndarray:
     k = np.floor(x * PER_LN2 + 0.5)
     rest = (x - k * LN2_HIGH) - k * LN2_LOW
     with np.errstate(over="ignore", under="ignore"):
-        return np.ldexp(1 + (rest + rest * rest * polynomial(rest, EXP)), k.astype(np.int64))
+        return np.ldexp(1 + (rest + rest * rest * polynomial(rest, EXP)), k.astype(np.int32))
 
 
 def log(x: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ class Erasing:
 
     def draw(self, dice: Dice, size: tuple[int, int], channels: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         """(boxes: float32 [N, 1, 4 + channels], or [N, 1, 4] with noise; noise: int64 [N] seeds), None where there are
-        none.
+        none. Raises ValueError if images of so many channels cannot have these values.
         """
         if not self.draws:
             return None, None
@@ -49,6 +49,11 @@ class Erasing:
         if self.values is None:
             low, high, _, _ = dice.words(Draw.NOISE)
             return box.astype(np.float32)[:, None], (high << 32) | low
+        if len(self.values) not in (1, channels):
+            raise ValueError(
+                f"Augment(): mean, std and erasing_value must be one number, or one for each channel of the images, "
+                f"which have {channels}, but got {len(self.values)}"
+            )
         boxes = np.empty((len(dice), 1, 4 + channels), np.float32)
         boxes[:, 0, :4] = box
         boxes[:, 0, 4:] = self.values

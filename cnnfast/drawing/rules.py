@@ -5,19 +5,19 @@ option. Each function returns the value in one form.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 
-from ..dtypes import argument
+from ..dtypes import full_name
 from ..spelling import unknown_value
 
 Number = int | float
 Range = Sequence[Number]  # two numbers, the smaller one first
 NumberOrRange = Number | Range
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def refused(name: str, value: object, rule: str, kind: type[Exception] = ValueError) -> Exception:
@@ -154,33 +154,37 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def channels(
-    name: str, value: Any, least: float = -math.inf, most: float = math.inf, above: bool = False
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, above: bool = False, otherwise: str = ""
 ) -> tuple[float, ...]:
-    """A number for all channels or one each, within bounds. above: `least` itself is too small."""
+    """A number for all channels or one each, within bounds. above: `least` itself is too small. otherwise: what else
+    the option may be.
+    """
     bounds = f" above {least:g}" if above else f" from {least:g} to {most:g}" if least > -math.inf else ""
-    rule = f"a number{bounds} for all channels, or one for each of them (1 or 3)"
+    rule = f"a number{bounds} for all channels, or one for each of them (1 or 3){otherwise}"
     values = numbers(name, [value] if is_number(value) else value, [1, 3], rule)
     if not all(least <= v <= most and not (above and v == least) for v in values):
         raise refused(name, value, rule)
     return values
 
 
-def common_length(**values: tuple[float, ...]) -> int:
-    """How many channels options ask for that have a number each, where 1 asks for none in particular."""
-    return max(map(len, values.values()))
-
-
-def one_of(name: str, value: Any, known: Sequence[str]) -> Any:
+def one_of(name: str, value: Any, known: Sequence[str], synonyms: Mapping[str, str]) -> Any:
+    """synonyms: as spelling.did_you_mean has them."""
     if value not in known:
-        raise unknown_value("Augment", name, value, known)
+        raise unknown_value("Augment", name, value, known, synonyms)
     return value
 
 
 def dtype(name: str, value: Any) -> torch.dtype:
     """Of results, by itself or its name."""
-    found, products = argument(value, "Augment")
-    if found not in DTYPES or products == "tf32":
-        raise refused(name, value, "torch.float32, torch.float16 or torch.bfloat16 (or 'fp32', 'fp16', 'bf16')")
+    rule = "torch.float32, torch.float16 or torch.bfloat16, or the name of one, such as 'bf16'"
+    if not isinstance(value, torch.dtype | str):
+        raise refused(name, value, rule, TypeError)
+    try:
+        found = DTYPES.get(full_name(str(value)))
+    except ValueError:
+        found = None
+    if found is None:
+        raise refused(name, value, rule)
     return found
 
 

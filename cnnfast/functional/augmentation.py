@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from math import inf, prod
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ..dispatch import why_torch
-from ..dtypes import full_name
+from ..dtypes import argument
 from ..image_numbers import MOST_ELEMENTS, MOST_PIXELS, GivenNumbers
 from ..recording import record_torch
 from ..spelling import unknown_value
+from .arguments import as_float
 from .entrance import operation
 from .operators import ops
 from .plain_augmentation import augment_plain
@@ -27,7 +31,6 @@ OTHER_BORDERS: dict[str, Border] = {
 IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 RESULT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_IMAGES = 2**24  # whose indices float32 tells apart
-MOST_BOXES = 64  # of an image: the kernel is compiled for their number
 
 
 class GivenImages(NamedTuple):
@@ -89,7 +92,7 @@ def augment(
     P, Q = _size(size)
     _check_extents(given, P, Q)
     means, stds, fills = (_of_channels(*each, given.C) for each in (("mean", mean), ("std", std), ("fill", fill)))
-    if 0 in stds:
+    if any(v == 0 for v in stds):
         raise ValueError(f"augment(): std must not be 0, but got std={std!r}")
     if not all(0 <= v <= 1 for v in fills):
         raise ValueError(f"augment(): fill must be within [0, 1], but got fill={fill!r}")
@@ -115,9 +118,12 @@ def _given_images(images: Any, mean: Any) -> GivenImages:
     _check_tensor("the buffer of images", flat, (torch.uint8,), (None,))
     _check_tensor("offsets", offsets, (torch.int64,), (None,))
     _check_tensor("sizes", sizes, (torch.int32, torch.int64), (offsets.shape[0], 2))
-    C = len(mean) if isinstance(mean, Sequence) else 1
+    C = len(mean) if isinstance(mean, Sequence) else 0
     if C not in (1, 3):
-        raise ValueError(f"augment(): mean must have 1 or 3 values, one for each channel, but got mean={mean!r}")
+        raise ValueError(
+            "augment(): mean must have 1 or 3 values, as many as images in a buffer have channels, but got "
+            f"mean={mean!r}"
+        )
     return GivenImages(flat.contiguous(), offsets, sizes, offsets.shape[0], C)
 
 
@@ -128,14 +134,19 @@ def _kind(value: Any) -> str:
 
 def _batch(images: Tensor) -> GivenImages:
     """The images as [N, C, H, W], whatever their order."""
-    if images.dim() != 4 or (images.shape[1] not in (1, 3) and images.shape[3] not in (1, 3)):
+    first, last = (_channels(images.shape[1]), _channels(images.shape[3])) if images.dim() == 4 else (0, 0)
+    if not first and not last:
         raise ValueError(
             f"augment(): images must be [N, C, H, W] or [N, H, W, C] with 1 or 3 channels, but got {list(images.shape)}"
         )
-    images = images if images.shape[1] in (1, 3) else images.permute(0, 3, 1, 2)
-    N, C = images.shape[:2]
+    images = images if first else images.permute(0, 3, 1, 2)
     _check_tensor("images", images, IMAGE_DTYPES, images.shape)
-    return GivenImages(images, None, None, N, int(C))
+    return GivenImages(images, None, None, images.shape[0], first or last)
+
+
+def _channels(extent: Any) -> int:
+    """An extent that may be that of channels, as a number where torch.compile keeps it symbolic; else 0."""
+    return 1 if extent == 1 else 3 if extent == 3 else 0
 
 
 def _check_tensor(name: str, t: Any, dtypes: Sequence[torch.dtype], shape: Sequence[Any]) -> None:
@@ -148,8 +159,13 @@ def _check_tensor(name: str, t: Any, dtypes: Sequence[torch.dtype], shape: Seque
     if t.dim() != len(shape) or any(b is not None and a != b for a, b in zip(t.shape, shape, strict=True)):
         right = ", ".join("any" if extent is None else str(extent) for extent in shape)
         raise ValueError(f"augment(): {name} must be of shape [{right}], but got {list(t.shape)}")
-    if t.requires_grad and torch.is_grad_enabled():
+    if (t.requires_grad and torch.is_grad_enabled()) or _has_tangent(t):
         raise ValueError(f"augment(): it has no gradient, but {name} requires one: give {name}.detach()")
+
+
+def _has_tangent(t: Tensor) -> bool:
+    """Whether forward-mode AD is to carry a derivative through it."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _check_numbers(given: GivenImages, numbers: GivenNumbers) -> None:
@@ -162,10 +178,6 @@ def _check_numbers(given: GivenImages, numbers: GivenNumbers) -> None:
         _check_tensor("colours", colours, single, (N, 5))
     if boxes is not None:
         _check_tensor("boxes", boxes, single, (N, None, 4 if noise is not None else 4 + C))
-        if boxes.shape[1] > MOST_BOXES:
-            raise ValueError(
-                f"augment(): boxes must be at most {MOST_BOXES} for each image, but got {list(boxes.shape)}"
-            )
     if noise is not None:
         _check_tensor("noise", noise, (torch.int64,), (N,))
         if boxes is None:
@@ -207,33 +219,25 @@ def _check_extents(given: GivenImages, P: Any, Q: Any) -> None:
 
 
 def _of_channels(name: str, value: Any, C: int) -> tuple[float, ...]:
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    try:
-        numbers = tuple(map(float, values))
-    except (TypeError, ValueError):
-        raise TypeError(f"augment(): {name} must be a number or a sequence of them, but got {name}={value!r}") from None
-    if len(numbers) not in (1, C):
+    values = value if isinstance(value, Iterable) else (value,)
+    numbers = tuple(as_float("augment", name, v) for v in values)
+    if len(numbers) != 1 and len(numbers) != C:
         raise ValueError(
             f"augment(): {name} must be one number, or one for each of the {C} channels, but got {name}={value!r}"
         )
-    if not all(-float("inf") < v < float("inf") for v in numbers):
+    if not all(-inf < v < inf for v in numbers):
         raise ValueError(f"augment(): {name} must be finite, but got {name}={value!r}")
     return numbers if len(numbers) == C else numbers * C
 
 
 def _dtype(dtype: Any) -> torch.dtype:
-    names = [str(one).removeprefix("torch.") for one in RESULT_DTYPES]
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else full_name_or_none(dtype)
-    if name not in names:
-        raise unknown_value("augment", "dtype", dtype, RESULT_DTYPES)
-    return getattr(torch, name)
-
-
-def full_name_or_none(dtype: Any) -> str | None:
     try:
-        return full_name(dtype)
-    except (ValueError, AttributeError):
-        return None
+        found, products = argument(dtype, "augment")
+    except ValueError:
+        found = products = None
+    if found not in RESULT_DTYPES or products == "tf32":
+        raise unknown_value("augment", "dtype", dtype, RESULT_DTYPES)
+    return found
 
 
 def pack_images(images: Sequence[Any], pin_memory: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,26 +248,31 @@ def pack_images(images: Sequence[Any], pin_memory: bool = False) -> tuple[Tensor
     same 1 or 3 channels. pin_memory: the buffer is in page-locked memory, which a GPU can copy while the CPU goes on.
     Raises TypeError and ValueError for anything else.
     """
-    tensors = [_image(n, image) for n, image in enumerate(images)]
-    if len({t.shape[2] for t in tensors}) > 1:
-        raise ValueError(
-            "pack_images(): images must have the same number of channels, but got "
-            f"{sorted({t.shape[2] for t in tensors})}"
-        )
-    sizes = torch.tensor([t.shape[:2] for t in tensors], dtype=torch.int32).view(-1, 2)
-    ends = torch.tensor([0, *(t.numel() for t in tensors)]).cumsum(0)
+    arrays = [_image(n, image) for n, image in enumerate(images)]
+    channels = sorted({array.shape[2] for array in arrays})
+    if len(channels) > 1:
+        raise ValueError(f"pack_images(): images must have the same number of channels, but got {channels}")
+    sizes = torch.tensor([array.shape[:2] for array in arrays], dtype=torch.int32).view(-1, 2)
+    ends = torch.tensor([0, *(prod(array.shape) for array in arrays)]).cumsum(0)
     flat = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=pin_memory)
-    for begin, t in zip(ends.tolist(), tensors, strict=False):
-        flat[begin : begin + t.numel()].view(t.shape).copy_(t)
+    for begin, end, array in zip(ends.tolist(), ends[1:].tolist(), arrays, strict=False):
+        place = flat[begin:end].view(array.shape)
+        if isinstance(array, Tensor):
+            place.copy_(array)
+        else:  # numpy's own, also where it is read only or its strides are negative, which no tensor takes
+            place.numpy()[...] = array
     return flat, ends[:-1].clone(), sizes
 
 
-def _image(n: int, image: Any) -> Tensor:
-    """Image n as [H, W, C]."""
-    t = image if isinstance(image, Tensor) else torch.as_tensor(image)
-    if t.dtype != torch.uint8 or t.dim() != 3 or 0 in t.shape or not (t.shape[0] in (1, 3) or t.shape[2] in (1, 3)):
+def _image(n: int, image: Any) -> Any:
+    """Image n as [H, W, C], a tensor or an array."""
+    array = image if isinstance(image, Tensor) else np.asarray(image)
+    first, last = (array.shape[0], array.shape[2]) if array.ndim == 3 else (0, 0)
+    if str(array.dtype) not in ("torch.uint8", "uint8") or 0 in array.shape or not {first, last} & {1, 3}:
         raise ValueError(
             "pack_images(): images must be uint8 of shape [H, W, C] or [C, H, W] with 1 or 3 channels, but image "
-            f"{n} is {t.dtype} of shape {list(t.shape)}"
+            f"{n} is {array.dtype} of shape {list(array.shape)}"
         )
-    return t.permute(1, 2, 0) if t.shape[0] in (1, 3) else t
+    if first not in (1, 3):
+        return array
+    return array.permute(1, 2, 0) if isinstance(array, Tensor) else array.transpose(1, 2, 0)

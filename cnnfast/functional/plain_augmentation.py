@@ -16,7 +16,7 @@ from ..image_numbers import ARGUMENTS, GivenNumbers, check_numbers, fake, read_e
 from .plain_colours import erase, pixels_of, recolour
 from .plain_warping import warp
 
-AT_ONCE = 2**19  # so many elements of results are computed at once, of more than one image where images are small
+AT_ONCE = 2**19  # so many elements of results are computed at once by each thread: they fit into its cache
 
 LIBRARY = torch.library.Library("cnnfast", "FRAGMENT")
 
@@ -36,7 +36,7 @@ def _plain(
     per_channel = (torch.tensor(v, dtype=torch.float32, device=images.device).view(-1, 1, 1) for v in (mean, std))
     mean_, std_ = per_channel
     beyond = torch.tensor([v * unit for v in fill], dtype=torch.float32, device=images.device).view(-1, 1, 1)
-    step = max(1, AT_ONCE // (C * P * Q))
+    step = max(1, AT_ONCE * torch.get_num_threads() // (C * P * Q))
 
     def view(begin: int, v: Tensor) -> None:
         """The images from `begin` on, but for their partners and the normalisation."""
@@ -90,8 +90,8 @@ def _mix(views: Tensor, begin: int, partners: Tensor, out: Tensor) -> None:
     v = views[begin : begin + len(out)]
     weight = partners[:, 1].view(-1, 1, 1, 1).to(out.device)
     others = views[partners[:, 0].long().to(out.device)]
-    torch.mul(v, weight, out=out)
-    out.add_(others * (1 - weight))
+    torch.add(v * weight, others * (1 - weight), out=out)
+    torch.where(weight == 1, v, out, out=out)  # at weight 1 the other adds nothing, not even what is no number
     for n, box in enumerate(partners[:, 2:].tolist()):
         rows, columns = pixels_of(box)
         out[n, :, rows, columns] = others[n, :, rows, columns]

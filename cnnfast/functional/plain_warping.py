@@ -7,7 +7,9 @@ neither on the images beside it nor on the number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,30 +28,47 @@ def warp(images: Tensor | Sequence[Tensor], maps: Tensor, fill: Tensor, reflect:
     finite. fill: float32 [C, 1, 1], what lies beyond the border unless `reflect`.
     """
     P, Q = out.shape[2:]
+    exact = _take_pixels_to_pixels(maps)
+    for n in exact.nonzero().flatten().tolist():
+        _slice(images[n], maps[n].tolist(), fill, reflect, out[n])
+    sampled = exact.logical_not().nonzero().flatten().tolist()
+    if not sampled:
+        return
+    maps = maps.double()
+    low, high = _reach(maps, P, Q)
+    extents = torch.tensor([image.shape[:0:-1] for image in images])  # W, H
+    contained = ((low >= 0) & (high <= extents)).all(1).tolist()
+    far = ((low < -FARTHEST) | (high > FARTHEST)).any(1).tolist()
+    alike: dict[Sampling, list[int]] = {}
+    for n in sampled:
+        # A map that stays within the image reflects nothing. This mode of grid_sample gives the same then, and is fast.
+        mode = "zeros" if not reflect else "border" if contained[n] else "reflection"
+        alike.setdefault(Sampling(mode, far[n]), []).append(n)
+    for how, which in alike.items():
+        if isinstance(images, Tensor) and _is_small(images[0], P, Q):
+            every = len(which) == len(images)
+            chosen, through = (images, maps) if every else (images[which], maps[which])
+            out[slice(None) if every else which] = _sample(chosen, through, (0, 0), fill, how, P, Q)
+            continue
+        for n in which:
+            image, corner = images[n], (0, 0)
+            if not _is_small(image, P, Q) and how.mode != "reflection":
+                image, corner = _cut(image, low[n].tolist(), high[n].tolist())
+            out[n : n + 1] = _sample(image[None], maps[n : n + 1], corner, fill, how, P, Q)
+
+
+class Sampling(NamedTuple):
+    """How an image is sampled. mode: grid_sample's padding_mode; far: positions may have to be limited."""
+
+    mode: str
+    far: bool
+
+
+def _take_pixels_to_pixels(maps: Tensor) -> Tensor:
     linear, shifts = maps[:, :, :2].abs(), maps[:, :, 2]
     straight = (linear == torch.eye(2)).flatten(1).all(1)
     turned = (linear == torch.eye(2).flip(0)).flatten(1).all(1)
-    whole_pixels = ((shifts == shifts.floor()) & (shifts.abs() < FARTHEST)).all(1)
-    sampled = []
-    for n, exact in enumerate(((straight | turned) & whole_pixels).tolist()):
-        if exact:
-            _slice(images[n], maps[n].tolist(), fill, reflect, out[n])
-        else:
-            sampled.append(n)
-    if not sampled:
-        return
-    if isinstance(images, Tensor) and _is_small(images[0], P, Q):
-        every = len(sampled) == len(images)
-        chosen, through = (images, maps) if every else (images[sampled], maps[sampled])
-        seen = _sample(chosen, through.double(), (0, 0), fill, reflect, P, Q)
-        out.copy_(seen) if every else out.index_copy_(0, torch.tensor(sampled, device=out.device), seen)
-        return
-    for n in sampled:
-        image, m = images[n], maps[n : n + 1].double()
-        corner = (0, 0)
-        if not _is_small(image, P, Q):
-            image, corner = _cut(image, m[0], P, Q, reflect)
-        out[n] = _sample(image[None], m, corner, fill, reflect, P, Q)[0]
+    return (straight | turned) & ((shifts == shifts.floor()) & (shifts.abs() < FARTHEST)).all(1)
 
 
 def _is_small(image: Tensor, P: int, Q: int) -> bool:
@@ -60,9 +79,7 @@ def _slice(image: Tensor, m: list[list[float]], fill: Tensor, reflect: bool, out
     """The same for one image whose map takes pixels to pixels."""
     if m[0][0] == 0:  # columns of the image are rows of the result
         image, m = image.transpose(1, 2), [m[1], m[0]]
-        steps, shifts = (m[1][1], m[0][0]), (m[1][2], m[0][2])
-    else:
-        steps, shifts = (m[1][1], m[0][0]), (m[1][2], m[0][2])
+    steps, shifts = (m[1][1], m[0][0]), (m[1][2], m[0][2])
     shown, seen, mirrored = [slice(None)], [slice(None)], []
     for axis, (step, shift) in enumerate(zip(steps, map(int, shifts), strict=True), 1):
         count, extent = out.shape[axis], image.shape[axis]
@@ -90,50 +107,57 @@ def _reflected(step: float, shift: int, count: int, extent: int) -> Tensor:
     return torch.minimum(pixel, 2 * extent - 1 - pixel)
 
 
-def _cut(image: Tensor, m: Tensor, P: int, Q: int, reflect: bool) -> tuple[Tensor, tuple[int, int]]:
-    """The part of an image that a map, float64 [2, 3], sees, and the (x, y) at which it begins."""
-    corners = torch.tensor([[0.5, 0.5, 1], [Q - 0.5, 0.5, 1], [0.5, P - 0.5, 1], [Q - 0.5, P - 0.5, 1]]).double()
-    positions = (corners @ m.T).clamp(-FARTHEST, FARTHEST)
-    # A pixel more at each side than bilinear samples need: positions are rounded to float32.
-    (left, top), (right, bottom) = (
-        (positions.amin(0) - 1.5).floor().int().tolist(),
-        (positions.amax(0) + 2.5).ceil().int().tolist(),
-    )
-    _, H, W = image.shape
-    if reflect and (left < 0 or top < 0 or right > W or bottom > H):
-        return image, (0, 0)
-    left, right = min(max(left, 0), W - 1), max(min(right, W), 1)
-    top, bottom = min(max(top, 0), H - 1), max(min(bottom, H), 1)
-    return image[:, top:bottom, left:right], (left, top)
+def _reach(maps: Tensor, P: int, Q: int) -> tuple[Tensor, Tensor]:
+    """The least and the largest x and y, [N, 2] each, of the centres of all pixels in the images."""
+    x, y = torch.tensor([0.5, Q - 0.5, 0.5, Q - 0.5]), torch.tensor([0.5, 0.5, P - 0.5, P - 0.5])
+    positions = maps[:, :, 0, None] * x + maps[:, :, 1, None] * y + maps[:, :, 2, None]
+    return positions.amin(2), positions.amax(2)
+
+
+def _cut(image: Tensor, low: list[float], high: list[float]) -> tuple[Tensor, tuple[int, int]]:
+    """The part of an image that is seen at positions (x, y) from low to high, and the (x, y) at which it begins."""
+    begins, ends = [], []
+    for least, largest, extent in zip(low, high, image.shape[:0:-1], strict=True):
+        # A pixel more at each side than bilinear samples need: positions are rounded to float32.
+        begins.append(math.floor(min(max(least - 1.5, 0), extent - 1)))
+        ends.append(math.ceil(min(max(largest + 1.5, 1), extent)))
+    return image[:, begins[1] : ends[1], begins[0] : ends[0]], (begins[0], begins[1])
 
 
 def _sample(
-    images: Tensor, maps: Tensor, corner: tuple[int, int], fill: Tensor, reflect: bool, P: int, Q: int
+    images: Tensor, maps: Tensor, corner: tuple[int, int], fill: Tensor, how: Sampling, P: int, Q: int
 ) -> Tensor:
     """Bilinear samples of images [N, C, H, W] through maps, float64 [N, 2, 3] on the CPU. The images were cut out of
     larger ones, at `corner` (x, y).
     """
-    H, W = images.shape[2:]
     source = torch.empty(images.shape, dtype=torch.float32, device=images.device).copy_(images)
-    beyond = None if reflect or not bool(fill.any()) else fill
-    if beyond is not None:  # grid_sample has zeros beyond the border
-        source.sub_(beyond)
-    grid = _grid(maps, corner, (W, H), P, Q).to(images.device)
-    padding_mode = "reflection" if reflect else "zeros"
-    seen = F.grid_sample(source, grid.permute(0, 2, 3, 1), padding_mode=padding_mode, align_corners=False)
-    return seen if beyond is None else seen.add_(beyond)
+    filled = how.mode == "zeros" and bool(fill.any())
+    if filled:  # grid_sample has zeros beyond the border
+        source.sub_(fill)
+    grid = _grid(maps, corner, images.shape[:1:-1], how.far, P, Q).to(images.device)
+    N, C = images.shape[:2]
+    bands = _bands(P) if N == 1 else 1  # threads share images among them, and then parts of one
+    grid = grid.view(N * bands, 2, P // bands, Q) if bands == 1 else grid.view(2, bands, P // bands, Q).transpose(0, 1)
+    source = source if bands == 1 else source.expand(bands, -1, -1, -1)
+    seen = F.grid_sample(source, grid.permute(0, 2, 3, 1), padding_mode=how.mode, align_corners=False)
+    seen = seen.add_(fill) if filled else seen
+    return seen if bands == 1 else seen.transpose(0, 1).reshape(1, C, P, Q)
 
 
-def _grid(maps: Tensor, corner: tuple[int, int], extents: tuple[int, int], P: int, Q: int) -> Tensor:
-    """float32 [N, 2, P, Q]: positions as grid_sample wants them, -1 and 1 being the edges of an image."""
+def _bands(P: int) -> int:
+    """Into how many parts of equally many rows P rows are cut, at most one for each thread."""
+    return next(bands for bands in range(min(torch.get_num_threads(), P), 0, -1) if P % bands == 0)
+
+
+def _grid(maps: Tensor, corner: tuple[int, int], extents: Sequence[int], far: bool, P: int, Q: int) -> Tensor:
+    """float32 [N, 2, P, Q]: positions (x, y) in images of extents (W, H), counted as grid_sample wants it: -1 and 1 are
+    the edges.
+    """
     scale = 2 / torch.tensor(extents, dtype=torch.float64)[:, None]
-    m = torch.cat([maps[:, :, :2], maps[:, :, 2:] - torch.tensor(corner)[:, None]], 2) * scale
     q, p = torch.arange(Q, dtype=torch.float64) + 0.5, torch.arange(P, dtype=torch.float64) + 0.5
-    across = m[:, :, 0, None] * q + (m[:, :, 2, None] - 1)
-    down = m[:, :, 1, None] * p
-    farthest = scale * FARTHEST
-    if bool((across.abs().amax(2) + down.abs().amax(2) > farthest[:, 0]).any()):
-        # as no floating-point number may overflow
-        positions = down[..., None] + across[:, :, None]
-        return torch.minimum(torch.maximum(positions, -farthest[:, None]), farthest[:, None]).float()
-    return down.float()[..., None] + across.float()[:, :, None]
+    across = maps[:, :, 0, None] * q + (maps[:, :, 2, None] - torch.tensor(corner)[:, None])
+    down = maps[:, :, 1, None] * p
+    if far:
+        positions = (down[..., None] + across[:, :, None]).clamp(-FARTHEST, FARTHEST)
+        return positions.mul_(scale[..., None]).sub_(1).float()
+    return (down * scale).float()[..., None] + (across * scale - 1).float()[:, :, None]

@@ -22,6 +22,7 @@ from .layers import (
     MaxPool2d,
     SyncBatchNorm,
 )
+from .option_words import augment_options
 
 __all__ = [
     "AdaptiveAvgPool2d",
@@ -40,6 +41,7 @@ __all__ = [
     "GlobalAvgPool2d",
     "MaxPool2d",
     "SyncBatchNorm",
+    "augment_options",
     "bn_act",
     "conv_act",
     "conv_bn_act",

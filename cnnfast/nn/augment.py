@@ -28,8 +28,9 @@ from ..drawing import (
     rules,
 )
 from ..drawing.rules import Number, NumberOrRange, Range
+from ..functional.augmentation import BORDERS, OTHER_BORDERS, Border
 from ..spelling import keywords_explained
-from .augment_inputs import Images, ImagesToAugment, check_labels, indices_of
+from .augment_inputs import Images, ImagesToAugment, check_labels, extents_of, indices_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -122,7 +123,7 @@ class Augment(nn.Module):
         mean: NumberOrRange = IMAGENET_MEAN,
         std: NumberOrRange = IMAGENET_STD,
         dtype: torch.dtype | str = torch.float32,
-        border: Literal["constant", "reflection"] = "constant",
+        border: Border = "constant",
         fill: NumberOrRange = 0.0,
         seed: int = 0,
         generator: torch.Generator | None = None,
@@ -135,7 +136,7 @@ class Augment(nn.Module):
         self.std = rules.channels("std", std, 0.0, above=True)
         self.fill = rules.channels("fill", fill, 0.0, 1.0)
         self.dtype = rules.dtype("dtype", dtype)
-        self.border = rules.one_of("border", border, ("constant", "reflection"))
+        self.border = rules.one_of("border", border, BORDERS, OTHER_BORDERS)
         self.num_classes = None if num_classes is None else rules.whole("num_classes", num_classes, 1)
         self.seed = rules.whole("seed", seed, -(2**63), 2**64 - 1)
         self.generator = rules.instance("generator", generator, torch.Generator)
@@ -147,7 +148,9 @@ class Augment(nn.Module):
         if crop_scale is not None:
             self.crop = ResizedCrop(rules.rising("crop_scale", crop_scale, "part of the image's area", 1.0), ratio)
             if padding is not None:
-                raise rules.refused("padding", padding, "None unless crop_scale is None: a resized crop is not padded")
+                raise rules.refused(
+                    "padding", padding, "None unless crop_scale=None is given: a resized crop is not padded"
+                )
         elif padding is not None:
             self.crop = PaddedCrop(rules.sides("padding", padding))
         self.flips = Flips(
@@ -171,7 +174,7 @@ class Augment(nn.Module):
             rules.probability("erasing_p", erasing_p),
             rules.rising("erasing_scale", erasing_scale, "part of the area", 1.0),
             rules.rising("erasing_ratio", erasing_ratio, "ratio of height to width"),
-            None if erasing_value == "random" else self.denormalised(rules.channels("erasing_value", erasing_value)),
+            self.values_of_erased(erasing_value),
         )
         self.mixing = Mixing(
             None if mixup_alpha is None else rules.positive("mixup_alpha", mixup_alpha),
@@ -180,11 +183,14 @@ class Augment(nn.Module):
         kinds = (self.crop, self.flips, self.turn, self.jitter, self.erasing, self.mixing)
         self.draws: tuple[int, ...] = tuple(sorted({draw for kind in kinds for draw in kind.draws}))
 
-    def denormalised(self, values: tuple[float, ...]) -> tuple[float, ...]:
-        """Values of channels, or one for all, before they are normalised."""
-        channels = rules.common_length(erasing_value=values, mean=self.mean, std=self.std)
-        mean, std = (numbers * (channels // len(numbers)) for numbers in (self.mean, self.std))
-        return tuple(v * s + m for v, s, m in zip(values * (channels // len(values)), std, mean, strict=True))
+    def values_of_erased(self, given: Any) -> tuple[float, ...] | None:
+        """Of each channel, or one for all, before they are normalised; None: noise."""
+        if isinstance(given, str) and given == "random":
+            return None
+        values = rules.channels("erasing_value", given, otherwise=", or 'random'")
+        channels = max(map(len, (values, self.mean, self.std)))
+        each = (numbers * (channels // len(numbers)) for numbers in (values, self.std, self.mean))
+        return tuple(value * std + mean for value, std, mean in zip(*each, strict=True))
 
     @staticmethod
     def options() -> dict[str, inspect.Parameter]:
@@ -198,7 +204,7 @@ class Augment(nn.Module):
         return ", ".join([repr(self.given["size"]), *changed[1:]])
 
     @property
-    def seen_border(self) -> Literal["constant", "reflection"]:
+    def seen_border(self) -> Border:
         """What to give functional.augment as border with this module's draws: where no map leaves the image, the
         pixels at its edges are not mixed with `fill`, as torchvision's resize does not.
         """
@@ -207,13 +213,14 @@ class Augment(nn.Module):
         return self.border if leaves else "reflection"
 
     def draw(
-        self, sizes: Tensor | Sequence[int], index: Tensor | Sequence[int], epoch: int = 0, channels: int | None = None
+        self, sizes: Tensor | Sequence[Any], index: Tensor | Sequence[int], epoch: int = 0, channels: int | None = None
     ) -> Draws:
         """The numbers of images by their indices (int [N]). sizes: (height, width) of each, int [N, 2], or of all.
-        channels: of an image; None: as many as `mean` has. In evaluation only maps.
+        channels: of an image; None: as many as `mean` has. In evaluation only maps. Raises ValueError and TypeError for
+        what does not fit.
         """
         drawn = indices_of(index).numpy()
-        H, W = np.broadcast_to(np.asarray(sizes, np.float64), (len(drawn), 2)).T
+        H, W = extents_of(sizes, len(drawn))
         dice = Dice(self.seed, rules.whole("epoch", epoch, 0, 2**32 - 1), drawn, self.draws if self.training else ())
         if not self.training:
             frame = self.centre.draw(dice, H, W, self.size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +75,20 @@ def indices_of(
             f"{list(given.shape)}"
         )
     return given.long()
+
+
+def extents_of(sizes: Tensor | Sequence[Any], images: int) -> np.ndarray:
+    """float64 [2, N], heights and widths, from (height, width) of each image or of all."""
+    try:
+        given = np.asarray(sizes, np.float64)
+        H, W = np.broadcast_to(given.reshape(*given.shape[:-1], 2), (images, 2)).T
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"Augment(): sizes must be (height, width), or [N, 2] with N={images} indices, but got {sizes!r}"
+        ) from None
+    if not (given >= 1).all():
+        raise ValueError(f"Augment(): sizes must be at least one pixel each, but got {given.min(initial=1):g}")
+    return np.stack((H, W))
 
 
 def check_labels(labels: Tensor, images: int, num_classes: int | None, mixes: bool) -> None:

@@ -126,4 +126,5 @@ def _told_from_map(rows: list[list[float]], image: tuple[int, int], size: tuple[
     cosine, sine = math.cos(angle), math.sin(angle)
     across, down = cosine * along_y[0] + sine * along_y[1], -sine * along_y[0] + cosine * along_y[1]
     turned, sheared = math.degrees(angle), math.degrees(math.atan(-across / down))
-    return {**told, "turned": turned + 0.0, "sheared": sheared + 0.0}  # and no -0.0
+    # Rounded as far as float32 tells them, and 0.0 added, so that there is no -0.0.
+    return {**told, "turned": round(turned, 3) + 0.0, "sheared": round(sheared, 3) + 0.0}

@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 from ..torchvision_import import make_importable
 
 if TYPE_CHECKING:
+    from .evaluating import evaluate as evaluate
     from .fitting import fit as fit
     from .interrupts import Interrupted as Interrupted
     from .losses import Diverged as Diverged
     from .module import Module as Module
     from .runs import Run as Run
+    from .samples import open_images as open_images
+    from .starting import start as start
+    from .trained import read_run as read_run
 
 make_importable()
 
@@ -27,9 +31,13 @@ _HOME = {
     "Interrupted": ".interrupts",
     "Module": ".module",
     "Run": ".runs",
+    "evaluate": ".evaluating",
     "fit": ".fitting",
+    "open_images": ".samples",
+    "read_run": ".trained",
+    "start": ".starting",
 }
-__all__ = ["Diverged", "Interrupted", "Module", "Run", "fit"]
+__all__ = ["Diverged", "Interrupted", "Module", "Run", "evaluate", "fit", "open_images", "read_run", "start"]
 
 if not TYPE_CHECKING:  # a type checker would take every name, misspelt ones too, for one that this finds
 

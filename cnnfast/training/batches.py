@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .orders import shuffled
+from ..functional import pack_images
+from .orders import EPOCHS, shuffled
 from .samples import ImageSet, Sample, UnreadableSample
 
 
@@ -55,14 +56,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(PackedImages(*pack_images([image.permute(2, 0, 1) for image in images])), labels, index)
 
 
-def pack_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Images uint8 [C, H, W] in one buffer, as F.augment takes them."""
-    counts = torch.tensor([image.numel() for image in images])
-    sizes = torch.tensor([image.shape[1:] for image in images], dtype=torch.int32)
-    flat = torch.cat([image.permute(1, 2, 0).flatten() for image in images])
-    return flat, counts.cumsum(0) - counts, sizes
-
-
 class EpochSampler(Sampler[list[int]]):
     """The indices of each batch of an epoch, for one of several processes.
 
@@ -76,7 +69,7 @@ class EpochSampler(Sampler[list[int]]):
     indices: int64 [n], of the images. rank, world: which of how many processes this is; without them torch.distributed
     is asked when an epoch begins, and before it is initialised there is one.
 
-    Raises ValueError if the images cannot be shared like this.
+    Raises ValueError, when an epoch begins or is asked for its length, if the images cannot be shared like this.
     """
 
     def __init__(
@@ -89,7 +82,11 @@ class EpochSampler(Sampler[list[int]]):
         rank: int | None = None,
         world: int | None = None,
     ) -> None:
+        if type(batch) is not int or batch < 1:
+            raise ValueError(f"batch is {batch!r}, and must be a number of images, of 1 or more")
         self.indices = torch.as_tensor(indices, dtype=torch.int64)
+        if shuffle and not len(self.indices):
+            raise ValueError("there are no images to train with")
         self.seed, self.batch, self.shuffle, self.epoch = seed, batch, shuffle, 0
         self._place = (rank, world)
         self.sampler = self  # Lightning tells the epoch to a batch sampler's `sampler`
@@ -107,22 +104,23 @@ class EpochSampler(Sampler[list[int]]):
         return rank, world
 
     def __len__(self) -> int:
-        _, world = self.place()
-        whole = len(self.indices) / (world * self.batch)
-        return max(1, math.floor(whole)) if self.shuffle else math.ceil(whole)
+        count, (_, world) = len(self.indices), self.place()
+        whole = count / (world * self.batch)
+        steps = max(1, math.floor(whole)) if self.shuffle else math.ceil(whole)
+        if count < steps * world:
+            raise ValueError(
+                f"{count} images in batches of {self.batch} cannot be shared among {world} processes so that each has "
+                "the same number of batches and no image comes twice: give other batches, or fewer processes"
+            )
+        return steps
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, world = self.place()
         count, steps = len(self.indices), len(self)
         order = self.indices
         if self.shuffle:
-            order = order[shuffled(count, self.seed, self.epoch)]
+            order = order[shuffled(count, self.seed, EPOCHS, self.epoch)]
             count = steps * world * min(self.batch, count // world)
-        if count < steps * world:
-            raise ValueError(
-                f"{len(order)} images in batches of {self.batch} cannot be shared among {world} processes so that each "
-                "has the same number of batches and no image comes twice: give other batches, or fewer processes"
-            )
         for number in range(rank, steps * world, world):
             begin, end = (count * n // (steps * world) for n in (number, number + 1))
             yield order[begin:end].tolist()
@@ -136,7 +134,12 @@ class ImageLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         for batch in super().__iter__():
             if isinstance(batch, UnreadableSample):
-                raise batch
+                try:
+                    raise batch
+                finally:
+                    # This frame, of which the error knows, shall not know the error: in such a circle the processes
+                    # would be left to the garbage collector, which waits five seconds for each.
+                    del batch
             yield batch
 
 
@@ -155,11 +158,15 @@ def loader(
     workers: processes that read images ahead, with one thread each, and stay from epoch to epoch; 0: this process reads
     them when they are asked for. pin: batches lie in pinned memory, from which a GPU copies them while it computes.
 
-    Iterating raises UnreadableSample where an image cannot be read.
+    Raises ValueError for options that have no sense; iterating raises UnreadableSample where an image cannot be read.
     """
+    sampler = EpochSampler(indices, seed=seed, batch=batch, shuffle=shuffle)
+    if len(sampler.indices) and not 0 <= int(sampler.indices.min()) <= int(sampler.indices.max()) < len(images):
+        ends = f"{int(sampler.indices.min())} to {int(sampler.indices.max())}"
+        raise ValueError(f"indices are from {ends}, and must be from 0 to {len(images) - 1}, of the images of the set")
     return ImageLoader(
         _Attempts(images),
-        batch_sampler=EpochSampler(indices, seed=seed, batch=batch, shuffle=shuffle),
+        batch_sampler=sampler,
         collate_fn=_collate_attempts,
         num_workers=workers,
         persistent_workers=workers > 0,

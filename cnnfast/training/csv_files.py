@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .listing import Listing, in_order, note, quoted_few
+from .listing import Listing, in_order, note, quoted_few, refuse_unknown
 
 COLUMNS = ("file", "label")
+SHARED = ": training and validation may both see it"
 DELIMITERS = (",", ";", "\t")
+WHOLE_NUMBER = re.compile("0|-?[1-9][0-9]{0,17}")  # as numbers are written: 007 is a name
 
 
 def list_csv(file: Path, classes: Sequence[str] | None) -> Listing:
@@ -70,7 +73,8 @@ def _rows(file: Path) -> list[tuple[int, list[str]]]:
 def _columns(file: Path, rows: Sequence[tuple[int, list[str]]]) -> list[int]:
     header = [name.strip() for name in rows[0][1]]
     if any(header.count(name) != 1 for name in COLUMNS):
-        raise ValueError(f"{file} has the columns {quoted_few(header)}, and needs one 'file' and one 'label'")
+        found = quoted_few(header)
+        raise ValueError(f"{file}, line 1: the header must have one column 'file' and one 'label', but has {found}")
     return [header.index(name) for name in COLUMNS]
 
 
@@ -78,24 +82,30 @@ def _labels(
     file: Path, texts: Sequence[str], lines: Sequence[int], classes: Sequence[str] | None
 ) -> tuple[tuple[str, ...], list[int]]:
     """The classes, and the index of each label."""
-    different = set(texts)
-    numbers = all(text.removeprefix("-").isdecimal() and str(int(text)) == text for text in different)
-    if classes is not None and numbers and not different <= set(classes):
-        for text, line in zip(texts, lines, strict=True):
+    first: dict[str, int] = {}  # the line in which each stands first
+    for text, line in zip(texts, lines, strict=True):
+        first.setdefault(text, line)
+    numbers = all(WHOLE_NUMBER.fullmatch(text) for text in first)
+    if classes is not None and numbers and not first.keys() <= set(classes):
+        for text, line in first.items():
             if not 0 <= int(text) < len(classes):
                 raise ValueError(f"{file}, line {line}: the label {text} is none of 0 to {len(classes) - 1}")
         return tuple(classes), [int(text) for text in texts]
-    known = in_order(sorted(different, key=int if numbers else None), classes, str(file))
+    if classes is not None:
+        for text, line in first.items():
+            refuse_unknown([text], classes, f"{file}, line {line}")
+    known = in_order(sorted(first, key=int if numbers else None), classes, str(file))
     index = {name: i for i, name in enumerate(known)}
     return known, [index[text] for text in texts]
 
 
 def _repeated(names: Sequence[str], labels: Sequence[int]) -> list[str]:
+    """Notes about files that are named twice."""
     seen: dict[str, set[int]] = {}
     for name, label in zip(names, labels, strict=True):
         seen.setdefault(name, set()).add(label)
     several = sum(len(own) > 1 for own in seen.values())
     return [
-        note(len(names) - len(seen), "line names", "lines name", "a file that a line before has named"),
+        note(len(names) - len(seen), "line names", "lines name", f"a file that a line before has named{SHARED}"),
         note(several, "file has", "files have", "labels of several classes"),
     ]

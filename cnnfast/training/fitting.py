@@ -23,6 +23,7 @@ from .averaging import MovingAverage
 from .batches import loader
 from .beginning import Beginning, begin
 from .epochs import EpochSeeds, random_numbers_kept
+from .finishing import finish
 from .interrupts import Interrupted, InterruptWatch
 from .keeping import Keeper
 from .module import Module
@@ -149,7 +150,10 @@ def fit(
         model.load_state_dict(keeper.best_weights)
     else:
         load_best(model, folder)
-    return Run(model.eval(), classes, tuple(keeper.history), folder)
+    run = Run(model.eval(), classes, tuple(keeper.history), folder)
+    if folder is not None:
+        finish(run, prepared, batch=batch, workers=workers)
+    return run
 
 
 def _train(trainer: Any, module: Module, loaders: list[Any], beginning: Beginning, keeper: Keeper) -> None:
@@ -179,7 +183,7 @@ def _config(given: Mapping[str, Any], prepared: Prepared, trainer: Trainer) -> d
     versions = {"cnnfast": cnnfast.__version__, "torch": torch.__version__, "lightning": lightning.__version__}
     machine = {"python": platform.python_version(), "threads": torch.get_num_threads(), "workers": given["workers"]}
     model = given["name"] or type(given["model"]).__name__
-    config = {"options": {"model": model, **options}, "data": prepared.config(given["data"])}
+    config = {"options": {"model": model, **options}, "data": prepared.config()}
     # As JSON has it: tuples become lists, and what is no JSON its text.
     return json.loads(json.dumps({**config, "versions": versions, "machine": machine}, default=str))
 

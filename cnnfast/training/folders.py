@@ -40,9 +40,9 @@ def list_folder(root: Path, classes: Sequence[str] | None) -> Listing:
         for extension, count in found.others.items():
             others[extension] = others.get(extension, 0) + count
     empty = [name for name, count in counts.items() if not count]
-    known = in_order(list(counts), classes, str(root))
     if empty and (classes is None or len(empty) == len(counts)):
         raise ValueError(f"there is no image in {_named(empty)} of {root}{_kinds(others)}")
+    known = in_order(list(counts), classes, str(root))
     labels = [label for name, count in counts.items() for label in [known.index(name)] * count]
     notes = [
         note(len(loose), "file lies", "files lie", f"in {root} itself, outside of the classes' folders"),
@@ -68,7 +68,7 @@ def _look_into(root: Path) -> tuple[list[str], list[str], int]:
 def _refuse_parts(root: Path, folders: Sequence[str]) -> None:
     """Two classes "train" and "val" would be learned without a complaint."""
     if all(name.lower() in PARTS for name in folders):
-        inner = [name for name in folders if any(entry.is_dir() for entry in os.scandir(root / name))]
+        inner = [name for name in folders if _look_into(root / name)[0]]
         if inner:
             raise ValueError(
                 f"{_named(folders)} of {root} are parts of a data set and no classes: give one of them, such as "

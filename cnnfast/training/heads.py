@@ -43,20 +43,28 @@ def heads_of(model: nn.Module, images: Tensor) -> list[str]:
     return names
 
 
-def replace_heads(model: nn.Module, classes: int, images: Tensor) -> list[str]:
-    """Gives `model` heads of so many classes, with weights as PyTorch initialises them, and returns their names.
+def replace_heads(model: nn.Module, classes: int, images: Tensor, only_others: bool = False) -> list[str]:
+    """Gives `model` heads of so many classes, with weights as PyTorch initialises them, and returns the names of its
+    heads. What a model says of its classes (`num_classes` of timm's and others' models) follows.
 
-    A head that has so many classes already is replaced too: its weights are those of other classes. What a model says
-    of its classes (`num_classes` of timm's and others' models) follows. Raises NoHead, as heads_of does.
+    only_others: a head that has so many classes already stays; else its weights, which are those of other classes, are
+    replaced too. Raises NoHead, as heads_of does.
     """
     names = heads_of(model, images)
     for name in names:
         head = model.get_submodule(name)
+        if only_others and _classes(head) == classes:
+            continue
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, _like(head, classes).train(head.training))
     if isinstance(getattr(model, "num_classes", None), int):
         vars(model)["num_classes"] = classes
     return names
+
+
+def _classes(head: nn.Module) -> int:
+    assert isinstance(head, nn.Linear | nn.Conv2d)
+    return head.weight.shape[0]
 
 
 def _like(head: nn.Module, classes: int) -> nn.Module:

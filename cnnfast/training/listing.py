@@ -28,10 +28,17 @@ def in_order(names: Sequence[str], classes: Sequence[str] | None, where: str) ->
         if len(names) == 1:
             raise ValueError(f"{where} has the class {names[0]!r} only, and a network learns to tell two or more apart")
         return tuple(names)
+    refuse_unknown(names, classes, where)
+    return tuple(classes)
+
+
+def refuse_unknown(names: Iterable[str], classes: Sequence[str], where: str) -> None:
+    """Raises ValueError unless all names are of the classes that are known."""
     unknown = [name for name in names if name not in set(classes)]
     if unknown:
-        raise ValueError(f"{where} has the class {quoted_few(unknown)}, which is none of the {len(classes)} known ones")
-    return tuple(classes)
+        which = "the class" if len(unknown) == 1 else "the classes"
+        known = f"the {len(classes)} known ones are {quoted_few(classes)}"
+        raise ValueError(f"{where} has {which} {quoted_few(unknown)}, and {known}")
 
 
 def note(count: int, one: str, several: str, rest: str) -> str:

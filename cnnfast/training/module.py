@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning
+import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import cnnfast.nn as cnn
 
+from ..targets.inputs import first_features
 from .frozen_parts import freeze, keep_still
 from .losses import LossWatch, Step, cross_entropy
 from .optimizing import make_optimizer
@@ -57,7 +59,9 @@ class Module(lightning.LightningModule):
         self.optimizer, self.lr, self.weight_decay, self.schedule = optimizer, lr, weight_decay, schedule
         self.label_smoothing, self.channels_last = label_smoothing, channels_last
         self.register_buffer("class_weights", class_weights, persistent=False)
-        self._still = freeze(model, frozen)
+        features = first_features(model)
+        channels = len(augment.mean) if features is None else features[0]
+        self._still = freeze(model, frozen, torch.zeros(2, channels, *augment.size))
         self.watch = LossWatch()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer images than processes
         self.losses = nn.ModuleDict({name: MeanMetric() for name in ("loss", "validation_loss")})

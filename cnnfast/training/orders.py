@@ -6,12 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# What an order is for: of one seed each use has orders of its own.
+EPOCHS, PARTS = 0, 1
 
-def shuffled(count: int, *numbers: int) -> Tensor:
-    """The numbers from 0 to count - 1 in an order that follows from the other numbers alone, at most four of 64 bits:
-    int64 [count]. Each gets 64 bits of Philox, a generator that is its specification, and they are sorted by these: an
-    order of torch.randperm's or numpy's may change with their versions.
+
+def shuffled(count: int, seed: int, use: int, number: int) -> Tensor:
+    """The numbers from 0 to count - 1, int64 [count], in the order that follows from the seed, its use, and a number
+    such as the epoch's, and from nothing else. Each gets 64 bits of Philox, a generator that is its specification, and
+    they are sorted by these: a later version of PyTorch or numpy may shuffle in another way.
     """
-    words = np.array([number % 2**64 for number in numbers] + [0] * (4 - len(numbers)), np.uint64)
-    bits = np.random.Philox(key=words[:2], counter=np.array([0, 0, *words[2:]], np.uint64)).random_raw(count)
+    key, counter = (np.array(words, np.uint64) for words in ([seed % 2**64, use], [0, 0, 0, number]))
+    bits = np.random.Philox(key=key, counter=counter).random_raw(count)
     return torch.from_numpy(np.argsort(bits, kind="stable").astype(np.int64))

@@ -12,8 +12,7 @@ from torch import Tensor
 
 import cnnfast.nn as cnn
 
-from .dividing import class_weights, split
-from .samples import DIGITS, ImageSet, open_images
+from .samples import DIGITS, ImageSet, class_weights, open_images, split
 
 Data = str | Path | ImageSet
 # Digits are as large as their images: they are moved by a pixel, turned and slanted a little, and never mirrored.
@@ -49,10 +48,10 @@ class Prepared:
         """Of the images that are learnt from."""
         return self.training.images.labels[self.training.indices]
 
-    def config(self, data: Data) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """What is told of the data in a run's config."""
         return {
-            "data": str(data) if isinstance(data, str | Path) else type(data).__name__,
+            "data": self.training.images.origin,
             "classes": list(self.classes),
             "counts": torch.bincount(self.labels, minlength=len(self.classes)).tolist(),
             "held_out": len(self.held_out.indices) if self.held_out else 0,
@@ -75,7 +74,7 @@ def prepare(
     if size is None:
         size = 8 if data == DIGITS else data.size if isinstance(data, ImageSet) else 224
     images = data if isinstance(data, ImageSet) else open_images(data, size)
-    usual = (OF_GREY if images.channels == 1 else {}) | (OF_DIGITS if data == DIGITS else {})
+    usual = (OF_GREY if images.channels == 1 else {}) | (OF_DIGITS if images.origin == DIGITS else {})
     given = usual | dict(options or {})
     augment = cnn.Augment(size, **{"seed": seed, "num_classes": len(images.classes), **given})
     if isinstance(validation, float | int):

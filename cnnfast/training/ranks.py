@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +37,31 @@ class RankStrategy(DDPStrategy):
         assert self.lightning_module is not None
         with self.precision_plugin.val_step_context():
             return self.lightning_module.validation_step(*args, **kwargs)
+
+
+def rank() -> int:
+    """Which of the processes that torch.distributed connects this is; 0 where it does not."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@contextmanager
+def connected() -> Iterator[torch.device]:
+    """The device of this process: its GPU, or the CPU. Under torchrun all that it started are connected while the
+    context lasts.
+    """
+    elastic = TorchElasticEnvironment
+    local = elastic().local_rank() if elastic.detect() else 0
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if not elastic.detect():
+        yield device
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def share_buffers(module: nn.Module) -> None:

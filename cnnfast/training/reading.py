@@ -76,13 +76,14 @@ class ImageFiles:
 
 @dataclass(frozen=True, eq=False)
 class HeldImages:
-    """Grey images uint8 [N, H, W] of one size in memory. `noun` and a number are the name of each."""
+    """Grey images in memory. pixels: uint8 [N, H, W]. numbers: int64 [N], which with `noun` are their names."""
 
     pixels: Tensor
+    numbers: Tensor
     noun: str
 
     def name(self, i: int) -> str:
-        return f"{self.noun} {i}"
+        return f"{self.noun} {int(self.numbers[i])}"
 
     def read(self, i: int, at_least: int | None) -> Image:
         return pillow().fromarray(self.pixels[i].numpy())
@@ -91,7 +92,7 @@ class HeldImages:
         return self.pixels.shape[2], self.pixels.shape[1]
 
     def taken(self, indices: Tensor) -> HeldImages:
-        return HeldImages(self.pixels[indices], self.noun)
+        return HeldImages(self.pixels[indices], self.numbers[indices], self.noun)
 
 
 def digits() -> tuple[HeldImages, Tensor]:
@@ -104,7 +105,8 @@ def digits() -> tuple[HeldImages, Tensor]:
         ) from None
     pixels, labels = load_digits(return_X_y=True)
     white = (pixels * 255 / 16).round().astype("uint8").reshape(-1, 8, 8)
-    return HeldImages(torch.from_numpy(white), "digit"), torch.from_numpy(labels).to(torch.int64)
+    held = HeldImages(torch.from_numpy(white), torch.arange(len(white)), "digit")
+    return held, torch.from_numpy(labels).to(torch.int64)
 
 
 def read_for_training(source: SampleSource, i: int, channels: int, size: int) -> Tensor:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..engine.images.images import UnreadableImage
 from ..engine.images.preprocessing import Preprocessing
 from .csv_files import list_csv
 from .folders import list_folder
-from .listing import Listing
-from .orders import shuffled
+from .listing import Listing, note, quoted_few, refuse_unknown
+from .orders import PARTS, shuffled
 from .reading import ImageFiles, SampleSource, as_tensor, digits, read_for_training
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DIGITS = "digits"
 CSV = (".csv", ".tsv", ".txt")
@@ -33,7 +36,14 @@ class Sample(NamedTuple):
 
 
 class UnreadableSample(ValueError):
-    """An image of a set cannot be read; the message names its file and the reason."""
+    """Image `number` of a set cannot be read. The message names its file and the reason."""
+
+    def __init__(self, number: int, file: str, reason: str) -> None:
+        super().__init__(number, file, reason)  # as its arguments: another process makes it from them again
+        self.number, self.file, self.reason = number, file, reason
+
+    def __str__(self) -> str:
+        return f"{self.file} cannot be read: {self.reason}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +62,7 @@ class ImageSet(Dataset[Sample]):
     size: int
     notes: tuple[str, ...] = ()
     evaluation: Preprocessing | None = None
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,18 +74,37 @@ class ImageSet(Dataset[Sample]):
         Raises UnreadableSample.
         """
         i = range(len(self))[i]
-        try:
-            return Sample(self._image(i), int(self.labels[i]), i)
-        except UnreadableImage as error:
-            reason = str(error)
-        except MemoryError:
-            reason = "there is not enough memory for it"
-        raise UnreadableSample(f"{self.name(i)}: {reason}")
+        with self._named(i):
+            if self.evaluation is None:
+                image = read_for_training(self.source, i, self.channels, self.size)
+            else:
+                image = as_tensor(self.evaluation.resize(self.source.read(i, None)))
+            return Sample(image, int(self.labels[i]), i)
 
-    def _image(self, i: int) -> Tensor:
-        if self.evaluation is None:
-            return read_for_training(self.source, i, self.channels, self.size)
-        return as_tensor(self.evaluation.resize(self.source.read(i, None)))
+    def picture(self, i: int) -> Image:
+        """Image i as Pillow reads it, upright and as large as it is. Raises UnreadableSample."""
+        with self._named(i):
+            return self.source.read(i, None)
+
+    def look(self, i: int) -> tuple[int, int]:
+        """(width, height) of image i in its file, whose pixels are not read. Raises UnreadableSample where the header
+        of the file tells that they cannot be.
+        """
+        with self._named(i):
+            size = self.source.look(i)
+            if self.evaluation is not None:
+                self.evaluation.resized(*size)
+            return size
+
+    @contextmanager
+    def _named(self, i: int) -> Iterator[None]:
+        """What is wrong with image i becomes an UnreadableSample."""
+        try:
+            yield
+        except ValueError as error:
+            raise UnreadableSample(i, self.name(i), str(error)) from None
+        except MemoryError:
+            raise UnreadableSample(i, self.name(i), "there is not enough memory for it") from None
 
     def name(self, i: int) -> str:
         """What a user calls image i: its file."""
@@ -92,13 +122,17 @@ class ImageSet(Dataset[Sample]):
         that is not there.
         """
         missing = [name for name in classes if name not in self.classes]
-        if missing:
-            raise ValueError(f"classes: {missing[0]!r} is none of {', '.join(self.classes)}")
+        if missing or not 2 <= len(set(classes)) == len(classes):
+            names = quoted_few(self.classes)
+            raise ValueError(f"classes is {tuple(classes)!r}, and must be two or more different ones of {names}")
         place = torch.full((len(self.classes),), -1)
         place[[self.classes.index(name) for name in classes]] = torch.arange(len(classes))
         labels = place[self.labels]
-        kept = torch.nonzero(labels >= 0).flatten()
-        return replace(self, source=self.source.taken(kept), labels=labels[kept], classes=tuple(classes))
+        return replace(self, labels=labels, classes=tuple(classes)).taken(torch.nonzero(labels >= 0).flatten())
+
+    def taken(self, indices: Tensor) -> ImageSet:
+        """These images only, int64 [n], in this order."""
+        return replace(self, source=self.source.taken(indices), labels=self.labels[indices])
 
 
 def open_images(
@@ -125,16 +159,16 @@ def open_images(
         raise ValueError(f"channels is {channels!r}, and must be 1 (grey) or 3 (red, green, blue)")
     if data == DIGITS:
         held, labels = digits()
-        names = tuple(map(str, range(10)))
-        whole = ImageSet(held, labels, names, channels or 1, max(sides))
+        whole = ImageSet(held, labels, tuple(map(str, range(10))), channels or 1, max(sides), origin=DIGITS)
         return whole if classes is None else _labelled_as(whole, classes)
     listing = _listing(Path(data), classes)
     source = ImageFiles.of(listing.folder, listing.names)
     labels = torch.tensor(listing.labels, dtype=torch.int64)
     counts = labels.bincount(minlength=len(listing.classes))
     single = [name for name, count in zip(listing.classes, counts.tolist(), strict=True) if count == 1]
-    notes = listing.notes + tuple(f"the class {name!r} has a single image" for name in single)
-    return ImageSet(source, labels, listing.classes, channels or 3, max(sides), notes)
+    rest = f"a single image, which is not held out for validation: {quoted_few(single)}"
+    notes = filter(None, [*listing.notes, note(len(single), "class has", "classes have", rest)])
+    return ImageSet(source, labels, listing.classes, channels or 3, max(sides), tuple(notes), origin=str(data))
 
 
 def _listing(path: Path, classes: Sequence[str] | None) -> Listing:
@@ -148,10 +182,8 @@ def _listing(path: Path, classes: Sequence[str] | None) -> Listing:
 
 
 def _labelled_as(images: ImageSet, classes: Sequence[str]) -> ImageSet:
-    unknown = [name for name in images.classes if name not in classes]
-    if unknown:
-        raise ValueError(f"{DIGITS} has the class {unknown[0]!r}, which is none of {', '.join(classes)}")
-    place = torch.tensor([list(classes).index(name) for name in images.classes])
+    refuse_unknown(images.classes, classes, DIGITS)
+    place = torch.tensor([classes.index(name) for name in images.classes])
     return replace(images, labels=place[images.labels], classes=tuple(classes))
 
 
@@ -166,7 +198,7 @@ def split(images: ImageSet, fraction: float, seed: int) -> tuple[Tensor, Tensor]
     training, validation = [], []
     for label in range(len(images.classes)):
         own = torch.nonzero(images.labels == label).flatten()
-        own = own[shuffled(len(own), seed, label)]
+        own = own[shuffled(len(own), seed, PARTS, label)]
         count = math.floor(len(own) * fraction + 0.5)
         count = min(max(count, 1), len(own) - 1) if len(own) > 1 else 0
         validation.append(own[:count])

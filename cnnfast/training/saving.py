@@ -58,8 +58,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     """Raises ValueError, which says why, for a file that is no checkpoint."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0] or "it is empty"
         raise ValueError(f"{file} is no checkpoint of a run, or damaged: {reason}") from None
 
 

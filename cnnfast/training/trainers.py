@@ -24,6 +24,7 @@ REMARKS = (
     ".*isinstance.treespec, LeafSpec.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*GPU available but not used.*",
+    ".*have no `val_dataloader`.*",
 )
 
 

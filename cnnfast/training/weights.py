@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..spelling import quoted
 from ..targets.naming import resolve_module
-from ..targets.target import Target, TargetError
+from ..targets.target import TargetError
 
 # Where training scripts put the weights among the other things that a checkpoint holds; the first that is there counts.
 PLACES = ("state_dict", "model_state_dict", "model", "network", "weights")
@@ -158,7 +158,7 @@ def _without_prefix(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 # Published weights
 
 
-def pretrained(name: str) -> Target:
+def pretrained(name: str) -> nn.Module:
     """The published model of that name with the weights that its library offers first: torchvision's DEFAULT, timm's
     default tag; cnnfast.models take torchvision's.
 
@@ -166,14 +166,15 @@ def pretrained(name: str) -> Target:
     fetch elsewhere, and how to use it.
     """
     target, model = resolve_module(name)
+    bare = name.rpartition(":")[2]
     match target.source:
         case "torchvision":
-            return Target(name, target.source, _from_torchvision(name.rpartition(":")[2]))
+            return _from_torchvision(bare)
         case "cnnfast":
-            model.load_state_dict(_from_torchvision(name.rpartition(":")[2]).state_dict())
-            return Target(name, target.source, model)
+            model.load_state_dict(_from_torchvision(bare).state_dict())
+            return model
         case "timm":
-            return Target(name, target.source, _from_timm(name.rpartition(":")[2], model))
+            return _from_timm(bare, model)
     raise TargetError(
         f"{name} has no published weights here: --pretrained fetches those of models of torchvision and timm. "
         f"--weights FILE starts from a file of yours"

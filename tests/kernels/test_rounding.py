@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 import cnnfast_kernels
+from cnnfast_kernels import launch
 from cnnfast_kernels.batchnorm import batch_moments, normalize
 from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.conv import conv_fprop
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.gather.depthwise.tiles import StripTile
+from cnnfast_kernels.rounding import divide_again
 from cnnfast_kernels.tma.tiles import BoxTile
 from tests.support.child import run_compiled
 from tests.support.convolutions import SMALL, needs_tensor_maps
@@ -91,6 +95,7 @@ CASES = [
     ),
     *("batch norm bfloat16", "batch norm bfloat16, given statistics", "batch norm float32 NCHW", "batch norm float64"),
     *("pooling bfloat16", "pooling float32 NCHW"),
+    *("augmentation uint8 to bfloat16", "augmentation uint8 to float16, noise", "augmentation float32"),
 ]
 BOXES = ["infer bfloat16 3x3/2 in boxes", "train bfloat16 3x3/2 in boxes"]
 EXPONENTIAL = ["infer bfloat16 1x1 silu", "infer bfloat16 1x1 gelu_tanh"]
@@ -111,9 +116,29 @@ def test_compiled_quotients_and_roots(arch, cases):
     }
     assert kernels >= {"gradient_sums_kernel", "normalize_backward_kernel", "update_running_kernel"}
     assert kernels >= {"avg_pool_kernel", "avg_pool_backward_kernel", "plane_mean_kernel"}
+    assert kernels >= {"augment_kernel", "grey_mean_kernel"}
     assert ("tma_fprop_kernel" in kernels) == (arch == "sm_90")
     assert [row for row in found if row[0] not in EXPONENTIAL and row[2]] == []
     assert {tuple(row[2]) for row in found if row[0] in EXPONENTIAL} == {("div.full.f32",)}, "sigmoid's"
+
+
+# --- many quotients by one divisor ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def divide_kernel(x_ptr, y_ptr, divisor, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, divide_again(tl.load(x_ptr + i), divisor, tl.div_rn(1.0, divisor)))
+
+
+@pytest.mark.parametrize("divisor", [255.0, 0.229, 0.224, 0.225, 0.2023, 0.1994, 0.201, 0.3081, 0.5, 3.0])
+def test_quotients_by_one_divisor_are_rounded_to_nearest(divisor, device):
+    """Of every mantissa of float32: what powers of two do to a quotient is exact."""
+    x = torch.arange(0x3F800000, 0x40000000, dtype=torch.int32, device=device).view(torch.float32)
+    y = torch.empty_like(x)
+    BLOCK = 2**20 if launch.INTERPRETED else 2**10
+    divide_kernel[(len(x) // BLOCK,)](x, y, divisor, BLOCK)
+    assert torch.equal(y.cpu(), x.cpu() / torch.tensor(divisor))
 
 
 # --- where it shows: float32 variances below 2**-126, and no eps ------------------------------------------------------

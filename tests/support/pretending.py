@@ -36,7 +36,8 @@ CPU, PRETENDED = torch.device("cpu"), torch.device("cpu", 0)
 PLAIN = (Tensor, torch.nn.Parameter)
 LAZY = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 CPU_REASON = "the tensors are on the CPU, and the GPU is pretended"
-# These stand for the whole tensor that they are asked about; on a GPU too the index may lie on the CPU.
+# These stand for the whole tensor that they are asked about; on a GPU too an index, or the numbers that an augmentation
+# is told, may lie on the CPU.
 MAY_MIX = (
     "copy_",
     "index",

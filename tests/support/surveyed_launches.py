@@ -15,6 +15,7 @@ from cnnfast_kernels import batchnorm, pooling
 from cnnfast_kernels.aot import cases as aot_cases
 from cnnfast_kernels.aot.cases import Case
 from cnnfast_kernels.aot.layers import LAST, NCHW
+from cnnfast_kernels.augment import Augmenting, ImageNumbers, ImageSource, augment_batch
 from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from cnnfast_kernels.dtypes import accumulator_dtype
@@ -41,9 +42,19 @@ def cases(capability: int, once: bool) -> Iterator[Case]:
             yield Case(f"gradients {told} {layer}", partial(gradients, dtype, fmt, *layer))
         yield Case(f"batch norm {told}", partial(batch_norms, dtype, fmt, once))
         yield Case(f"pools {told}", partial(pools, dtype, fmt))
+    for dtype, result in IMAGES[:1] if once else IMAGES:
+        yield Case(f"augmentation {dtype} to {result}", partial(augmentations, dtype, result, once))
     yield from reversed(aot_cases.cases(capability))  # the largest tiles, which take longest to compile, come last
 
 
+# The dtypes of images, and of results.
+IMAGES = (
+    (torch.uint8, torch.bfloat16),
+    (torch.uint8, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float32),
+)
 # (N, C, size, K, window, stride, padding, dilation, groups). The first of each family, then what makes views, boxes and
 # strips differ.
 LAYERS = (
@@ -162,3 +173,21 @@ def pools(dtype: torch.dtype, fmt: torch.memory_format) -> None:
     pooling.adaptive_avg_pool_backward(pooling.adaptive_avg_pool(x, 3, 3), (2, 24, 23, 23), fmt)
     pooling.global_avg_pool(x)
     pooling.global_avg_pool(empty(1, 8, 224, 224, dtype=dtype, fmt=fmt))
+
+
+def augmentations(dtype: torch.dtype, result: torch.dtype, once: bool) -> None:
+    """A map with each kind of numbers that may be absent, present and absent, of images of one size, in both formats,
+    and of different sizes.
+    """
+    N, three = 4, (0.5, 0.25, 0.125)
+    x, flat = empty(N, 3, 24, 24, dtype=dtype), empty(N * 3 * 24 * 24, dtype=dtype)
+    sources = [ImageSource(x), ImageSource(x.contiguous(memory_format=LAST))]
+    if dtype == torch.uint8:
+        sources.append(ImageSource(flat, empty(N, dtype=torch.int64), empty(N, 2, dtype=torch.int32)))
+    boxes = [(None, None), (empty(N, 2, 7), None), (empty(N, 2, 4), empty(N, dtype=torch.int64))]
+    colours = [(None, False), (empty(N, 5), False), (empty(N, 5), True)]
+    variants = list(product(sources, colours, boxes, (None, empty(N, 6)), (False, True)))
+    # every seventh: each alternative occurs
+    for source, (five, contrast), (corners, seeds), partners, reflect in variants[:: 7 if once else 1]:
+        numbers = ImageNumbers(empty(N, 2, 3), five, corners, seeds, partners)
+        augment_batch(source, numbers, Augmenting(20, 40, result, three, three, three, reflect), contrast)

@@ -28,6 +28,12 @@ def matmul_kernel(a_ptr, b_ptr, c_ptr, OUT: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def fma_kernel(x_ptr, y_ptr, z_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(z_ptr + i, tl.fma(tl.load(x_ptr + i), tl.load(y_ptr + i), tl.load(z_ptr + i)))
+
+
+@triton.jit
 def cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(y_ptr + i, tl.load(x_ptr + i).to(y_ptr.dtype.element_ty))
@@ -89,6 +95,21 @@ def assert_kernel(x_ptr, limit):
 @triton.jit
 def wrap_kernel(x_ptr):
     tl.store(x_ptr, tl.load(x_ptr) + 0x1000)
+
+
+def test_fma_rounds_once():
+    """Of float32: the rounding error of a product is what is left of it; a sum halfway between two numbers, but for a
+    bit far below, goes to the nearer one.
+    """
+    x, y = (torch.rand(1024, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    z = -x * y
+    x[:2], y[:2] = torch.tensor([1 + 2.0**-23, 1 - 2.0**-23]), 2.0**-40
+    z[:2] = 1 + 2.0**-23
+    x[2:4], y[2:4], z[2:4] = torch.tensor([1 + 2.0**-23, 1 - 2.0**-23]), 2.0**-24, 1
+    right = (x.double() * y.double() + z.double()).float()  # exact but for the last two
+    right[2:4] = torch.tensor([1 + 2.0**-23, 1.0])
+    fma_kernel[(1,)](x, y, z, 1024)
+    assert torch.equal(z, right)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

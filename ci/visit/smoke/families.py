@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from .augmentation import everything, everything_grey
 from .convolutions import (
     BODY,
     BOXES,
@@ -84,6 +85,10 @@ FAMILIES: dict[str, Family] = {
     "average-pool": Family(
         ("avg_pool_kernel", "avg_pool_backward_kernel"),
         (average((2, 32, 8, 8), 2, 2, 0, HALF, LAST), average((3, 17, 6, 10), 3, 2, 1, SINGLE, NCHW)),
+    ),
+    "augmentation": Family(
+        ("augment_kernel", "grey_mean_kernel"),
+        (everything_grey((4, 1, 16, 32)), everything((3, 3, 40, 28)), everything((2, 3, 24, 24), different_sizes=True)),
     ),
     "global-pool": Family(
         ("plane_mean_kernel",),

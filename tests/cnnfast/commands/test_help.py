@@ -112,6 +112,7 @@ JSON = {
     "doctor": lambda data: "findings" in data,
     "check model.py:Net --input 1x3x4x4 --no-backward": lambda data: data["ok"],
     "bench model.py:Net --input 1x3x8x8 --provider eager --seconds 0": lambda data: data[0]["mode"] == "infer",
+    "bench augment --input 2x3x16x16 --size 12 --provider cnnfast --seconds 0": lambda data: data[0]["launches"] >= 1,
     "bench --compare rows.json rows.json": lambda data: data[0]["verdict"] == "same",
     "freeze model.py:Net --input 1x3x8x8 --out own.cnnfast": lambda data: data["steps"][0]["pattern"] == "convolution",
     "predict net.cnnfast photo.png --preprocessing how.json": lambda data: len(data[0]["top"]) == 4,

@@ -95,29 +95,31 @@ def test_a_single_image_is_not_mixed():
     assert Mixing(None, None).draw(Dice(0, 0, np.arange(8)), (8, 8)) is None
 
 
-PARTNERS = torch.tensor([[1, 0.25, 0, 0, 0, 0], [2, 1, 1, 0, 3, 4], [0, 1, 0, 0, 0, 0]])  # the box is half of 4 x 4
+@pytest.fixture
+def partners():
+    return torch.tensor([[1, 0.25, 0, 0, 0, 0], [2, 1, 1, 0, 3, 4], [0, 1, 0, 0, 0, 0]])  # the box is half of 4 x 4
 
 
-def test_shares_of_labels():
-    assert label_weights(PARTNERS, (4, 4)).tolist() == [0.25, 0.5, 1]
+def test_shares_of_labels(partners):
+    assert label_weights(partners, (4, 4)).tolist() == [0.25, 0.5, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_classes_become_soft_labels(device, dtype):
-    mixed = mix_labels(torch.tensor([0, 2, 2], dtype=dtype, device=device), PARTNERS, (4, 4), 3)
+def test_classes_become_soft_labels(device, partners, dtype):
+    mixed = mix_labels(torch.tensor([0, 2, 2], dtype=dtype, device=device), partners, (4, 4), 3)
     assert mixed.dtype == torch.float32
     assert mixed.tolist() == [[0.25, 0, 0.75], [0, 0, 1], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_soft_labels_are_mixed_alike(device, dtype):
+def test_soft_labels_are_mixed_alike(device, partners, dtype):
     soft = torch.tensor([[1, 0], [0.5, 0.5], [0, 1]], dtype=dtype, device=device)
-    mixed = mix_labels(soft, PARTNERS, (4, 4), None)
+    mixed = mix_labels(soft, partners, (4, 4), None)
     assert mixed.dtype == dtype
     assert mixed.tolist() == [[0.625, 0.375], [0.25, 0.75], [0, 1]]
     assert soft.tolist() == [[1, 0], [0.5, 0.5], [0, 1]]
 
 
-def test_classes_in_columns_are_soft_labels_of_whole_numbers(device):
-    mixed = mix_labels(torch.tensor([[1, 0], [0, 1], [0, 1]], device=device), PARTNERS, (4, 4), 2)
+def test_classes_in_columns_are_soft_labels_of_whole_numbers(device, partners):
+    mixed = mix_labels(torch.tensor([[1, 0], [0, 1], [0, 1]], device=device), partners, (4, 4), 2)
     assert mixed.tolist() == [[0.25, 0.75], [0, 1], [0, 1]]

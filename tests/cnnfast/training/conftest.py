@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-pytest.importorskip("lightning", reason="training needs lightning")
+import cnnfast
+
+
+@pytest.fixture(autouse=True)
+def plain() -> Iterator[None]:
+    """PyTorch computes: the loop is tested here, and an interpreted kernel takes a hundred times as long."""
+    with cnnfast.backend("torch"):
+        yield

@@ -1,19 +1,16 @@
 """F.augment against torchvision.transforms.v2.functional, step by step and in chains, by our kernels and by plain
 PyTorch.
 
-What is right is what torchvision computes in float64; but for hues, which it turns in float32 whatever it is given:
-they are right in tests/support/augmented.py. Ours may miss what is right by twice what torchvision's own float32 does,
-and by a floor, for where torchvision happens to round nothing: FLOOR, five operations of float32 on numbers up to 1; or
-SAMPLED, where a map is not exact: with it one rounding of a position as large as the image, which moves the value by
-the difference of two neighbours, at most 1. Divided by the least of `std` where results are normalised. What
-torchvision only copies is compared to the last bit. torchvision interpolates on tensors with antialias=False, and
-clamps after each operation on colours, as ours do.
+What is right is what torchvision computes in float64. Ours may miss it by twice what torchvision's own float32 does,
+and by a floor that tests/support/against_torchvision.py derives; divided by the least of `std` where results are
+normalised. What torchvision only copies is compared to the last bit. torchvision interpolates on tensors with
+antialias=False, and clamps after each operation on colours, as ours do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -25,14 +22,19 @@ pytest.importorskip("triton")
 
 import cnnfast.functional as ours
 from cnnfast.dispatch import backend
-from tests.support.augmented import UNIT, Known, hue_turned
+from tests.support.against_torchvision import (
+    FLOOR,
+    SAMPLED,
+    H,
+    W,
+    adjusted_hue,
+    assert_as_good,
+    photographs,
+    recoloured,
+)
 from tests.support.packages import package
 
-H, W = 16, 31
-FLOOR = 5 * UNIT
-SAMPLED = FLOOR + UNIT * max(H, W)
 NO_COLOURS = (1.0, 1.0, 1.0, 0.0, 0.0)
-Chain = Callable[[Tensor], Tensor]
 
 
 @pytest.fixture(params=["kernels", "torch"], autouse=True)
@@ -51,15 +53,6 @@ def bilinear() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def tv() -> ModuleType:
     return package("torchvision.transforms.v2.functional")
-
-
-def photographs(N: int = 2, C: int = 3, height: int = H, width: int = W) -> Tensor:
-    """[N, C, H, W] in [0, 1]: waves of all directions under noise, from black to white."""
-    generator = torch.Generator().manual_seed(17)
-    x, y = torch.linspace(0, 1, width), torch.linspace(0, 1, height)[:, None]
-    waves = torch.rand((N, C, 3, 1, 1), generator=generator) * 12
-    image = 0.5 + 0.5 * torch.sin(waves[:, :, 0] * x + waves[:, :, 1] * y + waves[:, :, 2])
-    return (image * 1.2 - 0.1 + 0.2 * torch.rand(image.shape, generator=generator) - 0.1).clamp(0, 1)
 
 
 def augment(
@@ -86,30 +79,6 @@ def augment(
         images.to(device), *numbers, size=size, mean=list(mean), std=list(std), dtype=torch.float32, **options
     )
     return y.cpu()
-
-
-def assert_as_good(
-    mine: Tensor, images: Tensor, chain: Chain, mask: Tensor | None = None, floor: float = FLOOR
-) -> None:
-    """`mine` misses chain(images in float64) by no more than twice what chain(images) does, and `floor`."""
-    right, theirs = chain(images.double()), chain(images)
-    assert right.dtype == torch.float64
-    assert theirs.dtype == torch.float32
-    errors = [(y.double() - right).abs() for y in (mine, theirs)]
-    if mask is not None:
-        assert mask.any()
-        errors = [error[mask.expand_as(error)] for error in errors]
-    worst, allowed = float(errors[0].max()), 2 * float(errors[1].max()) + floor
-    assert worst <= allowed, f"missed by {worst:.2e}, may be {allowed:.2e}"
-    mean_square, allowed = float((errors[0] ** 2).mean()), (2 * float((errors[1] ** 2).mean().sqrt()) + floor) ** 2
-    assert mean_square <= allowed
-
-
-def adjusted_hue(x: Tensor, turns: float) -> Tensor:
-    """torchvision's adjust_hue, and the same in float64."""
-    if x.dtype == torch.float32:
-        return package("torchvision.transforms.v2.functional").adjust_hue(x, turns)
-    return torch.stack([hue_turned(Known(image, torch.zeros_like(image)), turns).value for image in x])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,13 +118,9 @@ def test_colours_in_their_order(tv, device):
     """The mean of contrast is that of the brightened image, and each operation starts where the one before ended."""
     images = photographs()
     for factors in ([1.6, 0.5, 1.8, 0.2, 0.0], [0.7, 1.8, 0.4, -0.35, 1.0], [1.9, 1.9, 2.5, 0.45, 0.0]):
-        brightness, contrast, saturation, hue, grey = torch.tensor(factors).tolist()
-
-        def chain(x, b=brightness, c=contrast, s=saturation, h=hue, g=grey):
-            x = adjusted_hue(tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(x, b), c), s), h)
-            return tv.rgb_to_grayscale(x, num_output_channels=3) if g else x
-
-        assert_as_good(augment(images, device, colours=factors), images, chain)
+        numbers = torch.tensor(factors).tolist()
+        mine = augment(images, device, colours=factors)
+        assert_as_good(mine, images, lambda x, numbers=numbers: recoloured(x, numbers))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,14 +317,12 @@ def test_a_chain(kind, tv, bilinear, device):
     """
     images = photographs(N=3)
     colours = [1.3, 0.6, 1.7, 0.15, 0.0]
-    brightness, contrast, saturation, hue, _ = torch.tensor(colours).tolist()
     weight, box = float(torch.tensor(0.7)), (2, 3, 22, 15)
     as_float32 = [torch.tensor(numbers).tolist() for numbers in (MEAN, STD)]
 
     def chain(x: Tensor) -> Tensor:
         x = tv.affine(x, **(USUAL | {"angle": 20, "scale": 1.2, "translate": [2, 1]} | bilinear))
-        x = tv.adjust_contrast(tv.adjust_brightness(x, brightness), contrast)
-        x = adjusted_hue(tv.adjust_saturation(x, saturation), hue)
+        x = recoloured(x, torch.tensor(colours).tolist())
         x = tv.erase(x, 6, 9, 8, 10, torch.tensor([0.25, 0.5, 0.75]).to(x)[:, None, None])
         x = tv.normalize(x, *as_float32)
         return mixing(kind, x, lam=weight) if kind == "MixUp" else mixing(kind, x, box=box, lam_adjusted=0.5)
@@ -379,14 +342,11 @@ def test_a_chain_of_a_classifier(tv, device):
     images = photographs()
     size, (top, left, height, width) = (10, 14), (3, 6, 12, 21)
     colours = [0.8, 1.4, 0.7, -0.1, 1.0]
-    brightness, contrast, saturation, hue, _ = torch.tensor(colours).tolist()
     as_float32 = [torch.tensor(numbers).tolist() for numbers in (MEAN, STD)]
 
     def chain(x: Tensor) -> Tensor:
         x = tv.horizontal_flip(tv.resized_crop(x, top, left, height, width, list(size), antialias=False))
-        x = tv.adjust_contrast(tv.adjust_brightness(x, brightness), contrast)
-        x = tv.rgb_to_grayscale(adjusted_hue(tv.adjust_saturation(x, saturation), hue), num_output_channels=3)
-        return tv.normalize(x, *as_float32)
+        return tv.normalize(recoloured(x, torch.tensor(colours).tolist()), *as_float32)
 
     maps = [[-width / size[1], 0, left + width], [0, height / size[0], top]]
     assert_as_good(

@@ -49,8 +49,8 @@ def test_quick_prints_a_story_and_writes_a_report(judged, tmp_path, monkeypatch)
     assert result.exit_code == 1
     assert lines[0] == effort.QUICK.duration
     assert [line.partition(" ")[0] for line in lines if line[0] != " "] == [
-        "This", "machine", "training", "held", "photograph", "augment", "errors", "judged", "convert", "ResNet-50", "left",
-        "report", "next", "result",
+        "This", "machine", "training", "held", "photograph", "augment", "errors", "judged", "convert", "ResNet-50",
+        "left", "report", "next", "result",
     ]  # fmt: skip
     assert 16 <= len(lines) <= 20
     assert max(map(len, lines)) <= 80

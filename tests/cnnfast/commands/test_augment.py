@@ -20,7 +20,7 @@ from cnnfast.sheets.composing import GAP, MARGIN, SMALLEST_SIDE, WIDE_GAP
 
 PIL = pytest.importorskip("PIL.Image")
 SIZE = SMALLEST_SIDE  # whose pixels are those of the sheet
-MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,8 @@ def tiles(count: int, expected: torch.Tensor) -> list[np.ndarray]:
 
 def levels(image: torch.Tensor) -> np.ndarray:
     """A normalised image [3, H, W] as [H, W, 3] of 0 to 255."""
-    return ((image * STD + MEAN).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return ((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def by_python(data: dict, images: list[torch.Tensor]) -> torch.Tensor:

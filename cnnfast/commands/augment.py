@@ -30,7 +30,8 @@ EXAMPLES = (
 )
 # What shows something of every kind: used where no option is given.
 RECIPE = ("degrees=15", "brightness=0.3", "contrast=0.3", "saturation=0.3", "hue=0.05", "erasing_p=0.3")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# Pillow's name of a format, and the most pixels that a side has there.
+FORMATS = {".png": ("PNG", 2**31 - 1), ".webp": ("WEBP", 16383)} | dict.fromkeys((".jpg", ".jpeg"), ("JPEG", 65500))
 ELSEWHERE = {"size": "--size", "seed": "--seed", "generator": "--seed"}  # options of Augment that have one of their own
 MOST_PIXELS = 2**25  # of all tiles together, each of which has three float32 a pixel while it is made
 GROUP = 32  # images at a time
@@ -100,7 +101,7 @@ def augment(
     names = [word for word in given if not _is_option(word)]
     chosen = [word for word in given if _is_option(word)]
     _refuse_words(names, chosen)
-    if out.suffix.lower() not in SUFFIXES:
+    if out.suffix.lower() not in FORMATS:
         kind = f"{out} is no name of a picture" if out != STANDARD_OUTPUT else "a picture goes to a file"
         raise typer.BadParameter(f"{kind}: let it end with .png, .jpg or .webp", param_hint="--out")
     refuse_unwritable(out, "--out")
@@ -165,10 +166,6 @@ def _refuse_words(names: Sequence[str], chosen: Sequence[str]) -> None:
             raise typer.BadParameter(f"there is no file {name}{advice}", param_hint="IMAGE")
         if Path(name).is_dir():
             raise typer.BadParameter(f"{name} is a folder: name images in it", param_hint="IMAGE")
-    if not names and importlib.util.find_spec("sklearn") is None:
-        raise typer.BadParameter(
-            'name an image, or install scikit-learn, which has photographs: pip install ".[demo]"', param_hint="IMAGE"
-        )
 
 
 def _call(size: int, keywords: Mapping[str, Any], seed: int) -> str:
@@ -200,6 +197,11 @@ def _photographs(names: Sequence[str], samples: Sequence[str], shortest: int) ->
             found.append(_shrunk(printable(name), to_mode(read(Path(name)), "RGB"), shortest))
         except UnreadableImage as error:
             raise typer.BadParameter(f"{name}: {error}", param_hint="IMAGE") from None
+    if samples and importlib.util.find_spec("sklearn") is None:
+        needed = "an image" if not names else "another image to mix with"
+        raise typer.BadParameter(
+            f'name {needed}, or install scikit-learn, which has photographs: pip install ".[demo]"', param_hint="IMAGE"
+        )
     for name in samples:
         found.append(_shrunk(f"scikit-learn's {name}", pillow().fromarray(sample(name).numpy()), shortest))
     return found
@@ -249,8 +251,11 @@ def _augmented(augmentation: Augment, photographs: Sequence[Photograph], index: 
     """The results of these indices, before they were normalised."""
     import torch
 
+    from ..dispatch import backend
+
     pixels = [photographs[i % len(photographs)].pixels for i in index]
-    results = augmentation(pixels, index=torch.arange(index.start, index.stop))
+    with backend("torch"):  # what else there might be on a CPU is the interpreter, if the user asked for it
+        results = augmentation(pixels, index=torch.arange(index.start, index.stop))
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (augmentation.mean, augmentation.std))
     return results.float() * std + mean
 
@@ -268,7 +273,7 @@ def _picture(
     rows = -(-len(results) // columns)
     first = photographs[:rows]
     plain = _augmented(augmentation.eval(), first, range(len(first)))
-    beside = [f"{_legible(one.name)}\nas eval() shows it" for one in first]
+    beside = [f"{_legible(Path(one.name).name)}\nas eval() shows it" for one in first]
     numbered = any(view.partner is not None for view in drawn)
     captions = [f"#{i}: {view.caption}" if numbered else view.caption for i, view in enumerate(drawn)]
     return sheet(results, captions, columns, headline=headline, beside=plain, beside_captions=beside)
@@ -280,7 +285,10 @@ def _legible(name: str) -> str:
 
 
 def _write(picture: Image, file: Path) -> None:
-    kind = {".png": "PNG", ".webp": "WEBP"}.get(file.suffix.lower(), "JPEG")
+    kind, most = FORMATS[file.suffix.lower()]
+    width, height = picture.size
+    if max(width, height) > most:
+        raise ValueError(f"the sheet of {width} x {height} pixels is too large for {kind}: write a .png, or --columns")
     encoded = io.BytesIO()
     picture.save(encoded, kind, quality=92)
     file.write_bytes(encoded.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import cnnfast.nn as cnn
 from cnnfast.dispatch import backend, prefer_kernels
-from cnnfast.measuring.timing import Times, clock_of, measure
+from cnnfast.measuring.timing import clock_of
 from cnnfast.torchvision_import import torchvision
 
 from .by_kernels import KernelRun
@@ -23,7 +24,7 @@ RECIPE: dict[str, Any] = {
     "degrees": 15, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.05, "erasing_p": 0.3,
 }  # fmt: skip
 OURS, THEIRS = "cnn.Augment", "torchvision"
-SECONDS, ROUNDS = 0.05, 5  # of timing each
+ROUNDS = 3  # in which both take turns
 
 
 class Views(nn.Module):
@@ -89,10 +90,13 @@ def augmentation_of(source: Tensor, seed: int, run: KernelRun, kernels: bool) ->
     with suppress(ImportError):
         loop = one_by_one(seed)
         steps[THEIRS] = lambda: loop(source)
-    gpu = source.is_cuda
+    gpu, clock = source.is_cuda, clock_of(source.device)
+    samples: dict[str, list[float]] = {name: [] for name in steps}
     with prefer_kernels() if gpu else backend("torch"):
-        timed = measure(steps, clock_of(source.device), SECONDS, ROUNDS)
-    times = {name: each.median * 1000 for name, each in timed.items() if isinstance(each, Times)}
+        for _ in range(1 + ROUNDS):
+            for name, step in steps.items():
+                samples[name].append(clock.sample(step, 1))
+    times = {name: statistics.median(found[1:]) * 1000 for name, found in samples.items()}  # the first warms up
     by = "our kernels" if gpu and kernels else "PyTorch's operators"
     found = Augmentation(COUNT, SIZE, len(run.output), run.launches, apart, times, by, kernels)
     return found, theirs.clamp(0, 255) / 255

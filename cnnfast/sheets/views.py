@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..drawing import Draws
+    from ..nn.augment import Draws
 
 COLOURS = ("brightness", "contrast", "saturation", "hue", "grey")
 UNCHANGED = (1.0, 1.0, 1.0, 0.0, 0.0)

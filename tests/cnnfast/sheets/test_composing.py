@@ -101,21 +101,27 @@ def test_letters_grow_with_the_images():
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("images", "change", "says"),
     [
-        ({"images": torch.zeros(3, 4, 4)}, r"images must be floating, \[N, C, H, W\] with C 1 or 3"),
-        ({"images": torch.zeros(0, 3, 4, 4)}, "not empty"),
-        ({"images": torch.zeros(2, 4, 4, 3)}, r"not \[2, 4, 4, 3\] of torch.float32"),
-        ({"images": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)}, "torch.uint8"),
-        ({"captions": ["one"]}, "1 captions for 2 images: give each one, or none"),
-        ({"columns": 0}, "columns must be at least 1, but got columns=0"),
-        ({"beside": torch.zeros(1, 3, 4, 5)}, r"one size, but are \[1, 3, 4, 5\] and \[2, 3, 4, 4\]"),
-        ({"beside": torch.zeros(1, 3, 4, 4), "beside_captions": ["a", "b"]}, "2 beside_captions for 1 beside"),
+        ((3, 4, 4), {}, r"images must be floating, \[N, C, H, W\] with C 1 or 3"),
+        ((0, 3, 4, 4), {}, "not empty"),
+        ((2, 4, 4, 3), {}, r"not \[2, 4, 4, 3\] of torch.float32"),
+        ((2, 3, 4, 4), {"captions": ["one"]}, "1 captions for 2 images: give each one, or none"),
+        ((2, 3, 4, 4), {"columns": 0}, "columns must be at least 1, but got columns=0"),
+        ((2, 3, 4, 4), {"beside": (1, 3, 4, 5)}, r"one size, but are \[1, 3, 4, 5\] and \[2, 3, 4, 4\]"),
+        ((2, 3, 4, 4), {"beside": (1, 3, 4, 4), "beside_captions": ["a", "b"]}, "2 beside_captions for 1 beside"),
     ],
 )
-def test_what_is_no_sheet_is_refused(change, says):
+def test_what_is_no_sheet_is_refused(images, change, says):
+    if "beside" in change:
+        change = {**change, "beside": torch.zeros(change["beside"])}
     with pytest.raises(ValueError, match=rf"sheet\(\): .*{says}"):
-        sheet(**{"images": torch.zeros(2, 3, 4, 4), **change})
+        sheet(torch.zeros(images), **change)
+
+
+def test_images_of_integers_are_refused():
+    with pytest.raises(ValueError, match="must be floating.*torch.uint8"):
+        sheet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
 
 
 def test_without_pillow(monkeypatch):

@@ -69,40 +69,42 @@ def said(view: View) -> str:
     return view.caption.replace("\N{NO-BREAK SPACE}", " ")
 
 
-WHOLE = torch.tensor([[[20.0, 0, 0], [0, 10, 0]]])
+def whole() -> torch.Tensor:
+    """The map that shows all of an image of 100 x 200 pixels in 10 x 10, on the CPU, as draws are."""
+    return torch.tensor([[[20.0, 0, 0], [0, 10, 0]]])
 
 
 def test_a_caption_names_what_was_changed_and_nothing_else():
-    assert said(view_of(WHOLE)) == "100% of it"
+    assert said(view_of(whole())) == "100% of it"
     colours = torch.tensor([[1.1, 1.0, 0.504, -0.02, 0.0]])
-    assert said(view_of(WHOLE, colours=colours)) == "100% of it\nbrightness 1.10, saturation 0.50, hue -0.02"
-    assert said(view_of(WHOLE, colours=torch.tensor([[1.0, 1, 1, 0, 1]]))) == "100% of it\ngrey"
-    assert said(view_of(WHOLE, colours=torch.tensor([[1.001, 1, 1, 0.001, 0]]))) == "100% of it"
+    assert said(view_of(whole(), colours=colours)) == "100% of it\nbrightness 1.10, saturation 0.50, hue -0.02"
+    assert said(view_of(whole(), colours=torch.tensor([[1.0, 1, 1, 0, 1]]))) == "100% of it\ngrey"
+    assert said(view_of(whole(), colours=torch.tensor([[1.001, 1, 1, 0.001, 0]]))) == "100% of it"
     boxes = torch.tensor([[[1.0, 2, 4, 9, 0.5, 0.5, 0.5], [0, 0, 0, 0, 1, 1, 1], [3, 3, 5, 3, 0, 0, 0]]])
-    erased = view_of(WHOLE, boxes=boxes)
+    erased = view_of(whole(), boxes=boxes)
     assert said(erased) == "100% of it\nerased 3 x 7"
     assert " " not in erased.caption.replace(", ", ""), "what belongs together is not broken"
     assert (erased.erased, erased.noise) == (((1.0, 2.0, 4.0, 9.0),), None)
-    assert view_of(WHOLE, boxes=boxes[..., :4], noise=torch.tensor([7])).noise == 7
-    assert view_of(WHOLE, boxes=boxes[:, 1:, :4], noise=torch.tensor([7])).noise is None, "there is no box"
+    assert view_of(whole(), boxes=boxes[..., :4], noise=torch.tensor([7])).noise == 7
+    assert view_of(whole(), boxes=boxes[:, 1:, :4], noise=torch.tensor([7])).noise is None, "there is no box"
     turned = view_of(map_of(turn(-12.4) @ shear(8) @ torch.diag(torch.tensor([-0.1, 0.1])).double()))
     assert said(turned) == "50% of it, mirrored, turned -12°, sheared 8°"
 
 
 def test_partners_are_told_as_they_are_mixed():
     mixup, cutmix = torch.tensor([[3.0, 0.75, 0, 0, 0, 0]]), torch.tensor([[3.0, 1.0, 2, 3, 7, 10]])
-    found = view_of(WHOLE, partners=mixup)
+    found = view_of(whole(), partners=mixup)
     assert said(found) == "100% of it\n25% of #3"
     assert (found.partner, found.weight, found.replaced) == (3, 0.75, None)
-    found = view_of(WHOLE, partners=cutmix)
+    found = view_of(whole(), partners=cutmix)
     assert said(found) == "100% of it\n5 x 7 of #3"
     assert (found.partner, found.weight, found.replaced) == (3, 1.0, (2.0, 3.0, 7.0, 10.0))
-    assert view_of(WHOLE, partners=torch.tensor([[3.0, 1.0, 4, 4, 4, 9]])).partner is None, "nothing of it is seen"
+    assert view_of(whole(), partners=torch.tensor([[3.0, 1.0, 4, 4, 4, 9]])).partner is None, "nothing of it is seen"
 
 
 def test_each_image_is_told_from_its_own_numbers():
     draws = SimpleNamespace(
-        maps=torch.cat([WHOLE, WHOLE / 2]),
+        maps=torch.cat([whole(), whole() / 2]),
         colours=torch.tensor([[1.0, 1, 1, 0, 0], [2.0, 1, 1, 0, 0]]),
         boxes=None, noise=None, partners=torch.tensor([[1.0, 0.5, 0, 0, 0, 0], [0, 0.25, 0, 0, 0, 0]]),
     )  # fmt: skip

@@ -34,6 +34,7 @@ from .runs import Run, load_best, write_config
 from .schedule import SCHEDULES
 from .trainers import make_trainer, quiet, settings_kept
 from .trying import takes_channels_last
+from .unreadable import refuse_unreadable
 
 # Which options the result depends on: a run goes on with the same ones only.
 OPTIONS = (
@@ -95,8 +96,9 @@ def fit(
     that read images ahead. module: a subclass of Module to train with. name: what the config calls the model. progress:
     tell of it on standard error.
 
-    Raises ValueError for data and options that do not fit, Diverged when a loss is NaN or infinite, Interrupted after
-    Ctrl-C or SIGTERM, OSError where the state cannot be saved: each leaves the state of the last whole epoch in `out`.
+    Raises ValueError for data and options that do not fit, and, before it begins, for images whose headers tell that
+    they cannot be read; Diverged when a loss is NaN or infinite, Interrupted after Ctrl-C or SIGTERM, OSError where the
+    state cannot be saved: each leaves the state of the last whole epoch in `out`.
     """
     given = dict(locals())
     _refuse(given)
@@ -141,6 +143,8 @@ def fit(
         beginning = begin(folder, config, resume)
         keeper.history = [*beginning.history]
         if not beginning.finished:
+            for part in filter(None, (prepared.training, prepared.held_out)):
+                refuse_unreadable(part.images, part.indices, workers)
             if folder is not None and beginning.checkpoint is None and trainer.is_global_zero:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_config(folder, config)

@@ -14,7 +14,7 @@ from ..engine.images.preprocessing import Preprocessing
 from ..nn.augment import Augment
 from . import pictures
 from .evaluating import Evaluation, evaluate
-from .preparing import Prepared
+from .preparing import TrainingData
 from .ranks import rank
 from .runs import Run
 from .saving import ASIDE, write
@@ -23,7 +23,7 @@ FROZEN, EVALUATION = "model.cnnfast", "evaluation.json"
 CURVES, CONFUSION, MISTAKES, AUGMENTED = "curves.png", "confusion.png", "mistakes.png", "augmented.png"
 
 
-def finish(run: Run, data: Prepared, *, batch: int = 64, workers: int = 0) -> Evaluation | None:
+def finish(run: Run, data: TrainingData, *, batch: int = 64, workers: int = 0) -> Evaluation | None:
     """Writes into the folder of a run evaluation.json, curves.png, confusion.png, mistakes.png, augmented.png and
     model.cnnfast, each as a whole, and returns what was found on the images that were held out; None where none were.
 

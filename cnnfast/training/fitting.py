@@ -23,12 +23,12 @@ from .averaging import MovingAverage
 from .batches import loader
 from .beginning import Beginning, begin
 from .epochs import EpochSeeds, random_numbers_kept
-from .finishing import finish
+from .finishing import FROZEN, finish
 from .interrupts import Interrupted, InterruptWatch
 from .keeping import Keeper
 from .module import Module
 from .optimizing import LEARNING_RATES, OPTIMIZERS
-from .preparing import Data, Part, Prepared, named, prepare, weights_of_classes
+from .preparing import Data, Selection, TrainingData, named, prepare, weights_of_classes
 from .progress import TrainingProgress
 from .runs import Run, load_best, write_config
 from .schedule import SCHEDULES
@@ -157,7 +157,8 @@ def fit(
     else:
         load_best(model, folder)
     run = Run(model.eval(), classes, tuple(keeper.history), folder)
-    if folder is not None:
+    # The frozen network is the last file that finishing writes.
+    if folder is not None and not (beginning.finished and (folder / FROZEN).exists()):
         finish(run, prepared, batch=batch, workers=workers)
     return run
 
@@ -177,14 +178,14 @@ def _train(trainer: Any, module: Module, loaders: list[Any], beginning: Beginnin
         raise Interrupted(text, watch.number) from error
 
 
-def _loader(part: Part, given: Mapping[str, Any], trainer: Trainer) -> Any:
+def _loader(part: Selection, given: Mapping[str, Any], trainer: Trainer) -> Any:
     training = part.images.evaluation is None
     pin = trainer.strategy.root_device.type == "cuda"
     options = {"batch": given["batch"], "seed": given["seed"], "workers": given["workers"], "pin": pin}
     return loader(part.images, part.indices, shuffle=training, **options)
 
 
-def _config(given: Mapping[str, Any], prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
+def _config(given: Mapping[str, Any], prepared: TrainingData, trainer: Trainer) -> dict[str, Any]:
     options = {name: given[name] for name in OPTIONS}
     options |= {"validation": named(given["validation"]), "processes": trainer.world_size}
     versions = {"cnnfast": cnnfast.__version__, "torch": torch.__version__, "lightning": lightning.__version__}

@@ -30,7 +30,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None,
     return total / len(logits)
 
 
-class Step(NamedTuple):
+class BatchPlace(NamedTuple):
     """Which batch a loss is of; `images` are the indices of its images [N], on the CPU."""
 
     epoch: int
@@ -47,13 +47,13 @@ class LossWatch:
 
     def __init__(self, name_of: Callable[[int], str] | None = None) -> None:
         self.name_of = name_of
-        self._pending: tuple[Tensor, torch.cuda.Event | None, Step] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event | None, BatchPlace] | None = None
 
     def __deepcopy__(self, memo: object) -> LossWatch:
         """The copy of a module whose weights are averages trains nothing, and needs no names."""
         return LossWatch()
 
-    def note(self, loss: Tensor, step: Step) -> None:
+    def note(self, loss: Tensor, step: BatchPlace) -> None:
         self.settle()
         value = loss.detach()
         if value.is_cuda:

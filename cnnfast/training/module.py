@@ -15,7 +15,7 @@ import cnnfast.nn as cnn
 
 from ..targets.inputs import first_features
 from .frozen_parts import freeze, keep_still
-from .losses import LossWatch, Step, cross_entropy
+from .losses import BatchPlace, LossWatch, cross_entropy
 from .optimizing import make_optimizer
 from .ranks import share_buffers
 from .schedule import make_schedule
@@ -84,7 +84,7 @@ class Module(lightning.LightningModule):
         images, labels = self.augment(batch.images, batch.labels, index=batch.index, epoch=self.current_epoch)
         logits = self(images)
         loss = cross_entropy(logits, labels, self._class_weights, self.label_smoothing)
-        self.watch.note(loss, Step(self.current_epoch, batch_idx, batch.index))
+        self.watch.note(loss, BatchPlace(self.current_epoch, batch_idx, batch.index))
         self._log("", loss, logits, labels)
         return loss
 

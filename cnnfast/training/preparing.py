@@ -24,7 +24,7 @@ OF_GREY: dict[str, Any] = {"mean": 0.5, "std": 0.5}  # Augment's own are those o
 
 
 @dataclass(frozen=True)
-class Part:
+class Selection:
     """Some images of a set."""
 
     images: ImageSet
@@ -32,11 +32,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TrainingData:
     """held_out is None where nothing is."""
 
-    training: Part
-    held_out: Part | None
+    training: Selection
+    held_out: Selection | None
     augment: cnn.Augment
 
     @property
@@ -72,7 +72,7 @@ def prepare(
     size: int | tuple[int, int] | None,
     options: Mapping[str, Any] | None,
     seed: int,
-) -> Prepared:
+) -> TrainingData:
     """validation: the share of each class that is held out, 0 for nothing; or images of their own, of the same classes.
     size and options are cnn.Augment's, None the usual ones. Raises ValueError for data that cannot be trained with.
     """
@@ -86,14 +86,14 @@ def prepare(
         if not 0 <= validation < 1:
             raise ValueError(f"validation is {validation}, and must be a share from 0 to below 1, or other data")
         indices, held_out = split(images, validation, seed) if validation else (torch.arange(len(images)), None)
-        part = None if held_out is None else Part(images, held_out)
+        part = None if held_out is None else Selection(images, held_out)
     else:
         indices = torch.arange(len(images))
         others = validation if isinstance(validation, ImageSet) else _opened_alike(validation, size, images)
-        part = Part(others, torch.arange(len(others)))
+        part = Selection(others, torch.arange(len(others)))
     if part is not None:
-        part = Part(part.images.resized(augment.centre.resize), part.indices)
-    return Prepared(Part(images, indices), part, augment)
+        part = Selection(part.images.resized(augment.centre.resize), part.indices)
+    return TrainingData(Selection(images, indices), part, augment)
 
 
 def _opened_alike(path: str | Path, size: int | tuple[int, int], images: ImageSet) -> ImageSet:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from cnnfast.training import Run, fit
+from cnnfast.training import Run, fit, fitting
 from cnnfast.training.preparing import OF_DIGITS
 from cnnfast.training.samples import ImageSet, open_images
 
@@ -44,9 +45,10 @@ def few_digits(count: int) -> ImageSet:
 
 
 def small_fit(model: nn.Module | None = None, *, count: int = 120, **options: Any) -> Run:
-    """Three epochs of five batches, some seconds on any machine."""
+    """Three epochs of five batches, some seconds on any machine; without what comes after them (finishing.py)."""
     usual = {"augment": OF_DIGITS, "epochs": 3, "batch": 16, "lr": 5e-3, "ema": 0.9, "progress": False}
-    return fit(model or small_net(), few_digits(count), **usual | options)
+    with mock.patch.object(fitting, "finish"):
+        return fit(model or small_net(), few_digits(count), **usual | options)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

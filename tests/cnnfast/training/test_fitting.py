@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 import cnnfast
 from cnnfast.nn import Augment
-from cnnfast.training import Module
+from cnnfast.training import Module, fit, fitting
+from cnnfast.training.preparing import OF_DIGITS
 from cnnfast.training.runs import Epoch, best_of
 from tests.support.trainable import SmallNet, few_digits, small_fit, small_net, weights
 
@@ -76,6 +78,17 @@ def test_the_same_seed_gives_the_same_bits_with_workers_and_another_not(tmp_path
     one, workers, seed = (weights(tmp_path / name) for name in ("one", "workers", "seed"))
     assert all(torch.equal(t, workers[name]) for name, t in one.items())
     assert not torch.equal(one["/state_dict/model.conv.weight"], seed["/state_dict/model.conv.weight"])
+
+
+def test_what_comes_after_training_is_made_once(tmp_path):
+    """And by the next call, where it was not made to its end, with the frozen network last."""
+    usual = {"augment": OF_DIGITS, "epochs": 1, "out": tmp_path, "resume": True, "progress": False}
+    for frozen, calls in ((False, 1), (False, 1), (True, 0)):
+        if frozen:
+            (tmp_path / "model.cnnfast").touch()
+        with mock.patch.object(fitting, "finish") as finish:
+            fit(small_net(), few_digits(120), **usual)
+        assert finish.call_count == calls
 
 
 def test_other_images_may_be_held_out(tmp_path):

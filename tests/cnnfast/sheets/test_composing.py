@@ -120,7 +120,7 @@ def test_what_is_no_sheet_is_refused(images, change, says):
 
 
 def test_images_of_integers_are_refused():
-    with pytest.raises(ValueError, match="must be floating.*torch.uint8"):
+    with pytest.raises(ValueError, match=r"must be floating.*torch\.uint8"):
         sheet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
 
 

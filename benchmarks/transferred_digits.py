@@ -47,7 +47,7 @@ def accuracy(weights: Path | None, others: ImageSet, seed: int) -> float:
     """Of a network that has learnt ten images of each of the others, on the rest of them."""
     few, rest = some_of_each(others, seed)
     model = start(NETWORK, len(OTHERS), (8, 8), channels=1, weights=weights, seed=seed).model
-    run = fit(model, others.part(few), validation=0, epochs=OTHER_EPOCHS, batch=BATCH, seed=seed, **RECIPE)
+    run = fit(model, others.taken(few), validation=0, epochs=OTHER_EPOCHS, batch=BATCH, seed=seed, **RECIPE)
     return evaluate(run.model, prepare(others, 0, None, None, seed).augment, others, rest).accuracy
 
 

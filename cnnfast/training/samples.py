@@ -117,10 +117,6 @@ class ImageSet(Dataset[Sample]):
         zeros, ones = (0.0,) * self.channels, (1.0,) * self.channels
         return replace(self, evaluation=Preprocessing(shorter, None, "bilinear", zeros, ones))
 
-    def part(self, indices: Tensor) -> ImageSet:
-        """These images alone, int64 [n], in this order; of the same classes."""
-        return replace(self, source=self.source.taken(indices), labels=self.labels[indices])
-
     def only(self, classes: Sequence[str]) -> ImageSet:
         """The images of these classes, whose labels are now their places in `classes`. Raises ValueError for a class
         that is not there.

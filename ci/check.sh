@@ -51,6 +51,10 @@ step "Command line: check" cnnfast check cnnfast.demo.digits:DigitNet --input 1x
 step "Command line: bench" cnnfast bench resnet18 --mode infer,train --input 2x3x64x64 --seconds 0.1 --json "$work/bench.json"
 step "Command line: tune" cnnfast tune cnnfast.demo.digits:DigitNet --input 64x1x8x8 --mode train --dry-run
 step "Command line: freeze" cnnfast freeze cnnfast.demo.digits:DigitNet --input 1x1x8x8 --out "$work/net.cnnfast"
+step "Command line: bench of augmentation" cnnfast bench augment --batch 4 --seconds 0.1
+step "Command line: augment" cnnfast augment degrees=20 --count 6 --out "$work/sheet.png"
+step "Command line: train" cnnfast train digits --epochs 2 --out "$work/run"
+step "Command line: evaluate" cnnfast evaluate "$work/run" digits
 step "Command line: bench of a file" cnnfast bench "$work/net.cnnfast" --provider eager --provider frozen --seconds 0.1
 
 step "Triton $newest" use_triton "$newest"

@@ -8,7 +8,8 @@
 
 `convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it, `warm` compiles
 what it will launch ahead, `tune` measures who serves it fastest on this GPU. `functional` holds the operations, `nn`
-the layers, `models` the ResNets; `trace` and `backend` show and steer who serves a call.
+the layers, `models` the ResNets, `training` takes a folder of images to a trained network; `trace` and `backend` show
+and steer who serves a call.
 
 Everything runs on every machine: where no kernel can serve a call, PyTorch does, and `trace` says why. Each function's
 own help says what it takes and returns.
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from . import functional as functional
     from . import models as models
     from . import nn as nn
+    from . import training as training
     from .checking import check as check
     from .conversion import convert as convert
     from .conversion import report as report
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from .tuning import tune as tune
     from .warming import warm as warm
 
-_MODULES = ("functional", "models", "nn")
+_MODULES = ("functional", "models", "nn", "training")
 _HOME = {
     "Frozen": ".engine",
     "backend": ".dispatch",
@@ -65,6 +67,7 @@ __all__ = [
     "report",
     "revert",
     "trace",
+    "training",
     "tune",
     "warm",
 ]

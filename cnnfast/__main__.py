@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
-from .commands import aot, bench, check, demo, doctor, freeze, info, predict, tune
+from .commands import aot, augment, bench, check, demo, doctor, evaluate, freeze, info, predict, train, tune
 
 EXIT_CODES = "**Exit codes:** 0 done, and everything holds; 1 judged, and something failed; 2 wrong input."
 
@@ -77,6 +77,11 @@ COMMANDS = {
         doctor.doctor: ("What this machine has, what is broken, what to do next.", doctor.EXAMPLES),
         demo.demo: ("The whole story on this machine: train, check, draw.", demo.EXAMPLES),
         info.info: ("The layers of a model: shapes, parameters, FLOPs.", info.EXAMPLES),
+    },
+    "Train": {
+        train.train: ("From a folder of images to a checked and frozen network.", train.EXAMPLES),
+        evaluate.evaluate: ("What a trained network recognises, class by class.", evaluate.EXAMPLES),
+        augment.augment: ("A sheet of a photograph, augmented many times.", augment.EXAMPLES),
     },
     "Trust": {
         check.check: ("Judge every layer of a model against float64.", check.EXAMPLES),

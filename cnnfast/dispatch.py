@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -231,8 +231,15 @@ def _torch(reason: str) -> str:
     return reason
 
 
-def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "auto") -> str:
-    """Why PyTorch serves an operation on these tensors; the empty string if our kernels do.
+def why_torch(
+    x: torch.Tensor,
+    *others: torch.Tensor | None,
+    algorithm: str = "auto",
+    dtypes: Container[torch.dtype] = KERNEL_DTYPES,
+    result: torch.dtype | None = None,
+) -> str:
+    """Why PyTorch serves an operation on these tensors; the empty string if our kernels do. dtypes: those of `x` that
+    have a kernel; result: the dtype of the result, where it is not that of `x`.
 
     Raises RuntimeError under backend("kernels") instead of naming a reason.
     """
@@ -252,7 +259,7 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
     if torch.compiler.is_exporting() and _to_onnx():
         return _torch("the model is being exported to ONNX")
     # Quantized dtypes are none of these. Another dtype in `others` is an error, which is raised later.
-    if x.dtype not in KERNEL_DTYPES:
+    if x.dtype not in dtypes:
         return _torch(f"dtype {x.dtype} has no kernel")
     if x.layout is not STRIDED or x.is_nested:
         return _torch("the tensor is not plain strided memory")
@@ -273,6 +280,7 @@ def why_torch(x: torch.Tensor, *others: torch.Tensor | None, algorithm: str = "a
         return _torch(_gpu_reason(device.index) or _launch_reason(device))
     if not x.is_cpu and not on_gpu(x):
         return _torch(f"device {device.type} has no kernels")
-    if launch.INTERPRETED and x.is_cpu and _in_bf16(x, *others) and not _interpreter_rounds_bf16():
+    bf16 = launch.INTERPRETED and x.is_cpu and (result == torch.bfloat16 or _in_bf16(x, *others))
+    if bf16 and not _interpreter_rounds_bf16():
         return _torch("Triton's interpreter computes bfloat16 wrongly")
     return ""

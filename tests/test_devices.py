@@ -28,6 +28,7 @@ OF_HELPERS = {"image", "integers", "multiples", "normal", "signed"}
 MAY = {
     "cnnfast/commands/test_predict.py": "weights of a frozen network, which runs on the CPU",
     "cnnfast/functional/test_arguments.py": "values of arguments, and results: a test makes the tensors of a call",
+    "cnnfast/functional/test_augmentation_errors.py": "images, which a test sends to the device; numbers stay here",
     "cnnfast/functional/test_conv1d_and_transposed.py": "templates: a test sends them to the device",
     "cnnfast/functional/test_conv_act_and_bn_act.py": "templates: a test sends them to the device",
     "cnnfast/functional/test_conv_bn_act.py": "statistics, which a test sends to where the input is",

@@ -8,6 +8,9 @@ engines.py are some of them) has its kernels compiled ahead (ahead.py, layers_ah
 surroundings (surroundings.py). Rows (rows.py) hold what was found beside what the machine allows (roofline.py,
 graph.py). They are printed (report.py), drawn (pictures.py), and compared with an earlier run (compare.py).
 
+A task may also be augmentation, of a batch of images (augmentation.py), by its own providers (augmenters.py), whose
+launches are counted (counting.py).
+
 host_cost.py is apart from all that: what the host's part of a call costs, without a GPU.
 """
 
@@ -16,4 +19,10 @@ NAMES = (
     *("eager", "eager-graph", "cudnn-fused", "cudnn-graph", "cnnfast", "cnnfast-graph", "cnnfast-kernels"),
     *("nchw", "frozen", "onnxruntime", "openvino", "jax", "compile", "cnnfast-compile", "compile-freezing"),
     "max-autotune",
+)
+# The word that stands for augmentation where a model is named, and its providers (augmenters.py).
+AUGMENT = "augment"
+AUGMENTERS = (
+    *("cnnfast", "cnnfast-drawn", "cnnfast-torch", "torchvision", "torchvision-worker", "torchvision-batch"),
+    *("kornia", "kornia-resample", "kornia-compile"),
 )

@@ -9,8 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .report import milliseconds
-from .rows import LEFT_OUT, OK, BenchRow
+from .report import milliseconds, title
+from .rows import AUGMENTATION, LEFT_OUT, OK, BenchRow
 
 NOISE = 0.05  # two medians that differ by less are the same
 SLOWER, FASTER, BROKEN, SAME, MENDED = "slower", "faster", "BROKEN", "same", "works now"
@@ -77,6 +77,8 @@ def comparison(changes: Sequence[Change]) -> Group:
     for change in changes:
         row, verdict = change.after, change.verdict
         job = f"{row.subject}, {row.mode}, batch {row.batch}, {row.dtype}"
+        if row.kind == AUGMENTATION:  # images of two layouts differ in nothing else
+            job = title(row)
         note = Text(verdict if not row.reason or verdict == SAME else f"{verdict}: {row.reason}", STYLES[verdict])
         ratio = f"{change.ratio:.2f}x" if change.ratio else ""
         table.add_row(row.provider, job, milliseconds(change.before), milliseconds(row), ratio, note)

@@ -56,6 +56,11 @@ class Job:
         return self.shapes[0][0]
 
     @property
+    def input(self) -> str:
+        """The shapes of its inputs, as a row has them."""
+        return " ".join("x".join(map(str, shape)) for shape in self.shapes)
+
+    @property
     def tf32(self) -> bool:
         """Whether float32 is multiplied as TF32, by the settings in force now."""
         return allow_tf32(torch.empty(0, dtype=self.dtype, device=self.device))

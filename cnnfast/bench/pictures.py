@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .rows import LAYER, MODEL, BenchRow, jobs, our_best, speedup, strongest
+from .rows import LAYER, BenchRow, jobs, our_best, speedup, strongest
 
 OURS, THEIRS, REFERENCE = "#1f6fb4", "#e08214", "#b0b0b0"
 STYLES = ("-", "--", "-.", ":")
@@ -21,7 +21,7 @@ def draw(rows: Sequence[BenchRow], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     timed = [row for row in rows if row.median]
     layers = [group for group in jobs(row for row in timed if row.kind == LAYER) if speedup(group)]
-    models = [row for row in timed if row.kind == MODEL]
+    models = [row for row in timed if row.kind != LAYER]
     pictures = {
         "roofline": (_roofline, [row for row in timed if row.flops]),
         "layers": (_layers, layers),

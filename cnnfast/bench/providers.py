@@ -7,7 +7,7 @@ is there because others compare with it.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from .. import conversion, dispatch
 from ..measuring.graphs import captured
 from ..measuring.rotation import rotating
 from . import ahead, engines, folding, jax_model
+from .gate import Expected, Verdict
 from .job import BACKWARD, FORWARD, MODELS, Job, channels_last_of, placed, steps_of
 from .roofline import CONV, OPERATORS, POINTWISE
 
@@ -99,6 +100,14 @@ class Provider:
             for _ in range(job.copies):
                 step()
         return Prepared(step)
+
+    def judge(self, expected: Expected, results: Sequence[Tensor]) -> Verdict:
+        """Whether what `Prepared.read` made of a step's results is right."""
+        return expected.judge(results)
+
+    def counted(self, job: Job, prepared: Prepared) -> dict[str, Any]:
+        """What is counted of a step, by the names that a row has for it. Nothing is counted of models."""
+        return {}
 
     def compile_ahead(self, job: Job, model: nn.Module) -> None:
         """Compiles what the model will launch, by several processes. Here there is nothing to compile."""

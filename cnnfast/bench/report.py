@@ -10,8 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .augmenters import AUGMENTERS
 from .providers import PROVIDERS
 from .rows import (
+    AUGMENTATION,
     EVEN,
     FAILED,
     LAYER,
@@ -33,6 +35,29 @@ LOST, MEAN = "bold red", "mean"
 ALONE = " ~"  # behind a time that is not of the rounds in which all take turns
 # Columns that may be left out of a narrow table, the most dispensable first.
 DISPENSABLE = ("peak MiB", "saved MiB", "kernels", "of net", "GB/s", "images/s", "TFLOP/s", "first s")
+CEILINGS = (
+    "of ceiling: of what the machine allows a step whose operators are fused so far: each its own kernel, pointwise"
+    " operators fused, one kernel a conv(olution)."
+)
+AUGMENTATIONS = (
+    "of ceiling, and the bytes of GB/s: one pass, which reads each image once and writes each result once.",
+    "launches, moved: of one step, on a GPU. Those of cnnfast's kernels are found by replaying a call on meta tensors."
+    " Those of PyTorch's operators are counted, and are fewer than there are: one for each operator that is no view and"
+    " takes or makes a tensor as large as a result. moved: all operands and results of these, read and written once."
+    " kernels: what the profiler saw.",
+    "All draw new numbers for each image at every step, but for what the names above say. torchvision and kornia work"
+    " step by step, and resample a turned crop twice; torchvision rounds to uint8 between, and samples without"
+    " antialiasing here, as cnnfast does. Colours change in a drawn order there, in a fixed one by cnnfast.",
+    "Judged before they are timed: the resize, the flip, and each colour and the rotation by themselves, at fixed"
+    " numbers, against float64; of cnnfast also a batch with drawn numbers, erased boxes included.",
+)
+SERVED = "No GPU here: times are those of one thread, and PyTorch serves cnnfast's calls too, so that its rows show"
+COSTS = f"{SERVED} what conversion costs. What a launch costs the host: pytest benchmarks/test_host_cost.py"
+NO_GPU = {
+    MODEL: COSTS,
+    LAYER: COSTS,
+    AUGMENTATION: f"{SERVED} what cnnfast.nn.Augment costs a CPU; its launches are those of a GPU.",
+}
 STYLES = {LOSES: LOST, EVEN: "", WINS: "green", MEAN: ""}
 
 
@@ -43,7 +68,7 @@ def report(rows: Sequence[BenchRow], width: int) -> Group:
     parts: list[RenderableType] = [*_conditions(rows), Text(), *verdicts(rows)]
     done = [group for group in jobs(rows) if {row.status for row in group} != {LEFT_OUT}]
     for group in done:
-        if group[0].kind == MODEL:
+        if group[0].kind != LAYER:
             parts += [Text(), model_table(group, width), *_not_run(group)]
     layers = [row for group in done for row in group if row.kind == LAYER]
     if layers:
@@ -73,7 +98,7 @@ def verdicts(rows: Iterable[BenchRow]) -> Iterator[Text]:
     """A line for each job of a model, and one for all layers in each mode; the worst first."""
     found: list[tuple[float, str, str]] = []
     silent: list[str] = []
-    for group in jobs(row for row in rows if row.kind == MODEL):
+    for group in jobs(row for row in rows if row.kind != LAYER):
         theirs, ours = strongest(group), our_best(group)
         if {row.status for row in group} == {LEFT_OUT}:
             continue
@@ -106,6 +131,8 @@ def verdicts(rows: Iterable[BenchRow]) -> Iterator[Text]:
 
 def title(row: BenchRow) -> str:
     """The job of a row, in words."""
+    if row.kind == AUGMENTATION:
+        return f"{row.mode}: {row.subject}, batch {row.batch}, {row.input}, {row.dtype}"
     return f"{row.subject}, {row.mode}, batch {row.batch}, {row.input}, {row.dtype}"
 
 
@@ -124,6 +151,8 @@ def model_table(rows: Sequence[BenchRow], width: int) -> Table:
         "TFLOP/s": lambda r: _short(r.tflops) if r.tflops else "",
         "GB/s": lambda r: _short(r.gbps) if r.gbps else "",
         "of ceiling": lambda r: f"{r.fraction:.0%} {r.level}" if r.fraction else "",
+        "launches": lambda r: "" if r.launches is None else f"{r.launches:,.0f}",
+        "moved MiB": lambda r: _mib(r.moved_bytes),
         "first s": lambda r: f"{r.first:.1f}" if r.first else "",
         "kernels": lambda r: "" if r.kernels is None else str(r.kernels),
         "peak MiB": lambda r: _mib(r.peak_bytes),
@@ -205,27 +234,27 @@ def _table(title: str, cells: dict[str, list[str]], width: int, styles: list[str
 
 def _legend(rows: Sequence[BenchRow]) -> Iterator[Text]:
     """What the names of providers and columns mean."""
-    used = {row.provider: PROVIDERS[row.provider].text for row in rows if row.median and row.provider in PROVIDERS}
-    if any(row.kind == MODEL for row in rows):
-        yield from (Text(f"{name}: {text}", "dim") for name, text in used.items())
+    for known, kind in ((PROVIDERS, MODEL), (AUGMENTERS, AUGMENTATION)):
+        used = {r.provider: r.package for r in rows if r.kind == kind and r.median and r.provider in known}
+        for name, package in used.items():
+            yield Text(f"{name}: {known[name].text}{f' ({package})' * bool(package)}", "dim")
     yield Text(
         "ms, us: median of one step (what 20 and 80 % of the samples stay below). speed: against"
-        " the strongest baseline (*). GB/s: of the"
-        " bytes that must move. of ceiling: of what the machine allows a step whose operators are fused so far:"
-        " each its own kernel, pointwise operators fused, one kernel a conv(olution). first: setup and compilation.",
+        " the strongest baseline (*). GB/s: of the bytes that must move. first: setup and compilation.",
         "dim",
     )
+    kinds = {row.kind for row in rows}
+    if kinds - {AUGMENTATION}:
+        yield Text(CEILINGS, "dim")
+    if AUGMENTATION in kinds:
+        yield from (Text(text, "dim") for text in AUGMENTATIONS)
     if any(row.alone for row in rows):
         yield Text(
             "~: timed alone, right after its first result: the run did not reach the rounds in which all take turns.",
             "yellow",
         )
     if not rows[0].machine.driver:
-        yield Text(
-            "No GPU here: times are those of one thread, and PyTorch serves cnnfast's calls too, so that its rows show"
-            " what conversion costs. What a launch costs the host: pytest benchmarks/test_host_cost.py",
-            "dim",
-        )
+        yield from (Text(text, "dim") for text in dict.fromkeys(NO_GPU[kind] for kind in NO_GPU if kind in kinds))
 
 
 def _short(value: float) -> str:
@@ -234,5 +263,5 @@ def _short(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-def _mib(size: int | None) -> str:
+def _mib(size: float | None) -> str:
     return "" if size is None else f"{size / 2**20:,.0f}"

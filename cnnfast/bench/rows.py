@@ -10,7 +10,7 @@ from pathlib import Path
 from ..measuring.machine import Machine, Peaks
 
 OK, UNAVAILABLE, WRONG, FAILED, LEFT_OUT = "ok", "unavailable", "wrong", "failed", "left out"
-MODEL, LAYER = "model", "layer"
+MODEL, LAYER, AUGMENTATION = "model", "layer", "augmentation"
 LOSES, EVEN, WINS = "loses", "even", "wins"
 
 
@@ -18,9 +18,9 @@ LOSES, EVEN, WINS = "loses", "even", "wins"
 class BenchRow:
     """One provider on one job.
 
-    kind: of the subject, "model" or "layer". count: how often its network has a layer. mode: as job.py has it. status:
-    "ok", "unavailable", "wrong" (by the gate), "failed" (it raised), or "left out" (there was no time for it); `reason`
-    says why.
+    kind: of the subject, "model", "layer" or "augmentation". count: how often its network has a layer. mode: as job.py
+    has it. status: "ok", "unavailable", "wrong" (by the gate), "failed" (it raised), or "left out" (there was no time
+    for it); `reason` says why.
 
     median, low, high: seconds of one step, the median of all samples, and what 20 and 80 % of them stay below. alone:
     whether the samples are of this provider by itself, right after its first result, because the run did not reach the
@@ -35,6 +35,10 @@ class BenchRow:
     ceilings: the least seconds at every level. kernels, peak_bytes (from setup to the first result, weights included)
     and saved_bytes (kept for the backward pass) are None where unknown. error: the largest relative one against
     float64.
+
+    launches, moved_bytes: of an augmentation, how many kernels one step launches at the least, and how many bytes these
+    read and write: of our kernels by replaying what they launch, of PyTorch's by counting its operators
+    (counting.py). package: whose code augments, with its version. Other subjects have none of these.
     """
 
     kind: str
@@ -63,6 +67,9 @@ class BenchRow:
     level: str = ""
     ceilings: dict[str, float] = field(default_factory=dict)
     kernels: int | None = None
+    launches: float | None = None
+    moved_bytes: float | None = None
+    package: str = ""
     peak_bytes: int | None = None
     saved_bytes: int | None = None
     error: float | None = None

@@ -18,7 +18,7 @@ from ..measuring.budget import Budget
 from ..measuring.machine import Machine, Peaks
 from ..measuring.timing import Clock, Times, clock_of, measure
 from .footprint import allocated, collect, kernels, peak, saved_bytes
-from .gate import Expected, expect
+from .gate import Expected
 from .job import Job
 from .numbers import Numbers
 from .providers import EAGER, Prepared, Provider
@@ -66,7 +66,7 @@ def run(
     collect(job.device)
     tell("expected results")
     with recording.trace() as calls:
-        expected = expect(job)
+        expected = task.expected(job)
     if len(calls):
         raise ValueError(f"{job.name} calls cnnfast.functional itself, so there is no PyTorch baseline of it")
     rows: dict[str, dict[str, Any]] = {
@@ -152,11 +152,11 @@ def _first(job: Job, provider: Provider, expected: Expected, layer: bool) -> tup
     if not layer:
         figures["first"] = time.perf_counter() - began
         figures["peak_bytes"] = peak(job.device, before) if provider.in_torch else None
-    verdict = expected.judge(results)
+    verdict = provider.judge(expected, results)
     figures["error"] = verdict.error if isfinite(verdict.error) else None
     if verdict.message:
         return None, {**figures, "status": WRONG, "reason": verdict.message}
-    return ready, {**figures, "saved_bytes": saved_bytes(job, provider, ready)}
+    return ready, {**figures, "saved_bytes": saved_bytes(job, provider, ready), **provider.counted(job, ready)}
 
 
 def reason_of(error: BaseException) -> str:

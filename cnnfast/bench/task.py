@@ -12,6 +12,7 @@ import torch
 
 from ..measuring.machine import Machine, Peaks
 from ..measuring.rotation import copies_for
+from .gate import Expected, expect
 from .graph import graph_of
 from .job import Job
 from .providers import Provider
@@ -41,15 +42,22 @@ class Task:
     def __str__(self) -> str:
         return f"{self.job.name}, {self.job.mode}, batch {self.job.batch}"
 
+    def expected(self, job: Job) -> Expected:
+        """What is right for this job, which is its own but for the numbers."""
+        return expect(job)
+
+    def level_of(self, provider: Provider) -> str:
+        """The level of fusion by which a provider is measured."""
+        kernels_ran = not provider.ours or self.job.device.type == "cuda"
+        return provider.level if provider.level in self.work and self.kind == MODEL and kernels_ran else OPERATORS
+
     def seconds(self, peaks: Peaks) -> float:
         """The least seconds that its network spends in the layer: computed by the roofline, not measured."""
         return self.count * self.work[OPERATORS].seconds(peaks)
 
     def row(self, provider: Provider, machine: Machine, peaks: Peaks, **found: object) -> BenchRow:
         """A row of what is known without measuring. found: the rest, by the names that a row has for it."""
-        job = self.job
-        kernels_ran = not provider.ours or job.device.type == "cuda"
-        level = provider.level if provider.level in self.work and self.kind == MODEL and kernels_ran else OPERATORS
+        job, level = self.job, self.level_of(provider)
         done = self.work.get(level)
         return BenchRow(
             kind=self.kind,
@@ -61,7 +69,7 @@ class Task:
             dtype=job.precision,
             layout=provider.layout,
             batch=job.batch,
-            input=" ".join("x".join(map(str, shape)) for shape in job.shapes),
+            input=job.input,
             machine=machine,
             peaks=peaks,
             count=self.count,

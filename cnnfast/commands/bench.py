@@ -10,12 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..bench import NAMES
+from ..bench import AUGMENT, AUGMENTERS, NAMES
 from ..dtypes import TF32, dtype_of, name_of
 from ..modes import INFER, MODES, TRAIN
-from ..spelling import did_you_mean
 from . import options
-from .bench_jobs import BATCHES, batches, duration, file_tasks, frozen_in, model_tasks, providers, refuse_impossible
+from .bench_augmentation import ResultSize, augmentation_tasks, refuse_what_is_not_for
+from .bench_comparison import compared
+from .bench_jobs import (
+    BATCHES,
+    batches,
+    duration,
+    file_tasks,
+    frozen_in,
+    model_tasks,
+    providers,
+    refuse_impossible,
+    refuse_unknown,
+)
 from .console import (
     STANDARD_OUTPUT,
     JsonFile,
@@ -27,14 +38,13 @@ from .console import (
     refuse_no_time,
     refuse_unwritable,
     refuse_unwritable_folder,
-    refused_by,
-    write_json,
     write_text,
 )
 
 if TYPE_CHECKING:
     import torch
 
+    from ..bench.providers import Provider
     from ..bench.series import Series
     from ..bench.task import Task
     from ..measuring.budget import Budget
@@ -43,6 +53,7 @@ EXAMPLES = (
     "cnnfast bench resnet50 --mode infer,train --batch 1,32",
     "cnnfast bench model.py:Net --provider eager --provider cnnfast --json -",
     "cnnfast bench model.cnnfast --batch 1,8",
+    "cnnfast bench augment --batch 64 --size 224 --dtype bf16",
     "cnnfast bench --compare before.json after.json",
 )
 STANDARD = "resnet50"
@@ -83,6 +94,7 @@ def bench(
         str,
         typer.Option(help="Images a step.", metavar="1,8,32", show_default="by device", rich_help_panel=options.INPUTS),
     ] = "",
+    size: ResultSize = None,
     layers: Annotated[
         bool,
         typer.Option(
@@ -94,7 +106,7 @@ def bench(
     provider: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Only this one; repeat it for several: {', '.join(NAMES)}.",
+            help=f"Only this one; repeat it for several: {', '.join(NAMES)}; of augment {', '.join(AUGMENTERS)}.",
             metavar="NAME",
             show_default="all",
             rich_help_panel=WHAT,
@@ -141,6 +153,11 @@ def bench(
     MODEL may be a file of `cnnfast freeze`. Then it runs beside PyTorch, torch.compile with freezing, onnxruntime and
     OpenVINO, as far as they are installed, on all threads.
 
+    MODEL may be the word augment: uint8 images, by default of both layouts (as --input 1x3x256x256 and 1x256x256x3),
+    become a normalised batch, by cnn.Augment, torchvision.transforms.v2 and kornia, as far as they are installed, in
+    three recipes: crop and flip; the same with colours and erasing; the same with rotation. Launches and bytes are
+    counted, with a GPU or without.
+
     Without MODEL the standard set runs: ResNet-50 in both modes, and --layers. Without a GPU PyTorch serves
     every call, so that ratios show what conversion costs. `--compare` ends with exit code 1 if something became
     slower or wrong.
@@ -154,10 +171,7 @@ def bench(
     images = batches(batch)
     sizes = options.sizes_of(shapes)
     name = options.dtype_named(dtype) if dtype else ""
-    for text in provider or []:
-        if text not in NAMES:
-            advice = did_you_mean(text, NAMES)
-            raise typer.BadParameter(f"{text!r} is none of {', '.join(NAMES)}{advice}", param_hint="--provider")
+    refuse_unknown(provider or [], AUGMENTERS if model == AUGMENT else NAMES)
     refuse_no_time(budget)
     if not seconds < inf:
         raise typer.BadParameter(
@@ -168,11 +182,12 @@ def bench(
     if pictures is not None and importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter('pictures need matplotlib: pip install ".[demo]"', param_hint="--pictures")
     if compare is not None:
-        if model or layers or mode or batch or shapes or dtype or provider or pictures:
+        if model or layers or mode or batch or size or shapes or dtype or provider or pictures:
             raise typer.BadParameter(
                 "nothing is measured: leave out MODEL and all options but --json", param_hint="--compare"
             )
-        raise typer.Exit(_compare(*compare, json_file))
+        raise typer.Exit(compared(*compare, json_file))
+    refuse_what_is_not_for(model, size, mode)
     if layers and (model or mode or shapes):
         raise typer.BadParameter(
             "single layers have their own sizes and modes: leave out MODEL, --mode and --input", param_hint="--layers"
@@ -203,8 +218,10 @@ def bench(
             param_hint="MODEL",
         )
     precision = frozen.dtype if frozen else dtype_of(name)
-    refuse_impossible(provider or [], device, modes)
-    chosen = providers(provider or [], device, layers, frozen is not None)
+    chosen: list[Provider] = []
+    if model != AUGMENT:
+        refuse_impossible(provider or [], device, modes)
+        chosen = providers(provider or [], device, layers, frozen is not None)
 
     with ExitStack() as stack:
         if precision == torch.float32:
@@ -215,7 +232,9 @@ def bench(
             stack.enter_context(one_thread(device))
         stack.enter_context(quick_collections())
         tasks: list[Task] = []
-        if model and frozen:
+        if model == AUGMENT:
+            tasks += augmentation_tasks(provider or [], images, sizes, size, name, device)
+        elif model and frozen:
             tasks += file_tasks(model, frozen, images, sizes, device, chosen)
         elif not layers:
             wanted = modes or (MODES if model is None else (INFER,))
@@ -278,22 +297,3 @@ def _run(
     write(json_file)
     wrong = series and (series.errors or series.lost or any(row.status == "wrong" for row in series.rows))
     return series, code or (1 if wrong else 0)
-
-
-def _compare(before: Path, after: Path, json_file: Path | None) -> int:
-    """Prints the comparison and writes it as JSON; returns the exit code."""
-    for file in (before, after):
-        if not file.is_file():
-            raise typer.BadParameter(f"there is no file {file}", param_hint="--compare")
-
-    from ..bench.compare import compare, comparison, regressed
-    from ..bench.rows import read
-
-    with refused_by("--compare", OSError, ValueError):
-        runs = [read(file) for file in (before, after)]
-    changes = compare(*runs)
-    if not changes:
-        raise typer.BadParameter(f"{before} and {after} have no provider and job in common", param_hint="--compare")
-    printer(json_file).print(comparison(changes))
-    write_json(json_file, [change.to_dict() for change in changes])
-    return 1 if regressed(changes) else 0

@@ -12,6 +12,7 @@ import typer
 
 from ..located import located
 from ..modes import INFER, MODES, TRAIN
+from ..spelling import did_you_mean
 from . import options
 from .console import about, refused_by
 
@@ -54,6 +55,14 @@ def batches(text: str) -> list[int]:
             f"{text!r}: write positive sizes with commas between them, as in 1,8,32", param_hint="--batch"
         )
     return list(map(int, sizes))
+
+
+def refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(
+                f"{name!r} is none of {', '.join(known)}{did_you_mean(name, known)}", param_hint="--provider"
+            )
 
 
 def refuse_impossible(names: Sequence[str], device: torch.device, modes: Sequence[str]) -> None:

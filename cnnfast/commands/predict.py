@@ -42,6 +42,7 @@ EXAMPLES = (
     "cnnfast predict model.cnnfast photos --top 1 --json -",
 )
 IMAGES = "Images"
+OF_A_RUN = "model.cnnfast"  # what a run leaves in its folder when it is over
 # With more images each has one line, and beyond so many lines the files of --csv and --json tell the rest.
 FEW_IMAGES, MOST_LINES = 20, 200
 COLUMNS = ("file", "rank", "class", "name", "probability", "error")
@@ -51,7 +52,9 @@ def predict(
     model: Annotated[
         Path,
         typer.Argument(
-            help="A frozen network: the file that `cnnfast freeze` wrote.", metavar="NETWORK", show_default=False
+            help="A frozen network: the file that `cnnfast freeze` wrote, or the folder of a run of `cnnfast train`.",
+            metavar="NETWORK",
+            show_default=False,
         ),
     ],
     places: Annotated[
@@ -112,6 +115,8 @@ def predict(
         )
     refuse_unwritable(csv_file, "--csv")
     refuse_unwritable(json_file)
+    if model.is_dir():
+        model = model / OF_A_RUN
     if not model.is_file():
         raise typer.BadParameter(f"there is no file {model}{_advice(model)}", param_hint="NETWORK")
 

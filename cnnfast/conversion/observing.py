@@ -48,7 +48,7 @@ class Observation:
         return self.fused[name] + self.alone[name] + self.elsewhere[name]
 
 
-def look(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Run, Observation | Exception | None]:
+def look(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[ObservedRun, Observation | Exception | None]:
     """(a run of the model and what it cost, what a call of the model on these inputs does).
 
     The call is made in the modes that the model is in now, and with gradients if they are recorded now. The second
@@ -57,15 +57,15 @@ def look(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Run, Observation | 
     call, and nothing is fused then. Raises RuntimeError if the model does not run at all.
     """
 
-    def run(copied: nn.Module, given: tuple[Any, ...]) -> Run:
+    def run(copied: nn.Module, given: tuple[Any, ...]) -> ObservedRun:
         fusing_again.close()
         for original, module in zip(model.modules(), copied.modules(), strict=True):
             if type(module) is not type(original):
                 module.__class__ = type(original)
-        return Run(copied).of(given)
+        return ObservedRun(copied).of(given)
 
-    def run_in_eval_mode(copied: nn.Module, given: tuple[Any, ...]) -> Run:
-        return Run(copied.eval()).of(given)
+    def run_in_eval_mode(copied: nn.Module, given: tuple[Any, ...]) -> ObservedRun:
+        return ObservedRun(copied.eval()).of(given)
 
     told = not _has_any_global_hook() and any(map(is_ours, model.modules()))
     fusing_again = ExitStack()
@@ -86,7 +86,7 @@ def look(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Run, Observation | 
         raise does_not_run(model, inputs, error) from error
 
 
-class Run:
+class ObservedRun:
     """A run of a copied model, which is of no use afterwards: what it did with modules, and what each part cost.
 
     seen: what became of modules. spent: FLOPs and bytes (costs.py). shapes: (name, shape of the input) for each call of
@@ -107,7 +107,7 @@ class Run:
     def spent(self) -> dict[Spender, Spent]:
         return self.costs.spent
 
-    def of(self, inputs: tuple[Any, ...]) -> Run:
+    def of(self, inputs: tuple[Any, ...]) -> ObservedRun:
         for module in self.model.modules():
             _silence(module)
             if not isinstance(module, torch.jit.ScriptModule):

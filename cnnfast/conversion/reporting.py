@@ -20,7 +20,7 @@ from .costs import Spender, Spent
 from .fusion import groups_of, plan_of, why_not_fused
 from .grafts import base_of
 from .leaves import is_norm, is_ours, replacement, stored_weight, why_left
-from .observing import Observation, Run, look
+from .observing import Observation, ObservedRun, look
 from .planning import Group, only_holds
 from .rows import FUSED, LEFT, REPLACED, ConversionReport, ConvolutionRow
 from .showing import described
@@ -203,7 +203,9 @@ def _own(block: nn.Module) -> Iterator[nn.Module]:
             yield from _own(child)
 
 
-def _look(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Run | None, Observation | Exception | None, str]:
+def _look(
+    model: nn.Module, example_inputs: tuple[Any, ...]
+) -> tuple[ObservedRun | None, Observation | Exception | None, str]:
     """(a run of the model; what it showed of the model as it is now, or the error that this raised, or None; a text
     that says which input it is of, or why there is none).
 
@@ -234,7 +236,7 @@ def _sizes(inputs: tuple[Any, ...]) -> str:
     return ", ".join("x".join(map(str, t.shape)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))
 
 
-def _notes(model: nn.Module, run: Run | None, sizes: str) -> Iterator[str]:
+def _notes(model: nn.Module, run: ObservedRun | None, sizes: str) -> Iterator[str]:
     weights = [stored_weight(m) for m in model.modules() if isinstance(m, nn.Conv2d) and is_ours(m)]
     if not weights:
         return
@@ -256,7 +258,7 @@ def _notes(model: nn.Module, run: Run | None, sizes: str) -> Iterator[str]:
         )
 
 
-def _unmeasured(model: nn.Module, gpu: Gpu, run: Run | None, sizes: str) -> Iterator[str]:
+def _unmeasured(model: nn.Module, gpu: Gpu, run: ObservedRun | None, sizes: str) -> Iterator[str]:
     """A line that says how many convolutions were not measured on this GPU, if any were not."""
     from cnnfast_kernels import tables
 

@@ -12,10 +12,10 @@ class Effort:
     """Sizes are pixels of each side of the photograph; None stands for all 427 x 640 of it.
 
     duration: a sentence that says how long it takes. epochs: of training. photograph: what goes through the layers
-    for the picture. forward: what is judged forward alone; 0: nothing is. backward: what is judged forward and
-    backward. digits: how many are judged in the trained network; 0: none. converted: how many the converted network
-    reads. dtypes: in which calls are judged. budget: seconds for timing on a GPU. left_out: what the whole demo does
-    besides; "" for the whole.
+    for the picture. views: how many of the photograph's augmented views kernels compute. forward: what is judged
+    forward alone; 0: nothing is. backward: what is judged forward and backward. digits: how many are judged in the
+    trained network; 0: none. converted: how many the converted network reads. dtypes: in which calls are judged.
+    budget: seconds for timing on a GPU. left_out: what the whole demo does besides; "" for the whole.
     """
 
     duration: str
@@ -25,6 +25,7 @@ class Effort:
     backward: int | None
     digits: int
     converted: int
+    views: int
     dtypes: tuple[str, ...] = ("float32",)
     budget: float = 0.0
     left_out: str = ""
@@ -39,6 +40,7 @@ WHOLE = Effort(
     backward=32,
     digits=4,
     converted=64,
+    views=4,
 )
 QUICK = Effort(
     "This takes less than a minute on two idle cores.",
@@ -48,6 +50,7 @@ QUICK = Effort(
     backward=16,
     digits=0,
     converted=16,
+    views=2,
     left_out="half the epochs, larger images, the digits' gradients",
 )
 
@@ -62,6 +65,7 @@ ON_A_GPU = Effort(
     backward=None,
     digits=GPU_DIGITS,
     converted=360,
+    views=24,
     dtypes=GPU_DTYPES,
     budget=GPU_BUDGET,
 )
@@ -73,6 +77,7 @@ QUICK_ON_A_GPU = Effort(
     backward=None,
     digits=GPU_DIGITS,
     converted=64,
+    views=24,
     dtypes=("float32", "bfloat16"),
     budget=10.0,
     left_out="half the epochs, tf32, float16, 20 s of timing",

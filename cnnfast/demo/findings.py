@@ -94,6 +94,18 @@ def of_conversion(results: Results) -> Told:
     return told("convert", *said)
 
 
+def of_augmentation(results: Results) -> Told:
+    a = results.augmentation
+    assert a is not None
+    by = f"{len(a.launches)} launches of our kernels" if a.launches else "PyTorch: no kernel ran"
+    ours, *theirs = a.milliseconds.values()
+    times = f"{ours:.0f} ms by {a.served_by}"
+    if theirs:
+        times += f"; {theirs[0]:.0f} ms by torchvision, image by image"
+    wrong = "" if a.ok else f", which are WRONG by up to {a.apart:.2g} of 255 levels"
+    return told("augment", f"{a.count} views of the photograph by {by}{wrong}", times)
+
+
 def of_costs(results: Results) -> Told:
     c = results.costs
     assert c is not None
@@ -139,6 +151,7 @@ def all_of(results: Results) -> list[Told]:
     found += [of_maps(results)] if results.maps else []
     found += of_errors(results)
     found += [of_conversion(results)] if results.conversion else []
+    found += [of_augmentation(results)] if results.augmentation else []
     found += [of_costs(results)] if results.costs else []
     found.append(of_times(results))
     found += [of_left_out(results.effort)] if results.effort.left_out else []

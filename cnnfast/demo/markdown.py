@@ -52,6 +52,21 @@ def markdown(results: Results, picture: str) -> str:
         ]
     if (known := results.known) is not None:
         parts += [f"{known.name}, by the same call: **{known.report.summary}**.", converted(known.report)]
+    if (a := results.augmentation) is not None:
+        ours = (
+            f"The first {a.by_kernels} were computed by our kernels too: they differ by at most {a.apart:.2g} levels."
+        )
+        parts += [
+            "## The photograph, augmented",
+            f"{a.count} views of {a.size} x {a.size} pixels each by `cnn.Augment`, in one batch: crops, flips,"
+            " rotations, colours and erased boxes. The picture shows them as PyTorch's operators compute them, in"
+            f" levels from 0 to 255. {ours if a.launches else 'No kernel ran.'}",
+            table(("", "milliseconds of a batch"), ((name, f"{ms:.1f}") for name, ms in a.milliseconds.items())),
+            f"`cnn.Augment` was timed as {a.served_by} compute it, torchvision's transforms image by image.",
+            table(("kernel launched", ""), ((f"`{kernel}`", "once a batch") for kernel in a.launches))
+            if a.launches
+            else "",
+        ]
     if (costs := results.costs) is not None:
         rows = (
             (

@@ -13,13 +13,18 @@ from .layers import ResidualBlock, seeded
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every published ResNet expects
 
 
+def sample(name: str) -> Tensor:
+    """One of the two photographs that scikit-learn has, "china.jpg" and "flower.jpg": [427, 640, 3], uint8."""
+    from sklearn.datasets import load_sample_image
+
+    return torch.tensor(load_sample_image(name))
+
+
 def load_photograph(size: int | None) -> Tensor:
     """A temple in China, [1, 3, H, W] in [0, 1]: all 427 x 640 pixels, or scaled down to a shorter side and cropped to
     `size` x `size`.
     """
-    from sklearn.datasets import load_sample_image
-
-    image = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1).unsqueeze(0).float() / 255
+    image = sample("china.jpg").permute(2, 0, 1).unsqueeze(0).float() / 255
     if size is None:
         return image
     H, W = image.shape[2:]

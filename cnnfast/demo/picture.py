@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import panels
 from .digits import Digits
@@ -21,33 +22,37 @@ DIGITS = 13
 MAPS = 5  # in each of two rows
 DPI = 100
 WIDTH = 13.0  # inches
+VIEW_ROWS = 2
+GAP = 2  # white pixels around each view
 
 
 @dataclass
 class Images:
-    """photograph [3, H, W] in [0, 1]; stem [C, H/2, W/2] and block [C, H/4, W/4] of it; the held-out digits,
-    and what was read in each, [N].
+    """photograph [3, H, W] in [0, 1]; stem [C, H/2, W/2] and block [C, H/4, W/4] of it; views of it, [N, 3, h, w] in
+    [0, 1]; the held-out digits, and what was read in each, [N].
     """
 
     photograph: Tensor
     stem: Tensor
     block: Tensor
+    views: Tensor
     digits: Digits
     read: Tensor
 
 
 def picture(results: Results, images: Images) -> Figure:
     rows = len(panels.judged(results.proofs))
-    heights = [4.1, 1.5, 1.4 + 0.26 * max(rows, 2), 4.3] + [5.5] * bool(results.timings)
+    heights = [4.1, 2.65, 1.5, 1.4 + 0.26 * max(rows, 2), 4.3] + [5.5] * bool(results.timings)
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     _maps(parts[0], images, results)
-    _digits(parts[1], images, results)
-    panels.errors(parts[2], results)
-    panels.costs(parts[3], results)
+    _views(parts[1], images, results)
+    _digits(parts[2], images, results)
+    panels.errors(parts[3], results)
+    panels.costs(parts[4], results)
     if results.timings:
-        panels.times(parts[4], results)
+        panels.times(parts[5], results)
     return figure
 
 
@@ -80,6 +85,27 @@ def maps_title(results: Results) -> str:
     ours, theirs = map(short, m.errors)
     errors = f"at most {ours} ulp from float64; PyTorch's own are {theirs}"
     return f"Our kernels computed these feature maps: {errors}" if m.ok else f"These feature maps are WRONG: {errors}"
+
+
+def _views(figure, images: Images, results: Results) -> None:
+    panels.headline(figure, views_title(results))
+    columns = -(-len(images.views) // VIEW_ROWS)
+    framed = nn.functional.pad(images.views, (GAP,) * 4, value=1.0)
+    rows = [torch.cat([*row], 2) for row in framed.split(columns)]
+    rows[-1] = nn.functional.pad(rows[-1], (0, rows[0].shape[2] - rows[-1].shape[2]), value=1.0)
+    axes = figure.subplots()
+    axes.imshow(torch.cat(rows, 1).permute(1, 2, 0).numpy())
+    axes.axis("off")
+
+
+def views_title(results: Results) -> str:
+    a = results.augmentation
+    if a is None or not a.launches:
+        return "PyTorch augmented this photograph: no kernel ran here"
+    if not a.ok:
+        return f"These views are WRONG: our kernels are {a.apart:.2g} of 255 levels from PyTorch's operators"
+    launches = f"our kernels take {len(a.launches)} launches for the batch"
+    return f"One photograph, augmented {a.count} times by cnn.Augment: {launches}"
 
 
 def _digits(figure, images: Images, results: Results) -> None:

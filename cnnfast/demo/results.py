@@ -119,6 +119,31 @@ class Conversion:
         return self.same == self.digits and bool(self.launches) == self.kernels and self.report.count("left") == 0
 
 
+MOST_APART = 0.1  # levels; two that are one level apart are the nearest that an image file can tell
+
+
+@dataclass
+class Augmentation:
+    """`count` views of the photograph, size x size pixels each, in one batch. The first `by_kernels` of them were
+    computed by our kernels too: apart is the largest difference from PyTorch's, in levels from 0 to 255. milliseconds:
+    of one batch, by the name of who made it. served_by: who computed the batch that was timed. kernels: whether any can
+    run here.
+    """
+
+    count: int
+    size: int
+    by_kernels: int
+    launches: list[str]
+    apart: float
+    milliseconds: dict[str, float]
+    served_by: str
+    kernels: bool = True
+
+    @property
+    def ok(self) -> bool:
+        return self.apart <= MOST_APART and bool(self.launches) == self.kernels
+
+
 @dataclass
 class Known:
     """A known model, converted."""
@@ -149,6 +174,7 @@ class Results:
     maps: Maps | None = None
     proofs: list[Proof] = field(default_factory=list)
     conversion: Conversion | None = None
+    augmentation: Augmentation | None = None
     known: Known | None = None
     costs: Costs | None = None
     timings: list[Timing] = field(default_factory=list)
@@ -197,6 +223,7 @@ class Results:
             "photograph": self.maps is None or self.maps.ok,
             "judged": all(p.report.ok for p in self.proofs),
             "convert": self.conversion is None or self.conversion.ok,
+            "augment": self.augmentation is None or self.augmentation.ok,
             "times": all(t.right for t in self.timings),
         }
         return [name for name, ok in parts.items() if not ok]
@@ -217,7 +244,7 @@ class Results:
             }
             for p in self.proofs
         ]
-        c, known = self.conversion, self.known
+        c, known, views = self.conversion, self.known, self.augmentation
         data: dict[str, Any] = {
             "ok": self.ok,
             "failed": self.failed,
@@ -230,6 +257,7 @@ class Results:
             "proofs": proofs,
             "conversion": None if c is None else {**vars(c), "ok": c.ok, "report": json.loads(c.report.to_json())},
             "known": None if known is None else {"name": known.name, "report": json.loads(known.report.to_json())},
+            "augmentation": None if views is None else {**asdict(views), "ok": views.ok},
             "costs": None if self.costs is None else self.costs.as_dict(),
             "timed": self.timed,
             "timings": [asdict(t) for t in self.timings],

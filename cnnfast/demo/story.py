@@ -26,7 +26,7 @@ from cnnfast.precision import float32_products
 from cnnfast.recording import Trace, trace
 from cnnfast.torchvision_import import torchvision
 
-from . import ahead, assortment, by_kernels, costs, digits, findings, photograph, plain, timing
+from . import ahead, assortment, augmented, by_kernels, costs, digits, findings, photograph, plain, timing
 from .effort import Effort
 from .findings import Told
 from .picture import Images
@@ -70,6 +70,7 @@ def tell(effort: Effort, seed: int, telling: Telling, device: torch.device) -> t
     others = assortment.make_assortment(seed).to(device)
     small = photograph.normalized(photograph.load_photograph(SMALL)).to(device)
     piece = photograph.centre(small, assortment.SIZE)
+    source = augmented.load_source().to(device)
     if device.type == "cuda":
         cases = [(layers, x, True), (network, some, True), (network, some, False), (others, piece, True)]
         compile_kernels(cases, effort.dtypes, device, telling.bars)
@@ -79,7 +80,7 @@ def tell(effort: Effort, seed: int, telling: Telling, device: torch.device) -> t
 
     converted = held_out.images[: effort.converted].to(device)
     with float32_products("ieee"):
-        computed = compute(layers, x, network, converted)
+        computed = compute(layers, x, network, converted, augmented.Views(effort.views, seed), source)
 
     if launch is not None:
         for dtype in effort.dtypes:
@@ -93,10 +94,11 @@ def tell(effort: Effort, seed: int, telling: Telling, device: torch.device) -> t
             if effort.digits:
                 title = f"{len(some)} held-out digits through the trained network"
                 results.proofs.append(prove(title, "digits", network, some, dtype, telling))
-    results.maps, results.conversion, maps = computed()
+    results.maps, results.conversion, maps, run = computed()
     telling.show("the digits' network in plain torch.nn, converted", results.conversion.report)
-    images = Images(image[0], *maps, held_out, read)
-    telling.say(findings.of_maps(results))
+    results.augmentation, views = augmented.augmentation_of(source, seed, run, launch is not None)
+    images = Images(image[0], *maps, views, held_out, read)
+    telling.say(findings.of_maps(results), findings.of_augmentation(results))
     telling.say(*findings.of_errors(results))
 
     results.known = convert_known(telling)
@@ -166,11 +168,16 @@ def pixels(image: Tensor) -> str:
 
 
 def compute(
-    layers: photograph.StemAndBlock, x: Tensor, network: digits.DigitNet, images: Tensor
-) -> Callable[[], tuple[Maps, Conversion, tuple[Tensor, Tensor]]]:
-    """Begins to compute the photograph's maps, and what the network in plain torch.nn, converted, reads in the images,
-    by our kernels. The result waits for them, and sets them beside PyTorch's; the maps [64, H/2, W/2] and
-    [64, H/4, W/4] come third.
+    layers: photograph.StemAndBlock,
+    x: Tensor,
+    network: digits.DigitNet,
+    images: Tensor,
+    views: augmented.Views,
+    source: Tensor,
+) -> Callable[[], tuple[Maps, Conversion, tuple[Tensor, Tensor], by_kernels.KernelRun]]:
+    """Begins to compute the photograph's maps, what the network in plain torch.nn, converted, reads in the images, and
+    views of the source, by our kernels. The result waits for them, and sets the first two beside PyTorch's; the maps
+    [64, H/2, W/2] and [64, H/4, W/4] come third, the views last.
     """
     original = plain.plain_twin(network)
     converted = cnnfast.convert(original, memory_format=torch.channels_last)
@@ -180,10 +187,10 @@ def compute(
         theirs = [maps.cpu() for maps in copy.deepcopy(shown)(x)]
         exact = [maps.cpu() for maps in copy.deepcopy(shown).double()(x.double())]
         wanted = original(images).argmax(1).tolist()
-    running = by_kernels.start([(shown, x), (converted, images)])
+    running = by_kernels.start([(shown, x), (converted, images), (views, source)])
 
-    def wait() -> tuple[Maps, Conversion, tuple[Tensor, Tensor]]:
-        seen, read = running()
+    def wait() -> tuple[Maps, Conversion, tuple[Tensor, Tensor], by_kernels.KernelRun]:
+        seen, read, run = running()
         comparisons = [
             compare(name, ours, pytorchs, pytorchs, best, precision="float32")
             for name, ours, pytorchs, best in zip(("stem", "block"), seen.output, theirs, exact, strict=True)
@@ -194,6 +201,7 @@ def compute(
             Maps(pixels(x), comparisons, seen.launches),
             Conversion(len(images), same, read.launches, report, kernels=launch is not None),
             (stem[0], block[0]),
+            run,
         )
 
     return wait

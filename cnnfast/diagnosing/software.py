@@ -31,7 +31,7 @@ OPTIONAL = {
     "matplotlib": ("cnnfast demo, bench --pictures and profiles draw with it", 'pip install ".[demo]"'),
     "onnxruntime": ("cnnfast.freeze runs networks by it on a CPU", 'pip install ".[cpu]"'),
     "onnx": ("cnnfast.freeze writes networks for onnxruntime with it", 'pip install ".[cpu]"'),
-    "pillow": ("cnnfast predict reads images with it", 'pip install ".[images]"'),
+    "pillow": ("cnnfast predict, augment and train read images with it", 'pip install ".[images]"'),
     "openvino": ("cnnfast bench compares with it on a CPU", "pip install openvino onnxscript"),
     "jax": ("cnnfast bench compares with it", "pip install jax"),
 }

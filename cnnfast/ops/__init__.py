@@ -6,6 +6,7 @@ host cost of torch.library.register_autograd.
 """
 
 from . import flops as _flops  # noqa: F401 - registers its formulas
+from .augmentation import augment
 from .batchnorm import batch_moments, channel_sum, normalize, update_running
 from .conv import conv_act, conv_bn_act, conv_dgrad, conv_fprop, conv_stats
 from .pooling import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool, max_pool_indices
@@ -13,6 +14,7 @@ from .synchronising import normalize_over_ranks
 
 __all__ = [
     "adaptive_avg_pool",
+    "augment",
     "avg_pool",
     "batch_moments",
     "channel_sum",

@@ -37,7 +37,7 @@ def input_shape(model: nn.Module, batch: int, *, small: bool) -> tuple[int, ...]
 
     from ..summary import attempt
 
-    features = _first_features(model)
+    features = first_features(model)
     if features is None:
         raise TargetError(f"{type(model).__name__} has no layer with a weight that would tell its input: give it")
     in_channels, dims = features
@@ -64,7 +64,7 @@ def input_shape(model: nn.Module, batch: int, *, small: bool) -> tuple[int, ...]
     return (running or shapes)[0]
 
 
-def _first_features(model: nn.Module) -> tuple[int, int] | None:
+def first_features(model: nn.Module) -> tuple[int, int] | None:
     """(channels, spatial axes) that the first convolution takes. Without one: those of the first layer whose weight has
     a convolution's shape, else of the first linear layer.
     """

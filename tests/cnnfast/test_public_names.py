@@ -14,6 +14,7 @@ import cnnfast.functional as functional
 from cnnfast import dispatch, warming
 
 FUNCTIONS = {name: getattr(functional, name) for name in functional.__all__}
+OF_IMAGES = ("augment", "pack_images")
 
 
 def test_a_misspelt_name_of_the_package():
@@ -28,8 +29,8 @@ def test_a_misspelt_name_of_the_package():
 def test_functions_show_their_own_signature(name):
     """To inspect.signature and help(), though each is decorated; and they are pickled by their names."""
     shown = inspect.signature(FUNCTIONS[name])
-    assert next(iter(shown.parameters)) == "input"
-    assert shown.return_annotation.startswith("Tensor")
+    assert next(iter(shown.parameters)) == ("images" if name in OF_IMAGES else "input")
+    assert shown.return_annotation.startswith("tuple[Tensor" if name == "pack_images" else "Tensor")
     assert not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in shown.parameters.values())
     assert FUNCTIONS[name].__name__ == FUNCTIONS[name].__qualname__ == name
     assert FUNCTIONS[name].__doc__
@@ -109,7 +110,7 @@ PUBLIC = {
     **{f"models.{name}": getattr(cnnfast.models, name) for name in cnnfast.models.__all__},
 }
 # They refuse nothing themselves, or what they raise is said where another name is described.
-RAISE_NOTHING = ("cnnfast.trace", "nn.GlobalAvgPool2d", "nn.fusable", "models.resn", "models.wide")
+RAISE_NOTHING = ("cnnfast.trace", "nn.Draws", "nn.GlobalAvgPool2d", "nn.fusable", "models.resn", "models.wide")
 
 
 @pytest.mark.parametrize("name", PUBLIC)

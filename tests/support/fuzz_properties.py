@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from cnnfast.precision import float32_products
 from tests.support.fuzz import check_convolution, convolutions, transposed_convolutions
+from tests.support.fuzz_augment import augmentations, check_augmentation
 from tests.support.fuzz_errors import check_misuse, is_accident, misuses
 from tests.support.fuzz_norm import batch_norms, check_batch_norm, check_fused_convolution, fused_convolutions
 from tests.support.fuzz_pools import (
@@ -55,6 +56,7 @@ PROPERTIES = {
     "avg_pool2d": Property(average_pools(), check_average_pool, 10, 200),
     "adaptive_avg_pool2d": Property(adaptive_pools(), check_adaptive_pool, 10, 150),
     "global_avg_pool2d": Property(global_pools(), check_global_pool, 8, 100),
+    "augment": Property(augmentations(), check_augmentation, 80, 1000),
     "errors": Property(misuses().filter(lambda case: not is_accident(case)), check_misuse, 200, 2500),
 }
 

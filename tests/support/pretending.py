@@ -36,7 +36,8 @@ CPU, PRETENDED = torch.device("cpu"), torch.device("cpu", 0)
 PLAIN = (Tensor, torch.nn.Parameter)
 LAZY = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 CPU_REASON = "the tensors are on the CPU, and the GPU is pretended"
-# These stand for the whole tensor that they are asked about; on a GPU too the index may lie on the CPU.
+# These stand for the whole tensor that they are asked about; on a GPU too an index, or the numbers that an augmentation
+# is told, may lie on the CPU.
 MAY_MIX = (
     "copy_",
     "index",
@@ -47,6 +48,9 @@ MAY_MIX = (
     "_unsafe_index",
     "is_same_size",
     "_has_same_storage_numel",
+    # cnnfast's, which copy numbers on the CPU to the images' device
+    "augment",
+    "augment_plain",
 )
 # What makes tensors of its own, or chooses the device: it says nothing about where a test's tensors are, and such a
 # test is skipped.
@@ -232,8 +236,8 @@ def pretended_gpu(launch_anywhere: bool = False) -> Iterator[Pretended]:
             return launch(self, *args, **kwargs)
 
     def judged(why_torch: Callable[..., str]) -> Callable[..., str]:
-        def why(x: Tensor, *others: Tensor | None, algorithm: str = "auto") -> str:
-            reason = why_torch(x, *others, algorithm=algorithm)
+        def why(x: Tensor, *others: Tensor | None, **how: Any) -> str:
+            reason = why_torch(x, *others, **how)
             if not reason and _plain(x) and not pretended.holds(x):
                 reason = dispatch._torch(CPU_REASON)
                 pretended.served_by_torch.append(f"{sys._getframe(1).f_code.co_name}({list(x.shape)})")

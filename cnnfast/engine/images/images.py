@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -47,12 +48,14 @@ def resampling(interpolation: str) -> Resampling:
 @dataclass(frozen=True)
 class Found:
     """files: what to read, in order. unreadable: folders that cannot be looked into, with the reason. others: how many
-    files of folders are no images, by their extension.
+    files of folders are no images, by their extension. hidden: files and folders that are left out for a dot before
+    their name.
     """
 
-    files: list[Path]
-    unreadable: dict[Path, str]
-    others: dict[str, int]
+    files: list[Path] = field(default_factory=list)
+    unreadable: dict[Path, str] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)
+    hidden: list[Path] = field(default_factory=list)
 
 
 def find(places: Sequence[Path]) -> Found:
@@ -63,12 +66,12 @@ def find(places: Sequence[Path]) -> Found:
     Raises FileNotFoundError for a place that is neither a file nor a folder.
     """
     extensions = _extensions()
-    found = Found([], {}, {})
+    found = Found()
     for place in places:
         if place.is_file():
             found.files.append(place)
         elif place.is_dir():
-            for file in _files_below(place, found.unreadable):
+            for file in _files_below(place, found):
                 if file.suffix.lower() in extensions:
                     found.files.append(file)
                 else:
@@ -84,9 +87,9 @@ def _extensions() -> set[str]:
     return {extension for extension, name in image.registered_extensions().items() if name in readable}
 
 
-def _files_below(folder: Path, unreadable: dict[Path, str]) -> Iterator[Path]:
+def _files_below(folder: Path, found: Found) -> Iterator[Path]:
     def remember(error: OSError) -> None:
-        unreadable[Path(error.filename)] = error.strerror or str(error)
+        found.unreadable[Path(error.filename)] = error.strerror or str(error)
 
     visited = set()
     for here, folders, files in os.walk(folder, onerror=remember, followlinks=True):
@@ -95,6 +98,7 @@ def _files_below(folder: Path, unreadable: dict[Path, str]) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add((place.st_dev, place.st_ino))
+        found.hidden.extend(Path(here, name) for name in folders + files if name.startswith("."))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(here, name) for name in sorted(files) if not name.startswith("."))
 
@@ -103,22 +107,46 @@ def _files_below(folder: Path, unreadable: dict[Path, str]) -> Iterator[Path]:
 # Reading
 
 
-def read(file: Path) -> Image:
+def read(file: Path, *, at_least: int | None = None) -> Image:
     """The image in a file, turned upright as the camera noted in its EXIF data; of several pictures the first. Raises
     UnreadableImage.
-    """
-    images = pillow()
-    from PIL import ImageOps
 
+    at_least: how many pixels of the shorter side suffice. A JPEG is then decoded at a half, a quarter or an eighth of
+    its size, the least that leaves so many; this takes a part of the time, and each pixel is the mean of those that it
+    stands for. Other formats cannot be decoded in part.
+    """
+    with _opened(file) as image:
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        image.load()
+        from PIL import ImageOps
+
+        try:
+            return ImageOps.exif_transpose(image)
+        except Exception:  # what a broken note raises is not always a class of its own
+            return image.copy()
+
+
+def look(file: Path) -> tuple[int, int]:
+    """(width, height) of the image in a file, by its header alone: its pixels are not read, and may be missing. Raises
+    UnreadableImage where the header tells that `read` or `to_mode` will.
+    """
+    with _opened(file) as image:
+        size, mode = image.size, image.mode
+    if mode == "F":
+        raise UnreadableImage(_no_white(mode))
+    return size
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image]:
+    """What goes wrong with the image while it is open becomes an UnreadableImage."""
+    images = pillow()
     if file.exists() and not file.is_file():
         raise UnreadableImage("it is no file, but a folder, a pipe or a device")  # which may never end
     try:
         with images.open(file, formats=[name for name in images.ID if name not in NO_PHOTOGRAPHS]) as image:
-            image.load()
-            try:
-                return ImageOps.exif_transpose(image)
-            except Exception:  # what a broken note raises is not always a class of its own
-                return image.copy()
+            yield image
     except images.DecompressionBombError as error:
         raise UnreadableImage(str(error)) from None
     except images.UnidentifiedImageError:
@@ -140,9 +168,7 @@ def to_mode(image: Image, mode: str) -> Image:
     if image.mode == mode:
         return image
     if image.mode == "F" or (image.mode == "I" and not _has_16_bits(image)):
-        raise UnreadableImage(
-            f'pixels of 32 bits (mode "{image.mode}") do not tell what white is: save it with 16 bits, or 8'
-        )
+        raise UnreadableImage(_no_white(image.mode))
     if image.mode[0] == "I":
         import numpy as np
 
@@ -152,6 +178,10 @@ def to_mode(image: Image, mode: str) -> Image:
         return image.convert(mode)
     except ValueError as error:
         raise UnreadableImage(str(error)) from None
+
+
+def _no_white(mode: str) -> str:
+    return f'pixels of 32 bits (mode "{mode}") do not tell what white is: save it with 16 bits, or 8'
 
 
 def _has_16_bits(image: Image) -> bool:

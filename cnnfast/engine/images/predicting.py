@@ -74,7 +74,7 @@ def predict(
         except MemoryError:
             return file, "there is not enough memory for it"
 
-    with closing(_ahead(prepared, files, 2 * batch)) as reader:
+    with closing(ahead(prepared, files, 2 * batch)) as reader:
         for group in _batches(reader, batch):
             images = [image for _, image in group if isinstance(image, Tensor)]
             found = iter(_classify(network, torch.stack(images), top, classes) if images else ())
@@ -86,7 +86,7 @@ def predict(
 # Images
 
 
-def _ahead(function: Callable[[S], T], items: Iterable[S], most: int) -> Generator[T, None, None]:
+def ahead(function: Callable[[S], T], items: Iterable[S], most: int) -> Generator[T, None, None]:
     """function(item) of each item in their order, by threads that are at most so many items ahead."""
     pool = ThreadPoolExecutor(READERS)
     waiting: deque[Future[T]] = deque()

@@ -153,18 +153,25 @@ class Preprocessing:
         mode. Raises ValueError for pixels that have no range of brightness, and for an image so long and narrow that
         there is no memory for it after resizing.
         """
-        image = to_mode(image, CHANNELS[len(self.mean)])
-        width, height = self._resized(*image.size)
-        if width * height > MOST_RESIZED:
-            raise ValueError(f"{image.width} x {image.height} pixels would become {width} x {height} when resized")
-        if (width, height) != image.size:
-            image = image.resize((width, height), resampling(self.interpolation))
+        image = self.resize(image)
         if self.crop is not None:
             image = self._cropped(image)
         return self._normalised(image)
 
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after resizing."""
+    def resize(self, image: Image) -> Image:
+        """The image in its mode and resized, which `apply` then crops and normalises. Raises ValueError as `apply`."""
+        image = to_mode(image, CHANNELS[len(self.mean)])
+        size = self.resized(*image.size)
+        return image if size == image.size else image.resize(size, resampling(self.interpolation))
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) of such an image after resizing. Raises ValueError if there is no memory for it then."""
+        after = self._sides(width, height)
+        if after[0] * after[1] > MOST_RESIZED:
+            raise ValueError(f"{width} x {height} pixels would become {after[0]} x {after[1]} when resized")
+        return after
+
+    def _sides(self, width: int, height: int) -> tuple[int, int]:
         if self.size is None:
             return width, height
         if isinstance(self.size, int):

@@ -14,37 +14,13 @@ from functools import partial
 import torch
 
 from ..activations import ACTIVATIONS
-from ..augment import Augmenting, ImageNumbers, ImageSource, augment_batch
-from ..batchnorm import (
-    apply_sums,
-    batch_moments,
-    channel_sum,
-    combine_ranks,
-    gradient_sums,
-    normalize,
-    normalize_backward,
-    update_running,
-)
 from ..choosing import Tile
 from ..gather.depthwise.tiles import strip_tiles
-from ..pooling import (
-    adaptive_avg_pool,
-    adaptive_avg_pool_backward,
-    avg_pool,
-    avg_pool_backward,
-    global_avg_pool,
-    max_pool,
-    max_pool_backward,
-    max_pool_indices,
-)
-from ..problem import PoolProblem
 from ..tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile
 from ..tma.stem import packed_problem
 from ..tma.tiles import candidate_boxes
 from ..tma.views import why_not_on
-from . import layers
 from .layers import (
-    BATCH,
     BODY,
     DEPTHWISE_CHANNELS,
     DEPTHWISE_WINDOWS,
@@ -53,13 +29,13 @@ from .layers import (
     LAST,
     MANY,
     NARROW,
-    NCHW,
     POINTWISE,
     SHORTCUT,
     STEM,
     STRIDED,
     CaseLayer,
 )
+from .passes import passes
 
 # The dtype in which each precision's tiles are compiled. float16 differs from bfloat16 in one instruction.
 DTYPES: dict[Precision, torch.dtype] = {"half": torch.bfloat16, "tf32": FLOAT32, "ieee": FLOAT32, "fp64": torch.float64}
@@ -195,107 +171,7 @@ def box_convolutions(arch: int) -> Iterator[Case]:
             yield case("infer", BODY, tile, "half", note=f" in boxes {activation}", activation=activation)
 
 
-def batch_norm(dtype: torch.dtype, fmt: torch.memory_format, training: bool) -> None:
-    """Forward and backward of act(batch_norm(y) + residual), all gradients asked for."""
-    C = 64
-    y = layers.empty(BATCH, C, 56, 56, dtype=dtype, fmt=fmt)
-    residual = torch.empty_like(y)
-    weight, bias = layers.empty(C), layers.empty(C)
-    mean, var = batch_moments(y) if training else (layers.empty(C), layers.empty(C))
-    if training:
-        update_running(layers.empty(C), layers.empty(C), mean, var, 0.1, BATCH * 56 * 56)
-    z = normalize(y, mean, var, weight, bias, residual, 1e-5, "relu", 0.0)
-    normalize_backward(
-        torch.empty_like(z),
-        y,
-        z,
-        mean,
-        var,
-        weight,
-        bias,
-        residual,
-        1e-5,
-        "relu",
-        0.0,
-        training,
-        (True, True, True, True),
-    )
-    channel_sum(z)
-
-
-def batch_norm_over_ranks(dtype: torch.dtype, ranks: int) -> None:
-    """What so many ranks compute otherwise than one: the statistics of all, and gradients by sums over all."""
-    C = 64
-    y = layers.empty(BATCH, C, 56, 56, dtype=dtype, fmt=LAST)
-    weight, bias = layers.empty(C), layers.empty(C)
-    own, _ = batch_moments(y)
-    gathered = layers.empty(ranks, 2 * C + 1, dtype=own.dtype)
-    statistics = combine_ranks(gathered, layers.empty(C), layers.empty(C), 0.1)
-    norm = weight, bias, y
-    sums = gradient_sums(y, y, y, *statistics[:2], *norm, 1e-5, "relu", 0.0)
-    apply_sums(y, y, y, statistics, *norm, sums, 1e-5, "relu", 0.0, (True, True))
-
-
-def activation_pass(dtype: torch.dtype, fmt: torch.memory_format, activation: str) -> None:
-    """Forward and backward of act(y + bias + residual) after a convolution that the library serves."""
-    y = layers.empty(BATCH, 64, 56, 56, dtype=dtype, fmt=fmt)
-    bias, residual = layers.empty(64, dtype=dtype), torch.empty_like(y)
-    slopes = layers.empty(64, dtype=dtype) if activation == "prelu" else None
-    norm = (None, None, None, bias, residual, 0.0, activation, 0.01)
-    z = normalize(y, *norm, slopes)
-    if activation != "prelu":
-        normalize_backward(torch.empty_like(z), y, z, *norm, False, (True, False, True, False))
-
-
-def pooling(dtype: torch.dtype, fmt: torch.memory_format) -> None:
-    x = layers.empty(BATCH, 64, 112, 112, dtype=dtype, fmt=fmt)
-    window = PoolProblem.of(tuple(x.shape), (3, 3), (2, 2), (1, 1))
-    y, taps = max_pool(window, x, with_taps=True)
-    assert taps is not None
-    max_pool_indices(window, taps)
-    max_pool_backward(window, y, taps, fmt)
-    avg_pool(window, x, False, None)
-    avg_pool_backward(window, y, False, None, fmt)
-    adaptive_avg_pool_backward(adaptive_avg_pool(x, 7, 7), (BATCH, 64, 112, 112), fmt)
-    global_avg_pool(layers.empty(BATCH, 512, 7, 7, dtype=dtype, fmt=fmt))
-
-
-def augmentation(images: torch.dtype, dtype: torch.dtype, everything: bool, C: int = 3, noise: bool = False) -> None:
-    """A map alone, or everything that can be done to images, of one size in NCHW or of different sizes."""
-    source = ImageSource(layers.empty(BATCH, C, 256, 256, dtype=images))
-    if images == torch.uint8:
-        places = layers.empty(BATCH, dtype=torch.int64), layers.empty(BATCH, 2, dtype=torch.int32)
-        source = ImageSource(source.images.view(-1), *places)
-    numbers = ImageNumbers(layers.empty(BATCH, 2, 3))
-    if everything:
-        boxes = layers.empty(BATCH, 1, 4 if noise else 4 + C)
-        seeds = layers.empty(BATCH, dtype=torch.int64) if noise else None
-        numbers = ImageNumbers(numbers.maps, layers.empty(BATCH, 5), boxes, seeds, layers.empty(BATCH, 6))
-    augment_batch(source, numbers, Augmenting(224, 224, dtype, (0.0,) * C, (0.5,) * C, (0.25,) * C, everything))
-
-
-def passes() -> Iterator[Case]:
-    yield Case("batch norm bfloat16", partial(batch_norm, torch.bfloat16, LAST, True))
-    yield Case("batch norm bfloat16, given statistics", partial(batch_norm, torch.bfloat16, LAST, False))
-    yield Case("batch norm float32 NCHW", partial(batch_norm, FLOAT32, NCHW, True))
-    yield Case("batch norm float64", partial(batch_norm, torch.float64, LAST, True))
-    # 8 ranks are those of one machine; 2048 make the highest block, of one channel, with float64's registers.
-    yield Case("batch norm over 8 ranks bfloat16", partial(batch_norm_over_ranks, torch.bfloat16, 8))
-    yield Case("batch norm over 2048 ranks float64", partial(batch_norm_over_ranks, torch.float64, 2048))
-    # read off the result, computed again, and one whose slopes are operands
-    for activation in ("relu", "mish", "prelu"):
-        yield Case(f"bias and {activation} bfloat16", partial(activation_pass, torch.bfloat16, LAST, activation))
-    yield Case("bias and mish float32 NCHW", partial(activation_pass, FLOAT32, NCHW, "mish"))
-    yield Case("pooling bfloat16", partial(pooling, torch.bfloat16, LAST))
-    yield Case("pooling float32 NCHW", partial(pooling, FLOAT32, NCHW))
-    yield Case("augmentation uint8 to bfloat16, a map", partial(augmentation, torch.uint8, torch.bfloat16, False))
-    yield Case("augmentation uint8 to bfloat16", partial(augmentation, torch.uint8, torch.bfloat16, True))
-    yield Case("augmentation uint8 to float16, noise", partial(augmentation, torch.uint8, torch.float16, True, 3, True))
-    yield Case("augmentation float32", partial(augmentation, FLOAT32, FLOAT32, True))
-    yield Case("augmentation float16, grey", partial(augmentation, torch.float16, torch.float16, True, 1))
-
-
 def cases(arch: int = 90) -> list[Case]:
     """All of them for sm_90 or another, in an order that every process of one version agrees on."""
     boxes = () if why_not_on(arch) else box_convolutions(arch)
-    return [*convolutions(arch), *depthwise_convolutions(), *passes(), *boxes]
+    return [*convolutions(arch), *depthwise_convolutions(), *[Case(*case) for case in passes()], *boxes]

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import cnnfast
 from cnnfast.__main__ import app
 from cnnfast.bench import jax_model, running
+from cnnfast.bench import task as tasks
 from cnnfast.bench.job import Job
 from cnnfast.bench.providers import EAGER, MAX_AUTOTUNE, PROVIDERS, Prepared, Provider
 from cnnfast.bench.rows import FAILED, LAYER, LEFT_OUT, OK, UNAVAILABLE, read
@@ -340,14 +341,14 @@ def test_an_interrupt_before_everything_leaves_an_empty_list(monkeypatch, model,
 
 
 def test_a_mode_that_fails_ends_with_1_and_the_other_is_reported(monkeypatch, model, tmp_path):
-    whole = running.expect
+    whole = tasks.expect
 
     def only_infer(job):
         if job.mode == "train":
             raise torch.cuda.OutOfMemoryError("much")
         return whole(job)
 
-    monkeypatch.setattr(running, "expect", only_infer)
+    monkeypatch.setattr(tasks, "expect", only_infer)
     only(monkeypatch, PYTORCH)
     file = tmp_path / "rows.json"
     result = bench(model, "--mode", "infer,train", "--json", str(file))

@@ -36,7 +36,7 @@ def judged(monkeypatch):
     monkeypatch.setattr(story.torch.cuda, "is_available", lambda: False)
     for name in ("QUICK", "WHOLE"):
         chosen = getattr(effort, name)
-        tiny = dataclasses.replace(chosen, epochs=1, photograph=16, converted=1)
+        tiny = dataclasses.replace(chosen, epochs=1, photograph=16, converted=1, views=1)
         monkeypatch.setattr(effort, name, tiny)
     return asked
 
@@ -49,10 +49,10 @@ def test_quick_prints_a_story_and_writes_a_report(judged, tmp_path, monkeypatch)
     assert result.exit_code == 1
     assert lines[0] == effort.QUICK.duration
     assert [line.partition(" ")[0] for line in lines if line[0] != " "] == [
-        "This", "machine", "training", "held", "photograph", "errors", "judged", "convert", "ResNet-50", "left",
-        "report", "next", "result",
+        "This", "machine", "training", "held", "photograph", "augment", "errors", "judged", "convert", "ResNet-50",
+        "left", "report", "next", "result",
     ]  # fmt: skip
-    assert 14 <= len(lines) <= 18
+    assert 16 <= len(lines) <= 20
     assert max(map(len, lines)) <= 80
     assert "FAILED: held out (" in lines[-1]
     assert judged == [((1, 3, 16, 16), True, "float32"), ((1, 3, 8, 8), True, "float32")]
@@ -61,6 +61,7 @@ def test_quick_prints_a_story_and_writes_a_report(judged, tmp_path, monkeypatch)
     assert not data["ok"]
     assert data["maps"]["ok"]
     assert data["conversion"]["ok"]
+    assert data["augmentation"]["ok"]
     assert data["training"]["losses"]
     assert data["errors"]["forward"]["pytorch"] == pytest.approx(2e-7 / 2**-23)
     assert "FAILED" in Path("cnnfast-report/report.md").read_text()

@@ -25,7 +25,7 @@ LINES = {command.__name__: line for commands in COMMANDS.values() for command, (
 TYPED = [line for commands in COMMANDS.values() for _, examples in commands.values() for line in examples]
 GROUP = typer.main.get_command(app)
 # Python's and typer's names of types, which nobody types.
-TYPES = re.compile(r"<[a-z]|\b(TEXT|INTEGER|FLOAT|BOOLEAN|PATH|str|bool|list\[|class)\b|\[x>|[{}]")
+TYPES = re.compile(r"<[a-z]|\b(TEXT|INTEGER|FLOAT|BOOLEAN|PATH|str|bool|list\[)\b|class '|\[x>|[{}]")
 
 
 def invoke(*arguments: str, width: int = 80):
@@ -112,9 +112,11 @@ JSON = {
     "doctor": lambda data: "findings" in data,
     "check model.py:Net --input 1x3x4x4 --no-backward": lambda data: data["ok"],
     "bench model.py:Net --input 1x3x8x8 --provider eager --seconds 0": lambda data: data[0]["mode"] == "infer",
+    "bench augment --input 2x3x16x16 --size 12 --provider cnnfast --seconds 0": lambda data: data[0]["launches"] >= 1,
     "bench --compare rows.json rows.json": lambda data: data[0]["verdict"] == "same",
     "freeze model.py:Net --input 1x3x8x8 --out own.cnnfast": lambda data: data["steps"][0]["pattern"] == "convolution",
     "predict net.cnnfast photo.png --preprocessing how.json": lambda data: len(data[0]["top"]) == 4,
+    "augment photo.png --size 8 --count 2": lambda data: len(data["results"]) == 2,
     "tune model.py:Net --input 1x3x8x8 --dry-run --gpu h200": lambda data: data[0]["candidates"][-1] == "library",
 }
 

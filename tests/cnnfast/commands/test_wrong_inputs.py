@@ -169,6 +169,7 @@ ROWS = [
             "doctor": JSON,
             "demo": [*BUDGET, *JSON],
             "predict {own}/fine.py {own}/fine.py": JSON,
+            "augment": JSON,
         }.items()
         for option, says in options
     ),
@@ -193,6 +194,18 @@ ROWS = [
     ("bench resnet18 --input 1x4x64x64", "ResNet does not run on 1x4x64x64: RuntimeError: "),
     ("bench cnnfast.functional:max_pool2d", "needs arguments (input, kernel_size): write a function that builds it"),
     ("bench --layers --mode train", "leave out MODEL, --mode and --input"),
+    ("bench augment --provider cudnn-fused", "'cudnn-fused' is none of cnnfast, cnnfast-drawn, cnnfast-torch"),
+    ("bench augment --provider korna", "Did you mean 'kornia'?"),
+    ("bench resnet18 --provider kornia", "'kornia' is none of eager, eager-graph"),
+    ("bench resnet18 --size 224", "it is of what augment makes: cnnfast bench augment --size 224"),
+    ("bench augment --size 4", "Invalid value for '--size'"),
+    ("bench augment --size much", "Invalid value for '--size'"),
+    ("bench augment --mode train", "augment has no modes: leave out --mode"),
+    ("bench augment --layers", "leave out MODEL, --mode and --input"),
+    ("bench augment --dtype fp64", "augment makes bf16, fp16 or fp32, not float64"),
+    ("bench augment --input 8x4x64x64", "8x4x64x64 are no images: write 64x3x256x256, or 64x256x256x3"),
+    ("bench augment --input 3x64x64", "3x64x64 are no images"),
+    ("bench augment --size 32 --compare {own}/rows.json {own}/rows.json", "leave out MODEL and all options but --json"),
     ("bench --compare no.json {own}/rows.json", "there is no file no.json"),
     ("bench --compare {own}/rows.json {own}/rows.json", "{own}/rows.json holds no rows of `cnnfast bench --json`"),
     ("bench resnet18 --compare {own}/rows.json {own}/rows.json", "leave out MODEL and all options but --json"),
@@ -240,6 +253,32 @@ ROWS = [
     ("aot --jobs some", "Invalid value for '--jobs'"),
     ("aot --only nonsense", "only='nonsense' is in no case's name: names begin with "),
     ("aot --record --only pool", "the record is of all cases: leave --only out"),
+    ("augment cat.jpg", "there is no file cat.jpg; options are written NAME=VALUE, such as degrees=15"),
+    ("augment degrees 15", "there is no file degrees; options are written NAME=VALUE"),
+    ("augment {own}/fine.jpg", "there is no file {own}/fine.jpg. Did you mean '{own}/fine.py'?"),
+    ("augment {own}", "{own} is a folder: name images in it"),
+    ("augment {own}/fine.py", "{own}/fine.py: Pillow knows no image format like this"),
+    ("augment degree=15", "'degree' is no option of augmentation. Did you mean 'degrees'?"),
+    ("augment crop-scale=0.5,1", "Did you mean 'crop_scale'?"),
+    ("augment degrees=15 degrees=20", "the option degrees of augmentation is given twice"),
+    ("augment degrees=", "degrees"),
+    ("augment brightness=-1", "brightness"),
+    ("augment erasing_p=2", "erasing_p"),
+    ("augment crop_scale=1,0.5", "crop_scale"),
+    ("augment size=32", "size=32: write --size 32"),
+    ("augment hue=0.1 seed=3", "seed=3: write --seed 3"),
+    ("augment --size 0", "Invalid value for '--size'"),
+    ("augment --size 100000", "Invalid value for '--size'"),
+    ("augment --size 4096", "24 results of 4096 x 4096 are too many pixels: at most 2 of this size"),
+    ("augment --count 0", "Invalid value for '--count'"),
+    ("augment --columns 0", "Invalid value for '--columns'"),
+    ("augment --columns few", "Invalid value for '--columns'"),
+    ("augment --seed -1", "Invalid value for '--seed'"),
+    ("augment --out sheet.gif", "sheet.gif is no name of a picture: let it end with .png, .jpg or .webp"),
+    ("augment --out sheet", "sheet is no name of a picture"),
+    ("augment --out -", "a picture goes to a file: let it end with .png"),
+    ("augment --out nowhere/x.png", "there is no folder nowhere"),
+    ("augment --out {own}/folder.png", "{own}/folder.png cannot be written: Is a directory"),
     ("demo --epochs 0", "Invalid value for '--epochs'"),
     ("demo --seed -1", "Invalid value for '--seed'"),
     ("demo --epochs many", "Invalid value for '--epochs'"),
@@ -257,6 +296,8 @@ WITHOUT_A_GPU = [
         "bench resnet18 --dtype tf32",
         "tf32 needs a GPU: on a CPU PyTorch, which serves every call there, rounds nothing",
     ),
+    ("bench augment --provider torchvision-worker", "torchvision-worker cannot run: without a GPU it is torchvision"),
+    ("bench augment --provider cnnfast-torch", "cnnfast-torch cannot run: without a GPU it is cnnfast"),
     ("bench no.py:Net --provider eager-graph", f"eager-graph cannot run: it is a CUDA graph, and {NO_GPU}"),
     ("bench resnet18 --provider cnnfast --provider cudnn-fused", "cudnn-fused cannot run: it is a CUDA graph"),
 ]
@@ -269,6 +310,7 @@ def own(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     for name, text in OWN.items():
         (folder / name).write_text(text)
+    (folder / "folder.png").mkdir()
     return folder
 
 
@@ -324,6 +366,9 @@ AT_ONCE = [
     ("freeze resnet18 --out x.cnnfast --weights w.pth", "w.pth is a pickle"),
     ("info resnet18 --input 3x", "'3x' is no shape"),
     ("predict resnet18 x.jpg", "there is no file resnet18"),
+    ("augment x.jpg", "there is no file x.jpg"),
+    ("augment size=3", "write --size 3"),
+    ("augment --size 4096", "are too many pixels"),
 ]
 WITHOUT_TORCH = """
 import sys

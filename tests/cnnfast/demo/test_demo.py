@@ -19,10 +19,22 @@ from cnnfast.checking import CheckReport, CheckRow, Comparison
 from cnnfast.checking.capture import capture_calls
 from cnnfast.conversion import ConversionReport
 from cnnfast.conversion.rows import ConvolutionRow
-from cnnfast.demo import assortment, costs, digits, effort, findings, panels, photograph, plain, story, timing
+from cnnfast.demo import (
+    assortment,
+    augmented,
+    costs,
+    digits,
+    effort,
+    findings,
+    panels,
+    photograph,
+    plain,
+    story,
+    timing,
+)
 from cnnfast.demo.markdown import markdown
 from cnnfast.demo.picture import Images, draw, picture
-from cnnfast.demo.results import Conversion, Known, Maps, Proof, Results, Training, in_units
+from cnnfast.demo.results import Augmentation, Conversion, Known, Maps, Proof, Results, Training, in_units
 from cnnfast.measuring.budget import Budget
 from cnnfast.measuring.machine import Peaks
 from cnnfast.models import resnet50
@@ -93,7 +105,9 @@ def test_maps_and_converted_digits_are_computed_by_kernels(device):
     network, layers = digits.make_network(0).to(device).eval(), photograph.make_layers(0).to(device)
     x = photograph.normalized(photograph.load_photograph(16)).to(device)
     state = {name: t.clone() for name, t in layers.state_dict().items()}
-    maps, found, (stem, block) = story.compute(layers, x, network, torch.rand(3, 1, 8, 8, device=device))()
+    images, source = torch.rand(3, 1, 8, 8, device=device), augmented.load_source()[:, :, :12, :20].to(device)
+    views = augmented.Views(2, 0)
+    maps, found, (stem, block), run = story.compute(layers, x, network, images, views, source)()
     assert (maps.ok, maps.size) == (True, "16 x 16")
     assert maps.launches.count("conv_fprop_kernel") == 3
     assert "max_pool_kernel" in maps.launches
@@ -104,6 +118,18 @@ def test_maps_and_converted_digits_are_computed_by_kernels(device):
     assert (found.digits, found.same, found.report.count("fused")) == (3, 3, 6)
     assert found.launches.count("conv_fprop_kernel") == 6
     assert not dataclasses.replace(found, same=2).ok
+    assert run.output.shape == (2, 3, augmented.SIZE, augmented.SIZE)
+    assert run.launches == ["grey_mean_kernel", "augment_kernel"]
+    seen, views = augmented.augmentation_of(source, 0, run, kernels=True)
+    assert seen.ok
+    assert (seen.count, seen.by_kernels, seen.launches) == (24, 2, run.launches)
+    assert 0 < seen.apart < 0.1
+    assert seen.milliseconds["cnn.Augment"] > 0
+    assert views.shape == (24, 3, augmented.SIZE, augmented.SIZE)
+    assert (float(views.min()), float(views.max())) >= (0, 0.5)
+    assert not torch.equal(views[0], views[1])
+    run.output[1, 0, 0, 0] += 0.01
+    assert not augmented.augmentation_of(source, 0, run, kernels=True)[0].ok
 
 
 def compiled_runs():
@@ -285,6 +311,9 @@ def test_the_timing_names_whose_kernels_it_times():
 RESNET50 = costs.costs_of(resnet50, "ResNet-50")
 
 
+TIMES = {"cnn.Augment": 12.3, "torchvision": 45.6}
+
+
 def made_up(ok: bool = True) -> Results:
     errors = [
         Comparison("output", 1e-6, 2e-6, 4e-6, largest=2.0),
@@ -315,6 +344,7 @@ def made_up(ok: bool = True) -> Results:
         Maps("9 x 12", [exact, errors[0]], ["conv_fprop_kernel"]),
         [Proof("photograph, small", "photograph", "float32", CheckReport([stem, pool]), 5.0)],
         Conversion(16, 16, ["conv_fprop_kernel"], converted),
+        Augmentation(24, 96, 2, ["grey_mean_kernel", "augment_kernel"], 0.004, TIMES, "PyTorch's operators"),
         Known("a known model", converted),
         RESNET50,
         [timing.Timing("a layer", 2, 0.1, 0.2, 0.3, 0.4)],
@@ -341,12 +371,12 @@ def said(found: list[findings.Told]) -> list[str]:
     return [line for each in found for line in each.lines()]
 
 
-def test_the_story_is_about_fifteen_lines_of_eighty_columns():
+def test_the_story_is_about_twenty_lines_of_eighty_columns():
     """Of whatever there is to say: with what --quick leaves out, and with times."""
     results = made_up()
     lines = [results.effort.duration, *said(findings.all_of(results)), *said(findings.of_end(results, Path("report")))]
     text = " ".join(" ".join(lines).split())
-    assert len(lines) <= 18
+    assert len(lines) <= 21
     assert max(map(len, lines)) <= 80
     for expected in (
         "359 of 360 unseen digits read right: 99.7% (wanted: 97%)",
@@ -355,6 +385,8 @@ def test_the_story_is_about_fifteen_lines_of_eighty_columns():
         "1 ulp is the last place of the largest value in a tensor (float32)",
         "2 of 2 checks hold",
         "16 of 16 read as by PyTorch",
+        "24 views of the photograph by 2 launches of our kernels",
+        "12 ms by PyTorch's operators; 46 ms by torchvision, image by image",
         "a known model: 1 of 1 convolutions fused, 90.0% of FLOPs",
         "25,557,032 parameters, 8.2 GFLOPs an image (computed, not measured)",
         "left out by --quick: half the epochs",
@@ -387,7 +419,10 @@ def test_what_failed_is_said_first():
     wrong.maps.comparisons[0].error = 1.0
     assert not wrong.maps.ok
     assert "which is WRONG" in str(findings.of_maps(wrong))
-    assert wrong.failed == ["photograph", "judged"]
+    assert wrong.augmentation is not None
+    wrong.augmentation.apart = 3.2
+    assert "which are WRONG by up to 3.2 of 255 levels" in str(findings.of_augmentation(wrong))
+    assert wrong.failed == ["photograph", "judged", "augment"]
     assert json.loads(wrong.to_json())["failed"] == wrong.failed
 
 
@@ -408,6 +443,13 @@ def test_report_as_markdown_and_json():
     assert data["errors"]["unit"].startswith("ulp: ")
     assert data["errors"]["forward"]["ours"] == pytest.approx(4.19, abs=0.01)
     assert data["maps"]["ok"]
+    assert "24 views of 96 x 96 pixels each" in text
+    assert "The first 2 were computed by our kernels too: they differ by at most 0.004 levels." in text
+    assert "| torchvision | 45.6 |" in text
+    assert "| `augment_kernel` | once a batch |" in text
+    assert data["augmentation"]["ok"]
+    assert data["augmentation"]["launches"] == ["grey_mean_kernel", "augment_kernel"]
+    assert data["augmentation"]["milliseconds"] == TIMES
     assert data["known"]["name"] == "a known model"
     assert data["costs"]["parameters"] == 25_557_032
     assert data["costs"]["computed"] == "from shapes, not measured"
@@ -468,7 +510,12 @@ def test_report_without_triton():
     results.conversion.launches = []
     assert not results.ok  # kernels could have run
     results.conversion.kernels = False
+    assert results.augmentation is not None
+    results.augmentation.launches = []
+    assert not results.ok
+    results.augmentation.kernels = False
     assert results.ok
+    assert "by PyTorch: no kernel ran" in str(findings.of_augmentation(results))
     text = markdown(results, "demo.png")
     assert "no kernel ran" in text
     assert "none was judged" in text
@@ -477,7 +524,8 @@ def test_report_without_triton():
 def images() -> Images:
     read = torch.arange(20) % 10
     shown = digits.Digits(torch.rand(20, 1, 8, 8), read.roll(1), torch.arange(20))
-    return Images(torch.rand(3, 9, 12), torch.rand(16, 4, 5), torch.rand(16, 2, 3), shown, read)
+    views = torch.rand(23, 3, 6, 6)
+    return Images(torch.rand(3, 9, 12), torch.rand(16, 4, 5), torch.rand(16, 2, 3), views, shown, read)
 
 
 @pytest.fixture
@@ -509,6 +557,7 @@ def test_picture(tmp_path, shown, proofs, timings):
     assert pixels[..., :3].std() > 0.1
     written = " ".join(texts(picture(results, shown)))
     assert "Our kernels computed these feature maps" in written
+    assert "augmented 24 times by cnn.Augment: our kernels take 2 launches for the batch" in written
     assert "359 of 360 unseen digits are read right (99.7%)" in written
     assert "71% of its bytes: fused, it moves 65% less" in written
     assert "share of all FLOPs, %" in written
@@ -523,11 +572,14 @@ def test_the_picture_says_what_failed(shown):
     results = made_up(ok=False)
     assert results.maps is not None
     results.maps.comparisons[0].message = "not finite"
+    assert results.augmentation is not None
+    results.augmentation.apart = 3.2
     written = " ".join(texts(picture(results, shown)))
     assert "1 of 2 checks FAIL" in written
     assert "pool: max pool FAIL" in written
     assert "These feature maps are WRONG" in written
     assert "hold" not in written
+    assert "These views are WRONG: our kernels are 3.2 of 255 levels from PyTorch's operators" in written
     assert "read 0, is 9" in written
 
 

@@ -30,6 +30,16 @@ MEAN, VAR, WEIGHT, BIAS = (normal(6, seed=i).abs() + 0.5 for i in range(3, 7))
 TOLD = torch.cat([torch.stack([MEAN, VAR]).flatten().repeat(3, 1), torch.tensor([[4.0], [0.0], [2.0]])], 1)
 COUNT, SUMS = torch.tensor([30.0], dtype=torch.float64), torch.stack([MEAN, VAR])
 TAPS = torch.tensor([3, 3, 2], dtype=torch.uint8).expand(2, 4, 3, 3).contiguous()  # taps that lie in the image
+PICTURES = integers(2, 3, 5, 6, largest=127).add(127).to(torch.uint8)
+OFFSETS, SIZES = torch.tensor([0, 90]), torch.tensor([[5, 6], [6, 5]])
+NUMBERS = (
+    normal(2, 2, 3, dtype=torch.float32),
+    torch.tensor([[0.5, 1.5, 0.7, 0.1, 0.0], [1.0, 1.0, 1.0, 0.0, 1.0]]),
+    torch.tensor([[[1.0, 2.0, 3.0, 4.0]]] * 2),
+    torch.tensor([1, 2**40]),
+    torch.tensor([[1.0, 0.5, 0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0, 3.0, 4.0]]),
+)
+AUGMENTED = ([4, 5], [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], [0.0, 0.5, 1.0], True, torch.float16)
 
 
 def wants(*arguments):
@@ -107,6 +117,11 @@ SAMPLES = {
     "apply_sums": [
         (Y, Y, None, MEAN, VAR, COUNT, WEIGHT, BIAS, Y, SUMS, 1e-5, "gelu", 0.0, [True, True]),
         (Y, arrange(Y, "transposed"), Y, MEAN, VAR, COUNT, None, None, None, SUMS, 1e-5, "relu", 0.0, [True, False]),
+    ],
+    "augment": [
+        (PICTURES, None, None, None, None, None, None, None, *AUGMENTED),
+        (PICTURES.permute(0, 3, 1, 2), None, None, *NUMBERS, *AUGMENTED),
+        (PICTURES.flatten(), OFFSETS, SIZES, *NUMBERS, *AUGMENTED),
     ],
     "max_pool": [wants(X, True, *WINDOW), (NHWC, False, *WINDOW), wants(NHWC, False, *WINDOW)],
     "max_pool_indices": [(TAPS, X.shape, *WINDOW)],

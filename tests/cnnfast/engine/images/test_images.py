@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cnnfast.engine.images import images
-from cnnfast.engine.images.images import NO_PILLOW, UnreadableImage, find, read, to_mode
+from cnnfast.engine.images.images import NO_PILLOW, UnreadableImage, find, look, read, to_mode
 
 PIL = pytest.importorskip("PIL.Image")
 
@@ -36,6 +36,7 @@ def test_folders_are_searched_by_name_and_files_are_taken_as_given(tmp_path):
     assert found.files == inside
     assert found.others == {".txt": 1, ".h5": 1, ".eps": 1, "": 1}
     assert found.unreadable == {}
+    assert found.hidden == [tmp_path / name for name in (".hidden.png", "deep/.thumbnails")]
     text = tmp_path / "deep" / "notes.txt"
     assert find([text, tmp_path / "deep"]).files == [text, *inside[2:]], "who names a file means it"
     with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*nothing"):
@@ -71,6 +72,56 @@ def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
+
+
+@pytest.mark.parametrize(
+    ("size", "at_least", "decoded"),
+    [
+        ((64, 48), 48, (64, 48)),
+        ((64, 48), 25, (64, 48)),
+        ((64, 48), 24, (32, 24)),
+        ((64, 48), 7, (16, 12)),
+        ((64, 48), 6, (8, 6)),
+        ((64, 48), 1, (8, 6)),
+        ((65, 50), 7, (17, 13)),
+        ((64, 2), 1, (32, 1)),
+        ((64, 1), 1, (64, 1)),
+        ((64, 48), 1000, (64, 48)),
+    ],
+)
+def test_as_few_pixels_of_a_jpeg_are_decoded_as_suffice(tmp_path, size, at_least, decoded):
+    """Each is the mean of those that it stands for: a wave of one pixel is grey."""
+    row = np.where(np.arange(size[0]) % 2, 255, 0).astype(np.uint8)
+    file = tmp_path / "wave.jpg"
+    PIL.fromarray(np.tile(row, (size[1], 1))).save(file, quality=100)
+    image = read(file, at_least=at_least)
+    assert image.size == decoded
+    assert np.ptp(np.array(image)[:, : size[0] // 16]) < 8 or decoded == size
+    png = save(tmp_path / "whole.png", size)
+    assert read(png, at_least=at_least).size == size
+
+
+def test_a_part_of_a_jpeg_stands_as_the_camera_was_held(tmp_path):
+    exif = PIL.Exif()
+    exif[0x0112] = 6
+    file = save(tmp_path / "photo.jpg", (64, 48), exif=exif)
+    assert read(file).size == (48, 64)
+    assert read(file, at_least=24).size == (24, 32)
+
+
+def test_a_look_reads_no_pixels(tmp_path):
+    file = tmp_path / "truncated.jpg"
+    whole = save(tmp_path / "whole.jpg", (64, 48)).read_bytes()
+    file.write_bytes(whole[: whole.index(b"\xff\xda")])  # where the pixels begin
+    assert look(file) == (64, 48)
+    with pytest.raises(UnreadableImage):
+        read(file)
+
+
+def test_a_look_sees_that_pixels_have_no_white(tmp_path):
+    PIL.fromarray(np.zeros((2, 3), np.float32)).save(tmp_path / "depth.tif")
+    with pytest.raises(UnreadableImage, match=r"pixels of 32 bits .* do not tell what white is"):
+        look(tmp_path / "depth.tif")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -164,15 +215,20 @@ def broken(name: str, folder: Path) -> Path:
     ],
 )
 def test_what_cannot_be_read_has_a_reason(tmp_path, name, reason):
+    file = broken(name, tmp_path)
     with pytest.raises(UnreadableImage, match=reason):
-        read(broken(name, tmp_path))
+        read(file)
+    if reason not in ("truncated", "."):  # which the pixels show only
+        with pytest.raises(UnreadableImage, match=reason):
+            look(file)
 
 
 def test_a_decompression_bomb_is_not_read(tmp_path, monkeypatch):
     file = save(tmp_path / "bomb.png", (30, 30))
     monkeypatch.setattr(PIL, "MAX_IMAGE_PIXELS", 400)
-    with pytest.raises(UnreadableImage, match="could be decompression bomb"):
-        read(file)
+    for reads in (read, look):
+        with pytest.raises(UnreadableImage, match="could be decompression bomb"):
+            reads(file)
 
 
 def test_without_pillow_it_is_said_how_to_get_it(monkeypatch):

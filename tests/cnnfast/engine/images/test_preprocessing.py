@@ -362,6 +362,15 @@ def test_a_crop_of_one_image_by_hand():
     assert shifted.apply(image).flatten().tolist() == pytest.approx([2, 2.5, 3, 3.5])
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_what_is_resized_is_what_is_cropped_and_normalised(mode):
+    how = Preprocessing(40, None, "bilinear", (0.0,) * 3, (1.0,) * 3)
+    image = photograph(67, 101, mode)
+    resized = how.resize(image)
+    assert (resized.mode, resized.size) == ("RGB", how.resized(101, 67)) == ("RGB", (60, 40))
+    assert torch.equal(how.apply(image), torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255)
+
+
 def test_an_image_that_would_need_all_memory_is_refused():
     line = PIL.new("L", (20000, 1))
     with pytest.raises(ValueError, match="20000 x 1 pixels would become 80000000 x 4000 when resized"):

@@ -1,0 +1,102 @@
+"""How many kernels an augmentation launches, and how many bytes they read and write, without a GPU.
+
+What PyTorch launches is counted by its operators: on a GPU each launches one kernel or more, unless it makes a view of
+memory that is there. Only operators count that read or write a tensor as large as an image of the result, because the
+small tensors of random numbers may lie on the CPU. So that is a lower bound. What ours launch is replayed on meta
+tensors that stand for a GPU's: that is exact, but for the copy of the numbers to the GPU, which is no kernel. Of each
+launch the bytes are those of all its tensors: images count whole,
+though a crop reads a part of them, and what a cache saves is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .. import dispatch
+from ..aside import leaving_no_trace
+from ..ops.registry import OPERATORS
+
+STEPS = 4  # that are counted: how much is done depends on what is drawn
+WRITE_ONLY = ("copy_", "fill_", "zero_")  # operators that do not read what they write into
+
+
+class Count(NamedTuple):
+    """Of one step: launches, and bytes that they read and write."""
+
+    launches: float
+    moved_bytes: float
+
+
+class OperatorTally(TorchDispatchMode):
+    """Counts operators that read or write a tensor of at least `least` elements."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.launches, self.moved_bytes = least, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "cnnfast":  # made of PyTorch's operators, which count, where no kernel serves
+            backend = torch._C.DispatchKey.CUDA if args[0].is_cuda else torch._C.DispatchKey.CPU
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(backend), *args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        read, written = _tensors((args, kwargs)), _tensors(result)
+        if not func._schema.is_mutable:
+            memory = {t.untyped_storage()._cdata for t in read}
+            written = [t for t in written if t.untyped_storage()._cdata not in memory]
+        name = func._overloadpacket.__name__
+        if not written or "empty" in name or max(t.numel() for t in (*read, *written)) < self.least:
+            return result  # a view, memory without values, or no image
+        if name in WRITE_ONLY:
+            read = read[1:]
+        self.launches += 1
+        self.moved_bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in (*read, *written))
+        return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def by_operators(step: Callable[[], object], least: int) -> Count:
+    """Counts the operators of a few steps. Random numbers are afterwards as they were."""
+    with leaving_no_trace(), OperatorTally(least) as tally:
+        torch.manual_seed(0)
+        for _ in range(STEPS):
+            step()
+    return Count(tally.launches / STEPS, tally.moved_bytes / STEPS)
+
+
+class Replaying(TorchDispatchMode):
+    """Operators of cnnfast do on meta tensors what they would do on a GPU's."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        _, ours, name = func._schema.name.partition("cnnfast::")
+        return OPERATORS[name].implementation(*args) if ours else func(*args, **(kwargs or {}))
+
+
+def by_replaying(call: Callable[[], object]) -> Count | None:
+    """Counts what a call on meta tensors would launch if these were on a GPU; None without triton."""
+    if dispatch.launch is None:
+        return None
+    from cnnfast_kernels import devices
+
+    from .. import calls
+
+    moved: list[int] = []
+
+    def note(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+        moved.append(sum(t.nbytes for t in arguments if isinstance(t, Tensor)))
+
+    with leaving_no_trace(), dispatch.backend("auto"), calls.standing_for(devices.NO_GPU), ExitStack() as stack:
+        stack.enter_context(dispatch.launch.substituted(note))
+        stack.enter_context(Replaying())
+        call()
+    return Count(len(moved), sum(moved))

@@ -1,0 +1,71 @@
+"""Training by several processes, each with a share of every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import cnnfast.nn as cnn
+
+
+class DataParallel(DistributedDataParallel):
+    """PyTorch refuses synchronised batch norms on a CPU, where it has none; ours work there."""
+
+    def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
+        norms = [m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]
+        if not all(isinstance(m, cnn.SyncBatchNorm) for m in norms):
+            super()._passing_sync_batchnorm_handle(module)
+
+
+class RankStrategy(DDPStrategy):
+    """lightning's, with DataParallel in training alone. In validation processes may have different numbers of batches,
+    so nothing may be exchanged with each: the first process's buffers are sent to the others once before.
+    """
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        return DataParallel(module=model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        with self.precision_plugin.val_step_context():
+            return self.lightning_module.validation_step(*args, **kwargs)
+
+
+def rank() -> int:
+    """Which of the processes that torch.distributed connects this is; 0 where it does not."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@contextmanager
+def connected() -> Iterator[torch.device]:
+    """The device of this process: its GPU, or the CPU. Under torchrun all that it started are connected while the
+    context lasts.
+    """
+    elastic = TorchElasticEnvironment
+    local = elastic().local_rank() if elastic.detect() else 0
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if not elastic.detect():
+        yield device
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def share_buffers(module: nn.Module) -> None:
+    """All processes get the first one's buffers, as DistributedDataParallel does it before each forward in training."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)

@@ -1,0 +1,91 @@
+"""Parts that are not trained: no gradient, no statistics, nothing kept for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cnnfast
+import cnnfast.nn as cnn
+from cnnfast.training import Module
+from tests.support.trainable import small_fit, small_net
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Of tensors that a forward keeps for backward, parameters and buffers aside; memory that two share counts once."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        held.append(t)  # so that no other tensor gets its memory meanwhile
+        return t
+
+    held: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x).sum().backward()
+    return sum(kept.values())
+
+
+def module(model: nn.Module, frozen: Any, size: int = 8) -> Module:
+    converted = cnnfast.convert(model, inplace=True)
+    return Module(converted, classes=10, augment=cnn.Augment(size, mean=0.5, std=0.5), frozen=frozen)
+
+
+@pytest.mark.parametrize("backend", ["torch", "kernels"])
+def test_a_frozen_backbone_keeps_nothing_for_backward(backend, device):
+    with cnnfast.backend(backend):
+        x = torch.randn(3, 1, 8, 8, device=device)
+        whole, part = (module(small_net(), frozen).to(device) for frozen in ((), ("backbone",)))
+        all_bytes, kept = saved_bytes(whole, x), saved_bytes(part, x)
+    # The linear layer keeps its input, [3, 32] float32, and dropout before it which numbers it has dropped.
+    assert kept <= 3 * 32 * (4 + 1) < all_bytes
+    assert {name for name, p in part.named_parameters() if p.grad is not None} == {"model.fc.weight", "model.fc.bias"}
+
+
+def test_a_frozen_resnet50_keeps_a_fiftieth(torchvision, device):
+    x = torch.randn(2, 3, 64, 64, device=device)
+    whole, part = (module(torchvision.models.resnet50(), frozen, 64).to(device) for frozen in ((), ("backbone",)))
+    assert saved_bytes(part, x) * 50 <= saved_bytes(whole, x)
+
+
+def test_frozen_batch_norms_stay_as_they_are():
+    model = small_net()
+    with torch.no_grad():
+        model.stem[1].running_mean.fill_(0.5)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    small_fit(model, frozen=("stem",), epochs=2)
+    after = model.state_dict()
+    changed = {name for name, t in after.items() if not torch.equal(t, before[name])}
+    assert changed == {name for name in after if not name.startswith("stem.")}
+    assert after["bn.num_batches_tracked"] == 2 * 5
+
+
+def test_train_leaves_frozen_parts_in_eval():
+    trained = module(small_net(), ("stem", "bn"))
+    for mode in (True, False, True):
+        trained.train(mode)
+        assert trained.training == mode
+        assert not any(m.training for m in (*trained.model.stem.modules(), trained.model.bn))
+        assert trained.model.fc.training == mode
+
+
+@pytest.mark.parametrize(("name", "head"), [("resnet18", "fc"), ("squeezenet1_1", "classifier.1")])
+def test_all_but_the_head_is_frozen(torchvision, name, head):
+    trained = module(getattr(torchvision.models, name)(), ("backbone",), 64)
+    assert {name for name, p in trained.model.named_parameters() if p.requires_grad} == {
+        f"{head}.{p}" for p in ("weight", "bias")
+    }
+    assert [name for name, m in trained.model.named_modules() if m.training and not [*m.children()]] == [head]
+
+
+def test_wrong_names_are_told():
+    with pytest.raises(ValueError, match=r"frozen names no part 'stemm': .*stem, conv, bn.*Did you mean 'stem'"):
+        module(small_net(), ("stemm",))
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        small_fit(frozen=("backbone", "fc"))

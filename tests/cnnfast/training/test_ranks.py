@@ -1,0 +1,85 @@
+"""Two processes that train together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cnnfast
+from cnnfast.training.preparing import OF_DIGITS, prepare
+from tests.support.processes import run_ranks
+from tests.support.trainable import few_digits, weights
+from tests.support.trained_by_ranks import BATCH, InDouble, first_step
+
+# Sums of some hundred float64 numbers in another order.
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Where they met, and what each has found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks("tests.support.trained_by_ranks", 2, folder, "synchronised", "separate", "resumed")
+    return folder / "meet", [torch.load(folder / f"meet.{rank}", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """The same by one process, whose batches are those of both."""
+    with cnnfast.backend("torch"):
+        return first_step(batch=2 * BATCH)
+
+
+def test_gradients_are_those_of_the_whole_batch(ranks, alone):
+    for rank in ranks[1]:
+        torch.testing.assert_close(rank["synchronised"]["gradients"], alone["gradients"], **CLOSE)
+        torch.testing.assert_close(rank["synchronised"]["statistics"], alone["statistics"], **CLOSE)
+
+
+def test_without_synchronisation_statistics_are_each_process_s(ranks):
+    """As in PyTorch: each normalises by its own part, and the gradient is the mean of both."""
+    prepared = prepare(few_digits(120), 0.2, None, OF_DIGITS, 0)
+    order = [rank["separate"] for rank in ranks[1]]
+    from cnnfast.training.batches import collate, loader
+
+    (whole, *_) = loader(prepared.training.images, prepared.training.indices, batch=2 * BATCH, shuffle=True)
+    gradients = []
+    for rank, part in enumerate((slice(0, BATCH), slice(BATCH, None))):
+        batch = collate([prepared.training.images[i] for i in whole.index[part].tolist()])
+        images, labels = prepared.augment(batch.images, batch.labels, index=batch.index)
+        model = InDouble().train()
+        torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        torch.testing.assert_close(order[rank]["statistics"], dict(model.named_buffers()), **CLOSE)
+    mean = {name: (g + gradients[1][name]) / 2 for name, g in gradients[0].items()}
+    for rank in order:
+        torch.testing.assert_close(rank["gradients"], mean, **CLOSE)
+
+
+def test_each_image_is_validated_once(ranks, alone):
+    for case in ("synchronised", "separate"):
+        parts = [rank[case]["validated"] for rank in ranks[1]]
+        assert sorted(parts[0] + parts[1]) == sorted(alone["validated"])
+        assert ranks[1][0][case]["accuracy"] == ranks[1][1][case]["accuracy"]
+    assert ranks[1][0]["synchronised"]["accuracy"] == alone["accuracy"]
+    assert ranks[1][0]["synchronised"]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def test_one_process_writes(ranks):
+    first, second = (rank["synchronised"]["written"] for rank in ranks[1])
+    assert first == ["config.json", "best.safetensors", "last.safetensors", "metrics.csv", "last.ckpt"]
+    assert second == []
+
+
+def test_a_run_of_two_that_goes_on_ends_with_the_same_bits(ranks):
+    meet = ranks[0]
+    resumed, whole = (Path(f"{meet}.resumed{end}") for end in ("", ".whole"))
+    ours, theirs = weights(resumed), weights(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
+    best = load_file(resumed / "best.safetensors")
+    assert all(torch.equal(t, best[name]) for name, t in load_file(whole / "best.safetensors").items())

@@ -56,7 +56,7 @@ PROPERTIES = {
     "avg_pool2d": Property(average_pools(), check_average_pool, 10, 200),
     "adaptive_avg_pool2d": Property(adaptive_pools(), check_adaptive_pool, 10, 150),
     "global_avg_pool2d": Property(global_pools(), check_global_pool, 8, 100),
-    "augment": Property(augmentations(), check_augmentation, 80, 1000),
+    "augment": Property(augmentations(), check_augmentation, 40, 1000),
     "errors": Property(misuses().filter(lambda case: not is_accident(case)), check_misuse, 200, 2500),
 }
 

@@ -1,7 +1,7 @@
 """F.augment against float64, each option alone and all of them mixed at random, by our kernels and by plain PyTorch.
 
 Every pixel has its own bound (tests/support/augmented.py says how it is derived), and what needs no rounding is exact.
-Eighty of the random batches are part of every run (test_fuzz.py); five hundred others are here, marked slow.
+Forty of the random batches are part of every run (test_fuzz.py); five hundred others are here, marked slow.
 """
 
 from __future__ import annotations

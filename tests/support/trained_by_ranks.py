@@ -27,8 +27,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.training import Module
-from tests.support.trainable import SmallNet, small_fit, small_net
+from cnnfast.training import Module, evaluate
+from cnnfast.training.preparing import OF_DIGITS, prepare
+from tests.support.trainable import SmallNet, few_digits, small_fit, small_net
 
 BATCH = 8  # of each process
 
@@ -104,6 +105,15 @@ def resumed(folder: Path) -> dict[str, Any]:
     small_fit(out=folder, batch=BATCH, resume=True)
     small_fit(out=folder.with_name(folder.name + ".whole"), batch=BATCH)
     return {}
+
+
+@cnnfast.backend("torch")
+def evaluated(folder: Path | None = None) -> dict[str, Any]:
+    """On a number of images that is no multiple of the processes'."""
+    prepared = prepare(few_digits(101), 0, None, OF_DIGITS, 0)
+    found = evaluate(small_net(), prepared.augment, prepared.training.images, batch=BATCH)
+    mistakes = [tuple(mistake) for mistake in found.mistakes]
+    return {"confusion": found.confusion, "in_top": found.in_top, "mistakes": mistakes}
 
 
 if __name__ == "__main__":

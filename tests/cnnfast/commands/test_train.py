@@ -27,6 +27,7 @@ class Net(nn.Module):
     def forward(self, x):
         return self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
 """
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # A folder of three colours, a network in a file of its own, two epochs.
 RUN = ("photos", "--model", "net.py:Net", "--size", "16", "--epochs", "2", "--batch", "8", "--out", "run")
 
@@ -63,6 +64,10 @@ def test_from_a_folder_to_a_frozen_network():
     assert found["classes"] == ["blue", "green", "red"]
     assert len(found["epochs"]) == 2
     assert found["accuracy"] == json.loads(Path("run/evaluation.json").read_text())["accuracy"]
+
+    seen = cnnfast.load("run/model.cnnfast").preprocessing
+    assert seen is not None
+    assert (seen.size, seen.crop, seen.mean, seen.std) == (18, (16, 16), MEAN, STD)
 
     by_run = run("evaluate", "run", "photos", "--json", "run.json", "--picture", "seen.png")
     assert "of 24 right" in by_run

@@ -13,7 +13,7 @@ import cnnfast
 from cnnfast.training.preparing import OF_DIGITS, prepare
 from tests.support.processes import run_ranks
 from tests.support.trainable import few_digits, weights
-from tests.support.trained_by_ranks import BATCH, InDouble, first_step
+from tests.support.trained_by_ranks import BATCH, InDouble, evaluated, first_step
 
 # Sums of some hundred float64 numbers in another order.
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
@@ -23,7 +23,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """Where they met, and what each has found."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks("tests.support.trained_by_ranks", 2, folder, "synchronised", "separate", "resumed")
+    run_ranks("tests.support.trained_by_ranks", 2, folder, "synchronised", "separate", "resumed", "evaluated")
     return folder / "meet", [torch.load(folder / f"meet.{rank}", weights_only=True) for rank in range(2)]
 
 
@@ -83,3 +83,13 @@ def test_a_run_of_two_that_goes_on_ends_with_the_same_bits(ranks):
     assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
     best = load_file(resumed / "best.safetensors")
     assert all(torch.equal(t, best[name]) for name, t in load_file(whole / "best.safetensors").items())
+
+
+def test_an_evaluation_is_of_all_images_in_each_process(ranks):
+    alone = evaluated()
+    assert int(alone["confusion"].sum()) == 101
+    for rank in ranks[1]:
+        found = rank["evaluated"]
+        assert torch.equal(found["confusion"], alone["confusion"])
+        assert found["in_top"] == alone["in_top"]
+        assert [m[:3] for m in found["mistakes"]] == [m[:3] for m in alone["mistakes"]]

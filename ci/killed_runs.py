@@ -16,6 +16,7 @@ import csv
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -91,14 +92,19 @@ def main(
         if not trained(Path(parent, "whole")):
             raise SystemExit("the run that nobody kills was killed")
         duration, whole, wrong = time.perf_counter() - began, left(Path(parent, "whole")), 0
-        for number in range(moments):
+        number = 0
+        while number < moments:
             folder, at = Path(parent, str(number)), list[str]()
             while not trained(folder, draw.uniform(0, duration) if len(at) < 2 else None):
                 at.append(str(saved_epochs(folder)))
+            if not at:  # it ended before its time came
+                shutil.rmtree(folder)
+                continue
+            number += 1
             differing = differences(whole, left(folder))
             wrong += bool(differing)
             outcome = f"DIFFERS in {', '.join(differing[:3])}" if differing else "equal"
-            lines.append(f"{number + 1:3}  killed when {' and then '.join(at)} epochs were saved: {outcome}")
+            lines.append(f"{number:3}  killed when {' and then '.join(at)} epochs were saved: {outcome}")
             print(lines[-1], flush=True)
     lines.append(
         f"{moments - wrong} of {moments} ended with the same {len(whole) - 1} tensors, to the bit, and the same lines"

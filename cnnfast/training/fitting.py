@@ -32,7 +32,7 @@ from .preparing import Data, Selection, TrainingData, named, prepare, weights_of
 from .progress import TrainingProgress
 from .runs import Run, load_best, write_config
 from .schedule import SCHEDULES
-from .trainers import make_trainer, quiet, settings_kept
+from .trainers import few_threads, make_trainer, quiet, settings_kept
 from .trying import takes_channels_last
 from .unreadable import refuse_unreadable
 
@@ -129,7 +129,7 @@ def fit(
     keeper = Keeper(folder, average, shown.tell if shown else None)
     stopping = EarlyStopping("validation_accuracy", mode="max", patience=patience) if patience else None
     callbacks = [EpochSeeds(seed), *filter(None, (average, stopping, shown)), keeper]
-    with quiet(), settings_kept(), random_numbers_kept():
+    with quiet(), settings_kept(), random_numbers_kept(), few_threads(prepared.augment.size):
         trainer = make_trainer(
             epochs=epochs,
             mixed=mixed,

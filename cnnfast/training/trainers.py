@@ -16,6 +16,7 @@ from ..dtypes import full_name
 from .ranks import RankStrategy
 from .saving import WholeFiles
 
+SMALL = 16  # pixels of a side
 PRECISIONS = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}
 # What lightning remarks on, and is meant here.
 REMARKS = (
@@ -94,6 +95,20 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextmanager
+def few_threads(size: tuple[int, int]) -> Iterator[None]:
+    """One thread of PyTorch's meanwhile, for images so small that more of them wait for one another longer than they
+    compute: much longer where other programs run.
+    """
+    threads = torch.get_num_threads()
+    if max(size) <= SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

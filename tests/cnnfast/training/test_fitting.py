@@ -98,6 +98,16 @@ def test_other_images_may_be_held_out(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["data"]["held_out"] == 30
 
 
+def test_small_images_are_trained_by_one_thread(tmp_path):
+    torch.set_num_threads(2)
+    try:
+        small_fit(epochs=1, out=tmp_path)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert json.loads((tmp_path / "config.json").read_text())["machine"]["threads"] == 1
+
+
 def test_without_average_and_validation():
     run = small_fit(ema=None, validation=0)
     assert run.accuracy is None

@@ -73,7 +73,7 @@ def train(
         float | None,
         typer.Option(
             help="The largest learning rate.",
-            show_default="0.004 for digits, else 0.001; sgd 0.1",
+            show_default="0.001, for digits 0.004, for sgd 0.1; a tenth with weights that were trained",
             rich_help_panel=LEARNING,
         ),
     ] = None,
@@ -184,6 +184,7 @@ def train(
     for line in (*images.notes, *([str(started.loading)] if started.loading else [])):
         announce(json_file, line)
     usual = 0.1 if optimizer == "sgd" else 4e-3 if data == DIGITS and not model else 1e-3
+    usual = usual / 10 if pretrained or weights else usual  # what was learnt before shall not be forgotten at once
     try:
         with refused_by(None, ValueError, ModuleNotFoundError):
             run = training.fit(

@@ -165,9 +165,9 @@ def train(
     the pictures curves, confusion, mistakes and augmented (.png), and model.cnnfast for `cnnfast predict`. The network
     is converted, and its heads are replaced by ones of as many classes as DATA has.
 
-    State is saved at the end of each epoch. Ctrl-C and SIGTERM end with exit code 130 or 143; so does whatever kills
-    the process: --resume then trains the epoch anew, and ends with the same weights. A loss that is no number ends it
-    with exit code 1.
+    State is saved at the end of each epoch. Ctrl-C and SIGTERM end the training with exit code 130 or 143. After them,
+    and after whatever else ended the process, --resume trains the epoch anew, and the run ends with the weights that it
+    would have had. A loss that is no number ends it with exit code 1.
     """
     refuse_unwritable(json_file)
     refuse_unwritable_folder(out, "--out")

@@ -21,7 +21,7 @@ from .sources import POINTERS, SIZES, Colour, ImageBatch
 from .tiles import tile_pixels
 
 LEAST_SPAN = 8  # so many tiles of an image one program adds up, and more where there would be too many parts
-MOST_PARTS = tl.constexpr(64)  # what one load of each program of the augmentation takes
+MOST_PARTS = 64  # what one load of each program of the augmentation takes
 
 
 class MeanOperands(NamedTuple):
@@ -37,7 +37,7 @@ class MeanOperands(NamedTuple):
 
 def mean_parts(tiles: int) -> tuple[int, int]:
     """Into how many parts an image of so many tiles is cut, and of how many tiles each of them is, but for the last."""
-    span = max(LEAST_SPAN, cdiv(tiles, MOST_PARTS.value))
+    span = max(LEAST_SPAN, cdiv(tiles, MOST_PARTS))
     return cdiv(tiles, span), span
 
 
@@ -69,6 +69,6 @@ def grey_mean_kernel(
 @no_type_check
 def grey_mean(numbers, n, pixels):
     """The mean that grey_mean_kernel left in parts."""
-    part = tl.arange(0, MOST_PARTS)
+    part = tl.arange(0, 64)  # MOST_PARTS
     total = tl.sum(tl.load(numbers.sums + n * numbers.parts + part, mask=part < numbers.parts, other=0.0), 0)
     return round_quotient(total, (pixels.P * pixels.Q).to(tl.float32))

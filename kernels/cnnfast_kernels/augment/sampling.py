@@ -16,10 +16,7 @@ import triton
 import triton.language as tl
 
 from ..rounding import divide_again, round_quotient
-from .sources import MAX_EXTENT, Colour, OneImage
-
-# No position is farther away than this, in pixels: what a map takes to infinity, or to no number at all, lies here.
-FARTHEST = tl.constexpr(MAX_EXTENT + 1.0)
+from .sources import Colour, OneImage
 
 
 @triton.jit
@@ -72,7 +69,11 @@ def reflect(u, extent):
 @triton.jit
 @no_type_check
 def neighbours(u, extent, REFLECT: tl.constexpr):
-    """The pixel whose centre lies at or before position u, and how far u is on the way to the next one's."""
+    """The pixel whose centre lies at or before position u, and how far u is on the way to the next one's.
+
+    No position is farther away than MAX_EXTENT + 1: what a map takes to infinity, or to no number at all, lies there.
+    """
+    FARTHEST: tl.constexpr = 1048576.0
     u = limit(u, -FARTHEST, FARTHEST)
     if REFLECT:
         u = reflect(u, extent.to(tl.float32))

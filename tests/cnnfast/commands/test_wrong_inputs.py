@@ -92,6 +92,8 @@ ANY = [
     ("tune", "Missing argument 'MODEL'"),
     ("predict", "Missing argument 'NETWORK'"),
     ("predict model.cnnfast", "Missing argument 'IMAGE|FOLDER'"),
+    ("train", "Missing argument 'DATA'"),
+    ("evaluate run", "Missing argument 'DATA'"),
     ("doctor everything", "unexpected extra argument"),
 ]
 # Of MODEL: each is asked of one command, and all of `info`, which needs nothing else.
@@ -170,6 +172,8 @@ ROWS = [
             "demo": [*BUDGET, *JSON],
             "predict {own}/fine.py {own}/fine.py": JSON,
             "augment": JSON,
+            "train digits": JSON,
+            "evaluate {own}/fine.py digits": JSON,
         }.items()
         for option, says in options
     ),
@@ -231,6 +235,12 @@ ROWS = [
     ("predict {own}/fine.py {own}/fine.py --top few", "Invalid value for '--top'"),
     ("predict {own}/fine.py {own}/fine.py --csv nowhere/x.csv", "there is no folder nowhere"),
     ("predict {own}/fine.py {own}/fine.py --csv - --json -", "standard output can take the CSV or the JSON"),
+    ("train digits --epochs 0", "Invalid value for '--epochs'"),
+    ("train digits --augment turn=3", "'turn' is no option of augmentation"),
+    ("train nowhere", "there is no folder and no CSV nowhere"),
+    ("evaluate nowhere digits", "there is no file or folder nowhere"),
+    ("evaluate {own} digits", "is no folder of a run"),
+    ("evaluate {own}/fine.py digits", "{own}/fine.py is not a safetensors file"),
     ("freeze resnet18", "Missing option '--out'"),
     ("freeze resnet18 --out nowhere/x.cnnfast", "there is no folder nowhere"),
     ("freeze resnet18 --out {own}", "{own} cannot be written: Is a directory"),

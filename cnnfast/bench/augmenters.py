@@ -177,6 +177,28 @@ class OursByTorch(OurAugmenter):
         return Augmenter.count(self, job, step)
 
 
+def torchvision_chain(recipe: Recipe, size: int, dtype: torch.dtype) -> Transform:
+    """A recipe by torchvision.transforms.v2, of an image [3, H, W] or of a batch. Raises ImportError without it."""
+    torchvision()
+    from torchvision.transforms import v2
+
+    r = recipe
+    steps: list[Any] = [
+        v2.RandomResizedCrop(size, r.crop_scale, r.crop_ratio, antialias=False),
+        v2.RandomHorizontalFlip(r.horizontal_flip_p),
+    ]
+    if r.degrees:
+        steps.append(v2.RandomAffine(r.degrees, interpolation=v2.InterpolationMode.BILINEAR))
+    if r.jitters:
+        steps.append(v2.ColorJitter(r.brightness, r.contrast, r.saturation, r.hue))
+    if r.grayscale_p:
+        steps.append(v2.RandomGrayscale(r.grayscale_p))
+    steps += [v2.ToDtype(dtype, scale=True), v2.Normalize(MEAN, STD)]
+    if r.erasing_p:
+        steps.append(v2.RandomErasing(r.erasing_p))
+    return v2.Compose(steps)
+
+
 @dataclass(frozen=True)
 class TorchvisionAugmenter(Augmenter):
     """torchvision.transforms.v2 on one image after the other, as in torchvision's own recipes."""
@@ -185,35 +207,15 @@ class TorchvisionAugmenter(Augmenter):
     rounding: float = UINT8
 
     def transform(self, recipe: Recipe, job: AugmentationJob) -> Transform:
-        one = self.chain(recipe, job)
+        one = torchvision_chain(recipe, job.size, job.dtype)
         return lambda images: torch.stack([one(image) for image in images])
-
-    def chain(self, recipe: Recipe, job: AugmentationJob) -> Transform:
-        torchvision()
-        from torchvision.transforms import v2
-
-        r = recipe
-        steps: list[Any] = [
-            v2.RandomResizedCrop(job.size, r.crop_scale, r.crop_ratio, antialias=False),
-            v2.RandomHorizontalFlip(r.horizontal_flip_p),
-        ]
-        if r.degrees:
-            steps.append(v2.RandomAffine(r.degrees, interpolation=v2.InterpolationMode.BILINEAR))
-        if r.jitters:
-            steps.append(v2.ColorJitter(r.brightness, r.contrast, r.saturation, r.hue))
-        if r.grayscale_p:
-            steps.append(v2.RandomGrayscale(r.grayscale_p))
-        steps += [v2.ToDtype(job.dtype, scale=True), v2.Normalize(MEAN, STD)]
-        if r.erasing_p:
-            steps.append(v2.RandomErasing(r.erasing_p))
-        return v2.Compose(steps)
 
 
 class TorchvisionBatch(TorchvisionAugmenter):
     """The same on the whole batch at once."""
 
     def transform(self, recipe: Recipe, job: AugmentationJob) -> Transform:
-        return self.chain(recipe, job)
+        return torchvision_chain(recipe, job.size, job.dtype)
 
 
 class TorchvisionWorker(TorchvisionAugmenter):

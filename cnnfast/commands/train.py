@@ -73,7 +73,7 @@ def train(
         float | None,
         typer.Option(
             help="The largest learning rate.",
-            show_default="0.001, for digits 0.004, for sgd 0.1; a tenth with weights that were trained",
+            show_default="0.004, for sgd 0.1; a tenth with weights that were trained",
             rich_help_panel=LEARNING,
         ),
     ] = None,
@@ -175,6 +175,7 @@ def train(
     with refused_by(None, ModuleNotFoundError):
         from .. import training
     from ..nn import augment_options
+    from ..training.optimizing import LEARNING_RATES
 
     with refused_by("--augment", ValueError):
         drawn = augment_options(augment or [])
@@ -183,13 +184,13 @@ def train(
     started = _start(name, images, pretrained, weights, seed)
     for line in (*images.notes, *([str(started.loading)] if started.loading else [])):
         announce(json_file, line)
-    usual = 0.1 if optimizer == "sgd" else 4e-3 if data == DIGITS and not model else 1e-3
-    usual = usual / 10 if pretrained or weights else usual  # what was learnt before shall not be forgotten at once
+    if lr is None and (pretrained or weights) and optimizer in LEARNING_RATES:
+        lr = LEARNING_RATES[optimizer] / 10  # what was learnt before shall not be forgotten at once
     try:
         with refused_by(None, ValueError, ModuleNotFoundError):
             run = training.fit(
                 started.model, images, out=out, resume=resume, validation=held_out, augment=drawn, epochs=epochs,
-                batch=batch, lr=usual if lr is None else lr, optimizer=optimizer, weight_decay=weight_decay,
+                batch=batch, lr=lr, optimizer=optimizer, weight_decay=weight_decay,
                 schedule=schedule, label_smoothing=label_smoothing, class_weights="balanced" if balanced else None,
                 frozen=freeze or (), ema=ema or None, patience=patience, mixed=mixed or None, seed=seed,
                 devices=devices, workers=workers, name=name,

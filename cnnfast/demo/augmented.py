@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast.nn as cnn
+from cnnfast.bench.augmentation import Recipe
+from cnnfast.bench.augmenters import torchvision_chain
 from cnnfast.dispatch import backend, prefer_kernels
 from cnnfast.measuring.timing import clock_of
-from cnnfast.torchvision_import import torchvision
 
 from .by_kernels import KernelRun
 from .photograph import MEAN, STD, load_photograph
@@ -54,20 +55,7 @@ def levels(views: Tensor) -> Tensor:
 
 def one_by_one(seed: int) -> Callable[[Tensor], Tensor]:
     """The same kinds of change to one image [3, H, W] at a time, by torchvision. Raises ImportError without it."""
-    torchvision()
-    from torchvision.transforms import v2
-
-    changes = v2.Compose(
-        [
-            v2.RandomResizedCrop(SIZE, antialias=False),
-            v2.RandomHorizontalFlip(),
-            v2.RandomAffine(RECIPE["degrees"], interpolation=v2.InterpolationMode.BILINEAR),
-            v2.ColorJitter(*(RECIPE[name] for name in ("brightness", "contrast", "saturation", "hue"))),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-            v2.RandomErasing(RECIPE["erasing_p"]),
-        ]
-    )
+    changes = torchvision_chain(Recipe("views", **RECIPE), SIZE, torch.float32)
 
     def views(image: Tensor) -> Tensor:
         with torch.random.fork_rng():

@@ -156,19 +156,11 @@ def _by_model(model: nn.Module, augment: cnn.Augment, batches: Iterable[Any]) ->
     try:
         with torch.inference_mode():
             for batch in batches:
-                pixels = augment(_moved(batch.images, device)).to(dtype)
+                pixels = augment(batch.to(device).images).to(dtype)
                 yield Probabilities(batch.index, model(pixels).double().softmax(1).cpu())
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _moved(images: Any, device: torch.device) -> Any:
-    """Images of one size, or packed: of those the offsets and sizes stay where they are read."""
-    if isinstance(images, Tensor):
-        return images.to(device, non_blocking=True)
-    flat, *rest = images
-    return (flat.to(device, non_blocking=True), *rest)
 
 
 def _by_frozen(

@@ -17,7 +17,7 @@ from .evaluating import Evaluation, evaluate
 from .preparing import TrainingData
 from .ranks import rank
 from .runs import Run
-from .saving import ASIDE, write
+from .saving import write
 
 FROZEN, EVALUATION = "model.cnnfast", "evaluation.json"
 CURVES, CONFUSION, MISTAKES, AUGMENTED = "curves.png", "confusion.png", "mistakes.png", "augmented.png"
@@ -63,9 +63,4 @@ def _freeze(run: Run, augment: Augment, channels: int, file: Path) -> None:
         frozen = freeze(model, example, preprocessing=as_frozen(augment, channels), classes=run.classes)
     finally:
         model.to(device)
-    aside = file.with_name(file.name + ASIDE)
-    try:
-        frozen.save(aside)
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    frozen.save(file)  # which replaces it as a whole

@@ -20,9 +20,8 @@ def takes_channels_last(model: nn.Module, channels: int, size: tuple[int, int], 
     """
     device = next((p.device for p in model.parameters()), None)
     x = torch.zeros(2, channels, *size, device=device)
-    last = torch.zeros(2, *size, channels, device=device).permute(
-        0, 3, 1, 2
-    )  # of a single channel, contiguous() would make nothing
+    # Not by contiguous(), which changes nothing where there is a single channel.
+    last = torch.zeros(2, *size, channels, device=device).permute(0, 3, 1, 2)
     try:
         result, taken = run_aside(_forward, real_copy(model), (last,)), True
     except Exception:

@@ -14,8 +14,10 @@ import cnnfast
 import cnnfast.functional as F
 
 pytest.importorskip("triton")
+from cnnfast import image_numbers
 from cnnfast.image_numbers import GivenNumbers
 from cnnfast.ops import augmentation
+from cnnfast_kernels.augment import sources
 
 N, C, H, W = 2, 3, 5, 6
 OPERATORS = ("augment", "augment_plain")
@@ -147,3 +149,9 @@ def test_a_graph_is_captured_with_numbers_on_the_gpu_alone():
         augmentation._check_capturable(nothing._replace(boxes=torch.zeros(1, 1, 7)), None)
     with pytest.raises(RuntimeError, match="images of different sizes cannot be augmented under CUDA graph capture"):
         augmentation._check_capturable(nothing, torch.zeros(2))
+
+
+def test_the_limits_are_those_of_the_kernels():
+    """They are told without triton too, and so stand twice."""
+    assert image_numbers.MOST_PIXELS == sources.MAX_EXTENT + 1
+    assert image_numbers.MOST_ELEMENTS == sources.MAX_ELEMENTS + 1

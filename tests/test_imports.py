@@ -74,7 +74,7 @@ LAYERS = {
         "models conversion",
         "targets",
         "calls",
-        "warming",
+        "warming workers",
         "checking tuning",
         "engine",
         "bench sheets",

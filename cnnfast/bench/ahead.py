@@ -57,8 +57,8 @@ def compile_for(job: Job, network: nn.Module) -> None:
     if new:
         from cnnfast_kernels import devices
 
-        from .. import warming
+        from .. import workers
 
         with suppress(OSError):  # no process can be started
-            warming.compile_ahead(new, devices.gpu(job.device))
+            workers.compile_ahead(new, devices.gpu(job.device))
         _launched.update(new)

@@ -48,9 +48,9 @@ class LayersAhead:
         if self.compile is None:
             from cnnfast_kernels import devices
 
-            from .. import warming
+            from .. import workers
 
-            self.compile = self.stack.enter_context(warming.compiling(devices.gpu(self.tasks[i].job.device)))
+            self.compile = self.stack.enter_context(workers.compiling(devices.gpu(self.tasks[i].job.device)))
         with suppress(OSError):  # no process can be started: kernels are compiled when they are launched
             self.compile(lines, lambda done, total: tell(f"compiling kernels, {done} of {total}"))
 

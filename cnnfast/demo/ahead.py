@@ -40,9 +40,9 @@ def compile_ahead(
     """
     if launch is None or launch.INTERPRETED or why_torch(cases[0][1].to(device)):
         return
-    from cnnfast import warming
+    from cnnfast import workers
     from cnnfast_kernels import devices
 
     gpu = devices.gpu(device)
     with suppress(OSError):
-        warming.compile_ahead(launches(cases, dtypes, gpu), gpu, progress=progress)
+        workers.compile_ahead(launches(cases, dtypes, gpu), gpu, progress=progress)

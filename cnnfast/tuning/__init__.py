@@ -149,7 +149,7 @@ def proceed(
 ) -> None:
     """The second half of `tune`: measures what is left of a tuning, as far as it fits into the budget, and writes rows.
 
-    compiling: what compiles ahead in other processes, by default warming.compiling; where kernels are interpreted
+    compiling: what compiles ahead in other processes, by default workers.compiling; where kernels are interpreted
     nothing is compiled. Raises whatever ends it early; the tuning then holds what was measured, and that is written.
     """
     budget = budget or Budget()

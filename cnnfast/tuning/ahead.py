@@ -12,13 +12,13 @@ import torch
 from cnnfast_kernels import devices, launch
 from cnnfast_kernels.aot.processes import usable_cores
 
-from .. import warming
+from .. import warming, workers
 from ..precision import float32_products
 from .racing import OutOfTimeError
 from .report import Measured
 from .running import by_library, operands, ours
 
-Compiling = Callable[[devices.Gpu], AbstractContextManager[warming.Compile]]  # as warming.compiling
+Compiling = Callable[[devices.Gpu], AbstractContextManager[workers.Compile]]  # as workers.compiling
 Wait = Callable[[Measured, float], None]
 
 SECONDS_TO_END = 5.0  # how long the end waits for a kernel that is being compiled
@@ -46,7 +46,7 @@ def compiled_ahead(
         if ended.is_set():
             raise InterruptedError
 
-    def work(compile_: warming.Compile) -> None:
+    def work(compile_: workers.Compile) -> None:
         submitted: set[str] = set()
         for measured, each in zip(todo, lines, strict=True):
             try:
@@ -82,9 +82,9 @@ def compiled_ahead(
             thread.join(SECONDS_TO_END)
 
 
-def _beside_measuring(gpu: devices.Gpu) -> AbstractContextManager[warming.Compile]:
+def _beside_measuring(gpu: devices.Gpu) -> AbstractContextManager[workers.Compile]:
     """Compiles on all cores but one, which this process needs, so that the GPU does not wait for it."""
-    return warming.compiling(gpu, max(1, usable_cores() - 1))
+    return workers.compiling(gpu, max(1, usable_cores() - 1))
 
 
 def launches(measured: Measured, gpu: devices.Gpu) -> list[str]:

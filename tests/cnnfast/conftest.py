@@ -38,7 +38,7 @@ def quick_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU too tune takes few sets of operands, and starts no processes that compile."""
     pytest.importorskip("triton")
     from cnnfast.tuning import ahead, racing
-    from cnnfast.warming import Warming
+    from cnnfast.workers import Warming
 
     monkeypatch.setattr(racing, "copies_for", lambda size, device: racing.FEWEST_SETS)
     monkeypatch.setattr(ahead, "_beside_measuring", lambda gpu: nullcontext(lambda lines, progress=None: Warming()))

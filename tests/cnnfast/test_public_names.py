@@ -11,7 +11,7 @@ from torch import nn
 
 import cnnfast
 import cnnfast.functional as functional
-from cnnfast import dispatch, warming
+from cnnfast import dispatch, warming, workers
 
 FUNCTIONS = {name: getattr(functional, name) for name in functional.__all__}
 OF_IMAGES = ("augment", "pack_images")
@@ -97,7 +97,7 @@ def test_a_warning_of_warm_names_the_line_that_called_it(monkeypatch):
     monkeypatch.setattr(warming.launch, "INTERPRETED", False)
     monkeypatch.setattr(warming.devices, "gpu", lambda device: None)
     monkeypatch.setattr(warming, "launches", lambda *model, **options: ["one"])
-    monkeypatch.setattr(warming, "compile_ahead", lambda *lines, **options: warming.Warming(failures=("no PTX",)))
+    monkeypatch.setattr(workers, "compile_ahead", lambda *lines, **options: workers.Warming(failures=("no PTX",)))
     with pytest.warns(RuntimeWarning, match="1 of 1 kernels .* no PTX") as warned:
         cnnfast.warm(nn.Linear(1, 1))
     assert warned[0].filename == __file__

@@ -5,6 +5,7 @@ may end.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import threading
 import time
@@ -18,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from triton import knobs
 
 import cnnfast
-from cnnfast import calls, dispatch, warming
+from cnnfast import calls, dispatch, warming, workers
 from cnnfast.ops import plain
 from cnnfast.precision import float32_products
 from cnnfast_kernels import devices, launch
@@ -230,8 +231,8 @@ def test_without_triton_it_says_so():
 
 @pytest.fixture
 def fake_worker(monkeypatch, tmp_path):
-    monkeypatch.setattr(warming, "WORKER", "tests.support.fake_worker")
-    monkeypatch.setattr(warming, "require_compiled_kernels", lambda: None)
+    monkeypatch.setattr(workers, "WORKER", "tests.support.fake_worker")
+    monkeypatch.setattr(workers, "require_compiled_kernels", lambda: None)
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "cache"))
 
 
@@ -241,17 +242,17 @@ def lines(*names):
 
 def test_every_kernel_is_compiled_once_and_counted(fake_worker):
     seen = []
-    done = warming.compile_ahead(
+    done = workers.compile_ahead(
         lines("a", "b", "a", "c"), SM_90, jobs=2, progress=lambda done, total: seen.append((done, total))
     )
     assert (done.kernels, done.failures, done.reason) == (3, (), "")
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert str(done).startswith("3 kernels compiled in ")
-    assert "no kernel" in warming.compile_ahead([], SM_90).reason
+    assert "no kernel" in workers.compile_ahead([], SM_90).reason
 
 
 def test_what_does_not_compile_is_named_and_a_process_that_dies_is_replaced(fake_worker):
-    done = warming.compile_ahead(lines("wrong", "dies", "dies_too", "right", "wrong_too"), SM_90, jobs=1)
+    done = workers.compile_ahead(lines("wrong", "dies", "dies_too", "right", "wrong_too"), SM_90, jobs=1)
     assert done.kernels == 1
     assert not done.ok
     assert done.failures == (
@@ -263,9 +264,9 @@ def test_what_does_not_compile_is_named_and_a_process_that_dies_is_replaced(fake
 
 
 def test_processes_stay_for_the_next_call_and_end_with_the_context(fake_worker, monkeypatch):
-    started, start = [], warming.start
-    monkeypatch.setattr(warming, "start", lambda *a, **k: started.append(start(*a, **k)) or started[-1])
-    with warming.compiling(SM_90, jobs=2) as compile_:
+    started, start = [], workers.start
+    monkeypatch.setattr(workers, "start", lambda *a, **k: started.append(start(*a, **k)) or started[-1])
+    with workers.compiling(SM_90, jobs=2) as compile_:
         for name in ("a", "b", "c"):
             assert compile_(lines(name)).kernels == 1
         (process,) = started
@@ -280,19 +281,41 @@ def test_an_interrupt_does_not_wait_for_what_is_being_compiled(fake_worker):
 
     began = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        warming.compile_ahead(lines("a", "hangs", "hangs_too"), SM_90, jobs=2, progress=interrupt)
+        workers.compile_ahead(lines("a", "hangs", "hangs_too"), SM_90, jobs=2, progress=interrupt)
     assert time.perf_counter() - began < 30
+
+
+def test_an_interrupt_stops_a_process_that_is_being_started(fake_worker, monkeypatch):
+    """A process that a thread was about to start when the interrupt came had been left to run, and was waited for."""
+    start, counted = workers.start, itertools.count()
+
+    def slow_start(*arguments, **options):
+        if next(counted):
+            time.sleep(1)
+        return start(*arguments, **options)
+
+    def interrupt(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers, "start", slow_start)
+    began = time.perf_counter()
+    with workers.compiling(SM_90, jobs=2) as compile_:
+        with pytest.raises(KeyboardInterrupt):
+            compile_(lines("a", "hangs", "hangs_too"), interrupt)
+        assert time.perf_counter() - began < 30
+        assert compile_(lines("b")).kernels == 1  # whoever catches the interrupt may go on
 
 
 def test_one_set_of_processes_compiles_on_a_machine(fake_worker, tmp_path):
     """Whoever holds the lock goes first; it ends with its holder."""
     (tmp_path / "cache").mkdir()
-    with (tmp_path / "cache" / warming.LOCK).open("w") as other:
+    with (tmp_path / "cache" / workers.LOCK).open("w") as other:
         fcntl.flock(other, fcntl.LOCK_SH)  # shared: whoever asks for less than all would get it
         found = []
-        thread = threading.Thread(target=lambda: found.append(warming.compile_ahead(lines("a"), SM_90, jobs=1)))
+        thread = threading.Thread(target=lambda: found.append(workers.compile_ahead(lines("a"), SM_90, jobs=1)))
         thread.start()
-        time.sleep(3 * warming.WAIT)
+        time.sleep(3 * workers.WAIT)
         assert not found
     thread.join(60)
     assert found[0].kernels == 1
@@ -388,14 +411,14 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path):
 import json
 from pathlib import Path
 Path({str(count)!r}).open("a").write("once ")
-from cnnfast import warming
+from cnnfast import warming, workers
 from cnnfast_kernels import devices, launch
 import cnnfast, torch
 from triton import knobs
 knobs.cache.dir = {str(tmp_path / "cache")!r}
 lines = warming.launches(torch.nn.MaxPool2d(2), torch.zeros(1, 8, 4, 4), gpu=devices.Gpu("", 90))
 unknown = '{{"kernel": "cnnfast_kernels.launchable:nothing", "arguments": {{}}, "options": {{}}}}'
-done = warming.compile_ahead([*lines, unknown], devices.Gpu("", 90), jobs=1)
+done = workers.compile_ahead([*lines, unknown], devices.Gpu("", 90), jobs=1)
 print(json.dumps([done.kernels, done.failures]))
 """
     )

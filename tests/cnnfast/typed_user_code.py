@@ -25,7 +25,7 @@ from cnnfast.engine.reporting import FrozenReport
 from cnnfast.models import ResNet
 from cnnfast.recording import Call, Trace
 from cnnfast.tuning import Tuning
-from cnnfast.warming import Warming
+from cnnfast.workers import Warming
 
 
 class Net(nn.Module):

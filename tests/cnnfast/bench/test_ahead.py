@@ -13,7 +13,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from cnnfast import dispatch, warming
+from cnnfast import dispatch, warming, workers
 from cnnfast.bench import ahead, job, layers_ahead, providers
 from cnnfast.bench.job import Job, placed, plain
 from cnnfast.bench.providers import PROVIDERS, Provider
@@ -63,8 +63,8 @@ def compiled(gpu, monkeypatch) -> list[list[str]]:
         yield lambda lines, progress=None: log[-1].append(list(lines))
         log[-1].append("closed")
 
-    monkeypatch.setattr(warming, "compiling", compiling)
-    monkeypatch.setattr(warming, "compile_ahead", lambda lines, gpu, progress=None: log.append(list(lines)))
+    monkeypatch.setattr(workers, "compiling", compiling)
+    monkeypatch.setattr(workers, "compile_ahead", lambda lines, gpu, progress=None: log.append(list(lines)))
     return log
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from cnnfast import tuning
 from cnnfast.tuning import ahead, running
-from cnnfast.warming import Warming
+from cnnfast.workers import Warming
 from cnnfast_kernels import launch
 from tests.support.child import run_compiled
 from tests.support.specialisations import described_launches
@@ -25,7 +25,7 @@ needs_interpreter = pytest.mark.skipif(
 
 
 class Compiling:
-    """Stands in for warming.compiling. asked: the lines of each call. `compile` is called for each of them."""
+    """Stands in for workers.compiling. asked: the lines of each call. `compile` is called for each of them."""
 
     def __init__(self, compile: Callable[[list[str]], None] = lambda lines: None) -> None:
         self.asked: list[list[str]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
@@ -16,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .beginning import Beginning
 from .runs import Epoch
 
 
@@ -26,6 +28,16 @@ class TrainingProgress(Callback):
         self.console = Console(stderr=True)
         self._bars: Progress | None = None
         self._all = self._epoch = TaskID(0)
+
+    def begins(self, beginning: Beginning, epochs: int, folder: Path) -> None:
+        """Where a run that is to go on stands."""
+        done = f"{len(beginning.history)} of {epochs} epochs"
+        if beginning.finished:
+            self._say(f"the run in {folder} is over, after {done}")
+        elif beginning.checkpoint:
+            self._say(f"the run in {folder} goes on, after {done}")
+        else:
+            self._say(f"nothing is saved in {folder}: the run begins")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero:
@@ -56,7 +68,7 @@ class TrainingProgress(Callback):
                 held_out = f", held out: {epoch.validation_loss:.4f}, {epoch.validation_accuracy:.2%} right"
             trained = f"loss {epoch.loss:.4f}, {epoch.accuracy:.2%} right"
             text = f"epoch {epoch.epoch} of {epochs}: {trained}{held_out}, {epoch.seconds:.1f} s"
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._say(text)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._stop()
@@ -68,3 +80,6 @@ class TrainingProgress(Callback):
         if self._bars:
             self._bars.stop()
             self._bars = None
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)

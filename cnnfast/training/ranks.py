@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,8 +42,27 @@ class RankStrategy(DDPStrategy):
 
 
 def rank() -> int:
-    """Which of the processes that torch.distributed connects this is; 0 where it does not."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """Which of the processes that train or evaluate together this is: that of torch.distributed, or, before it connects
+    them, as who has started them tells.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return vars(rank_zero_only).get("rank", 0)
+
+
+def is_first() -> bool:
+    """Whether this is the process that tells and writes what is the same in all of them."""
+    return rank() == 0
+
+
+def end_launched(trainer: Trainer) -> None:
+    """Ends the processes that lightning has started for this one, which would wait for it for ever."""
+    started: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
+    for process in started:
+        process.kill()
+        process.wait()
+    # A thread of lightning's looks at them every five seconds, and kills this process where one has ended like that.
+    started.clear()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,16 +101,17 @@ def evaluate(
 
 def _of_run(folder: Path, data: str, batch: int, workers: int) -> Evaluation | None:
     from ..training.evaluating import evaluate as judge
-    from ..training.ranks import connected, rank
+    from ..training.ranks import connected, is_first
     from ..training.trained import read_run
 
     with refused_by("RUN|FILE", ValueError, OSError):
         trained = read_run(folder)
     images = _images(data, trained.augment.size, trained.classes, trained.channels)
-    with connected() as device, progress("images") as tell, refused_by("DATA", ValueError):
+    _refuse_unreadable(images.resized(trained.augment.centre.resize), workers)
+    with connected() as device, progress("images", is_first()) as tell, refused_by("DATA", ValueError):
         model: nn.Module = trained.model.to(device)
         found = judge(model, trained.augment, images, batch=batch, workers=workers, tell=tell)
-        return found if rank() == 0 else None
+        return found if is_first() else None
 
 
 def _of_file(file: Path, data: str, batch: int) -> Evaluation:
@@ -124,6 +126,7 @@ def _of_file(file: Path, data: str, batch: int) -> Evaluation:
             raise ValueError(f"{file} does not say {lacks}: freeze it with --preprocessing and --classes")
         how.check_sizes(network.network)
     images = _images(data, how.output_size or 1, network.classes, len(how.mean))
+    _refuse_unreadable(replace(images, evaluation=how))
     with progress("images") as tell, refused_by("DATA", ValueError):
         return evaluate_frozen(network, how, images, batch=batch, tell=tell)
 
@@ -133,6 +136,16 @@ def _images(data: str, size: int | tuple[int, int], classes: tuple[str, ...], ch
 
     with refused_by("DATA", ValueError, OSError, ModuleNotFoundError):
         return open_images(data, size, classes=classes, channels=channels)
+
+
+def _refuse_unreadable(images: ImageSet, workers: int = 0) -> None:
+    """Before any of them is looked at by a network."""
+    import torch
+
+    from ..training.unreadable import refuse_unreadable
+
+    with refused_by("DATA", ValueError):
+        refuse_unreadable(images, torch.arange(len(images)), workers)
 
 
 def _show(found: Evaluation, console: Console) -> None:

@@ -176,6 +176,7 @@ def train(
         from .. import training
     from ..nn import augment_options
     from ..training.optimizing import LEARNING_RATES
+    from ..training.ranks import is_first
 
     with refused_by("--augment", ValueError):
         drawn = augment_options(augment or [])
@@ -183,7 +184,7 @@ def train(
     images, held_out = _data(data, validation, name, size)
     started = _start(name, images, pretrained, weights, seed)
     for line in (*images.notes, *([str(started.loading)] if started.loading else [])):
-        announce(json_file, line)
+        _announce_once(json_file, line)
     if lr is None and (pretrained or weights) and optimizer in LEARNING_RATES:
         lr = LEARNING_RATES[optimizer] / 10  # what was learnt before shall not be forgotten at once
     try:
@@ -199,14 +200,15 @@ def train(
         announce(json_file, str(error))
         raise typer.Exit(1) from None
     except training.Interrupted as error:
-        announce(json_file, f"{error}. To go on: the same command with --resume")
+        _announce_once(json_file, f"{error}. To go on: the same command with --resume")
         raise typer.Exit(128 + error.number) from None
     except KeyboardInterrupt as error:
         raise typer.Exit(exit_code(error)) from None
     except OSError as error:
         announce(json_file, f"{error.strerror or error}. To go on: the same command with --resume")
         raise typer.Exit(1) from None
-    _tell(run, out, json_file)
+    if is_first():
+        _tell(run, out, json_file)
 
 
 def _data(data: str, validation: str, name: str, size: int | None) -> tuple[ImageSet, Any]:
@@ -248,6 +250,14 @@ def _start(name: str, images: ImageSet, published: bool, weights: Path | None, s
             weights=weights,
             seed=seed,
         )
+
+
+def _announce_once(json_file: Path | None, text: str) -> None:
+    """What all processes that train together have to say, said by the first."""
+    from ..training.ranks import is_first
+
+    if is_first():
+        announce(json_file, text)
 
 
 def _tell(run: Run, out: Path, json_file: Path | None) -> None:

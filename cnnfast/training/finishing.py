@@ -15,7 +15,7 @@ from ..nn.augment import Augment
 from . import pictures
 from .evaluating import Evaluation, evaluate
 from .preparing import TrainingData
-from .ranks import rank
+from .ranks import is_first
 from .runs import Run
 from .saving import write
 
@@ -36,7 +36,7 @@ def finish(run: Run, data: TrainingData, *, batch: int = 64, workers: int = 0) -
     if data.held_out is not None:
         held = data.held_out
         found = evaluate(run.model, data.augment, held.images, held.indices, batch=batch, workers=workers)
-    if rank() > 0:
+    if not is_first():
         return found
     if data.held_out is not None and found is not None:
         write(folder / EVALUATION, (json.dumps(found.to_json(), indent=1) + "\n").encode())

@@ -24,6 +24,7 @@ EXAMPLES = (
 )
 DIGITS, DIGIT_NET, USUAL = "digits", "cnnfast.demo.digits:DigitNet", "resnet18"
 DIGIT_SIZE, SIZE, SMALL = 8, 224, 32  # pixels of a side
+GO_ON = "To go on: the same command with --resume"
 NETWORK, LEARNING, IMAGES, RUNNING = "Network", "Learning", "Images", "Running"
 DATA_HELP = (
     "A folder with a folder of images for each class, a CSV with the columns file and label, or digits: scikit-learn's."
@@ -176,7 +177,7 @@ def train(
         from .. import training
     from ..nn import augment_options
     from ..training.optimizing import LEARNING_RATES
-    from ..training.ranks import is_first
+    from ..training.ranks import ProcessEnded, is_first
 
     with refused_by("--augment", ValueError):
         drawn = augment_options(augment or [])
@@ -196,16 +197,17 @@ def train(
                 frozen=freeze or (), ema=ema or None, patience=patience, mixed=mixed or None, seed=seed,
                 devices=devices, workers=workers, name=name,
             )  # fmt: skip
-    except training.Diverged as error:
-        announce(json_file, str(error))
+    except (training.Diverged, ProcessEnded) as error:
+        announce(json_file, f"{error}. {GO_ON}" if isinstance(error, ProcessEnded) else str(error))
         raise typer.Exit(1) from None
     except training.Interrupted as error:
-        _announce_once(json_file, f"{error}. To go on: the same command with --resume")
+        _announce_once(json_file, f"{error}. {GO_ON}")
         raise typer.Exit(128 + error.number) from None
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt as error:  # before the first epoch or after the last one
+        _announce_once(json_file, f"Interrupted. {GO_ON}")
         raise typer.Exit(exit_code(error)) from None
     except OSError as error:
-        announce(json_file, f"{error.strerror or error}. To go on: the same command with --resume")
+        announce(json_file, f"{error.strerror or error}. {GO_ON}")
         raise typer.Exit(1) from None
     if is_first():
         _tell(run, out, json_file)

@@ -32,7 +32,7 @@ from .module import Module
 from .optimizing import LEARNING_RATES, OPTIMIZERS
 from .preparing import Data, Selection, TrainingData, named, prepare, weights_of_classes
 from .progress import TrainingProgress
-from .ranks import end_launched
+from .ranks import end_launched, is_first
 from .runs import Run, load_best, write_config
 from .schedule import SCHEDULES
 from .trainers import few_threads, make_trainer, quiet, settings_kept
@@ -128,11 +128,11 @@ def fit(
     )
     trained.watch.name_of = images.name
     folder = None if out is None else Path(out)
-    shown = TrainingProgress() if progress else None
+    shown = TrainingProgress(progress and is_first())
     average = None if ema is None else MovingAverage(ema)
-    keeper = Keeper(folder, average, shown.tell if shown else None)
+    keeper = Keeper(folder, average, shown.tell)
     stopping = EarlyStopping("validation_accuracy", mode="max", patience=patience) if patience else None
-    callbacks = [EpochSeeds(seed), *filter(None, (average, stopping, shown)), keeper]
+    callbacks = [EpochSeeds(seed), *filter(None, (average, stopping)), shown, keeper]
     with quiet(), settings_kept(), random_numbers_kept(), few_threads(prepared.augment.size):
         trainer = make_trainer(
             epochs=epochs,
@@ -152,11 +152,12 @@ def fit(
             if own:
                 beginning = begin(own, config, resume)  # another training may just have ended
             keeper.history = [*beginning.history]
-            if shown and folder and resume and trainer.is_global_zero:
+            if folder and resume:
                 shown.begins(beginning, epochs, folder)
             if not beginning.finished:
-                for part in filter(None, (prepared.training, prepared.held_out)):
-                    refuse_unreadable(part.images, part.indices, workers)
+                with shown.bar("looking at images") as step:
+                    for part in filter(None, (prepared.training, prepared.held_out)):
+                        refuse_unreadable(part.images, part.indices, workers, step)
                 if own and beginning.checkpoint is None:
                     write_config(own, config)
                 loaders = [_loader(part, given, trainer) for part in (prepared.training, prepared.held_out) if part]
@@ -169,7 +170,8 @@ def fit(
                 load_best(model, folder)
             run = Run(model.eval(), classes, tuple(keeper.history), folder)
             if folder is not None and not over:
-                finish(run, prepared, batch=batch, workers=workers)
+                with shown.bar("evaluating") as step:
+                    finish(run, prepared, batch=batch, workers=workers, step=step)
     return run
 
 
@@ -180,7 +182,7 @@ def _train(trainer: Any, module: Module, loaders: list[Any], beginning: Beginnin
     try:
         trainer.fit(module, *loaders, ckpt_path=beginning.checkpoint)
     except BaseException as error:
-        end_launched(trainer)
+        end_launched(trainer, error)
         if watch.number is None:
             raise
         done = len(keeper.history)

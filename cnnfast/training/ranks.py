@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from subprocess import TimeoutExpired
 from typing import Any
 
 import torch
@@ -55,14 +56,33 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def end_launched(trainer: Trainer) -> None:
-    """Ends the processes that lightning has started for this one, which would wait for it for ever."""
-    started: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
+class ProcessEnded(RuntimeError):
+    """Another process that trains with this one has ended, and itself told why."""
+
+
+def end_launched(trainer: Trainer, error: BaseException) -> None:
+    """After an error: ends the processes that lightning has started for this one, which would wait for it for ever.
+
+    Raises ProcessEnded from the error where it comes of one that has ended before.
+    """
+    started: list[Any] = [*getattr(trainer.strategy.launcher, "procs", [])]
+    # A thread of lightning's looks at them every five seconds, and kills this process where one has failed.
+    getattr(trainer.strategy.launcher, "procs", []).clear()
+    lost = isinstance(error, dist.DistBackendError) or "gloo" in str(error)  # gloo's errors have no class
+    ended = [process for process in started if lost and _ends(process)]
     for process in started:
         process.kill()
         process.wait()
-    # A thread of lightning's looks at them every five seconds, and kills this process where one has ended like that.
-    started.clear()
+    if ended:
+        raise ProcessEnded(f"one of the processes ended, with exit code {ended[0].returncode}") from error
+
+
+def _ends(process: Any) -> bool:
+    """Whether a process has ended with an error, or is about to: its connections are closed a moment before."""
+    try:
+        return bool(process.wait(timeout=20))
+    except TimeoutExpired:
+        return False
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def test_children_of_a_killed_training_hold_nothing(tmp_path):
 
 def test_one_process_does_not_train_twice_in_a_folder(tmp_path):
     with alone_in(tmp_path / "run"):
-        with pytest.raises(ValueError, match="^this process trains in"), alone_in(tmp_path / "a" / ".." / "run"):
+        with pytest.raises(ValueError, match="this process trains in"), alone_in(tmp_path / "a" / ".." / "run"):
             pass
         with alone_in(tmp_path / "other"):
             pass
@@ -113,9 +113,8 @@ def test_one_process_does_not_train_twice_in_a_folder(tmp_path):
 
 
 def test_folders_without_files_are_removed(tmp_path):
-    with pytest.raises(KeyError), alone_in(tmp_path / "a" / "b" / "c"):
+    with alone_in(tmp_path / "a" / "b" / "c"):
         (tmp_path / "a" / "file").touch()
-        raise KeyError
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["file"]
     (tmp_path / "empty").mkdir()
     with alone_in(tmp_path / "empty" / "run"):

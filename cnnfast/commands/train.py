@@ -66,7 +66,7 @@ def train(
             rich_help_panel=NETWORK,
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, metavar="N", rich_help_panel=LEARNING)] = 30,
+    epochs: Annotated[int, typer.Option(min=1, metavar="N", rich_help_panel=LEARNING)] = 40,
     batch: Annotated[
         int, typer.Option(min=1, help="Images of a step, in each process.", metavar="N", rich_help_panel=LEARNING)
     ] = 64,

@@ -16,8 +16,8 @@ ROOTS = {
 
 # These are pure Python.
 PURE = (
-    *("problem", "gpus", "costs", "resources", "tiling", "tables", "table_files", "table_rows"),
-    *("gather.depthwise.tiles", "tma.tiles"),
+    *("problem", "gpus", "costs", "resources", "tiling", "traffic", "tables", "table_files", "table_rows"),
+    *("gather.work", "gather.depthwise.tiles", "gather.depthwise.work", "tma.tiles", "tma.work"),
 )
 
 # (importer, imported, exceptions): no module that matches the first may import what matches the second.
@@ -60,6 +60,7 @@ LAYERS = {
         "problem rounding gpus",
         "tiling layout dtypes operands resources",
         "costs",
+        "traffic",
         "activations epilogue launch launchable indexing memory devices",
         "planes moments slots",
         "gather tma batchnorm pooling augment",
@@ -67,6 +68,7 @@ LAYERS = {
         "table_files",
         "tables",
         "choosing keys",
+        "choosing_costs",
         "conv",
         "aot",
     ],

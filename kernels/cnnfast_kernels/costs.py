@@ -31,9 +31,11 @@ GAP = 2
 # Rows and columns of a product that one instruction of a warp computes before sm_90, or of operands in registers.
 WARP_ROWS, WARP_COLUMNS = 16, 16
 # Rows of a product for which one instruction reads the second operand from shared memory again, and the most columns
-# for which it reads the first: wgmma of sm_90 and tcgen05 of sm_100.
-OPERAND_ROWS = {90: 64, 100: 128}
+# for which it reads the first: wgmma of sm_90 and tcgen05 of sm_100 and sm_103, by a tenth of the architecture.
+OPERAND_ROWS = {9: 64, 10: 128}
 OPERAND_COLUMNS = 256
+# How much longer than all else latency takes where it is said to limit: a little is always exposed.
+EXPOSED = 1.1
 # Registers are given to warps in units, and warps to a program by fours, one for each scheduler: the CUDA Occupancy
 # Calculator's allocation unit and warp allocation granularity.
 REGISTER_UNIT = 256
@@ -79,7 +81,8 @@ PARTS: tuple[Limiter, ...] = ("tensor", "issue", "l2", "shared", "memory", "late
 
 class TileCost(NamedTuple):
     """parts: seconds of each Limiter. seconds: the longest of them, and what further launches add; infinite where not
-    one program fits on a multiprocessor. residents: programs that live on a multiprocessor at once. waves: in which the
+    one program fits on a multiprocessor. limiter: the longest part, but for a latency that is longest by less than a
+    tenth. residents: programs that live on a multiprocessor at once. waves: in which the
     programs run. tail: the share of the last wave's places that is empty. intensity: FLOPs for each byte that the loops
     load from the second-level cache.
     """
@@ -130,13 +133,14 @@ def shared_bytes_of_step(work: TileWork, arch: int) -> int:
     instructions do.
     """
     rows, columns, depth = work.product
+    at_once = None if work.through_registers else OPERAND_ROWS.get(arch // 10)
     if work.stages == 0:
         return 0
-    if work.through_registers or arch not in OPERAND_ROWS:
+    if at_once is None:
         down, across = warp_grid(rows, columns, work.warps)
         read = rows * across + columns * down
     else:
-        read = rows * cdiv(columns, OPERAND_COLUMNS) + columns * cdiv(rows, OPERAND_ROWS[arch])
+        read = rows * cdiv(columns, OPERAND_COLUMNS) + columns * cdiv(rows, at_once)
     return (rows + columns + read) * depth * ELEMENT_BYTES[work.precision]
 
 
@@ -186,8 +190,8 @@ def cost(work: TileWork, resources: Resources, gpu: KnownGpu) -> TileCost:
         "memory": work.moved / gpu.memory,
         "latency": waves * path(work, resources, gpu),
     }
-    limiter = max(parts, key=lambda part: parts[part])
-    seconds = parts[limiter] + work.launches * LAUNCH + work.further / gpu.memory
+    limiter = max(parts, key=lambda part: parts[part] / (EXPOSED if part == "latency" else 1))
+    seconds = max(parts.values()) + work.launches * LAUNCH + work.further / gpu.memory
     return TileCost(seconds, limiter, parts, living, waves, 1 - programs / (waves * places), intensity)
 
 

@@ -171,6 +171,21 @@ def named(text: str) -> KnownGpu:
     raise ValueError(f"{text!r} is none of {', '.join(gpu.name for gpu in KNOWN)}")
 
 
+def stand_in(cuda: str, arch: int) -> KnownGpu:
+    """The GPU of a name that CUDA gives, with numbers of it; or, if it is not known here, those of one with the same
+    multiprocessors, or else of the nearest older architecture.
+    """
+    for gpu in KNOWN:
+        if gpu.cuda == cuda and gpu.arch == arch:
+            return gpu
+    alike = [gpu for gpu in KNOWN if gpu.arch == arch]
+    alike += [gpu for gpu in KNOWN if gpu.multiprocessor == MULTIPROCESSORS.get(arch)]
+    oldest = min(KNOWN, key=lambda gpu: gpu.arch)
+    older = [gpu for gpu in KNOWN if gpu.arch <= arch]
+    found = alike[0] if alike else max(older, key=lambda gpu: gpu.arch, default=oldest)
+    return found._replace(name=cuda, cuda=cuda, arch=arch if arch in MULTIPROCESSORS else found.arch)
+
+
 def capability_of(arch: str) -> int:
     """90 of "sm_90", "sm_90a" and "90". Raises ValueError, which names the choices, for an architecture that is not
     known here, and says which one a GPU's name stands for.

@@ -113,7 +113,7 @@ def test_warps_lie_along_the_longer_side():
 def test_wgmma_reads_the_second_operand_for_every_64_rows_and_tcgen05_for_every_128():
     work = WORK._replace(product=(128, 256, 64))
     assert shared_bytes_of_step(work, 90) == (128 + 256 + 128 + 2 * 256) * 64 * 2
-    assert shared_bytes_of_step(work, 100) == (128 + 256 + 128 + 256) * 64 * 2
+    assert shared_bytes_of_step(work, 103) == shared_bytes_of_step(work, 100) == (128 + 256 + 128 + 256) * 64 * 2
     through = work._replace(through_registers=True)
     assert shared_bytes_of_step(through, 90) == shared_bytes_of_step(work, 80) == (128 + 256 + 2 * 128 + 2 * 256) * 128
     assert shared_bytes_of_step(work._replace(stages=0), 90) == 0
@@ -170,8 +170,17 @@ def test_further_launches_take_their_time_and_their_bytes():
 def test_what_limits(limiter, changes, resources):
     found = cost(WORK._replace(**changes), resources, H200)
     assert found.limiter == limiter
-    assert found.parts[limiter] == max(found.parts.values())
+    assert found.parts[limiter] == max(found.parts.values()) == found.seconds
     assert tuple(found.parts) == PARTS
+
+
+@pytest.mark.parametrize(("steps", "limiter"), [(1, "latency"), (5, "latency"), (30, "tensor"), (1000, "tensor")])
+def test_latency_limits_where_it_takes_a_tenth_more_than_all_else(steps, limiter):
+    """One program on each multiprocessor, which waits once, and then multiplies for 0.7 us a step."""
+    work = WORK._replace(**STILL, programs=132, steps=132 * steps, product=(256, 256, 32))
+    found = cost(work, Resources(255, 120 * 1024, 0, 0), H200)
+    assert found.seconds == found.parts["latency"] > found.parts["tensor"]
+    assert found.limiter == limiter
 
 
 @st.composite

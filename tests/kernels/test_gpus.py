@@ -58,3 +58,24 @@ def test_nothing_is_reached_that_a_data_sheet_does_not_promise():
         assert 0.8 * promised[gpu.name] <= gpu.memory / 1e12 <= promised[gpu.name]
         assert gpu.memory < gpu.cache <= gpu.multiprocessors * gpus.CACHE_CLOCK * gpu.clock
         assert 0 < gpu.sustained <= 1
+
+
+@pytest.mark.parametrize(
+    ("cuda", "arch", "like"),
+    [
+        ("NVIDIA H200", 90, "h200"),
+        ("NVIDIA GeForce RTX 4090", 89, "rtx-4090"),
+        ("NVIDIA GH200 480GB", 90, "h200"),
+        ("NVIDIA B300", 103, "b200"),
+        ("NVIDIA GeForce RTX 5090", 120, "l40s"),
+        ("Orin", 87, "rtx-3090"),
+        ("NVIDIA A100-PCIE-40GB", 80, "a100"),
+        ("Tesla T4", 75, "a100"),
+        ("NVIDIA X1000", 130, "b200"),
+    ],
+)
+def test_a_gpu_that_is_not_known_has_the_numbers_of_its_like(cuda, arch, like):
+    found, known = gpus.stand_in(cuda, arch), gpus.named(like)
+    assert found.cuda == cuda
+    assert found[3:] == known[3:]
+    assert found.arch == (arch if arch in gpus.MULTIPROCESSORS else known.arch)

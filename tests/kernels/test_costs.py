@@ -141,6 +141,22 @@ def test_parts_by_hand():
     assert roofline(WORK, H200) == max(WORK.flops / H200.flops("half"), 90 * 2**20 / 4.3e12)
 
 
+def test_a_launch_is_as_long_as_its_busiest_multiprocessor():
+    """What one multiprocessor does alone takes twice as long for one program more than there are multiprocessors, and
+    no less for one program in all.
+    """
+    once, again, single = (
+        cost(WORK._replace(programs=n, steps=10 * n, loaded=32768 * n, outside=n), RESOURCES, H200).parts
+        for n in (132, 133, 1)
+    )
+    for part in ("tensor", "issue", "shared"):
+        assert again[part] == pytest.approx(2 * once[part])
+        assert single[part] == pytest.approx(once[part])
+    # one program loads no faster than its multiprocessor takes
+    assert once["l2"] == pytest.approx(132 * 32769 / 5.5e12)
+    assert single["l2"] == pytest.approx(32769 / 64 / 1.755e9)
+
+
 def test_a_loop_waits_for_the_loads_that_its_stages_do_not_begin_soon_enough():
     """One program alone, of steps that take no time beside a load."""
     work = WORK._replace(programs=1, steps=10, product=(16, 16, 16), loaded=10, outside=0, moved=0)

@@ -77,6 +77,7 @@ LAYERS = {
         "warming workers",
         "checking tuning",
         "engine",
+        "explaining",
         "bench sheets",
         "training",
         "diagnosing",

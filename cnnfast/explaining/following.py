@@ -20,11 +20,14 @@ from torch.utils.flop_counter import flop_registry
 from ..calls import CallRecorder, OperatorCall
 from ..conversion.costs import size_of
 from ..conversion.leaves import is_norm
+from ..conversion.observing import silence
 from ..functional.entrance import capture
 from ..nn.fused import observed
 
 # Our operators that are of a norm, where a step has a convolution too.
 OF_A_NORM = ("batch_moments", "update_running", "normalize", "normalize_backward", "combine_ranks", "gradient_sums")
+# Nodes of autograd's graph that this thread has made: the number of the next one.
+_nodes_made = torch.autograd._get_sequence_nr  # pyright: ignore[reportPrivateImportUsage]
 WRITE_ONLY = ("copy_", "fill_", "zero_")  # PyTorch's operators that do not read what they write into
 
 
@@ -62,6 +65,7 @@ class Follower(CallRecorder):
 
     def __enter__(self) -> Follower:
         for module in self.model.modules():
+            silence(module)
             if not isinstance(module, torch.jit.ScriptModule):
                 module.__dict__["_compiled_call_impl"] = functools.partial(self.called, module)
         self.stack.enter_context(observed(self.begins))
@@ -103,7 +107,7 @@ class Follower(CallRecorder):
         """(the modules that what runs now belongs to, whether this is a backward pass)."""
         node: Any = torch._C._current_autograd_node()
         if node is None:
-            self.forward_of.setdefault(torch._C._autograd._get_sequence_nr() - 1, self.running[-1])
+            self.forward_of.setdefault(_nodes_made() - 1, self.running[-1])
             return self.running[-1], False
         # The node that adds a gradient to a parameter has no number of its own.
         return self.forward_of.get(node._sequence_nr(), self.running[0]), True
@@ -116,6 +120,8 @@ class Follower(CallRecorder):
     def others(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         (module, *_), backward = self.place()
         result = func(*args, **kwargs)
+        if len(self.running) == 1 and not backward:  # not the model's: the gradient of what it returned is made
+            return result
         read, written = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), result))
         name = func._overloadpacket.__name__
         inside = {t.untyped_storage()._cdata for t in read}

@@ -6,20 +6,22 @@ from dataclasses import dataclass
 
 from cnnfast_kernels.costs import Limiter
 
+OPERATIONS = ("fprop", "dgrad", "wgrad", "bias", "norm", "pool", "augment")  # bias: its gradient
+
 
 @dataclass(frozen=True)
 class Operation:
     """A call of one of our operators, as our kernels would serve it.
 
-    layer: the module's name, "" for the model itself. operation: fprop, dgrad, wgrad, norm, pool or augment. backward:
+    layer: the module's name, "" for the model itself. operation: one of OPERATIONS. backward:
     whether it belongs to the backward pass; the forward pass of a transposed convolution is a dgrad. shapes: of its
     operands, as 2x3x8x8 8x3x3x3. kernel: the one that does its work, or moves most. tile, registers (of a thread),
     residents (programs that live on a multiprocessor at once), intensity (FLOPs for each byte from the second-level
     cache): of a convolution; None elsewhere. limiter: what takes longest. modelled_us, roofline_us: microseconds by the
     model, and if the operation only multiplied, or only moved each of its tensors once. bytes: that its kernels read
     and write, each tensor of each launch once. launches: of kernels. served: who would serve the call today: "measured
-    row" (of a table: our kernels), "kernels" (ours without a row), "library" (PyTorch's convolution). measured_us:
-    medians of "kernels" and "library", where a table has them.
+    row" (of a table: our kernels), "kernels" (ours without a row), "library" (PyTorch's convolution). measured_us,
+    library_us: what a table of this GPU has of our kernels and of the library; None without a row.
     """
 
     layer: str
@@ -38,7 +40,8 @@ class Operation:
     bytes: int
     launches: int
     served: str
-    measured_us: dict[str, float]
+    measured_us: float | None = None
+    library_us: float | None = None
 
     @property
     def share(self) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from cnnfast_kernels import choosing, devices
 from cnnfast_kernels.choosing import Tile, precision_of
@@ -18,10 +19,13 @@ from cnnfast_kernels.layout import Layout
 
 from .. import dispatch
 from ..calls import OperatorCall, recorded_run, standing_for
-from ..dtypes import argument
+from ..conversion import FORMATS, OTHER_FORMATS
+from ..dtypes import argument, name_of
 from ..ops.serving import decide
 from ..precision import allow_tf32, float32_products
-from ..tuning.capture import OPERATORS, Convolution
+from ..spelling import unknown_value
+from ..tuning.capture import OPERATORS as CONVOLUTIONS
+from ..tuning.capture import Convolution
 from .explanation import Explanation
 from .following import Follower, Foreign
 from .launching import KernelLaunch, launched
@@ -30,11 +34,12 @@ from .rows import ForeignWork, Operation
 
 # What operators do, by the beginnings of their names; all others are of a norm. The forward pass of a transposed
 # convolution is a dgrad.
-OPERATIONS = {
+OPERATION_OF = {
     "conv_dgrad": "dgrad",
     "conv_wgrad": "wgrad",
     "conv_": "fprop",
     **dict.fromkeys(("max_pool", "avg_pool", "adaptive_avg_pool", "global_avg_pool"), "pool"),
+    "channel_sum": "bias",
     "augment": "augment",
     "": "norm",
 }
@@ -51,6 +56,10 @@ def explained(
 ) -> Explanation:
     """See `explain`."""
     cast, products = argument(dtype, "explain")
+    if memory_format not in FORMATS:
+        raise unknown_value("explain", "memory_format", memory_format, FORMATS, OTHER_FORMATS)
+    if any(p.dim() == 5 for p in model.parameters()):  # channels_last is for images: PyTorch refuses it for videos
+        memory_format = None
     on = devices.Gpu(gpu.cuda, gpu.arch)
     how: dict[str, Any] = {"train": train, "dtype": cast, "memory_format": memory_format}
     with torch.inference_mode(False), float32_products(products) if products else nullcontext():
@@ -64,7 +73,9 @@ def explained(
         with dispatch.prefer_kernels():
             rows = [replace(model_of(f.call), layer=f.layer, backward=f.backward) for f in run.followed]
         foreign = _together(run.foreign, gpu)
-    return Explanation(type(model).__name__, gpu, train, rows, foreign)
+        dtype_name = model_of.dtype_name(run.followed[0].call)
+    shapes = [tuple(t.shape) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+    return Explanation(type(model).__name__, gpu, train, dtype_name, shapes, rows, foreign)
 
 
 class _OperationModel:
@@ -86,7 +97,7 @@ class _OperationModel:
         most = max(launches, key=lambda launch: launch.bytes, default=None)
         row = Operation(
             layer="",
-            operation=next(operation for name, operation in OPERATIONS.items() if call.operator.startswith(name)),
+            operation=next(operation for name, operation in OPERATION_OF.items() if call.operator.startswith(name)),
             backward=False,
             shapes=" ".join("x".join(map(str, t.shape)) for _, t in call.arguments if isinstance(t, Layout)),
             kernel=most.kernel if most else "",
@@ -101,16 +112,13 @@ class _OperationModel:
             bytes=moved,
             launches=len(launches),
             served="kernels",
-            measured_us={},
         )
-        return self.convolution(call, row, launches) if call.operator in OPERATORS else row
+        return self.convolution(call, row, launches) if call.operator in CONVOLUTIONS else row
 
     def convolution(self, call: OperatorCall, row: Operation, launches: Sequence[KernelLaunch]) -> Operation:
         """The row of a convolution, completed."""
         convolution = Convolution(call.operator, call.arguments)
-        with standing_for(self.on):
-            tf32 = allow_tf32(torch.empty(0, dtype=convolution.dtype, device="meta"))
-        q = convolution.question(tf32, self.on)
+        q = convolution.question(self.tf32(convolution.dtype), self.on)
         row = replace(row, flops=q.problem.flops)
         main = next((launch for launch in launches if isinstance(launch.tile, Tile)), None)
         if call["algorithm"] != "auto" or main is None:  # by im2col many kernels serve, or there is nothing to compute
@@ -125,7 +133,7 @@ class _OperationModel:
         cost, roofline, registers = modelled(q, main.tile, self.gpu)
         measured = choosing.measured(q)
         decision = decide(q, measured, True)
-        ours = "measured row" if measured is not None else "kernels"
+        ours, times = ("kernels", {}) if measured is None else ("measured row", measured.microseconds)
         return replace(
             row,
             kernel=main.kernel,
@@ -137,8 +145,18 @@ class _OperationModel:
             modelled_us=1e6 * cost.seconds,
             roofline_us=1e6 * roofline,
             served="library" if decision.library else ours,
-            measured_us={} if measured is None else measured.microseconds,
+            measured_us=times.get("kernels"),
+            library_us=times.get("library"),
         )
+
+    def tf32(self, dtype: torch.dtype) -> bool:
+        with standing_for(self.on):
+            return allow_tf32(torch.empty(0, dtype=dtype, device="meta"))
+
+    def dtype_name(self, call: OperatorCall) -> str:
+        """Of what a call computes in."""
+        dtype = next(value.dtype for _, value in call.arguments if isinstance(value, Layout))
+        return name_of(dtype, self.tf32(dtype))
 
 
 def _together(calls: Iterable[Foreign], gpu: KnownGpu) -> list[ForeignWork]:

@@ -84,6 +84,7 @@ LAYERS = {
         "warming workers",
         "checking tuning",
         "engine",
+        "explaining",
         "bench sheets",
         "training",
         "diagnosing",

@@ -28,7 +28,7 @@ def work_of(q: Question, tile: Tile) -> TileWork:
         copied = q.operation != "wgrad" and filters_layout(q.w, tile)[1]
         return strips.work(q.problem, q.operation, q.precision, tile, finishing, copied)
     if isinstance(tile, TileConfig):
-        return gathering.work(q.problem, q.operation, q.precision, tile, finishing)
+        return gathering.work(q.problem, q.operation, q.precision, tile, finishing, q.adjacent)
     return _packed_work(q, tile, finishing) if q.packed else boxes.work(q.boxed, q.operation, tile, finishing)
 
 

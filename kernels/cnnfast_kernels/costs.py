@@ -7,7 +7,8 @@ a multiprocessor to hide it, the latency of their waves. Nothing here was measur
 What a multiprocessor does alone (products, issue, shared memory) takes as long as on the one that runs the most
 programs. The second-level cache and the memory serve all at once. A wave is as long as one program that has its share
 of both to itself: it waits for its first load, does its steps, of which each waits for the load that was begun
-stages - 1 steps before, and its epilogue, one after the other. Programs that live there beside it fill its waits.
+stages - 1 steps before, unless the first-level cache has it, and its epilogue, one after the other. Programs that live
+there beside it fill its waits.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def path(work: TileWork, resources: Resources, gpu: KnownGpu) -> float:
     loop = max(steps * clocks / gpu.clock, (work.loaded - work.cached) / work.programs * a_byte)
     step = loop / steps if steps else 0.0
     late = LATENCY if work.stages <= 1 else max(LATENCY / (work.stages - 1) - step, 0.0)
-    waits = LATENCY + max(steps - 1, 0.0) * late
+    waits = LATENCY + max(steps * (1 - work.cached / max(work.loaded, 1)) - 1, 0.0) * late
     return loop + waits + resources.other_instructions * slots / gpu.clock + work.outside / work.programs * a_byte
 
 

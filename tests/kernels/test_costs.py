@@ -162,6 +162,8 @@ def test_a_loop_waits_for_the_loads_that_its_stages_do_not_begin_soon_enough():
     work = WORK._replace(programs=1, steps=10, product=(16, 16, 16), loaded=10, outside=0, moved=0)
     paths = [path(work._replace(stages=stages), Resources(32, 1024, 0, 0), H200) for stages in (1, 2, 3, 5)]
     assert paths == pytest.approx([10 * LATENCY, 10 * LATENCY, 5.5 * LATENCY, 3.25 * LATENCY], rel=0.02)
+    assert path(work._replace(stages=0, cached=7), Resources(32, 0, 0, 0), H200) == pytest.approx(3 * LATENCY, rel=0.02)
+    assert path(work._replace(stages=0, cached=10), Resources(32, 0, 0, 0), H200) == pytest.approx(LATENCY, rel=0.02)
 
 
 def test_further_launches_take_their_time_and_their_bytes():

@@ -15,10 +15,11 @@ from cnnfast_kernels.choosing_costs import work_of
 from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from cnnfast_kernels.costs import TileWork
 from cnnfast_kernels.epilogue import NO_NORM, PLAIN, BatchNorm, Epilogue
+from cnnfast_kernels.gather import work as gathering
 from cnnfast_kernels.gather.depthwise.tiles import StripTile
 from cnnfast_kernels.keys import dgrad_key, fprop_key, wgrad_key
 from cnnfast_kernels.moments import TileRows, plan_combine
-from cnnfast_kernels.tiling import Operation
+from cnnfast_kernels.tiling import Operation, TileConfig
 from cnnfast_kernels.tma.tiles import BoxTile, box_steps, candidate_boxes
 from cnnfast_kernels.traffic import COMBINED, levels
 from tests.support.convolutions import CASES, FLAT, GROUPED, SMALL, STRIDED, TILED, Case
@@ -106,6 +107,27 @@ def test_pointers_in_other_precisions(operation):
         check(work_of(q, SMALL), counted)
 
 
+@pytest.mark.parametrize(
+    ("operation", "channels", "window", "precision", "adjacent", "stages"),
+    [
+        ("fprop", 64, 3, "half", True, 4),
+        ("fprop", 3, 7, "half", True, 1),  # a k-step spans taps, and each element is loaded alone
+        ("fprop", 4, 7, "half", True, 4),
+        ("fprop", 3, 7, "ieee", True, 4),  # of 4 bytes
+        ("fprop", 3, 1, "half", True, 4),
+        ("fprop", 64, 3, "half", False, 1),
+        ("fprop", 64, 3, "tf32", False, 4),
+        ("dgrad", 3, 7, "half", True, 4),  # its k-steps go through filters
+        ("wgrad", 3, 7, "half", True, 1),
+        ("wgrad", 64, 3, "half", True, 4),
+        ("wgrad", 48, 3, "half", True, 4),
+    ],
+)
+def test_copies_of_less_than_four_bytes_wait_in_registers(operation, channels, window, precision, adjacent, stages):
+    g = Case("", (1, channels, 9, 9), (64, window, window)).problem
+    assert gathering.work(g, operation, precision, TileConfig(64, 64, 32, 4, 4), adjacent=adjacent).stages == stages
+
+
 def boxes() -> list:
     """Each case with a box of one pixel's column, or else of one row, and one of several axes, as far as there are."""
     found = []
@@ -134,8 +156,8 @@ def test_boxes(operation, case, tile):
 @pytest.mark.parametrize("epilogue", ["moments", "norm", "residual", "norm and residual"])
 def test_what_follows_the_sums(epilogue, tile):
     case = Case("two tiles of pixels and of filters", (2, 16, 6, 8), (40, 1, 1))
-    vectors = torch.ones(4, 40)
-    norm = BatchNorm(*vectors, 1e-5) if "norm" in epilogue else NO_NORM
+    vector = torch.ones(40)
+    norm = BatchNorm(vector, vector, vector, vector) if "norm" in epilogue else NO_NORM
     residual = tensor(case.y) if "residual" in epilogue else None
     q, counted = ran("fprop", case, tile, Epilogue(None, norm, residual), epilogue == "moments")
     work = work_of(q, tile)

@@ -6,15 +6,25 @@ A mask hides the padding, and what lies beyond the pixels, channels and filters:
 
 from __future__ import annotations
 
+from math import gcd
+
 from ..costs import TileWork
 from ..problem import ConvProblem, tap_pairs, tap_step
-from ..tiling import ELEMENT_BYTES, Operation, Precision, TileConfig, cdiv
+from ..tiling import ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, TileConfig, cdiv
 from ..traffic import PLAIN_SUMS, Finishing, LoopWork, dgrad_traffic, fprop_traffic, weights, wgrad_traffic
+
+LEAST_COPY = 4  # bytes of an asynchronous copy
 
 
 def class_taps(taps: int, stride: int, pad: int, dilation: int) -> list[int]:
     """How many taps of an axis each class of dgrad's pixels meets (dgrad.py)."""
     return [sum((first + pad - r * dilation) % stride == 0 for r in range(taps)) for first in range(stride)]
+
+
+def most_taps(problem: ConvProblem) -> int:
+    """Taps of the class of dgrad's pixels that meets the most."""
+    g = problem
+    return cdiv(g.R, tap_step(g.stride_h, g.dil_h)) * cdiv(g.S, tap_step(g.stride_w, g.dil_w))
 
 
 def steps_of_tile(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:
@@ -25,11 +35,29 @@ def steps_of_tile(problem: ConvProblem, operation: Operation, tile: TileConfig) 
     else:
         rows = class_taps(g.R, g.stride_h, g.pad_h, g.dil_h)
         columns = class_taps(g.S, g.stride_w, g.pad_w, g.dil_w)
-        depth, taps = g.group_filters, [r * s for r in rows for s in columns]
-        most = cdiv(g.R, tap_step(g.stride_h, g.dil_h)) * cdiv(g.S, tap_step(g.stride_w, g.dil_w))
+        depth, taps, most = g.group_filters, [r * s for r in rows for s in columns], most_taps(g)
     if depth < tile.BLOCK_K and most > 1:
         return sum(cdiv(t * depth, tile.BLOCK_K) for t in taps)
     return sum(taps) * cdiv(depth, tile.BLOCK_K)
+
+
+def stages_of_loop(
+    problem: ConvProblem, operation: Operation, precision: Precision, tile: TileConfig, adjacent: bool
+) -> int:
+    """The stages that a loop really has: one, where loads pass through registers, because those of neighbours are of
+    less than the 4 bytes that an asynchronous copy takes (PTX ISA, cp.async).
+
+    Of channels of which a k-step, or a tile of wgrad's columns, spans several taps, the compiler knows so many to be
+    neighbours as divide their number.
+    """
+    g = problem
+    if operation == "wgrad":
+        depth, spans = g.group_channels, g.group_channels % tile.BLOCK_N != 0 and g.R * g.S > 1
+    else:
+        depth, taps = (g.group_channels, g.R * g.S) if operation == "fprop" else (g.group_filters, most_taps(g))
+        spans = depth < tile.BLOCK_K and taps > 1
+    neighbours = 1 if not adjacent else gcd(depth, VECTOR_BYTES) if spans else VECTOR_BYTES
+    return tile.num_stages if neighbours * ELEMENT_BYTES[precision] >= LEAST_COPY else 1
 
 
 def work(
@@ -38,8 +66,12 @@ def work(
     precision: Precision,
     tile: TileConfig,
     finishing: Finishing = PLAIN_SUMS,
+    adjacent: bool = True,
 ) -> TileWork:
-    """What conv_fprop_kernel, conv_dgrad_kernel, or conv_wgrad_kernel with the sum of its slots, does."""
+    """What conv_fprop_kernel, conv_dgrad_kernel, or conv_wgrad_kernel with the sum of its slots, does.
+
+    adjacent: whether channels lie next to each other in all operands.
+    """
     g, element = problem, ELEMENT_BYTES[precision]
     taps = tap_pairs(g.P, g.H, g.R, g.stride_h, g.pad_h, g.dil_h)
     taps *= tap_pairs(g.Q, g.W, g.S, g.stride_w, g.pad_w, g.dil_w)
@@ -65,7 +97,7 @@ def work(
         (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K),
         precision,
         loaded * element,
-        tile.num_stages,
+        stages_of_loop(g, operation, precision, tile, adjacent),
         through_registers=precision != "half",
     )
     if operation == "fprop":

@@ -68,6 +68,7 @@ LAYERS = {
         "table_files",
         "tables",
         "choosing keys",
+        "resource_keys",
         "choosing_costs",
         "conv",
         "aot",

@@ -152,6 +152,15 @@ def box_phases(problem: ConvProblem, operation: Operation, tile: BoxTile) -> tup
     return (phase_h, phase_w) if whole and (phase_w == 1 or operation == "wgrad" or g.C % tile.TILE_C == 0) else None
 
 
+def form_of(problem: ConvProblem, operation: Operation, tile: BoxTile) -> str:
+    """The form that a kernel's loads have, as far as its instructions follow from it: "1x1"; "taps"; "phases" where the
+    image is seen in phases (boxes.py).
+    """
+    if box_phases(problem, operation, tile) != (1, 1):
+        return "phases"
+    return "1x1" if problem.R * problem.S == 1 else "taps"
+
+
 def candidate_boxes(
     problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
 ) -> Iterator[BoxTile]:

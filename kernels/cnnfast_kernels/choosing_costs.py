@@ -7,11 +7,14 @@ from __future__ import annotations
 from math import prod
 
 from .choosing import Question, Tile
-from .costs import TileWork
+from .costs import TileCost, TileWork, cost, roofline
 from .gather import work as gathering
 from .gather.depthwise import work as strips
 from .gather.depthwise.filters import filters_layout
 from .gather.depthwise.tiles import StripTile
+from .gpus import KnownGpu
+from .resource_keys import resource_key
+from .resources import resources_of
 from .tiling import TileConfig
 from .tma import work as boxes
 from .tma.stem import packing_of
@@ -60,3 +63,13 @@ def _packed_work(q: Question, tile: BoxTile, finishing: Finishing) -> TileWork:
         launches=2,
         further=given + image + read + weights(g) * element,
     )
+
+
+def cost_of(q: Question, tile: Tile, gpu: KnownGpu) -> TileCost:
+    """What the convolution costs with `tile`; q.gpu has the architecture of `gpu`."""
+    return cost(work_of(q, tile), resources_of(resource_key(q, tile)), gpu)
+
+
+def roofline_of(q: Question, tile: Tile, gpu: KnownGpu) -> float:
+    """Seconds of a kernel that only multiplied, or only moved each tensor once, whichever is longer."""
+    return roofline(work_of(q, tile), gpu)

@@ -30,7 +30,7 @@ from ..tuning.capture import Convolution
 from .explanation import Explanation
 from .following import Follower, Foreign
 from .launching import KernelLaunch, launched
-from .modelling import flops_per_second, memory_bytes_per_second, modelled
+from .modelling import modelled
 from .rows import ForeignWork, Operation
 
 # What operators do, by the beginnings of their names; all others are of a norm. The forward pass of a transposed
@@ -94,7 +94,7 @@ class _OperationModel:
 
     def operation(self, call: OperatorCall) -> Operation:
         replayed = launched(call, self.on)
-        launches, rate = replayed.launches, memory_bytes_per_second(self.gpu)
+        launches, rate = replayed.launches, self.gpu.memory
         moved = sum(launch.bytes for launch in launches)
         most = max(launches, key=lambda launch: launch.bytes, default=None)
         row = Operation(
@@ -124,7 +124,7 @@ class _OperationModel:
         row = replace(row, flops=q.problem.flops)
         main = next((launch for launch in launches if isinstance(launch.tile, Tile)), None)
         if call["algorithm"] != "auto" or main is None:  # by im2col many kernels serve, or there is nothing to compute
-            products = 1e6 * q.problem.flops / flops_per_second(self.gpu, q.precision)
+            products = 1e6 * q.problem.flops / self.gpu.flops(q.precision)
             limiter: Limiter = "tensor" if products > row.modelled_us else "memory"
             return replace(
                 row,
@@ -181,8 +181,8 @@ def _together(calls: Iterable[Foreign], gpu: KnownGpu) -> list[ForeignWork]:
 
 
 def _least_seconds(call: Foreign, gpu: KnownGpu) -> float:
-    moving = call.bytes / memory_bytes_per_second(gpu)
+    moving = call.bytes / gpu.memory
     if not call.flops:
         return moving
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
-    return max(moving, call.flops / flops_per_second(gpu, precision_of(call.dtype, tf32)))
+    return max(moving, call.flops / gpu.flops(precision_of(call.dtype, tf32)))

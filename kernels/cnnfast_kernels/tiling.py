@@ -57,6 +57,10 @@ WIDE_TILES = (TileConfig(128, 128, 32, 8, 4), TileConfig(256, 64, 32, 8, 4))
 # Programs that keep a GPU busy: one a multiprocessor of the smallest data-centre part. Measured tables replace this
 # guess.
 BUSY_PROGRAMS = 108
+# The most taps whose masks a kernel keeps as the bits of one number.
+MOST_TAP_BITS = 31
+# So many adjacent channels at least are loaded by one instruction, where channels are a multiple of so many.
+LEAST_VECTOR = 4
 # The most parts that wgrad's sum is cut into, each of which takes a slot of a workspace, and the fewest k-steps of a
 # part: below that a further split costs more than it hides.
 MAX_SPLIT = 64
@@ -162,6 +166,31 @@ def steps_of_loop(problem: ConvProblem, operation: Operation, tile: TileConfig) 
         depth = g.group_filters
         taps = cdiv(g.R, tap_step(g.stride_h, g.dil_h)) * cdiv(g.S, tap_step(g.stride_w, g.dil_w))
     return cdiv(taps * depth, tile.BLOCK_K) if depth < tile.BLOCK_K else taps * cdiv(depth, tile.BLOCK_K)
+
+
+def form_of(problem: ConvProblem, operation: Operation, tile: TileConfig, adjacent: bool = True) -> str:
+    """The form of a gather kernel's main loop, as far as its instructions follow from it.
+
+    "1x1"; "taps": a k-step stays within one tap of a filter, whose mask is a bit of a number; "masked": where blocks of
+    channels reach beyond them, or taps are too many, masks are computed in each step; "flat": few channels, a k-step
+    spans several taps; "narrow": so few that they are loaded one at a time. In wgrad it is tiles, not k-steps, that
+    span several taps, and then are "masked". "apart": channels are not `adjacent`, and each element is loaded alone.
+    """
+    g = problem
+    depth, taps = g.group_channels, g.R * g.S
+    if operation == "dgrad":
+        depth = g.group_filters
+        taps = cdiv(g.R, tap_step(g.stride_h, g.dil_h)) * cdiv(g.S, tap_step(g.stride_w, g.dil_w))
+    step = tile.BLOCK_N if operation == "wgrad" else tile.BLOCK_K
+    if not adjacent:
+        return "apart"
+    if taps == 1:
+        return "1x1"
+    if depth < step and depth % LEAST_VECTOR:
+        return "narrow"
+    if operation != "wgrad" and depth < step:
+        return "flat"
+    return "masked" if depth % step or (operation != "wgrad" and taps > MOST_TAP_BITS) else "taps"
 
 
 def least_shared_bytes(tile: TileConfig, precision: Precision) -> int:

@@ -43,10 +43,11 @@ DTYPES: dict[Precision, torch.dtype] = {"half": torch.bfloat16, "tf32": FLOAT32,
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`run()` launches one or more kernels; `name` tells what is special."""
+    """`run()` launches one or more kernels; `name` tells what is special. tile: the one that is named."""
 
     name: str
     run: Callable[[], object]
+    tile: Tile | None = None
 
 
 def case(
@@ -61,9 +62,8 @@ def case(
     """Where no tile is named it is the one that is chosen."""
     dtype = dtype or DTYPES[precision]
     kind = str(dtype).removeprefix("torch.") + (" tf32" if precision == "tf32" else "")
-    return Case(
-        f"{operation} {kind} {layer.name}{note}", partial(getattr(layer, operation), tile, precision, dtype, **options)
-    )
+    run = partial(getattr(layer, operation), tile, precision, dtype, **options)
+    return Case(f"{operation} {kind} {layer.name}{note}", run, tile)
 
 
 def depthwise_convolutions() -> Iterator[Case]:

@@ -274,7 +274,7 @@ ROWS = [
     ("aot --jobs 0", "Invalid value for '--jobs'"),
     ("aot --jobs some", "Invalid value for '--jobs'"),
     ("aot --only nonsense", "only='nonsense' is in no case's name: names begin with "),
-    ("aot --record --only pool", "the record is of all cases: leave --only out"),
+    ("aot --record --only pool", "the record is of cases of its own: leave --only out"),
     ("augment cat.jpg", "there is no file cat.jpg; options are written NAME=VALUE, such as degrees=15"),
     ("augment degrees 15", "there is no file degrees; options are written NAME=VALUE"),
     ("augment {own}/fine.jpg", "there is no file {own}/fine.jpg. Did you mean '{own}/fine.py'?"),

@@ -119,11 +119,12 @@ def register_limit(problem: ConvProblem, operation: Operation, precision: Precis
     Without a limit the ptxas of triton 3.7.1 takes a few registers too few for two kernels, so that one more program
     may run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32 with 16, on
     sm_89. The limits, which are what 3 and 4 programs of 4 warps may have, make no tile spill. Other kernels get none,
-    because ptxas uses a limit up where fewer registers would do.
+    because ptxas uses a limit up where fewer registers would do. dgrad with 128 sums, which do not fit into 168, may
+    take all.
     """
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
     if operation == "dgrad" and sums >= 64:
-        return 168
+        return 168 if sums < 128 else MAX_REGISTERS
     if operation == "fprop" and precision == "ieee" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
         return 128
     return None

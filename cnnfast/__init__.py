@@ -7,9 +7,9 @@
     print(cnnfast.report(model))  # what was fused, replaced or left, and why
 
 `convert` puts any CNN on the kernels, `report` says what it did, `revert` undoes it, `check` proves it, `warm` compiles
-what it will launch ahead, `tune` measures who serves it fastest on this GPU. `functional` holds the operations, `nn`
-the layers, `models` the ResNets, `training` takes a folder of images to a trained network; `trace` and `backend` show
-and steer who serves a call.
+what it will launch ahead, `tune` measures who serves it fastest on this GPU, `explain` models where its time goes on
+one that need not be here. `functional` holds the operations, `nn` the layers, `models` the ResNets, `training` takes a
+folder of images to a trained network; `trace` and `backend` show and steer who serves a call.
 
 Everything runs on every machine: where no kernel can serve a call, PyTorch does, and `trace` says why. Each function's
 own help says what it takes and returns.
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .engine import Frozen as Frozen
     from .engine import freeze as freeze
     from .engine import load as load
+    from .explaining import explain as explain
     from .recording import trace as trace
     from .tuning import tune as tune
     from .warming import warm as warm
@@ -45,6 +46,7 @@ _HOME = {
     "backend": ".dispatch",
     "check": ".checking",
     "convert": ".conversion",
+    "explain": ".explaining",
     "freeze": ".engine",
     "load": ".engine",
     "report": ".conversion",
@@ -59,6 +61,7 @@ __all__ = [
     "backend",
     "check",
     "convert",
+    "explain",
     "freeze",
     "functional",
     "load",

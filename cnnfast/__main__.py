@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
-from .commands import aot, augment, bench, check, demo, doctor, evaluate, freeze, info, predict, train, tune
+from .commands import aot, augment, bench, check, demo, doctor, evaluate, explain, freeze, info, predict, train, tune
 
 EXIT_CODES = "**Exit codes:** 0 done, and everything holds; 1 judged, and something failed; 2 wrong input."
 
@@ -88,6 +88,7 @@ COMMANDS = {
         aot.aot: ("Compile every kernel for a GPU that need not be here.", aot.EXAMPLES),
     },
     "Speed": {
+        explain.explain: ("Where a model's time goes on a GPU, by a model.", explain.EXAMPLES),
         tune.tune: ("Measure a model's convolutions on this GPU, once.", tune.EXAMPLES),
         bench.bench: ("Time a model against the strongest baselines.", bench.EXAMPLES),
     },

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ FORWARD = (
     *("max_pool", "avg_pool", "adaptive_avg_pool", "global_avg_pool"),
 )
 
+Recorder = TypeVar("Recorder", bound="CallRecorder")
+
 
 @dataclass(frozen=True)
 class OperatorCall:
@@ -50,22 +52,43 @@ class OperatorCall:
         return dict(self.arguments)[name]
 
 
-class _CallRecorder(TorchDispatchMode):
-    """Counts the calls of our operators. with_numbers: tensors hold numbers, and PyTorch computes what ours would."""
+class CallRecorder(TorchDispatchMode):
+    """Sees the calls of our operators, in their order, and hands each to `record`.
 
-    def __init__(self, with_numbers: bool) -> None:
+    model: the converted copy that runs. with_numbers: tensors hold numbers, and PyTorch computes what ours would.
+    """
+
+    def __init__(self, model: nn.Module, with_numbers: bool) -> None:
         super().__init__()
-        self.with_numbers = with_numbers
-        self.calls: Counter[OperatorCall] = Counter()
+        self.model, self.with_numbers = model, with_numbers
+
+    def record(self, call: OperatorCall) -> None:
+        """Is told of a call before it is made."""
+        raise NotImplementedError
+
+    def others(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Makes a call of an operator of PyTorch's."""
+        return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         _, ours, name = func._schema.name.partition("cnnfast::")
         if not ours:
-            return func(*args, **(kwargs or {}))
+            return self.others(func, args, kwargs or {})
         arguments = tuple(tuple(a) if isinstance(a, list) else a for a in args)
         names = [argument.name for argument in func._schema.arguments]
-        self.calls[OperatorCall(name, tuple(zip(names, map(_described, arguments), strict=True)))] += 1
+        self.record(OperatorCall(name, tuple(zip(names, map(_described, arguments), strict=True))))
         return _by_pytorch(name, arguments) if self.with_numbers else func(*args)
+
+
+class _Counting(CallRecorder):
+    """Counts equal calls."""
+
+    def __init__(self, model: nn.Module, with_numbers: bool) -> None:
+        super().__init__(model, with_numbers)
+        self.calls: Counter[OperatorCall] = Counter()
+
+    def record(self, call: OperatorCall) -> None:
+        self.calls[call] += 1
 
 
 def _described(value: Any) -> Any:
@@ -95,8 +118,24 @@ def operator_calls(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
 ) -> Counter[OperatorCall]:
-    """The operators that the model would call on a GPU once it is converted, and how often each, under the settings
-    that are in force (autocast, backend).
+    """The operators that the model would call on a GPU once it is converted, and how often each: see `recorded_run`."""
+    how: dict[str, Any] = {"train": train, "dtype": dtype, "memory_format": memory_format}
+    return recorded_run(_Counting, model, inputs, gpu=gpu, device_type=device_type, **how).calls
+
+
+def recorded_run(
+    recorder: Callable[[nn.Module, bool], Recorder],
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    train: bool,
+    gpu: devices.Gpu,
+    device_type: str = "cuda",
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> Recorder:
+    """The recorder, made by recorder(the converted copy, with_numbers), that has seen the operators which the model
+    would call on a GPU once it is converted, under the settings that are in force (autocast, backend).
 
     A copy of the model is converted and run on meta tensors. Some cannot run so: those that branch on values, and all
     under autocast, which PyTorch does not apply to meta tensors. These are copied and run where they lie, and PyTorch
@@ -109,17 +148,17 @@ def operator_calls(
     devices.meta_stands_for has them. Raises RuntimeError if the model does not run on these inputs.
     """
 
-    def run(model: nn.Module, inputs: tuple[Any, ...], with_numbers: bool) -> Counter[OperatorCall]:
+    def run(model: nn.Module, inputs: tuple[Any, ...], with_numbers: bool) -> Recorder:
         model = convert(model.to(dtype) if dtype else model, inplace=True, memory_format=memory_format)
         model = model if model.training == train else model.train(train)
         inputs = tree_map_only(Tensor, lambda t: _wanting(_prepared(t.detach(), dtype, memory_format), t), inputs)
-        recorder = _CallRecorder(with_numbers)
-        with leaving_no_trace(), torch.set_grad_enabled(train), recorder:
+        recording = recorder(model, with_numbers)
+        with leaving_no_trace(), torch.set_grad_enabled(train), recording:
             outputs = tree_leaves(model(*inputs))
             ends = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
             if train and ends:
                 torch.autograd.backward(ends, [torch.ones_like(t) for t in ends])
-        return recorder.calls
+        return recording
 
     model, reason = _unwrapped(model), None
     if not torch.is_autocast_enabled(device_type):
@@ -166,14 +205,14 @@ def standing_for(gpu: devices.Gpu, device_type: str = "cuda") -> Iterator[None]:
         yield
 
 
-def replay(call: OperatorCall) -> None:
-    """Runs what the operator would run on a GPU, on meta tensors. To be called within `standing_for`, and where
-    launches are recorded and not made (launch.substituted).
+def replay(call: OperatorCall) -> tuple[tuple[Any, ...], Any]:
+    """Runs what the operator would run on a GPU, on meta tensors; returns its arguments and its results. To be called
+    within `standing_for`, and where launches are recorded and not made (launch.substituted).
     """
-    arguments = (
+    arguments = tuple(
         torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device="meta")
         if isinstance(value, Layout)
         else value
         for _, value in call.arguments
     )
-    OPERATORS[call.operator].implementation(*arguments)
+    return arguments, OPERATORS[call.operator].implementation(*arguments)

@@ -15,7 +15,10 @@ ROOTS = {
 }
 
 # These are pure Python.
-PURE = ("problem", "gpus", "tiling", "tables", "table_files", "table_rows", "gather.depthwise.tiles", "tma.tiles")
+PURE = (
+    *("problem", "gpus", "costs", "resources", "tiling", "traffic", "tables", "table_files", "table_rows"),
+    *("gather.work", "gather.depthwise.tiles", "gather.depthwise.work", "tma.tiles", "tma.work"),
+)
 
 # (importer, imported, exceptions): no module that matches the first may import what matches the second.
 FORBIDDEN = [
@@ -54,7 +57,10 @@ FORBIDDEN = [
 # Each may import its own row and those above it. A module that is not named here is free of this rule.
 LAYERS = {
     "cnnfast_kernels": [
-        "problem rounding gpus tiling layout dtypes operands",
+        "problem rounding gpus",
+        "tiling layout dtypes operands resources",
+        "costs",
+        "traffic",
         "activations epilogue launch launchable indexing memory devices",
         "planes moments slots",
         "gather tma batchnorm pooling augment",
@@ -62,6 +68,8 @@ LAYERS = {
         "table_files",
         "tables",
         "choosing keys",
+        "resource_keys",
+        "choosing_costs",
         "conv",
         "aot",
     ],
@@ -77,6 +85,7 @@ LAYERS = {
         "warming workers",
         "checking tuning",
         "engine",
+        "explaining",
         "bench sheets",
         "training",
         "diagnosing",

@@ -79,7 +79,10 @@ class Replaying(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _, ours, name = func._schema.name.partition("cnnfast::")
-        return OPERATORS[name].implementation(*args) if ours else func(*args, **(kwargs or {}))
+        if not ours:
+            return func(*args, **(kwargs or {}))
+        # what the dispatcher hands over as lists is hashable where functions call (ops/registry.py)
+        return OPERATORS[name].implementation(*(tuple(a) if type(a) is list else a for a in args))
 
 
 def by_replaying(call: Callable[[], object]) -> Count | None:

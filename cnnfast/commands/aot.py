@@ -54,7 +54,7 @@ def aot(
         bool,
         typer.Option(
             "--record",
-            help="Write down the lengths of main loops: later runs are compared with them.",
+            help="Compile what the model of tiles reads of kernels, and write it down; later runs are compared.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = False,
@@ -62,45 +62,46 @@ def aot(
     """Compile every kernel for a GPU, without needing one: registers, spills, shared memory, tensor cores.
 
     Ends with exit code 1 if a kernel does not compile, spills registers, needs more shared memory than there is,
-    multiplies half precision without tensor cores, waits after every wgmma, or has a main loop 15 % longer than on
-    record; or if a kernel that can be chosen on an architecture is not among its cases.
+    multiplies half precision without tensor cores, waits after every wgmma, or is not within 15 % of what is on
+    record of it; or if a kernel that can be chosen on an architecture is not among its cases.
     """
     from rich.markup import escape
 
     from cnnfast_kernels.gpus import capability_of
 
     if record and only:
-        raise typer.BadParameter("the record is of all cases: leave --only out", param_hint="--record")
+        raise typer.BadParameter("the record is of cases of its own: leave --only out", param_hint="--record")
     refuse_unwritable(json_file)
     with refused_by("--arch", ValueError):
         archs = [f"sm_{capability}" for capability in dict.fromkeys(map(capability_of, arch or ["sm_90"]))]
 
     try:
         from cnnfast_kernels import aot as compiler
-        from cnnfast_kernels.aot import record as loops
+        from cnnfast_kernels.aot import records
     except (ImportError, AttributeError) as error:
         raise typer.BadParameter(f"nothing can be compiled: {why_no_kernels(error)}", param_hint="aot") from None
 
     only = " ".join(SHORT.get(word, word) for word in only.split(" "))  # case names have PyTorch's names of dtypes
     with refused_by("--only", RuntimeError, ValueError):
-        work = compiler.selected(archs, only)
+        count = len(records.all_due(archs) if record else compiler.selected(archs, only))
     with refused_by("aot", RuntimeError):
         compiler.require_compiled_kernels()
-    processes = min(jobs or usable_cores(), len(work))
-    time = about(SECONDS_EACH * len(work) / cores_for(processes))
-    cases, by = f"{len(work)} case{'s' * (len(work) > 1)}", f"{processes} process{'es' * (processes > 1)}"
+    processes = min(jobs or usable_cores(), count)
+    time = about(SECONDS_EACH * count / cores_for(processes))
+    cases, by = f"{count} case{'s' * (count > 1)}", f"{processes} process{'es' * (processes > 1)}"
     text = f"{cases} for {', '.join(archs)}, compiled by {by}: {time}, by an estimate"
     announce(json_file, f"{text}; what Triton has in its cache takes no time.")
     with progress(f"compiling for {', '.join(archs)}") as tell:
-        rows = compiler.compile_all(archs, only, jobs, tell)
+        rows = records.compile_due(archs, jobs, tell) if record else compiler.compile_all(archs, only, jobs, tell)
     write_json(json_file, [asdict(row) for row in rows])
 
-    if record:
-        loops.write(rows)
-    found = compiler.problems(rows) + loops.risen(rows)
-    if not only:
-        found += compiler.uncovered(rows)
     console = printer(json_file)
+    if record:
+        found = [f"{row.arch} {row.variant}: does not compile: {row.error}" for row in rows if row.error is not None]
+        for file in records.write(rows):
+            console.print(f"written to {escape(str(file))}", highlight=False, soft_wrap=True)
+    else:
+        found = compiler.problems(rows) + records.departures(rows) + ([] if only else compiler.uncovered(rows))
     console.print(summary(rows))
     for line in found:
         console.print(f"[bold red]problem[/] {escape(line)}", highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ import typer
 
 from ..dtypes import full_name
 from ..modes import modes_named
+from ..spelling import did_you_mean
 from ..targets.inputs import input_shape, parse_shape
 from ..targets.naming import resolve, resolve_module
 from ..targets.target import Target, TargetError
@@ -18,6 +19,8 @@ from .console import refused_by
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from cnnfast_kernels.gpus import KnownGpu
 
 # Panels of --help.
 INPUTS, TIME, OUTPUT = "Model and inputs", "Time", "Results"
@@ -42,6 +45,15 @@ Shapes = Annotated[
     typer.Option("--input", help=INPUT_HELP, metavar=SHAPE, show_default=INPUT_DEFAULT, rich_help_panel=INPUTS),
 ]
 Dtype = Annotated[str, typer.Option(help=DTYPE_HELP, metavar=DTYPE, rich_help_panel=INPUTS)]
+MemoryFormat = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="Layout of images and weights in memory: channels_last or contiguous.",
+        metavar="LAYOUT",
+        rich_help_panel=INPUTS,
+    ),
+]
 BudgetSeconds = Annotated[
     float | None,
     typer.Option(
@@ -51,6 +63,29 @@ BudgetSeconds = Annotated[
         rich_help_panel=TIME,
     ),
 ]
+
+# Names of --format, as PyTorch has them, and what else somebody may call them.
+FORMATS = {"channels_last": "channels_last", "contiguous": "contiguous_format"}
+OTHER_FORMATS: dict[str, str | None] = {"nhwc": "channels_last", "nchw": "contiguous", "contiguousformat": "contiguous"}
+
+
+def format_of(text: str) -> str:
+    """The name that PyTorch has for --format."""
+    if text not in FORMATS:
+        advice = did_you_mean(text, FORMATS, OTHER_FORMATS)
+        raise typer.BadParameter(f"{text!r} is neither {' nor '.join(FORMATS)}{advice}", param_hint="--format")
+    return FORMATS[text]
+
+
+def gpu_of(text: str) -> KnownGpu:
+    """The GPU that --gpu names. Imports neither torch nor triton."""
+    from cnnfast_kernels import gpus
+
+    with refused_by("--gpu", ValueError):
+        try:
+            return gpus.named(text)
+        except ValueError as error:
+            raise ValueError(f"{error}{did_you_mean(text, [gpu.name for gpu in gpus.KNOWN])}") from None
 
 
 def sizes_of(shapes: list[str] | None) -> list[tuple[int, ...]]:

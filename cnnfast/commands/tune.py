@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..modes import TRAIN
-from ..spelling import did_you_mean
 from ..triton_here import why_no_kernels
 from . import console, options
 
@@ -23,12 +22,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cnnfast_kernels import devices
-    from cnnfast_kernels.gpus import KnownGpu
 
     from ..tuning import Measured, Tuning
 
-FORMATS = ("channels_last", "contiguous")
-LAYOUTS: dict[str, str | None] = {"nhwc": FORMATS[0], "nchw": FORMATS[1], "contiguousformat": FORMATS[1]}
 DRY = "Without a GPU"
 
 
@@ -44,15 +40,7 @@ def tune(
             rich_help_panel=options.INPUTS,
         ),
     ] = "infer",
-    memory_format: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="Layout of images and weights in memory: channels_last or contiguous.",
-            metavar="LAYOUT",
-            rich_help_panel=options.INPUTS,
-        ),
-    ] = FORMATS[0],
+    memory_format: options.MemoryFormat = "channels_last",
     budget: options.BudgetSeconds = None,
     seconds: Annotated[
         float | None,
@@ -100,9 +88,7 @@ def tune(
     modes = options.modes_of(mode)
     if not modes:
         raise typer.BadParameter("'' is neither infer nor train", param_hint="--mode")
-    if memory_format not in FORMATS:
-        advice = did_you_mean(memory_format, FORMATS, LAYOUTS)
-        raise typer.BadParameter(f"{memory_format!r} is neither {' nor '.join(FORMATS)}{advice}", param_hint="--format")
+    layout = options.format_of(memory_format)
     console.refuse_no_time(budget)
     if seconds is not None and not 0 < seconds < inf:
         raise typer.BadParameter(
@@ -116,8 +102,7 @@ def tune(
         raise typer.BadParameter(
             "measuring is done on the GPU that is here: add --dry-run to list for another", param_hint="--gpu"
         )
-    if gpu is not None:
-        _known(gpu)
+    known = None if gpu is None else options.gpu_of(gpu)
     console.refuse_unwritable(json_file)
     console.refuse_unwritable(table, "--table")
 
@@ -143,15 +128,18 @@ def tune(
     sizes = sizes or [options.shape_for(module)]
     how: dict[str, Any] = {
         "dtype": name,
-        "memory_format": getattr(torch, {"contiguous": "contiguous_format"}.get(memory_format, memory_format)),
+        "memory_format": getattr(torch, layout),
     }
     trains = tuple(m == TRAIN for m in modes)
     if dry_run:
-        known = devices.Gpu(*_known(gpu)[1:]) if gpu is not None else None
-        known = known or (devices.gpu(torch.device("cuda", torch.cuda.current_device())) if here else None)
+        listed_for = devices.gpu(torch.device("cuda", torch.cuda.current_device())) if here else None
+        if known is not None:
+            listed_for = devices.Gpu(known.cuda, known.arch)
         with console.refused_by("--input", RuntimeError):
-            found = planned(module, tuple(torch.empty(size, device="meta") for size in sizes), trains, gpu=known, **how)
-        console.printer(json_file).print(listed(found, known))
+            found = planned(
+                module, tuple(torch.empty(size, device="meta") for size in sizes), trains, gpu=listed_for, **how
+            )
+        console.printer(json_file).print(listed(found, listed_for))
         data = [{"convolution": str(m), "count": m.count, "candidates": list(m.candidates)} for m in found]
         console.write_json(json_file, data)
         return
@@ -197,17 +185,6 @@ def _duration(tuning: Tuning, seconds: float, budget: float | None) -> str:
     if budget is None:
         return f"{text} timing; {end}. --budget SECONDS ends it, and Ctrl-C loses nothing."
     return f"{text} timing; {end}, but --budget ends it after {console.about(budget)}."
-
-
-def _known(text: str) -> KnownGpu:
-    """Of --gpu. Imports neither torch nor triton."""
-    from cnnfast_kernels import gpus
-
-    with console.refused_by("--gpu", ValueError):
-        try:
-            return gpus.named(text)
-        except ValueError as error:
-            raise ValueError(f"{error}{did_you_mean(text, [gpu.name for gpu in gpus.KNOWN])}") from None
 
 
 def listed(found: list[Measured], gpu: devices.Gpu | None) -> Table:

@@ -109,7 +109,7 @@ class ObservedRun:
 
     def of(self, inputs: tuple[Any, ...]) -> ObservedRun:
         for module in self.model.modules():
-            _silence(module)
+            silence(module)
             if not isinstance(module, torch.jit.ScriptModule):
                 call = self.unit if is_unit(module) else self.container
                 module.__dict__["_compiled_call_impl"] = functools.partial(call, module)
@@ -206,7 +206,7 @@ def is_unit(module: nn.Module) -> bool:
     return replacement(module) is not None or bool(why_left(module)) or module._modules.keys() <= {"parametrizations"}
 
 
-def _silence(module: nn.Module) -> None:
+def silence(module: nn.Module) -> None:
     """The caller's hooks shall not see this run. A hook that does nothing takes their place, for a module with hooks is
     not fused.
     """

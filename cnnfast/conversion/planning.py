@@ -177,7 +177,8 @@ def call(
         return _one_by_one(conv, norm, x, residual, in_place, activation, slope)
     if in_place and isinstance(residual, Tensor):
         device = "cuda" if on_gpu(x) else x.device.type
-        half = conv is not None and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        casts = device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta: that has no autocast
+        half = conv is not None and casts and x.dtype != torch.float64
         residual = residual.to(torch.get_autocast_dtype(device) if half else x.dtype)
     if isinstance(activation, nn.Module):
         activation, slope = activation_of(activation)  # pyright: ignore

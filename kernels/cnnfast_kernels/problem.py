@@ -7,6 +7,7 @@ input N C H W, filters K C R S, output N K P Q.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
@@ -148,6 +149,25 @@ def taps_miss(inputs: int, outputs: int, taps: int, stride: int, pad: int, dilat
             if start % stride == 0 and (start < 0 or start + last - first >= outputs * stride):
                 return True
     return False
+
+
+@lru_cache(4096)
+def tap_pairs(outputs: int, inputs: int, taps: int, stride: int, pad: int, dilation: int) -> int:
+    """How many pairs of an output pixel and a tap, along one axis, meet in the image and not in the padding."""
+    pairs = 0
+    for tap in range(taps):
+        first = tap * dilation - pad  # what the first output sees
+        pairs += max(min(outputs, -(-max(inputs - first, 0) // stride)) - -(-max(-first, 0) // stride), 0)
+    return pairs
+
+
+@lru_cache(4096)
+def pixels_met(outputs: int, inputs: int, taps: int, stride: int, pad: int, dilation: int) -> int:
+    """How many pixels of the image, along one axis, some tap of some output meets."""
+    if taps == 1:
+        return tap_pairs(outputs, inputs, taps, stride, pad, dilation)  # a long row of pixels, perhaps
+    met = {p * stride - pad + r * dilation for p in range(outputs) for r in range(taps)}
+    return sum(0 <= h < inputs for h in met)
 
 
 class PoolGeometry(NamedTuple):

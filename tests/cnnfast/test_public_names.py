@@ -78,6 +78,7 @@ def test_a_memory_format_of_another_name(memory_format, meant):
         (cnnfast.check, "backwards", "backward"),
         (cnnfast.tune, "training", "train"),
         (cnnfast.tune, "epochs", None),
+        (cnnfast.explain, "training", "train"),
         (cnnfast.warm, "training", "train"),
         (cnnfast.freeze, "d_type", "dtype"),
         (cnnfast.freeze, "pre_processing", "preprocessing"),

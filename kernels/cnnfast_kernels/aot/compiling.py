@@ -23,8 +23,10 @@ from typing import Any
 
 from .. import launch
 from ..gpus import SHARED_LIMITS, capability_of
+from ..resources import shape_of
 from . import sass
-from .cases import cases
+from .cases import Case, cases
+from .issue import Product, issued
 from .processes import in_processes
 from .stub_driver import require_compiled_kernels, target
 
@@ -32,7 +34,8 @@ from .stub_driver import require_compiled_kernels, target
 @dataclass(frozen=True, slots=True)
 class KernelRow:
     """One compiled kernel. `loop_instructions`: of the innermost main loop, unrolled as it is in the machine code.
-    `wide_loads`: those of its `global_loads` that load 16 bytes a thread.
+    `step_instructions`, `other_instructions`: those that a warp of a convolution's kernel issues in one k-step, and
+    outside of the main loop. `wide_loads`: those of its `global_loads` that load 16 bytes a thread.
 
     `dot`: what it multiplies in tl.dot, "f16" "bf16" "tf32" "f32" "f64", or None without any. A row with an error has
     nothing else.
@@ -55,6 +58,8 @@ class KernelRow:
     wide_loads: int | None = None
     serialised: bool | None = None
     loop_instructions: int | None = None
+    step_instructions: float | None = None
+    other_instructions: float | None = None
     error: str | None = None
 
 
@@ -90,13 +95,28 @@ class Binary:
         )
 
 
-def inspect(binaries: Sequence[Binary]) -> list[dict[str, Any]]:
-    """For each of `binaries`, all of one architecture, the fields of a KernelRow that it tells, by name."""
+# Of a number that tl.dot multiplies, by the name that Triton's intermediate code gives it.
+NUMBER_BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "f32": 4, "f64": 8}
+
+
+def product_of(row: KernelRow, binary: Binary) -> Product | None:
+    """What a kernel multiplies in a k-step; None for one whose tile says nothing of it."""
+    shape = shape_of(row.kernel, row.tile.partition(" split ")[0])
+    if shape is None or binary.dot is None:
+        return None
+    rows, columns = shape.rows, shape.columns
+    if row.kernel in ("tma_fprop_kernel", "tma_dgrad_kernel"):  # their accumulators have pixels along columns
+        rows, columns = columns, rows
+    return Product(rows, columns, shape.depth, shape.warps, NUMBER_BYTES[binary.dot])
+
+
+def inspect(compiled: Sequence[tuple[KernelRow, Binary]]) -> list[dict[str, Any]]:
+    """For each kernel, all of one architecture, the fields of a KernelRow that its binary tells, by name."""
     found = []
-    for binary, code in zip(
-        binaries, sass.disassemble([b.cubin for b in binaries], binaries[0].capability), strict=True
-    ):
+    cubins, capability = [binary.cubin for _, binary in compiled], compiled[0][1].capability
+    for (row, binary), code in zip(compiled, sass.disassemble(cubins, capability), strict=True):
         usage = sass.resource_usage(binary.cubin)
+        issues = issued(code, product_of(row, binary)) if row.tile else None
         found.append(
             {
                 "registers": sass.registers(usage),
@@ -111,6 +131,8 @@ def inspect(binaries: Sequence[Binary]) -> list[dict[str, Any]]:
                 "wide_loads": sass.wide_loads(code),
                 "serialised": sass.serialised(code),
                 "loop_instructions": sass.loop_instructions(code),
+                "step_instructions": None if issues is None else issues.loop,
+                "other_instructions": None if issues is None else issues.other,
             }
         )
     return found
@@ -149,11 +171,13 @@ def reason(error: Exception, said: str) -> str:
 _reported: set[tuple[int, str]] = set()  # architecture and hash of the kernels that this process has reported
 
 
-def compile_case(arch: str, index: int) -> list[tuple[KernelRow, Binary | None]]:
-    """Each kernel that case `index` launches, but for those that an earlier case of this process launched too; not
-    inspected yet.
+def compile_case(
+    arch: str, index: int, of: Callable[[int], Sequence[Case]] = cases
+) -> list[tuple[KernelRow, Binary | None]]:
+    """Each kernel that case `index` launches, not inspected yet. Of `cases`, those alone that no earlier case of this
+    process launched too.
     """
-    case = cases(capability_of(arch))[index]
+    case = of(capability_of(arch))[index]
     rows: list[tuple[KernelRow, Binary | None]] = []
     clock = time.perf_counter()
 
@@ -161,7 +185,7 @@ def compile_case(arch: str, index: int) -> list[tuple[KernelRow, Binary | None]]
         nonlocal clock
         seconds = time.perf_counter() - clock
         binary = Binary.of(launched.compiled)
-        if (binary.capability, binary.digest) not in _reported:
+        if of is not cases or (binary.capability, binary.digest) not in _reported:
             _reported.add((binary.capability, binary.digest))
             tile = "" if launched.tile is None else str(launched.tile)
             rows.append((KernelRow(launched.kernel, case.name, tile, arch, round(seconds, 3)), binary))
@@ -215,10 +239,15 @@ def compile_all(
 
 def finished(compiled: Sequence[tuple[KernelRow, Binary | None]]) -> list[KernelRow]:
     """Failures, then the rows of one architecture with all that inspection tells; the same binary is one row."""
+    failures = [row for row, binary in compiled if binary is None]
     unique: dict[str, tuple[KernelRow, Binary]] = {}
     for row, binary in compiled:
         if binary is not None:
             unique.setdefault(binary.digest, (row, binary))
-    told = inspect([binary for _, binary in unique.values()]) if unique else []
-    failures = [row for row, binary in compiled if binary is None]
-    return failures + [replace(row, **fields) for (row, _), fields in zip(unique.values(), told, strict=True)]
+    return failures + inspected([*unique.values()])
+
+
+def inspected(compiled: Sequence[tuple[KernelRow, Binary]]) -> list[KernelRow]:
+    """The rows, all of one architecture, with all that inspection tells."""
+    told = inspect(compiled) if compiled else []
+    return [replace(row, **fields) for (row, _), fields in zip(compiled, told, strict=True)]

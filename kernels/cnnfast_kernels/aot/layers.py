@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..choosing import Geometry, Tile
+from ..choosing import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
 from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from ..devices import Gpu
 from ..epilogue import NO_NORM, BatchNorm, Epilogue
+from ..layout import layout_of
 from ..problem import ConvProblem
 from ..tiling import Precision
 
@@ -57,6 +59,10 @@ class CaseLayer:
     def y(self, dtype: torch.dtype) -> torch.Tensor:
         size = (self.size - 1) // self.stride + 1
         return empty(BATCH, self.K, size, size, dtype=dtype, fmt=self.fmt)
+
+    def plain(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
+        """No epilogue."""
+        conv_fprop(self.x(dtype), self.w(dtype), self.geometry, tf32=precision == "tf32", tile=tile)
 
     def infer(
         self, tile: Tile | None, precision: Precision, dtype: torch.dtype, activation: str | None = "relu"
@@ -111,6 +117,23 @@ class CaseLayer:
             self.x(dtype), self.y(dtype), self.w_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile
         )
 
+    def question(self, name: str, precision: Precision, dtype: torch.dtype, gpu: Gpu) -> Question:
+        """What is asked by one of the methods above: plain, infer, train, dgrad or wgrad."""
+        x, w, y = map(layout_of, (self.x(dtype), self.w(dtype), self.y(dtype)))
+        tf32 = precision == "tf32"
+        match name:
+            case "dgrad":
+                return dgrad_question(y, w, x.shape, self.fmt, self.geometry, gpu, tf32=tf32)
+            case "wgrad":
+                return wgrad_question(x, y, w.shape, self.fmt, self.geometry, gpu, tf32=tf32)
+        q = fprop_question(x, w, self.geometry, gpu, tf32=tf32)
+        match name:
+            case "train":
+                return q._replace(statistics="stats")
+            case "infer":
+                return q._replace(statistics="norm", residual=y, activation="relu")
+        return q
+
     def im2col(self, dtype: torch.dtype) -> None:
         x, w, y = self.x(dtype), self.w(dtype), self.y(dtype)
         conv_fprop(x, w, self.geometry, algorithm="im2col")
@@ -122,14 +145,18 @@ STEM = CaseLayer("7x7/2 of 3 channels", 3, 224, 64, 7, stride=2)  # taps x chann
 BODY = CaseLayer("3x3", 128, 28, 128, 3)
 STRIDED = CaseLayer("3x3/2", 128, 56, 128, 3, stride=2)
 POINTWISE = CaseLayer("1x1", 256, 56, 64, 1)
+DEEP = CaseLayer("1x1 of 1024 channels", 1024, 14, 1024, 1)  # a loop of so many steps is not unrolled
 SHORTCUT = CaseLayer("1x1/2", 256, 56, 512, 1, stride=2)
 NARROW = CaseLayer("3x3 of 32 channels", 32, 56, 32, 3)  # half a block of channels
 MANY = CaseLayer("3x3 of 200 channels", 200, 28, 200, 3)  # blocks that reach beyond the channels
+FLAT = CaseLayer("7x7 of 16 channels", 16, 28, 16, 7)  # k-steps that span several taps
+UNEVEN = CaseLayer("3x3 of 48 channels", 48, 56, 48, 3)  # channels that no block divides
+APART = CaseLayer("3x3 NCHW", 128, 28, 128, 3, fmt=NCHW)
 FORMS = (
-    POINTWISE,
+    DEEP,
     CaseLayer("7x7", 128, 14, 128, 7),  # too many taps for one bit each
-    CaseLayer("3x3 of 48 channels", 48, 56, 48, 3),  # channels that no block divides
-    CaseLayer("3x3 NCHW", 128, 28, 128, 3, fmt=NCHW),
+    UNEVEN,
+    APART,
     CaseLayer("3x3 in 32 groups", 128, 56, 128, 3, groups=32),
 )
 

@@ -29,17 +29,20 @@ MULTIPLY_ADD = {"FFMA", "FFMA2", "DFMA"}
 # Of a cubin's .nv.info sections, by the names that cuobjdump gives them: EIFMT_SVAL, EIATTR_KPARAM_INFO.
 SIZED_VALUE, PARAMETER = 0x04, 0x17
 
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+\{?\s*(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 TARGET = re.compile(r"\b0x([0-9a-f]+)$")
 
 
 class Instruction(NamedTuple):
-    """One machine instruction; `target` is the address a branch goes to."""
+    """One machine instruction; `target` is the address that a branch or a call goes to. guarded: whether a predicate
+    may skip it.
+    """
 
     address: int
     opcode: str
     operands: str
     target: int | None = None
+    guarded: bool = False
 
     @property
     def family(self) -> str:
@@ -129,10 +132,12 @@ def read(code: str) -> list[Instruction]:
     instructions = []
     for line in code.splitlines():
         if match := INSTRUCTION.search(line):
-            opcode, operands = match[2], match[3].strip()
-            target = TARGET.search(operands) if opcode.startswith("BRA") else None
+            guard, opcode, operands = match[2], match[3], match[4].strip()
+            target = TARGET.search(operands) if opcode.startswith(("BRA", "CALL")) else None
+            # a branch may have its condition among its operands
+            guarded = guard is not None or (opcode.startswith("BRA") and "," in operands)
             instructions.append(
-                Instruction(int(match[1], 16), opcode, operands, int(target[1], 16) if target else None)
+                Instruction(int(match[1], 16), opcode, operands, int(target[1], 16) if target else None, guarded)
             )
     return instructions
 
@@ -179,7 +184,8 @@ def loops(instructions: list[Instruction]) -> list[list[Instruction]]:
     """The bodies of all loops, shortest first. The endless branch to itself that pads a kernel does not
     count as one.
     """
-    edges = [(i.target, i.address) for i in instructions if i.target is not None and i.target < i.address]
+    branches = [i for i in instructions if i.family == "BRA"]
+    edges = [(i.target, i.address) for i in branches if i.target is not None and i.target < i.address]
     bodies = [[i for i in instructions if start <= i.address <= end] for start, end in edges]
     return sorted(bodies, key=len)
 

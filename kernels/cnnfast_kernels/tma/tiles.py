@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
-from ..problem import ConvProblem
+from ..problem import ConvProblem, tap_pairs
 from ..tiling import MAX_SPLIT, Operation, cdiv
 
 
@@ -152,6 +152,15 @@ def box_phases(problem: ConvProblem, operation: Operation, tile: BoxTile) -> tup
     return (phase_h, phase_w) if whole and (phase_w == 1 or operation == "wgrad" or g.C % tile.TILE_C == 0) else None
 
 
+def form_of(problem: ConvProblem, operation: Operation, tile: BoxTile) -> str:
+    """The form that a kernel's loads have, as far as its instructions follow from it: "1x1"; "taps"; "phases" where the
+    image is seen in phases (boxes.py).
+    """
+    if box_phases(problem, operation, tile) != (1, 1):
+        return "phases"
+    return "1x1" if problem.R * problem.S == 1 else "taps"
+
+
 def candidate_boxes(
     problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
 ) -> Iterator[BoxTile]:
@@ -176,15 +185,6 @@ def candidate_boxes(
             spills = short_of_registers and sums > MOST_SUMS
             if box_phases(g, operation, tile) is not None and not serialised and not spills:
                 yield tile
-
-
-def tap_pairs(outputs: int, inputs: int, taps: int, stride: int, pad: int, dilation: int) -> int:
-    """How many pairs of an output pixel and a tap, along one axis, meet in the image and not in the padding."""
-    pairs = 0
-    for tap in range(taps):
-        first = tap * dilation - pad  # what the first output sees
-        pairs += max(min(outputs, cdiv(max(inputs - first, 0), stride)) - cdiv(max(-first, 0), stride), 0)
-    return pairs
 
 
 def box_steps(problem: ConvProblem, operation: Operation, tile: BoxTile) -> int:

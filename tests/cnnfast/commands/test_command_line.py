@@ -32,7 +32,7 @@ def invoke(*arguments: str):
         (("--only", "nonsense"), "--only", "only='nonsense' is in no case's name: names begin with "),
         (("--arch", "sm_80", "--only", "in boxes"), "--only", "only='in boxes' is in no case's name"),
         (("--json", "nowhere/rows.json"), "--json", "there is no folder nowhere"),
-        (("--record", "--only", "boxes"), "--record", "the record is of all cases: leave --only out"),
+        (("--record", "--only", "boxes"), "--record", "the record is of cases of its own: leave --only out"),
     ],
 )
 def test_aot_refuses_before_it_compiles(monkeypatch, arguments, option, sentence):

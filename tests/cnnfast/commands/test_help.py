@@ -117,6 +117,7 @@ JSON = {
     "freeze model.py:Net --input 1x3x8x8 --out own.cnnfast": lambda data: data["steps"][0]["pattern"] == "convolution",
     "predict net.cnnfast photo.png --preprocessing how.json": lambda data: len(data[0]["top"]) == 4,
     "augment photo.png --size 8 --count 2": lambda data: len(data["results"]) == 2,
+    "explain model.py:Net --input 1x3x8x8": lambda data: data["rows"][0]["operation"] == "fprop",
     "tune model.py:Net --input 1x3x8x8 --dry-run --gpu h200": lambda data: data[0]["candidates"][-1] == "library",
 }
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cnnfast
+from cnnfast.nn.fused import observed
 from tests.support.blocks import CHANNELS, Block, block, build, image
 from tests.support.steps import assert_same_steps, converted
 
@@ -305,3 +306,14 @@ def test_autocast_gives_the_dtypes_of_the_original(forward, device):
     x = image().float().to(device)
     within = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
     assert_same_steps(ours, original, x, modes=("no_grad", "train"), tolerance=0.05, within=within)
+
+
+def test_a_sum_in_place_is_fused_on_meta_too():
+    """Where nothing takes meta tensors for a GPU's: there is no autocast of theirs to ask about."""
+    model = cnnfast.convert(build(block(residual_in_place), torch.device("cpu"))).to("meta")
+    x = image().to("meta")
+    steps = []
+    with observed(lambda modules, residual, activation: steps.append((residual, activation))):
+        y = model(x)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    assert (True, "relu") in steps

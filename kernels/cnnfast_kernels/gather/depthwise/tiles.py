@@ -78,6 +78,13 @@ def strip_rows(problem: ConvProblem, operation: Operation) -> tuple[int, ...]:
     return tuple(sorted(possible or candidates[:1], key=work))
 
 
+def form_of(problem: ConvProblem) -> str:
+    """The form of a kernel, which is unrolled: by the window and the stride, as "3x3/2"."""
+    g = problem
+    stride = str(g.stride_h) if g.stride_h == g.stride_w else f"{g.stride_h}x{g.stride_w}"
+    return f"{g.R}x{g.S}/{stride}"
+
+
 def strip_tiles(problem: ConvProblem, operation: Operation, precision: Precision, vector: int) -> tuple[StripTile, ...]:
     """The tiles that a depthwise convolution may get, the least work first. `vector`: how many adjacent channels one
     load takes; 0 where channels are apart.

@@ -1,0 +1,74 @@
+"""What is known of each operation of a step, and of the whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cnnfast_kernels.costs import Limiter
+
+OPERATIONS = ("fprop", "dgrad", "wgrad", "bias", "norm", "pool", "augment")  # bias: its gradient
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call of one of our operators, as our kernels would serve it.
+
+    layer: the module's name, "" for the model itself. operation: one of OPERATIONS. backward:
+    whether it belongs to the backward pass; the forward pass of a transposed convolution is a dgrad. shapes: of its
+    operands, as 2x3x8x8 8x3x3x3. kernel: the one that does its work, or moves most. tile, registers (of a thread),
+    residents (programs that live on a multiprocessor at once), intensity (FLOPs for each byte from the second-level
+    cache): of a convolution; None elsewhere. limiter: what takes longest. modelled_us, roofline_us: microseconds by the
+    model, and if the operation only multiplied, or only moved each of its tensors once. bytes: that its kernels read
+    and write, each tensor of each launch once. launches: of kernels. served: who would serve the call today: "measured
+    row" (of a table: our kernels), "kernels" (ours without a row), "library" (PyTorch's convolution). measured_us,
+    library_us: what a table of this GPU has of our kernels and of the library; None without a row.
+    """
+
+    layer: str
+    operation: str
+    backward: bool
+    shapes: str
+    kernel: str
+    tile: str | None
+    registers: int | None
+    residents: int | None
+    intensity: float | None
+    limiter: Limiter
+    modelled_us: float
+    roofline_us: float
+    flops: int
+    bytes: int
+    launches: int
+    served: str
+    measured_us: float | None = None
+    library_us: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Of the roofline: 1 is as fast as the GPU can be."""
+        return self.roofline_us / self.modelled_us if self.modelled_us else 1.0
+
+
+@dataclass(frozen=True)
+class OperationTotal:
+    """Microseconds of all rows of an operation, by the model and on the roofline."""
+
+    modelled_us: float
+    roofline_us: float
+
+
+@dataclass(frozen=True)
+class ForeignWork:
+    """What PyTorch's own operators do in the same step, all calls of one operator in one module together.
+
+    calls: of the operator; each launches a kernel or more. flops: of matrix products and convolutions. bytes: that they
+    read and write, each tensor of each call once. roofline_us: microseconds that they take at least.
+    """
+
+    layer: str
+    operator: str
+    backward: bool
+    calls: int
+    flops: int
+    bytes: int
+    roofline_us: float

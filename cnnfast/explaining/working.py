@@ -1,0 +1,188 @@
+"""From a model to an explanation: its step is followed, and the cost of each call modelled once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+
+from cnnfast_kernels import choosing, devices
+from cnnfast_kernels.choosing import Tile, precision_of
+from cnnfast_kernels.costs import Limiter
+from cnnfast_kernels.gpus import KnownGpu
+from cnnfast_kernels.layout import Layout
+
+from .. import dispatch
+from ..calls import OperatorCall, recorded_run, standing_for
+from ..conversion import FORMATS, OTHER_FORMATS
+from ..dtypes import argument, name_of
+from ..ops.serving import decide
+from ..precision import allow_tf32, float32_products
+from ..spelling import unknown_value
+from ..tuning.capture import OPERATORS as CONVOLUTIONS
+from ..tuning.capture import Convolution
+from .explanation import Explanation
+from .following import Follower, Foreign
+from .launching import KernelLaunch, launched
+from .modelling import modelled
+from .rows import ForeignWork, Operation
+
+# What operators do, by the beginnings of their names; all others are of a norm. The forward pass of a transposed
+# convolution is a dgrad.
+OPERATION_OF = {
+    "conv_dgrad": "dgrad",
+    "conv_wgrad": "wgrad",
+    "conv_": "fprop",
+    **dict.fromkeys(("max_pool", "avg_pool", "adaptive_avg_pool", "global_avg_pool"), "pool"),
+    "channel_sum": "bias",
+    "augment": "augment",
+    "": "norm",
+}
+
+
+def explained(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    gpu: KnownGpu,
+    train: bool,
+    dtype: torch.dtype | str | None,
+    memory_format: torch.memory_format | None,
+) -> Explanation:
+    """See `explain`."""
+    cast, products = argument(dtype, "explain")
+    if memory_format not in FORMATS:
+        raise unknown_value("explain", "memory_format", memory_format, FORMATS, OTHER_FORMATS)
+    # PyTorch lays out as channels_last neither filters of videos nor what has no size yet.
+    if any(is_lazy(p) or p.dim() == 5 for p in model.parameters()):
+        memory_format = None
+    on = devices.Gpu(gpu.cuda, gpu.arch)
+    how: dict[str, Any] = {"train": train, "dtype": cast, "memory_format": memory_format}
+    with torch.inference_mode(False), float32_products(products) if products else nullcontext():
+        with dispatch.prefer_kernels():
+            run = recorded_run(Follower, model, inputs, gpu=on, **how)
+        if not run.followed:
+            raise RuntimeError(
+                f"{type(model).__name__} calls nothing that cnnfast has kernels for: there is nothing to explain"
+            )
+        model_of = _OperationModel(gpu, on)
+        with dispatch.prefer_kernels():
+            rows = [replace(model_of(f.call), layer=f.layer, backward=f.backward) for f in run.followed]
+        foreign = _together(run.foreign, gpu)
+        dtype_name = model_of.dtype_name(run.followed[0].call)
+    shapes = [tuple(t.shape) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+    return Explanation(type(model).__name__, gpu, train, dtype_name, shapes, rows, foreign)
+
+
+class _OperationModel:
+    """Models a call of an operator, and equal calls once."""
+
+    def __init__(self, gpu: KnownGpu, on: devices.Gpu) -> None:
+        self.gpu, self.on = gpu, on
+        self.found: dict[OperatorCall, Operation] = {}
+
+    def __call__(self, call: OperatorCall) -> Operation:
+        if call not in self.found:
+            self.found[call] = self.operation(call)
+        return self.found[call]
+
+    def operation(self, call: OperatorCall) -> Operation:
+        replayed = launched(call, self.on)
+        launches, rate = replayed.launches, self.gpu.memory
+        moved = sum(launch.bytes for launch in launches)
+        most = max(launches, key=lambda launch: launch.bytes, default=None)
+        row = Operation(
+            layer="",
+            operation=next(operation for name, operation in OPERATION_OF.items() if call.operator.startswith(name)),
+            backward=False,
+            shapes=" ".join("x".join(map(str, t.shape)) for _, t in call.arguments if isinstance(t, Layout)),
+            kernel=most.kernel if most else "",
+            tile=None,
+            registers=None,
+            residents=None,
+            intensity=None,
+            limiter="memory",
+            modelled_us=1e6 * moved / rate,
+            roofline_us=1e6 * replayed.least_bytes / rate,
+            flops=0,
+            bytes=moved,
+            launches=len(launches),
+            served="kernels",
+        )
+        return self.convolution(call, row, launches) if call.operator in CONVOLUTIONS else row
+
+    def convolution(self, call: OperatorCall, row: Operation, launches: Sequence[KernelLaunch]) -> Operation:
+        """The row of a convolution, completed."""
+        convolution = Convolution(call.operator, call.arguments)
+        q = convolution.question(self.tf32(convolution.dtype), self.on)
+        row = replace(row, flops=q.problem.flops)
+        main = next((launch for launch in launches if isinstance(launch.tile, Tile)), None)
+        if call["algorithm"] != "auto" or main is None:  # by im2col many kernels serve, or there is nothing to compute
+            products = 1e6 * q.problem.flops / self.gpu.flops(q.precision)
+            limiter: Limiter = "tensor" if products > row.modelled_us else "memory"
+            return replace(
+                row,
+                limiter=limiter,
+                modelled_us=max(products, row.modelled_us),
+                roofline_us=max(products, row.roofline_us),
+            )
+        cost, roofline, registers = modelled(q, main.tile, self.gpu)
+        measured = choosing.measured(q)
+        decision = decide(q, measured, True)
+        ours, times = ("kernels", {}) if measured is None else ("measured row", measured.microseconds)
+        return replace(
+            row,
+            kernel=main.kernel,
+            tile=str(main.tile),
+            registers=registers,
+            residents=cost.residents,
+            intensity=cost.intensity,
+            limiter=cost.limiter,
+            modelled_us=1e6 * cost.seconds,
+            roofline_us=1e6 * roofline,
+            served="library" if decision.library else ours,
+            measured_us=times.get("kernels"),
+            library_us=times.get("library"),
+        )
+
+    def tf32(self, dtype: torch.dtype) -> bool:
+        with standing_for(self.on):
+            return allow_tf32(torch.empty(0, dtype=dtype, device="meta"))
+
+    def dtype_name(self, call: OperatorCall) -> str:
+        """Of what a call computes in."""
+        dtype = next(value.dtype for _, value in call.arguments if isinstance(value, Layout))
+        return name_of(dtype, self.tf32(dtype))
+
+
+def _together(calls: Iterable[Foreign], gpu: KnownGpu) -> list[ForeignWork]:
+    """All calls of one operator in one module, in the order of the first ones."""
+    groups: dict[tuple[str, bool, str], list[Foreign]] = {}
+    for call in calls:
+        groups.setdefault((call.layer, call.backward, call.operator), []).append(call)
+    return [
+        ForeignWork(
+            layer,
+            operator,
+            backward,
+            calls=len(group),
+            flops=sum(call.flops for call in group),
+            bytes=sum(call.bytes for call in group),
+            roofline_us=1e6 * sum(_least_seconds(call, gpu) for call in group),
+        )
+        for (layer, backward, operator), group in groups.items()
+    ]
+
+
+def _least_seconds(call: Foreign, gpu: KnownGpu) -> float:
+    moving = call.bytes / gpu.memory
+    if not call.flops:
+        return moving
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
+    return max(moving, call.flops / gpu.flops(precision_of(call.dtype, tf32)))

@@ -1,0 +1,182 @@
+"""The cases of which resources.py has rows: each form of each kernel's main loop with the tiles that search may try.
+
+What a network's layers need is estimated from these, so they need not be all that can be compiled: epilogues are
+compiled with the tiles that search begins with, and on boxes of each kind; k-steps of another length, fewer stages and
+boxes of other extents without an epilogue, for they change the loop alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..choosing import Tile
+from ..devices import Gpu
+from ..gather.depthwise.tiles import strip_tiles
+from ..resource_keys import resource_key
+from ..resources import ResourceKey
+from ..tiling import (
+    DEFAULT_TILES,
+    ELEMENT_BYTES,
+    VECTOR_BYTES,
+    WIDE_TILES,
+    Operation,
+    Precision,
+    TileConfig,
+    candidate_tiles,
+    choose_tile,
+    search_tiles,
+)
+from ..tma.stem import packed_problem
+from ..tma.tiles import BoxSize, BoxTile, candidate_boxes
+from ..tma.views import why_not_on
+from .cases import DTYPES, Case, case
+from .layers import (
+    APART,
+    BODY,
+    DEEP,
+    DEPTHWISE_WINDOWS,
+    FLAT,
+    MANY,
+    STEM,
+    STRIDED,
+    UNEVEN,
+    CaseLayer,
+)
+
+OPERATIONS: dict[str, Operation] = {
+    "plain": "fprop",
+    "train": "fprop",
+    "infer": "fprop",
+    "dgrad": "dgrad",
+    "wgrad": "wgrad",
+}
+# With the lightest epilogue, or with the only one that there is.
+LIGHT = ("plain", "dgrad", "wgrad")
+
+
+class SearchedCase(NamedTuple):
+    """name: of a method of the layer. note: behind the case's name."""
+
+    name: str
+    layer: CaseLayer
+    tile: Tile
+    precision: Precision
+    note: str = ""
+
+
+# Tiles that no search tries yet, and that a model shall judge first: of gather kernels below sm_90, and by operation of
+# those that load boxes, of each of these shapes.
+NEXT_TILES = (TileConfig(128, 128, 32, 4, 3), TileConfig(256, 64, 32, 4, 4))
+NEXT_SIZES: dict[Operation, tuple[BoxSize, ...]] = {
+    "fprop": (BoxSize(256, 128, 64, 8, 3), BoxSize(128, 256, 64, 8, 3)),
+    "dgrad": (BoxSize(256, 64, 128, 8, 3), BoxSize(128, 64, 256, 8, 3)),
+    "wgrad": (BoxSize(64, 128, 256, 8, 3), BoxSize(64, 256, 128, 8, 3)),
+}
+
+
+def next_boxes(layer: CaseLayer, operation: Operation) -> Iterator[BoxTile]:
+    for pixels, filters, channels, warps, stages in NEXT_SIZES[operation]:
+        for rows, columns in ((1, pixels),) if layer is DEEP else ((8, 8), (1, 1)):
+            yield BoxTile(pixels // (rows * columns), rows, columns, filters, channels, warps, stages)
+
+
+def whole(tile: Tile) -> Tile:
+    return replace(tile, SPLIT_K=1)
+
+
+def fewer_stages(tiles: Iterable[Tile]) -> Iterator[Tile]:
+    """The tiles, and each with every smaller number of stages."""
+    for tile in tiles:
+        if not isinstance(tile, TileConfig | BoxTile):
+            raise TypeError(f"{tile} has no stages")
+        yield from (replace(tile, num_stages=stages) for stages in range(tile.num_stages, 0, -1))
+
+
+def gather_tiles(layer: CaseLayer, name: str, precision: Precision, arch: int) -> list[Tile]:
+    """The tiles that a search begins with; of a light kernel all that it tries, or where nothing but 1x1 convolutions
+    have as few k-steps, each with fewer stages.
+    """
+    operation = OPERATIONS[name]
+    first: list[Tile] = [*candidate_tiles(layer.problem, operation, precision, arch=arch)]
+    if precision == "half" and arch < 100:
+        first += [*WIDE_TILES, *(NEXT_TILES if arch < 90 else ())]
+    if name not in LIGHT or (layer is not BODY and (precision != "half" or arch >= 90)):
+        return first
+    if layer is BODY:
+        return first + [*map(whole, search_tiles(layer.problem, operation, precision, arch=arch))]
+    return [*fewer_stages(first)]
+
+
+def gathered(arch: int) -> Iterator[SearchedCase]:
+    for precision in DEFAULT_TILES:
+        for layer in (BODY, DEEP):
+            for name in OPERATIONS if layer is BODY or precision == "half" else LIGHT:
+                for tile in gather_tiles(layer, name, precision, arch):
+                    yield SearchedCase(name, layer, tile, precision)
+        for layer in (STEM, FLAT, MANY, UNEVEN, APART):
+            for name in OPERATIONS if precision == "half" else LIGHT:
+                operation = OPERATIONS[name]
+                tile = choose_tile(layer.problem, operation, precision, layer is not APART, arch)
+                yield SearchedCase(name, layer, whole(tile), precision)
+
+
+def axes(tile: BoxTile) -> tuple[bool, bool, bool]:
+    """Along which of the pixels' axes a box has several."""
+    return tile.TILE_N > 1, tile.TILE_H > 1, tile.TILE_W > 1
+
+
+def size(tile: BoxTile) -> tuple[int, ...]:
+    return tile.pixels, tile.TILE_K, tile.TILE_C, tile.num_warps, tile.num_stages
+
+
+def box_tiles(layer: CaseLayer, name: str, arch: int) -> list[Tile]:
+    """Of each size one box of each kind, which has several pixels along the same axes; of a 1x1 convolution, whose
+    image is one row, one row. Of a light kernel one of each size with fewer stages too.
+    """
+    problem = packed_problem(layer.problem) if layer is STEM else layer.problem
+    tiles = [*candidate_boxes(problem, OPERATIONS[name], arch=arch)]
+    if layer in (BODY, DEEP):
+        tiles += next_boxes(layer, OPERATIONS[name])
+    if layer is DEEP:
+        tiles = [tile for tile in tiles if tile.TILE_W == tile.pixels]
+    if layer is STEM:
+        tiles = [tile for tile in tiles if (tile.TILE_H, tile.TILE_W) == (8, 8)]
+    kinds: dict[object, Tile] = {}
+    sizes: dict[object, Tile] = {}
+    for tile in tiles:
+        kinds.setdefault((axes(tile), size(tile)), tile)
+        sizes.setdefault(size(tile), tile)
+    staged = fewer_stages(sizes.values()) if name in LIGHT and layer in (BODY, DEEP) else ()
+    return [*kinds.values(), *staged]
+
+
+def boxed(arch: int) -> Iterator[SearchedCase]:
+    for layer in (BODY, DEEP, STRIDED, STEM):
+        for name in OPERATIONS if layer in (BODY, DEEP) else LIGHT:
+            if layer is not STEM or name != "dgrad":
+                for tile in box_tiles(layer, name, arch):
+                    yield SearchedCase(name, layer, tile, "half", " in boxes")
+
+
+def stripped(arch: int) -> Iterator[SearchedCase]:
+    precisions: tuple[Precision, ...] = ("half", "ieee")
+    for precision in precisions:
+        vector = VECTOR_BYTES // ELEMENT_BYTES[precision]
+        for layer in DEPTHWISE_WINDOWS:
+            for name in OPERATIONS if precision == "half" else LIGHT:
+                tiles = strip_tiles(layer.problem, OPERATIONS[name], precision, vector)
+                for tile in tiles if precision == "half" and name in LIGHT else tiles[:1]:
+                    yield SearchedCase(name, layer, tile, precision)
+
+
+def searched(arch: int) -> dict[ResourceKey, Case]:
+    """All of them for sm_90 or another, in an order that every process of one version agrees on, by their keys."""
+    boxes = () if why_not_on(arch) else boxed(arch)
+    found: dict[ResourceKey, Case] = {}
+    for one in (*gathered(arch), *stripped(arch), *boxes):
+        question = one.layer.question(one.name, one.precision, DTYPES[one.precision], Gpu("", arch))
+        made = case(one.name, one.layer, one.tile, one.precision, note=one.note)
+        found.setdefault(resource_key(question, one.tile), made)
+    return found

@@ -1,0 +1,75 @@
+"""What a convolution costs with a tile, on a GPU that need not be here: a model (costs.py). Nothing here touches a
+tensor.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from .choosing import Question, Tile
+from .costs import TileCost, TileWork, cost, roofline
+from .gather import work as gathering
+from .gather.depthwise import work as strips
+from .gather.depthwise.filters import filters_layout
+from .gather.depthwise.tiles import StripTile
+from .gpus import KnownGpu
+from .resource_keys import resource_key
+from .resources import resources_of
+from .tiling import TileConfig
+from .tma import work as boxes
+from .tma.stem import packing_of
+from .tma.tiles import BoxTile
+from .traffic import Finishing, least_bytes, sum_bytes, weights
+
+
+def work_of(q: Question, tile: Tile) -> TileWork:
+    """What the kernels that serve a convolution with `tile` do, those that pack its operands and add its slots among
+    them.
+    """
+    finishing = Finishing(q.statistics == "stats", q.statistics == "norm", q.residual is not None)
+    if isinstance(tile, StripTile):
+        copied = q.operation != "wgrad" and filters_layout(q.w, tile)[1]
+        return strips.work(q.problem, q.operation, q.precision, tile, finishing, copied)
+    if isinstance(tile, TileConfig):
+        return gathering.work(q.problem, q.operation, q.precision, tile, finishing, q.adjacent)
+    return _packed_work(q, tile, finishing) if q.packed else boxes.work(q.boxed, q.operation, tile, finishing)
+
+
+def _packed_work(q: Question, tile: BoxTile, finishing: Finishing) -> TileWork:
+    """On a packed image, in which pixels that outputs share are seen several times, but lie in memory once; with the
+    launches that pack.
+    """
+    g, packing = q.problem, packing_of(q.problem, q.x.dtype)
+    work = boxes.work(q.boxed, q.operation, tile, finishing, filter_channels=packing.w.shape[1])
+    element, a_sum = q.x.dtype.itemsize, sum_bytes(q.precision)
+    image, filters = (prod(t.shape) * element for t in (packing.image, packing.filters))
+    given = prod(q.x.shape) * element
+    least, beside = least_bytes(g, q.operation, element), prod(q.y.shape) * element
+    residual = beside if finishing.residual else 0
+    work = work._replace(memory=least + residual, flops=g.flops)
+    if q.operation == "fprop":
+        moments = work.outside - beside - residual if finishing.moments else 0
+        return work._replace(
+            moved=image + filters + beside + residual + moments,
+            launches=work.launches + 2,
+            further=work.further + given + image + weights(g) * element + filters,
+        )
+    # one slot too is written in the dtype of sums; a slot has the channels of packed pixels, of which not all are read
+    slots = tile.SPLIT_K * weights(packing.problem) * a_sum
+    read = tile.SPLIT_K * weights(g) * a_sum
+    return work._replace(
+        outside=slots,
+        moved=image + beside + slots,
+        launches=2,
+        further=given + image + read + weights(g) * element,
+    )
+
+
+def cost_of(q: Question, tile: Tile, gpu: KnownGpu) -> TileCost:
+    """What the convolution costs with `tile`; q.gpu has the architecture of `gpu`."""
+    return cost(work_of(q, tile), resources_of(resource_key(q, tile)), gpu)
+
+
+def roofline_of(q: Question, tile: Tile, gpu: KnownGpu) -> float:
+    """Seconds of a kernel that only multiplied, or only moved each tensor once, whichever is longer."""
+    return roofline(work_of(q, tile), gpu)

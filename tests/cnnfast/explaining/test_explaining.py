@@ -1,0 +1,272 @@
+"""explain: the operations of a step, whose they are, who serves them today, totals that another way of counting finds
+too, and what is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import cnnfast
+import cnnfast.functional as F
+from cnnfast_kernels import launch, tables
+from tests.support.explained import LAST, Body, Net, counted, image
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    with torch.device("meta"):
+        return Net().bfloat16()
+
+
+def rows_of(explanation, *operations):
+    return [(row.operation, row.layer, row.backward) for row in explanation.rows if row.operation in operations]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which operations there are, and whose they are
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "infer"])
+def test_resnet50_at_batch_256(train):
+    """All of it within seconds, since nothing is computed."""
+    with torch.device("meta"):
+        model, x = cnnfast.models.resnet50().bfloat16(), torch.empty(256, 3, 224, 224, dtype=torch.bfloat16)
+    found = cnnfast.explain(model, x, gpu="h200", train=train)
+    assert (found.launches, found.bytes) == counted(model, x, train)
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    for operation in ("fprop", "dgrad", "wgrad") if train else ("fprop",):
+        missing = {"conv1"} if operation == "dgrad" else set()  # nobody wants the gradient of the image
+        wanted = sorted((operation, layer, operation != "fprop") for layer in layers - missing)
+        assert sorted(rows_of(found, operation)) == wanted
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert {(layer, backward) for _, layer, backward in rows_of(found, "norm")} == {
+        (norm, backward) for norm in norms for backward in (False, True) if train
+    }
+    convolutions = [row for row in found.rows if row.tile is not None]
+    assert all(row.modelled_us >= row.roofline_us > 0 for row in convolutions)
+    assert sum(row.flops for row in convolutions if row.operation == "fprop") == 256 * 8_174_272_512
+
+
+def test_the_operations_of_a_training_step_and_their_layers(net):
+    found = cnnfast.explain(net, image().requires_grad_(), train=True)
+    assert (found.launches, found.bytes) == counted(net, image().requires_grad_(), True)
+    assert rows_of(found, "fprop", "dgrad", "wgrad", "bias", "pool") == [
+        ("fprop", "stem", False),
+        ("fprop", "body.0.conv", False),
+        ("fprop", "body.1.conv", False),
+        ("fprop", "depthwise", False),
+        ("dgrad", "up", False),  # a transposed convolution is the gradient of one
+        ("pool", "pools.0", False),
+        ("pool", "pools.1", False),
+        ("pool", "pools.1", True),
+        ("pool", "pools.0", True),
+        ("fprop", "up", True),
+        ("wgrad", "up", True),
+        ("dgrad", "depthwise", True),
+        ("wgrad", "depthwise", True),
+        ("bias", "depthwise", True),
+        ("dgrad", "body.1.conv", True),
+        ("wgrad", "body.1.conv", True),
+        ("dgrad", "body.0.conv", True),
+        ("wgrad", "body.0.conv", True),
+        ("dgrad", "stem", True),
+        ("wgrad", "stem", True),
+    ]
+    kernels = [(row.layer, row.kernel) for row in found.rows if row.operation == "norm"]
+    forward = [(norm, kernel) for norm in ("norm", "body.0.bn", "body.1.bn") for kernel in ("running", "normalize")]
+    assert [(layer, kernel) for layer, kernel in kernels if "backward" not in kernel] == [
+        (norm, {"running": "update_running_kernel", "normalize": "normalize_kernel"}[kernel])
+        for norm, kernel in forward
+    ]
+    assert [layer for layer, kernel in kernels if "backward" in kernel] == ["body.1.bn", "body.0.bn", "norm"]
+
+
+def test_what_pytorch_does_besides(net):
+    """The linear layer, and the gradients that meet where a block's input goes two ways."""
+    found = cnnfast.explain(net, image(), train=True)
+    products = [work for work in found.foreign if work.flops]
+    assert [(w.layer, w.operator, w.backward, w.calls, w.flops) for w in products] == [
+        ("head", "addmm", False, 1, 2 * 4 * 8 * 5),
+        ("head", "mm", True, 2, 2 * 2 * 4 * 8 * 5),
+    ]
+    (sums,) = {w.bytes for w in found.foreign if w.operator == "add" and w.backward}
+    assert sums == 3 * 2 * 4 * 16 * 12 * 12
+    assert [w.layer for w in found.foreign if w.operator == "add" and w.backward] == ["body.1.conv", "body.0.conv"]
+    views = {"t", "view", "detach", "expand", "flatten", "_unsafe_view", "ones_like", "empty_like"}
+    assert not views & {w.operator for w in found.foreign}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_backward_pass_computes_again_is_its_modules(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.body = nn.Conv2d(8, 16, 1, bias=False), Body()
+
+        def forward(self, x):
+            return checkpoint(self.body, self.first(x), use_reentrant=reentrant)
+
+    with torch.device("meta"):
+        model = Checkpointed().bfloat16()
+    found = rows_of(cnnfast.explain(model, image(), train=True), "fprop", "dgrad", "wgrad", "norm")
+    norm = ("norm", "body.bn")
+    assert found == [
+        ("fprop", "first", False),
+        ("fprop", "body.conv", False),
+        *[(*norm, False)] * 2,
+        ("fprop", "body.conv", True),
+        *[(*norm, True)] * 3,
+        ("dgrad", "body.conv", True),
+        ("wgrad", "body.conv", True),
+        ("wgrad", "first", True),
+    ]
+
+
+def test_in_eval_mode_a_block_is_one_kernel(net):
+    found = cnnfast.explain(net, image())
+    assert rows_of(found, "norm") == []
+    assert (found.launches, found.bytes) == counted(net, image(), False)
+    assert [row.shapes for row in found.rows if row.layer == "body.1.conv"] == [
+        "4x16x12x12 16x16x1x1 16 16 16 16 4x16x12x12"
+    ]
+
+
+def test_a_convolution_by_im2col_is_all_its_kernels():
+    class Columns(nn.Conv2d):
+        def forward(self, input):
+            return F.conv2d(input, self.weight, algorithm="im2col")
+
+    with torch.device("meta"):
+        model = nn.Sequential(Columns(8, 16, 3, bias=False)).bfloat16()
+    found = cnnfast.explain(model, image())
+    (row,) = found.rows
+    assert (row.layer, row.operation, row.tile, row.launches) == ("0", "fprop", None, 2)
+    assert (found.launches, found.bytes) == counted(model, image(), False)
+
+
+def test_filters_of_three_axes_keep_their_layout():
+    """PyTorch lays out no video as channels_last; its norm is ours."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv3d(8, 16, 1), nn.BatchNorm3d(16), nn.ReLU())
+    found = cnnfast.explain(model, torch.empty(2, 8, 3, 4, 4, device="meta"), train=True)
+    assert {row.layer for row in found.rows} == {"1"}
+    assert "convolution" in {work.operator for work in found.foreign}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On which GPU, in which dtype, and who serves today
+
+
+def test_the_gpu_decides_which_kernels_there_are(net):
+    kernels = {gpu: {row.kernel for row in cnnfast.explain(net, image(), gpu=gpu).rows} for gpu in ("h200", "RTX-4090")}
+    assert "tma_fprop_kernel" in kernels["h200"]
+    assert "tma_fprop_kernel" not in kernels["RTX-4090"]
+
+
+def test_the_dtype_is_the_models_or_the_one_that_is_asked_for(net):
+    asked = {dtype: cnnfast.explain(net, image(), dtype=dtype) for dtype in (None, "bf16", "tf32", "fp32", torch.half)}
+    assert [found.dtype for found in asked.values()] == ["bfloat16", "bfloat16", "tf32", "float32", "float16"]
+    assert asked["tf32"].bytes == asked["fp32"].bytes > asked["bf16"].bytes
+    products = [asked[dtype].totals["fprop"].modelled_us for dtype in ("fp32", "bf16")]
+    assert products[0] > products[1]
+
+
+def test_the_library_serves_what_no_table_has_but_for_depthwise_convolutions(net):
+    found = cnnfast.explain(net, image(), train=True)
+    served = {(row.layer, row.operation): row.served for row in found.rows}
+    assert served["stem", "fprop"] == served["up", "dgrad"] == "library"
+    assert served["depthwise", "fprop"] == served["norm", "norm"] == served["pools.0", "pool"] == "kernels"
+    assert "by default on this GPU: 11 of 14," in " ".join(str(found).split())
+
+
+@pytest.mark.parametrize(("ours", "library", "served"), [(4.0, 5.0, "measured row"), (4.0, 3.0, "library")])
+def test_what_a_table_has_measured_stands_beside(net, ours, library, served, monkeypatch):
+    before = next(row for row in cnnfast.explain(net, image(), gpu="h200").rows if row.layer == "stem")
+    monkeypatch.setattr(tables, "find", Measured(ours, library))
+    launch.forget_plans()
+    try:
+        found = cnnfast.explain(net, image(), gpu="h200")
+    finally:
+        launch.forget_plans()
+    (row,) = [row for row in found.rows if row.layer == "stem"]
+    assert (row.measured_us, row.library_us, row.served) == (ours, library, served)
+    assert (row.tile, before.tile) == ("64x32x32 w4 s2", "4x1x16 pixels k64 c32 w4 s4"), "the row's tile runs"
+    others = {row.measured_us for row in found.rows if row.layer != "stem"}
+    assert others == {None}
+    assert f"ours {ours:.0f} us" in str(found)
+    assert f"library {library:.0f} us" in str(found)
+
+
+class Measured:
+    """A table of an H200, whose one row is of Net's first convolution."""
+
+    def __init__(self, ours: float, library: float) -> None:
+        self.times = {"kernels": ours, "default": 9.0, "library": library}
+
+    def __call__(self, key: tables.Key) -> tables.TableRow | None:
+        from cnnfast_kernels.tiling import TileConfig
+
+        if (key.gpu, key.problem.C, key.problem.R) != ("NVIDIA H200", 8, 3):
+            return None
+        winner = "library" if self.times["library"] < self.times["kernels"] else "kernels"
+        return tables.TableRow(key, TileConfig(64, 32, 32, 4, 2), winner, self.times)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model stays as it is; what is refused
+
+
+def test_the_model_stays_as_it_is():
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Dropout())
+    called = []
+    model[1].register_forward_hook(lambda *call: called.append(call))
+    before, draws = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    found = cnnfast.explain(model, torch.zeros(2, 8, 6, 6), train=True)
+    assert {row.layer for row in found.rows} == {"0", "1"}
+    assert not called
+    assert [type(module) for module in model] == [nn.Conv2d, nn.BatchNorm2d, nn.Dropout]
+    assert all("_compiled_call_impl" not in vars(module) for module in model.modules())
+    assert torch.equal(torch.random.get_rng_state(), draws)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (
+            {"gpu": "h20"},
+            "explain(): gpu='h20' is none of b200, h200, h100, a100, l40s, rtx-4090, rtx-3090. Did you mean 'h200'?",
+        ),
+        ({"dtype": "bf61"}, "explain(): dtype 'bf61' is none of bf16, "),
+        ({"memory_format": "nhwc"}, "explain(): memory_format must be None, torch.channels_last or torch.contiguous"),
+    ],
+)
+def test_values_that_are_none_of_those_there_are(net, how, says):
+    with pytest.raises(ValueError, match="explain") as refused:
+        cnnfast.explain(net, image(), **how)
+    assert str(refused.value).startswith(says)
+
+
+@pytest.mark.parametrize("model", [nn.Conv3d(3, 4, 1), nn.LazyConv3d(4, 1)])
+def test_a_model_without_a_call_that_we_have_kernels_for(model):
+    kind = type(model).__name__
+    with pytest.raises(RuntimeError, match=f"^{kind} calls nothing that cnnfast has kernels for: there is nothing to"):
+        cnnfast.explain(model, torch.empty(2, 3, 4, 4, 4))
+
+
+def test_inputs_that_the_model_does_not_run_on(net):
+    with pytest.raises(RuntimeError, match=r"^Net does not run on 4x3x12x12: RuntimeError: "):
+        cnnfast.explain(net, torch.empty(4, 3, 12, 12, dtype=torch.bfloat16, device="meta"))
+
+
+def test_a_model_in_channels_last_of_its_own_or_not(net):
+    found = {fmt: cnnfast.explain(net, image(), memory_format=fmt) for fmt in (LAST, torch.contiguous_format, None)}
+    assert found[None].bytes == found[torch.contiguous_format].bytes
+    tiles = {fmt: next(row.tile for row in explanation.rows) for fmt, explanation in found.items()}
+    assert tiles[None] == tiles[torch.contiguous_format] != tiles[LAST]

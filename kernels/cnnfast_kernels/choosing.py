@@ -32,7 +32,7 @@ from .tma.stem import boxed_packing, is_packed
 from .tma.tiles import BoxTile, choose_box_tile, is_half_empty, search_boxes
 from .tma.views import flattened, why_not
 
-# The tile of a general kernel, on an image as it lies or packed, of one for depthwise convolution, and of one that loads
+# The tile of a general kernel, on an image as it lies or packed, of one for depthwise convolution, of one that loads
 # by tensor maps.
 Tile = TileConfig | PackedTile | StripTile | BoxTile
 # What a forward kernel has to do with the statistics of a batch norm: nothing; "stats": it leaves those of its result;

@@ -10,7 +10,9 @@ vectors. gather/stem.py and tma/stem.py say which convolutions their kernels see
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple, no_type_check
@@ -27,6 +29,8 @@ from .operands import FpropOperands, WgradOperands
 from .problem import MAX_PIXELS, ConvProblem
 from .slots import WgradLaunches, plan_reduction
 from .tiling import VECTOR_BYTES, cdiv
+
+MOST_CHANNELS = 8  # of an image that is packed
 
 UNSPECIALISED = [
     "H", "W", "LEFT", "ROWS", "COLUMNS", "PIXELS", "row_magic", "row_shift", "column_magic", "column_shift",
@@ -152,11 +156,79 @@ def packing_of(problem: ConvProblem, dtype: torch.dtype, pixel: int, channels: i
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Handing a packed image on: the gradient of the filters needs the one that the forward pass made
+
+
+class KeptImage:
+    """What was packed of an image, if anything was."""
+
+    __slots__ = ("packed",)
+
+    def __init__(self) -> None:
+        self.packed: torch.Tensor | None = None
+
+
+class GivenImage(NamedTuple):
+    """What was packed of `image`. No tensor but for the time of a call: see `given`."""
+
+    image: torch.Tensor
+    packed: torch.Tensor
+
+    def serves(self, image: torch.Tensor, layout: Layout) -> bool:
+        """Whether it is of this image, and packed so. How it is padded follows from the sizes of both."""
+        packed = self.packed
+        there = (tuple(packed.shape), packed.stride(), packed.dtype) == layout and packed.device == image.device
+        return there and self.image.data_ptr() == image.data_ptr() and self.image.stride() == image.stride()
+
+
+class _OfThread(threading.local):
+    kept: KeptImage | None = None
+    given: GivenImage | None = None
+
+
+_of_thread = _OfThread()
+
+
+@contextmanager
+def keeping() -> Iterator[KeptImage]:
+    """What this thread packs of an image while the context lasts is kept: the last, if there are several."""
+    before, _of_thread.kept = _of_thread.kept, KeptImage()
+    try:
+        yield _of_thread.kept
+    finally:
+        _of_thread.kept = before
+
+
+@contextmanager
+def given(image: torch.Tensor, packed: torch.Tensor) -> Iterator[None]:
+    """While the context lasts this thread need not pack `image` again, which has not changed since, if it is to be
+    packed in the same way.
+    """
+    before, _of_thread.given = _of_thread.given, GivenImage(image, packed)
+    try:
+        yield
+    finally:
+        _of_thread.given = before
+
+
+def packed_image(image: torch.Tensor, layout: Layout, pack: launch.Launch[PackingOperands]) -> torch.Tensor:
+    """What was given, or else a tensor of that layout that `pack` fills."""
+    there = _of_thread.given
+    if there is not None and there.serves(image, layout):
+        return there.packed
+    made = memory.empty(layout, image)
+    pack(PackingOperands(image, made))
+    if _of_thread.kept is not None:
+        _of_thread.kept.packed = made
+    return made
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Launches on what is packed
 
 
 class PackedFpropLaunches(NamedTuple):
-    """Pack the image and the filters, and run the convolution on what was packed."""
+    """Pack the image, unless it is there already, and the filters, and run the convolution on what was packed."""
 
     image: Layout
     filters: Layout
@@ -166,8 +238,7 @@ class PackedFpropLaunches(NamedTuple):
 
     def __call__(self, operands: FpropOperands) -> None:
         x, w = operands.x, operands.w
-        image, filters = memory.empty(self.image, x), memory.empty(self.filters, w)
-        self.pack_image(PackingOperands(x, image))
+        image, filters = packed_image(x, self.image, self.pack_image), memory.empty(self.filters, w)
         self.pack_filters(PackingOperands(w, filters))
         self.run(FpropOperands(image, filters, *operands[2:]))
 
@@ -181,7 +252,7 @@ def plan_packed_fprop(
 
 
 class PackedWgradLaunches(NamedTuple):
-    """Pack the image, and compute from it the gradient of the packed filters, in slots.
+    """Pack the image, unless it is there already, and compute from it the gradient of the packed filters, in slots.
 
     The sum of the slots goes to where the filters' own gradient lies.
     """
@@ -192,8 +263,7 @@ class PackedWgradLaunches(NamedTuple):
 
     def __call__(self, operands: WgradOperands) -> None:
         x, dy, dw = operands
-        image = memory.empty(self.image, x)
-        self.pack_image(PackingOperands(x, image))
+        image = packed_image(x, self.image, self.pack_image)
         self.run(WgradOperands(image, dy, dw))
 
 

@@ -62,9 +62,6 @@ DEFAULT_TILES: dict[Precision, tuple[TileConfig, ...]] = {
 # Tiles of 8 warps, which only measuring tries.
 WIDE_TILES = (TileConfig(128, 128, 32, 8, 4), TileConfig(256, 64, 32, 8, 4))
 
-# For the gradient of packed filters, where a tile is not mostly beyond their rows: dy is read half as often.
-PACKED_WGRAD_TILE = TileConfig(64, 128, 32, 4, 4)
-
 # Programs that keep a GPU busy: one a multiprocessor of the smallest data-centre part. Measured tables replace this
 # guess.
 BUSY_PROGRAMS = 108
@@ -123,16 +120,16 @@ def candidate_tiles(
 def register_limit(problem: ConvProblem, operation: Operation, precision: Precision, tile: TileConfig) -> int | None:
     """The limit on a thread's registers that ptxas is given for a kernel of gather/; None: it is given none.
 
-    Without a limit the ptxas of triton 3.7.1 takes a few registers too few for two kernels, so that one more program
-    may run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32 with 16, on
-    sm_89. The limits, which are what 3 and 4 programs of 4 warps may have, make no tile spill. Other kernels get none,
-    because ptxas uses a limit up where fewer registers would do.
+    Without a limit the ptxas of triton 3.7.1 takes a few registers too few for three kernels, so that one more program
+    may run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32, and in half
+    precision on a packed image, with 16, on sm_89. The limits, which are what 3, 4 and 5 programs of 4 warps may have,
+    make no tile spill. Other kernels get none, because ptxas uses a limit up where fewer registers would do.
     """
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
     if operation == "dgrad" and sums >= 64:
         return 168
-    if operation == "fprop" and precision == "ieee" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
-        return 128
+    if operation == "fprop" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
+        return 128 if precision == "ieee" else 96 if isinstance(tile, PackedTile) and precision == "half" else None
     return None
 
 
@@ -167,12 +164,22 @@ def choose_packed_tile(
     problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
 ) -> PackedTile:
     """As choose_tile, for what is packed: `problem` is as the kernels see it (gather/stem.py), with few taps of whole
-    vectors.
+    vectors. In wgrad it is the tile that reads dy least often: of one width, the narrowest.
     """
-    tile, columns = PACKED_WGRAD_TILE, gemm_extents(problem, operation)[1]
-    if operation == "wgrad" and precision == "half" and adjacent and arch < 100 and columns > tile.BLOCK_N // 2:
-        return packed(replace(tile, SPLIT_K=default_split(problem, tile)))
-    return packed(choose_tile(problem, operation, precision, adjacent, arch))
+    if operation != "wgrad" or not adjacent:
+        return packed(choose_tile(problem, operation, precision, adjacent, arch))
+    columns = gemm_extents(problem, operation)[1]
+    tiles = packed_wgrad_tiles(precision, arch)
+    tile = min(tiles, key=lambda tile: (cdiv(columns, tile.BLOCK_N), tile.BLOCK_N))
+    return packed(replace(tile, SPLIT_K=default_split(problem, tile)))
+
+
+def packed_wgrad_tiles(precision: Precision, arch: int) -> list[TileConfig]:
+    """What the gradient of packed filters may get. Wider columns have dy read less often, but spill on sm_100; of 128
+    filters, which a first convolution seldom has, they spill on sm_80.
+    """
+    wide = [TileConfig(64, 128, 32, 4, 4)] if precision == "half" and arch < 100 else []
+    return [*wide, *(tile for tile in DEFAULT_TILES[precision] if tile.BLOCK_M <= 64)]
 
 
 def packed(tile: TileConfig) -> PackedTile:
@@ -240,8 +247,12 @@ def search_tiles(
 def search_packed_tiles(
     problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
 ) -> Iterator[PackedTile]:
-    """The default of choose_packed_tile, in wgrad also with half and twice its split, and what search_tiles finds."""
-    first = choose_packed_tile(problem, operation, precision, adjacent, arch)
-    splits = (cdiv(first.SPLIT_K, 2), min(2 * first.SPLIT_K, MAX_SPLIT)) if operation == "wgrad" else ()
-    found = [first, *(replace(first, SPLIT_K=split) for split in splits)]
-    yield from dict.fromkeys([*found, *map(packed, search_tiles(problem, operation, precision, adjacent, arch))])
+    """What measuring tries: in wgrad each of its tiles, the default first, with half and twice the default split."""
+    if operation != "wgrad" or not adjacent:
+        yield from map(packed, search_tiles(problem, operation, precision, adjacent, arch))
+        return
+    tiles = packed_wgrad_tiles(precision, arch)
+    chosen = choose_packed_tile(problem, operation, precision, adjacent, arch)
+    for tile in dict.fromkeys([chosen, *(packed(replace(t, SPLIT_K=default_split(problem, t))) for t in tiles)]):
+        for split in dict.fromkeys((tile.SPLIT_K, cdiv(tile.SPLIT_K, 2), min(2 * tile.SPLIT_K, MAX_SPLIT))):
+            yield replace(tile, SPLIT_K=split)

@@ -15,7 +15,7 @@ from cnnfast_kernels.gather import stem
 from cnnfast_kernels.gather.stem import run_packing, why_no_packing
 from cnnfast_kernels.layout import dense
 from cnnfast_kernels.tables import TableRow
-from cnnfast_kernels.tiling import DEFAULT_TILES, PACKED_WGRAD_TILE, PackedTile, TileConfig, packed
+from cnnfast_kernels.tiling import DEFAULT_TILES, PackedTile, TileConfig, packed, packed_wgrad_tiles
 from tests.support.convolutions import LAYOUTS, Case, arrange, draw, reference
 
 PADDED = (3, 3, 3, 3)
@@ -46,7 +46,7 @@ NAN, INF = float("nan"), float("inf")
 TILE = packed(TileConfig(64, 32, 32, 4, 4))
 HALF_TILES = [packed(tile) for tile in DEFAULT_TILES["half"]]
 FORWARD = [*HALF_TILES, packed(TileConfig(32, 32, 16, 4, 2))]
-BACKWARD = [*HALF_TILES, packed(PACKED_WGRAD_TILE)]
+LONG, *_ = BACKWARD = [packed(tile) for tile in packed_wgrad_tiles("half", 90)]
 
 
 def geometry(case):
@@ -76,7 +76,7 @@ def test_fprop_and_wgrad(case, device, poisoned):
     x, w, dy = operands(case, device)
     exact = reference(case, x, w, dy)
     assert_equal(fprop(case, TILE, x, w), exact[0])
-    assert_equal(wgrad(case, replace(packed(PACKED_WGRAD_TILE), SPLIT_K=2), x, dy), exact[2])
+    assert_equal(wgrad(case, replace(LONG, SPLIT_K=2), x, dy), exact[2])
 
 
 @pytest.mark.parametrize("case", [STEM, SMALL, WIDE, CASES[3], CASES[6]], ids=str)
@@ -103,7 +103,7 @@ def test_tf32(case, device, poisoned):
 @pytest.mark.parametrize("fmt", [torch.channels_last, torch.contiguous_format])
 def test_parts_of_the_sum_and_layouts_of_the_gradient(split, fmt, device, poisoned):
     x, w, dy = operands(STEM, device)
-    dw = wgrad(STEM, replace(packed(PACKED_WGRAD_TILE), SPLIT_K=split), x, dy, fmt)
+    dw = wgrad(STEM, replace(LONG, SPLIT_K=split), x, dy, fmt)
     assert_equal(dw, reference(STEM, x, w, dy)[2])
     assert dw.is_contiguous(memory_format=fmt)
 
@@ -175,7 +175,7 @@ def test_what_is_not_finite_reaches_its_windows_only(case, value, device, poison
 
 def test_weights_that_are_not_finite_reach_their_filters_only(device):
     x, w, dy = operands(STEM, device)
-    w[3, 1, 6, 6], w[5, 2, 0, 0] = float("inf"), float("nan")
+    w[3, 1, 6, 6], w[5, 2, 0, 0] = INF, NAN
     y = fprop(STEM, TILE, x, w)
     others = [k for k in range(64) if k not in (3, 5)]
     assert y[:, others].isfinite().all()
@@ -249,6 +249,8 @@ def question(operation="fprop", x=(8, 3, 224, 224), dtype=torch.float16, fmt=tor
         ({"fmt": torch.contiguous_format}, "packed 128x64x32 w4 s4"),
         ({"filters": (32, 3, 3)}, "packed 64x32x32 w4 s4"),
         ({"operation": "wgrad"}, "packed 64x128x32 w4 s4 split 64"),
+        ({"operation": "wgrad", "filters": (32, 3, 3)}, "packed 64x64x32 w4 s4 split 64"),
+        ({"operation": "wgrad", "filters": (32, 1, 2)}, "packed 64x32x32 w4 s4 split 64"),
         ({"dtype": torch.float32}, "64x32x16 w4 s3"),
         ({"x": (1, 3, 128, 128)}, "64x32x32 w4 s4"),  # few outputs
         ({"x": (8, 4, 224, 224)}, "64x64x32 w4 s4"),  # vectors as it lies
@@ -313,6 +315,10 @@ def test_a_measured_row_names_it(measured_row, launches, device):
     assert_equal(conv.conv_dgrad(dy, w, x.shape, geometry(SMALL), fmt=torch.channels_last), exact[1])
     packs = ["pack_pixels_kernel", "pack_pixels_kernel", "conv_fprop_kernel", "pack_pixels_kernel", "conv_wgrad_kernel"]
     assert [event.kernel for event in launches] == [*packs, "conv_wgrad_reduce_kernel", "conv_dgrad_kernel"]
+    many = replace(SMALL, x=(1, 9, 5, 6))
+    x, w, dy = operands(many, device)
+    assert_equal(conv.conv_fprop(x, w, geometry(many)), reference(many, x, w, dy)[0])
+    assert not isinstance(launches[-1].tile, PackedTile)
 
 
 def test_a_tile_that_cannot_serve(device):

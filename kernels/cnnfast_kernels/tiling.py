@@ -120,17 +120,19 @@ def candidate_tiles(
 def register_limit(problem: ConvProblem, operation: Operation, precision: Precision, tile: TileConfig) -> int | None:
     """The limit on a thread's registers that ptxas is given for a kernel of gather/; None: it is given none.
 
-    Without a limit the ptxas of triton 3.7.1 takes a few registers too few for three kernels, so that one more program
-    may run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32, and in half
-    precision on a packed image, with 16, on sm_89. The limits, which are what 3, 4 and 5 programs of 4 warps may have,
-    make no tile spill. Other kernels get none, because ptxas uses a limit up where fewer registers would do.
+    Without a limit the ptxas of triton 3.7.1 takes a few registers too few for some kernels, so that one more program
+    may run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89; with 16, on sm_89, fprop in
+    float32, and in half precision on a packed image; wgrad on a packed image with 32, on sm_89. The limits, which are
+    what 3, 4 and 5 programs of 4 warps may have, make no tile spill. Other kernels get none, because ptxas uses a limit
+    up where fewer registers would do.
     """
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
+    on_packed = precision == "half" and isinstance(tile, PackedTile)
     if operation == "dgrad" and sums >= 64:
         return 168
     if operation == "fprop" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
-        return 128 if precision == "ieee" else 96 if isinstance(tile, PackedTile) and precision == "half" else None
-    return None
+        return 128 if precision == "ieee" else 96 if on_packed else None
+    return 128 if operation == "wgrad" and on_packed and sums == 32 else None
 
 
 def programs(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:

@@ -10,7 +10,7 @@ and the layer that it is to serve, as measuring does.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Literal
 
 from .gpus import SHARED_LIMITS
@@ -41,6 +41,14 @@ class TileConfig:
     def __str__(self) -> str:
         split = f" split {self.SPLIT_K}" if self.SPLIT_K > 1 else ""
         return f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} w{self.num_warps} s{self.num_stages}{split}"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTile(TileConfig):
+    """A tile of the same kernels on a packed image (gather/stem.py)."""
+
+    def __str__(self) -> str:
+        return f"packed {TileConfig.__str__(self)}"
 
 
 # Largest first. Shared memory of the largest stays under the 99 KiB of sm_89.
@@ -116,18 +124,19 @@ def candidate_tiles(
 def register_limit(problem: ConvProblem, operation: Operation, precision: Precision, tile: TileConfig) -> int | None:
     """The limit on a thread's registers that ptxas is given for a kernel of gather/; None: it is given none.
 
-    Without a limit the ptxas of triton 3.7.1 takes a few registers too few for two kernels, so that one more program
-    may run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32 with 16, on
-    sm_89. The limits, which are what 3 and 4 programs of 4 warps may have, make no tile spill. Other kernels get none,
-    because ptxas uses a limit up where fewer registers would do. dgrad with 128 sums, which do not fit into 168, may
-    take all.
+    Without a limit the ptxas of triton 3.7.1 takes a few registers too few for some kernels, so that one more program
+    may run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89; with 16, on sm_89, fprop in
+    float32, and in half precision on a packed image; wgrad on a packed image with 32, on sm_89. The limits, which are
+    what 3, 4 and 5 programs of 4 warps may have, make no tile spill. Other kernels get none, because ptxas uses a limit
+    up where fewer registers would do. dgrad with 128 sums, which do not fit into 168, may take all.
     """
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
+    on_packed = precision == "half" and isinstance(tile, PackedTile)
     if operation == "dgrad" and sums >= 64:
         return 168 if sums < 128 else MAX_REGISTERS
-    if operation == "fprop" and precision == "ieee" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
-        return 128
-    return None
+    if operation == "fprop" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
+        return 128 if precision == "ieee" else 96 if on_packed else None
+    return 128 if operation == "wgrad" and on_packed and sums == 32 else None
 
 
 def programs(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:
@@ -165,6 +174,32 @@ def depth_and_taps(problem: ConvProblem, operation: Operation) -> tuple[int, int
     if operation == "dgrad":
         return g.group_filters, cdiv(g.R, tap_step(g.stride_h, g.dil_h)) * cdiv(g.S, tap_step(g.stride_w, g.dil_w))
     return g.group_channels, g.R * g.S
+
+
+def choose_packed_tile(
+    problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
+) -> PackedTile:
+    """As choose_tile, for what is packed: `problem` is as the kernels see it (gather/stem.py), with few taps of whole
+    vectors. In wgrad it is the tile that reads dy least often: of one width, the narrowest.
+    """
+    if operation != "wgrad" or not adjacent:
+        return packed(choose_tile(problem, operation, precision, adjacent, arch))
+    columns = gemm_extents(problem, operation)[1]
+    tiles = packed_wgrad_tiles(precision, arch)
+    tile = min(tiles, key=lambda tile: (cdiv(columns, tile.BLOCK_N), tile.BLOCK_N))
+    return packed(replace(tile, SPLIT_K=default_split(problem, tile)))
+
+
+def packed_wgrad_tiles(precision: Precision, arch: int) -> list[TileConfig]:
+    """What the gradient of packed filters may get. Wider columns have dy read less often, but spill on sm_100; of 128
+    filters, which a first convolution seldom has, they spill on sm_80.
+    """
+    wide = [TileConfig(64, 128, 32, 4, 4)] if precision == "half" and arch < 100 else []
+    return [*wide, *(tile for tile in DEFAULT_TILES[precision] if tile.BLOCK_M <= 64)]
+
+
+def packed(tile: TileConfig) -> PackedTile:
+    return PackedTile(*astuple(tile))
 
 
 def steps_of_loop(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:
@@ -241,3 +276,17 @@ def search_tiles(
             if same not in found and least_shared_bytes(variant, precision) <= limit:
                 found.add(same)
                 yield variant
+
+
+def search_packed_tiles(
+    problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
+) -> Iterator[PackedTile]:
+    """What measuring tries: in wgrad each of its tiles, the default first, with half and twice the default split."""
+    if operation != "wgrad" or not adjacent:
+        yield from map(packed, search_tiles(problem, operation, precision, adjacent, arch))
+        return
+    tiles = packed_wgrad_tiles(precision, arch)
+    chosen = choose_packed_tile(problem, operation, precision, adjacent, arch)
+    for tile in dict.fromkeys([chosen, *(packed(replace(t, SPLIT_K=default_split(problem, t))) for t in tiles)]):
+        for split in dict.fromkeys((tile.SPLIT_K, cdiv(tile.SPLIT_K, 2), min(2 * tile.SPLIT_K, MAX_SPLIT))):
+            yield replace(tile, SPLIT_K=split)

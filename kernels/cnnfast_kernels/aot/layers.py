@@ -142,6 +142,12 @@ class CaseLayer:
 
 
 STEM = CaseLayer("7x7/2 of 3 channels", 3, 224, 64, 7, stride=2)  # taps x channels without a gap
+STEMS = (
+    CaseLayer("3x3/2 of 3 channels", 3, 224, 32, 3, stride=2),
+    CaseLayer("3x3 of 3 channels", 3, 224, 64, 3),
+    CaseLayer("4x4/4 of 3 channels", 3, 224, 96, 4, stride=4),
+    CaseLayer("7x7/2 of 6 channels", 6, 224, 64, 7, stride=2),
+)
 BODY = CaseLayer("3x3", 128, 28, 128, 3)
 STRIDED = CaseLayer("3x3/2", 128, 56, 128, 3, stride=2)
 POINTWISE = CaseLayer("1x1", 256, 56, 64, 1)

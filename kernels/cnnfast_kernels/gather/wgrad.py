@@ -24,7 +24,7 @@ from ..layout import Laid, Strides, strides_nhwc
 from ..operands import WgradOperands
 from ..problem import ConvProblem
 from ..slots import WgradLaunches, plan_slots
-from ..tiling import Precision, TileConfig, cdiv
+from ..tiling import Precision, TileConfig, cdiv, register_limit
 from .tiles import multiply_accumulate
 
 EXTENTS = ["N", "H", "W", "P", "Q", "SLOTS", "p_magic", "p_shift", "q_magic", "q_shift"]
@@ -141,7 +141,7 @@ def plan_wgrad_slots(
         tile=tile, g=g.geometry(C=g.group_channels), align=WgradAlignments(xs.align, dys.align, dws.align),
         PRECISION=precision, ACC=KERNEL_DTYPES[accumulator_dtype(x.dtype)],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=register_limit(g, "wgrad", precision, tile),
     )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ FORBIDDEN = [
                 *(f"cnnfast_kernels.gather.{shared}*" for shared in ("tiles", "depthwise")),
                 *(f"cnnfast_kernels.tma.{shared}*" for shared in ("boxes", "tiles", "views")),
                 "by cnnfast_kernels.gather.im2col",
+                "by cnnfast_kernels.gather.stem",
                 "by cnnfast_kernels.tma.stem",
             ],
         )
@@ -63,6 +64,7 @@ LAYERS = {
         "traffic",
         "activations epilogue launch launchable indexing memory devices",
         "planes moments slots",
+        "packing",
         "gather tma batchnorm pooling augment",
         "table_rows",
         "table_files",

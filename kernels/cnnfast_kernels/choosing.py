@@ -14,15 +14,27 @@ import torch
 from . import devices, tables
 from .gather.depthwise.filters import vector_length
 from .gather.depthwise.tiles import StripTile, choose_strip_tile, search_strip_tiles
+from .gather.stem import packing_pays, run_problem, why_no_packing
 from .layout import Layout, convolution_format, dense
 from .problem import ConvProblem
-from .tiling import Operation, Precision, TileConfig, choose_tile, precision_class, search_tiles
-from .tma.stem import is_packed, packing_of
+from .tiling import (
+    Operation,
+    PackedTile,
+    Precision,
+    TileConfig,
+    choose_packed_tile,
+    choose_tile,
+    precision_class,
+    search_packed_tiles,
+    search_tiles,
+)
+from .tma.stem import boxed_packing, is_packed
 from .tma.tiles import BoxTile, choose_box_tile, is_half_empty, search_boxes
 from .tma.views import flattened, why_not
 
-# The tile of a general kernel, of one for depthwise convolution, and of one that loads by tensor maps.
-Tile = TileConfig | StripTile | BoxTile
+# The tile of a general kernel, on an image as it lies or packed, of one for depthwise convolution, and of one that loads
+# by tensor maps.
+Tile = TileConfig | PackedTile | StripTile | BoxTile
 # What a forward kernel has to do with the statistics of a batch norm: nothing; "stats": it leaves those of its result;
 # "norm": it normalises by given ones.
 Statistics = Literal["", "stats", "norm"]
@@ -106,8 +118,21 @@ class Question(NamedTuple):
         """The convolution as the tensor-map kernels see it."""
         if not self.packed:
             return flattened(self.problem, *self.images)[0]
-        packing = packing_of(self.problem, self.x.dtype)
+        packing = boxed_packing(self.problem, self.x.dtype)
         return flattened(packing.problem, packing.x, *self.images[1:])[0]
+
+    @property
+    def why_no_packing(self) -> str:
+        """Why the kernels that load by pointers cannot serve on a packed image (gather/stem.py); "" if they can."""
+        if self.operation == "dgrad":
+            return "there is no image to pack"
+        return why_no_packing(self.problem, self.precision, self.x.dtype)
+
+    @property
+    def packed_how(self) -> tuple[ConvProblem, Operation, Precision, bool, int]:
+        """What tiles on a packed image are chosen by. Of what is packed, channels are adjacent."""
+        adjacent = self.operation == "fprop" or _adjacent(self.y)
+        return run_problem(self.problem, self.x.dtype), self.operation, self.precision, adjacent, self.gpu.arch
 
     @property
     def why_no_boxes(self) -> str:
@@ -175,7 +200,8 @@ def default_tile(q: Question) -> Tile:
     """What runs where nothing was measured.
 
     That is a kernel with tensor maps wherever one can serve without packing and its boxes are not mostly empty: by its
-    instructions it should win, but no GPU has timed either family yet.
+    instructions it should win, but no GPU has timed either family yet. Images of few channels are packed for the other
+    family, where that pays.
     """
     if q.problem.is_depthwise:
         return choose_strip_tile(q.problem, q.operation, q.precision, vector_length(q.x, q.y))
@@ -183,6 +209,8 @@ def default_tile(q: Question) -> Tile:
         tile = choose_box_tile(q.boxed, q.operation, q.activation, q.gpu.arch)
         if tile is not None:
             return tile
+    if not q.why_no_packing and packing_pays(q.problem, q.x, q.w):
+        return choose_packed_tile(*q.packed_how)
     return choose_tile(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)
 
 
@@ -200,6 +228,8 @@ def candidates(q: Question) -> list[Tile]:
         ]
     else:
         families = [search_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)]
+        if not q.why_no_packing:
+            families.insert(0, search_packed_tiles(*q.packed_how))
         if not q.why_no_boxes:
             boxes = search_boxes(q.boxed, q.operation, q.activation, q.gpu.arch)
             families.insert(0, (box for box in boxes if not is_half_empty(q.boxed, q.operation, box)))
@@ -241,5 +271,7 @@ def choose(q: Question, row: tables.TableRow | None) -> Tile:
 
 
 def _can_run(tile: Tile, q: Question) -> bool:
+    if isinstance(tile, PackedTile):
+        return not q.why_no_packing
     family = StripTile if q.problem.is_depthwise else TileConfig if q.why_no_boxes else (TileConfig, BoxTile)
     return isinstance(tile, family)

@@ -10,7 +10,7 @@ and the layer that it is to serve, as measuring does.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Literal
 
 from .gpus import SHARED_LIMITS
@@ -43,6 +43,14 @@ class TileConfig:
         return f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} w{self.num_warps} s{self.num_stages}{split}"
 
 
+@dataclass(frozen=True, slots=True)
+class PackedTile(TileConfig):
+    """A tile of the same kernels on a packed image (gather/stem.py)."""
+
+    def __str__(self) -> str:
+        return f"packed {TileConfig.__str__(self)}"
+
+
 # Largest first. Shared memory of the largest stays under the 99 KiB of sm_89.
 DEFAULT_TILES: dict[Precision, tuple[TileConfig, ...]] = {
     "half": (TileConfig(128, 64, 32, 4, 4), TileConfig(64, 64, 32, 4, 4), TileConfig(64, 32, 32, 4, 4)),
@@ -53,6 +61,9 @@ DEFAULT_TILES: dict[Precision, tuple[TileConfig, ...]] = {
 
 # Tiles of 8 warps, which only measuring tries.
 WIDE_TILES = (TileConfig(128, 128, 32, 8, 4), TileConfig(256, 64, 32, 8, 4))
+
+# For the gradient of packed filters, where a tile is not mostly beyond their rows: dy is read half as often.
+PACKED_WGRAD_TILE = TileConfig(64, 128, 32, 4, 4)
 
 # Programs that keep a GPU busy: one a multiprocessor of the smallest data-centre part. Measured tables replace this
 # guess.
@@ -156,6 +167,22 @@ def choose_tile(
     return next((t for t in fitting if programs(problem, operation, t) >= BUSY_PROGRAMS), fitting[-1])
 
 
+def choose_packed_tile(
+    problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
+) -> PackedTile:
+    """As choose_tile, for what is packed: `problem` is as the kernels see it (gather/stem.py), with few taps of whole
+    vectors.
+    """
+    tile, columns = PACKED_WGRAD_TILE, gemm_extents(problem, operation)[1]
+    if operation == "wgrad" and precision == "half" and adjacent and arch < 100 and columns > tile.BLOCK_N // 2:
+        return packed(replace(tile, SPLIT_K=default_split(problem, tile)))
+    return packed(choose_tile(problem, operation, precision, adjacent, arch))
+
+
+def packed(tile: TileConfig) -> PackedTile:
+    return PackedTile(*astuple(tile))
+
+
 def steps_of_loop(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:
     """The k-steps of a program's main loop; in dgrad, of the class of pixels that the most taps reach."""
     g = problem
@@ -237,3 +264,13 @@ def search_tiles(
             if same not in found and least_shared_bytes(variant, precision) <= limit:
                 found.add(same)
                 yield variant
+
+
+def search_packed_tiles(
+    problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
+) -> Iterator[PackedTile]:
+    """The default of choose_packed_tile, in wgrad also with half and twice its split, and what search_tiles finds."""
+    first = choose_packed_tile(problem, operation, precision, adjacent, arch)
+    splits = (cdiv(first.SPLIT_K, 2), min(2 * first.SPLIT_K, MAX_SPLIT)) if operation == "wgrad" else ()
+    found = [first, *(replace(first, SPLIT_K=split) for split in splits)]
+    yield from dict.fromkeys([*found, *map(packed, search_tiles(problem, operation, precision, adjacent, arch))])

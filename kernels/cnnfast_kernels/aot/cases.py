@@ -17,7 +17,7 @@ from ..activations import ACTIVATIONS
 from ..choosing import Tile
 from ..gather.depthwise.tiles import strip_tiles
 from ..tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile
-from ..tma.stem import packed_problem
+from ..tma.stem import boxed_problem
 from ..tma.tiles import candidate_boxes
 from ..tma.views import why_not_on
 from .layers import (
@@ -141,7 +141,7 @@ def box_convolutions(arch: int) -> Iterator[Case]:
             if tile.TILE_W == tile.pixels:
                 yield case(name, POINTWISE, tile, "half", note=" in boxes")
     for name in ("infer", "train", "wgrad"):
-        for tile in candidate_boxes(packed_problem(STEM.problem), OPERATIONS[name], arch=arch):
+        for tile in candidate_boxes(boxed_problem(STEM.problem), OPERATIONS[name], arch=arch):
             if (tile.TILE_H, tile.TILE_W) == (8, 8):
                 yield case(name, STEM, tile, "half", note=" in boxes")
     for layer in (SHORTCUT, NARROW, MANY):

@@ -133,7 +133,7 @@ def register_limit(problem: ConvProblem, operation: Operation, precision: Precis
     because ptxas uses a limit up where fewer registers would do.
     """
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
-    if operation == "dgrad" and sums >= 64:
+    if operation == "dgrad" and sums == 64:
         return 168
     if operation == "fprop" and precision == "ieee" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
         return 128

@@ -59,6 +59,9 @@ DEFAULT_TILES: dict[Precision, tuple[TileConfig, ...]] = {
     "fp64": (TileConfig(64, 32, 16, 4, 2), TileConfig(32, 32, 16, 4, 2)),
 }
 
+# Before sm_90, where fprop's epilogue leaves it the registers: from the second-level cache it loads two thirds of what
+# the largest of DEFAULT_TILES does for as many products. On sm_90 its loop waits after every wgmma.
+SQUARE_TILE = TileConfig(128, 128, 32, 4, 3)
 # Tiles of 8 warps, which only measuring tries.
 WIDE_TILES = (TileConfig(128, 128, 32, 8, 4), TileConfig(256, 64, 32, 8, 4))
 
@@ -138,6 +141,32 @@ def register_limit(problem: ConvProblem, operation: Operation, precision: Precis
     if operation == "fprop" and precision == "ieee" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
         return 128
     return None
+
+
+def possible_tiles(
+    problem: ConvProblem,
+    operation: Operation,
+    precision: Precision,
+    adjacent: bool = True,
+    arch: int = 90,
+    heavy: bool = False,
+) -> list[TileConfig]:
+    """The tiles that may run where nothing was measured, largest first, none with more stages than its loop has steps:
+    those of candidate_tiles that are not mostly padding, and the square one.
+
+    heavy: whether fprop has an epilogue that takes many registers: a norm with a residual, or an activation of more
+    than one instruction. With a wgrad, SPLIT_K is 1.
+    """
+    GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
+    tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
+    least = tiles[-1]
+    found = [t for t in tiles if t.BLOCK_M <= max(GEMM_M, least.BLOCK_M) and t.BLOCK_N <= max(GEMM_N, least.BLOCK_N)]
+    whole = form_of(problem, operation, SQUARE_TILE, adjacent) in ("1x1", "taps")
+    fills = GEMM_M >= SQUARE_TILE.BLOCK_M and GEMM_N >= SQUARE_TILE.BLOCK_N
+    if precision == "half" and arch < 90 and whole and fills and not heavy:
+        found.insert(0, SQUARE_TILE)
+    steps = [max(1, steps_of_loop(problem, operation, tile)) for tile in found]
+    return [replace(t, num_stages=min(t.num_stages, n)) for t, n in zip(found, steps, strict=True)]
 
 
 def programs(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:
@@ -240,6 +269,8 @@ def search_tiles(
     GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
     tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
     wide = WIDE_TILES if precision == "half" and tiles[0] == DEFAULT_TILES["half"][0] else ()
+    if wide and arch < 90:
+        wide = (SQUARE_TILE, *wide)
     least = tiles[-1]
     limit = SHARED_LIMITS.get(arch, min(SHARED_LIMITS.values()))
     found: set[TileConfig] = set()

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 
 from ..activations import ACTIVATIONS
-from ..choosing import Tile
 from ..gather.depthwise.tiles import strip_tiles
+from ..questions import Tile
 from ..tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile
 from ..tma.stem import boxed_problem
 from ..tma.tiles import candidate_boxes

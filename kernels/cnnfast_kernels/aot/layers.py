@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..choosing import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
 from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from ..devices import Gpu
 from ..epilogue import NO_NORM, BatchNorm, Epilogue
 from ..layout import layout_of
 from ..problem import ConvProblem
+from ..questions import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
 from ..tiling import Precision
 
 BATCH = 32

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..choosing import Tile
 from ..devices import Gpu
 from ..gather.depthwise.tiles import strip_tiles
+from ..questions import Tile
 from ..resource_keys import resource_key
 from ..resources import ResourceKey
 from ..tiling import (

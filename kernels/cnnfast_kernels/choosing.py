@@ -16,6 +16,8 @@ from .gather.depthwise.tiles import StripTile, choose_strip_tile, search_strip_t
 from .gather.stem import packing_pays
 from .gpus import KnownGpu, stand_in
 from .questions import Question, Tile
+from .resource_keys import resource_key
+from .resources import resources_of
 from .tiling import (
     MAX_SPLIT,
     MIN_STEPS_PER_SPLIT,
@@ -59,7 +61,14 @@ def possible(q: Question, gpu: KnownGpu) -> list[Tile]:
         found.append(choose_packed_tile(*q.packed_how))
     heavy = q.activation not in (None, "relu") or (q.statistics == "norm" and q.residual is not None)
     found += possible_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch, heavy)
+    found = [tile for tile in found if not _spills(q, tile)] or found[-1:]
     return [cut for tile in found for cut in _cuts(q, tile, gpu)] if q.operation == "wgrad" else found
+
+
+def _spills(q: Question, tile: Tile) -> bool:
+    """Whether machine code of this very kernel has spilled registers."""
+    row = resources_of(resource_key(q, tile))
+    return row.exact and row.spill_bytes > 0
 
 
 def _cuts(q: Question, tile: Tile, gpu: KnownGpu) -> list[Tile]:

@@ -39,7 +39,7 @@ def explain(
     gpu: one of cnnfast_kernels.gpus.KNOWN, by its name, h200 for example. train: in training mode, with the backward
     pass; the loss and the optimizer are not counted. dtype: floating inputs and the copy are cast to it; a dtype, or
     its name, or "tf32". By default they keep theirs. memory_format: as `convert` takes it; a model with filters of
-    three axes keeps its own.
+    three axes, or of no size yet, keeps its own.
 
     Returns an Explanation: str() is a table; .rows, .totals, .bytes, .launches, .to_json(), .picture(path). Raises
     ValueError for a GPU or a dtype that is not known; RuntimeError if the model does not run on these inputs, or calls

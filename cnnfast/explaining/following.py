@@ -106,9 +106,9 @@ class Follower(CallRecorder):
     def place(self) -> tuple[tuple[nn.Module, ...], bool]:
         """(the modules that what runs now belongs to, whether this is a backward pass)."""
         node: Any = torch._C._current_autograd_node()
-        if node is None:
+        if node is None or len(self.running) > 1:  # a backward pass runs modules again that are checkpointed
             self.forward_of.setdefault(_nodes_made() - 1, self.running[-1])
-            return self.running[-1], False
+            return self.running[-1], node is not None
         # The node that adds a gradient to a parameter has no number of its own.
         return self.forward_of.get(node._sequence_nr(), self.running[0]), True
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from cnnfast_kernels import choosing, devices
@@ -58,7 +59,8 @@ def explained(
     cast, products = argument(dtype, "explain")
     if memory_format not in FORMATS:
         raise unknown_value("explain", "memory_format", memory_format, FORMATS, OTHER_FORMATS)
-    if any(p.dim() == 5 for p in model.parameters()):  # channels_last is for images: PyTorch refuses it for videos
+    # PyTorch lays out as channels_last neither filters of videos nor what has no size yet.
+    if any(is_lazy(p) or p.dim() == 5 for p in model.parameters()):
         memory_format = None
     on = devices.Gpu(gpu.cuda, gpu.arch)
     how: dict[str, Any] = {"train": train, "dtype": cast, "memory_format": memory_format}

@@ -28,7 +28,7 @@ from ..tiling import (
     choose_tile,
     search_tiles,
 )
-from ..tma.stem import packed_problem
+from ..tma.stem import boxed_problem
 from ..tma.tiles import BoxSize, BoxTile, candidate_boxes
 from ..tma.views import why_not_on
 from .cases import DTYPES, Case, case
@@ -135,7 +135,7 @@ def box_tiles(layer: CaseLayer, name: str, arch: int) -> list[Tile]:
     """Of each size one box of each kind, which has several pixels along the same axes; of a 1x1 convolution, whose
     image is one row, one row. Of a light kernel one of each size with fewer stages too.
     """
-    problem = packed_problem(layer.problem) if layer is STEM else layer.problem
+    problem = boxed_problem(layer.problem) if layer is STEM else layer.problem
     tiles = [*candidate_boxes(problem, OPERATIONS[name], arch=arch)]
     if layer in (BODY, DEEP):
         tiles += next_boxes(layer, OPERATIONS[name])

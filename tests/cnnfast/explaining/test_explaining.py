@@ -9,11 +9,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import cnnfast
 import cnnfast.functional as F
 from cnnfast_kernels import launch, tables
-from tests.support.explained import LAST, Net, counted, image
+from tests.support.explained import LAST, Body, Net, counted, image
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,32 @@ def test_what_pytorch_does_besides(net):
     assert [w.layer for w in found.foreign if w.operator == "add" and w.backward] == ["body.1.conv", "body.0.conv"]
     views = {"t", "view", "detach", "expand", "flatten", "_unsafe_view", "ones_like", "empty_like"}
     assert not views & {w.operator for w in found.foreign}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_backward_pass_computes_again_is_its_modules(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.body = nn.Conv2d(8, 16, 1, bias=False), Body()
+
+        def forward(self, x):
+            return checkpoint(self.body, self.first(x), use_reentrant=reentrant)
+
+    with torch.device("meta"):
+        model = Checkpointed().bfloat16()
+    found = rows_of(cnnfast.explain(model, image(), train=True), "fprop", "dgrad", "wgrad", "norm")
+    norm = ("norm", "body.bn")
+    assert found == [
+        ("fprop", "first", False),
+        ("fprop", "body.conv", False),
+        *[(*norm, False)] * 2,
+        ("fprop", "body.conv", True),
+        *[(*norm, True)] * 3,
+        ("dgrad", "body.conv", True),
+        ("wgrad", "body.conv", True),
+        ("wgrad", "first", True),
+    ]
 
 
 def test_in_eval_mode_a_block_is_one_kernel(net):
@@ -226,9 +253,11 @@ def test_values_that_are_none_of_those_there_are(net, how, says):
     assert str(refused.value).startswith(says)
 
 
-def test_a_model_without_a_call_that_we_have_kernels_for():
-    with pytest.raises(RuntimeError, match=r"^Linear calls nothing that cnnfast has kernels for: there is nothing to"):
-        cnnfast.explain(nn.Linear(3, 4), torch.empty(2, 3))
+@pytest.mark.parametrize("model", [nn.Conv3d(3, 4, 1), nn.LazyConv3d(4, 1)])
+def test_a_model_without_a_call_that_we_have_kernels_for(model):
+    kind = type(model).__name__
+    with pytest.raises(RuntimeError, match=f"^{kind} calls nothing that cnnfast has kernels for: there is nothing to"):
+        cnnfast.explain(model, torch.empty(2, 3, 4, 4, 4))
 
 
 def test_inputs_that_the_model_does_not_run_on(net):

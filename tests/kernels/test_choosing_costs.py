@@ -92,8 +92,8 @@ def test_twice_the_images_take_no_less(name):
     gpu = named("h200")
     for q, twice in zip(questions(name, gpu), questions(name, gpu, batch=2), strict=True):
         tile = default_tile(q)
-        # as long, where one wave of few programs has places left
-        assert cost_of(twice, tile, gpu).seconds >= cost_of(q, tile, gpu).seconds * (1 if name == "one image" else 1.5)
+        # as long, where one wave of few programs has places left; less than twice as long, where two waves become three
+        assert cost_of(twice, tile, gpu).seconds >= cost_of(q, tile, gpu).seconds * (1 if name == "one image" else 1.4)
         assert roofline_of(twice, tile, gpu) > roofline_of(q, tile, gpu)
 
 

@@ -30,19 +30,12 @@ from torch import nn
 
 from cnnfast.torchvision_import import torchvision
 from cnnfast_kernels import devices
-from cnnfast_kernels.choosing import (
-    Geometry,
-    Question,
-    Tile,
-    default_tile,
-    dgrad_question,
-    fprop_question,
-    wgrad_question,
-)
+from cnnfast_kernels.choosing import default_tile
 from cnnfast_kernels.choosing_costs import cost_of, roofline_of
 from cnnfast_kernels.costs import TileCost
 from cnnfast_kernels.gpus import KnownGpu, named
 from cnnfast_kernels.layout import dense
+from cnnfast_kernels.questions import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
 from cnnfast_kernels.resource_keys import resource_key
 from cnnfast_kernels.resources import Resources, resources_of
 

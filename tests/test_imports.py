@@ -17,6 +17,7 @@ ROOTS = {
 # These are pure Python.
 PURE = (
     *("problem", "gpus", "costs", "resources", "tiling", "traffic", "tables", "table_files", "table_rows"),
+    "packed_tiles",
     *("gather.work", "gather.depthwise.tiles", "gather.depthwise.work", "tma.tiles", "tma.work"),
 )
 
@@ -60,7 +61,7 @@ LAYERS = {
     "cnnfast_kernels": [
         "problem rounding gpus",
         "tiling layout dtypes operands resources",
-        "costs",
+        "costs packed_tiles",
         "traffic",
         "activations epilogue launch launchable indexing memory devices",
         "planes moments slots",
@@ -69,9 +70,10 @@ LAYERS = {
         "table_rows",
         "table_files",
         "tables",
-        "choosing keys",
-        "resource_keys",
+        "questions",
+        "keys resource_keys",
         "choosing_costs",
+        "choosing",
         "conv",
         "aot",
     ],

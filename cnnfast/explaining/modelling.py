@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cnnfast_kernels.choosing import Question, Tile
 from cnnfast_kernels.choosing_costs import cost_of, roofline_of
 from cnnfast_kernels.costs import TileCost
 from cnnfast_kernels.gpus import KnownGpu
+from cnnfast_kernels.questions import Question, Tile
 from cnnfast_kernels.resource_keys import resource_key
 from cnnfast_kernels.resources import resources_of
 

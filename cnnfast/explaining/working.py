@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from cnnfast_kernels import choosing, devices
-from cnnfast_kernels.choosing import Tile, precision_of
 from cnnfast_kernels.costs import Limiter
 from cnnfast_kernels.gpus import KnownGpu
 from cnnfast_kernels.layout import Layout
+from cnnfast_kernels.questions import Tile, precision_of
 
 from .. import dispatch
 from ..calls import OperatorCall, recorded_run, standing_for

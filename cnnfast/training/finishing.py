@@ -15,7 +15,7 @@ from ..nn.augment import Augment
 from . import pictures
 from .evaluating import Evaluation, evaluate
 from .preparing import TrainingData
-from .progress import Step
+from .progress import AsFarAs
 from .ranks import is_first
 from .runs import Run
 from .saving import write
@@ -25,7 +25,12 @@ CURVES, CONFUSION, MISTAKES, AUGMENTED = "curves.png", "confusion.png", "mistake
 
 
 def finish(
-    run: Run, data: TrainingData, *, batch: int = 64, workers: int = 0, step: Step = lambda done, total, text="": None
+    run: Run,
+    data: TrainingData,
+    *,
+    batch: int = 64,
+    workers: int = 0,
+    step: AsFarAs = lambda done, total, text="": None,
 ) -> Evaluation | None:
     """Writes into the folder of a run evaluation.json, curves.png, confusion.png, mistakes.png, augmented.png and
     model.cnnfast, each as a whole, and returns what was found on the images that were held out; None where none were.

@@ -26,7 +26,7 @@ BAR = 24  # columns: what stands beside it has room on a line of 80, and so has 
 RECENT = 300.0  # seconds, of which the time left is estimated
 
 
-class Step(Protocol):
+class AsFarAs(Protocol):
     """Tells how far a piece of work is: `done` of `total`, or None; and, if it is not empty, what comes next."""
 
     def __call__(self, done: int, total: int | None, text: str = "") -> None: ...
@@ -54,7 +54,7 @@ class TrainingProgress(Callback):
             self._say(f"nothing is saved in {folder}: the run begins")
 
     @contextmanager
-    def bar(self, text: str) -> Iterator[Step]:
+    def bar(self, text: str) -> Iterator[AsFarAs]:
         """A bar for what comes before or after the epochs, while the context lasts."""
         with self._made() as bars:
             task = bars.add_task(text, total=None)

@@ -16,7 +16,7 @@ import torch
 
 from . import launch, memory
 from .batchnorm import batch_moments, contiguous
-from .choosing import Geometry, Tile, choose, measured, precision_of
+from .choosing import choose, measured
 from .dtypes import accumulator_dtype
 from .epilogue import PLAIN, BatchNorm, Epilogue
 from .gather.depthwise.dgrad import plan_depthwise_dgrad
@@ -34,6 +34,7 @@ from .layout import Layout, convolution_format, dense
 from .moments import TileRows, combine
 from .operands import DgradOperands, FpropOperands, WgradOperands
 from .packing import PackedFpropLaunches, PackedWgradLaunches
+from .questions import Geometry, Tile, precision_of
 from .slots import WgradLaunches
 from .tiling import PackedTile, cdiv
 from .tma.dgrad import plan_tma_dgrad

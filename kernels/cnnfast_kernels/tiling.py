@@ -10,7 +10,7 @@ and the layer that it is to serve, as measuring does.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .gpus import SHARED_LIMITS
@@ -59,6 +59,9 @@ DEFAULT_TILES: dict[Precision, tuple[TileConfig, ...]] = {
     "fp64": (TileConfig(64, 32, 16, 4, 2), TileConfig(32, 32, 16, 4, 2)),
 }
 
+# Before sm_90, where fprop's epilogue leaves it the registers: from the second-level cache it loads two thirds of what
+# the largest of DEFAULT_TILES does for as many products. On sm_90 its loop waits after every wgmma.
+SQUARE_TILE = TileConfig(128, 128, 32, 4, 3)
 # Tiles of 8 warps, which only measuring tries.
 WIDE_TILES = (TileConfig(128, 128, 32, 8, 4), TileConfig(256, 64, 32, 8, 4))
 
@@ -139,6 +142,32 @@ def register_limit(problem: ConvProblem, operation: Operation, precision: Precis
     return 128 if operation == "wgrad" and on_packed and sums == 32 else None
 
 
+def possible_tiles(
+    problem: ConvProblem,
+    operation: Operation,
+    precision: Precision,
+    adjacent: bool = True,
+    arch: int = 90,
+    heavy: bool = False,
+) -> list[TileConfig]:
+    """The tiles that may run where nothing was measured, largest first, none with more stages than its loop has steps:
+    those of candidate_tiles that are not mostly padding, and the square one.
+
+    heavy: whether fprop has an epilogue that takes many registers: a norm with a residual, or an activation of more
+    than one instruction. With a wgrad, SPLIT_K is 1.
+    """
+    GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
+    tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
+    least = tiles[-1]
+    found = [t for t in tiles if t.BLOCK_M <= max(GEMM_M, least.BLOCK_M) and t.BLOCK_N <= max(GEMM_N, least.BLOCK_N)]
+    whole = form_of(problem, operation, SQUARE_TILE, adjacent) in ("1x1", "taps")
+    fills = GEMM_M >= SQUARE_TILE.BLOCK_M and GEMM_N >= SQUARE_TILE.BLOCK_N
+    if precision == "half" and arch < 90 and whole and fills and not heavy:
+        found.insert(0, SQUARE_TILE)
+    steps = [max(1, steps_of_loop(problem, operation, tile)) for tile in found]
+    return [replace(t, num_stages=min(t.num_stages, n)) for t, n in zip(found, steps, strict=True)]
+
+
 def programs(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:
     """The programs of a launch; in wgrad, those of one part of the sum."""
     GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
@@ -174,32 +203,6 @@ def depth_and_taps(problem: ConvProblem, operation: Operation) -> tuple[int, int
     if operation == "dgrad":
         return g.group_filters, cdiv(g.R, tap_step(g.stride_h, g.dil_h)) * cdiv(g.S, tap_step(g.stride_w, g.dil_w))
     return g.group_channels, g.R * g.S
-
-
-def choose_packed_tile(
-    problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
-) -> PackedTile:
-    """As choose_tile, for what is packed: `problem` is as the kernels see it (gather/stem.py), with few taps of whole
-    vectors. In wgrad it is the tile that reads dy least often: of one width, the narrowest.
-    """
-    if operation != "wgrad" or not adjacent:
-        return packed(choose_tile(problem, operation, precision, adjacent, arch))
-    columns = gemm_extents(problem, operation)[1]
-    tiles = packed_wgrad_tiles(precision, arch)
-    tile = min(tiles, key=lambda tile: (cdiv(columns, tile.BLOCK_N), tile.BLOCK_N))
-    return packed(replace(tile, SPLIT_K=default_split(problem, tile)))
-
-
-def packed_wgrad_tiles(precision: Precision, arch: int) -> list[TileConfig]:
-    """What the gradient of packed filters may get. Wider columns have dy read less often, but spill on sm_100; of 128
-    filters, which a first convolution seldom has, they spill on sm_80.
-    """
-    wide = [TileConfig(64, 128, 32, 4, 4)] if precision == "half" and arch < 100 else []
-    return [*wide, *(tile for tile in DEFAULT_TILES[precision] if tile.BLOCK_M <= 64)]
-
-
-def packed(tile: TileConfig) -> PackedTile:
-    return PackedTile(*astuple(tile))
 
 
 def steps_of_loop(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:
@@ -252,6 +255,8 @@ def search_tiles(
     GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
     tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
     wide = WIDE_TILES if precision == "half" and tiles[0] == DEFAULT_TILES["half"][0] else ()
+    if wide and arch < 90:
+        wide = (SQUARE_TILE, *wide)
     least = tiles[-1]
     limit = SHARED_LIMITS.get(arch, min(SHARED_LIMITS.values()))
     found: set[TileConfig] = set()
@@ -276,17 +281,3 @@ def search_tiles(
             if same not in found and least_shared_bytes(variant, precision) <= limit:
                 found.add(same)
                 yield variant
-
-
-def search_packed_tiles(
-    problem: ConvProblem, operation: Operation, precision: Precision, adjacent: bool = True, arch: int = 90
-) -> Iterator[PackedTile]:
-    """What measuring tries: in wgrad each of its tiles, the default first, with half and twice the default split."""
-    if operation != "wgrad" or not adjacent:
-        yield from map(packed, search_tiles(problem, operation, precision, adjacent, arch))
-        return
-    tiles = packed_wgrad_tiles(precision, arch)
-    chosen = choose_packed_tile(problem, operation, precision, adjacent, arch)
-    for tile in dict.fromkeys([chosen, *(packed(replace(t, SPLIT_K=default_split(problem, t))) for t in tiles)]):
-        for split in dict.fromkeys((tile.SPLIT_K, cdiv(tile.SPLIT_K, 2), min(2 * tile.SPLIT_K, MAX_SPLIT))):
-            yield replace(tile, SPLIT_K=split)

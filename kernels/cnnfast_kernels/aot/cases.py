@@ -8,26 +8,17 @@ heaviest epilogue; what changes the code of all tiles alike (layouts, activation
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from ..activations import ACTIVATIONS
-from ..choosing import Tile
 from ..gather.depthwise.tiles import strip_tiles
 from ..gather.stem import run_problem
-from ..tiling import (
-    DEFAULT_TILES,
-    ELEMENT_BYTES,
-    VECTOR_BYTES,
-    Operation,
-    Precision,
-    candidate_tiles,
-    choose_tile,
-    packed,
-    packed_wgrad_tiles,
-)
+from ..packed_tiles import packed, packed_wgrad_tiles
+from ..questions import Tile
+from ..tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile
 from ..tma.stem import boxed_problem
 from ..tma.tiles import candidate_boxes
 from ..tma.views import why_not_on
@@ -42,6 +33,7 @@ from .layers import (
     MANY,
     NARROW,
     POINTWISE,
+    SHALLOW,
     SHORTCUT,
     STEM,
     STEMS,
@@ -52,6 +44,28 @@ from .passes import passes
 
 # The dtype in which each precision's tiles are compiled. float16 differs from bfloat16 in one instruction.
 DTYPES: dict[Precision, torch.dtype] = {"half": torch.bfloat16, "tf32": FLOAT32, "ieee": FLOAT32, "fp64": torch.float64}
+
+
+def square_convolutions() -> Iterator[Case]:
+    """The square tile, which only runs before sm_90, with every epilogue that it may have; of loops that the compiler
+    would unroll too, for then it would spill.
+    """
+    for layer in (BODY, DEEP, SHORTCUT):
+        for name in ("plain", "train", "dgrad", "wgrad"):
+            yield case(name, layer, SQUARE_TILE, "half")
+        yield case("infer", layer, SQUARE_TILE, "half", note=" no residual", residual=False)
+        yield case("act", layer, SQUARE_TILE, "half", note=" no norm")
+    yield case("dgrad", STRIDED, SQUARE_TILE, "half")
+    yield case("transposed", STRIDED, SQUARE_TILE, "half")
+    yield case("train", BODY, SQUARE_TILE, "half", torch.float16)
+
+
+def shallow_convolutions(arch: int) -> Iterator[Case]:
+    """Loops of fewer steps than their tile has stages."""
+    for name in ("infer", "dgrad", "wgrad"):
+        for tile in possible_tiles(SHALLOW.problem, OPERATIONS[name], "half", arch=arch, heavy=name == "infer"):
+            yield case(name, SHALLOW, tile, "half")
+
 
 OPERATIONS: dict[str, Operation] = {"infer": "fprop", "train": "fprop", "dgrad": "dgrad", "wgrad": "wgrad"}
 
@@ -148,6 +162,9 @@ def convolutions(arch: int) -> Iterator[Case]:
     yield case("act", BODY, largest, "half", note=" no norm, no residual", residual=False)
     yield case("act", BODY, largest, "half", note=" no norm")
     yield case("act", POINTWISE, smallest, "half", note=" no norm prelu", activation="prelu")
+    yield from shallow_convolutions(arch)
+    if arch < 90:
+        yield from square_convolutions()
     yield Case("im2col bfloat16", partial(BODY.im2col, torch.bfloat16))
 
 
@@ -184,6 +201,13 @@ def box_convolutions(arch: int) -> Iterator[Case]:
         note=" in boxes, one slot",
         split=1,
     )
+    for name in ("plain", "dgrad", "wgrad"):  # fewer stages, of one shape of box
+        operation: Operation = "fprop" if name == "plain" else OPERATIONS[name]
+        for layer in (BODY, DEEP):
+            for tile in candidate_boxes(layer.problem, operation, arch=arch):
+                if (tile.TILE_H, tile.TILE_W) == ((1, tile.pixels) if layer is DEEP else some[0]):
+                    for stages in range(1, tile.num_stages):
+                        yield case(name, layer, replace(tile, num_stages=stages), "half", note=" in boxes")
     tile = next(candidate_boxes(BODY.problem, "fprop", arch=arch))
     yield case("act", BODY, tile, "half", note=" in boxes, no norm")
     yield case("act", BODY, tile, "half", note=" in boxes, no norm prelu", activation="prelu")

@@ -11,14 +11,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..choosing import Tile
 from ..devices import Gpu
 from ..gather.depthwise.tiles import strip_tiles
+from ..questions import Tile
 from ..resource_keys import resource_key
 from ..resources import ResourceKey
 from ..tiling import (
     DEFAULT_TILES,
     ELEMENT_BYTES,
+    SQUARE_TILE,
     VECTOR_BYTES,
     WIDE_TILES,
     Operation,
@@ -29,7 +30,7 @@ from ..tiling import (
     search_tiles,
 )
 from ..tma.stem import boxed_problem
-from ..tma.tiles import BoxSize, BoxTile, candidate_boxes
+from ..tma.tiles import BoxTile, candidate_boxes
 from ..tma.views import why_not_on
 from .cases import DTYPES, Case, case
 from .layers import (
@@ -66,22 +67,6 @@ class SearchedCase(NamedTuple):
     note: str = ""
 
 
-# Tiles that no search tries yet, and that a model shall judge first: of gather kernels below sm_90, and by operation of
-# those that load boxes, of each of these shapes.
-NEXT_TILES = (TileConfig(128, 128, 32, 4, 3), TileConfig(256, 64, 32, 4, 4))
-NEXT_SIZES: dict[Operation, tuple[BoxSize, ...]] = {
-    "fprop": (BoxSize(256, 128, 64, 8, 3), BoxSize(128, 256, 64, 8, 3)),
-    "dgrad": (BoxSize(256, 64, 128, 8, 3), BoxSize(128, 64, 256, 8, 3)),
-    "wgrad": (BoxSize(64, 128, 256, 8, 3), BoxSize(64, 256, 128, 8, 3)),
-}
-
-
-def next_boxes(layer: CaseLayer, operation: Operation) -> Iterator[BoxTile]:
-    for pixels, filters, channels, warps, stages in NEXT_SIZES[operation]:
-        for rows, columns in ((1, pixels),) if layer is DEEP else ((8, 8), (1, 1)):
-            yield BoxTile(pixels // (rows * columns), rows, columns, filters, channels, warps, stages)
-
-
 def whole(tile: Tile) -> Tile:
     return replace(tile, SPLIT_K=1)
 
@@ -101,7 +86,7 @@ def gather_tiles(layer: CaseLayer, name: str, precision: Precision, arch: int) -
     operation = OPERATIONS[name]
     first: list[Tile] = [*candidate_tiles(layer.problem, operation, precision, arch=arch)]
     if precision == "half" and arch < 100:
-        first += [*WIDE_TILES, *(NEXT_TILES if arch < 90 else ())]
+        first += [*WIDE_TILES, *([SQUARE_TILE] if arch < 90 else ())]
     if name not in LIGHT or (layer is not BODY and (precision != "half" or arch >= 90)):
         return first
     if layer is BODY:
@@ -137,8 +122,6 @@ def box_tiles(layer: CaseLayer, name: str, arch: int) -> list[Tile]:
     """
     problem = boxed_problem(layer.problem) if layer is STEM else layer.problem
     tiles = [*candidate_boxes(problem, OPERATIONS[name], arch=arch)]
-    if layer in (BODY, DEEP):
-        tiles += next_boxes(layer, OPERATIONS[name])
     if layer is DEEP:
         tiles = [tile for tile in tiles if tile.TILE_W == tile.pixels]
     if layer is STEM:

@@ -33,7 +33,7 @@ from ..layout import FpropMemory, Laid, Strides, dense_alignment, strides_nhwc
 from ..operands import FpropOperands
 from ..problem import ConvProblem
 from ..tiling import Precision, TileConfig, cdiv, register_limit
-from .tiles import Rows, load_taps, multiply_accumulate, tap_bits, unravel_rsc
+from .tiles import Rows, hide_steps, load_taps, multiply_accumulate, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
 STRIDES = [f"{t}_stride_{d}" for t in ("x", "residual") for d in "nhwc"]
@@ -98,7 +98,7 @@ def conv_fprop_kernel(
     rows = Rows(x_pixels, h0, w0, row_ok, bits)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for step in range(STEPS):
+    for step in range(hide_steps(STEPS, M, BLOCK_M * BLOCK_N)):
         r, s, c, c_ok = unravel_rsc(step, C, g.R, g.S, BLOCK_K, FLAT)
         x = load_taps(rows, (r, s, c, c_ok), H, W, x_strides, g.S, g.dil_h, g.dil_w, FLAT, EVEN)
         w = load_filters(w_cols, (r, s, c, c_ok), k_ok, w_strides, EVEN)

@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cnnfast_kernels import choosing, conv, devices, launch, tables
+from cnnfast_kernels import choosing, conv, devices, launch, questions, tables
 from cnnfast_kernels.epilogue import PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.gather import stem
 from cnnfast_kernels.gather.stem import run_packing, why_no_packing
 from cnnfast_kernels.layout import dense
+from cnnfast_kernels.packed_tiles import packed, packed_wgrad_tiles
 from cnnfast_kernels.tables import TableRow
-from cnnfast_kernels.tiling import DEFAULT_TILES, PackedTile, TileConfig, packed, packed_wgrad_tiles
+from cnnfast_kernels.tiling import DEFAULT_TILES, PackedTile, TileConfig
 from tests.support.convolutions import LAYOUTS, Case, arrange, draw, reference
 
 PADDED = (3, 3, 3, 3)
@@ -238,8 +239,8 @@ def question(operation="fprop", x=(8, 3, 224, 224), dtype=torch.float16, fmt=tor
     image, filters = dense(case.x, dtype, fmt), dense(case.w, dtype, torch.channels_last)
     y, gpu, where = dense(case.y, dtype, torch.channels_last), devices.Gpu("", 80), geometry(case)
     if operation == "fprop":
-        return choosing.fprop_question(image, filters, where, gpu)
-    return choosing.wgrad_question(image, y, filters.shape, torch.channels_last, where, gpu)
+        return questions.fprop_question(image, filters, where, gpu)
+    return questions.wgrad_question(image, y, filters.shape, torch.channels_last, where, gpu)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cnnfast_kernels import choosing, conv, devices, launch, tables
+from cnnfast_kernels import choosing, conv, devices, launch, questions, tables
 from cnnfast_kernels.epilogue import PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.layout import dense
 from cnnfast_kernels.tables import TableRow
@@ -232,9 +232,9 @@ def test_measuring_tries_it():
     )
     y = dense((8, 64, 112, 112), torch.float16, torch.channels_last)
     gpu = devices.Gpu("", 90)
-    forward = choosing.fprop_question(x, w, geometry(STEM), gpu)
-    weights = choosing.wgrad_question(x, y, w.shape, torch.channels_last, geometry(STEM), gpu)
-    image = choosing.dgrad_question(y, w, x.shape, torch.channels_last, geometry(STEM), gpu)
+    forward = questions.fprop_question(x, w, geometry(STEM), gpu)
+    weights = questions.wgrad_question(x, y, w.shape, torch.channels_last, geometry(STEM), gpu)
+    image = questions.dgrad_question(y, w, x.shape, torch.channels_last, geometry(STEM), gpu)
     for question in (forward, weights):
         kinds = {type(tile) for tile in choosing.candidates(question)}
         assert kinds == {TileConfig, PackedTile, BoxTile}

@@ -78,6 +78,9 @@ def dense_alignment(t: Laid) -> tuple[int, bool]:
 class FpropMemory(NamedTuple):
     """How the tensors of a forward kernel lie in memory, as far as it is compiled for that: the alignment of their
     strides in elements, and whether y, which is dense, is channels_last or contiguous.
+
+    own: of a pixel's channels, those that filters have, where the others may be anything, and have weights of zero; 0
+    where filters have all of them.
     """
 
     x_align: int
@@ -85,6 +88,7 @@ class FpropMemory(NamedTuple):
     residual_align: int
     y_align: int
     y_channels_last: bool
+    own: int = 0
 
 
 def is_channels_last(t: Laid) -> bool:

@@ -18,7 +18,17 @@ from ..gather.depthwise.tiles import strip_tiles
 from ..gather.stem import run_problem
 from ..packed_tiles import packed, packed_wgrad_tiles
 from ..questions import Tile
-from ..tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile
+from ..tiling import (
+    DEFAULT_TILES,
+    ELEMENT_BYTES,
+    SQUARE_TILE,
+    VECTOR_BYTES,
+    Operation,
+    Precision,
+    candidate_tiles,
+    choose_tile,
+    possible_tiles,
+)
 from ..tma.stem import boxed_problem
 from ..tma.tiles import candidate_boxes
 from ..tma.views import why_not_on

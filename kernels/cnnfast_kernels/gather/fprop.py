@@ -60,16 +60,16 @@ def conv_fprop_kernel(
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
     w_stride_k, w_stride_r, w_stride_s, w_stride_c,
     residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c,
-    g: tl.constexpr, e: tl.constexpr, memory: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
+    g: tl.constexpr, e: tl.constexpr, memory: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of y. K are the filters of a group; `moments` [tiles, 2, K * groups].
 
-    g: ConvGeometry, with the channels of a group; e: Finish; memory: FpropMemory. OWN: of these channels, those that
-    filters have; the others of a pixel may be anything, and have weights of zero.
+    g: ConvGeometry, with the channels of a group; e: Finish; memory: FpropMemory.
     """
     ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     C: tl.constexpr = g.C
+    OWN: tl.constexpr = memory.own
     FLAT: tl.constexpr = C < BLOCK_K and g.R * g.S > 1
     STEPS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = (g.R * g.S * C + BLOCK_K - 1) // BLOCK_K if FLAT else g.R * g.S * STEPS_C
@@ -108,7 +108,7 @@ def conv_fprop_kernel(
     # tile is summed again without it. The compiler is not to know how many steps that takes: it would unroll them, and
     # take 50 registers for that.
     careful = False
-    if OWN < C:
+    if OWN > 0:
         careful = has_nan(acc)
     if careful:
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -143,7 +143,7 @@ def plan_fprop(
     y: Laid,
     residual: Laid | None = None,
     e: Finish | None = None,
-    own: int | None = None,
+    own: int = 0,
 ) -> launch.Launch[FpropOperands]:
     """See `fprop`. own: the channels that filters have, if w has weights of zero for those of x behind them, which may
     be infinite or NaN.
@@ -156,9 +156,8 @@ def plan_fprop(
         conv_fprop_kernel, grid, g.N, g.H, g.W, g.P, g.Q, g.group_filters, *xs[:4], *ws[:4], *rs[:4],
         tile=tile, g=g.geometry(C=g.group_channels),
         e=e or finish_of(x.dtype),
-        memory=FpropMemory(xs.align, ws.align, rs.align, *dense_alignment(y)),
-        OWN=own or g.group_channels, PRECISION=precision,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
+        memory=FpropMemory(xs.align, ws.align, rs.align, *dense_alignment(y), 0 if own == g.C else own),
+        PRECISION=precision, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=register_limit(g, "fprop", precision, tile),
     )  # fmt: skip
 

@@ -3,13 +3,13 @@
     python benchmarks/modelled_tiles.py
     python benchmarks/modelled_tiles.py --against benchmarks/results/modelled/first.json
 
-writes benchmarks/results/modelled/tiles.txt and tiles.json: of each network the sum over its convolutions, by operation,
-beside the roofline, under which a kernel only multiplies, or only moves each of its tensors once; and ResNet-50's
-layers one by one. With --against it compares with what an earlier run wrote as JSON: each sum, and the layer that has
-lost the most. Tensors are bfloat16 and channels_last, tiles are those that run where no row was measured, and the first
-layer has no gradient of its input. "stats" is the forward pass of training, which leaves the statistics of a batch
-norm, and combines them. Nothing here was measured: times are modelled, from numbers of GPUs of which many are assumed
-(gpus.py), and from registers and instructions of kernels that were compiled.
+writes benchmarks/results/modelled/tiles.txt and tiles.json: of each network the sum over its convolutions, by
+operation, beside the roofline, under which a kernel only multiplies, or only moves each of its tensors once; and
+ResNet-50's layers one by one. With --against it compares with what an earlier run wrote as JSON: each sum, and the
+layer that has lost the most. Tensors are bfloat16 and channels_last, tiles are those that run where no row was
+measured, and the first layer has no gradient of its input. "stats" is the forward pass of training, which leaves the
+statistics of a batch norm, and combines them. Nothing here was measured: times are modelled, from numbers of GPUs of
+which many are assumed (gpus.py), and from registers and instructions of kernels that were compiled.
 """
 
 from __future__ import annotations

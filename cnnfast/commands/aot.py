@@ -62,8 +62,8 @@ def aot(
     """Compile every kernel for a GPU, without needing one: registers, spills, shared memory, tensor cores.
 
     Ends with exit code 1 if a kernel does not compile, spills registers, needs more shared memory than there is,
-    multiplies half precision without tensor cores, waits after every wgmma, or has a main loop 15 % longer than on
-    record; or if a kernel that can be chosen on an architecture is not among its cases.
+    multiplies half precision without tensor cores, waits after every wgmma, or is not within 15 % of what is on
+    record of it; or if a kernel that can be chosen on an architecture is not among its cases.
     """
     from rich.markup import escape
 
@@ -101,7 +101,7 @@ def aot(
         for file in records.write(rows):
             console.print(f"written to {escape(str(file))}", highlight=False, soft_wrap=True)
     else:
-        found = compiler.problems(rows) + records.risen(rows) + ([] if only else compiler.uncovered(rows))
+        found = compiler.problems(rows) + records.departures(rows) + ([] if only else compiler.uncovered(rows))
     console.print(summary(rows))
     for line in found:
         console.print(f"[bold red]problem[/] {escape(line)}", highlight=False, soft_wrap=True)

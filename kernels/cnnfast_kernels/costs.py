@@ -152,8 +152,8 @@ def path(work: TileWork, resources: Resources, gpu: KnownGpu) -> float:
     steps = work.steps / work.programs
     slots = max(work.warps / SCHEDULERS, GAP)  # clocks that an instruction of all warps takes
     busy = min(work.programs, gpu.multiprocessors)
-    slowest = max(1 / gpu.cache, work.moved / max(work.fetched, 1) / gpu.memory)
-    a_byte = max(busy * slowest, 1 / (CACHE_CLOCK * gpu.clock))
+    from_memory = work.moved / max(work.fetched, 1)
+    a_byte = max(busy / gpu.cache, busy * from_memory / gpu.memory, 1 / (CACHE_CLOCK * gpu.clock))
     clocks = max(
         clocks_of_product(work, gpu),
         resources.loop_instructions * slots,

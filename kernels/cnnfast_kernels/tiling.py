@@ -119,11 +119,12 @@ def register_limit(problem: ConvProblem, operation: Operation, precision: Precis
     Without a limit the ptxas of triton 3.7.1 takes a few registers too few for two kernels, so that one more program
     may run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32 with 16, on
     sm_89. The limits, which are what 3 and 4 programs of 4 warps may have, make no tile spill. Other kernels get none,
-    because ptxas uses a limit up where fewer registers would do.
+    because ptxas uses a limit up where fewer registers would do. dgrad with 128 sums, which do not fit into 168, may
+    take all.
     """
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
     if operation == "dgrad" and sums >= 64:
-        return 168
+        return 168 if sums < 128 else MAX_REGISTERS
     if operation == "fprop" and precision == "ieee" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
         return 128
     return None
@@ -156,15 +157,22 @@ def choose_tile(
     return next((t for t in fitting if programs(problem, operation, t) >= BUSY_PROGRAMS), fitting[-1])
 
 
+def depth_and_taps(problem: ConvProblem, operation: Operation) -> tuple[int, int]:
+    """A group's channels and a filter's taps; in dgrad its filters, and the taps that reach the class of pixels that
+    most taps reach.
+    """
+    g = problem
+    if operation == "dgrad":
+        return g.group_filters, cdiv(g.R, tap_step(g.stride_h, g.dil_h)) * cdiv(g.S, tap_step(g.stride_w, g.dil_w))
+    return g.group_channels, g.R * g.S
+
+
 def steps_of_loop(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:
     """The k-steps of a program's main loop; in dgrad, of the class of pixels that the most taps reach."""
     g = problem
     if operation == "wgrad":
         return cdiv(cdiv(gemm_extents(g, operation)[2], tile.BLOCK_K), tile.SPLIT_K)
-    depth, taps = g.group_channels, g.R * g.S
-    if operation == "dgrad":
-        depth = g.group_filters
-        taps = cdiv(g.R, tap_step(g.stride_h, g.dil_h)) * cdiv(g.S, tap_step(g.stride_w, g.dil_w))
+    depth, taps = depth_and_taps(g, operation)
     return cdiv(taps * depth, tile.BLOCK_K) if depth < tile.BLOCK_K else taps * cdiv(depth, tile.BLOCK_K)
 
 
@@ -176,11 +184,7 @@ def form_of(problem: ConvProblem, operation: Operation, tile: TileConfig, adjace
     spans several taps; "narrow": so few that they are loaded one at a time. In wgrad it is tiles, not k-steps, that
     span several taps, and then are "masked". "apart": channels are not `adjacent`, and each element is loaded alone.
     """
-    g = problem
-    depth, taps = g.group_channels, g.R * g.S
-    if operation == "dgrad":
-        depth = g.group_filters
-        taps = cdiv(g.R, tap_step(g.stride_h, g.dil_h)) * cdiv(g.S, tap_step(g.stride_w, g.dil_w))
+    depth, taps = depth_and_taps(problem, operation)
     step = tile.BLOCK_N if operation == "wgrad" else tile.BLOCK_K
     if not adjacent:
         return "apart"

@@ -19,7 +19,7 @@ from cnnfast_kernels.gather import work as gathering
 from cnnfast_kernels.gather.depthwise.tiles import StripTile
 from cnnfast_kernels.keys import dgrad_key, fprop_key, wgrad_key
 from cnnfast_kernels.moments import TileRows, plan_combine
-from cnnfast_kernels.tiling import Operation, TileConfig
+from cnnfast_kernels.tiling import Operation, TileConfig, cdiv
 from cnnfast_kernels.tma.tiles import BoxTile, box_steps, candidate_boxes
 from cnnfast_kernels.traffic import COMBINED, levels
 from tests.support.convolutions import CASES, FLAT, GROUPED, SMALL, STRIDED, TILED, Case
@@ -125,7 +125,19 @@ def test_pointers_in_other_precisions(operation):
 )
 def test_copies_of_less_than_four_bytes_wait_in_registers(operation, channels, window, precision, adjacent, stages):
     g = Case("", (1, channels, 9, 9), (64, window, window)).problem
-    assert gathering.work(g, operation, precision, TileConfig(64, 64, 32, 4, 4), adjacent=adjacent).stages == stages
+    work = gathering.work(g, operation, precision, TileConfig(64, 64, 32, 4, 4), adjacent=adjacent)
+    assert work.stages == stages
+    assert (work.cached > 0) == (stages == 1)
+
+
+def test_taps_of_a_row_meet_the_pixels_of_their_neighbours():
+    """Of what is loaded element by element, of a stem's image 133 pixels for 448 times that they are met."""
+    g = Case("", (1, 3, 64, 64), (64, 7, 7), (2, 2)).problem
+    work = gathering.work(g, "fprop", "half", TileConfig(64, 64, 32, 4, 4))
+    image = 29 * 29 * 147 * 2
+    assert work.cached == image - cdiv(image // 2 * 133, 448) * 2
+    wider = gathering.work(g, "wgrad", "half", TileConfig(64, 8, 32, 4, 4))  # three taps of a row
+    assert wider.cached == image - cdiv(image // 2 * 65, 96) * 2
 
 
 def boxes() -> list:

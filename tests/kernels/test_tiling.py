@@ -83,11 +83,12 @@ def test_a_tile_prints_what_a_table_needs():
 @pytest.mark.parametrize("precision", DEFAULT_TILES)
 def test_registers_are_limited_where_the_compiler_would_spill(precision):
     """For the largest tile of dgrad in half precision, and for the smallest of fprop in float32 unless a k-step spans
-    taps.
+    taps. A tile with twice as many sums gets all registers.
     """
     many, few = (ConvProblem(1, C, 8, 8, C, 3, 3, 8, 8, pad_h=1, pad_w=1) for C in (64, 8))
     largest, *_, smallest = DEFAULT_TILES[precision]
     assert register_limit(many, "dgrad", precision, largest) == (168 if precision == "half" else None)
+    assert register_limit(many, "dgrad", precision, TileConfig(128, 128, 32, 4)) == 255
     assert register_limit(many, "fprop", precision, largest) is None
     assert register_limit(many, "fprop", precision, smallest) == (128 if precision == "ieee" else None)
     assert register_limit(few, "fprop", precision, smallest) is None

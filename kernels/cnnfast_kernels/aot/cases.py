@@ -22,6 +22,7 @@ from ..tma.tiles import candidate_boxes
 from ..tma.views import why_not_on
 from .layers import (
     BODY,
+    DEEP,
     DEPTHWISE_CHANNELS,
     DEPTHWISE_WINDOWS,
     FLOAT32,
@@ -107,10 +108,10 @@ def convolutions(arch: int) -> Iterator[Case]:
     largest, *_, smallest = candidate_tiles(BODY.problem, "fprop", "half", arch=arch)
     for layer in FORMS:
         yield case("infer", layer, choose_tile(layer.problem, "fprop", "half", layer.fmt == LAST, arch), "half")
-    for layer in (POINTWISE, SHORTCUT):
+    for layer in (DEEP, SHORTCUT):
         yield case("dgrad", layer, choose_tile(layer.problem, "dgrad", "half", arch=arch), "half")
     yield case("transposed", STRIDED, largest, "half")
-    yield case("wgrad", POINTWISE, largest, "half", split=1)
+    yield case("wgrad", DEEP, largest, "half", split=1)
     yield case("infer", BODY, largest, "half", torch.float16)
     for activation in ACTIVATIONS:
         if activation not in (None, "relu"):
@@ -137,9 +138,9 @@ def box_convolutions(arch: int) -> Iterator[Case]:
         for tile in candidate_boxes(STRIDED.problem, operation, arch=arch):
             if (tile.TILE_H, tile.TILE_W) == some[0]:
                 yield case(name, STRIDED, tile, "half", note=" in boxes")
-        for tile in candidate_boxes(POINTWISE.problem, operation, arch=arch):
+        for tile in candidate_boxes(DEEP.problem, operation, arch=arch):
             if tile.TILE_W == tile.pixels:
-                yield case(name, POINTWISE, tile, "half", note=" in boxes")
+                yield case(name, DEEP, tile, "half", note=" in boxes")
     for name in ("infer", "train", "wgrad"):
         for tile in candidate_boxes(packed_problem(STEM.problem), OPERATIONS[name], arch=arch):
             if (tile.TILE_H, tile.TILE_W) == (8, 8):

@@ -153,7 +153,7 @@ FLAT = CaseLayer("7x7 of 16 channels", 16, 28, 16, 7)  # k-steps that span sever
 UNEVEN = CaseLayer("3x3 of 48 channels", 48, 56, 48, 3)  # channels that no block divides
 APART = CaseLayer("3x3 NCHW", 128, 28, 128, 3, fmt=NCHW)
 FORMS = (
-    POINTWISE,
+    DEEP,
     CaseLayer("7x7", 128, 14, 128, 7),  # too many taps for one bit each
     UNEVEN,
     APART,

@@ -1,8 +1,9 @@
 """The rows of resources.py: what is compiled for them, written from what was compiled, and compared with it.
 
 A loop that grows is how a lost pipeline or a load that fell back to pointers shows without a GPU: `cnnfast aot` fails
-where one has risen by more than RISE over its row. Where a rise is meant, `cnnfast aot --record` writes the rows anew.
-Patch releases of Triton share a file, for they come with the same ptxas.
+where one has risen by more than RISE over its row, and where the rows that a model reads are no longer those of the
+kernels. Where a change is meant, `cnnfast aot --record` writes the rows anew. Patch releases of Triton share a file,
+for they come with the same ptxas.
 """
 
 from __future__ import annotations
@@ -88,23 +89,38 @@ def keyed(rows: Iterable[KernelRow]) -> dict[ResourceKey, KernelRow]:
     return found
 
 
-def risen(rows: Iterable[KernelRow]) -> list[str]:
-    """One line for each row whose loop has risen too far above the one on record, and for each that is not on record
-    though others of its compiler and architecture are.
+def taken(row: KernelRow) -> Resources:
+    """What a row says that its kernel takes."""
+    loop, other = round(row.step_instructions or 0, 1), row.other_instructions or 0
+    return Resources(row.registers or 0, row.shared_bytes or 0, loop, other, spill_bytes=row.spill_bytes or 0)
+
+
+def differences(now: Resources, before: Resources) -> list[str]:
+    """Which numbers are not what they were: a loop that has risen by more than RISE, and where a model reads them any
+    number that has moved by more.
+    """
+    steps = f"{now.loop_instructions:g} instructions in a step of the main loop, {before.loop_instructions:g} on record"
+    found = [steps] if now.loop_instructions > (1 + RISE) * before.loop_instructions else []
+    if version() == resources.TRITON:
+        for name in ("registers", "shared_bytes", "loop_instructions", "other_instructions"):
+            number, known = getattr(now, name), getattr(before, name)
+            if abs(number - known) > RISE * known and not (name == "loop_instructions" and found):
+                found.append(f"{name} {number:g}, {known:g} on record")
+    return found
+
+
+def departures(rows: Iterable[KernelRow]) -> list[str]:
+    """One line for each row that is not as it is on record, and for each that is not on record though others of its
+    compiler and architecture are.
     """
     found = []
     for key, row in keyed(rows).items():
         known = resources.rows_of(key.arch, version())
-        if not known:
-            continue
         name, before = f"{row.arch} {row.kernel}; {row.variant}; {row.tile}", known.get(key)
-        if before is None:
+        if before is not None:
+            found += [f"{name}: {difference}" for difference in differences(taken(row), before)]
+        elif known:
             found.append(f"{name}: it is not on record: run cnnfast aot --arch {row.arch} --record")
-        elif (row.step_instructions or 0) > (1 + RISE) * before.loop_instructions > 0:
-            found.append(
-                f"{name}: {row.step_instructions:g} instructions in a step of the main loop, "
-                f"{before.loop_instructions:g} on record"
-            )
     return found
 
 
@@ -112,13 +128,7 @@ def write(rows: Sequence[KernelRow]) -> list[Path]:
     """Replaces the files of this Triton for the architectures of `rows`, which are of all that is due. Returns them."""
     by_arch: dict[int, dict[ResourceKey, Resources]] = {}
     for key, row in keyed(rows).items():
-        by_arch.setdefault(key.arch, {})[key] = Resources(
-            row.registers or 0,
-            row.shared_bytes or 0,
-            round(row.step_instructions or 0, 1),
-            row.other_instructions or 0,
-            spill_bytes=row.spill_bytes or 0,
-        )
+        by_arch.setdefault(key.arch, {})[key] = taken(row)
     files = []
     for arch, found in by_arch.items():
         files.append(resources.file_of(arch, version()))

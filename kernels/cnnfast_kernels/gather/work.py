@@ -60,6 +60,21 @@ def stages_of_loop(
     return tile.num_stages if neighbours * ELEMENT_BYTES[precision] >= LEAST_COPY else 1
 
 
+def loaded_again(problem: ConvProblem, operation: Operation, tile: TileConfig, loaded: int) -> int:
+    """Of the elements of an image that a kernel loads one by one, through the first-level cache, those that it has
+    there: the taps of a row that a program takes meet the pixels of their neighbours.
+    """
+    g = problem
+    if operation == "fprop":
+        pixels, taps, step = tile.BLOCK_M, g.S, g.stride_w
+    elif operation == "dgrad":
+        pixels, taps, step = tile.BLOCK_M, cdiv(g.S, tap_step(g.stride_w, g.dil_w)), 1
+    else:
+        pixels, taps, step = tile.BLOCK_K, min(g.S, cdiv(tile.BLOCK_N, g.group_channels)), g.stride_w
+    width = min((pixels - 1) * step + taps, pixels * taps)
+    return loaded - cdiv(loaded * width, pixels * taps)
+
+
 def work(
     problem: ConvProblem,
     operation: Operation,
@@ -78,27 +93,29 @@ def work(
     met = g.N * taps  # pairs of a pixel of the result and one of the image that a tap joins
     if operation == "fprop":
         tiles, columns = cdiv(g.N * g.P * g.Q, tile.BLOCK_M), cdiv(g.group_filters, tile.BLOCK_N)
-        programs, loaded = tiles * columns * g.groups, met * g.C * columns + tiles * weights(g)
+        programs, image, others = tiles * columns * g.groups, met * g.C * columns, tiles * weights(g)
         steps = programs * steps_of_tile(g, operation, tile)
     elif operation == "dgrad":
         pixels = g.N * cdiv(g.H, g.stride_h) * cdiv(g.W, g.stride_w)  # of the largest class
         tiles, columns = cdiv(pixels, tile.BLOCK_M), cdiv(g.group_channels, tile.BLOCK_N)
-        programs, loaded = tiles * g.parities * columns * g.groups, met * g.K * columns + tiles * weights(g)
+        programs, image, others = tiles * g.parities * columns * g.groups, met * g.K * columns, tiles * weights(g)
         steps = tiles * columns * g.groups * steps_of_tile(g, operation, tile)
     else:
         tiles, columns = cdiv(g.group_filters, tile.BLOCK_M), cdiv(g.R * g.S * g.group_channels, tile.BLOCK_N)
         programs = tiles * columns * g.groups * tile.SPLIT_K
-        loaded = g.N * g.P * g.Q * g.K * columns + met * g.C * tiles
+        image, others = met * g.C * tiles, g.N * g.P * g.Q * g.K * columns
         steps = tiles * columns * g.groups * cdiv(g.N * g.P * g.Q, tile.BLOCK_K)
+    stages = stages_of_loop(g, operation, precision, tile, adjacent)
     loop = LoopWork(
         programs,
         tile.num_warps,
         steps,
         (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K),
         precision,
-        loaded * element,
-        stages_of_loop(g, operation, precision, tile, adjacent),
+        (image + others) * element,
+        stages,
         through_registers=precision != "half",
+        cached=loaded_again(g, operation, tile, image) * element if stages < tile.num_stages else 0,
     )
     if operation == "fprop":
         return fprop_traffic(g, loop, element, tiles, finishing)

@@ -54,6 +54,26 @@ def test_what_ci_compiles_is_compared():
         assert 40 < len(compared) < 300
 
 
+def test_what_a_model_reads_may_not_move_either_way(monkeypatch):
+    """On the Triton whose rows it reads; on another nothing but a loop that rises is told."""
+    before = Resources(160, 40000, 100, 1000)
+    moved = Resources(135, 50000, 84, 1160)
+    monkeypatch.setattr(records, "version", lambda: resources.TRITON)
+    assert records.differences(before, before) == []
+    assert records.differences(Resources(137, 45000, 86, 1140), before) == []
+    assert records.differences(moved, before) == [
+        "registers 135, 160 on record",
+        "shared_bytes 50000, 40000 on record",
+        "loop_instructions 84, 100 on record",
+        "other_instructions 1160, 1000 on record",
+    ]
+    risen = before._replace(loop_instructions=116)
+    assert records.differences(risen, before) == ["116 instructions in a step of the main loop, 100 on record"]
+    monkeypatch.setattr(records, "version", lambda: "3.9")
+    assert records.differences(moved, before) == []
+    assert len(records.differences(risen, before)) == 1
+
+
 def test_a_loop_may_rise_by_15_percent_over_its_row(folder):
     (file,) = records.write([GATHERED, BOXED, replace(BOXED, variant="wgrad bfloat16 of no case")])
     assert file == folder / f"triton-{records.version()}" / "sm_90.csv"
@@ -63,15 +83,15 @@ def test_a_loop_may_rise_by_15_percent_over_its_row(folder):
     assert [(k.tile, row.loop_instructions) for k, row in rows.items() if k != key] == [
         ("4x1x16 pixels k64 c64 w4 s4", 100.0)
     ]
-    assert records.risen([replace(GATHERED, step_instructions=138.0), BOXED]) == []
-    (line,) = records.risen([replace(GATHERED, step_instructions=138.1)])
+    assert records.departures([replace(GATHERED, step_instructions=138.0), BOXED]) == []
+    (line,) = records.departures([replace(GATHERED, step_instructions=138.1)])
     assert line == (
         "sm_90 conv_fprop_kernel; infer bfloat16 3x3; 128x64x32 w4 s4: 138.1 instructions in a step of the main loop, "
         "120 on record"
     )
-    (line,) = records.risen([replace(GATHERED, tile="64x64x32 w4 s4")])
+    (line,) = records.departures([replace(GATHERED, tile="64x64x32 w4 s4")])
     assert "is not on record: run cnnfast aot --arch sm_90 --record" in line
     other = replace(GATHERED, arch="sm_100", tile="64x64x32 w4 s4", step_instructions=999.0)
-    assert records.risen([other]) == [], "nothing is on record for that architecture"
+    assert records.departures([other]) == [], "nothing is on record for that architecture"
     records.write([BOXED])
     assert len(read(file, 90)) == 1, "what no case makes any more is forgotten"

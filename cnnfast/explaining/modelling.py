@@ -14,15 +14,17 @@ from cnnfast_kernels.resources import resources_of
 
 class ModelledTile(NamedTuple):
     """roofline: seconds if the convolution only multiplied, or only moved each of its tensors once. registers: of a
-    thread.
+    thread. exact: whether these and the instructions were read from this very kernel's machine code.
     """
 
     cost: TileCost
     roofline: float
     registers: int
+    exact: bool
 
 
 def modelled(question: Question, tile: Tile, gpu: KnownGpu) -> ModelledTile:
     """What the convolution costs with this tile."""
-    registers = resources_of(resource_key(question, tile)).registers
-    return ModelledTile(cost_of(question, tile, gpu), roofline_of(question, tile, gpu), registers)
+    known = resources_of(resource_key(question, tile))
+    costs = cost_of(question, tile, gpu), roofline_of(question, tile, gpu)
+    return ModelledTile(*costs, known.registers, known.exact)

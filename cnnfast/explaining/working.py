@@ -105,6 +105,7 @@ class _OperationModel:
             kernel=most.kernel if most else "",
             tile=None,
             registers=None,
+            exact=None,
             residents=None,
             intensity=None,
             limiter="memory",
@@ -132,7 +133,7 @@ class _OperationModel:
                 modelled_us=max(products, row.modelled_us),
                 roofline_us=max(products, row.roofline_us),
             )
-        cost, roofline, registers = modelled(q, main.tile, self.gpu)
+        cost, roofline, registers, exact = modelled(q, main.tile, self.gpu)
         measured = choosing.measured(q)
         decision = decide(q, measured, True)
         ours, times = ("kernels", {}) if measured is None else ("measured row", measured.microseconds)
@@ -141,6 +142,7 @@ class _OperationModel:
             kernel=main.kernel,
             tile=str(main.tile),
             registers=registers,
+            exact=exact,
             residents=cost.residents,
             intensity=cost.intensity,
             limiter=cost.limiter,

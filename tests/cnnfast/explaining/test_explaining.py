@@ -168,6 +168,18 @@ def test_the_gpu_decides_which_kernels_there_are(net):
     assert "tma_fprop_kernel" not in kernels["RTX-4090"]
 
 
+def test_what_was_not_compiled_ahead_is_called_estimated():
+    """The tiles of ResNet-50 were, for sm_90."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=False)).bfloat16()
+    x = torch.empty(256, 64, 56, 56, dtype=torch.bfloat16, device="meta")
+    found = {gpu: cnnfast.explain(model, x, gpu=gpu) for gpu in ("h200", "rtx-3090")}
+    assert [row.exact for explanation in found.values() for row in explanation.rows] == [True, False]
+    assert all(row.registers for explanation in found.values() for row in explanation.rows)
+    assert "~" not in str(found["h200"])
+    assert "~: estimated from the nearest kernel that was compiled ahead of time." in str(found["rtx-3090"])
+
+
 def test_the_dtype_is_the_models_or_the_one_that_is_asked_for(net):
     asked = {dtype: cnnfast.explain(net, image(), dtype=dtype) for dtype in (None, "bf16", "tf32", "fp32", torch.half)}
     assert [found.dtype for found in asked.values()] == ["bfloat16", "bfloat16", "tf32", "float32", "float16"]

@@ -102,6 +102,8 @@ def convolutions(arch: int) -> Iterator[Case]:
         yield case("train", BODY, tiles[0], precision)
         yield case("infer", STEM, None, precision)
         yield case("dgrad", STRIDED, tiles[0], precision)
+        yield case("wgrad", STRIDED, tiles[0], precision)
+        yield case("wgrad", BODY, tiles[0], precision, note=" of slices", packed=False)
         yield case("wgrad", STEM, None, precision)
 
     largest, *_, smallest = candidate_tiles(BODY.problem, "fprop", "half", arch=arch)

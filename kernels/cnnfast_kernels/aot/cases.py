@@ -156,6 +156,8 @@ def convolutions(arch: int) -> Iterator[Case]:
             yield case("wgrad", BODY, tile, precision)
         yield case("train", BODY, tiles[0], precision)
         yield case("dgrad", STRIDED, tiles[0], precision)
+        yield case("wgrad", STRIDED, tiles[0], precision)
+        yield case("wgrad", BODY, tiles[0], precision, note=" of slices", packed=False)
 
     largest, *_, smallest = candidate_tiles(BODY.problem, "fprop", "half", arch=arch)
     for layer in FORMS:

@@ -116,11 +116,15 @@ class CaseLayer:
             tile=tile,
         )
 
-    def wgrad(self, tile: Tile | None, precision: Precision, dtype: torch.dtype, split: int = 8) -> None:
+    def wgrad(
+        self, tile: Tile | None, precision: Precision, dtype: torch.dtype, split: int = 8, packed: bool = True
+    ) -> None:
+        """Of packed tensors, or of slices: the lines of their images are apart."""
         tile = tile and replace(tile, SPLIT_K=split)
-        conv_wgrad(
-            self.x(dtype), self.y(dtype), self.w_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile
-        )
+        x, y = self.x(dtype), self.y(dtype)
+        if not packed:
+            x, y = (empty(*t.shape[:3], t.shape[3] + 1, dtype=dtype, fmt=self.fmt)[..., : t.shape[3]] for t in (x, y))
+        conv_wgrad(x, y, self.w_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
 
     def question(self, name: str, precision: Precision, dtype: torch.dtype, gpu: Gpu) -> Question:
         """What is asked by one of the methods above: plain, infer, train, dgrad or wgrad."""

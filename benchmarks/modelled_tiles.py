@@ -109,7 +109,15 @@ def modelled(network: str, batch: int, gpu: KnownGpu) -> list[ModelledLayer]:
             tile = default_tile(q)
             resources = resources_of(resource_key(q, tile))
             found.append(
-                ModelledLayer(operation, q, tile, resources, cost_of(q, tile, gpu), roofline_of(q, tile, gpu), count)
+                ModelledLayer(
+                    operation,
+                    q,
+                    tile,
+                    resources,
+                    cost_of(q, tile, gpu, packs=operation != "wgrad"),
+                    roofline_of(q, tile, gpu),
+                    count,
+                )
             )
     return found
 

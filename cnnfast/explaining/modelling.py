@@ -23,8 +23,8 @@ class ModelledTile(NamedTuple):
     exact: bool
 
 
-def modelled(question: Question, tile: Tile, gpu: KnownGpu) -> ModelledTile:
-    """What the convolution costs with this tile."""
+def modelled(question: Question, tile: Tile, gpu: KnownGpu, packs: bool) -> ModelledTile:
+    """What the convolution costs with this tile. packs: as choosing_costs.work_of has it."""
     known = resources_of(resource_key(question, tile))
-    costs = cost_of(question, tile, gpu), roofline_of(question, tile, gpu)
+    costs = cost_of(question, tile, gpu, packs), roofline_of(question, tile, gpu)
     return ModelledTile(*costs, known.registers, known.exact)

@@ -57,7 +57,7 @@ def possible(q: Question, gpu: KnownGpu) -> list[Tile]:
     if not q.why_no_boxes and not q.packed:
         found += possible_boxes(q.boxed, q.operation, q.activation, q.gpu.arch)
     if not q.why_no_packing and packing_pays(q.problem, q.x, q.w):
-        found.append(choose_packed_tile(*q.packed_how))
+        return [choose_packed_tile(*q.packed_how)]
     heavy = q.activation not in (None, "relu") or (q.statistics == "norm" and q.residual is not None)
     found += possible_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch, heavy)
     found = [tile for tile in found if not _spills(q, tile)] or found[-1:]

@@ -23,9 +23,9 @@ from .tma.stem import boxed_packing
 from .traffic import Finishing, least_bytes, sum_bytes, weights
 
 
-def work_of(q: Question, tile: Tile) -> TileWork:
+def work_of(q: Question, tile: Tile, packs: bool = True) -> TileWork:
     """What the kernels that serve a convolution with `tile` do, those that pack its operands and add its slots among
-    them.
+    them. packs: False for a gradient whose image the forward pass has packed.
     """
     finishing = Finishing(q.statistics == "stats", q.statistics == "norm", q.residual is not None)
     if isinstance(tile, StripTile):
@@ -34,17 +34,19 @@ def work_of(q: Question, tile: Tile) -> TileWork:
     if isinstance(tile, PackedTile):
         packing, adjacent = run_packing(q.problem, q.x.dtype), q.packed_how[3]
         work = gathering.work(packing.problem, q.operation, q.precision, tile, finishing, adjacent)
-        return _with_packing(q, work, packing, tile.SPLIT_K, finishing)
+        return _with_packing(q, work, packing, tile.SPLIT_K, finishing, packs)
     if isinstance(tile, TileConfig):
         return gathering.work(q.problem, q.operation, q.precision, tile, finishing, q.adjacent)
     if not q.packed:
         return boxes.work(q.boxed, q.operation, tile, finishing)
     packing = boxed_packing(q.problem, q.x.dtype)
     work = boxes.work(q.boxed, q.operation, tile, finishing, filter_channels=packing.w.shape[1])
-    return _with_packing(q, work, packing, tile.SPLIT_K, finishing)
+    return _with_packing(q, work, packing, tile.SPLIT_K, finishing, packs)
 
 
-def _with_packing(q: Question, work: TileWork, packing: Packing, slots: int, finishing: Finishing) -> TileWork:
+def _with_packing(
+    q: Question, work: TileWork, packing: Packing, slots: int, finishing: Finishing, packs: bool
+) -> TileWork:
     """The work on a packed image, in which pixels that outputs share are seen several times, but lie in memory once;
     with the launches that pack.
     """
@@ -67,14 +69,14 @@ def _with_packing(q: Question, work: TileWork, packing: Packing, slots: int, fin
     return work._replace(
         outside=written,
         moved=image + beside + written,
-        launches=2,
-        further=given + image + slots * weights(g) * a_sum + weights(g) * element,
+        launches=1 + packs,
+        further=packs * (given + image) + slots * weights(g) * a_sum + weights(g) * element,
     )
 
 
-def cost_of(q: Question, tile: Tile, gpu: KnownGpu) -> TileCost:
-    """What the convolution costs with `tile`; q.gpu has the architecture of `gpu`."""
-    return cost(work_of(q, tile), resources_of(resource_key(q, tile)), gpu)
+def cost_of(q: Question, tile: Tile, gpu: KnownGpu, packs: bool = True) -> TileCost:
+    """What the convolution costs with `tile`; q.gpu has the architecture of `gpu`. packs: as work_of has it."""
+    return cost(work_of(q, tile, packs), resources_of(resource_key(q, tile)), gpu)
 
 
 def roofline_of(q: Question, tile: Tile, gpu: KnownGpu) -> float:

@@ -62,7 +62,7 @@ def strides_nhwc(t: Laid) -> Strides:
 
 
 def is_packed(t: Laid) -> bool:
-    """Whether a tensor [N, C, H, W] is channels_last without a gap: pixel m of all lies m * C elements from its start."""
+    """Whether a tensor [N, C, H, W] is channels_last without a gap: pixel m of all is m * C elements from its start."""
     _, C, H, W = t.shape
     packed = H * W * C, 1, W * C, C
     return all(size <= 1 or step == own for size, step, own in zip(t.shape, t.stride(), packed, strict=True))

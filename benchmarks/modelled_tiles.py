@@ -108,17 +108,8 @@ def modelled(network: str, batch: int, gpu: KnownGpu) -> list[ModelledLayer]:
         for operation, q in questions(layer, gpu):
             tile = default_tile(q)
             resources = resources_of(resource_key(q, tile))
-            found.append(
-                ModelledLayer(
-                    operation,
-                    q,
-                    tile,
-                    resources,
-                    cost_of(q, tile, gpu, packs=operation != "wgrad"),
-                    roofline_of(q, tile, gpu),
-                    count,
-                )
-            )
+            costs = cost_of(q, tile, gpu, packs=operation != "wgrad")  # a step packs an image once
+            found.append(ModelledLayer(operation, q, tile, resources, costs, roofline_of(q, tile, gpu), count))
     return found
 
 

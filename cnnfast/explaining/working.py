@@ -33,9 +33,9 @@ from .launching import KernelLaunch, launched
 from .modelling import modelled
 from .rows import ForeignWork, Operation
 
+PACKING = "pack_pixels_kernel"
 # What operators do, by the beginnings of their names; all others are of a norm. The forward pass of a transposed
 # convolution is a dgrad.
-PACKING = "pack_pixels_kernel"
 OPERATION_OF = {
     "conv_dgrad": "dgrad",
     "conv_wgrad": "wgrad",

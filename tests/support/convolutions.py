@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cnnfast_kernels import devices, launch
 from cnnfast_kernels.problem import ConvProblem
-from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig
+from cnnfast_kernels.tiling import DEFAULT_TILES, SQUARE_TILE, TileConfig
 from tests.support.poison import embed, poison
 
 
@@ -60,7 +60,7 @@ DTYPES = {"half": torch.float16, "tf32": torch.float32, "ieee": torch.float32, "
 # (dtype, precision) beside float32's
 OTHER_DTYPES = [(torch.float16, "half"), (torch.bfloat16, "half"), (torch.float64, "fp64")]
 # (precision, tile)
-TILES = [(precision, tile) for precision, tiles in DEFAULT_TILES.items() for tile in tiles]
+TILES = [("half", SQUARE_TILE), *((precision, tile) for precision, tiles in DEFAULT_TILES.items() for tile in tiles)]
 SEEDED = settings(
     max_examples=25,
     derandomize=True,

@@ -174,9 +174,6 @@ def convolutions(arch: int) -> Iterator[Case]:
     yield case("act", BODY, largest, "half", note=" no norm, no residual", residual=False)
     yield case("act", BODY, largest, "half", note=" no norm")
     yield case("act", POINTWISE, smallest, "half", note=" no norm prelu", activation="prelu")
-    yield from shallow_convolutions(arch)
-    if arch < 90:
-        yield from square_convolutions()
     yield Case("im2col bfloat16", partial(BODY.im2col, torch.bfloat16))
 
 
@@ -236,4 +233,12 @@ def box_convolutions(arch: int) -> Iterator[Case]:
 def cases(arch: int = 90) -> list[Case]:
     """All of them for sm_90 or another, in an order that every process of one version agrees on."""
     boxes = () if why_not_on(arch) else box_convolutions(arch)
-    return [*convolutions(arch), *stems(arch), *depthwise_convolutions(), *[Case(*case) for case in passes()], *boxes]
+    leaner = [*shallow_convolutions(arch), *(square_convolutions() if arch < 90 else ())]
+    return [
+        *convolutions(arch),
+        *stems(arch),
+        *depthwise_convolutions(),
+        *[Case(*case) for case in passes()],
+        *boxes,
+        *leaner,
+    ]

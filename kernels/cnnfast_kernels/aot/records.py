@@ -100,11 +100,12 @@ def differences(now: Resources, before: Resources) -> list[str]:
     number that has moved by more.
     """
     steps = f"{now.loop_instructions:g} instructions in a step of the main loop, {before.loop_instructions:g} on record"
-    found = [steps] if now.loop_instructions > (1 + RISE) * before.loop_instructions else []
+    rises = now.loop_instructions > (1 + RISE) * before.loop_instructions
+    found = [steps] if rises else []
     if version() == resources.TRITON:
         for name in ("registers", "shared_bytes", "loop_instructions", "other_instructions"):
             number, known = getattr(now, name), getattr(before, name)
-            if abs(number - known) > RISE * known and not (name == "loop_instructions" and found):
+            if abs(number - known) > RISE * known and not (name == "loop_instructions" and rises):
                 found.append(f"{name} {number:g}, {known:g} on record")
     return found
 

@@ -33,7 +33,8 @@ def compile_stem(arch):
         (launched,) = (one for one in seen if one.kernel in ("conv_fprop_kernel", "conv_wgrad_kernel"))
         binary = compiling.Binary.of(launched.compiled)
         (code,) = sass.disassemble([binary.cubin], binary.capability)
-        (row,) = compiling.inspect([binary])
+        row_of = compiling.KernelRow(launched.kernel, name, str(launched.tile), arch)
+        (row,) = compiling.inspect([(row_of, binary)])
         copies = [i.opcode for i in code if i.family == "LDGSTS"]
         loads = [i.opcode for i in code if i.family == "LDG"]
         loop = sass.main_loop(code)

@@ -83,7 +83,8 @@ def test_a_tile_prints_what_a_table_needs():
 @pytest.mark.parametrize("precision", DEFAULT_TILES)
 def test_registers_are_limited_where_the_compiler_would_spill(precision):
     """For the largest tile of dgrad in half precision, and for the smallest of fprop in float32 unless a k-step spans
-    taps. A tile with twice as many sums gets all registers.
+    taps. A tile with twice as many sums gets all registers. In half precision for wgrad's largest tile of strided
+    windows, and for the next where a block of columns spans taps; in float64 for its larger tile.
     """
     many, few = (ConvProblem(1, C, 8, 8, C, 3, 3, 8, 8, pad_h=1, pad_w=1) for C in (64, 8))
     largest, *_, smallest = DEFAULT_TILES[precision]
@@ -92,6 +93,25 @@ def test_registers_are_limited_where_the_compiler_would_spill(precision):
     assert register_limit(many, "fprop", precision, largest) is None
     assert register_limit(many, "fprop", precision, smallest) == (128 if precision == "ieee" else None)
     assert register_limit(few, "fprop", precision, smallest) is None
+    assert (register_limit(many, "wgrad", precision, DEFAULT_TILES[precision][0]) == 128) == (precision == "fp64")
+    assert register_limit(many, "wgrad", precision, smallest) is None
+    half = precision == "half"
+    strided, uneven = dataclasses.replace(many, stride_h=2, P=4), dataclasses.replace(many, C=48)
+    shortcut = dataclasses.replace(strided, R=1, S=1)
+    largest, square = TileConfig(128, 64, 32, 4, 4), TileConfig(64, 64, 32, 4, 4)
+    assert register_limit(strided, "wgrad", precision, largest) == (168 if half else None)
+    assert register_limit(uneven, "wgrad", precision, square) == (96 if half else None)
+    narrow = dataclasses.replace(many, C=3)
+    without = (
+        (many, largest),
+        (shortcut, largest),
+        (uneven, largest),
+        (many, square),
+        (strided, square),
+        (narrow, square),
+    )
+    for problem, tile in without:
+        assert register_limit(problem, "wgrad", precision, tile) is None
 
 
 def test_of_few_channels_a_weight_gradient_gets_the_smallest_tile_on_sm_100():

@@ -23,7 +23,7 @@ from .console import (
     table,
     write_json,
 )
-from .train import DATA_HELP
+from .train_options import DATA_HELP
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from . import options
+from . import train_options
 from .console import JsonFile, announce, exit_code, refuse_unwritable, refuse_unwritable_folder, refused_by, write_json
+from .train_options import DIGIT_NET, DIGIT_SIZE, DIGITS, SIZE, SMALL, USUAL
 
 if TYPE_CHECKING:
     from ..training import Run
@@ -22,142 +25,35 @@ EXAMPLES = (
     "cnnfast train photos --model net.py:Net --augment degrees=15 --augment mixup_alpha=0.2 --out run",
     "cnnfast train photos --out run --resume",
 )
-DIGITS, DIGIT_NET, USUAL = "digits", "cnnfast.demo.digits:DigitNet", "resnet18"
-DIGIT_SIZE, SIZE, SMALL = 8, 224, 32  # pixels of a side
 GO_ON = "To go on: the same command with --resume"
-NETWORK, LEARNING, IMAGES, RUNNING = "Network", "Learning", "Images", "Running"
-DATA_HELP = (
-    "A folder with a folder of images for each class, a CSV with the columns file and label, or digits: scikit-learn's."
-)
 
 
 def train(
-    data: Annotated[str, typer.Argument(help=DATA_HELP, metavar="DATA", show_default=False)],
-    out: Annotated[
-        Path, typer.Option(help="The folder of the run.", metavar="RUN", rich_help_panel=options.OUTPUT)
-    ] = Path("run"),
-    model: Annotated[
-        str,
-        typer.Option(
-            help=options.MODEL_HELP,
-            metavar="MODEL",
-            show_default=f"{USUAL}; for digits {DIGIT_NET}",
-            rich_help_panel=NETWORK,
-        ),
-    ] = "",
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Start from the published weights.", rich_help_panel=NETWORK)
-    ] = False,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            help="Start from the weights in this file, of safetensors or torch.save; what does not fit is listed.",
-            metavar="FILE",
-            show_default="random weights",
-            rich_help_panel=NETWORK,
-        ),
-    ] = None,
-    freeze: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A part that is not trained, such as layer1, or backbone: all but the head. Repeat it for several.",
-            metavar="NAME",
-            show_default="none",
-            rich_help_panel=NETWORK,
-        ),
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=1, metavar="N", rich_help_panel=LEARNING)] = 40,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Images of a step, in each process.", metavar="N", rich_help_panel=LEARNING)
-    ] = 64,
-    lr: Annotated[
-        float | None,
-        typer.Option(
-            help="The largest learning rate.",
-            show_default="0.004, for sgd 0.1; a tenth with weights that were trained",
-            rich_help_panel=LEARNING,
-        ),
-    ] = None,
-    optimizer: Annotated[str, typer.Option(metavar="adamw|adam|sgd", rich_help_panel=LEARNING)] = "adamw",
-    schedule: Annotated[str, typer.Option(metavar="one-cycle|cosine", rich_help_panel=LEARNING)] = "one-cycle",
-    weight_decay: Annotated[float, typer.Option(min=0, rich_help_panel=LEARNING)] = 0.01,
-    label_smoothing: Annotated[float, typer.Option(min=0, max=1, rich_help_panel=LEARNING)] = 0.1,
-    balanced: Annotated[
-        bool,
-        typer.Option("--balanced", help="Classes with few images count as much as others.", rich_help_panel=LEARNING),
-    ] = False,
-    ema: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, help="Decay of the moving average of the weights; 0: none.", rich_help_panel=LEARNING
-        ),
-    ] = 0.998,
-    patience: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="End after so many epochs without a better one.",
-            metavar="N",
-            show_default="train to the end",
-            rich_help_panel=LEARNING,
-        ),
-    ] = None,
-    mixed: Annotated[
-        str,
-        typer.Option(
-            help="Mixed precision.", metavar="bf16|fp16", show_default="the model's dtype", rich_help_panel=LEARNING
-        ),
-    ] = "",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Pixels of each side of what the network sees.",
-            show_default=f"{SIZE}; for digits {DIGIT_SIZE}, or {SMALL} for other networks",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
-    augment: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="An option of cnnfast.nn.Augment, such as degrees=15; repeat it for several. `cnnfast augment` shows "
-            "what they do.",
-            metavar="NAME=VALUE",
-            show_default="random resized crops and flips; for digits small shifts, turns and slants",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
-    validation: Annotated[
-        str,
-        typer.Option(
-            help="The share of each class that is held out, or other images of the same classes, like DATA.",
-            metavar="SHARE|DATA",
-            rich_help_panel=IMAGES,
-        ),
-    ] = "0.2",
-    workers: Annotated[
-        int, typer.Option(min=0, help="Processes that read images.", metavar="N", rich_help_panel=RUNNING)
-    ] = 0,
-    devices: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="GPUs of this machine, or processes on its CPU. Under torchrun all that it starts.",
-            metavar="N",
-            show_default="one",
-            rich_help_panel=RUNNING,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="All random numbers follow from it.", rich_help_panel=RUNNING)] = 0,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on with the run in RUN after its last whole epoch, with the same options; a run that has none "
-            "begins.",
-            rich_help_panel=RUNNING,
-        ),
-    ] = False,
+    data: train_options.Data,
+    out: train_options.Out = Path("run"),
+    model: train_options.ModelName = "",
+    pretrained: train_options.Pretrained = False,
+    weights: train_options.Weights = None,
+    freeze: train_options.Freeze = None,
+    epochs: train_options.Epochs = 40,
+    batch: train_options.Batch = 64,
+    lr: train_options.LearningRate = None,
+    optimizer: train_options.OptimizerName = "adamw",
+    schedule: train_options.Schedule = "one-cycle",
+    weight_decay: train_options.WeightDecay = 0.01,
+    label_smoothing: train_options.LabelSmoothing = 0.1,
+    clip: train_options.Clip = None,
+    balanced: train_options.Balanced = False,
+    ema: train_options.Decay = 0.998,
+    patience: train_options.Patience = None,
+    mixed: train_options.Mixed = "",
+    size: train_options.Pixels = None,
+    augment: train_options.Augmentation = None,
+    validation: train_options.Validation = "0.2",
+    workers: train_options.Workers = 0,
+    devices: train_options.Devices = None,
+    seed: train_options.Seed = 0,
+    resume: train_options.Resume = False,
     json_file: JsonFile = None,
 ) -> None:
     """Train a network on images, check it on what was held out, and freeze it into one file.
@@ -189,12 +85,12 @@ def train(
     if lr is None and (pretrained or weights) and optimizer in LEARNING_RATES:
         lr = LEARNING_RATES[optimizer] / 10  # what was learnt before shall not be forgotten at once
     try:
-        with refused_by(None, ValueError, ModuleNotFoundError):
+        with refused_by(None, ValueError, ModuleNotFoundError), _unreadable_told():
             run = training.fit(
                 started.model, images, out=out, resume=resume, validation=held_out, augment=drawn, epochs=epochs,
                 batch=batch, lr=lr, optimizer=optimizer, weight_decay=weight_decay,
                 schedule=schedule, label_smoothing=label_smoothing, class_weights="balanced" if balanced else None,
-                frozen=freeze or (), ema=ema or None, patience=patience, mixed=mixed or None, seed=seed,
+                frozen=freeze or (), ema=ema or None, patience=patience, clip=clip, mixed=mixed or None, seed=seed,
                 devices=devices, workers=workers, name=name,
             )  # fmt: skip
     except (training.Diverged, ProcessEnded) as error:
@@ -241,7 +137,8 @@ def _start(name: str, images: ImageSet, published: bool, weights: Path | None, s
     from ..training.heads import NoHead
     from ..training.starting import start
 
-    with refused_by("--model", TargetError, NoHead), refused_by("--weights", ValueError):
+    # Of a name there is a model by now: what cannot be had are its weights.
+    with refused_by("--weights", ValueError), refused_by("--pretrained", TargetError), refused_by("--model", NoHead):
         size = (images.size, images.size)
         return start(
             name,
@@ -252,6 +149,18 @@ def _start(name: str, images: ImageSet, published: bool, weights: Path | None, s
             weights=weights,
             seed=seed,
         )
+
+
+@contextmanager
+def _unreadable_told() -> Iterator[None]:
+    """An image whose pixels are broken ends the command with what helps: its header was found in order."""
+    from ..training.samples import UnreadableSample
+
+    try:
+        yield
+    except UnreadableSample as error:
+        advice = "put a whole image in its place and go on by --resume, or take it out and begin anew"
+        raise typer.BadParameter(f"{error}: {advice}", param_hint="DATA") from None
 
 
 def _announce_once(json_file: Path | None, text: str) -> None:

@@ -35,7 +35,7 @@ def markdown(results: Results, picture: str) -> str:
         f"`cnnfast.training.fit` trained a residual network on {t.images} of scikit-learn's images, moved, turned and"
         f" slanted at random, for {len(t.losses)} epochs ({t.seconds:.0f} s, seed {t.seed}; served by {t.served_by})."
         f" Loss, of smoothed labels: {t.losses[0]:.3f} in the first epoch, {t.losses[-1]:.3f} in the last."
-        f" `cnnfast train digits` does the same, and keeps the network.",
+        f" `cnnfast train digits` learns by the same loop, and keeps the network.",
     ]
     if t.mistakes:
         parts.append(table(("image", "is", "read as"), sorted(t.mistakes)))

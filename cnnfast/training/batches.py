@@ -104,7 +104,11 @@ class EpochSampler(Sampler[list[int]]):
         return rank, world
 
     def __len__(self) -> int:
-        count, (_, world) = len(self.indices), self.place()
+        return self.steps(self.place()[1])
+
+    def steps(self, world: int) -> int:
+        """How many batches each of so many processes has. Raises ValueError if the images cannot be shared so."""
+        count = len(self.indices)
         whole = count / (world * self.batch)
         steps = max(1, math.floor(whole)) if self.shuffle else math.ceil(whole)
         if count < steps * world:

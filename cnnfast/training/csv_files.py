@@ -32,7 +32,7 @@ def list_csv(file: Path, classes: Sequence[str] | None) -> Listing:
     lines: list[int] = []
     for line, row in rows[1:]:
         if len(row) != len(rows[0][1]):
-            raise ValueError(f"{file}, line {line}: {len(row)} columns, and the header has {len(rows[0][1])}")
+            raise ValueError(f"{file}, line {line}: the header has {len(rows[0][1])} columns, and this line {len(row)}")
         name, text = (row[column].strip() for column in columns)
         if not name or not text:
             raise ValueError(f"{file}, line {line}: the column {COLUMNS[0 if not name else 1]!r} is empty")

@@ -158,9 +158,9 @@ def fit(
                 with shown.bar("looking at images") as step:
                     for part in filter(None, (prepared.training, prepared.held_out)):
                         refuse_unreadable(part.images, part.indices, workers, step)
+                loaders = [_loader(part, given, trainer) for part in (prepared.training, prepared.held_out) if part]
                 if own and beginning.checkpoint is None:
                     write_config(own, config)
-                loaders = [_loader(part, given, trainer) for part in (prepared.training, prepared.held_out) if part]
                 # lightning asks the sampler for a first batch before it tells the epoch.
                 loaders[0].batch_sampler.set_epoch(len(beginning.history))
                 _train(trainer, trained, loaders, beginning, keeper)
@@ -195,7 +195,9 @@ def _loader(part: Selection, given: Mapping[str, Any], trainer: Trainer) -> Any:
     training = part.images.evaluation is None
     pin = trainer.strategy.root_device.type == "cuda"
     options = {"batch": given["batch"], "seed": given["seed"], "workers": given["workers"], "pin": pin}
-    return loader(part.images, part.indices, shuffle=training, **options)
+    made: Any = loader(part.images, part.indices, shuffle=training, **options)
+    made.batch_sampler.steps(trainer.world_size)  # which must be known before other processes are started
+    return made
 
 
 def _config(given: Mapping[str, Any], prepared: TrainingData, trainer: Trainer) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,12 +56,16 @@ def make_trainer(
     deterministic: bool,
     callbacks: Sequence[Callback],
 ) -> Trainer:
-    """On all processes that torchrun started, or else on `devices` GPUs (processes on a CPU) of each of `nodes`
-    machines. None: one.
+    """On all processes that torchrun started, on one machine or several; or else on `devices` GPUs (processes on a CPU)
+    of each of `nodes` machines. None: one. Raises ValueError for more GPUs than there are.
     """
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    if devices is None:
-        devices = TorchElasticEnvironment().world_size() // nodes if TorchElasticEnvironment.detect() else 1
+    if TorchElasticEnvironment.detect():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = TorchElasticEnvironment().world_size() // devices
+    devices = devices or 1
+    if accelerator == "cuda" and devices > torch.cuda.device_count():
+        raise ValueError(f"devices is {devices}, and this machine has {torch.cuda.device_count()} GPUs")
     return Trainer(
         accelerator=accelerator,
         devices=devices,

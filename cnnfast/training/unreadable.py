@@ -26,7 +26,9 @@ def refuse_unreadable(
     if found:
         told = "; ".join(f"{error.file}: {error.reason}" for error in found[:FEW])
         more = f"; and {len(found) - FEW} more" if len(found) > FEW else ""
-        raise ValueError(f"{len(found)} of {len(indices)} images cannot be read: {told}{more}")
+        raise ValueError(
+            f"{len(found)} of {len(indices)} images cannot be read, and must be replaced or removed: {told}{more}"
+        )
 
 
 def check(

@@ -134,7 +134,11 @@ def test_images_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(evaluating, "judged", None)  # no image is looked at by a network
     for network in ("run", "run/model.cnnfast"):
         told = run("evaluate", network, "photos", code=2)
-        assert "2 of 24 images cannot be read: photos/red/3.png: the file is empty; photos/red/5.png: 250000 x" in told
+        assert (
+            "2 of 24 images cannot be read, and must be replaced or removed: photos/red/3.png: the file is empty"
+            in told
+        )
+        assert "photos/red/5.png: 250000 x 1 pixels would" in told
     Path("photos", "red").rename("photos/violet")
     assert "violet" in run("evaluate", "run", "photos", code=2)
 
@@ -147,3 +151,27 @@ def test_the_first_of_several_processes_tells(monkeypatch):
     assert "Next:" not in told
     assert "images right, best" not in told
     assert not Path("train.json").exists()
+
+
+def test_a_broken_image_is_told_with_what_helps():
+    """Its header is in order: it is met in training, and what was saved before stays."""
+    file = Path("photos/red/3.png")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    told = run("train", *RUN, "--validation", "0", code=2)
+    assert "Invalid value for DATA: photos/red/3.png cannot be read" in told
+    assert "put a whole image in its place and go on by --resume, or take it out and begin anew" in told
+
+
+def test_weights_that_cannot_be_had_are_named_by_their_option(monkeypatch):
+    from cnnfast.targets.target import TargetError
+    from cnnfast.training import starting
+
+    def pretrained(name: str) -> None:
+        raise TargetError(f"the weights of {name} cannot be fetched")
+
+    monkeypatch.setattr(starting, "pretrained", pretrained)
+    told = run("train", *RUN, "--pretrained", code=2)
+    assert "Invalid value for --pretrained: the weights of net.py:Net cannot be fetched" in told
+    Path("headless.py").write_text("from torch import nn\nclass Net(nn.Sequential):\n    pass\n")
+    assert "Invalid value for --model" in run("train", "photos", "--model", "headless.py:Net", "--size", "16", code=2)

@@ -128,8 +128,8 @@ WRONG = {
         "file,label,label\na.png,1,2\n",
         "{csv}, line 1: the header must have one column 'file' and one 'label', but has 'file', 'label', 'label'",
     ),
-    "a column too few": ("file,label\na.png,x\nb.png\n", "{csv}, line 3: 1 columns, and the header has 2"),
-    "a column too many": ("file,label\nf,g.png,x\n", "{csv}, line 2: 3 columns, and the header has 2"),
+    "a column too few": ("file,label\na.png,x\nb.png\n", "{csv}, line 3: the header has 2 columns, and this line 1"),
+    "a column too many": ("file,label\nf,g.png,x\n", "{csv}, line 2: the header has 2 columns, and this line 3"),
     "no file": ("file,label\na.png,x\n ,y\n", "{csv}, line 3: the column 'file' is empty"),
     "no label": ("file,label\na.png,x\nb.png,\n", "{csv}, line 3: the column 'label' is empty"),
     "one class": (

@@ -37,7 +37,7 @@ def test_they_are_refused_in_one_sentence(tmp_path):
         (tmp_path / "a" / f"{i}.png").write_bytes(b"")
     refuse_unreadable(images, torch.arange(4, 9))
     first = f"{tmp_path}/a/1.png: the file is empty; {tmp_path}/a/3.png: the file is empty"
-    with pytest.raises(ValueError, match=f"^2 of 3 images cannot be read: {first}$"):
+    with pytest.raises(ValueError, match=f"^2 of 3 images cannot be read, and must be replaced or removed: {first}$"):
         refuse_unreadable(images, torch.tensor([1, 3, 8]))
     for i in range(3):
         (tmp_path / "b" / f"{i}.png").write_bytes(b"")
@@ -56,10 +56,13 @@ def test_training_does_not_begin_with_them(tmp_path):
     images = open_images(tmp_path / "data", 8)
     others = images.taken(held_out)
     augment = {"resize_size": 20}
-    with pytest.raises(ValueError, match=r"1 of 1 images cannot be read: .*b/0.png: 200000 x 1 pixels would become"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 1 images cannot be read, and .*: .*b/0.png: 200000 x 1 pixels would become",
+    ):
         fit(model, images, validation=others, augment=augment, out=tmp_path / "run", progress=False)
     (tmp_path / "data" / "b" / "1.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"1 of 6 images cannot be read: .*b/1.png: the file is empty"):
+    with pytest.raises(ValueError, match=r"1 of 6 images cannot be read, and .*: .*b/1.png: the file is empty"):
         fit(model, images, validation=0, out=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import cnnfast
 import cnnfast.functional as F
-from cnnfast_kernels import batchnorm, conv, devices
+from cnnfast_kernels import batchnorm, conv, devices, packing
 from cnnfast_kernels.conv import Geometry
-from cnnfast_kernels.tiling import TileConfig
+from cnnfast_kernels.questions import Tile
+from cnnfast_kernels.tiling import PackedTile, TileConfig
 from cnnfast_kernels.tma.tiles import BoxTile
 from cnnfast_kernels.tma.views import why_not_on
 from tests.support.agreement import integers
@@ -98,21 +99,27 @@ class Pointers(torch.autograd.Function):
 
 
 class Stem(torch.autograd.Function):
-    """An image of few channels, packed for tensor maps. That kernel has no dgrad."""
+    """An image of few channels, packed. Those kernels have no dgrad. The second tile is wgrad's."""
 
     geometry = Geometry((2, 2), (3, 3, 3, 3), (1, 1), 1)
-    tile = BoxTile(1, 8, 8, 64, 32)
+    by_pointers = PackedTile(64, 64, 32, 4, 4), PackedTile(64, 128, 32, 4, 4, SPLIT_K=2)
+    by_tensor_maps = BoxTile(1, 8, 8, 64, 32), BoxTile(1, 8, 8, 64, 32, SPLIT_K=2)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return conv.conv_fprop(x, w, Stem.geometry, tile=Stem.tile)
+    def forward(ctx: Any, x: Tensor, w: Tensor, tiles: tuple[Tile, Tile]) -> Tensor:
+        with packing.keeping() as kept:
+            y = conv.conv_fprop(x, w, Stem.geometry, tile=tiles[0])
+        assert kept.packed is not None
+        ctx.save_for_backward(x, w, kept.packed)
+        ctx.tile = tiles[1]
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        dw = conv.conv_wgrad(x, dy, w.shape, Stem.geometry, fmt=LAST, tile=replace(Stem.tile, SPLIT_K=2))
-        return torch.zeros_like(x), dw
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, w, packed = ctx.saved_tensors
+        with packing.given(x, packed):
+            dw = conv.conv_wgrad(x, dy, w.shape, Stem.geometry, fmt=LAST, tile=ctx.tile)
+        return torch.zeros_like(x), dw, None
 
 
 def trained(x: Tensor, w: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -140,6 +147,7 @@ def max_pool(x: Tensor) -> Tensor:
 
 
 IMAGE, FILTERS = (2, 16, 8, 8), (16, 16, 3, 3)
+PHOTO, TAPS = (2, 3, 24, 20), (64, 3, 7, 7)
 CONV = ("conv_fprop_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel")
 TMA = ("tma_fprop_kernel", "tma_dgrad_kernel", "tma_wgrad_kernel")
 DEPTHWISE = ("depthwise_fprop_kernel", "depthwise_dgrad_kernel", "depthwise_wgrad_kernel")
@@ -155,8 +163,11 @@ FAMILIES: dict[str, Family] = {
         lambda x, w: F.conv2d(x, w, None, 2, 1), ((2, 64, 8, 16), (64, 64, 3, 3)), HALF, TMA
     ),
     "tensor maps, 1x1": Family(lambda x, w: F.conv2d(x, w), ((2, 64, 8, 16), (64, 64, 1, 1)), torch.bfloat16, TMA),
+    "pointers, a stem": Family(
+        lambda x, w: Stem.apply(x, w, Stem.by_pointers), (PHOTO, TAPS), HALF, ("pack_pixels_kernel", CONV[0], CONV[2])
+    ),
     "tensor maps, a stem": Family(
-        Stem.apply, ((2, 3, 24, 20), (64, 3, 7, 7)), HALF, ("pack_pixels_kernel", TMA[0], TMA[2])
+        lambda x, w: Stem.apply(x, w, Stem.by_tensor_maps), (PHOTO, TAPS), HALF, ("pack_pixels_kernel", TMA[0], TMA[2])
     ),
     "im2col": Family(
         lambda x, w: F.conv2d(x, w, padding=1, algorithm="im2col"),

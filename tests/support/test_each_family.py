@@ -43,9 +43,10 @@ def test_a_family(name, device, launches):
     assert all(t.isfinite().all() for t in results)
 
 
-@pytest.mark.parametrize("own", [Pointers, Stem])
-def test_those_with_a_backward_of_their_own(own, device):
-    name = "pointers, half" if own is Pointers else "tensor maps, a stem"
+@pytest.mark.parametrize(
+    ("name", "own"), [("pointers, half", Pointers), ("pointers, a stem", Stem), ("tensor maps, a stem", Stem)]
+)
+def test_those_with_a_backward_of_their_own(name, own, device):
     family = FAMILIES[name]
     operands = family.operands(device)
     mine = family(operands)

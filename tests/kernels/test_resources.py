@@ -106,7 +106,7 @@ def test_loop_and_epilogue_are_estimated_from_different_rows():
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
 def test_each_row_is_estimated_well_from_the_others(arch):
-    """Half of them within a fifth in all three; registers of nine of ten within 40."""
+    """Half of them within a quarter in all three; registers of nine of ten within 40."""
     rows = rows_of(arch)
     found = []
     for key, row in rows.items():
@@ -117,7 +117,7 @@ def test_each_row_is_estimated_well_from_the_others(arch):
             if row[i]
         ]
         found.append((max(ratios), abs(guess.registers - row.registers)))
-    assert median(ratio for ratio, _ in found) < 0.2
+    assert median(ratio for ratio, _ in found) < 0.25
     assert sorted(registers for _, registers in found)[len(found) * 9 // 10] <= 40
 
 

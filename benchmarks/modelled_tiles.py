@@ -30,19 +30,12 @@ from torch import nn
 
 from cnnfast.torchvision_import import torchvision
 from cnnfast_kernels import devices
-from cnnfast_kernels.choosing import (
-    Geometry,
-    Question,
-    Tile,
-    default_tile,
-    dgrad_question,
-    fprop_question,
-    wgrad_question,
-)
+from cnnfast_kernels.choosing import default_tile
 from cnnfast_kernels.choosing_costs import cost_of, roofline_of
 from cnnfast_kernels.costs import TileCost
 from cnnfast_kernels.gpus import KnownGpu, named
 from cnnfast_kernels.layout import dense
+from cnnfast_kernels.questions import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
 from cnnfast_kernels.resource_keys import resource_key
 from cnnfast_kernels.resources import Resources, resources_of
 
@@ -115,9 +108,8 @@ def modelled(network: str, batch: int, gpu: KnownGpu) -> list[ModelledLayer]:
         for operation, q in questions(layer, gpu):
             tile = default_tile(q)
             resources = resources_of(resource_key(q, tile))
-            found.append(
-                ModelledLayer(operation, q, tile, resources, cost_of(q, tile, gpu), roofline_of(q, tile, gpu), count)
-            )
+            costs = cost_of(q, tile, gpu, packs=operation != "wgrad")  # a step packs an image once
+            found.append(ModelledLayer(operation, q, tile, resources, costs, roofline_of(q, tile, gpu), count))
     return found
 
 

@@ -80,7 +80,7 @@ class CallRecorder(TorchDispatchMode):
         return _by_pytorch(name, arguments) if self.with_numbers else func(*args)
 
 
-class _Counting(CallRecorder):
+class _CallCounter(CallRecorder):
     """Counts equal calls."""
 
     def __init__(self, model: nn.Module, with_numbers: bool) -> None:
@@ -120,7 +120,7 @@ def operator_calls(
 ) -> Counter[OperatorCall]:
     """The operators that the model would call on a GPU once it is converted, and how often each: see `recorded_run`."""
     how: dict[str, Any] = {"train": train, "dtype": dtype, "memory_format": memory_format}
-    return recorded_run(_Counting, model, inputs, gpu=gpu, device_type=device_type, **how).calls
+    return recorded_run(_CallCounter, model, inputs, gpu=gpu, device_type=device_type, **how).calls
 
 
 def recorded_run(

@@ -210,8 +210,8 @@ def _interpreter_rounds_bf16() -> bool:
     """Triton's interpreter computes bfloat16 on raw bits, which is silently wrong, unless somebody has mended it, as a
     test suite may. One small convolution tells, once.
     """
-    from cnnfast_kernels.choosing import Geometry
     from cnnfast_kernels.conv import conv_fprop
+    from cnnfast_kernels.questions import Geometry
 
     x = torch.tensor([1.0, 0.75 * 2**-7], dtype=torch.bfloat16).reshape(1, 1, 1, 2)
     y = conv_fprop(x, torch.ones_like(x), Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1))

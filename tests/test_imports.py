@@ -17,6 +17,7 @@ ROOTS = {
 # These are pure Python.
 PURE = (
     *("problem", "gpus", "costs", "resources", "tiling", "traffic", "tables", "table_files", "table_rows"),
+    "packed_tiles",
     *("gather.work", "gather.depthwise.tiles", "gather.depthwise.work", "tma.tiles", "tma.work"),
 )
 
@@ -45,6 +46,7 @@ FORBIDDEN = [
                 *(f"cnnfast_kernels.gather.{shared}*" for shared in ("tiles", "depthwise")),
                 *(f"cnnfast_kernels.tma.{shared}*" for shared in ("boxes", "tiles", "views")),
                 "by cnnfast_kernels.gather.im2col",
+                "by cnnfast_kernels.gather.stem",
                 "by cnnfast_kernels.tma.stem",
             ],
         )
@@ -59,17 +61,19 @@ LAYERS = {
     "cnnfast_kernels": [
         "problem rounding gpus",
         "tiling layout dtypes operands resources",
-        "costs",
+        "costs packed_tiles",
         "traffic",
         "activations epilogue launch launchable indexing memory devices",
         "planes moments slots",
+        "packing",
         "gather tma batchnorm pooling augment",
         "table_rows",
         "table_files",
         "tables",
-        "choosing keys",
-        "resource_keys",
+        "questions",
+        "keys resource_keys",
         "choosing_costs",
+        "choosing",
         "conv",
         "aot",
     ],

@@ -64,7 +64,7 @@ def refuse_unwritable(file: Path | None, option: str = "--json") -> None:
     except OSError as error:
         raise typer.BadParameter(f"{file} cannot be written: {error.strerror}", param_hint=option) from None
     if not existed:
-        file.unlink()
+        file.unlink(missing_ok=True)  # several processes may do this at once
 
 
 def refuse_unwritable_folder(folder: Path | None, option: str) -> None:
@@ -101,12 +101,14 @@ def bars(console: Console, disable: bool = False) -> Progress:
 
 
 @contextmanager
-def progress(text: str) -> Iterator[Tell]:
-    """A bar on standard error while the context lasts, if that is a terminal; `text` is what happens first."""
+def progress(text: str, wanted: bool = True) -> Iterator[Tell]:
+    """A bar on standard error while the context lasts, if that is a terminal and it is wanted; `text` is what happens
+    first.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
-    with bars(console, disable=not console.is_terminal) as shown:
+    with bars(console, disable=not (wanted and console.is_terminal)) as shown:
         bar = shown.add_task(text, total=None, note="")
 
         def tell(done: int, total: int | None, text: str = "") -> None:

@@ -9,9 +9,17 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonFile, bars, printer, refuse_no_time, refuse_unwritable, write_text
+from .console import JsonFile, announce, bars, printer, refuse_no_time, refuse_unwritable, write_text
 
 EXAMPLES = ("cnnfast demo --quick", "cnnfast demo --out report --verbose")
+# What the demo cannot do without, and the module that shows whether it is installed.
+NEEDED = {
+    "lightning": "lightning",
+    "torchmetrics": "torchmetrics",
+    "scikit-learn": "sklearn",
+    "matplotlib": "matplotlib",
+    "pillow": "PIL",
+}
 
 
 def demo(
@@ -35,32 +43,29 @@ def demo(
 ) -> None:
     """Train a small residual network on real digits, then run the kernels on real images and judge every error.
 
-    The network is built of cnnfast.nn's layers and trained with Adam on scikit-learn's 1,797 handwritten digits. Then
-    the kernels run, forward and backward, on a photograph through a ResNet's first layers, through one layer of each
-    kind, and on held-out digits through the trained network, each call against float64 and beside PyTorch. A model in
-    plain torch.nn is converted, and the costs of ResNet-50's layers are counted. Without a GPU the kernels run in
-    Triton's interpreter, in float32, which takes about two minutes. On a GPU they run in float32, tf32, float16 and
-    bfloat16, and ResNet-50's convolutions are timed too, as long as --budget lasts: the report names what it left out.
-    Ends with exit code 0 only if everything holds.
+    The network is built of cnnfast.nn's layers and trained by cnnfast.training.fit on scikit-learn's 1,797 handwritten
+    digits. Then the kernels run, forward and backward, on a photograph through a ResNet's first layers, through one
+    layer of each kind, and on held-out digits through the trained network, each call against float64 and beside
+    PyTorch. A model in plain torch.nn is converted, and the costs of ResNet-50's layers are counted. Without a GPU the
+    kernels run in Triton's interpreter, in float32, which takes about two minutes. On a GPU they run in float32, tf32,
+    float16 and bfloat16, and ResNet-50's convolutions are timed too, as long as --budget lasts: the report names what
+    it left out. Ends with exit code 0 only if everything holds.
     """
     refuse_no_time(budget)
     refuse_unwritable(json_file)
     refuse_folder(out)
     console = printer(json_file)
-    missing = [
-        extra
-        for extra, module in (("scikit-learn", "sklearn"), ("matplotlib", "matplotlib"))
-        if importlib.util.find_spec(module) is None
-    ]
+    missing = [name for name, module in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         from rich.console import Console
 
-        message = f'The demo needs {" and ".join(missing)}: pip install ".[demo]"'
+        message = f'The demo needs {", ".join(missing)}, not installed here: pip install ".[demo]" brings all'
         Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2)
 
     import torch
 
+    from .. import training
     from ..demo import findings, story
     from ..demo.effort import effort_for
     from ..demo.markdown import markdown
@@ -72,10 +77,14 @@ def demo(
     console.print(effort.duration, highlight=False, soft_wrap=True)
     shown = bars(console, disable=not console.is_terminal)
     shown.live.transient = True  # what is done is told in sentences
-    with shown:
-        telling = story.Telling(shown, verbose)
-        results, images = story.tell(effort, seed, telling, device)
-        draw(results, images, out / "demo.png")
+    try:
+        with shown:
+            telling = story.Telling(shown, verbose)
+            results, images = story.tell(effort, seed, telling, device)
+            draw(results, images, out / "demo.png")
+    except training.Interrupted as error:
+        announce(json_file, str(error))
+        raise typer.Exit(128 + error.number) from None
     (out / "report.md").write_text(markdown(results, "demo.png"))
     for file in (out / "report.json", json_file):
         write_text(file, results.to_json())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +36,7 @@ EXAMPLES = (
     "cnnfast evaluate run photos/test",
     "cnnfast evaluate model.cnnfast photos/test --picture confusion.png --json -",
 )
+LOOKING, EVALUATING = "looking at images", "evaluating"  # the headers of files come first
 MOST_LINES = 40  # of classes in the table, those that are recognised least
 
 
@@ -99,23 +101,35 @@ def evaluate(
 
 
 def _of_run(folder: Path, data: str, batch: int, workers: int) -> Evaluation | None:
+    import torch
+
     from ..training.evaluating import evaluate as judge
-    from ..training.ranks import connected, rank
+    from ..training.ranks import connected, is_first
     from ..training.trained import read_run
+    from ..training.unreadable import refuse_unreadable
 
     with refused_by("RUN|FILE", ValueError, OSError):
         trained = read_run(folder)
     images = _images(data, trained.augment.size, trained.classes, trained.channels)
-    with connected() as device, progress("images") as tell, refused_by("DATA", ValueError):
+    with connected() as device, progress(LOOKING, is_first()) as tell, refused_by("DATA", ValueError):
+        refuse_unreadable(images.resized(trained.augment.centre.resize), torch.arange(len(images)), workers, tell)
+        tell(0, len(images), EVALUATING)
         model: nn.Module = trained.model.to(device)
         found = judge(model, trained.augment, images, batch=batch, workers=workers, tell=tell)
-        return found if rank() == 0 else None
+        return found if is_first() else None
 
 
-def _of_file(file: Path, data: str, batch: int) -> Evaluation:
+def _of_file(file: Path, data: str, batch: int) -> Evaluation | None:
+    """By the first process alone."""
+    import torch
+
     from .. import engine
     from ..training.evaluating import evaluate_frozen
+    from ..training.ranks import is_first
+    from ..training.unreadable import refuse_unreadable
 
+    if not is_first():
+        return None
     with refused_by("RUN|FILE", ValueError, OSError):
         network = engine.load(file)
         how = network.preprocessing
@@ -124,7 +138,9 @@ def _of_file(file: Path, data: str, batch: int) -> Evaluation:
             raise ValueError(f"{file} does not say {lacks}: freeze it with --preprocessing and --classes")
         how.check_sizes(network.network)
     images = _images(data, how.output_size or 1, network.classes, len(how.mean))
-    with progress("images") as tell, refused_by("DATA", ValueError):
+    with progress(LOOKING) as tell, refused_by("DATA", ValueError):
+        refuse_unreadable(replace(images, evaluation=how), torch.arange(len(images)), tell=tell)
+        tell(0, len(images), EVALUATING)
         return evaluate_frozen(network, how, images, batch=batch, tell=tell)
 
 

@@ -24,6 +24,7 @@ EXAMPLES = (
 )
 DIGITS, DIGIT_NET, USUAL = "digits", "cnnfast.demo.digits:DigitNet", "resnet18"
 DIGIT_SIZE, SIZE, SMALL = 8, 224, 32  # pixels of a side
+GO_ON = "To go on: the same command with --resume"
 NETWORK, LEARNING, IMAGES, RUNNING = "Network", "Learning", "Images", "Running"
 DATA_HELP = (
     "A folder with a folder of images for each class, a CSV with the columns file and label, or digits: scikit-learn's."
@@ -65,7 +66,7 @@ def train(
             rich_help_panel=NETWORK,
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, metavar="N", rich_help_panel=LEARNING)] = 30,
+    epochs: Annotated[int, typer.Option(min=1, metavar="N", rich_help_panel=LEARNING)] = 40,
     batch: Annotated[
         int, typer.Option(min=1, help="Images of a step, in each process.", metavar="N", rich_help_panel=LEARNING)
     ] = 64,
@@ -176,6 +177,7 @@ def train(
         from .. import training
     from ..nn import augment_options
     from ..training.optimizing import LEARNING_RATES
+    from ..training.ranks import ProcessEnded, is_first
 
     with refused_by("--augment", ValueError):
         drawn = augment_options(augment or [])
@@ -183,7 +185,7 @@ def train(
     images, held_out = _data(data, validation, name, size)
     started = _start(name, images, pretrained, weights, seed)
     for line in (*images.notes, *([str(started.loading)] if started.loading else [])):
-        announce(json_file, line)
+        _announce_once(json_file, line)
     if lr is None and (pretrained or weights) and optimizer in LEARNING_RATES:
         lr = LEARNING_RATES[optimizer] / 10  # what was learnt before shall not be forgotten at once
     try:
@@ -195,18 +197,20 @@ def train(
                 frozen=freeze or (), ema=ema or None, patience=patience, mixed=mixed or None, seed=seed,
                 devices=devices, workers=workers, name=name,
             )  # fmt: skip
-    except training.Diverged as error:
-        announce(json_file, str(error))
+    except (training.Diverged, ProcessEnded) as error:
+        announce(json_file, f"{error}. {GO_ON}" if isinstance(error, ProcessEnded) else str(error))
         raise typer.Exit(1) from None
     except training.Interrupted as error:
-        announce(json_file, f"{error}. To go on: the same command with --resume")
+        _announce_once(json_file, f"{error}. {GO_ON}")
         raise typer.Exit(128 + error.number) from None
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt as error:  # before the first epoch or after the last one
+        _announce_once(json_file, f"Interrupted. {GO_ON}")
         raise typer.Exit(exit_code(error)) from None
     except OSError as error:
-        announce(json_file, f"{error.strerror or error}. To go on: the same command with --resume")
+        announce(json_file, f"{error.strerror or error}. {GO_ON}")
         raise typer.Exit(1) from None
-    _tell(run, out, json_file)
+    if is_first():
+        _tell(run, out, json_file)
 
 
 def _data(data: str, validation: str, name: str, size: int | None) -> tuple[ImageSet, Any]:
@@ -248,6 +252,14 @@ def _start(name: str, images: ImageSet, published: bool, weights: Path | None, s
             weights=weights,
             seed=seed,
         )
+
+
+def _announce_once(json_file: Path | None, text: str) -> None:
+    """What all processes that train together have to say, said by the first."""
+    from ..training.ranks import is_first
+
+    if is_first():
+        announce(json_file, text)
 
 
 def _tell(run: Run, out: Path, json_file: Path | None) -> None:

@@ -1,28 +1,36 @@
-"""Handwritten digits: scikit-learn's 1,797 images of 8x8 pixels, a small residual network, and its training."""
+"""Handwritten digits: scikit-learn's 1,797 images of 8x8 pixels, a small residual network, and its training.
+
+What trains is imported where the digits are read and learnt: the network is an example model of other commands too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 import cnnfast.functional as F
 import cnnfast.nn as cnn
+from cnnfast import backend, convert
 
 from .layers import ResidualBlock, seeded
 
-HELD_OUT = 360  # of 1,797
-BATCH = 64
-LEARNING_RATE = 4e-3
-LABEL_SMOOTHING = 0.1
+if TYPE_CHECKING:
+    from cnnfast.training import Run
+    from cnnfast.training.samples import ImageSet
+
+HELD_OUT = 0.2  # of each class
 ACCURACY_WANTED = 0.97
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images [N, 1, 8, 8] in [0, 1] and labels [N] in 0..9; `rows` are their indices among scikit-learn's images."""
+    """Images [N, 1, 8, 8] as the network reads them, from -1 (paper) to 1 (ink), and labels [N] in 0..9; `rows` are
+    their indices among scikit-learn's images.
+    """
 
     images: Tensor
     labels: Tensor
@@ -31,20 +39,20 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> Digits:
-        return Digits(self.images.to(device), self.labels.to(device), self.rows)
 
+def load_digits(seed: int) -> tuple[ImageSet, Digits]:
+    """(what is learnt from, what is held out): the same split for the same seed, that of `cnnfast train digits`."""
+    from cnnfast.training.batches import loader
+    from cnnfast.training.preparing import prepare
+    from cnnfast.training.samples import DIGITS
 
-def load_digits(seed: int) -> tuple[Digits, Digits]:
-    """(training part, held-out part): the same split for the same seed."""
-    from sklearn.datasets import load_digits
-
-    pixels, targets = load_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    labels = torch.tensor(targets)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    held_out, training = order[:HELD_OUT], order[HELD_OUT:]
-    return Digits(images[training], labels[training], training), Digits(images[held_out], labels[held_out], held_out)
+    data = prepare(DIGITS, HELD_OUT, None, None, seed)
+    part = data.held_out
+    assert part is not None
+    (batch,) = loader(part.images, part.indices, batch=len(part.indices))
+    with backend("torch"):
+        images = data.augment.eval()(batch.images)
+    return data.training.images.taken(data.training.indices), Digits(images, batch.labels, batch.index)
 
 
 class DigitNet(nn.Module):
@@ -65,54 +73,36 @@ class DigitNet(nn.Module):
 
 
 def make_network(seed: int) -> DigitNet:
-    return seeded(DigitNet, seed)
-
-
-def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by -1, 0 or 1 pixel in both directions; the background fills what becomes free."""
-    N, _, H, W = images.shape
-    padded = nn.functional.pad(images[:, 0], (1, 1, 1, 1))
-    dy, dx = torch.randint(0, 3, (2, N), generator=generator).to(images.device)
-    rows = torch.arange(H, device=images.device) + dy[:, None]
-    columns = torch.arange(W, device=images.device) + dx[:, None]
-    image = torch.arange(N, device=images.device)
-    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+    """As training leaves it but for its weights: converted, and in channels_last. So kernels that are compiled before
+    the training serve after it.
+    """
+    return convert(seeded(DigitNet, seed), inplace=True, memory_format=torch.channels_last)
 
 
 def train(
-    network: nn.Module, digits: Digits, epochs: int, seed: int, on_epoch: Callable[[float], None] = lambda loss: None
-) -> list[float]:
-    """Trains `network` in place, on the device of its parameters. Returns the mean loss of each epoch, and calls
-    `on_epoch` with it.
+    network: nn.Module,
+    images: ImageSet,
+    epochs: int,
+    seed: int,
+    on_epoch: Callable[[float], None] = lambda loss: None,
+) -> Run:
+    """Trains `network` in place by cnnfast.training.fit, as `cnnfast train digits` does it; it stays on its device.
+    Calls `on_epoch` with the mean loss of each epoch.
+
+    Nothing of `images` is held out, and the last epoch's weights are kept: no image that the network is judged by has
+    chosen them.
     """
+    from cnnfast import training
+
+    class ToldModule(training.Module):
+        def on_train_epoch_end(self) -> None:
+            super().on_train_epoch_end()
+            on_epoch(float(self.trainer.callback_metrics["loss"]))
+
     device = next(network.parameters()).device
-    digits = digits.to(device)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
-    batches = len(digits) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=max(2, epochs * batches))
-    network.train()
-    losses = []
-    threads = torch.get_num_threads()
-    # Images as small as these gain nothing from more threads, and sums in one order give the same network everywhere.
-    torch.set_num_threads(1)
-    for _ in range(epochs):
-        total = torch.zeros((), device=device)
-        for batch in (
-            torch.randperm(len(digits), generator=generator)[: batches * BATCH].view(batches, BATCH).to(device)
-        ):
-            logits = network(shifted(digits.images[batch], generator))
-            loss = nn.functional.cross_entropy(logits, digits.labels[batch], label_smoothing=LABEL_SMOOTHING)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.detach()
-        losses.append(total.item() / batches)
-        on_epoch(losses[-1])
-    torch.set_num_threads(threads)
-    network.eval()
-    return losses
+    run = training.fit(network, images, validation=0, epochs=epochs, seed=seed, module=ToldModule, progress=False)
+    network.to(device)  # lightning leaves it on the CPU
+    return run
 
 
 @torch.no_grad()

@@ -51,8 +51,8 @@ def of_machine(environment: dict[str, str]) -> Told:
 
 
 def of_training(t: Training) -> Told:
-    how = f"{len(t.losses)} epochs of Adam by {t.served_by}, {t.seconds:.0f} s"
-    return told("training", f"{t.images:,} randomly shifted digits; {how}")
+    how = f"{len(t.losses)} epochs of AdamW by {t.served_by}, {t.seconds:.0f} s"
+    return told("training", f"{t.images:,} digits, moved and turned; {how}")
 
 
 def of_accuracy(t: Training) -> Told:

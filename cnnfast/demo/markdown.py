@@ -32,9 +32,10 @@ def markdown(results: Results, picture: str) -> str:
         "## The machine",
         table(("", ""), results.environment.items()),
         "## Handwritten digits",
-        f"A residual network was trained on {t.images} of scikit-learn's images for {len(t.losses)} epochs"
-        f" ({t.seconds:.0f} s, seed {t.seed}; served by {t.served_by})."
-        f" Loss: {t.losses[0]:.3f} after the first epoch, {t.losses[-1]:.3f} after the last.",
+        f"`cnnfast.training.fit` trained a residual network on {t.images} of scikit-learn's images, moved, turned and"
+        f" slanted at random, for {len(t.losses)} epochs ({t.seconds:.0f} s, seed {t.seed}; served by {t.served_by})."
+        f" Loss, of smoothed labels: {t.losses[0]:.3f} in the first epoch, {t.losses[-1]:.3f} in the last."
+        f" `cnnfast train digits` does the same, and keeps the network.",
     ]
     if t.mistakes:
         parts.append(table(("image", "is", "read as"), sorted(t.mistakes)))

@@ -112,7 +112,7 @@ def _digits(figure, images: Images, results: Results) -> None:
     """Some of the held-out digits, those that were misread first."""
     t = results.training
     right = f"{t.held_out - len(t.mistakes)} of {t.held_out} unseen digits are read right ({t.accuracy:.1%})"
-    shown = "; those misread come first, framed" if t.mistakes else ", after training with Adam on shifted ones"
+    shown = "; those misread come first, framed" if t.mistakes else ", after training on others, moved and turned"
     panels.headline(figure, right + shown)
     correct = images.read == images.digits.labels
     order = correct.int().argsort(stable=True)[:DIGITS]

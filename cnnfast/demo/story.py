@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import RenderableType
@@ -31,6 +32,9 @@ from .effort import Effort
 from .findings import Told
 from .picture import Images
 from .results import Conversion, Known, Maps, Proof, Results, Training
+
+if TYPE_CHECKING:
+    from cnnfast.training.samples import ImageSet
 
 OURS = "our kernels"
 RESNET = "through a ResNet's stem and first block, in training"
@@ -139,7 +143,7 @@ def served_by(calls: Trace) -> str:
 
 def learn(
     network: digits.DigitNet,
-    training_part: digits.Digits,
+    training_part: ImageSet,
     held_out: digits.Digits,
     epochs: int,
     seed: int,
@@ -147,20 +151,19 @@ def learn(
 ) -> tuple[Training, Tensor]:
     """Trains, then reads the held-out part. Returns what was learned, and the digit read in each image."""
     bar = bars.add_task("training on digits", total=epochs, note="")
-    began = time.perf_counter()
     gpu = next(network.parameters()).is_cuda
     # Without a GPU the kernels could only be interpreted, which would take hours.
     with prefer_kernels() if gpu else backend("torch"):
-        losses = digits.train(
+        run = digits.train(
             network, training_part, epochs, seed, lambda loss: bars.update(bar, advance=1, note=f"loss {loss:.3f}")
         )
-        seconds = time.perf_counter() - began
         with trace() as calls:
             read = digits.predict(network, held_out)
     wrong = (read != held_out.labels).nonzero().flatten()
     mistakes = [(int(held_out.rows[i]), int(held_out.labels[i]), int(read[i])) for i in wrong]
     by = served_by(calls) if gpu else "PyTorch"
-    return Training(seed, len(training_part), len(held_out), losses, mistakes, by, seconds), read
+    losses = [epoch.loss for epoch in run.history]
+    return Training(seed, len(training_part), len(held_out), losses, mistakes, by, run.seconds), read
 
 
 def pixels(image: Tensor) -> str:

@@ -16,7 +16,7 @@ from ..precision import allow_tf32
 from .finding import Finding
 
 if TYPE_CHECKING:
-    from cnnfast_kernels.choosing import Question
+    from cnnfast_kernels.questions import Question
 
 TOPIC = "Who serves"
 LAST, NCHW = torch.channels_last, torch.contiguous_format
@@ -57,8 +57,8 @@ SETTING = "torch.backends.cudnn.conv.fp32_precision"
 def question(convolution: TypicalConvolution, device: torch.device) -> Question:
     """What the operator would ask for such tensors on `device`; they are not made."""
     from cnnfast_kernels import devices
-    from cnnfast_kernels.choosing import Geometry, Statistics, fprop_question
     from cnnfast_kernels.layout import dense
+    from cnnfast_kernels.questions import Geometry, Statistics, fprop_question
 
     c = convolution
     x = dense((BATCH, c.channels, SIZE, SIZE), c.dtype, c.layout)

@@ -29,6 +29,7 @@ OPTIONAL = {
     "transformers": ("its models are known by name to all commands", "pip install transformers"),
     "scikit-learn": ("cnnfast demo trains on its digits", 'pip install ".[demo]"'),
     "matplotlib": ("cnnfast demo, bench --pictures and profiles draw with it", 'pip install ".[demo]"'),
+    "lightning": ("cnnfast demo and train learn by it", 'pip install ".[train]"'),
     "onnxruntime": ("cnnfast.freeze runs networks by it on a CPU", 'pip install ".[cpu]"'),
     "onnx": ("cnnfast.freeze writes networks for onnxruntime with it", 'pip install ".[cpu]"'),
     "pillow": ("cnnfast predict, augment and train read images with it", 'pip install ".[images]"'),

@@ -13,15 +13,17 @@ OPERATIONS = ("fprop", "dgrad", "wgrad", "bias", "norm", "pool", "augment")  # b
 class Operation:
     """A call of one of our operators, as our kernels would serve it.
 
-    layer: the module's name, "" for the model itself. operation: one of OPERATIONS. backward:
-    whether it belongs to the backward pass; the forward pass of a transposed convolution is a dgrad. shapes: of its
-    operands, as 2x3x8x8 8x3x3x3. kernel: the one that does its work, or moves most. tile, registers (of a thread),
-    residents (programs that live on a multiprocessor at once), intensity (FLOPs for each byte from the second-level
-    cache): of a convolution; None elsewhere. limiter: what takes longest. modelled_us, roofline_us: microseconds by the
-    model, and if the operation only multiplied, or only moved each of its tensors once. bytes: that its kernels read
-    and write, each tensor of each launch once. launches: of kernels. served: who would serve the call today: "measured
-    row" (of a table: our kernels), "kernels" (ours without a row), "library" (PyTorch's convolution). measured_us,
-    library_us: what a table of this GPU has of our kernels and of the library; None without a row.
+    layer: the module's name, "" for the model itself. operation: one of OPERATIONS; the forward pass of a transposed
+    convolution is a dgrad. backward: whether it belongs to the backward pass. shapes: of its operands, as 2x3x8x8
+    8x3x3x3. kernel: the one that does its work, or moves most. limiter: what takes longest. modelled_us, roofline_us:
+    microseconds by the model, and if the operation only multiplied, or only moved each of its tensors once. bytes: that
+    its kernels read and write, each tensor of each launch once. launches: of kernels. served: who would serve the call
+    today: "measured row" (of a table: our kernels), "kernels" (ours without a row), "library" (PyTorch's convolution).
+
+    Of a convolution, and None elsewhere: tile; registers (of a thread); exact (whether registers and instructions were
+    read from this very kernel's machine code, or estimated from the nearest one that was compiled); residents (programs
+    that live on a multiprocessor at once); intensity (FLOPs for each byte from the second-level cache); measured_us,
+    library_us (what a table of this GPU has of our kernels and of the library; None without a row).
     """
 
     layer: str
@@ -31,6 +33,7 @@ class Operation:
     kernel: str
     tile: str | None
     registers: int | None
+    exact: bool | None
     residents: int | None
     intensity: float | None
     limiter: Limiter

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MODEL = "a model's figures: nothing here was measured but what is called measured"
 STYLES = {"tensor": "green", "memory": "cyan", "l2": "yellow", "shared": "magenta", "issue": "red", "latency": "blue"}
 LEAST_SHARE = 0.003  # of the step: operations that take less, all calls together, have no line of their own
+ESTIMATED = "~"  # before registers
 KERNEL, PROGRAMS, INTENSITY = "kernel and tile", "pro-\ngrams", "FLOP/\nL2 B"
 ROOFLINE, SERVED = "roof-\nline", "served by"
 COLUMNS = ("layer", "operation", KERNEL, "regs", PROGRAMS, INTENSITY, "limiter", "us", ROOFLINE, "share", "MB", SERVED)
@@ -85,12 +86,13 @@ def _cells(rows: Sequence[Operation]) -> dict[str, str]:
     kernel = row.kernel.removesuffix("_kernel")
     if row.tile:  # the operation is told already
         kernel = f"{kernel.replace(f'_{row.operation}', '')} {row.tile.replace(' pixels', '')}"
-    numbers = ("regs", row.registers), (PROGRAMS, row.residents), (INTENSITY, row.intensity)
+    numbers = (PROGRAMS, row.residents), (INTENSITY, row.intensity)
     measured = {"ours": row.measured_us, "library": row.library_us}
     return {
         "layer": f"{row.layer or '(model)'}{times}",
         "operation": row.operation,
         KERNEL: kernel,
+        "regs": "" if row.registers is None else f"{'' if row.exact else ESTIMATED}{row.registers}",
         **{name: "" if number is None else f"{number:.0f}" for name, number in numbers},
         "limiter": row.limiter,
         **_sums(rows),
@@ -136,6 +138,8 @@ def _sentences(e: Explanation) -> list[str]:
     lines = [f"Kernels launched in a step: {e.launches:,}, which read and write {_short(e.bytes / 1e9)} GB."]
     if e.foreign:
         lines.append(_besides(e.foreign))
+    if any(row.exact is False for row in e.rows):
+        lines.append(f"{ESTIMATED}: estimated from the nearest kernel that was compiled ahead of time.")
     convolutions = [row for row in e.rows if row.tile is not None]
     theirs = sum(row.served == "library" for row in convolutions)
     if theirs:

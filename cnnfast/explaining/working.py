@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from cnnfast_kernels import choosing, devices
-from cnnfast_kernels.choosing import Tile, precision_of
 from cnnfast_kernels.costs import Limiter
 from cnnfast_kernels.gpus import KnownGpu
 from cnnfast_kernels.layout import Layout
+from cnnfast_kernels.questions import Tile, precision_of
 
 from .. import dispatch
 from ..calls import OperatorCall, recorded_run, standing_for
@@ -33,6 +33,7 @@ from .launching import KernelLaunch, launched
 from .modelling import modelled
 from .rows import ForeignWork, Operation
 
+PACKING = "pack_pixels_kernel"
 # What operators do, by the beginnings of their names; all others are of a norm. The forward pass of a transposed
 # convolution is a dgrad.
 OPERATION_OF = {
@@ -86,15 +87,25 @@ class _OperationModel:
     def __init__(self, gpu: KnownGpu, on: devices.Gpu) -> None:
         self.gpu, self.on = gpu, on
         self.found: dict[OperatorCall, Operation] = {}
+        self.packed: set[Any] = set()  # layouts of images that a forward pass packs, which its gradient then takes
 
     def __call__(self, call: OperatorCall) -> Operation:
         if call not in self.found:
             self.found[call] = self.operation(call)
         return self.found[call]
 
+    def takes_packed(self, call: OperatorCall) -> bool:
+        """Whether a gradient takes the image that its forward pass has packed."""
+        return call.operator == "conv_wgrad" and call["x"] in self.packed
+
     def operation(self, call: OperatorCall) -> Operation:
         replayed = launched(call, self.on)
         launches, rate = replayed.launches, self.gpu.memory
+        if call.operator in CONVOLUTIONS and any(launch.kernel == PACKING for launch in launches):
+            if self.takes_packed(call):
+                launches = [launch for launch in launches if launch.kernel != PACKING]
+            elif call.operator != "conv_dgrad":
+                self.packed.add(call["x"])
         moved = sum(launch.bytes for launch in launches)
         most = max(launches, key=lambda launch: launch.bytes, default=None)
         row = Operation(
@@ -105,6 +116,7 @@ class _OperationModel:
             kernel=most.kernel if most else "",
             tile=None,
             registers=None,
+            exact=None,
             residents=None,
             intensity=None,
             limiter="memory",
@@ -132,7 +144,7 @@ class _OperationModel:
                 modelled_us=max(products, row.modelled_us),
                 roofline_us=max(products, row.roofline_us),
             )
-        cost, roofline, registers = modelled(q, main.tile, self.gpu)
+        cost, roofline, registers, exact = modelled(q, main.tile, self.gpu, packs=not self.takes_packed(call))
         measured = choosing.measured(q)
         decision = decide(q, measured, True)
         ours, times = ("kernels", {}) if measured is None else ("measured row", measured.microseconds)
@@ -141,6 +153,7 @@ class _OperationModel:
             kernel=main.kernel,
             tile=str(main.tile),
             registers=registers,
+            exact=exact,
             residents=cost.residents,
             intensity=cost.intensity,
             limiter=cost.limiter,

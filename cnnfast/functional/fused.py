@@ -61,6 +61,8 @@ def conv_bn_act(
 
     The backward pass of gelu, gelu_tanh, silu, hardswish, mish and hardsigmoid needs what these were applied to. It
     computes that again from residual and bn_bias, and keeps them: to change these in place before backward is an error.
+    The others' needs the result. In training without a residual it computes that again too, from bn_bias, which is kept
+    in place of the result.
     """
     check_algorithm("conv_bn_act", algorithm)
     check_activation("conv_bn_act", activation, activation_arg)
@@ -176,7 +178,8 @@ def bn_act(
     """act(batch_norm(input) + residual).
 
     One pass over memory, in training after one that takes the statistics. Its backward pass is one of
-    normalize_backward's: two passes, or with frozen statistics one.
+    normalize_backward's: two passes, or with frozen statistics one. It reads the result only with a residual; without,
+    it computes it again, from bias too: to change that in place before backward is an error.
 
     Shapes, dtypes, running statistics and process_group as batch_norm; residual of input's size and dtype; activation,
     activation_arg as conv_bn_act. Raises as batch_norm, ValueError for an unknown activation or a residual or slopes of

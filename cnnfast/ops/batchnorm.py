@@ -64,6 +64,22 @@ def derivative_from_output(activation: str | None, slope: float) -> bool:
     return activation in FROM_OUTPUT and not (activation == "leaky_relu" and slope <= 0)
 
 
+def kept_for_activation(
+    z: Tensor, normed: bool, beta: Tensor | None, residual: Tensor | None, activation: str | None, slope: float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(beta, residual, z) as far as backward needs them for act', beside y and the statistics.
+
+    y is kept where it was normalised, and act' follows from it and beta where there is no residual: to read z too would
+    be a tensor more in both passes. With a residual, or without y, it is read off z where it can be: z is kept by
+    whatever comes next, u = bn(y) + residual by nobody.
+    """
+    if activation is None:
+        return None, None, None
+    if derivative_from_output(activation, slope) and not (normed and residual is None):
+        return None, None, z
+    return beta, residual, None
+
+
 def no_gradient_of_prelu(operator: str) -> RuntimeError:
     """The error for an operator that shall be differentiated and was given prelu."""
     return RuntimeError(f"cnnfast::{operator} has no gradient with prelu: apply torch.prelu to what it gives without")
@@ -85,11 +101,9 @@ class _Normalize(torch.autograd.Function):
         if activation == "prelu":
             raise no_gradient_of_prelu("normalize")
         z = normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, training)
-        # act' is read off z where it can be: z is kept by whatever comes next, u = bn(y) + residual by nobody
-        from_output = derivative_from_output(activation, slope)
-        of_u = (None, None, z if activation else None) if from_output else (beta, residual, None)
+        of_u = kept_for_activation(z, mean is not None, beta, residual, activation, slope)
         # neither dy nor act' needs y where it is not normalised
-        kept = None if mean is None and from_output else y
+        kept = None if mean is None and derivative_from_output(activation, slope) else y
         ctx.save_for_backward(kept, mean, var, gamma, *of_u)
         ctx.options = eps, activation, slope, training
         return z
@@ -133,9 +147,10 @@ def _backward(
 def _differentiable_backward(dz, y, mean, var, gamma, beta, residual, z, options, needs) -> list[Tensor | None]:
     eps, activation, slope, training = options
     grads: list[Tensor | None] = [None] * 4
-    # Such an activation's derivative is piecewise constant; beta and residual were not kept, nor are they needed.
+    # Such an activation's derivative is piecewise constant; beta and residual are not needed beyond it.
     if derivative_from_output(activation, slope):
-        dz = dz if z is None else _select(dz, z, activation, slope)
+        if activation is not None:
+            dz = _select(dz, _normalized_again(y, mean, var, gamma, beta, *options) if z is None else z, *options[1:3])
         activation = None
         of = dz if mean is None else mean
         grads[2] = dz.sum((0, *range(2, dz.dim())), dtype=of.dtype) if needs[2] else None
@@ -162,6 +177,16 @@ def _differentiable_backward(dz, y, mean, var, gamma, beta, residual, z, options
     for i, grad in zip(wanted, found, strict=True):
         grads[i] = grad
     return grads
+
+
+def _normalized_again(y, mean, var, gamma, beta, eps, activation, slope, training) -> Tensor:
+    """z, which was not kept, as numbers and not as a function of anything. PyTorch's batch norm, which serves under a
+    transform, takes no mixture of dtypes of a channel's numbers.
+    """
+    wide = accumulator_dtype(y.dtype)
+    with torch.no_grad():
+        channels = (None if t is None else t.to(wide) for t in (mean, var, gamma, beta))
+        return normalize(y, *channels, None, eps, activation, slope, None, False)
 
 
 def _select(dz: Tensor, z: Tensor, activation: str | None, slope: float) -> Tensor:
@@ -229,6 +254,7 @@ normalize = register(
     _normalize,
     _fake_normalize,
     _Normalize,
+    plain.normalize,
 )
 normalize_backward = register(
     "normalize_backward(Tensor dz, Tensor? y, Tensor? z, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta,"

@@ -4,16 +4,20 @@ the other two: derivatives of every order come from the three kernels.
 `padding` is (top, bottom, left, right). A result and its gradients are laid out as PyTorch's are: all in one format,
 which follows from the operands (convolution_format). Where a batch is empty, or there are no channels, there is nothing
 to compute: gradients are zeros, laid out as the tensors they belong to.
+
+Where kernels pack an image of few channels first (packing.py in cnnfast_kernels), a backward pass takes what the
+forward pass packed: it is saved beside x. In a graph that torch.compile made each packs for itself.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnnfast_kernels import memory
+from cnnfast_kernels import memory, packing
 from cnnfast_kernels.layout import convolution_format, is_channels_last, result_format
 
 from . import conv_implementations as implementations
@@ -21,6 +25,15 @@ from . import plain
 from .batchnorm import channel_sum, derivative_from_output, frozen_backward, no_gradient_of_prelu, normalize
 from .conv_implementations import GEOMETRY, memory_format
 from .registry import register
+
+
+def _keep_packed(ctx: Any, operator: Any, x: Tensor, w: Tensor, *arguments: Any) -> tuple[Any, Tensor | None]:
+    """What operator(x, w, *arguments) returns, and what it packed of x, if it did and the gradient of w can take it."""
+    if w.shape[1] > packing.MOST_CHANNELS or not ctx.needs_input_grad[1]:
+        return operator(x, w, *arguments), None
+    with packing.keeping() as kept:
+        result = operator(x, w, *arguments)
+    return result, kept.packed
 
 
 def _save_operands(ctx: Any, y: Tensor, x: Tensor, w: Tensor, *more: Tensor | None) -> None:
@@ -43,14 +56,17 @@ def _zeros(ctx: Any, x: Tensor, w: Tensor, biases: int) -> tuple[Tensor | None, 
 
 
 def _operand_grads(
-    ctx: Any, dy: Tensor, x: Tensor, w: Tensor, with_bias: bool = True
+    ctx: Any, dy: Tensor, x: Tensor, w: Tensor, packed: Tensor | None, with_bias: bool = True
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, w and, if it is not computed elsewhere, bias, each only if asked for."""
+    """Gradients of x, w and, if it is not computed elsewhere, bias, each only if asked for. packed: of _keep_packed."""
     if ctx.nothing:
         return _zeros(ctx, x, w, w.shape[0])
     needs = ctx.needs_input_grad
     dx = conv_dgrad(dy, w, None, *ctx.x_layout, *ctx.geometry) if needs[0] else None
-    dw = conv_wgrad(x, dy, *ctx.w_layout, *ctx.geometry) if needs[1] else None
+    dw = None
+    if needs[1]:
+        with nullcontext() if packed is None else packing.given(x, packed):
+            dw = conv_wgrad(x, dy, *ctx.w_layout, *ctx.geometry)
     return dx, dw, channel_sum(dy) if with_bias and needs[2] else None
 
 
@@ -68,8 +84,8 @@ class _Fprop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, *geometry):
         ctx.geometry = geometry
-        y = conv_fprop(x, w, bias, *geometry)
-        _save_operands(ctx, y, x, w)
+        y, packed = _keep_packed(ctx, conv_fprop, x, w, bias, *geometry)
+        _save_operands(ctx, y, x, w, packed)
         return y
 
     @staticmethod
@@ -121,8 +137,8 @@ class _Stats(torch.autograd.Function):
     def forward(ctx, x, w, bias, *geometry):
         ctx.geometry = geometry
         ctx.set_materialize_grads(False)
-        y, mean, var = conv_stats(x, w, bias, *geometry)
-        _save_operands(ctx, y, x, w)
+        (y, mean, var), packed = _keep_packed(ctx, conv_stats, x, w, bias, *geometry)
+        _save_operands(ctx, y, x, w, packed)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
@@ -141,17 +157,18 @@ class _BnAct(torch.autograd.Function):
             raise no_gradient_of_prelu("conv_bn_act")
         ctx.geometry = geometry
         ctx.norm = eps, activation, slope
-        z = _fused_bn_act(x, w, bias, mean, var, gamma, beta, residual, eps, activation, slope, slopes, *geometry)
-        _save_operands(ctx, z, x, w, z if activation else None, mean, var, gamma)
+        fused = bias, mean, var, gamma, beta, residual, eps, activation, slope, slopes
+        z, packed = _keep_packed(ctx, _fused_bn_act, x, w, *fused, *geometry)
+        _save_operands(ctx, z, x, w, packed, z if activation else None, mean, var, gamma)
         return z
 
     @staticmethod
     def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, w, z, mean, var, gamma = ctx.saved_tensors
+        x, w, packed, z, mean, var, gamma = ctx.saved_tensors
         needs = ctx.needs_input_grad
         of_output = any(needs[:3]), needs[6], needs[7]
         dy, dbeta, dresidual = frozen_backward(dz, z, mean, var, gamma, *ctx.norm, needs=of_output)
-        grads = (None, None, None) if dy is None else _operand_grads(ctx, dy, x, w)
+        grads = (None, None, None) if dy is None else _operand_grads(ctx, dy, x, w, packed)
         return *grads, None, None, None, dbeta, dresidual, *[None] * 4, *[None] * len(ctx.geometry)
 
 
@@ -164,17 +181,17 @@ class _Act(torch.autograd.Function):
             raise no_gradient_of_prelu("conv_act")
         ctx.geometry = geometry
         ctx.activation = activation, slope
-        z = _fused_act(x, w, bias, residual, activation, slope, slopes, *geometry)
-        _save_operands(ctx, z, x, w, z if activation else None)
+        z, packed = _keep_packed(ctx, _fused_act, x, w, bias, residual, activation, slope, slopes, *geometry)
+        _save_operands(ctx, z, x, w, packed, z if activation else None)
         return z
 
     @staticmethod
     def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, w, z = ctx.saved_tensors
+        x, w, packed, z = ctx.saved_tensors
         needs = ctx.needs_input_grad
         wanted = any(needs[:2]), needs[2], needs[3]
         dy, dbias, dresidual = frozen_backward(dz, z, None, None, None, 0.0, *ctx.activation, needs=wanted)
-        dx, dw = (None, None) if dy is None else _operand_grads(ctx, dy, x, w, with_bias=False)[:2]
+        dx, dw = (None, None) if dy is None else _operand_grads(ctx, dy, x, w, packed, with_bias=False)[:2]
         return dx, dw, dbias, dresidual, None, None, None, *[None] * len(ctx.geometry)
 
 

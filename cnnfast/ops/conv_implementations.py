@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from cnnfast_kernels import conv, memory
-from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.epilogue import NO_NORM, PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.keys import dgrad_key, fprop_key, wgrad_key
 from cnnfast_kernels.layout import convolution_format
 from cnnfast_kernels.problem import output_extent
+from cnnfast_kernels.questions import Geometry
 
 from ..precision import allow_tf32
 from . import library_convolution

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cnnfast_kernels import batchnorm, devices, memory
-from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.epilogue import NO_NORM, Epilogue
 from cnnfast_kernels.layout import Layout, convolution_format, result_format
+from cnnfast_kernels.questions import Geometry
 
 from .plain import pad
 from .serving import Decision

@@ -25,10 +25,10 @@ from typing import NamedTuple
 import torch
 
 from cnnfast_kernels import devices, launch
-from cnnfast_kernels.choosing import Question
 from cnnfast_kernels.conv import ConvolutionPlan
 from cnnfast_kernels.layout import Layout
 from cnnfast_kernels.problem import ConvProblem, output_extent
+from cnnfast_kernels.questions import Question
 from cnnfast_kernels.tables import TableRow
 
 from .. import dispatch, recording

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from cnnfast_kernels import batchnorm
 
 from ..dispatch import transformed
-from .batchnorm import dense_like, derivative_from_output, normalize, statistics_like
+from .batchnorm import dense_like, kept_for_activation, normalize, statistics_like
 from .registry import register
 
 
@@ -53,8 +53,7 @@ class _NormalizeOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, mean, var, count, gamma, beta, residual, eps, activation, slope, slopes, group):
         z = normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, True)
-        from_output = derivative_from_output(activation, slope)
-        of_u = (None, None, z if activation else None) if from_output else (beta, residual, None)
+        of_u = kept_for_activation(z, True, beta, residual, activation, slope)
         ctx.save_for_backward(y, mean, var, count, gamma, *of_u)
         ctx.options, ctx.group = (eps, activation, slope), group
         ctx.dtypes = [None if t is None else t.dtype for t in (gamma, beta)]

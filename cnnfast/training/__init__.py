@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..torchvision_import import make_importable
 
 if TYPE_CHECKING:
+    from .batches import loader as loader
     from .evaluating import evaluate as evaluate
     from .fitting import fit as fit
     from .interrupts import Interrupted as Interrupted
@@ -33,11 +34,12 @@ _HOME = {
     "Run": ".runs",
     "evaluate": ".evaluating",
     "fit": ".fitting",
+    "loader": ".batches",
     "open_images": ".samples",
     "read_run": ".trained",
     "start": ".starting",
 }
-__all__ = ["Diverged", "Interrupted", "Module", "Run", "evaluate", "fit", "open_images", "read_run", "start"]
+__all__ = ["Diverged", "Interrupted", "Module", "Run", "evaluate", "fit", "loader", "open_images", "read_run", "start"]
 
 if not TYPE_CHECKING:  # a type checker would take every name, misspelt ones too, for one that this finds
 

@@ -15,7 +15,8 @@ from ..nn.augment import Augment
 from . import pictures
 from .evaluating import Evaluation, evaluate
 from .preparing import TrainingData
-from .ranks import rank
+from .progress import AsFarAs
+from .ranks import is_first
 from .runs import Run
 from .saving import write
 
@@ -23,21 +24,29 @@ FROZEN, EVALUATION = "model.cnnfast", "evaluation.json"
 CURVES, CONFUSION, MISTAKES, AUGMENTED = "curves.png", "confusion.png", "mistakes.png", "augmented.png"
 
 
-def finish(run: Run, data: TrainingData, *, batch: int = 64, workers: int = 0) -> Evaluation | None:
+def finish(
+    run: Run,
+    data: TrainingData,
+    *,
+    batch: int = 64,
+    workers: int = 0,
+    step: AsFarAs = lambda done, total, text="": None,
+) -> Evaluation | None:
     """Writes into the folder of a run evaluation.json, curves.png, confusion.png, mistakes.png, augmented.png and
     model.cnnfast, each as a whole, and returns what was found on the images that were held out; None where none were.
 
-    Where several processes train, all of them call this: each evaluates its share, and the first one writes. Raises
-    OSError where a file cannot be written.
+    Where several processes train, all of them call this: each evaluates its share, and the first one writes. step: told
+    how far this is. Raises OSError where a file cannot be written.
     """
     assert run.folder is not None
     folder, found = run.folder, None
     images = data.training.images
     if data.held_out is not None:
         held = data.held_out
-        found = evaluate(run.model, data.augment, held.images, held.indices, batch=batch, workers=workers)
-    if rank() > 0:
+        found = evaluate(run.model, data.augment, held.images, held.indices, batch=batch, workers=workers, tell=step)
+    if not is_first():
         return found
+    step(0, None, "drawing")
     if data.held_out is not None and found is not None:
         write(folder / EVALUATION, (json.dumps(found.to_json(), indent=1) + "\n").encode())
         write(folder / CONFUSION, pictures.confusion(found))
@@ -45,6 +54,7 @@ def finish(run: Run, data: TrainingData, *, batch: int = 64, workers: int = 0) -
             write(folder / MISTAKES, worst)
     write(folder / CURVES, pictures.curves(run.history))
     write(folder / AUGMENTED, pictures.augmented(data.augment, images, data.training.indices.tolist()))
+    step(0, None, "freezing")
     _freeze(run, data.augment, images.channels, folder / FROZEN)
     return found
 

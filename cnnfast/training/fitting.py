@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import cnnfast
 
 from ..conversion import convert
 from ..spelling import did_you_mean
+from .alone import alone_in
 from .averaging import MovingAverage
 from .batches import loader
 from .beginning import Beginning, begin
@@ -30,6 +32,7 @@ from .module import Module
 from .optimizing import LEARNING_RATES, OPTIMIZERS
 from .preparing import Data, Selection, TrainingData, named, prepare, weights_of_classes
 from .progress import TrainingProgress
+from .ranks import end_launched, is_first
 from .runs import Run, load_best, write_config
 from .schedule import SCHEDULES
 from .trainers import few_threads, make_trainer, quiet, settings_kept
@@ -96,9 +99,10 @@ def fit(
     that read images ahead. module: a subclass of Module to train with. name: what the config calls the model. progress:
     tell of it on standard error.
 
-    Raises ValueError for data and options that do not fit, and, before it begins, for images whose headers tell that
-    they cannot be read; Diverged when a loss is NaN or infinite, Interrupted after Ctrl-C or SIGTERM, OSError where the
-    state cannot be saved: each leaves the state of the last whole epoch in `out`.
+    Raises ValueError for data and options that do not fit, where another process trains in `out`, and, before it
+    begins, for images whose headers tell that they cannot be read; Diverged when a loss is NaN or infinite, Interrupted
+    after Ctrl-C or SIGTERM, OSError where the state cannot be saved: each leaves the state of the last whole epoch in
+    `out`.
     """
     given = dict(locals())
     _refuse(given)
@@ -124,11 +128,11 @@ def fit(
     )
     trained.watch.name_of = images.name
     folder = None if out is None else Path(out)
-    shown = TrainingProgress() if progress else None
+    shown = TrainingProgress(progress and is_first())
     average = None if ema is None else MovingAverage(ema)
-    keeper = Keeper(folder, average, shown.tell if shown else None)
+    keeper = Keeper(folder, average, shown.tell)
     stopping = EarlyStopping("validation_accuracy", mode="max", patience=patience) if patience else None
-    callbacks = [EpochSeeds(seed), *filter(None, (average, stopping, shown)), keeper]
+    callbacks = [EpochSeeds(seed), *filter(None, (average, stopping)), shown, keeper]
     with quiet(), settings_kept(), random_numbers_kept(), few_threads(prepared.augment.size):
         trainer = make_trainer(
             epochs=epochs,
@@ -141,25 +145,33 @@ def fit(
         )
         config = _config(given, prepared, trainer)
         beginning = begin(folder, config, resume)
-        keeper.history = [*beginning.history]
-        if not beginning.finished:
-            for part in filter(None, (prepared.training, prepared.held_out)):
-                refuse_unreadable(part.images, part.indices, workers)
-            if folder is not None and beginning.checkpoint is None and trainer.is_global_zero:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_config(folder, config)
-            loaders = [_loader(part, given, trainer) for part in (prepared.training, prepared.held_out) if part]
-            # lightning asks the sampler for a first batch before it tells the epoch.
-            loaders[0].batch_sampler.set_epoch(len(beginning.history))
-            _train(trainer, trained, loaders, beginning, keeper)
-    if folder is None:
-        model.load_state_dict(keeper.best_weights)
-    else:
-        load_best(model, folder)
-    run = Run(model.eval(), classes, tuple(keeper.history), folder)
-    # The frozen network is the last file that finishing writes.
-    if folder is not None and not (beginning.finished and (folder / FROZEN).exists()):
-        finish(run, prepared, batch=batch, workers=workers)
+        # The frozen network is the last file that finishing writes.
+        over = beginning.finished and (folder is None or (folder / FROZEN).exists())
+        own = folder if trainer.is_global_zero and not over else None  # what this process writes into
+        with alone_in(own) if own else nullcontext():
+            if own:
+                beginning = begin(own, config, resume)  # another training may just have ended
+            keeper.history = [*beginning.history]
+            if folder and resume:
+                shown.begins(beginning, epochs, folder)
+            if not beginning.finished:
+                with shown.bar("looking at images") as step:
+                    for part in filter(None, (prepared.training, prepared.held_out)):
+                        refuse_unreadable(part.images, part.indices, workers, step)
+                if own and beginning.checkpoint is None:
+                    write_config(own, config)
+                loaders = [_loader(part, given, trainer) for part in (prepared.training, prepared.held_out) if part]
+                # lightning asks the sampler for a first batch before it tells the epoch.
+                loaders[0].batch_sampler.set_epoch(len(beginning.history))
+                _train(trainer, trained, loaders, beginning, keeper)
+            if folder is None:
+                model.load_state_dict(keeper.best_weights)
+            else:
+                load_best(model, folder)
+            run = Run(model.eval(), classes, tuple(keeper.history), folder)
+            if folder is not None and not over:
+                with shown.bar("evaluating") as step:
+                    finish(run, prepared, batch=batch, workers=workers, step=step)
     return run
 
 
@@ -170,6 +182,7 @@ def _train(trainer: Any, module: Module, loaders: list[Any], beginning: Beginnin
     try:
         trainer.fit(module, *loaders, ckpt_path=beginning.checkpoint)
     except BaseException as error:
+        end_launched(trainer, error)
         if watch.number is None:
             raise
         done = len(keeper.history)

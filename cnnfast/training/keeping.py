@@ -39,6 +39,7 @@ class Keeper(Checkpoint):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         epoch = self._line(trainer)
         self._refuse_bad_state(pl_module, epoch)
+        self._refuse_no_steps(trainer)
         self.history.append(epoch)
         self.finished = trainer.should_stop or len(self.history) == trainer.max_epochs
         is_best = best_of(self.history) is epoch
@@ -88,6 +89,18 @@ class Keeper(Checkpoint):
             raise Diverged(
                 f"after epoch {epoch.epoch} {bad[0].removeprefix('model.')} has NaN or infinity in it, the loss "
                 f"being {epoch.loss:g}: take a smaller learning rate, or clip gradients{self._last_good()}"
+            )
+
+    def _refuse_no_steps(self, trainer: Any) -> None:
+        """With fp16 a step whose gradients are not finite is left out, and the scale of the loss is halved: at the
+        beginning some are. If they overflow without any scale too, nothing is learnt any more.
+        """
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.get_scale() < 1:
+            raise Diverged(
+                f"in epoch {trainer.current_epoch + 1} gradients were not finite, though the loss was scaled by "
+                f"{scaler.get_scale():g}, and steps were left out: take bf16, or a smaller learning rate"
+                f"{self._last_good()}"
             )
 
     def _not_saved(self, error: OSError) -> OSError:

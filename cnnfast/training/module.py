@@ -16,7 +16,7 @@ import cnnfast.nn as cnn
 from ..targets.inputs import first_features
 from .frozen_parts import freeze, keep_still
 from .losses import BatchPlace, LossWatch, cross_entropy
-from .optimizing import make_optimizer
+from .optimizing import learning_rate, make_optimizer
 from .ranks import share_buffers
 from .schedule import make_schedule
 
@@ -28,10 +28,11 @@ class Module(lightning.LightningModule):
     your own.
 
     classes: the names of the K classes, or K. augment: draws and applies the augmentation in training; in validation
-    its eval() resizes and crops. optimizer: "adamw", "adam", or "sgd" with Nesterov's momentum. schedule: "one-cycle"
-    or "cosine", both by the batch. label_smoothing: losses.cross_entropy's, as class_weights [K] are. frozen: names of
-    parts that are not trained, or "backbone" for all but the head: they are in eval whatever train() says, and nothing
-    of them is saved for backward. channels_last: the layout of the images that the model is given.
+    its eval() resizes and crops. optimizer: "adamw", "adam", or "sgd" with Nesterov's momentum. lr: the highest of the
+    schedule; None: 4e-3, or for sgd 0.1, as fit has it. schedule: "one-cycle" or "cosine", both by the batch.
+    label_smoothing: losses.cross_entropy's, as class_weights [K] are. frozen: names of parts that are not trained, or
+    "backbone" for all but the head: they are in eval whatever train() says, and nothing of them is saved for backward.
+    channels_last: the layout of the images that the model is given.
 
     Logs loss, accuracy, validation_loss and validation_accuracy, each the mean over the images of an epoch, whatever
     the batches and the processes they came in. Raises losses.Diverged when a loss is NaN or infinite.
@@ -44,7 +45,7 @@ class Module(lightning.LightningModule):
         classes: Sequence[str] | int,
         augment: cnn.Augment,
         optimizer: str = "adamw",
-        lr: float = 1e-3,
+        lr: float | None = None,
         weight_decay: float = 0.01,
         schedule: str = "one-cycle",
         label_smoothing: float = 0.1,
@@ -56,7 +57,8 @@ class Module(lightning.LightningModule):
         count = classes if isinstance(classes, int) else len(classes)
         self.model, self.augment = model, augment
         self.classes = tuple(map(str, range(count))) if isinstance(classes, int) else tuple(classes)
-        self.optimizer, self.lr, self.weight_decay, self.schedule = optimizer, lr, weight_decay, schedule
+        self.optimizer, self.lr = optimizer, learning_rate(optimizer, lr)
+        self.weight_decay, self.schedule = weight_decay, schedule
         self.label_smoothing, self.channels_last = label_smoothing, channels_last
         self.register_buffer("class_weights", class_weights, persistent=False)
         device = next((p.device for p in model.parameters()), None)
@@ -64,7 +66,6 @@ class Module(lightning.LightningModule):
         channels = len(augment.mean) if features is None else features[0]
         self._still = freeze(model, frozen, torch.zeros(2, channels, *augment.size, device=device))
         self.watch = LossWatch()
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer images than processes
         self.losses = nn.ModuleDict({name: MeanMetric() for name in ("loss", "validation_loss")})
         accuracies = ("accuracy", "validation_accuracy")
         self.accuracies = nn.ModuleDict({name: MulticlassAccuracy(count, average="micro") for name in accuracies})

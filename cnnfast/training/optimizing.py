@@ -13,12 +13,22 @@ OPTIMIZERS = tuple(LEARNING_RATES)
 MOMENTUM = 0.9  # of sgd, which is Nesterov's
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
-    """An optimizer of the parameters that require gradients. What has one axis does not decay: biases and the weights
-    of norms, which set scales rather than fit data.
-
-    Raises ValueError where nothing is left to train.
+def learning_rate(optimizer: str, given: float | None = None) -> float:
+    """`given`, or if that is None the one that suits random weights. Raises ValueError for an optimizer that there is
+    not.
     """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer {optimizer!r} is none of {', '.join(OPTIMIZERS)}")
+    return LEARNING_RATES[optimizer] if given is None else given
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float | None, weight_decay: float) -> Optimizer:
+    """An optimizer of the parameters that require gradients. What has one axis does not decay: biases and the weights
+    of norms, which set scales rather than fit data. lr: learning_rate's `given`.
+
+    Raises ValueError where nothing is left to train, and for an optimizer that there is not.
+    """
+    lr = learning_rate(name, lr)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter requires a gradient: frozen names all that the model has")
@@ -31,6 +41,4 @@ def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) 
         return Adam(groups, lr)
     if name == "adamw":
         return AdamW(groups, lr)
-    if name == "sgd":
-        return SGD(groups, lr, momentum=MOMENTUM, nesterov=True)
-    raise ValueError(f"optimizer {name!r} is none of {', '.join(OPTIMIZERS)}")
+    return SGD(groups, lr, momentum=MOMENTUM, nesterov=True)

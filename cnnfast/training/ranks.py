@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from subprocess import TimeoutExpired
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,8 +43,46 @@ class RankStrategy(DDPStrategy):
 
 
 def rank() -> int:
-    """Which of the processes that torch.distributed connects this is; 0 where it does not."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """Which of the processes that train or evaluate together this is: that of torch.distributed, or, before it connects
+    them, as who has started them tells.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return vars(rank_zero_only).get("rank", 0)
+
+
+def is_first() -> bool:
+    """Whether this is the process that tells and writes what is the same in all of them."""
+    return rank() == 0
+
+
+class ProcessEnded(RuntimeError):
+    """Another process that trains with this one has ended, and itself told why."""
+
+
+def end_launched(trainer: Trainer, error: BaseException) -> None:
+    """After an error: ends the processes that lightning has started for this one, which would wait for it for ever.
+
+    Raises ProcessEnded from the error where it comes of one that has ended before.
+    """
+    started: list[Any] = [*getattr(trainer.strategy.launcher, "procs", [])]
+    # A thread of lightning's looks at them every five seconds, and kills this process where one has failed.
+    getattr(trainer.strategy.launcher, "procs", []).clear()
+    lost = isinstance(error, dist.DistBackendError) or "gloo" in str(error)  # gloo's errors have no class
+    ended = [process for process in started if lost and _ends(process)]
+    for process in started:
+        process.kill()
+        process.wait()
+    if ended:
+        raise ProcessEnded(f"one of the processes ended, with exit code {ended[0].returncode}") from error
+
+
+def _ends(process: Any) -> bool:
+    """Whether a process has ended with an error, or is about to: its connections are closed a moment before."""
+    try:
+        return bool(process.wait(timeout=20))
+    except TimeoutExpired:
+        return False
 
 
 @contextmanager

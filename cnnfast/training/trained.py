@@ -27,10 +27,11 @@ class Trained:
     channels: int
 
 
-def read_run(folder: Path) -> Trained:
+def read_run(folder: str | Path) -> Trained:
     """The network of a run, built by the name that its config has. Raises ValueError for a folder that is no run's, or
     has no weights yet, and TargetError, which is one too, for a network that has no such name.
     """
+    folder = Path(folder)
     config = read_config(folder)
     data, name = config["data"], config["options"]["model"]
     size, classes = tuple(data["size"]), tuple(data["classes"])

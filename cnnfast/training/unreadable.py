@@ -10,14 +10,19 @@ from torch.utils.data import DataLoader, Dataset
 from .samples import ImageSet, UnreadableSample
 
 AT_ONCE = 256  # images between two calls of `on_checked`
-
-
 FEW = 5  # of which a sentence tells the reason
 
 
-def refuse_unreadable(images: ImageSet, indices: Tensor, workers: int = 0) -> None:
-    """Raises ValueError that names the first few of these images that `check` finds, and says how many there are."""
-    found = check(images, workers, indices)
+def refuse_unreadable(
+    images: ImageSet,
+    indices: Tensor,
+    workers: int = 0,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> None:
+    """Raises ValueError that names the first few of these images that `check` finds, and says how many there are. tell:
+    called with how many images have been looked at, and of how many.
+    """
+    found = check(images, workers, indices, lambda count: tell(count, len(indices)))
     if found:
         told = "; ".join(f"{error.file}: {error.reason}" for error in found[:FEW])
         more = f"; and {len(found) - FEW} more" if len(found) > FEW else ""

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cnnfast_kernels import devices
-from cnnfast_kernels.choosing import Geometry, Question, Statistics, dgrad_question, fprop_question, wgrad_question
 from cnnfast_kernels.layout import Layout
+from cnnfast_kernels.questions import Geometry, Question, Statistics, dgrad_question, fprop_question, wgrad_question
 
 from .. import dispatch
 from ..calls import OperatorCall, operator_calls

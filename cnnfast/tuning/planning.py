@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnnfast_kernels import choosing, devices, launch, tables
+from cnnfast_kernels import choosing, devices, launch, questions, tables
 from cnnfast_kernels.tiling import Precision
 
 from ..calls import standing_for
@@ -74,7 +74,7 @@ def planned(
     return sorted(found.values(), key=lambda measured: -measured.cost)
 
 
-def estimated_seconds(question: choosing.Question) -> float:
+def estimated_seconds(question: questions.Question) -> float:
     """Seconds of one call, if it only multiplied, or if it only moved each of its tensors once: whichever is longer."""
     moved = sum(math.prod(t.shape) * t.dtype.itemsize for t in (*question.images, question.w))
     return max(question.problem.flops / FLOPS_PER_SECOND[question.precision], moved / BYTES_PER_SECOND)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnnfast_kernels import conv, devices
-from cnnfast_kernels.choosing import Tile
 from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.epilogue import NO_NORM, BatchNorm, Epilogue
 from cnnfast_kernels.layout import Layout
+from cnnfast_kernels.questions import Tile
 
 from ..activations import activate
 from ..checking.judge import compare

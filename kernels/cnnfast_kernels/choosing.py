@@ -5,204 +5,112 @@ The choice follows from layouts alone: nothing here touches a tensor. `candidate
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice, zip_longest
-from typing import Literal, NamedTuple
 
-import torch
-
-from . import devices, tables
+from . import tables
+from .choosing_costs import cost_of
 from .gather.depthwise.filters import vector_length
 from .gather.depthwise.tiles import StripTile, choose_strip_tile, search_strip_tiles
-from .layout import Layout, convolution_format, dense
-from .problem import ConvProblem
-from .tiling import Operation, Precision, TileConfig, choose_tile, precision_class, search_tiles
-from .tma.stem import is_packed, packing_of
-from .tma.tiles import BoxTile, choose_box_tile, is_half_empty, search_boxes
-from .tma.views import flattened, why_not
+from .gather.stem import packing_pays
+from .gpus import KnownGpu, stand_in
+from .packed_tiles import choose_packed_tile, search_packed_tiles
+from .questions import Question, Tile
+from .resource_keys import resource_key
+from .resources import resources_of
+from .tiling import (
+    MAX_SPLIT,
+    MIN_STEPS_PER_SPLIT,
+    PackedTile,
+    TileConfig,
+    default_split,
+    possible_tiles,
+    programs,
+    search_tiles,
+    steps_of_loop,
+)
+from .tma.tiles import BoxTile, box_count, box_programs, possible_boxes
 
-# The tile of a general kernel, of one for depthwise convolution, and of one that loads by tensor maps.
-Tile = TileConfig | StripTile | BoxTile
-# What a forward kernel has to do with the statistics of a batch norm: nothing; "stats": it leaves those of its result;
-# "norm": it normalises by given ones.
-Statistics = Literal["", "stats", "norm"]
 MOST_CANDIDATES = 12  # that measuring tries
-
-
-class Geometry(NamedTuple):
-    """How the filters move over the image."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def problem(self, x_shape: Sequence[int], w_shape: Sequence[int]) -> ConvProblem:
-        return ConvProblem.of(tuple(x_shape), tuple(w_shape), *self)
-
-
-def precision_of(dtype: torch.dtype, tf32: bool) -> Precision:
-    return precision_class(str(dtype).removeprefix("torch."), tf32)
-
-
-class Question(NamedTuple):
-    """Which kernel and tile shall serve this convolution? All that the answer follows from.
-
-    x, w, y: of the operands and the result; of a gradient, where it stands for what it is the gradient of. aligned:
-    whether both operands, and the residual, start at multiples of 16 bytes.
-    """
-
-    operation: Operation
-    problem: ConvProblem
-    tf32: bool
-    gpu: devices.Gpu
-    aligned: bool
-    x: Layout
-    w: Layout
-    y: Layout
-    statistics: Statistics = ""
-    residual: Layout | None = None
-    activation: str | None = None
-
-    @property
-    def precision(self) -> Precision:
-        return precision_of(self.x.dtype, self.tf32)
-
-    @property
-    def key(self) -> tables.Key:
-        words = self.statistics, "" if self.residual is None else "residual", self.activation
-        epilogue = " ".join(filter(None, words))
-        dtype = "tf32" if self.tf32 else str(self.x.dtype).removeprefix("torch.")
-        layout = " ".join("NHWC" if _adjacent(t) else "NCHW" for t in (self.x, self.w, self.y))
-        return tables.Key(*self.gpu, self.operation, epilogue, dtype, layout, self.problem)
-
-    @property
-    def adjacent(self) -> bool:
-        """Whether channels are adjacent in both operands."""
-        operands = {"fprop": (self.x, self.w), "dgrad": (self.y, self.w), "wgrad": (self.x, self.y)}[self.operation]
-        return all(map(_adjacent, operands))
-
-    @property
-    def result(self) -> Layout:
-        """Of what the operation computes."""
-        return {"fprop": self.y, "dgrad": self.x, "wgrad": self.w}[self.operation]
-
-    @property
-    def channels_last(self) -> bool:
-        """Whether channels are adjacent in every tensor that is read or written."""
-        return all(map(_adjacent, (*self.images, self.w)))
-
-    @property
-    def images(self) -> list[Layout]:
-        return [self.x, self.y] if self.residual is None else [self.x, self.y, self.residual]
-
-    @property
-    def packed(self) -> bool:
-        """Whether the tensor-map kernels would pack the image and the filters first (tma/stem.py)."""
-        return self.operation != "dgrad" and is_packed(self.problem)
-
-    @property
-    def boxed(self) -> ConvProblem:
-        """The convolution as the tensor-map kernels see it."""
-        if not self.packed:
-            return flattened(self.problem, *self.images)[0]
-        packing = packing_of(self.problem, self.x.dtype)
-        return flattened(packing.problem, packing.x, *self.images[1:])[0]
-
-    @property
-    def why_no_boxes(self) -> str:
-        """Why the tensor-map kernels cannot serve; "" if they can."""
-        weights = [] if self.operation == "wgrad" else [self.w]
-        seen = self.images[1:] if self.packed else [*self.images, *weights]
-        return why_not(self.problem, self.precision, self.gpu.arch, self.aligned, *seen)
-
-
-def _adjacent(t: Layout) -> bool:
-    return t.stride(1) == 1 or t.shape[1] == 1
-
-
-def fprop_question(
-    x: Layout,
-    w: Layout,
-    geometry: Geometry,
-    gpu: devices.Gpu,
-    *,
-    statistics: Statistics = "",
-    residual_strides: tuple[int, ...] | None = None,
-    activation: str | None = None,
-    tf32: bool = False,
-    aligned: bool = True,
-) -> Question:
-    g = geometry.problem(x.shape, w.shape)
-    y = dense((g.N, g.K, g.P, g.Q), x.dtype, convolution_format(x, w))
-    residual = None if residual_strides is None else Layout(y.shape, residual_strides, x.dtype)
-    return Question("fprop", g, tf32, gpu, aligned, x, w, y, statistics, residual, activation)
-
-
-def dgrad_question(
-    dy: Layout,
-    w: Layout,
-    x_shape: Sequence[int],
-    fmt: torch.memory_format,
-    geometry: Geometry,
-    gpu: devices.Gpu,
-    *,
-    tf32: bool = False,
-    aligned: bool = True,
-) -> Question:
-    """fmt: the format of the gradient of x."""
-    dx = dense(x_shape, dy.dtype, fmt)
-    return Question("dgrad", geometry.problem(x_shape, w.shape), tf32, gpu, aligned, dx, w, dy)
-
-
-def wgrad_question(
-    x: Layout,
-    dy: Layout,
-    w_shape: Sequence[int],
-    fmt: torch.memory_format,
-    geometry: Geometry,
-    gpu: devices.Gpu,
-    *,
-    tf32: bool = False,
-    aligned: bool = True,
-) -> Question:
-    """fmt: the format of the gradient of w."""
-    dw = dense(w_shape, x.dtype, fmt)
-    return Question("wgrad", geometry.problem(x.shape, w_shape), tf32, gpu, aligned, x, dw, dy)
+# Waves of programs that a weight gradient's sum may be cut into, as far as a model compares them.
+WAVES = (1, 2, 3)
 
 
 def default_tile(q: Question) -> Tile:
-    """What runs where nothing was measured.
-
-    That is a kernel with tensor maps wherever one can serve without packing and its boxes are not mostly empty: by its
-    instructions it should win, but no GPU has timed either family yet.
+    """What runs where nothing was measured: of all that may (`possible`), the tile with the least modelled time on the
+    GPU, or on one like it. No GPU has told yet whether the model is right.
     """
     if q.problem.is_depthwise:
         return choose_strip_tile(q.problem, q.operation, q.precision, vector_length(q.x, q.y))
+    gpu = stand_in(*q.gpu)
+    return min(possible(q, gpu), key=lambda tile: cost_of(q, tile, gpu).seconds)
+
+
+def possible(q: Question, gpu: KnownGpu) -> list[Tile]:
+    """The tiles that a dense convolution may run with where nothing was measured, all of which compile without spills.
+
+    An image of few channels is packed where that pays, but not for tensor maps, whose rows would overlap: no GPU has
+    shown yet that it takes them.
+    """
+    found: list[Tile] = []
     if not q.why_no_boxes and not q.packed:
-        tile = choose_box_tile(q.boxed, q.operation, q.activation, q.gpu.arch)
-        if tile is not None:
-            return tile
-    return choose_tile(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)
+        found += possible_boxes(q.boxed, q.operation, q.activation, q.gpu.arch)
+    if not q.why_no_packing and packing_pays(q.problem, q.x, q.w):
+        return [choose_packed_tile(*q.packed_how)]
+    heavy = q.activation not in (None, "relu") or (q.statistics == "norm" and q.residual is not None)
+    found += possible_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch, heavy)
+    found = [tile for tile in found if not _spills(q, tile)] or found[-1:]
+    return [cut for tile in found for cut in _cuts(q, tile, gpu)] if q.operation == "wgrad" else found
+
+
+def _spills(q: Question, tile: Tile) -> bool:
+    """Whether machine code of this very kernel has spilled registers."""
+    row = resources_of(resource_key(q, tile))
+    return row.exact and row.spill_bytes > 0
+
+
+def _cuts(q: Question, tile: Tile, gpu: KnownGpu) -> list[Tile]:
+    """A weight gradient's tile with the sum cut so that programs fill the GPU some times over, as many as live on a
+    multiprocessor at once; and as it is.
+    """
+    if isinstance(tile, BoxTile):
+        one, most = box_programs(q.boxed, q.operation, tile), box_count(q.boxed, q.operation, tile)
+    elif isinstance(tile, PackedTile):
+        return [tile]
+    else:
+        assert isinstance(tile, TileConfig)
+        one = programs(q.problem, q.operation, tile)
+        most = max(default_split(q.problem, tile), steps_of_loop(q.problem, q.operation, tile) // MIN_STEPS_PER_SPLIT)
+    places = gpu.multiprocessors * cost_of(q, tile, gpu).residents
+    splits = {1, *(max(1, min(waves * places // max(one, 1), most, MAX_SPLIT)) for waves in WAVES)}
+    return [replace(tile, SPLIT_K=split) for split in sorted(splits)]
 
 
 def candidates(q: Question) -> list[Tile]:
     """The tiles that measuring tries, at most MOST_CANDIDATES: the default, then one of each family that can serve in
     turn.
 
-    Within a family they keep the order of its search (search_tiles, search_boxes, search_strip_tiles), but every tile
-    comes once before any comes in a second variant, with another split or number of stages, say. That order is a
-    model's guess, or simply largest first: no GPU has told which tiles win, and the best may be among those left out.
+    Within a family they come by the time that they are modelled to take, but every tile comes once before any comes in
+    a second variant, with another split or number of stages, say. No GPU has told which tiles win, and the best may be
+    among those left out.
     """
     if q.problem.is_depthwise:
-        families: list[Iterable[Tile]] = [
-            search_strip_tiles(q.problem, q.operation, q.precision, vector_length(q.x, q.y))
+        families: list[list[Tile]] = [
+            [*search_strip_tiles(q.problem, q.operation, q.precision, vector_length(q.x, q.y))]
         ]
     else:
-        families = [search_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)]
+        gpu = stand_in(*q.gpu)
+        families = [[*search_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)]]
+        if not q.why_no_packing:
+            families.insert(0, [*search_packed_tiles(*q.packed_how)])
         if not q.why_no_boxes:
-            boxes = search_boxes(q.boxed, q.operation, q.activation, q.gpu.arch)
-            families.insert(0, (box for box in boxes if not is_half_empty(q.boxed, q.operation, box)))
+            boxes: list[Tile] = [*possible_boxes(q.boxed, q.operation, q.activation, q.gpu.arch)]
+            if q.operation == "wgrad":
+                boxes = [cut for box in boxes for cut in _cuts(q, box, gpu)]
+            families.insert(0, boxes)
+        for family in families:
+            family.sort(key=lambda tile: cost_of(q, tile, gpu).seconds)
     found: dict[Tile, None] = {default_tile(q): None}
     for turn in zip_longest(*map(_spread, families)):
         found |= dict.fromkeys(tile for tile in turn if tile is not None)
@@ -241,5 +149,7 @@ def choose(q: Question, row: tables.TableRow | None) -> Tile:
 
 
 def _can_run(tile: Tile, q: Question) -> bool:
+    if isinstance(tile, PackedTile):
+        return not q.why_no_packing
     family = StripTile if q.problem.is_depthwise else TileConfig if q.why_no_boxes else (TileConfig, BoxTile)
     return isinstance(tile, family)

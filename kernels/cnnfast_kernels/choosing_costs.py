@@ -6,41 +6,51 @@ from __future__ import annotations
 
 from math import prod
 
-from .choosing import Question, Tile
 from .costs import TileCost, TileWork, cost, roofline
 from .gather import work as gathering
 from .gather.depthwise import work as strips
 from .gather.depthwise.filters import filters_layout
 from .gather.depthwise.tiles import StripTile
+from .gather.stem import run_packing
 from .gpus import KnownGpu
+from .packing import Packing
+from .questions import Question, Tile
 from .resource_keys import resource_key
 from .resources import resources_of
-from .tiling import TileConfig
+from .tiling import PackedTile, TileConfig
 from .tma import work as boxes
-from .tma.stem import packing_of
-from .tma.tiles import BoxTile
+from .tma.stem import boxed_packing
 from .traffic import Finishing, least_bytes, sum_bytes, weights
 
 
-def work_of(q: Question, tile: Tile) -> TileWork:
+def work_of(q: Question, tile: Tile, packs: bool = True) -> TileWork:
     """What the kernels that serve a convolution with `tile` do, those that pack its operands and add its slots among
-    them.
+    them. packs: False for a gradient whose image the forward pass has packed.
     """
     finishing = Finishing(q.statistics == "stats", q.statistics == "norm", q.residual is not None)
     if isinstance(tile, StripTile):
         copied = q.operation != "wgrad" and filters_layout(q.w, tile)[1]
         return strips.work(q.problem, q.operation, q.precision, tile, finishing, copied)
+    if isinstance(tile, PackedTile):
+        packing, adjacent = run_packing(q.problem, q.x.dtype), q.packed_how[3]
+        work = gathering.work(packing.problem, q.operation, q.precision, tile, finishing, adjacent)
+        return _with_packing(q, work, packing, tile.SPLIT_K, finishing, packs)
     if isinstance(tile, TileConfig):
         return gathering.work(q.problem, q.operation, q.precision, tile, finishing, q.adjacent)
-    return _packed_work(q, tile, finishing) if q.packed else boxes.work(q.boxed, q.operation, tile, finishing)
-
-
-def _packed_work(q: Question, tile: BoxTile, finishing: Finishing) -> TileWork:
-    """On a packed image, in which pixels that outputs share are seen several times, but lie in memory once; with the
-    launches that pack.
-    """
-    g, packing = q.problem, packing_of(q.problem, q.x.dtype)
+    if not q.packed:
+        return boxes.work(q.boxed, q.operation, tile, finishing)
+    packing = boxed_packing(q.problem, q.x.dtype)
     work = boxes.work(q.boxed, q.operation, tile, finishing, filter_channels=packing.w.shape[1])
+    return _with_packing(q, work, packing, tile.SPLIT_K, finishing, packs)
+
+
+def _with_packing(
+    q: Question, work: TileWork, packing: Packing, slots: int, finishing: Finishing, packs: bool
+) -> TileWork:
+    """The work on a packed image, in which pixels that outputs share are seen several times, but lie in memory once;
+    with the launches that pack.
+    """
+    g = q.problem
     element, a_sum = q.x.dtype.itemsize, sum_bytes(q.precision)
     image, filters = (prod(t.shape) * element for t in (packing.image, packing.filters))
     given = prod(q.x.shape) * element
@@ -55,19 +65,18 @@ def _packed_work(q: Question, tile: BoxTile, finishing: Finishing) -> TileWork:
             further=work.further + given + image + weights(g) * element + filters,
         )
     # one slot too is written in the dtype of sums; a slot has the channels of packed pixels, of which not all are read
-    slots = tile.SPLIT_K * weights(packing.problem) * a_sum
-    read = tile.SPLIT_K * weights(g) * a_sum
+    written = slots * weights(packing.problem) * a_sum
     return work._replace(
-        outside=slots,
-        moved=image + beside + slots,
-        launches=2,
-        further=given + image + read + weights(g) * element,
+        outside=written,
+        moved=image + beside + written,
+        launches=1 + packs,
+        further=packs * (given + image) + slots * weights(g) * a_sum + weights(g) * element,
     )
 
 
-def cost_of(q: Question, tile: Tile, gpu: KnownGpu) -> TileCost:
-    """What the convolution costs with `tile`; q.gpu has the architecture of `gpu`."""
-    return cost(work_of(q, tile), resources_of(resource_key(q, tile)), gpu)
+def cost_of(q: Question, tile: Tile, gpu: KnownGpu, packs: bool = True) -> TileCost:
+    """What the convolution costs with `tile`; q.gpu has the architecture of `gpu`. packs: as work_of has it."""
+    return cost(work_of(q, tile, packs), resources_of(resource_key(q, tile)), gpu)
 
 
 def roofline_of(q: Question, tile: Tile, gpu: KnownGpu) -> float:

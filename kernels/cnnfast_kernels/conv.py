@@ -16,7 +16,7 @@ import torch
 
 from . import launch, memory
 from .batchnorm import batch_moments, contiguous
-from .choosing import Geometry, Tile, choose, measured, precision_of
+from .choosing import choose, measured
 from .dtypes import accumulator_dtype
 from .epilogue import PLAIN, BatchNorm, Epilogue
 from .gather.depthwise.dgrad import plan_depthwise_dgrad
@@ -27,16 +27,19 @@ from .gather.depthwise.wgrad import plan_depthwise_wgrad
 from .gather.dgrad import plan_dgrad
 from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
+from .gather.stem import plan_stem_fprop, plan_stem_wgrad
 from .gather.wgrad import plan_wgrad
 from .keys import DgradKey, FpropKey, WgradKey, dgrad_key, fprop_key, wgrad_key
 from .layout import Layout, convolution_format, dense
 from .moments import TileRows, combine
 from .operands import DgradOperands, FpropOperands, WgradOperands
+from .packing import PackedFpropLaunches, PackedWgradLaunches
+from .questions import Geometry, Tile, precision_of
 from .slots import WgradLaunches
-from .tiling import cdiv
+from .tiling import PackedTile, cdiv
 from .tma.dgrad import plan_tma_dgrad
 from .tma.fprop import box_rows, plan_tma_fprop
-from .tma.stem import PackedFpropLaunches, PackedWgradLaunches, plan_stem_fprop, plan_stem_wgrad
+from .tma.stem import plan_tma_stem_fprop, plan_tma_stem_wgrad
 from .tma.tiles import BoxTile
 from .tma.wgrad import plan_tma_wgrad
 
@@ -69,6 +72,8 @@ class ConvolutionPlan:
                 f"tile={self.given_tile} is of the kernels that load by tensor maps, which cannot serve this call: "
                 f"{reason}"
             )
+        if isinstance(self.given_tile, PackedTile) and (reason := self.question.why_no_packing):
+            raise ValueError(f"tile={self.given_tile} is for a packed image, which cannot serve this call: {reason}")
         return self.given_tile
 
 
@@ -84,8 +89,10 @@ class FpropPlan(ConvolutionPlan):
         if isinstance(tile, StripTile):
             return plan_depthwise_fprop(q.problem, tile, *tensors, self.finish)
         if isinstance(tile, BoxTile):
-            plan = plan_stem_fprop if q.packed else plan_tma_fprop
+            plan = plan_tma_stem_fprop if q.packed else plan_tma_fprop
             return plan(q.problem, tile, *tensors, self.finish)
+        if isinstance(tile, PackedTile):
+            return plan_stem_fprop(q.problem, tile, q.precision, *tensors, self.finish)
         return plan_fprop(q.problem, tile, q.precision, *tensors, self.finish)
 
     @cached_property
@@ -153,8 +160,10 @@ class WgradPlan(ConvolutionPlan):
         if isinstance(tile, StripTile):
             return plan_depthwise_wgrad(q.problem, tile, q.x, q.y, q.w)
         if isinstance(tile, BoxTile):
-            plan = plan_stem_wgrad if q.packed else plan_tma_wgrad
+            plan = plan_tma_stem_wgrad if q.packed else plan_tma_wgrad
             return plan(q.problem, tile, q.x, q.y, q.w)
+        if isinstance(tile, PackedTile):
+            return plan_stem_wgrad(q.problem, tile, q.precision, q.x, q.y, q.w)
         return plan_wgrad(q.problem, tile, q.precision, q.x, q.y, q.w)
 
     def run(self, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,15 @@ def divide(m, magic, shift):
 
 @triton.jit
 @no_type_check
+def within(i, extent):
+    """0 <= i < extent for 32-bit integers, in one comparison: what is negative is 2**31 and more without its sign. So
+    is a sum that went beyond 2**31 - 1.
+    """
+    return i.to(tl.uint32) < extent.to(tl.uint32)
+
+
+@triton.jit
+@no_type_check
 def class_axis(
     first, extent, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, STEP: tl.constexpr
 ):

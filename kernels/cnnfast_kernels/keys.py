@@ -13,17 +13,9 @@ from typing import NamedTuple
 import torch
 
 from . import devices
-from .choosing import (
-    Geometry,
-    Question,
-    Statistics,
-    Tile,
-    dgrad_question,
-    fprop_question,
-    wgrad_question,
-)
 from .epilogue import Epilogue, Finish, finish_of
 from .layout import Layout
+from .questions import Geometry, Question, Statistics, Tile, dgrad_question, fprop_question, wgrad_question
 
 Shape = tuple[int, ...]
 

@@ -61,15 +61,22 @@ def strides_nhwc(t: Laid) -> Strides:
     return Strides(n // align, h // align, w // align, None if t.shape[1] == 1 or c == 1 else c, align)
 
 
+def is_packed(t: Laid) -> bool:
+    """Whether a tensor [N, C, H, W] is channels_last without a gap: pixel m of all is m * C elements from its start."""
+    _, C, H, W = t.shape
+    packed = H * W * C, 1, W * C, C
+    return all(size <= 1 or step == own for size, step, own in zip(t.shape, t.stride(), packed, strict=True))
+
+
 def dense_alignment(t: Laid) -> tuple[int, bool]:
     """(alignment of its pixels in elements, whether it is channels_last) of a dense tensor [N, C, H, W].
 
     Raises ValueError where it is neither channels_last nor contiguous: what kernels write is allocated so.
     """
     _, C, H, W = t.shape
-    n, c, h, w = (s if size > 1 else None for s, size in zip(t.stride(), t.shape, strict=True))
-    if all(found in (None, wanted) for found, wanted in zip((n, c, h, w), (H * W * C, 1, W * C, C), strict=True)):
+    if is_packed(t):
         return next(a for a in (8, 4, 2, 1) if C % a == 0), True
+    n, c, h, w = (s if size > 1 else None for s, size in zip(t.stride(), t.shape, strict=True))
     if all(found in (None, wanted) for found, wanted in zip((n, c, h, w), (C * H * W, H * W, W, 1), strict=True)):
         return 1, False
     raise ValueError(f"a result of shape {tuple(t.shape)} must be dense, but has strides {tuple(t.stride())}")
@@ -78,6 +85,9 @@ def dense_alignment(t: Laid) -> tuple[int, bool]:
 class FpropMemory(NamedTuple):
     """How the tensors of a forward kernel lie in memory, as far as it is compiled for that: the alignment of their
     strides in elements, and whether y, which is dense, is channels_last or contiguous.
+
+    own: of a pixel's channels, those that filters have, where the others may be anything, and have weights of zero; 0
+    where filters have all of them.
     """
 
     x_align: int
@@ -85,6 +95,7 @@ class FpropMemory(NamedTuple):
     residual_align: int
     y_align: int
     y_channels_last: bool
+    own: int = 0
 
 
 def is_channels_last(t: Laid) -> bool:
@@ -133,7 +144,4 @@ def _is_channels_last_copied(t: Laid) -> bool:
     N, C, H, W = t.shape
     if N > 1 and C * H * W == 1:
         return False
-    packed = H * W * C, 1, W * C, C
-    return is_channels_last(t) or any(
-        size > 1 and step != own for size, step, own in zip(t.shape, t.stride(), packed, strict=True)
-    )
+    return is_channels_last(t) or not is_packed(t)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import tiling
-from .choosing import Question, Tile
 from .gather.depthwise import tiles as strips
 from .gather.depthwise.tiles import StripTile
+from .questions import Question, Tile
 from .resources import EpilogueClass, ResourceKey
-from .tiling import TileConfig
+from .tiling import PackedTile, TileConfig
 from .tma import tiles as boxes
 
 
@@ -27,9 +27,12 @@ def resource_key(q: Question, tile: Tile) -> ResourceKey:
     """
     if isinstance(tile, StripTile):
         family, form = "depthwise", strips.form_of(q.problem)
+    elif isinstance(tile, PackedTile):
+        problem, operation, _, adjacent, _ = q.packed_how
+        family, form = "conv", tiling.form_of(problem, operation, tile, adjacent)
     elif isinstance(tile, TileConfig):
         family, form = "conv", tiling.form_of(q.problem, q.operation, tile, q.adjacent)
     else:
         family, form = "tma", boxes.form_of(q.boxed, q.operation, tile)
-    name = str(replace(tile, SPLIT_K=1))
+    name = str(replace(tile, SPLIT_K=1)).removeprefix("packed ")
     return ResourceKey(f"{family}_{q.operation}_kernel", form, name, epilogue_class(q), q.precision, q.gpu.arch)

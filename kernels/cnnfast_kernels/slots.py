@@ -24,14 +24,18 @@ from .tiling import cdiv
 @no_type_check
 def conv_wgrad_reduce_kernel(
     slots_ptr, dw_ptr, K, SLOTS, slot_stride, dw_stride_k, dw_stride_r, dw_stride_s, dw_stride_c,
-    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PITCH: tl.constexpr, DW_ALIGN: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PIXEL: tl.constexpr, ROW: tl.constexpr, DW_ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK weights of dw: the sum over all slots of the first C channels of slots [SLOTS, K, R, S, PITCH]."""
+    """BLOCK weights of dw: the sum over all slots, which are as [SLOTS, K, R, ROW] and have S taps of PIXEL channels at
+    the beginning of each row. Of these channels dw has the first C.
+    """
     weight = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     k = weight // (R * S * C)
     ok = k < K
-    in_slot = weight if PITCH == C else weight // C * PITCH + weight % C
+    in_slot = weight
+    if PIXEL != C or ROW != S * C:
+        in_slot = weight // (S * C) * ROW + weight // C % S * PIXEL + weight % C
     acc = tl.zeros((BLOCK,), slots_ptr.dtype.element_ty)
     for first in range(0, SLOTS, BLOCK_SLOTS):
         slot = first + tl.arange(0, BLOCK_SLOTS)
@@ -51,11 +55,12 @@ class ReductionOperands(NamedTuple):
 
 
 def plan_reduction(
-    slots: int, slot_stride: int, dw: Laid, pitch: int | None = None
+    slots: int, slot_stride: int, dw: Laid, pixel: int | None = None, row: int | None = None
 ) -> launch.Launch[ReductionOperands]:
     """Sets dw, in any layout and dtype, to the sum of so many slots, slot_stride elements apart.
 
-    pitch: the channels of a slot, if it has more than dw, whose channels are the first of them.
+    pixel: the channels of a slot, if it has more than dw, whose channels are the first of them. row: elements from one
+    row of its taps to the next, if they are not just these.
     """
     K, C, R, S = dw.shape
     dws = strides_nhwc(dw)
@@ -63,7 +68,8 @@ def plan_reduction(
     BLOCK, BLOCK_SLOTS = (32, 64) if many else (256, 8)
     return launch.Launch(
         conv_wgrad_reduce_kernel, (cdiv(K * C * R * S, BLOCK),), K, slots, slot_stride, *dws[:4],
-        C=C, R=R, S=S, PITCH=pitch or C, DW_ALIGN=dws.align, BLOCK=BLOCK, BLOCK_SLOTS=BLOCK_SLOTS, num_warps=4,
+        C=C, R=R, S=S, PIXEL=pixel or C, ROW=row or S * (pixel or C), DW_ALIGN=dws.align,
+        BLOCK=BLOCK, BLOCK_SLOTS=BLOCK_SLOTS, num_warps=4,
     )  # fmt: skip
 
 

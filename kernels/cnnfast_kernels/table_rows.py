@@ -8,12 +8,17 @@ from typing import Any, Literal, NamedTuple
 
 from .gather.depthwise.tiles import StripTile
 from .problem import ConvProblem
-from .tiling import Operation, TileConfig
+from .tiling import Operation, PackedTile, TileConfig
 from .tma.tiles import BoxTile
 
 Winner = Literal["kernels", "library"]
 
-FAMILIES: dict[str, type] = {"gather": TileConfig, "depthwise": StripTile, "tma": BoxTile}
+FAMILIES: dict[str, type] = {
+    "gather": TileConfig,
+    "gather, packed": PackedTile,
+    "depthwise": StripTile,
+    "tma": BoxTile,
+}
 
 
 class Key(NamedTuple):
@@ -53,7 +58,7 @@ class TableRow:
 
     def to_dict(self) -> dict[str, Any]:
         """What the table of the row's GPU holds."""
-        family = next(name for name, kind in FAMILIES.items() if isinstance(self.tile, kind))
+        family = next(name for name, kind in FAMILIES.items() if type(self.tile) is kind)
         key = {**self.key._asdict(), "problem": asdict(self.key.problem)}
         tile = {"family": family, **asdict(self.tile)}
         named = {name: value for name, value in key.items() if name not in ("gpu", "arch")}

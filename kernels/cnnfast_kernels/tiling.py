@@ -43,6 +43,14 @@ class TileConfig:
         return f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} w{self.num_warps} s{self.num_stages}{split}"
 
 
+@dataclass(frozen=True, slots=True)
+class PackedTile(TileConfig):
+    """A tile of the same kernels on a packed image (gather/stem.py)."""
+
+    def __str__(self) -> str:
+        return f"packed {TileConfig.__str__(self)}"
+
+
 # Largest first. Shared memory of the largest stays under the 99 KiB of sm_89.
 DEFAULT_TILES: dict[Precision, tuple[TileConfig, ...]] = {
     "half": (TileConfig(128, 64, 32, 4, 4), TileConfig(64, 64, 32, 4, 4), TileConfig(64, 32, 32, 4, 4)),
@@ -51,6 +59,9 @@ DEFAULT_TILES: dict[Precision, tuple[TileConfig, ...]] = {
     "fp64": (TileConfig(64, 32, 16, 4, 2), TileConfig(32, 32, 16, 4, 2)),
 }
 
+# Before sm_90, where fprop's epilogue leaves it the registers: from the second-level cache it loads two thirds of what
+# the largest of DEFAULT_TILES does for as many products. On sm_90 its loop waits after every wgmma.
+SQUARE_TILE = TileConfig(128, 128, 32, 4, 3)
 # Tiles of 8 warps, which only measuring tries.
 WIDE_TILES = (TileConfig(128, 128, 32, 8, 4), TileConfig(256, 64, 32, 8, 4))
 
@@ -116,18 +127,45 @@ def candidate_tiles(
 def register_limit(problem: ConvProblem, operation: Operation, precision: Precision, tile: TileConfig) -> int | None:
     """The limit on a thread's registers that ptxas is given for a kernel of gather/; None: it is given none.
 
-    Without a limit the ptxas of triton 3.7.1 takes a few registers too few for two kernels, so that one more program
-    may run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89, and fprop in float32 with 16, on
-    sm_89. The limits, which are what 3 and 4 programs of 4 warps may have, make no tile spill. Other kernels get none,
-    because ptxas uses a limit up where fewer registers would do. dgrad with 128 sums, which do not fit into 168, may
-    take all.
+    Without a limit the ptxas of triton 3.7.1 takes a few registers too few for some kernels, so that one more program
+    may run, and spills 8 to 16 bytes: dgrad with 64 sums a thread, on sm_80 and sm_89; with 16, on sm_89, fprop in
+    float32, and in half precision on a packed image; wgrad on a packed image with 32, on sm_89. The limits, which are
+    what 3, 4 and 5 programs of 4 warps may have, make no tile spill. Other kernels get none, because ptxas uses a limit
+    up where fewer registers would do. dgrad with 128 sums, which do not fit into 168, may take all.
     """
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
+    on_packed = precision == "half" and isinstance(tile, PackedTile)
     if operation == "dgrad" and sums >= 64:
         return 168 if sums < 128 else MAX_REGISTERS
-    if operation == "fprop" and precision == "ieee" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
-        return 128
-    return None
+    if operation == "fprop" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
+        return 128 if precision == "ieee" else 96 if on_packed else None
+    return 128 if operation == "wgrad" and on_packed and sums == 32 else None
+
+
+def possible_tiles(
+    problem: ConvProblem,
+    operation: Operation,
+    precision: Precision,
+    adjacent: bool = True,
+    arch: int = 90,
+    heavy: bool = False,
+) -> list[TileConfig]:
+    """The tiles that may run where nothing was measured, largest first, none with more stages than its loop has steps:
+    those of candidate_tiles that are not mostly padding, and the square one.
+
+    heavy: whether fprop has an epilogue that takes many registers: a norm with a residual, or an activation of more
+    than one instruction. With a wgrad, SPLIT_K is 1.
+    """
+    GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
+    tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
+    least = tiles[-1]
+    found = [t for t in tiles if t.BLOCK_M <= max(GEMM_M, least.BLOCK_M) and t.BLOCK_N <= max(GEMM_N, least.BLOCK_N)]
+    whole = form_of(problem, operation, SQUARE_TILE, adjacent) in ("1x1", "taps")
+    fills = GEMM_M >= SQUARE_TILE.BLOCK_M and GEMM_N >= SQUARE_TILE.BLOCK_N
+    if precision == "half" and arch < 90 and whole and fills and not heavy:
+        found.insert(0, SQUARE_TILE)
+    steps = [max(1, steps_of_loop(problem, operation, tile)) for tile in found]
+    return [replace(t, num_stages=min(t.num_stages, n)) for t, n in zip(found, steps, strict=True)]
 
 
 def programs(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:
@@ -217,6 +255,8 @@ def search_tiles(
     GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
     tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
     wide = WIDE_TILES if precision == "half" and tiles[0] == DEFAULT_TILES["half"][0] else ()
+    if wide and arch < 90:
+        wide = (SQUARE_TILE, *wide)
     least = tiles[-1]
     limit = SHARED_LIMITS.get(arch, min(SHARED_LIMITS.values()))
     found: set[TileConfig] = set()

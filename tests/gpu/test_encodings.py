@@ -20,7 +20,7 @@ from cnnfast_kernels import conv, devices, launch
 from cnnfast_kernels.conv import Geometry
 from cnnfast_kernels.keys import DgradKey, FpropKey, WgradKey
 from cnnfast_kernels.layout import layout_of
-from cnnfast_kernels.tma.stem import is_packed, packed_problem
+from cnnfast_kernels.tma.stem import boxed_problem, is_packed
 from cnnfast_kernels.tma.tiles import BoxTile, candidate_boxes
 from tests.support.convolutions import Case, draw, needs_tensor_maps
 from tests.support.each_family import LAST
@@ -82,7 +82,7 @@ def tiles(case: Case, operation: str, most: int) -> list[BoxTile]:
     packed = is_packed(case.problem)
     if packed and operation == "dgrad":
         return []
-    problem = packed_problem(case.problem) if packed else case.problem
+    problem = boxed_problem(case.problem) if packed else case.problem
     if not packed and (case.x[1] % 8 or case.filters[0] % 8):
         return []
     shapes = {(t.TILE_N, t.TILE_H, t.TILE_W): t for t in candidate_boxes(problem, operation)}

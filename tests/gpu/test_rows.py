@@ -10,7 +10,7 @@ import torch.nn.functional as theirs
 
 import cnnfast
 import cnnfast.functional as F
-from cnnfast_kernels import choosing, devices, launch, tables
+from cnnfast_kernels import devices, launch, questions, tables
 from cnnfast_kernels.conv import Geometry
 from cnnfast_kernels.layout import layout_of
 from cnnfast_kernels.tiling import TileConfig
@@ -29,7 +29,7 @@ def operands(device: torch.device, dtype: torch.dtype = torch.float16) -> tuple[
 def row(x: torch.Tensor, w: torch.Tensor, gpu: devices.Gpu, winner: str) -> tables.TableRow:
     """Of the convolution of these tensors, as tuning would write it."""
     geometry = Geometry((1, 1), (1, 1, 1, 1), (1, 1), 1)
-    q = choosing.fprop_question(layout_of(x), layout_of(w), geometry, gpu)
+    q = questions.fprop_question(layout_of(x), layout_of(w), geometry, gpu)
     return tables.TableRow(q.key, TILE, winner, TIMES)
 
 

@@ -9,19 +9,18 @@ import pytest
 import torch
 
 from cnnfast_kernels import devices
-from cnnfast_kernels.choosing import (
-    Geometry,
-    Question,
-    candidates,
-    default_tile,
-    dgrad_question,
-    fprop_question,
-    wgrad_question,
-)
+from cnnfast_kernels.choosing import candidates, default_tile
 from cnnfast_kernels.choosing_costs import cost_of, roofline_of, work_of
 from cnnfast_kernels.costs import cost, roofline
 from cnnfast_kernels.gpus import KNOWN, KnownGpu, named
 from cnnfast_kernels.layout import dense
+from cnnfast_kernels.questions import (
+    Geometry,
+    Question,
+    dgrad_question,
+    fprop_question,
+    wgrad_question,
+)
 from cnnfast_kernels.resource_keys import resource_key
 from cnnfast_kernels.resources import resources_of
 from cnnfast_kernels.tma.tiles import BoxTile
@@ -93,8 +92,8 @@ def test_twice_the_images_take_no_less(name):
     gpu = named("h200")
     for q, twice in zip(questions(name, gpu), questions(name, gpu, batch=2), strict=True):
         tile = default_tile(q)
-        # as long, where one wave of few programs has places left
-        assert cost_of(twice, tile, gpu).seconds >= cost_of(q, tile, gpu).seconds * (1 if name == "one image" else 1.5)
+        # as long, where one wave of few programs has places left; less than twice as long, where two waves become three
+        assert cost_of(twice, tile, gpu).seconds >= cost_of(q, tile, gpu).seconds * (1 if name == "one image" else 1.4)
         assert roofline_of(twice, tile, gpu) > roofline_of(q, tile, gpu)
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from cnnfast_kernels import launch
-from cnnfast_kernels.choosing import Geometry, Question, Tile
 from cnnfast_kernels.choosing_costs import work_of
 from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from cnnfast_kernels.costs import TileWork
@@ -19,6 +18,7 @@ from cnnfast_kernels.gather import work as gathering
 from cnnfast_kernels.gather.depthwise.tiles import StripTile
 from cnnfast_kernels.keys import dgrad_key, fprop_key, wgrad_key
 from cnnfast_kernels.moments import TileRows, plan_combine
+from cnnfast_kernels.questions import Geometry, Question, Tile
 from cnnfast_kernels.tiling import Operation, TileConfig, cdiv
 from cnnfast_kernels.tma.tiles import BoxTile, box_steps, candidate_boxes
 from cnnfast_kernels.traffic import COMBINED, levels

@@ -36,8 +36,7 @@ def arch_of(file):
 
 def test_the_model_has_rows_of_every_architecture_that_it_asks_for():
     own = {arch_of(file) for file in FILES if file.parent.name == f"triton-{resources.TRITON}"}
-    assert own == {80, 89, 90, 100}
-    assert own >= set(resources.STANDS_FOR.values())
+    assert own == {80, 90} == set(resources.STANDS_FOR.values())
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name} {file.stem}")
@@ -104,7 +103,7 @@ def test_loop_and_epilogue_are_estimated_from_different_rows():
     assert found == Resources(209, 65536, 110, 2500, exact=False)
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+@pytest.mark.parametrize("arch", [80, 90])
 def test_each_row_is_estimated_well_from_the_others(arch):
     """Half of them within a quarter in all three; registers of nine of ten within 40."""
     rows = rows_of(arch)

@@ -16,10 +16,10 @@ import triton.language as tl
 import cnnfast_kernels
 from cnnfast_kernels import launch
 from cnnfast_kernels.batchnorm import batch_moments, normalize
-from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.conv import conv_fprop
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.gather.depthwise.tiles import StripTile
+from cnnfast_kernels.questions import Geometry
 from cnnfast_kernels.rounding import divide_again
 from cnnfast_kernels.tma.tiles import BoxTile
 from tests.support.child import run_compiled

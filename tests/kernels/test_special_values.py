@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from cnnfast_kernels import conv
-from cnnfast_kernels.choosing import Geometry
+from cnnfast_kernels.questions import Geometry
 from cnnfast_kernels.tma.tiles import BoxTile, box_steps, candidate_boxes
 from tests.support.convolutions import CASES, GROUPED, RAGGED, STRIDED, Case, draw, needs_tensor_maps
 

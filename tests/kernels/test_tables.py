@@ -26,6 +26,7 @@ from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.gather.depthwise.tiles import StripTile
 from cnnfast_kernels.layout import dense
 from cnnfast_kernels.problem import ConvProblem
+from cnnfast_kernels.questions import dgrad_question, fprop_question, wgrad_question
 from cnnfast_kernels.tables import Key, TableRow
 from cnnfast_kernels.tiling import TileConfig, search_tiles, steps_of_loop
 from cnnfast_kernels.tma.tiles import BoxTile
@@ -542,9 +543,9 @@ def questions(gpu, C, K, taps, groups=1, dtype=torch.float16, fmt=torch.channels
     w_shape = (K, C // groups, taps, taps)
     w = dense(w_shape, dtype, fmt)
     return (
-        choosing.fprop_question(x, w, geometry, gpu),
-        choosing.dgrad_question(y, w, x.shape, fmt, geometry, gpu),
-        choosing.wgrad_question(x, y, w_shape, fmt, geometry, gpu),
+        fprop_question(x, w, geometry, gpu),
+        dgrad_question(y, w, x.shape, fmt, geometry, gpu),
+        wgrad_question(x, y, w_shape, fmt, geometry, gpu),
     )
 
 
@@ -618,7 +619,7 @@ def test_steps_of_a_loop_are_those_of_the_most_taps():
 def test_the_layout_tells_where_channels_are_adjacent(gpu):
     x = dense((2, 3, 4, 4), torch.float16)
     w = dense((8, 3, 1, 1), torch.float16, torch.channels_last)
-    question = choosing.fprop_question(x, w, ONE._replace(padding=(0, 0, 0, 0)), gpu)
+    question = fprop_question(x, w, ONE._replace(padding=(0, 0, 0, 0)), gpu)
     assert question.key.layout == "NCHW NHWC NHWC"
     assert asdict(question.key.problem)["C"] == 3
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cnnfast_kernels import devices, launch
 from cnnfast_kernels.problem import ConvProblem
-from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig
+from cnnfast_kernels.tiling import DEFAULT_TILES, SQUARE_TILE, TileConfig
 from tests.support.poison import embed, poison
 
 
@@ -60,7 +60,7 @@ DTYPES = {"half": torch.float16, "tf32": torch.float32, "ieee": torch.float32, "
 # (dtype, precision) beside float32's
 OTHER_DTYPES = [(torch.float16, "half"), (torch.bfloat16, "half"), (torch.float64, "fp64")]
 # (precision, tile)
-TILES = [(precision, tile) for precision, tiles in DEFAULT_TILES.items() for tile in tiles]
+TILES = [("half", SQUARE_TILE), *((precision, tile) for precision, tiles in DEFAULT_TILES.items() for tile in tiles)]
 SEEDED = settings(
     max_examples=25,
     derandomize=True,
@@ -131,10 +131,12 @@ LAYOUTS = {"nchw": (0, 1, 2, 3), "channels_last": (0, 2, 3, 1), "transposed": (0
 
 def arrange(t: torch.Tensor, layout: str = "channels_last") -> torch.Tensor:
     """A copy of `t` in that layout, cut out of a larger tensor of NaN. "expanded" repeats the first item of the batch
-    without a copy.
+    without a copy; "packed" is channels_last without a gap, between NaN.
     """
     if layout == "expanded":
         return arrange(t[:1]).expand_as(t)
+    if layout == "packed":
+        return dense_output(tuple(t.shape), t.dtype, t.device).copy_(t)
     order = LAYOUTS[layout]
     return embed(t.permute(order).contiguous()).permute([order.index(i) for i in range(4)])
 

@@ -16,11 +16,11 @@ from cnnfast_kernels.aot import cases as aot_cases
 from cnnfast_kernels.aot.cases import Case
 from cnnfast_kernels.aot.layers import LAST, NCHW
 from cnnfast_kernels.augment import Augmenting, ImageNumbers, ImageSource, augment_batch
-from cnnfast_kernels.choosing import Geometry
 from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.epilogue import PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.problem import PoolProblem
+from cnnfast_kernels.questions import Geometry
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

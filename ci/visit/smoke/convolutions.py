@@ -13,18 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnnfast_kernels import devices
-from cnnfast_kernels.choosing import (
-    Geometry,
-    Question,
-    Tile,
-    default_tile,
-    dgrad_question,
-    fprop_question,
-    wgrad_question,
-)
+from cnnfast_kernels.choosing import default_tile
 from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from cnnfast_kernels.epilogue import BatchNorm, Epilogue
 from cnnfast_kernels.layout import layout_of
+from cnnfast_kernels.packed_tiles import choose_packed_tile
+from cnnfast_kernels.questions import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
 from cnnfast_kernels.tiling import choose_tile
 from cnnfast_kernels.tma.tiles import candidate_boxes
 
@@ -92,6 +86,11 @@ def gather_tile(q: Question) -> Tile:
         if q.problem.is_depthwise
         else choose_tile(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch)
     )
+
+
+def packed_tile(q: Question) -> Tile:
+    """The tile of the same kernels on a packed image."""
+    return choose_packed_tile(*q.packed_how)
 
 
 def box_tile(q: Question) -> Tile:

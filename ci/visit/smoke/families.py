@@ -24,6 +24,7 @@ from .convolutions import (
     fprop,
     gather_tile,
     im2col,
+    packed_tile,
     split_tile,
     stats,
     wgrad,
@@ -65,8 +66,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "tma-dgrad": Family(("tma_dgrad_kernel",), of_all(dgrad, BOXES, box_tile), tensor_maps=True),
     "tma-wgrad": Family(("tma_wgrad_kernel",), of_all(wgrad, BOXES, box_tile), tensor_maps=True),
+    "stem": Family(
+        ("pack_pixels_kernel",), (*of_all(fprop, STEM, packed_tile), *of_all(wgrad, STEM, packed_tile))
+    ),
     "tma-stem": Family(
-        ("pack_pixels_kernel",), (*of_all(fprop, STEM, box_tile), *of_all(wgrad, STEM, box_tile)), tensor_maps=True
+        (), (*of_all(fprop, STEM, box_tile), *of_all(wgrad, STEM, box_tile)), tensor_maps=True
     ),
     "moments": Family(
         ("batch_moments_kernel", "combine_kernel", "update_running_kernel"),

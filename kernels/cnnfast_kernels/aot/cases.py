@@ -8,16 +8,28 @@ heaviest epilogue; what changes the code of all tiles alike (layouts, activation
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from ..activations import ACTIVATIONS
-from ..choosing import Tile
 from ..gather.depthwise.tiles import strip_tiles
-from ..tiling import DEFAULT_TILES, ELEMENT_BYTES, VECTOR_BYTES, Operation, Precision, candidate_tiles, choose_tile
-from ..tma.stem import packed_problem
+from ..gather.stem import run_problem
+from ..packed_tiles import packed, packed_wgrad_tiles
+from ..questions import Tile
+from ..tiling import (
+    DEFAULT_TILES,
+    ELEMENT_BYTES,
+    SQUARE_TILE,
+    VECTOR_BYTES,
+    Operation,
+    Precision,
+    candidate_tiles,
+    choose_tile,
+    possible_tiles,
+)
+from ..tma.stem import boxed_problem
 from ..tma.tiles import candidate_boxes
 from ..tma.views import why_not_on
 from .layers import (
@@ -31,8 +43,10 @@ from .layers import (
     MANY,
     NARROW,
     POINTWISE,
+    SHALLOW,
     SHORTCUT,
     STEM,
+    STEMS,
     STRIDED,
     CaseLayer,
 )
@@ -40,6 +54,30 @@ from .passes import passes
 
 # The dtype in which each precision's tiles are compiled. float16 differs from bfloat16 in one instruction.
 DTYPES: dict[Precision, torch.dtype] = {"half": torch.bfloat16, "tf32": FLOAT32, "ieee": FLOAT32, "fp64": torch.float64}
+
+
+def square_convolutions() -> Iterator[Case]:
+    """The square tile, which only runs before sm_90, with every epilogue that it may have; of loops that the compiler
+    would unroll too, for then it would spill.
+    """
+    for layer in (BODY, DEEP, SHORTCUT):
+        for name in ("plain", "train", "dgrad", "wgrad"):
+            yield case(name, layer, SQUARE_TILE, "half")
+        yield case("infer", layer, SQUARE_TILE, "half", note=" no residual", residual=False)
+        yield case("act", layer, SQUARE_TILE, "half", note=" no norm")
+    yield case("dgrad", STRIDED, SQUARE_TILE, "half")
+    yield case("transposed", STRIDED, SQUARE_TILE, "half")
+    yield case("train", BODY, SQUARE_TILE, "half", torch.float16)
+
+
+def shallow_convolutions(arch: int) -> Iterator[Case]:
+    """Loops of fewer steps than their tile has stages."""
+    for name in ("infer", "dgrad", "wgrad"):
+        for tile in possible_tiles(SHALLOW.problem, OPERATIONS[name], "half", arch=arch, heavy=name == "infer"):
+            yield case(name, SHALLOW, tile, "half")
+
+
+OPERATIONS: dict[str, Operation] = {"infer": "fprop", "train": "fprop", "dgrad": "dgrad", "wgrad": "wgrad"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +130,24 @@ def depthwise_convolutions() -> Iterator[Case]:
     yield case("act", three, None, "half", note=" no norm prelu", activation="prelu")
 
 
+def stems(arch: int) -> Iterator[Case]:
+    """Images of few channels, as they lie and packed."""
+    for precision in DEFAULT_TILES:
+        for name in ("infer", "wgrad"):
+            tile = choose_tile(STEM.problem, OPERATIONS[name], precision, arch=arch)
+            yield case(name, STEM, tile, precision, note=" as it lies")
+    seen = run_problem(STEM.problem, torch.bfloat16)
+    tiles = candidate_tiles(seen, "fprop", "half", arch=arch)
+    for name in ("infer", "train", "wgrad"):
+        for tile in packed_wgrad_tiles("half", arch) if name == "wgrad" else tiles:
+            yield case(name, STEM, packed(tile), "half", note=" packed")
+        for layer in STEMS:
+            yield case(name, layer, None, "half", note=" packed")
+        yield case(name, STEM, None, "tf32", note=" packed")
+
+
 def convolutions(arch: int) -> Iterator[Case]:
-    # No tile is named for the stem and groups of few filters, which never meet the larger ones.
+    # No tile is named for groups of few filters, which never meet the larger ones.
     for precision in DEFAULT_TILES:
         tiles = candidate_tiles(BODY.problem, "fprop", precision, arch=arch)
         for tile in tiles:
@@ -101,9 +155,9 @@ def convolutions(arch: int) -> Iterator[Case]:
             yield case("dgrad", BODY, tile, precision)
             yield case("wgrad", BODY, tile, precision)
         yield case("train", BODY, tiles[0], precision)
-        yield case("infer", STEM, None, precision)
         yield case("dgrad", STRIDED, tiles[0], precision)
-        yield case("wgrad", STEM, None, precision)
+        yield case("wgrad", STRIDED, tiles[0], precision)
+        yield case("wgrad", BODY, tiles[0], precision, note=" of slices", packed=False)
 
     largest, *_, smallest = candidate_tiles(BODY.problem, "fprop", "half", arch=arch)
     for layer in FORMS:
@@ -123,9 +177,6 @@ def convolutions(arch: int) -> Iterator[Case]:
     yield Case("im2col bfloat16", partial(BODY.im2col, torch.bfloat16))
 
 
-OPERATIONS: dict[str, Operation] = {"infer": "fprop", "train": "fprop", "dgrad": "dgrad", "wgrad": "wgrad"}
-
-
 def box_convolutions(arch: int) -> Iterator[Case]:
     """By tensor maps: every size with every shape of box; for statistics, and where the image is seen in phases, with
     one or two shapes.
@@ -142,7 +193,7 @@ def box_convolutions(arch: int) -> Iterator[Case]:
             if tile.TILE_W == tile.pixels:
                 yield case(name, DEEP, tile, "half", note=" in boxes")
     for name in ("infer", "train", "wgrad"):
-        for tile in candidate_boxes(packed_problem(STEM.problem), OPERATIONS[name], arch=arch):
+        for tile in candidate_boxes(boxed_problem(STEM.problem), OPERATIONS[name], arch=arch):
             if (tile.TILE_H, tile.TILE_W) == (8, 8):
                 yield case(name, STEM, tile, "half", note=" in boxes")
     for layer in (SHORTCUT, NARROW, MANY):
@@ -159,6 +210,13 @@ def box_convolutions(arch: int) -> Iterator[Case]:
         note=" in boxes, one slot",
         split=1,
     )
+    for name in ("plain", "dgrad", "wgrad"):  # fewer stages, of one shape of box
+        operation: Operation = "fprop" if name == "plain" else OPERATIONS[name]
+        for layer in (BODY, DEEP):
+            for tile in candidate_boxes(layer.problem, operation, arch=arch):
+                if (tile.TILE_H, tile.TILE_W) == ((1, tile.pixels) if layer is DEEP else some[0]):
+                    for stages in range(1, tile.num_stages):
+                        yield case(name, layer, replace(tile, num_stages=stages), "half", note=" in boxes")
     tile = next(candidate_boxes(BODY.problem, "fprop", arch=arch))
     yield case("act", BODY, tile, "half", note=" in boxes, no norm")
     yield case("act", BODY, tile, "half", note=" in boxes, no norm prelu", activation="prelu")
@@ -175,4 +233,12 @@ def box_convolutions(arch: int) -> Iterator[Case]:
 def cases(arch: int = 90) -> list[Case]:
     """All of them for sm_90 or another, in an order that every process of one version agrees on."""
     boxes = () if why_not_on(arch) else box_convolutions(arch)
-    return [*convolutions(arch), *depthwise_convolutions(), *[Case(*case) for case in passes()], *boxes]
+    leaner = [*shallow_convolutions(arch), *(square_convolutions() if arch < 90 else ())]
+    return [
+        *convolutions(arch),
+        *stems(arch),
+        *depthwise_convolutions(),
+        *[Case(*case) for case in passes()],
+        *boxes,
+        *leaner,
+    ]

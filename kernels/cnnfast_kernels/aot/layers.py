@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..choosing import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
 from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
 from ..devices import Gpu
 from ..epilogue import NO_NORM, BatchNorm, Epilogue
 from ..layout import layout_of
 from ..problem import ConvProblem
+from ..questions import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
 from ..tiling import Precision
 
 BATCH = 32
@@ -65,12 +65,17 @@ class CaseLayer:
         conv_fprop(self.x(dtype), self.w(dtype), self.geometry, tf32=precision == "tf32", tile=tile)
 
     def infer(
-        self, tile: Tile | None, precision: Precision, dtype: torch.dtype, activation: str | None = "relu"
+        self,
+        tile: Tile | None,
+        precision: Precision,
+        dtype: torch.dtype,
+        activation: str | None = "relu",
+        residual: bool = True,
     ) -> None:
         """The heaviest epilogue of inference: batch norm, residual, activation, of prelu with a slope a channel."""
         norm = BatchNorm(empty(self.K), empty(self.K), empty(self.K), empty(self.K))
         slopes = empty(self.K, dtype=dtype) if activation == "prelu" else None
-        epilogue = Epilogue(None, norm, self.y(dtype), activation, 0.01, slopes)
+        epilogue = Epilogue(None, norm, self.y(dtype) if residual else None, activation, 0.01, slopes)
         conv_fprop(self.x(dtype), self.w(dtype), self.geometry, epilogue, tf32=precision == "tf32", tile=tile)
 
     def act(
@@ -111,11 +116,15 @@ class CaseLayer:
             tile=tile,
         )
 
-    def wgrad(self, tile: Tile | None, precision: Precision, dtype: torch.dtype, split: int = 8) -> None:
+    def wgrad(
+        self, tile: Tile | None, precision: Precision, dtype: torch.dtype, split: int = 8, packed: bool = True
+    ) -> None:
+        """Of packed tensors, or of slices: the lines of their images are apart."""
         tile = tile and replace(tile, SPLIT_K=split)
-        conv_wgrad(
-            self.x(dtype), self.y(dtype), self.w_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile
-        )
+        x, y = self.x(dtype), self.y(dtype)
+        if not packed:
+            x, y = (empty(*t.shape[:3], t.shape[3] + 1, dtype=dtype, fmt=self.fmt)[..., : t.shape[3]] for t in (x, y))
+        conv_wgrad(x, y, self.w_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
 
     def question(self, name: str, precision: Precision, dtype: torch.dtype, gpu: Gpu) -> Question:
         """What is asked by one of the methods above: plain, infer, train, dgrad or wgrad."""
@@ -142,9 +151,16 @@ class CaseLayer:
 
 
 STEM = CaseLayer("7x7/2 of 3 channels", 3, 224, 64, 7, stride=2)  # taps x channels without a gap
+STEMS = (
+    CaseLayer("3x3/2 of 3 channels", 3, 224, 32, 3, stride=2),
+    CaseLayer("3x3 of 3 channels", 3, 224, 64, 3),
+    CaseLayer("4x4/4 of 3 channels", 3, 224, 96, 4, stride=4),
+    CaseLayer("7x7/2 of 6 channels", 6, 224, 64, 7, stride=2),
+)
 BODY = CaseLayer("3x3", 128, 28, 128, 3)
 STRIDED = CaseLayer("3x3/2", 128, 56, 128, 3, stride=2)
 POINTWISE = CaseLayer("1x1", 256, 56, 64, 1)
+SHALLOW = CaseLayer("1x1 of 64 channels", 64, 56, 256, 1)  # a loop of fewer steps than most tiles have stages
 DEEP = CaseLayer("1x1 of 1024 channels", 1024, 14, 1024, 1)  # a loop of so many steps is not unrolled
 SHORTCUT = CaseLayer("1x1/2", 256, 56, 512, 1, stride=2)
 NARROW = CaseLayer("3x3 of 32 channels", 32, 56, 32, 3)  # half a block of channels

@@ -36,11 +36,13 @@ from . import layers
 from .layers import BATCH, FLOAT32, LAST, NCHW
 
 
-def batch_norm(dtype: torch.dtype, fmt: torch.memory_format, training: bool) -> None:
-    """Forward and backward of act(batch_norm(y) + residual), all gradients asked for."""
+def batch_norm(dtype: torch.dtype, fmt: torch.memory_format, training: bool, added: bool = True) -> None:
+    """Forward and backward of act(batch_norm(y) + residual), all gradients asked for; or without a residual, where
+    backward is not given the result.
+    """
     C = 64
     y = layers.empty(BATCH, C, 56, 56, dtype=dtype, fmt=fmt)
-    residual = torch.empty_like(y)
+    residual = torch.empty_like(y) if added else None
     weight, bias = layers.empty(C), layers.empty(C)
     mean, var = batch_moments(y) if training else (layers.empty(C), layers.empty(C))
     if training:
@@ -49,7 +51,7 @@ def batch_norm(dtype: torch.dtype, fmt: torch.memory_format, training: bool) -> 
     normalize_backward(
         torch.empty_like(z),
         y,
-        z,
+        z if added else None,
         mean,
         var,
         weight,
@@ -59,7 +61,7 @@ def batch_norm(dtype: torch.dtype, fmt: torch.memory_format, training: bool) -> 
         "relu",
         0.0,
         training,
-        (True, True, True, True),
+        (True, True, True, added),
     )
     channel_sum(z)
 
@@ -120,6 +122,7 @@ def augmentation(images: torch.dtype, dtype: torch.dtype, everything: bool, C: i
 
 def passes() -> Iterator[tuple[str, Callable[[], None]]]:
     yield ("batch norm bfloat16", partial(batch_norm, torch.bfloat16, LAST, True))
+    yield ("batch norm bfloat16, no residual", partial(batch_norm, torch.bfloat16, LAST, True, False))
     yield ("batch norm bfloat16, given statistics", partial(batch_norm, torch.bfloat16, LAST, False))
     yield ("batch norm float32 NCHW", partial(batch_norm, FLOAT32, NCHW, True))
     yield ("batch norm float64", partial(batch_norm, torch.float64, LAST, True))

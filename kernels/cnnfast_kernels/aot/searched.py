@@ -11,14 +11,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
-from ..choosing import Tile
 from ..devices import Gpu
 from ..gather.depthwise.tiles import strip_tiles
+from ..questions import Tile
 from ..resource_keys import resource_key
 from ..resources import ResourceKey
 from ..tiling import (
     DEFAULT_TILES,
     ELEMENT_BYTES,
+    SQUARE_TILE,
     VECTOR_BYTES,
     WIDE_TILES,
     Operation,
@@ -28,8 +29,8 @@ from ..tiling import (
     choose_tile,
     search_tiles,
 )
-from ..tma.stem import packed_problem
-from ..tma.tiles import BoxSize, BoxTile, candidate_boxes
+from ..tma.stem import boxed_problem
+from ..tma.tiles import BoxTile, candidate_boxes
 from ..tma.views import why_not_on
 from .cases import DTYPES, Case, case
 from .layers import (
@@ -69,22 +70,6 @@ class SearchedCase(NamedTuple):
     note: str = ""
 
 
-# Tiles that no search tries yet, and that a model shall judge first: of gather kernels below sm_90, and by operation of
-# those that load boxes, of each of these shapes.
-NEXT_TILES = (TileConfig(128, 128, 32, 4, 3), TileConfig(256, 64, 32, 4, 4))
-NEXT_SIZES: dict[Operation, tuple[BoxSize, ...]] = {
-    "fprop": (BoxSize(256, 128, 64, 8, 3), BoxSize(128, 256, 64, 8, 3)),
-    "dgrad": (BoxSize(256, 64, 128, 8, 3), BoxSize(128, 64, 256, 8, 3)),
-    "wgrad": (BoxSize(64, 128, 256, 8, 3), BoxSize(64, 256, 128, 8, 3)),
-}
-
-
-def next_boxes(layer: CaseLayer, operation: Operation) -> Iterator[BoxTile]:
-    for pixels, filters, channels, warps, stages in NEXT_SIZES[operation]:
-        for rows, columns in ((1, pixels),) if layer is DEEP else ((8, 8), (1, 1)):
-            yield BoxTile(pixels // (rows * columns), rows, columns, filters, channels, warps, stages)
-
-
 def fewer_stages(tiles: Iterable[Staged]) -> Iterator[Staged]:
     """The tiles, and each with every smaller number of stages."""
     for tile in tiles:
@@ -98,7 +83,7 @@ def gather_tiles(layer: CaseLayer, name: str, precision: Precision, arch: int) -
     operation = OPERATIONS[name]
     first = [*candidate_tiles(layer.problem, operation, precision, arch=arch)]
     if precision == "half" and arch < 100:
-        first += [*WIDE_TILES, *(NEXT_TILES if arch < 90 else ())]
+        first += [*WIDE_TILES, *([SQUARE_TILE] if arch < 90 else ())]
     if name not in LIGHT:
         return first
     if layer is BODY:
@@ -133,10 +118,8 @@ def box_tiles(layer: CaseLayer, name: str, arch: int) -> list[BoxTile]:
     """Of each size one box of each kind, which has several pixels along the same axes; of a 1x1 convolution, whose
     image is one row, one row. Of a light kernel one of each size with fewer stages too.
     """
-    problem = packed_problem(layer.problem) if layer is STEM else layer.problem
+    problem = boxed_problem(layer.problem) if layer is STEM else layer.problem
     tiles = [*candidate_boxes(problem, OPERATIONS[name], arch=arch)]
-    if layer in (BODY, DEEP):
-        tiles += next_boxes(layer, OPERATIONS[name])
     if layer is DEEP:
         tiles = [tile for tile in tiles if tile.TILE_W == tile.pixels]
     if layer is STEM:

@@ -145,7 +145,8 @@ def normalize_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dy, dgamma, dbeta, dresidual) of `normalize`, None where `needs` is false. `training`: mean and var are y's own.
 
-    z, the result of normalize, spares the activations of FROM_OUTPUT computing their argument again; None is allowed.
+    z, the result of normalize, spares the activations of FROM_OUTPUT computing their argument again; without it, None,
+    every gradient has the same bits, and where there is no residual a tensor less is read.
     y may be None where xhat is not needed either: frozen statistics or none, no dgamma.
     dy and dresidual have y's dtype and memory format, dgamma and dbeta the dtypes of gamma and beta (without one: of
     mean, or of dz). Without an activation dresidual is dz itself, not a copy. Raises ValueError for prelu, whose

@@ -120,8 +120,8 @@ def gradient_sums(
     """The sums over dz's rows of g and of g * xhat, [2, C], of mean's dtype; see gradients.py. Zeros if there are no
     rows.
 
-    z, the result of `normalize`, is given where the activation's derivative follows from it; else it is None, and the
-    activation's argument is computed again.
+    z, the result of `normalize`, may be given where the activation's derivative follows from it; else it is None, and
+    the activation's argument is computed again, to the same bits.
     """
     dz, y, z, residual = mergeable(dz), mergeable(y), mergeable(z), _argument(residual, z, activation)
     vectors: Any = contiguous(mean, var, gamma, beta)

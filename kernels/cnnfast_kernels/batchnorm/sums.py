@@ -51,7 +51,8 @@ class GradientSumsOperands(NamedTuple):
 @no_type_check
 def load_gradient(dz, y, z, residual, of_channels, invstd, scale, at, e: tl.constexpr):
     """(g, xhat) of a tile. Without y nobody needs xhat, and g stands in its place. Where z is given, the activation's
-    derivative follows from it; else the activation's argument is computed again.
+    derivative follows from it; else the activation's argument is computed again, to the bits that epilogue.finish made
+    of it: where the derivative follows from z, it is the same as with z.
     """
     ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     ACTIVATION: tl.constexpr = e.activation
@@ -64,8 +65,9 @@ def load_gradient(dz, y, z, residual, of_channels, invstd, scale, at, e: tl.cons
             centred = centred - load_vector(of_channels.mean, at.c, at.c_ok, ACC)[None, :]
             xhat = centred * invstd[None, :]
     if ACTIVATION is not None:
+        slope = tl.full((), e.slope, ACC)
         if z.ptr is not None:
-            u = load_tile(z, at, ACC)
+            gradient = activate_backward(gradient, load_tile(z, at, ACC), slope, ACTIVATION)
         else:
             u = centred
             if of_channels.mean is not None:
@@ -74,7 +76,7 @@ def load_gradient(dz, y, z, residual, of_channels, invstd, scale, at, e: tl.cons
                 u = u + load_vector(of_channels.beta, at.c, at.c_ok, ACC)[None, :]
             if residual.ptr is not None:
                 u = u + load_tile(residual, at, ACC)
-        gradient = activate_backward(gradient, u, tl.full((), e.slope, ACC), ACTIVATION)
+            gradient = activate_backward(gradient, u, slope, ACTIVATION, y.ptr.dtype.element_ty)
     return gradient, xhat
 
 

@@ -26,7 +26,7 @@ from ..layout import Laid, Strides, strides_nhwc
 from ..operands import DgradOperands
 from ..problem import ConvProblem, tap_step
 from ..tiling import Precision, TileConfig, cdiv, register_limit
-from .tiles import Rows, load_taps, multiply_accumulate, reaches, tap_bits, unravel_rsc
+from .tiles import Rows, hide_steps, load_taps, multiply_accumulate, reaches, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
 STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx") for d in "nhwc"]
@@ -142,7 +142,7 @@ def conv_dgrad_kernel(
     if g.stride_h * g.stride_w > 1:
         steps = tl.where(tile_m * BLOCK_M < M, steps, 0)  # classes differ in size: a smaller one has fewer tiles
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for step in range(steps):
+    for step in range(hide_steps(steps, M, BLOCK_M * BLOCK_N)):
         k = unravel_rsc(step, K, taps_r, taps_s, BLOCK_K, FLAT)
         dy = load_taps(dy_rows, k, P, Q, dy_strides, MAX_S, P_STEP, Q_STEP, FLAT, EVEN)
         w = load_filters(w_ptr, w_strides, taps, k, group * K, c, C, EVEN)

@@ -28,15 +28,28 @@ from ..epilogue import (
     load_residual,
     store_moments,
 )
-from ..indexing import channel_offset, dense_channel_offset, dense_pixel_offset, pixel_offset, unravel_npq
+from ..indexing import channel_offset, dense_channel_offset, dense_pixel_offset, has_nan, pixel_offset, unravel_npq
 from ..layout import FpropMemory, Laid, Strides, dense_alignment, strides_nhwc
 from ..operands import FpropOperands
 from ..problem import ConvProblem
 from ..tiling import Precision, TileConfig, cdiv, register_limit
-from .tiles import Rows, load_taps, multiply_accumulate, tap_bits, unravel_rsc
+from .tiles import Rows, hide_steps, load_taps, multiply_accumulate, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
 STRIDES = [f"{t}_stride_{d}" for t in ("x", "residual") for d in "nhwc"]
+
+
+@triton.jit
+@no_type_check
+def load_filters(columns, step, k_ok, strides, EVEN: tl.constexpr):
+    """The weights that a k-step needs: [BLOCK_K, BLOCK_N].
+
+    columns: pointers to the filters. step: (r, s, c, c_ok) of unravel_rsc. EVEN: all of `c` exist.
+    """
+    r, s, c, c_ok = step
+    mask = k_ok[None, :] if EVEN else k_ok[None, :] & c_ok[:, None]
+    taps = (r.to(tl.int64) * strides.h + s.to(tl.int64) * strides.w) * strides.align + channel_offset(c, strides.c)
+    return tl.load(columns[None, :] + taps[:, None], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
@@ -56,6 +69,7 @@ def conv_fprop_kernel(
     """
     ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     C: tl.constexpr = g.C
+    OWN: tl.constexpr = memory.own
     FLAT: tl.constexpr = C < BLOCK_K and g.R * g.S > 1
     STEPS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = (g.R * g.S * C + BLOCK_K - 1) // BLOCK_K if FLAT else g.R * g.S * STEPS_C
@@ -78,19 +92,32 @@ def conv_fprop_kernel(
     w0 = q * g.stride_w - g.pad_w
     x_strides = Strides(x_stride_n, x_stride_h, x_stride_w, x_stride_c, memory.x_align)
     x_pixels = x_ptr + pixel_offset(n, h0, w0, x_strides) + channel_offset(group * C, x_stride_c)
+    w_strides = Strides(w_stride_k, w_stride_r, w_stride_s, w_stride_c, memory.w_align)
     w_cols = w_ptr + (group * K + k).to(tl.int64) * w_stride_k * memory.w_align
     bits = None if FLAT or g.R * g.S > 31 else tap_bits(h0, w0, row_ok, H, W, g.R, g.S, g.dil_h, g.dil_w)
     rows = Rows(x_pixels, h0, w0, row_ok, bits)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for step in range(STEPS):
+    for step in range(hide_steps(STEPS, M, BLOCK_M * BLOCK_N)):
         r, s, c, c_ok = unravel_rsc(step, C, g.R, g.S, BLOCK_K, FLAT)
         x = load_taps(rows, (r, s, c, c_ok), H, W, x_strides, g.S, g.dil_h, g.dil_w, FLAT, EVEN)
-        w_mask = k_ok[None, :] if EVEN else k_ok[None, :] & c_ok[:, None]
-        w_taps = (r.to(tl.int64) * w_stride_r + s.to(tl.int64) * w_stride_s) * memory.w_align
-        w_taps += channel_offset(c, w_stride_c)
-        w = tl.load(w_cols[None, :] + w_taps[:, None], mask=w_mask, other=0.0)
+        w = load_filters(w_cols, (r, s, c, c_ok), k_ok, w_strides, EVEN)
         acc = multiply_accumulate(x, w, acc, PRECISION)
+
+    # Where a channel that is no filter's is infinite or NaN, its product with zero is NaN, which is seldom: then the
+    # tile is summed again without it. The compiler is not to know how many steps that takes: it would unroll them, and
+    # take 50 registers for that.
+    careful = False
+    if OWN > 0:
+        careful = has_nan(acc)
+    if careful:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for step in tl.range(tl.minimum(STEPS, H * STEPS), num_stages=1):
+            r, s, c, c_ok = unravel_rsc(step, C, g.R, g.S, BLOCK_K, FLAT)
+            c_ok = c_ok & (c < OWN)
+            x = load_taps(rows, (r, s, c, c_ok), H, W, x_strides, g.S, g.dil_h, g.dil_w, FLAT, False)
+            w = load_filters(w_cols, (r, s, c, c_ok), k_ok, w_strides, False)
+            acc = multiply_accumulate(x, w, acc, PRECISION)
 
     column = group * K + k
     residual_strides = Strides(
@@ -116,8 +143,11 @@ def plan_fprop(
     y: Laid,
     residual: Laid | None = None,
     e: Finish | None = None,
+    own: int = 0,
 ) -> launch.Launch[FpropOperands]:
-    """See `fprop`."""
+    """See `fprop`. own: the channels that filters have, if w has weights of zero for those of x behind them, which may
+    be infinite or NaN.
+    """
     g = problem
     grid = (cdiv(g.N * g.P * g.Q, tile.BLOCK_M) * cdiv(g.group_filters, tile.BLOCK_N) * g.groups,)
     xs, ws = strides_nhwc(x), strides_nhwc(w)
@@ -126,7 +156,7 @@ def plan_fprop(
         conv_fprop_kernel, grid, g.N, g.H, g.W, g.P, g.Q, g.group_filters, *xs[:4], *ws[:4], *rs[:4],
         tile=tile, g=g.geometry(C=g.group_channels),
         e=e or finish_of(x.dtype),
-        memory=FpropMemory(xs.align, ws.align, rs.align, *dense_alignment(y)),
+        memory=FpropMemory(xs.align, ws.align, rs.align, *dense_alignment(y), 0 if own == g.C else own),
         PRECISION=precision, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=register_limit(g, "fprop", precision, tile),
     )  # fmt: skip

@@ -66,6 +66,20 @@ def unravel_rsc(step, C: tl.constexpr, R, S, BLOCK_K: tl.constexpr, FLAT: tl.con
 
 @triton.jit
 @no_type_check
+def hide_steps(steps, rows, SUMS: tl.constexpr):
+    """The same number of steps, where there are rows; of tiles with many SUMS, one that the compiler does not know.
+
+    It unrolls a loop of up to eight steps that it can count, which smaller tiles gain from. With 128 x 128 sums it then
+    spills registers.
+    """
+    if SUMS >= 128 * 128:
+        return steps * tl.minimum(rows, 1)
+    else:
+        return steps
+
+
+@triton.jit
+@no_type_check
 def reaches(rows, r, s, H, W, S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr):
     """Whether tap (r, s) of each of the Rows lies in the image: [BLOCK_M]."""
     if rows.bits is None:

@@ -68,13 +68,14 @@ def take_part(loaded, i, PARTS: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def taps_inside(first, extent, taps, STEP: tl.constexpr, TILE: tl.constexpr):
+def taps_inside(first, extent, taps, STEP: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr = 1):
     """Which of `taps` taps see an image of `extent` pixels along one axis: the first of them, and their number.
 
     Tap t of a box sees the pixel first + t * STEP. A box of several pixels along the axis seldom lies in the padding as
-    a whole, so it meets all taps.
+    a whole, so it meets all taps. So does a single tap without PAD pixels of padding before the image: the compiler
+    then knows the number of steps, without which ptxas of triton 3.6.0 waits after every wgmma at 8 warps.
     """
-    if TILE > 1:
+    if TILE > 1 or (taps == 1 and PAD == 0):
         return 0, taps
     else:
         before = -first if STEP > 0 else first - extent + 1  # pixels to go until the image

@@ -67,8 +67,8 @@ def tma_fprop_kernel(
     n0, p0, q0 = locate_box(tile, P, Q, box)
     h0 = p0 * g.stride_h - g.pad_h
     w0 = q0 * g.stride_w - g.pad_w
-    r0, taps_r = taps_inside(h0, H, g.R, g.dil_h, box.TILE_H)
-    s0, taps_s = taps_inside(w0, W, g.S, g.dil_w, box.TILE_W)
+    r0, taps_r = taps_inside(h0, H, g.R, g.dil_h, box.TILE_H, g.pad_h)
+    s0, taps_s = taps_inside(w0, W, g.S, g.dil_w, box.TILE_W, g.pad_w)
 
     acc = tl.zeros((TILE_K, PIXELS), tl.float32)
     for step in range(taps_r * taps_s * STEPS_C):

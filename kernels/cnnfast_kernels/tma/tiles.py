@@ -1,7 +1,7 @@
 """Which tile a tensor-map kernel runs with. Pure Python: imports neither torch nor triton.
 
 Nothing here has been measured on a GPU. The sizes compile without spills with every supported version of Triton. Where
-tables.py has no measured row, a small model of what a convolution loads and multiplies chooses among them.
+tables.py has no measured row, a model of what they cost (costs.py) chooses among them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from math import prod
 from typing import NamedTuple
 
 from ..problem import ConvProblem, tap_pairs
-from ..tiling import MAX_SPLIT, Operation, cdiv
+from ..tiling import Operation, cdiv
 
 
 class Box(NamedTuple):
@@ -76,25 +76,36 @@ class BoxSize(NamedTuple):
     num_stages: int
 
 
-# Largest first. All have four warps, for the reason that tiling.py gives.
+# Largest first. Flattened loops by pointers keep to four warps for the reason that tiling.py gives; loops of boxes are
+# not of that form.
 SIZES: dict[Operation, tuple[BoxSize, ...]] = {
     "fprop": (
+        BoxSize(256, 128, 64, 8, 3),
+        BoxSize(128, 256, 64, 8, 3),
         BoxSize(256, 64, 64, 4, 4),
         BoxSize(128, 128, 64, 4, 3),
         BoxSize(128, 64, 64, 4, 4),
         BoxSize(64, 64, 64, 4, 4),
     ),
     "dgrad": (
+        BoxSize(256, 64, 128, 8, 3),
+        BoxSize(128, 64, 256, 8, 3),
         BoxSize(256, 64, 64, 4, 4),
         BoxSize(128, 64, 128, 4, 3),
         BoxSize(128, 64, 64, 4, 4),
         BoxSize(64, 64, 64, 4, 4),
     ),
-    "wgrad": (BoxSize(64, 128, 128, 4, 3), BoxSize(64, 128, 64, 4, 4), BoxSize(64, 64, 64, 4, 4)),
+    "wgrad": (
+        BoxSize(64, 128, 256, 8, 3),
+        BoxSize(64, 256, 128, 8, 3),
+        BoxSize(64, 128, 128, 4, 3),
+        BoxSize(64, 128, 64, 4, 4),
+        BoxSize(64, 64, 64, 4, 4),
+    ),
 }
-# The most channels of wgrad's boxes of several axes: they pass through registers (see boxes.py), and with 128 channels
-# ptxas then waits after every wgmma.
-MOST_CHANNELS_OF_BOXES = 64
+# The channels of wgrad's boxes of several axes with which ptxas waits after every wgmma: such boxes pass through
+# registers (see boxes.py).
+SERIALISED_CHANNELS = 128
 # The most sums (rows x columns of the product) of a tile where a kernel needs many registers for something else: for
 # erf, which needs the most of all activations, and on sm_100 for the addresses of a gradient's weights.
 MOST_SUMS = 128 * 64
@@ -104,13 +115,8 @@ SHAPES = ((8, 16), (8, 8), (4, 4), (2, 2), (1, 16), (1, 1))
 # Where less than this share of a box lies in the tensor, the kernels of gather/, whose tiles waste no pixels, are taken
 # to be faster.
 MIN_USEFUL = 0.5
-# The GPU that the model reckons with, by data sheets and estimates.
-MULTIPROCESSORS = 132
-FLOPS_PER_CLOCK = 4096  # of a multiprocessor
-CACHE_BYTES_PER_CLOCK = 24  # that a multiprocessor loads from the second-level cache
-CLOCKS_PER_PROGRAM = 1500  # that a program spends outside its loop
-MEMORY_BYTES_PER_CLOCK = 2400  # of the whole GPU
-CLOCKS_PER_LAUNCH = 3500  # that one more launch costs
+# How many shapes of box of one size a model compares.
+SHAPES_OF_SIZE = 2
 
 
 def box_grid(problem: ConvProblem, operation: Operation) -> tuple[int, int]:
@@ -164,7 +170,8 @@ def form_of(problem: ConvProblem, operation: Operation, tile: BoxTile) -> str:
 def candidate_boxes(
     problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
 ) -> Iterator[BoxTile]:
-    """The tiles that a convolution may get: each size with every shape of box that can step with the stride.
+    """The tiles that a convolution may get, each of which compiles without spills and without a wait after every wgmma:
+    each size with every shape of box that can step with the stride.
 
     arch: 90 for sm_90.
     """
@@ -181,10 +188,21 @@ def candidate_boxes(
             tile = BoxTile(pixels // (rows * columns), rows, columns, filters, channels, num_warps, num_stages)
             sums = prod(tile.gemm(operation)[:2])
             several_axes = pixels not in (tile.TILE_N, tile.TILE_W)
-            serialised = operation == "wgrad" and several_axes and channels > MOST_CHANNELS_OF_BOXES
+            serialised = operation == "wgrad" and several_axes and channels == SERIALISED_CHANNELS
+            if operation == "fprop" and num_warps == 8:
+                serialised = skips_taps(g, tile)
             spills = short_of_registers and sums > MOST_SUMS
             if box_phases(g, operation, tile) is not None and not serialised and not spills:
                 yield tile
+
+
+def skips_taps(problem: ConvProblem, tile: BoxTile) -> bool:
+    """Whether fprop's boxes skip taps that see only padding. How many steps a loop has is then known at run time only,
+    and at 8 warps ptxas of triton 3.6.0 waits after every wgmma of it.
+    """
+    g = problem
+    rows = tile.TILE_H == 1 and (g.R > 1 or g.pad_h > 0)
+    return rows or (tile.TILE_W == 1 and (g.S > 1 or g.pad_w > 0))
 
 
 def box_steps(problem: ConvProblem, operation: Operation, tile: BoxTile) -> int:
@@ -201,55 +219,32 @@ def box_steps(problem: ConvProblem, operation: Operation, tile: BoxTile) -> int:
     return cdiv(g.N, tile.TILE_N) * steps_h * steps_w * cdiv(g.K, tile.TILE_K) * cdiv(g.C, tile.TILE_C)
 
 
-def estimated_clocks(problem: ConvProblem, operation: Operation, tile: BoxTile) -> float:
-    """The clocks that a convolution takes by the model: programs are spread evenly over the multiprocessors, each of
-    them limited by its products or by its loads.
-    """
-    g = problem
-    programs = box_programs(g, operation, tile)
-    rows, columns, depth = tile.gemm(operation)
-    step = max(2 * rows * columns * depth / FLOPS_PER_CLOCK, 2 * (rows + columns) * depth / CACHE_BYTES_PER_CLOCK)
-    waves = cdiv(programs, MULTIPROCESSORS)
-    clocks = waves * (box_steps(g, operation, tile) / programs * step + CLOCKS_PER_PROGRAM)
-    if tile.SPLIT_K > 1:  # the slots are written and read again
-        clocks += CLOCKS_PER_LAUNCH + 8 * tile.SPLIT_K * g.K * g.R * g.S * g.C / MEMORY_BYTES_PER_CLOCK
-    return clocks
-
-
-def splits(problem: ConvProblem, operation: Operation, tile: BoxTile) -> Iterator[BoxTile]:
-    """The tile as it is, and in wgrad also with its sum cut into 2, 4, 8, ... parts, at most one a box."""
-    most = min(MAX_SPLIT, box_count(problem, operation, tile)) if operation == "wgrad" else 1
-    split = 1
-    while split <= most:
-        yield replace(tile, SPLIT_K=split)
-        split *= 2
-
-
-def search_boxes(
+def possible_boxes(
     problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
-) -> Iterator[BoxTile]:
-    """What measuring tries, the least estimated clocks first: all candidates whose boxes would not be mostly empty, and
-    the splits of each.
+) -> list[BoxTile]:
+    """The tiles that may run where nothing was measured: of each size the shapes of box with the fewest steps, at most
+    SHAPES_OF_SIZE, and each of them with fewer stages, but none with more than its loop has steps.
+
+    It leaves out boxes that would be mostly empty, as `is_half_empty` says too.
     """
     rows, columns = box_grid(problem, operation)
     pixels = problem.N * rows * columns
-    useful = [
-        tile
-        for tile in candidate_boxes(problem, operation, activation, arch)
-        if pixels >= MIN_USEFUL * tile.pixels * box_count(problem, operation, tile)
-    ]
-    candidates = [split for tile in useful for split in splits(problem, operation, tile)]
-    yield from sorted(candidates, key=lambda tile: estimated_clocks(problem, operation, tile))
+    sizes: dict[object, list[BoxTile]] = {}
+    for tile in candidate_boxes(problem, operation, activation, arch):
+        useful = pixels >= MIN_USEFUL * tile.pixels * box_count(problem, operation, tile)
+        if useful and not is_half_empty(problem, operation, tile):
+            sizes.setdefault((tile.pixels, tile.TILE_K, tile.TILE_C), []).append(tile)
+    found: dict[BoxTile, None] = {}
+    for tiles in sizes.values():
+        fewest = sorted(tiles, key=lambda tile: box_steps(problem, operation, tile))[:SHAPES_OF_SIZE]
+        for tile in fewest:
+            steps = cdiv(box_steps(problem, operation, tile), box_programs(problem, operation, tile))
+            most = max(1, min(tile.num_stages, steps))
+            found |= dict.fromkeys(replace(tile, num_stages=stages) for stages in range(most, 0, -1))
+    return list(found)
 
 
 def is_half_empty(problem: ConvProblem, operation: Operation, tile: BoxTile) -> bool:
     """Whether half or more of the tile's filters, or of its channels, do not exist, though there are smaller tiles."""
     least_filters, least_channels = (min(size[i] for size in SIZES[operation]) for i in (1, 2))
     return tile.TILE_K >= max(2 * problem.K, least_filters + 1) or tile.TILE_C >= max(2 * problem.C, least_channels + 1)
-
-
-def choose_box_tile(
-    problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
-) -> BoxTile | None:
-    """The candidate with the least estimated clocks, or None if the boxes of all would be mostly empty."""
-    return next(search_boxes(problem, operation, activation, arch), None)

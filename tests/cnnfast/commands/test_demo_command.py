@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from cnnfast.__main__ import app
 from cnnfast.checking import CheckReport, CheckRow, Comparison
 from cnnfast.demo import effort, story
+from cnnfast.training import Interrupted
 
 
 def invoke(*arguments: str):
@@ -110,6 +112,16 @@ def test_what_cannot_be_done_is_refused_before_any_work(monkeypatch, tmp_path, a
     assert sentence in said
     assert Path("file").read_text() == "before"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def test_training_that_somebody_ends_has_the_exit_code_of_the_signal(monkeypatch, tmp_path):
+    def tell(*arguments):
+        raise Interrupted("training was ended in epoch 2 of 15; nothing is saved", signal.SIGTERM)
+
+    monkeypatch.setattr(story, "tell", tell)
+    result = invoke("--out", str(tmp_path))
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert result.stdout.splitlines()[1:] == ["training was ended in epoch 2 of 15; nothing is saved"]
 
 
 def test_a_folder_that_was_tried_is_empty(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -54,3 +55,10 @@ def test_without_an_input_it_is_one_that_the_model_takes():
     data = data_of(model="cnnfast.demo.digits:DigitNet")
     assert data["inputs"][0][:2] == [32, 1]
     assert data_of("--batch", "5", model="cnnfast.demo.digits:DigitNet")["inputs"][0][:2] == [5, 1]
+
+
+def test_without_a_triton_that_fits_it_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cnnfast.explaining", None)
+    result = CliRunner().invoke(app, ["explain", NET], env={"COLUMNS": "500", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert "nothing can be explained: cnnfast's kernels need triton 3.6 to 3.9" in result.output

@@ -125,7 +125,25 @@ def test_what_evaluate_refuses(words, told):
     assert told in run("evaluate", *words, code=2)
 
 
-def test_other_classes_are_refused():
+def test_images_that_do_not_fit_are_refused(monkeypatch):
+    from cnnfast.training import evaluating
+
     run("train", *RUN)
+    Path("photos/red/3.png").write_bytes(b"")
+    PIL.new("L", (250_000, 1)).save("photos/red/5.png")
+    monkeypatch.setattr(evaluating, "judged", None)  # no image is looked at by a network
+    for network in ("run", "run/model.cnnfast"):
+        told = run("evaluate", network, "photos", code=2)
+        assert "2 of 24 images cannot be read: photos/red/3.png: the file is empty; photos/red/5.png: 250000 x" in told
     Path("photos", "red").rename("photos/violet")
     assert "violet" in run("evaluate", "run", "photos", code=2)
+
+
+def test_the_first_of_several_processes_tells(monkeypatch):
+    from cnnfast.training import ranks
+
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    told = run("train", *RUN, "--json", "train.json")
+    assert "Next:" not in told
+    assert "images right, best" not in told
+    assert not Path("train.json").exists()

@@ -38,43 +38,62 @@ from cnnfast.demo.results import Augmentation, Conversion, Known, Maps, Proof, R
 from cnnfast.measuring.budget import Budget
 from cnnfast.measuring.machine import Peaks
 from cnnfast.models import resnet50
+from cnnfast.training import fit
+from cnnfast.training.samples import open_images, split
 from tests.support.child import run_compiled
 
 
-def test_split_is_seeded_disjoint_and_complete():
-    training, held_out = digits.load_digits(7)
-    assert torch.equal(digits.load_digits(7)[1].rows, held_out.rows)
+def test_split_is_that_of_training_and_complete():
+    """What is held out is prepared as the network learns it."""
+    learnt, held_out = digits.load_digits(7)
+    whole = open_images("digits", 8)
+    assert torch.equal(held_out.rows, split(whole, digits.HELD_OUT, 7)[1])
     assert not torch.equal(digits.load_digits(8)[1].rows, held_out.rows)
-    assert sorted([*training.rows.tolist(), *held_out.rows.tolist()]) == list(range(1797))
-    assert len(held_out) == digits.HELD_OUT
-    assert held_out.images.shape == (digits.HELD_OUT, 1, 8, 8)
-    assert (float(held_out.images.min()), float(held_out.images.max())) == (0, 1)
-    assert set(held_out.labels.tolist()) == set(range(10))
+    names = {learnt.name(i) for i in range(len(learnt))} | {whole.name(i) for i in held_out.rows.tolist()}
+    assert (len(learnt), len(held_out), len(names)) == (1438, 359, 1797)
+    assert torch.equal(held_out.labels, whole.labels[held_out.rows])
+    pixels = torch.stack([whole[i].image for i in held_out.rows.tolist()])
+    torch.testing.assert_close(held_out.images, pixels.permute(0, 3, 1, 2) / 127.5 - 1, rtol=0, atol=1e-6)
+    assert (float(held_out.images.min()), float(held_out.images.max())) == (-1, 1)
 
 
-def test_shift_moves_each_image_by_at_most_a_pixel():
-    image = torch.zeros(50, 1, 8, 8)
-    image[:, :, 4, 4] = 1
-    moved = digits.shifted(image, torch.Generator().manual_seed(0))
-    places = {tuple(place[2:]) for place in moved.nonzero().tolist()}
-    assert moved.sum() == 50
-    assert places == {(h, w) for h in (3, 4, 5) for w in (3, 4, 5)}
-
-
-def test_training_reduces_the_loss_and_is_reproducible():
-    part, held_out = digits.load_digits(0)
-    part = digits.Digits(part.images[:640], part.labels[:640], part.rows[:640])
-    runs = []
+def test_training_is_that_of_the_package_and_reproducible():
+    """It leaves the network where it was, as it was but for its weights, and judges it by nothing that it learnt."""
+    learnt, held_out = digits.load_digits(0)
+    learnt = learnt.taken(torch.arange(640))
+    runs, told = [], []
     with backend("torch"):
         for _ in range(2):
             network = digits.make_network(0)
-            losses = digits.train(network, part, 2, 0)
-            runs.append((losses, digits.predict(network, held_out)))
-    (losses, read), (again, read_again) = runs
-    assert losses == again
-    assert torch.equal(read, read_again)
-    assert losses[1] < 0.9 * losses[0]
+            before = {name: t.stride() for name, t in network.state_dict().items()}
+            run = digits.train(network, learnt, 3, 0, told.append)
+            runs.append((network.state_dict(), digits.predict(network, held_out)))
+        again = fit(digits.make_network(0), learnt, validation=0, epochs=3, progress=False)
+    (weights, read), (same, read_again) = runs
+    assert run.model is network
+    assert run.accuracy is None
     assert not network.training
+    assert {name: t.stride() for name, t in weights.items()} == before
+    assert told == 2 * [epoch.loss for epoch in run.history]
+    assert told[2] < 0.9 * told[0]
+    assert torch.equal(read, read_again)
+    assert all(torch.equal(t, same[name]) for name, t in weights.items())
+    assert all(torch.equal(t, weights[name]) for name, t in again.model.state_dict().items())
+
+
+def imported_with_the_network():
+    import sys
+
+    from cnnfast.demo import digits
+
+    digits.make_network(0)
+    return [name for name in ("lightning", "torchmetrics", "sklearn", "cnnfast.training") if name in sys.modules]
+
+
+@pytest.mark.compiled
+def test_the_network_alone_imports_nothing_that_trains():
+    """Other commands take it as their example."""
+    assert run_compiled(imported_with_the_network) == []
 
 
 def test_the_network_is_built_on_this_package(device):

@@ -33,7 +33,9 @@ def test_the_json_has_every_operation_and_adds_up(explanation):
     assert (data["gpu"], data["arch"], data["mode"]) == ("NVIDIA A100-SXM4-80GB", 80, "train")
     assert data["inputs"] == [[4, 8, 12, 12]]
     wanted = {"layer", "operation", "kernel", "tile", "registers", "residents", "limiter", "modelled_us", "roofline_us"}
-    assert all(row.keys() >= wanted | {"intensity", "bytes", "served", "launches", "flops"} for row in data["rows"])
+    assert all(
+        row.keys() >= wanted | {"exact", "intensity", "bytes", "served", "launches", "flops"} for row in data["rows"]
+    )
     assert [row["layer"] for row in data["rows"]] == [row.layer for row in explanation.rows]
     assert list(data["totals"]) == ["fprop", "dgrad", "wgrad", "bias", "norm", "pool"]
     for operation, total in data["totals"].items():
@@ -111,6 +113,12 @@ def test_a_bar_a_layer_in_the_colour_of_its_limiter(explanation, tmp_path, monke
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend[-1] == "roofline"
     assert set(legend[:-1]) == {row.limiter for row in explanation.rows}
+
+
+def test_a_picture_of_no_known_kind(explanation, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="'nothing' is not supported"):
+        explanation.picture(tmp_path / "net.nothing")
 
 
 def test_a_picture_needs_matplotlib(explanation, tmp_path, monkeypatch):

@@ -208,6 +208,45 @@ def test_frozen_norm_takes_one_pass_back(device):
         assert mine.trace.launches == ["normalize_kernel", "normalize_backward_kernel", "combine_kernel"]
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu", "hardswish"], ids=str)
+def test_a_norm_keeps_its_input(activation, training, device):
+    """And of the result nothing, unless there is a residual, without which it is computed again."""
+    x, w, b, r = norm_operands((2, 5, 30, 4), torch.float32, device)
+    stats = statistics(5, torch.float32, device)
+
+    def call(x, w, b, r):
+        return ours.bn_act(x, *stats, w, b, training, residual=r, activation=activation)
+
+    channels = (3 if activation is None else 4) * w.nbytes  # mean, var, weight, and what u is made of
+    assert saved_bytes(call, [x, w, b, None]) == x.nbytes + channels
+    if activation in FROM_OUTPUT:  # read off the result
+        assert saved_bytes(call, [x, w, b, r]) == 2 * x.nbytes + 3 * w.nbytes
+
+
+@pytest.mark.parametrize("activation", FROM_OUTPUT)
+def test_what_may_change_before_backward(activation, device):
+    """Without a residual the result may, which is computed again; the bias, of which it is, may not."""
+    inputs = [t.requires_grad_() for t in norm_operands((2, 5, 3, 4), device=device)[:3]]
+
+    def call(x, w, b):
+        return ours.bn_act(x, None, None, w, b * 1.0, True, activation=activation)
+
+    right = torch.autograd.grad(call(*inputs).sum(), inputs)
+    z = call(*inputs)
+    loss = z.sum()
+    with torch.no_grad():
+        z.zero_()
+    for mine, its in zip(torch.autograd.grad(loss, inputs), right, strict=True):
+        assert torch.equal(mine, its)
+    bias = inputs[2] * 1.0
+    loss = ours.bn_act(*inputs[:1], None, None, inputs[1], bias, True, activation=activation).sum()
+    with torch.no_grad():
+        bias.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # prelu
 

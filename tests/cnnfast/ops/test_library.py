@@ -11,7 +11,7 @@ import cnnfast
 import cnnfast.functional as ours
 from cnnfast import reference
 from cnnfast.ops import library_convolution
-from cnnfast_kernels import choosing, tables
+from cnnfast_kernels import questions, tables
 from cnnfast_kernels.activations import ACTIVATIONS
 from cnnfast_kernels.gather.depthwise.tiles import StripTile
 from cnnfast_kernels.tiling import TileConfig
@@ -318,7 +318,7 @@ def test_a_report_counts_what_is_unmeasured(gpu):
     of = f"convolutions are unmeasured on this GPU ({gpu.name}) for an input of"
     assert told() == [f"2 of 2 {of} 1x4x224x224. {measures}"]
     for taps, pad in ((3, 1), (1, 0)):
-        problem = choosing.Geometry((1, 1), (pad,) * 4, (1, 1), 1).problem((2, 4, 8, 8), (4, 4, taps, taps))
+        problem = questions.Geometry((1, 1), (pad,) * 4, (1, 1), 1).problem((2, 4, 8, 8), (4, 4, taps, taps))
         key = tables.Key(*gpu, "fprop", "norm relu", "float16", "NHWC NHWC NHWC", problem)
         assert told(4, 4, 8, 8) == [f"{2 if pad else 1} of 2 {of} 4x4x8x8. {measures}"]
         tables.write(*gpu, [tables.TableRow(key, TileConfig(32, 32, 16), "kernels", {})], {})

@@ -79,6 +79,7 @@ SAMPLES = {
     "normalize": [
         (leaf(Y), MEAN, VAR, *wants(WEIGHT, BIAS, Y), 1e-5, "silu", 0.0, None, True),
         (leaf(Y), MEAN, VAR, *wants(WEIGHT, BIAS), None, 1e-5, "relu", 0.0, None, False),
+        (leaf(Y), MEAN, VAR, *wants(WEIGHT, BIAS), None, 1e-5, "leaky_relu", 0.1, None, True),
         (arrange(Y, "transposed"), MEAN, VAR, None, None, None, 1e-5, None, 0.0, None, False),
         (normal(3, 6), MEAN, VAR, None, None, None, 1e-5, None, 0.0, None, True),
         (NHWC, MEAN[:4], VAR[:4], None, None, None, 1e-5, "prelu", 0.0, BIAS[:4], False),
@@ -90,6 +91,7 @@ SAMPLES = {
         (Y, None, Y, MEAN, VAR, None, None, None, 1e-5, "relu", 0.0, False, [True, False, True, True]),
         (Y, None, Y, None, None, None, None, None, 0.0, "relu", 0.0, False, [True, False, True, True]),
         (Y, Y, None, None, None, None, BIAS, Y, 0.0, "mish", 0.0, False, [True, False, True, False]),
+        (Y, Y, None, MEAN, VAR, WEIGHT, BIAS, None, 1e-5, "relu6", 0.0, True, [True, True, True, False]),
         (
             Y,
             arrange(Y, "transposed"),

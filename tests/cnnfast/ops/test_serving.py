@@ -15,10 +15,10 @@ import cnnfast.functional as F
 from cnnfast import dispatch
 from cnnfast.ops import serving
 from cnnfast.recording import Call
-from cnnfast_kernels import choosing, conv, launch, tables
-from cnnfast_kernels.choosing import Geometry
+from cnnfast_kernels import choosing, conv, launch, questions, tables
 from cnnfast_kernels.gather.fprop import plan_fprop
 from cnnfast_kernels.layout import dense
+from cnnfast_kernels.questions import Geometry
 from cnnfast_kernels.tiling import TileConfig
 from cnnfast_kernels.tma.tiles import BoxTile
 from tests.support.agreement import integers
@@ -274,11 +274,11 @@ def test_a_measured_tile_that_the_tensors_cannot_take_does_not_count(gpu):
     """
     x, w = (dense((8, 64, 16, 16), HALF, LAST), dense((64, 64, 1, 1), HALF, LAST))
     geometry = Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1)
-    questions = [choosing.fprop_question(x, w, geometry, gpu, aligned=aligned) for aligned in (True, False)]
-    tables.write(*gpu, [tables.TableRow(questions[0].key, BoxTile(1, 8, 8, 64, 64, 4, 3), "kernels", {})], {})
-    rows = [choosing.measured(q) for q in questions]
+    asked = [questions.fprop_question(x, w, geometry, gpu, aligned=aligned) for aligned in (True, False)]
+    tables.write(*gpu, [tables.TableRow(asked[0].key, BoxTile(1, 8, 8, 64, 64, 4, 3), "kernels", {})], {})
+    rows = [choosing.measured(q) for q in asked]
     for library_first, by_library in ((True, [False, True]), (False, [False, False])):
-        decisions = [serving.decide(q, row, library_first) for q, row in zip(questions, rows, strict=True)]
+        decisions = [serving.decide(q, row, library_first) for q, row in zip(asked, rows, strict=True)]
         assert [decision.library for decision in decisions] == by_library
 
 

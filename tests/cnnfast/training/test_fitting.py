@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from unittest import mock
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import cnnfast
+from cnnfast.commands.train import train
 from cnnfast.nn import Augment
 from cnnfast.training import Module, fit, fitting
 from cnnfast.training.preparing import OF_DIGITS
@@ -182,6 +184,26 @@ def test_wrong_input_is_told_before_anything_runs(options, told, tmp_path):
     with pytest.raises((ValueError, TypeError), match=re.escape(told)):
         small_fit(out=tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_has_the_defaults_of_fit():
+    """README says that its Python does what the command does."""
+    command = inspect.signature(train).parameters
+    same = (
+        "epochs",
+        "batch",
+        "lr",
+        "optimizer",
+        "weight_decay",
+        "schedule",
+        "label_smoothing",
+        "ema",
+        "patience",
+        "seed",
+    )
+    for name in same:
+        assert command[name].default == inspect.signature(fit).parameters[name].default, name
+    assert float(command["validation"].default) == inspect.signature(fit).parameters["validation"].default
 
 
 def test_fp16_on_a_cpu_is_refused():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import cnnfast
 import cnnfast.nn as cnn
+from cnnfast.bench.step_counts import StepCount, count_step
 from cnnfast.training import Module
 from tests.support.trainable import small_fit, small_net
 
@@ -52,6 +53,32 @@ def test_a_frozen_resnet50_keeps_a_fiftieth(torchvision, device):
     x = torch.randn(2, 3, 64, 64, device=device)
     whole, part = (module(torchvision.models.resnet50(), frozen, 64).to(device) for frozen in ((), ("backbone",)))
     assert saved_bytes(part, x) * 50 <= saved_bytes(whole, x)
+
+
+def launched(build: Any, frozen: Any) -> StepCount:
+    x = torch.empty(2, 3, 64, 64, device="meta").to(memory_format=torch.channels_last)
+    return count_step(module(build(num_classes=10), frozen, 64), x, backend="kernels")
+
+
+def test_a_frozen_resnet50_runs_its_forward_alone(torchvision):
+    """No kernel of backward but the head's, which is PyTorch's, and none of statistics."""
+    pytest.importorskip("triton")
+    whole, part = (launched(torchvision.models.resnet50, frozen) for frozen in ((), ("backbone",)))
+    assert part.kernels == {"conv_fprop_kernel": 53, "max_pool_kernel": 1, "plane_mean_kernel": 1}
+    assert part.operators == {"addmm": 1, "mm": 1, "sum": 2, "ones_like": 1}
+    assert whole.operators["mm"] == 2  # the gradients of the head's weights, and of its input
+    for name in ("conv_wgrad_kernel", "normalize_kernel", "gradient_sums_kernel", "update_running_kernel"):
+        assert whole.kernels[name] == 53
+    assert part.saved_bytes * 50 <= whole.saved_bytes
+
+
+def test_backward_ends_where_the_frozen_part_begins(torchvision):
+    """Of ResNet-18's 20 convolutions 15 are trained, in layer2 to layer4; two of these have a frozen input."""
+    pytest.importorskip("triton")
+    found = launched(torchvision.models.resnet18, ("conv1", "bn1", "layer1")).kernels
+    assert (found["conv_fprop_kernel"], found["conv_wgrad_kernel"], found["conv_dgrad_kernel"]) == (20, 15, 13)
+    assert found["update_running_kernel"] == found["gradient_sums_kernel"] == 15
+    assert "max_pool_backward_kernel" not in found
 
 
 def test_frozen_batch_norms_stay_as_they_are():

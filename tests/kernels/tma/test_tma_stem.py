@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cnnfast_kernels import choosing, conv, devices, launch, tables
+from cnnfast_kernels import choosing, conv, devices, launch, questions, tables
 from cnnfast_kernels.epilogue import PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.layout import dense
 from cnnfast_kernels.tables import TableRow
-from cnnfast_kernels.tiling import TileConfig
-from cnnfast_kernels.tma.stem import is_packed, packed_problem, packing_of
+from cnnfast_kernels.tiling import PackedTile, TileConfig
+from cnnfast_kernels.tma.stem import boxed_packing, boxed_problem, is_packed
 from cnnfast_kernels.tma.tiles import BoxTile, box_steps, candidate_boxes
 from tests.support.convolutions import LAYOUTS, Case, draw, needs_tensor_maps, reference
 from tests.support.poison import embed
@@ -45,7 +45,7 @@ def shapes(operation):
     """(case, tile): every case with every shape of box, in the smallest size."""
     found = []
     for case in CASES:
-        problem = packed_problem(case.problem)
+        problem = boxed_problem(case.problem)
         tiles = {(t.TILE_H, t.TILE_W): t for t in candidate_boxes(problem, operation)}
         found += [(case, tile) for tile in tiles.values() if box_steps(problem, operation, tile) <= MOST_STEPS]
     return found
@@ -92,7 +92,7 @@ def test_wgrad(case, tile, device):
 
 
 @pytest.mark.parametrize(
-    "tile", [t for t in candidate_boxes(packed_problem(STEM.problem), "fprop") if t.TILE_H == 8], ids=str
+    "tile", [t for t in candidate_boxes(boxed_problem(STEM.problem), "fprop") if t.TILE_H == 8], ids=str
 )
 def test_every_size_of_fprop(tile, device):
     x, w, dy = operands(STEM, device)
@@ -169,7 +169,7 @@ def test_what_is_not_finite_reaches_its_windows_only(value, device):
 def test_a_resnet_packed():
     """A row has 224 columns, 3 of padding on the left, 2 that a window reaches on the right, 1 to end at 16 bytes."""
     problem = conv.Geometry((2, 2), PADDED, (1, 1), 1).problem((32, 3, 224, 224), (64, 3, 7, 7))
-    packing = packing_of(problem, torch.bfloat16)
+    packing = boxed_packing(problem, torch.bfloat16)
     assert packing.image.shape == (32, 4, 224, 230)
     assert packing.filters.shape == (64, 4, 7, 8)
     assert packing.x[:2] == ((32, 28, 224, 112), (224 * 230 * 4, 1, 230 * 4, 8))
@@ -232,13 +232,13 @@ def test_measuring_tries_it():
     )
     y = dense((8, 64, 112, 112), torch.float16, torch.channels_last)
     gpu = devices.Gpu("", 90)
-    forward = choosing.fprop_question(x, w, geometry(STEM), gpu)
-    weights = choosing.wgrad_question(x, y, w.shape, torch.channels_last, geometry(STEM), gpu)
-    image = choosing.dgrad_question(y, w, x.shape, torch.channels_last, geometry(STEM), gpu)
+    forward = questions.fprop_question(x, w, geometry(STEM), gpu)
+    weights = questions.wgrad_question(x, y, w.shape, torch.channels_last, geometry(STEM), gpu)
+    image = questions.dgrad_question(y, w, x.shape, torch.channels_last, geometry(STEM), gpu)
     for question in (forward, weights):
         kinds = {type(tile) for tile in choosing.candidates(question)}
-        assert kinds == {TileConfig, BoxTile}
-        assert isinstance(choosing.candidates(question)[0], TileConfig)
+        assert kinds == {TileConfig, PackedTile, BoxTile}
+        assert isinstance(choosing.candidates(question)[0], PackedTile)
     assert {type(tile) for tile in choosing.candidates(image)} == {TileConfig}
 
 

@@ -1,11 +1,11 @@
 """What the tiles that are chosen today cost on GPUs that are not here, by the model of cnnfast_kernels/costs.py.
 
     python benchmarks/modelled_tiles.py
-    python benchmarks/modelled_tiles.py --against benchmarks/results/modelled/first.json
+    python benchmarks/modelled_tiles.py --against benchmarks/results/modelled/first.csv
 
-writes benchmarks/results/modelled/tiles.txt and tiles.json: of each network the sum over its convolutions, by
+writes benchmarks/results/modelled/tiles.txt and tiles.csv: of each network the sum over its convolutions, by
 operation, beside the roofline, under which a kernel only multiplies, or only moves each of its tensors once; and
-ResNet-50's layers one by one. With --against it compares with what an earlier run wrote as JSON: each sum, and the
+ResNet-50's layers one by one. With --against it compares with what an earlier run wrote as CSV: each sum, and the
 layer that has lost the most. Tensors are bfloat16 and channels_last, tiles are those that run where no row was
 measured, and the first layer has no gradient of its input. "stats" is the forward pass of training, which leaves the
 statistics of a batch norm, and combines them. Nothing here was measured: times are modelled, from numbers of GPUs of
@@ -14,8 +14,8 @@ which many are assumed (gpus.py), and from registers and instructions of kernels
 
 from __future__ import annotations
 
+import csv
 import io
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -150,8 +150,12 @@ def layer_name(row: ModelledLayer) -> str:
     return f"{g.C} > {g.K}, {g.R}x{g.S}/{g.stride_h} at {g.H}x{g.W}{groups}"
 
 
+def key_of(row: Recorded) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in KEY)
+
+
 def record(networks: Iterable[str], batches: Iterable[int], gpus: Iterable[KnownGpu]) -> list[Recorded]:
-    """All rows as JSON has them."""
+    """All rows as CSV has them."""
     return [
         {
             "network": network, "batch": batch, "gpu": gpu.name, "operation": row.operation, "layer": layer_name(row),
@@ -163,18 +167,18 @@ def record(networks: Iterable[str], batches: Iterable[int], gpus: Iterable[Known
 
 def compared(now: Iterable[Recorded], before: Iterable[Recorded]) -> Table:
     """Each sum of `now` over that of `before`, of the rows that both have, and the layer that lost most."""
-    known = {tuple(row[name] for name in KEY): row["us"] for row in before}
+    known = {key_of(row): float(row["us"]) for row in before}
     groups: dict[tuple[Any, ...], list[Recorded]] = defaultdict(list)
     for row in now:
-        if tuple(row[name] for name in KEY) in known:
-            groups[tuple(row[name] for name in KEY[:4])].append(row)
+        if key_of(row) in known:
+            groups[key_of(row)[:4]].append(row)
     table = Table(box=None, title="Compared with an earlier run, by the same model", title_justify="left")
     for heading in (*KEY[:4], "us before", "us", "ratio", "worst layer", "its ratio"):
         table.add_column(heading, justify="left" if heading in (*KEY[:4], "worst layer") else "right", no_wrap=True)
     for group, rows in groups.items():
-        ratios = {row["layer"]: row["us"] / known[tuple(row[name] for name in KEY)] for row in rows}
+        ratios = {row["layer"]: row["us"] / known[key_of(row)] for row in rows}
         worst = max(ratios, key=lambda layer: ratios[layer])
-        first = sum(row["times"] * known[tuple(row[name] for name in KEY)] for row in rows)
+        first = sum(row["times"] * known[key_of(row)] for row in rows)
         last = sum(row["times"] * row["us"] for row in rows)
         cells = f"{first:.0f}", f"{last:.0f}", f"{last / first:.2f}", worst, f"{ratios[worst]:.2f}"
         table.add_row(*map(str, group), *cells)
@@ -217,7 +221,7 @@ def main(
     network: Annotated[list[str] | None, typer.Option(help="Only this one; repeat it for several.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Only this one; repeat it for several.")] = None,
     gpu: Annotated[list[str] | None, typer.Option(help="Only this one; repeat it for several.")] = None,
-    against: Annotated[Path | None, typer.Option(help="JSON of an earlier run to compare with.")] = None,
+    against: Annotated[Path | None, typer.Option(help="CSV of an earlier run to compare with.")] = None,
 ) -> None:
     """Model what today's tiles cost."""
     networks, batches, gpus = network or NETWORKS, batch or BATCHES, [named(name) for name in gpu or GPUS]
@@ -230,14 +234,18 @@ def main(
     console.print(totals(networks, batches, gpus))
     if against:
         console.print()
-        console.print(compared(rows, json.loads(against.read_text())))
+        with against.open(newline="") as earlier:
+            console.print(compared(rows, csv.DictReader(earlier)))
     for each in gpus:
         console.print()
         console.print(layer_by_layer(networks[0], batches[-1], each))
     text = "\n".join(line.rstrip() for line in printed.getvalue().splitlines()) + "\n"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
-    out.with_suffix(".json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    with out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | {name: f"{row[name]:.2f}" for name in ("us", "roofline_us")} for row in rows)
     print(text)
 
 

@@ -103,9 +103,9 @@ SIZES: dict[Operation, tuple[BoxSize, ...]] = {
         BoxSize(64, 64, 64, 4, 4),
     ),
 }
-# The channels of wgrad's boxes of several axes with which ptxas waits after every wgmma: such boxes pass through
-# registers (see boxes.py).
-SERIALISED_CHANNELS = 128
+# The most channels of wgrad's boxes of several axes: they pass through registers (see boxes.py), and with more ptxas
+# waits after every wgmma.
+MOST_CHANNELS_OF_BOXES = 64
 # The most sums (rows x columns of the product) of a tile where a kernel needs many registers for something else: for
 # erf, which needs the most of all activations, and on sm_100 for the addresses of a gradient's weights.
 MOST_SUMS = 128 * 64
@@ -188,7 +188,7 @@ def candidate_boxes(
             tile = BoxTile(pixels // (rows * columns), rows, columns, filters, channels, num_warps, num_stages)
             sums = prod(tile.gemm(operation)[:2])
             several_axes = pixels not in (tile.TILE_N, tile.TILE_W)
-            serialised = operation == "wgrad" and several_axes and channels == SERIALISED_CHANNELS
+            serialised = operation == "wgrad" and several_axes and channels > MOST_CHANNELS_OF_BOXES
             if operation == "fprop" and num_warps == 8:
                 serialised = skips_taps(g, tile)
             spills = short_of_registers and sums > MOST_SUMS

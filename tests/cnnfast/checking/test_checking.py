@@ -105,12 +105,12 @@ FAULTS = [
         "mask off by one",
         conv,
         wgrad,
-        "[:, None] < W - w_tap[None, :])",
-        "[:, None] < W - w_tap[None, :] - 1)",
+        "w_tap[None, :], W)",
+        "w_tap[None, :], W - 1)",
         "grad of weight",
     ),
-    Fault("dropped tap", conv, fprop, "in range(STEPS):", "in range(STEPS - 1):", "output"),
-    Fault("dropped tap", conv, dgrad, "in range(steps):", "in range(steps - 1):", "grad of input"),
+    Fault("dropped tap", conv, fprop, "hide_steps(STEPS, M", "hide_steps(STEPS - 1, M", "output"),
+    Fault("dropped tap", conv, dgrad, "hide_steps(steps, M", "hide_steps(steps - 1, M", "grad of input"),
     Fault(
         "wrong divisor",
         avg_pool,
@@ -136,7 +136,14 @@ FAULTS = [
         "grad of input",
     ),
     Fault("missing accumulate", global_pool, plane, "acc += tl.load", "acc = tl.load", "output"),
-    Fault("missing accumulate", conv, fprop, "(x, w, acc, PRECISION)", "(x, w, acc * 0, PRECISION)", "output"),
+    Fault(
+        "missing accumulate",
+        conv,
+        fprop,
+        "EVEN)\n        acc = multiply_accumulate(x, w, acc, PRECISION)",
+        "EVEN)\n        acc = multiply_accumulate(x, w, acc * 0, PRECISION)",
+        "output",
+    ),
     Fault("missing accumulate", max_pool, maximum, "acc += tl.where(saved", "acc = tl.where(saved", "grad of input"),
     Fault(
         "missing accumulate", conv, wgrad, "(dy, x, acc, PRECISION)", "(dy, x, acc * 0, PRECISION)", "grad of weight"

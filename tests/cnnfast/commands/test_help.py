@@ -157,7 +157,7 @@ def test_json_of_aot_in_a_process_that_compiles():
     assert child.returncode == 0, child.stderr
     rows = json.loads(child.stdout)
     assert f"{len(rows)} kernels compiled, 0 problems" in child.stderr
-    assert "1 case for sm_90, compiled by 1 process: a few seconds, by an estimate" in child.stderr
+    assert re.search("1 case for sm_90, compiled by 1 process: .* seconds, by an estimate", child.stderr)
     assert "im2col_kernel" in {row["kernel"] for row in rows}
     assert all("bfloat16" in row["variant"] for row in rows)
 

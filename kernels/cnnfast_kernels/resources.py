@@ -93,6 +93,7 @@ BOXED = re.compile(r"(\d+)x(\d+)x(\d+) pixels k(\d+) c(\d+) w(\d+) s(\d+)")
 STRIPS = re.compile(r"(\d+)x(\d+) (\d+) rows w(\d+)")
 
 
+@functools.lru_cache(4096)
 def shape_of(kernel: str, tile: str) -> TileShape | None:
     """What a tile's name says, given the kernel that it is of; None for a name that no tile has."""
     if match := GATHERED.fullmatch(tile):

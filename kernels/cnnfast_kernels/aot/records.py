@@ -96,18 +96,19 @@ def taken(row: KernelRow) -> Resources:
 
 
 def differences(now: Resources, before: Resources) -> list[str]:
-    """Which numbers are not what they were: a loop that has risen by more than RISE, and where a model reads them any
-    number that has moved by more.
+    """What is no longer as it was, in words: a loop that has risen by more than RISE; or else, where a model reads
+    them, every number that has moved by more.
     """
     steps = f"{now.loop_instructions:g} instructions in a step of the main loop, {before.loop_instructions:g} on record"
-    rises = now.loop_instructions > (1 + RISE) * before.loop_instructions
-    found = [steps] if rises else []
-    if version() == resources.TRITON:
-        for name in ("registers", "shared_bytes", "loop_instructions", "other_instructions"):
-            number, known = getattr(now, name), getattr(before, name)
-            if abs(number - known) > RISE * known and not (name == "loop_instructions" and rises):
-                found.append(f"{name} {number:g}, {known:g} on record")
-    return found
+    if now.loop_instructions > (1 + RISE) * before.loop_instructions:
+        return [steps]
+    if version() != resources.TRITON:
+        return []
+    names = "registers", "shared_bytes", "loop_instructions", "other_instructions"
+    pairs = [(name, getattr(now, name), getattr(before, name)) for name in names]
+    return [
+        f"{name} {number:g}, {known:g} on record" for name, number, known in pairs if abs(number - known) > RISE * known
+    ]
 
 
 def departures(rows: Iterable[KernelRow]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..devices import Gpu
 from ..gather.depthwise.tiles import strip_tiles
@@ -57,6 +57,9 @@ OPERATIONS: dict[str, Operation] = {
 LIGHT = ("plain", "dgrad", "wgrad")
 
 
+Staged = TypeVar("Staged", TileConfig, BoxTile)
+
+
 class SearchedCase(NamedTuple):
     """name: of a method of the layer. note: behind the case's name."""
 
@@ -67,31 +70,26 @@ class SearchedCase(NamedTuple):
     note: str = ""
 
 
-def whole(tile: Tile) -> Tile:
-    return replace(tile, SPLIT_K=1)
-
-
-def fewer_stages(tiles: Iterable[Tile]) -> Iterator[Tile]:
+def fewer_stages(tiles: Iterable[Staged]) -> Iterator[Staged]:
     """The tiles, and each with every smaller number of stages."""
     for tile in tiles:
-        if not isinstance(tile, TileConfig | BoxTile):
-            raise TypeError(f"{tile} has no stages")
         yield from (replace(tile, num_stages=stages) for stages in range(tile.num_stages, 0, -1))
 
 
-def gather_tiles(layer: CaseLayer, name: str, precision: Precision, arch: int) -> list[Tile]:
-    """The tiles that a search begins with; of a light kernel all that it tries, or where nothing but 1x1 convolutions
-    have as few k-steps, each with fewer stages.
+def gather_tiles(layer: CaseLayer, name: str, precision: Precision, arch: int) -> list[TileConfig]:
+    """The tiles that a search begins with. Of a light kernel for 3x3 filters also all others that it tries; of one for
+    1x1, which may have few k-steps, each with fewer stages, where half precision loads by pointers.
     """
     operation = OPERATIONS[name]
-    first: list[Tile] = [*candidate_tiles(layer.problem, operation, precision, arch=arch)]
+    first = [*candidate_tiles(layer.problem, operation, precision, arch=arch)]
     if precision == "half" and arch < 100:
         first += [*WIDE_TILES, *([SQUARE_TILE] if arch < 90 else ())]
-    if name not in LIGHT or (layer is not BODY and (precision != "half" or arch >= 90)):
+    if name not in LIGHT:
         return first
     if layer is BODY:
-        return first + [*map(whole, search_tiles(layer.problem, operation, precision, arch=arch))]
-    return [*fewer_stages(first)]
+        others = search_tiles(layer.problem, operation, precision, arch=arch)
+        return first + [replace(tile, SPLIT_K=1) for tile in others]
+    return [*fewer_stages(first)] if precision == "half" and arch < 90 else first
 
 
 def gathered(arch: int) -> Iterator[SearchedCase]:
@@ -104,7 +102,7 @@ def gathered(arch: int) -> Iterator[SearchedCase]:
             for name in OPERATIONS if precision == "half" else LIGHT:
                 operation = OPERATIONS[name]
                 tile = choose_tile(layer.problem, operation, precision, layer is not APART, arch)
-                yield SearchedCase(name, layer, whole(tile), precision)
+                yield SearchedCase(name, layer, replace(tile, SPLIT_K=1), precision)
 
 
 def axes(tile: BoxTile) -> tuple[bool, bool, bool]:
@@ -116,7 +114,7 @@ def size(tile: BoxTile) -> tuple[int, ...]:
     return tile.pixels, tile.TILE_K, tile.TILE_C, tile.num_warps, tile.num_stages
 
 
-def box_tiles(layer: CaseLayer, name: str, arch: int) -> list[Tile]:
+def box_tiles(layer: CaseLayer, name: str, arch: int) -> list[BoxTile]:
     """Of each size one box of each kind, which has several pixels along the same axes; of a 1x1 convolution, whose
     image is one row, one row. Of a light kernel one of each size with fewer stages too.
     """
@@ -126,8 +124,8 @@ def box_tiles(layer: CaseLayer, name: str, arch: int) -> list[Tile]:
         tiles = [tile for tile in tiles if tile.TILE_W == tile.pixels]
     if layer is STEM:
         tiles = [tile for tile in tiles if (tile.TILE_H, tile.TILE_W) == (8, 8)]
-    kinds: dict[object, Tile] = {}
-    sizes: dict[object, Tile] = {}
+    kinds: dict[object, BoxTile] = {}
+    sizes: dict[object, BoxTile] = {}
     for tile in tiles:
         kinds.setdefault((axes(tile), size(tile)), tile)
         sizes.setdefault(size(tile), tile)

@@ -1,11 +1,12 @@
 """What calls cost the host: the Python functions that a repeated call enters, which no load of the machine changes; and
-microseconds.
+time.
 
-Over the stub driver, which stands in for Triton's launcher too: what is bounded is our own code and PyTorch's. Bounds
-in microseconds are for a machine whose PyTorch takes 1.7 for an operator of one tensor (host_cost.bare_operator), and
-grow with that. A load adds to a measurement and never takes away: a call is measured until its least time is within its
-bound, or time is up. `pytest benchmarks/test_host_cost.py` measures what there is to measure, with Triton's launcher
-and, for conv2d, without it (benchmarks/results/cpu/host_cost.txt).
+Over the stub driver, which stands in for Triton's launcher too: what is bounded is our own code and PyTorch's. A call's
+time is bounded by that of other Python code on the same machine, and what ours adds to PyTorch's by that of an operator
+of one tensor (host_cost.bare_operator): 1.5 us where that one takes 1.7. A load adds to a measurement and never takes
+away: a call is measured until its least time is within its bound, or time is up. `pytest benchmarks/test_host_cost.py`
+measures what there is to measure, with Triton's launcher and, for conv2d, without it
+(benchmarks/results/cpu/host_cost.txt).
 """
 
 from __future__ import annotations
@@ -105,11 +106,13 @@ def test_a_repeated_call_enters_few_functions(entered):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Microseconds
+# Time
 
 
 def over_bounds(bounds, seconds):
-    """{operation: {mode: (least time, bound)}} of calls that stayed above their bound for as long as that."""
+    """{operation: {mode: (least time, that of the yardstick)}} of calls that stayed above their bound, in multiples of
+    the yardstick's time, for as long as that.
+    """
     import time
 
     import torch
@@ -119,30 +122,30 @@ def over_bounds(bounds, seconds):
     torch.set_num_threads(1)
     found = {}
     with host_cost.pretended_gpu(launcher=False):
-        bare = host_cost.bare_operator()
         for operation, modes in bounds.items():
             for mode, bound in modes.items():
                 with host_cost.prepared(operation, mode) as call:
-                    least, scale, end = float("inf"), float("inf"), time.monotonic() + seconds
-                    while True:
-                        taken = host_cost.fastest({"bare": bare, "call": call}, rounds=20)
-                        least, scale = min(least, taken["call"]), min(scale, taken["bare"])
-                        within = least <= bound * max(scale, 1.7) / 1.7
-                        if within or time.monotonic() > end:
-                            break
+                    calls = {"yard": host_cost.yardstick, "call": call}
+                    least, end = dict.fromkeys(calls, float("inf")), time.monotonic() + seconds
+                    within = False
+                    while not within and time.monotonic() < end:
+                        taken = host_cost.fastest(calls, rounds=20)
+                        least = {key: min(taken[key], least[key]) for key in calls}
+                        within = least["call"] <= bound * least["yard"]
                     if not within:
-                        found.setdefault(operation, {})[mode] = least, scale
+                        found.setdefault(operation, {})[mode] = least["call"], least["yard"]
     return found
 
 
-# Our aims, 10 us under inference_mode and 25 us with gradients, with a third on top. conv_bn_act misses them: it checks
-# eight tensors, and four of them go to the kernel as tensor maps. Its bounds are what was measured, with a quarter on
-# top.
+# What was measured, in multiples of the yardstick, with a quarter on top. Machines differ by a half in microseconds,
+# but hardly in these.
 BOUNDS = {
-    operation: {"inference": 13.5, "gradients": 33.0}
-    for operation in ("conv2d", "batch_norm", "max_pool2d", "global_avg_pool2d")
+    "conv2d": {"inference": 3.4, "gradients": 5.8},
+    "batch_norm": {"inference": 2.9, "gradients": 4.6},
+    "max_pool2d": {"inference": 2.3, "gradients": 3.8},
+    "global_avg_pool2d": {"inference": 1.5, "gradients": 2.6},
+    "conv_bn_act": {"inference": 5.9, "gradients": 9.8},
 }
-BOUNDS["conv_bn_act"] = {"inference": 24.0, "gradients": 40.0}
 
 
 def test_host_time_over_kernels():
@@ -150,7 +153,7 @@ def test_host_time_over_kernels():
 
 
 def test_a_bound_can_be_missed():
-    assert list(run_compiled(over_bounds, {"conv2d": {"inference": 1.0}}, 0.2)) == ["conv2d"]
+    assert list(run_compiled(over_bounds, {"conv2d": {"inference": 0.1}}, 0.2)) == ["conv2d"]
     assert "conv2d" in run_compiled(added_to_pytorch, -100.0, 0.2)
 
 

@@ -35,6 +35,7 @@ from .tma.tiles import BoxTile, box_count, box_programs, possible_boxes
 MOST_CANDIDATES = 12  # that measuring tries
 # Waves of programs that a weight gradient's sum may be cut into, as far as a model compares them.
 WAVES = (1, 2, 3)
+POWERS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def default_tile(q: Question) -> Tile:
@@ -71,19 +72,21 @@ def _spills(q: Question, tile: Tile) -> bool:
 
 
 def _cuts(q: Question, tile: Tile, gpu: KnownGpu) -> list[Tile]:
-    """A weight gradient's tile with the sum cut so that programs fill the GPU some times over, as many as live on a
-    multiprocessor at once; and as it is.
+    """A weight gradient's tile with the sum cut into 1, 2, 4, ... parts, and so that programs fill the GPU some times
+    over, as many as live on a multiprocessor at once.
     """
     if isinstance(tile, BoxTile):
         one, most = box_programs(q.boxed, q.operation, tile), box_count(q.boxed, q.operation, tile)
+        usual = tile.SPLIT_K
     elif isinstance(tile, PackedTile):
         return [tile]
     else:
         assert isinstance(tile, TileConfig)
-        one = programs(q.problem, q.operation, tile)
-        most = max(default_split(q.problem, tile), steps_of_loop(q.problem, q.operation, tile) // MIN_STEPS_PER_SPLIT)
+        one, usual = programs(q.problem, q.operation, tile), default_split(q.problem, tile)
+        most = max(usual, steps_of_loop(q.problem, q.operation, tile) // MIN_STEPS_PER_SPLIT)
     places = gpu.multiprocessors * cost_of(q, tile, gpu).residents
-    splits = {1, *(max(1, min(waves * places // max(one, 1), most, MAX_SPLIT)) for waves in WAVES)}
+    filling = [waves * places // max(one, 1) for waves in WAVES]
+    splits = {min(split, most, MAX_SPLIT) for split in (*POWERS, usual, *filling) if split >= 1}
     return [replace(tile, SPLIT_K=split) for split in sorted(splits)]
 
 

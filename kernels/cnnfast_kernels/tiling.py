@@ -159,11 +159,15 @@ def possible_tiles(
     arch: int = 90,
     heavy: bool = False,
 ) -> list[TileConfig]:
-    """The tiles that may run where nothing was measured, largest first, none with more stages than its loop has steps:
-    those of candidate_tiles that are not mostly padding, and the square one.
+    """The tiles that may run where nothing was measured, largest first: those of candidate_tiles that are not mostly
+    padding, and the square one.
+
+    Where the loop has fewer steps than a tile has stages, the tile comes with fewer stages as well, down to the steps:
+    they take less shared memory, so that more programs may live on a multiprocessor. A wgrad keeps its stages: its
+    steps follow from the extents of the image, and another image would compile another kernel. Its SPLIT_K is 1.
 
     heavy: whether fprop has an epilogue that takes many registers: a norm with a residual, or an activation of more
-    than one instruction. With a wgrad, SPLIT_K is 1.
+    than one instruction.
     """
     GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
     tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
@@ -173,8 +177,14 @@ def possible_tiles(
     fills = GEMM_M >= SQUARE_TILE.BLOCK_M and GEMM_N >= SQUARE_TILE.BLOCK_N
     if precision == "half" and arch < 90 and whole and fills and not heavy:
         found.insert(0, SQUARE_TILE)
-    steps = [max(1, steps_of_loop(problem, operation, tile)) for tile in found]
-    return [replace(t, num_stages=min(t.num_stages, n)) for t, n in zip(found, steps, strict=True)]
+    if operation == "wgrad":
+        return found
+    least_stages = [min(t.num_stages, max(1, steps_of_loop(problem, operation, t))) for t in found]
+    return [
+        replace(t, num_stages=stages)
+        for t, least in zip(found, least_stages, strict=True)
+        for stages in range(least, t.num_stages + 1)
+    ]
 
 
 def programs(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:

@@ -71,7 +71,8 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 
 def test_what_is_on_record_is_exact():
     for key, row in rows_of(90).items():
-        assert resources_of(key) is row
+        assert resources_of(key) == row
+        assert row.exact
 
 
 @pytest.mark.parametrize(("arch", "like"), [(86, 80), (103, 100), (120, 89)])

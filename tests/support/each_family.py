@@ -160,7 +160,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "tensor maps": Family(lambda x, w: F.conv2d(x, w, padding=1), ((2, 64, 8, 16), (64, 64, 3, 3)), HALF, TMA),
     "tensor maps, stride 2": Family(
-        lambda x, w: F.conv2d(x, w, None, 2, 1), ((2, 64, 8, 16), (64, 64, 3, 3)), HALF, TMA
+        lambda x, w: F.conv2d(x, w, None, 2, 1), ((2, 64, 16, 16), (64, 64, 3, 3)), HALF, TMA
     ),
     "tensor maps, 1x1": Family(lambda x, w: F.conv2d(x, w), ((2, 64, 8, 16), (64, 64, 1, 1)), torch.bfloat16, TMA),
     "pointers, a stem": Family(

@@ -116,7 +116,7 @@ SHAPES = ((8, 16), (8, 8), (4, 4), (2, 2), (1, 16), (1, 1))
 # to be faster.
 MIN_USEFUL = 0.5
 # How many shapes of box of one size a model compares.
-SHAPES_OF_SIZE = 2
+SHAPES_OF_SIZE = 4
 
 
 def box_grid(problem: ConvProblem, operation: Operation) -> tuple[int, int]:
@@ -223,7 +223,7 @@ def possible_boxes(
     problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
 ) -> list[BoxTile]:
     """The tiles that may run where nothing was measured: of each size the shapes of box with the fewest steps, at most
-    SHAPES_OF_SIZE, and each of them with fewer stages, but none with more than its loop has steps.
+    SHAPES_OF_SIZE, and each of them with fewer stages as well, which take less shared memory.
 
     It leaves out boxes that would be mostly empty, as `is_half_empty` says too.
     """
@@ -238,9 +238,7 @@ def possible_boxes(
     for tiles in sizes.values():
         fewest = sorted(tiles, key=lambda tile: box_steps(problem, operation, tile))[:SHAPES_OF_SIZE]
         for tile in fewest:
-            steps = cdiv(box_steps(problem, operation, tile), box_programs(problem, operation, tile))
-            most = max(1, min(tile.num_stages, steps))
-            found |= dict.fromkeys(replace(tile, num_stages=stages) for stages in range(most, 0, -1))
+            found |= dict.fromkeys(replace(tile, num_stages=stages) for stages in range(1, tile.num_stages + 1))
     return list(found)
 
 

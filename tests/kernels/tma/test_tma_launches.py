@@ -37,7 +37,7 @@ def repeated():
         seen = []
         for _ in range(2):
             x, dy = (
-                torch.zeros(2, 64, 16, 16, dtype=torch.float16).to(memory_format=torch.channels_last) for _ in range(2)
+                torch.zeros(8, 64, 16, 16, dtype=torch.float16).to(memory_format=torch.channels_last) for _ in range(2)
             )
             w = torch.zeros(64, 64, 3, 3, dtype=torch.float16).to(memory_format=torch.channels_last)
             y = conv_fprop(x, w, geometry, Epilogue(residual=dy))

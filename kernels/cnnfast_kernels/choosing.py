@@ -35,7 +35,7 @@ from .tma.tiles import BoxTile, box_count, box_programs, possible_boxes
 MOST_CANDIDATES = 12  # that measuring tries
 # Waves of programs that a weight gradient's sum may be cut into, as far as a model compares them.
 WAVES = (1, 2, 3)
-POWERS = (1, 2, 4, 8, 16, 32, 64)
+POWERS = (1, 2, 4, 8, 16, 32, 64)  # parts that it may be cut into beside these
 
 
 def default_tile(q: Question) -> Tile:

@@ -163,11 +163,10 @@ def possible_tiles(
     padding, and the square one.
 
     Where the loop has fewer steps than a tile has stages, the tile comes with fewer stages as well, down to the steps:
-    they take less shared memory, so that more programs may live on a multiprocessor. A wgrad keeps its stages: its
-    steps follow from the extents of the image, and another image would compile another kernel. Its SPLIT_K is 1.
+    they take less shared memory, so that more programs may live on a multiprocessor. A wgrad, whose SPLIT_K is 1, keeps
+    its stages: its steps follow from the image, and another image would compile another kernel.
 
-    heavy: whether fprop has an epilogue that takes many registers: a norm with a residual, or an activation of more
-    than one instruction.
+    heavy: whether fprop has a norm with a residual, or an activation of more than one instruction: many registers.
     """
     GEMM_M, GEMM_N, _ = gemm_extents(problem, operation)
     tiles = candidate_tiles(problem, operation, precision, adjacent, arch)
@@ -179,12 +178,11 @@ def possible_tiles(
         found.insert(0, SQUARE_TILE)
     if operation == "wgrad":
         return found
-    least_stages = [min(t.num_stages, max(1, steps_of_loop(problem, operation, t))) for t in found]
-    return [
-        replace(t, num_stages=stages)
-        for t, least in zip(found, least_stages, strict=True)
-        for stages in range(least, t.num_stages + 1)
-    ]
+    staged = []
+    for tile in found:
+        least_stages = min(tile.num_stages, max(1, steps_of_loop(problem, operation, tile)))
+        staged += [replace(tile, num_stages=stages) for stages in range(least_stages, tile.num_stages + 1)]
+    return staged
 
 
 def programs(problem: ConvProblem, operation: Operation, tile: TileConfig) -> int:

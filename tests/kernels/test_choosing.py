@@ -16,7 +16,7 @@ from cnnfast_kernels.layout import dense
 from cnnfast_kernels.questions import Geometry, Question, dgrad_question, fprop_question, wgrad_question
 from cnnfast_kernels.resource_keys import resource_key
 from cnnfast_kernels.resources import resources_of
-from cnnfast_kernels.tiling import SQUARE_TILE, TileConfig, steps_of_loop
+from cnnfast_kernels.tiling import SQUARE_TILE, TileConfig, default_split, steps_of_loop
 from cnnfast_kernels.tma.tiles import BoxTile, box_count, box_phases
 
 LAST = torch.channels_last
@@ -116,6 +116,20 @@ def test_a_short_loop_takes_no_stages_that_keep_programs_away():
     gpu = named("h200")
     assert cost_of(q, tile, gpu).residents >= 3
     assert cost_of(q, replace(tile, num_stages=4), gpu).residents == 1
+    assert choosing.default_tile(question("fprop", "a100", 256, 64, 56, 64)).num_stages == 2
+    assert choosing.default_tile(question("wgrad", "a100", 256, 64, 56, 64)).num_stages == 4, "for any image"
+
+
+def test_no_tile_is_modelled_to_take_longer_than_what_was_chosen_before():
+    """By a rule instead of the model: all stages of the tile, and sums cut as it said."""
+    short = question("fprop", "a100", 1, 64, 56, 64)
+    assert choosing.default_tile(short).num_stages == 4, "no program is kept away"
+    for q in (question("wgrad", "h200", 32, 128, 28, 512), question("wgrad", "a100", 8, 128, 56, 128, 3, 2)):
+        found = choosing.possible(q, choosing.stand_in(*q.gpu))
+        for tile in {replace(tile, SPLIT_K=1) for tile in found}:
+            splits = {other.SPLIT_K for other in found if replace(other, SPLIT_K=1) == tile}
+            usual = 4 if isinstance(tile, BoxTile) else default_split(q.problem, tile)
+            assert {1, 2, usual} <= splits
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -101,8 +101,11 @@ def gathered(arch: int) -> Iterator[SearchedCase]:
         for layer in (STEM, FLAT, MANY, UNEVEN, APART):
             for name in OPERATIONS if precision == "half" else LIGHT:
                 operation = OPERATIONS[name]
-                tile = choose_tile(layer.problem, operation, precision, layer is not APART, arch)
-                yield SearchedCase(name, layer, replace(tile, SPLIT_K=1), precision)
+                tiles = [choose_tile(layer.problem, operation, precision, layer is not APART, arch)]
+                if layer is MANY and precision == "half":  # the largest spills, and then the next ones are chosen
+                    tiles = [*candidate_tiles(layer.problem, operation, precision, arch=arch)]
+                for tile in tiles:
+                    yield SearchedCase(name, layer, replace(tile, SPLIT_K=1), precision)
 
 
 def axes(tile: BoxTile) -> tuple[bool, bool, bool]:

@@ -64,7 +64,7 @@ LAYERS = {
         "costs packed_tiles",
         "traffic",
         "activations epilogue launch launchable indexing memory devices",
-        "planes moments slots",
+        "planes moments slots tile_moments",
         "packing",
         "gather tma batchnorm pooling augment",
         "table_rows",

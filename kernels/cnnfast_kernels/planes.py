@@ -214,7 +214,8 @@ class PlaneTensor(NamedTuple):
 
 class TilePlace(NamedTuple):
     """Inside a kernel, the elements of its tile: plane n, rows l [BLOCK_L], channels c [BLOCK_C], which of these exist
-    (mask: of rows and channels), and the tile's number among the tiles of rows of all planes.
+    (mask: of rows and channels), the tile's number among the tiles of rows of all planes, and how many rows its plane
+    has from its first on.
     """
 
     number: tl.tensor
@@ -224,6 +225,7 @@ class TilePlace(NamedTuple):
     l_ok: tl.tensor
     c_ok: tl.tensor
     mask: tl.tensor
+    rows: tl.tensor
 
 
 @triton.jit
@@ -237,11 +239,12 @@ def locate_tile(L, g: tl.constexpr):
     pid = tl.program_id(0)
     tile = pid // TILES_C
     tiles_l = tl.cdiv(L, BLOCK_L)
-    l = (tile % tiles_l).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    first = (tile % tiles_l).to(tl.int64) * BLOCK_L
+    l = first + tl.arange(0, BLOCK_L)
     c = pid % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
     l_ok = l < L
     c_ok = c < g.C
-    return TilePlace(tile, tile // tiles_l, l, c, l_ok, c_ok, l_ok[:, None] & c_ok[None, :])
+    return TilePlace(tile, tile // tiles_l, l, c, l_ok, c_ok, l_ok[:, None] & c_ok[None, :], L - first)
 
 
 @triton.jit

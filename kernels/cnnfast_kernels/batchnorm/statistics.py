@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 
 from .. import launch, memory
-from ..dtypes import KERNEL_DTYPES, accumulator_dtype
-from ..epilogue import store_moments
+from ..dtypes import accumulator_dtype
 from ..layout import Layout, dense
 from ..moments import TileRows, combine
 from ..planes import PlaneTensor, common_planes, load_tile, locate_tile, mergeable
+from ..tile_moments import FirstRows, masks_of_first, store_moments
 from ..tiling import cdiv
 
 
@@ -26,11 +26,12 @@ class MomentsOperands(NamedTuple):
 
 @triton.jit(do_not_specialize=["L", *(f"y_stride_{d}" for d in "nlc")])
 @no_type_check
-def batch_moments_kernel(y_ptr, moments_ptr, L, y_stride_n, y_stride_l, y_stride_c, g: tl.constexpr, ACC: tl.constexpr):
+def batch_moments_kernel(y_ptr, moments_ptr, L, y_stride_n, y_stride_l, y_stride_c, g: tl.constexpr):
     """Mean and biased variance of one tile: moments [tiles, 2, C]. g: PlaneGeometry."""
     at = locate_tile(L, g)
-    y = load_tile(PlaneTensor(y_ptr, y_stride_n, y_stride_l, y_stride_c, g.ALIGN), at, ACC)
-    store_moments(moments_ptr, at.number, (y,), (at.l_ok,), at.c, at.c_ok, g.C)
+    y = load_tile(PlaneTensor(y_ptr, y_stride_n, y_stride_l, y_stride_c, g.ALIGN), at, y_ptr.dtype.element_ty)
+    rows = FirstRows(at.rows >= g.BLOCK_L, at.rows)
+    store_moments(moments_ptr, at.number, (y,), rows, at.c, at.c_ok, g.C, masks_of_first)
 
 
 @launch.planned
@@ -39,9 +40,7 @@ def _plan_moments(
 ) -> tuple[launch.Launch[MomentsOperands], Layout, TileRows]:
     planes = common_planes(shape, (strides,), dtype)
     acc = accumulator_dtype(dtype)
-    run = launch.Launch(
-        batch_moments_kernel, planes.grid, planes.units, *planes.strides[0], ACC=KERNEL_DTYPES[acc], **planes.constants
-    )
+    run = launch.Launch(batch_moments_kernel, planes.grid, planes.units, *planes.strides[0], **planes.constants)
     rows = TileRows(max(1, planes.tiles_l), planes.L, planes.tile.BLOCK_L)
     return run, dense((planes.tiles, 2, planes.C), acc), rows
 

@@ -26,12 +26,12 @@ from ..epilogue import (
     finish_of,
     load_channels,
     load_residual,
-    store_moments,
 )
 from ..indexing import channel_offset, dense_channel_offset, dense_pixel_offset, has_nan, pixel_offset, unravel_npq
 from ..layout import FpropMemory, Laid, Strides, dense_alignment, strides_nhwc
 from ..operands import FpropOperands
 from ..problem import ConvProblem
+from ..tile_moments import FirstRows, masks_of_first, store_moments
 from ..tiling import Precision, TileConfig, cdiv, register_limit
 from .tiles import Rows, hide_steps, load_taps, multiply_accumulate, tap_bits, unravel_rsc
 
@@ -131,7 +131,8 @@ def conv_fprop_kernel(
     y_columns = dense_channel_offset(column, P, Q, memory.y_channels_last)
     tl.store((y_ptr + y_pixels)[:, None] + y_columns[None, :], y, mask=row_ok[:, None] & k_ok[None, :])
     if moments_ptr is not None:
-        store_moments(moments_ptr, tile_m, (y.to(ACC),), (row_ok,), column, k_ok, K * g.groups)
+        rows = FirstRows(M - tile_m * BLOCK_M >= BLOCK_M, M - tile_m * BLOCK_M)
+        store_moments(moments_ptr, tile_m, (y,), rows, column, k_ok, K * g.groups, masks_of_first)
 
 
 def plan_fprop(

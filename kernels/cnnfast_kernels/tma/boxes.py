@@ -33,14 +33,26 @@ def locate_box(tile, extent_h, extent_w, box: tl.constexpr):
     return t // tiles_h * box.TILE_N, t % tiles_h * box.TILE_H, tile % tiles_w * box.TILE_W
 
 
+class BoxPixels(NamedTuple):
+    """Inside a kernel, which pixels of a box exist: those of its first n images, h rows and w columns. whole: whether
+    those are all of them; box: Box.
+    """
+
+    whole: tl.tensor
+    n: tl.tensor
+    h: tl.tensor
+    w: tl.tensor
+    box: tuple
+
+
 @triton.jit
 @no_type_check
-def rows_of_box(n0, h0, w0, N, extent_h, extent_w, box: tl.constexpr):
-    """Whether each pixel of the box at (n0, h0, w0) exists in the tensor: [TILE_N * TILE_H * TILE_W]."""
-    PIXELS: tl.constexpr = box.TILE_N * box.TILE_H * box.TILE_W
+def masks_of_box(pixels, PIXELS: tl.constexpr):
+    """Which of PIXELS pixels exist by BoxPixels: one mask."""
+    box: tl.constexpr = pixels.box
     m = tl.arange(0, PIXELS)
-    n = n0 + m // (box.TILE_H * box.TILE_W)
-    return (n < N) & (h0 + m // box.TILE_W % box.TILE_H < extent_h) & (w0 + m % box.TILE_W < extent_w)
+    exist = m // (box.TILE_H * box.TILE_W) < pixels.n
+    return (exist & (m // box.TILE_W % box.TILE_H < pixels.h) & (m % box.TILE_W < pixels.w),)
 
 
 @triton.jit

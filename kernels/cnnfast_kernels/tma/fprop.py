@@ -22,18 +22,20 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..epilogue import PLAIN, Channels, Epilogue, Finish, finish, finish_of, load_channels, store_moments
+from ..epilogue import PLAIN, Channels, Epilogue, Finish, finish, finish_of, load_channels
 from ..layout import Laid
 from ..moments import TileRows
 from ..operands import FpropOperands
 from ..problem import ConvProblem
+from ..tile_moments import store_moments
 from ..tiling import cdiv
 from .boxes import (
+    BoxPixels,
     ResidualBox,
     load_phases,
     load_residual_box,
     locate_box,
-    rows_of_box,
+    masks_of_box,
     store_box,
     taps_inside,
     unravel_step,
@@ -85,8 +87,9 @@ def tma_fprop_kernel(
     y = finish(acc.T, channels, residual, of_channels, e, load_residual_box).to(y_map.dtype)  # [pixels, TILE_K]
     store_box(y_map, n0, p0, q0, k0, y)
     if moments_ptr is not None:
-        exist = rows_of_box(n0, p0, q0, N, P, Q, box)
-        store_moments(moments_ptr, tile, (y.to(tl.float32),), (exist,), k, k_ok, K)
+        n, p, q = N - n0, P - p0, Q - q0
+        whole = (n >= box.TILE_N) & (p >= box.TILE_H) & (q >= box.TILE_W)
+        store_moments(moments_ptr, tile, (y,), BoxPixels(whole, n, p, q, box), k, k_ok, K, masks_of_box)
 
 
 def plan_tma_fprop(

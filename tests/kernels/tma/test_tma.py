@@ -227,6 +227,37 @@ def test_epilogue(case, tile, device):
     torch.testing.assert_close(variances.double(), exact.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-5)
 
 
+# Production tiles, for images (N, P, Q) that their boxes divide, and that they do not divide along one axis.
+MOMENTS = [
+    (BoxTile(1, 1, 128, 128, 64), (1, 1, 256), (1, 1, 200)),
+    (BoxTile(4, 8, 4, 128, 64), (4, 16, 8), (5, 8, 8), (4, 15, 8), (8, 8, 7)),
+    (BoxTile(4, 8, 8, 64, 64, num_stages=4), (4, 8, 16), (3, 8, 8)),
+    (BoxTile(128, 1, 1, 64, 64, num_stages=4), (128, 2, 1), (100, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("tile", "image"), [(tile, image) for tile, *images in MOMENTS for image in images], ids=str)
+def test_moments_of_ragged_boxes(tile, image, device):
+    """Box by box, and those of a bias that is far larger than the deviations: pixels of y that no image has are it."""
+    N, P, Q = image
+    case = Case("", (N, 16, P, Q), (tile.TILE_K + 8, 1, 1))
+    x, w, dy = operands(case, device, dense=False)  # which are no single row then
+    y = output(case.y, x, dense=False)
+    bias = torch.full((case.y[1],), 256.0, device=device)
+    rows = box_rows(case.problem, tile)
+    moments = memory.empty((rows.tiles, 2, case.y[1]), x, dtype=torch.float32)
+    tma_fprop(case.problem, tile, x, w, y, Epilogue(bias), moments)
+    exact = reference(case, x, w, dy)[0] + 256
+    boxes = [
+        part.permute(0, 2, 3, 1).reshape(-1, case.y[1])
+        for images in exact.split(tile.TILE_N)
+        for lines in images.split(tile.TILE_H, 2)
+        for part in lines.split(tile.TILE_W, 3)
+    ]
+    expected = torch.stack([torch.stack([box.mean(0), box.var(0, correction=0)]) for box in boxes])
+    torch.testing.assert_close(moments.double(), expected, rtol=4e-6, atol=0)  # the least variance is 10 or so
+
+
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a not in (None, "relu")])
 def test_activations(activation, device):
     """As gather/'s kernels, which have the same epilogue and the same sums."""

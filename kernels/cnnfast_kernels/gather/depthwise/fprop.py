@@ -26,7 +26,6 @@ from ...epilogue import (
     finish_of,
     load_channels,
     load_residual,
-    store_moments,
 )
 from ...indexing import (
     channel_offset,
@@ -40,9 +39,21 @@ from ...layout import FpropMemory, Laid, Strides, dense_alignment, strides_nhwc
 from ...moments import TileRows
 from ...operands import FpropOperands
 from ...problem import ConvProblem
+from ...tile_moments import store_moments
 from ...tiling import MAX_REGISTERS, cdiv
 from .filters import StripLaunch, filters_layout
-from .strips import StripBlock, StripRows, Strips, accumulate_column, in_range, locate_strips, mask_row, zeros
+from .strips import (
+    StripBlock,
+    StripPixels,
+    StripRows,
+    Strips,
+    accumulate_column,
+    in_range,
+    locate_strips,
+    mask_row,
+    masks_of_strips,
+    zeros,
+)
 from .tiles import StripTile, taps_at_once
 
 EXTENTS = ["N", "H", "W", "P", "Q", "strips_per_column"]
@@ -114,17 +125,16 @@ def depthwise_fprop_kernel(
         residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c, memory.residual_align
     )
     stored = ()
-    exist = ()
     for t in tl.static_range(ROWS):
         row_ok = ok & (p + t < P)
         mask = row_ok[:, None] & k_ok[None, :]
         residual = Residual(residual_ptr, (n, p + t, q), k, row_ok, k_ok, residual_strides)
         y = finish(acc[t], channels, residual, of_channels, e, load_residual).to(y_ptr.dtype.element_ty)
         tl.store(y_pixels + t * y_row, y, mask=mask)
-        stored = stored + (y.to(ACC),)
-        exist = exist + (row_ok,)
+        stored = stored + (y,)
     if moments_ptr is not None:
-        store_moments(moments_ptr, tile, stored, exist, k, k_ok, K)
+        whole = (P % ROWS == 0) & (N * strips_per_column * Q - tile * BLOCK_M >= BLOCK_M)
+        store_moments(moments_ptr, tile, stored, StripPixels(whole, ok, p, P, ROWS), k, k_ok, K, masks_of_strips)
 
 
 def plan_depthwise_fprop(

@@ -50,6 +50,28 @@ class StripRows(NamedTuple):
     stride: tl.tensor
 
 
+class StripPixels(NamedTuple):
+    """Inside a kernel, which pixels exist of strips of ROWS: pixel t of a strip lies in row first [BLOCK_M] + t of an
+    image of `extent` rows, if there is such a strip, ok [BLOCK_M]. whole: whether all pixels exist.
+    """
+
+    whole: tl.tensor
+    ok: tl.tensor
+    first: tl.tensor
+    extent: tl.tensor
+    ROWS: int
+
+
+@triton.jit
+@no_type_check
+def masks_of_strips(pixels, BLOCK_M: tl.constexpr):
+    """Which of the pixels of BLOCK_M strips exist by StripPixels: a mask for each of a strip's pixels."""
+    exist = ()
+    for t in tl.static_range(pixels.ROWS):
+        exist = exist + (pixels.ok & (pixels.first + t < pixels.extent),)
+    return exist
+
+
 @triton.jit
 @no_type_check
 def locate_strips(tile, strips, BLOCK_M: tl.constexpr):

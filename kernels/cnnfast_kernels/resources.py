@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent / "resources"
 # Whose rows the model reads: that of the CUDA builds of torch. Those of others are there to be compared with.
 TRITON = "3.7"
 # Whose rows stand for those of an architecture that has none: that with the same matrix unit.
-STANDS_FOR = {86: 80, 87: 80, 89: 80, 100: 90, 103: 90, 120: 80}
+STANDS_FOR = {86: 80, 87: 80, 103: 100, 120: 89}
 MOST_REGISTERS = 255
 LANES = 32
 

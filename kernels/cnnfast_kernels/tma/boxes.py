@@ -48,11 +48,17 @@ class BoxPixels(NamedTuple):
 @triton.jit
 @no_type_check
 def masks_of_box(pixels, PIXELS: tl.constexpr):
-    """Which of PIXELS pixels exist by BoxPixels: one mask."""
+    """Which of PIXELS pixels exist by BoxPixels: one mask. Along an axis of which a box has one pixel, it exists."""
     box: tl.constexpr = pixels.box
     m = tl.arange(0, PIXELS)
-    exist = m // (box.TILE_H * box.TILE_W) < pixels.n
-    return (exist & (m // box.TILE_W % box.TILE_H < pixels.h) & (m % box.TILE_W < pixels.w),)
+    exist = tl.full((PIXELS,), True, tl.int1)
+    if box.TILE_N > 1:
+        exist &= m // (box.TILE_H * box.TILE_W) < pixels.n
+    if box.TILE_H > 1:
+        exist &= m // box.TILE_W % box.TILE_H < pixels.h
+    if box.TILE_W > 1:
+        exist &= m % box.TILE_W < pixels.w
+    return (exist,)
 
 
 @triton.jit

@@ -192,6 +192,8 @@ def candidate_boxes(
             if operation == "fprop" and num_warps == 8:
                 serialised = skips_taps(g, tile)
             spills = short_of_registers and sums > MOST_SUMS
+            if operation == "fprop" and num_warps == 8 and tile.TILE_W > 128:
+                spills = arch >= 100  # with statistics, by triton 3.7.1
             if box_phases(g, operation, tile) is not None and not serialised and not spills:
                 yield tile
 

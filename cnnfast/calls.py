@@ -53,7 +53,8 @@ class OperatorCall:
 
 
 class CallRecorder(TorchDispatchMode):
-    """Sees the calls of our operators, in their order, and hands each to `record`.
+    """Sees the calls of our operators, in their order, and hands each to `record`; of an operator that is composed of
+    others, the calls of those.
 
     model: the converted copy that runs. with_numbers: tensors hold numbers, and PyTorch computes what ours would.
     """
@@ -75,9 +76,22 @@ class CallRecorder(TorchDispatchMode):
         if not ours:
             return self.others(func, args, kwargs or {})
         arguments = tuple(tuple(a) if isinstance(a, list) else a for a in args)
+        if OPERATORS[name].composed:
+            with _seeing(self):
+                return OPERATORS[name].implementation(*arguments)
         names = [argument.name for argument in func._schema.arguments]
         self.record(OperatorCall(name, tuple(zip(names, map(_described, arguments), strict=True))))
         return _by_pytorch(name, arguments) if self.with_numbers else func(*args)
+
+
+@contextmanager
+def _seeing(recorder: CallRecorder) -> Iterator[None]:
+    """The recorder sees what its own handling of a call calls; it is entered once only, whatever else that does."""
+    TorchDispatchMode.__enter__(recorder)
+    try:
+        yield
+    finally:
+        TorchDispatchMode.__exit__(recorder, None, None, None)
 
 
 class _CallCounter(CallRecorder):

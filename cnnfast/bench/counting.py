@@ -11,7 +11,7 @@ though a crop reads a part of them, and what a cache saves is not known.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +82,9 @@ class Replaying(TorchDispatchMode):
         if not ours:
             return func(*args, **(kwargs or {}))
         # what the dispatcher hands over as lists is hashable where functions call (ops/registry.py)
-        return OPERATORS[name].implementation(*(tuple(a) if type(a) is list else a for a in args))
+        arguments = tuple(tuple(a) if type(a) is list else a for a in args)
+        with self if OPERATORS[name].composed else nullcontext():  # which calls others
+            return OPERATORS[name].implementation(*arguments)
 
 
 def by_replaying(call: Callable[[], object]) -> Count | None:

@@ -15,7 +15,14 @@ from ..recording import record_torch
 from .arguments import Algorithm, Size, autocast, autocasts, batched, check_algorithm
 from .convolution import conv_geometry, conv_output_size, padded_for_torch
 from .entrance import operation
-from .normalization import batch_norm_of_torch, check_group, check_norm, normalize_batch, normalized, values_per_channel
+from .normalization import (
+    batch_norm_of_torch,
+    check_group,
+    check_norm,
+    normalize_batch,
+    normalized,
+    values_per_channel,
+)
 from .operators import ops
 
 if TYPE_CHECKING:
@@ -91,13 +98,17 @@ def conv_bn_act(
     if apart is not None:
         activation, slopes = None, None
     end = residual, eps, activation, slope, slopes
+    running = running_mean, running_var
     if training:
         count = values_per_channel("conv_bn_act", size, group)
-        y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
-        running = running_mean, running_var
-        z = normalize_batch(y, (mean, var), gamma, beta, running, momentum, *end, count, group)
+        if group is None:
+            norm = *running, True, momentum, gamma, beta
+            z = ops.conv_bn_act_training(x, w, b, *norm, *end, *geometry, algorithm)[0]
+        else:  # what the ranks exchange stands between the statistics and the norm
+            y, *statistics = ops.conv_stats(x, w, b, *geometry, algorithm)
+            z = normalize_batch(y, statistics, gamma, beta, running, momentum, *end, count, group)
     else:
-        z = ops.conv_bn_act(x, w, b, running_mean, running_var, gamma, beta, *end, *geometry, algorithm)
+        z = ops.conv_bn_act(x, w, b, *running, gamma, beta, *end, *geometry, algorithm)
     return z if apart is None else F.prelu(z, apart)
 
 

@@ -8,7 +8,8 @@ host cost of torch.library.register_autograd.
 from . import flops as _flops  # noqa: F401 - registers its formulas
 from .augmentation import augment
 from .batchnorm import batch_moments, channel_sum, normalize, update_running
-from .conv import conv_act, conv_bn_act, conv_dgrad, conv_fprop, conv_stats
+from .conv import conv_dgrad, conv_fprop, conv_stats
+from .conv_norm import conv_act, conv_bn_act, conv_bn_act_training
 from .pooling import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool, max_pool_indices
 from .synchronising import normalize_over_ranks
 
@@ -20,6 +21,7 @@ __all__ = [
     "channel_sum",
     "conv_act",
     "conv_bn_act",
+    "conv_bn_act_training",
     "conv_dgrad",
     "conv_fprop",
     "conv_stats",

@@ -22,7 +22,7 @@ from cnnfast_kernels.planes import dense_format
 from ..activations import activate
 from ..dispatch import transformed
 from . import plain
-from .registry import register
+from .registry import AS_ANYBODY, Calling, register
 
 
 def statistics_like(y: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _normalize_backward(dz: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(dz.new_empty(0) if g is None else g for g in batchnorm.normalize_backward(dz, *rest))
 
 
-def _fake_normalize_backward(
+def fake_normalize_backward(
     dz: Tensor, y: Tensor | None, z: Tensor | None, mean: Tensor | None, var: Tensor | None, gamma, beta, *rest: Any
 ) -> tuple[Tensor, ...]:
     image, needs = dz if y is None else y, rest[-1]
@@ -112,30 +112,30 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
         y, mean, var, gamma, beta, residual, z = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]
-        if torch.is_grad_enabled() or transformed():
-            grads = _differentiable_backward(dz, y, mean, var, gamma, beta, residual, z, ctx.options, needs)
-        else:
-            grads = _backward(dz, y, z, mean, var, gamma, beta, residual, *ctx.options, needs=needs)
+        gradients = differentiable_gradients if torch.is_grad_enabled() or transformed() else kernel_gradients
+        grads = gradients(dz, y, z, mean, var, gamma, beta, residual, *ctx.options, needs=needs)
         return grads[0], None, None, *grads[1:], None, None, None, None, None
 
 
-def _backward(
-    dz, y, z, mean, var, gamma, beta, residual, eps, activation, slope, training, needs
+def kernel_gradients(
+    dz, y, z, mean, var, gamma, beta, residual, eps, activation, slope, training, needs, calling: Calling = AS_ANYBODY
 ) -> list[Tensor | None]:
     """(dy, dgamma, dbeta, dresidual), None where not needed. Without an activation dresidual is dz itself; without a
-    norm, dy and dresidual are one tensor.
+    norm, dy and dresidual are one tensor. y may be None as the kernels' normalize_backward has it.
     """
     if mean is None and activation is None:
-        return [dz if needs[0] else None, None, channel_sum(dz) if needs[2] else None, dz if needs[3] else None]
+        dbeta = calling(channel_sum)(dz) if needs[2] else None
+        return [dz if needs[0] else None, None, dbeta, dz if needs[3] else None]
     if mean is None and needs[0] and needs[3]:
-        dy, _, dbeta, _ = _backward(
-            dz, y, z, mean, var, gamma, beta, residual, eps, activation, slope, training, [*needs[:3], False]
+        needs = *needs[:3], False
+        dy, _, dbeta, _ = kernel_gradients(
+            dz, y, z, mean, var, gamma, beta, residual, eps, activation, slope, training, needs, calling
         )
         return [dy, None, dbeta, dy]
     by_kernel = (*needs[:3], needs[3] and activation is not None)
     grads: list[Tensor | None] = [None] * 4
     if any(by_kernel):
-        out = normalize_backward(
+        out = calling(normalize_backward)(
             dz, y, z, mean, var, gamma, beta, residual, eps, activation, slope, training, by_kernel
         )
         grads = [g if need else None for g, need in zip(out, by_kernel, strict=True)]
@@ -144,8 +144,11 @@ def _backward(
     return grads
 
 
-def _differentiable_backward(dz, y, mean, var, gamma, beta, residual, z, options, needs) -> list[Tensor | None]:
-    eps, activation, slope, training = options
+def differentiable_gradients(
+    dz, y, z, mean, var, gamma, beta, residual, eps, activation, slope, training, needs
+) -> list[Tensor | None]:
+    """The same, in operators that can be differentiated."""
+    options = eps, activation, slope, training
     grads: list[Tensor | None] = [None] * 4
     # Such an activation's derivative is piecewise constant; beta and residual are not needed beyond it.
     if derivative_from_output(activation, slope):
@@ -157,6 +160,11 @@ def _differentiable_backward(dz, y, mean, var, gamma, beta, residual, z, options
         grads[3] = dz if needs[3] else None
         if mean is None:
             grads[0] = dz if needs[0] else None
+            return grads
+        if y is None:  # it was not kept: the statistics are frozen and gamma wants no gradient, or dy is not wanted
+            if needs[0]:
+                scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
+                grads[0] = (dz * scale.view(1, -1, *[1] * (dz.dim() - 2))).to(dz.dtype)
             return grads
         needs = [*needs[:2], False, False]
     operands = [y, gamma, beta, residual]
@@ -201,35 +209,6 @@ def _select(dz: Tensor, z: Tensor, activation: str | None, slope: float) -> Tens
     return dz
 
 
-def frozen_backward(
-    dz: Tensor,
-    z: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    gamma: Tensor | None,
-    eps: float,
-    activation: str | None,
-    slope: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dy, dbeta, dresidual) of z = act(batch_norm(y) + residual) with frozen statistics and gamma, or of z = act(y +
-    beta + residual), where there are none: y itself is not needed.
-    """
-    need_y, need_beta, need_residual = needs
-    if not torch.is_grad_enabled() and not transformed():
-        needs_four = [need_y, False, need_beta, need_residual]
-        dy, _, dbeta, dresidual = _backward(
-            dz, None, z, mean, var, gamma, None, None, eps, activation, slope, False, needs_four
-        )
-        return dy, dbeta, dresidual
-    g = dz if z is None else _select(dz, z, activation, slope)
-    dy = g if need_y else None
-    if need_y and var is not None:
-        scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
-        dy = (g * scale.view(1, -1, 1, 1)).to(dz.dtype)
-    return dy, channel_sum(g) if need_beta else None, g if need_residual else None
-
-
 class _ChannelSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -261,7 +240,7 @@ normalize_backward = register(
     " Tensor? residual, float eps, str? activation, float slope, bool training, bool[4] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _normalize_backward,
-    _fake_normalize_backward,
+    fake_normalize_backward,
 )
 channel_sum = register(
     "channel_sum(Tensor x) -> Tensor",

@@ -11,6 +11,7 @@ forward pass packed: it is saved beside x. In a graph that torch.compile made ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,12 +23,12 @@ from cnnfast_kernels.layout import convolution_format, is_channels_last, result_
 
 from . import conv_implementations as implementations
 from . import plain
-from .batchnorm import channel_sum, derivative_from_output, frozen_backward, no_gradient_of_prelu, normalize
+from .batchnorm import channel_sum
 from .conv_implementations import GEOMETRY, memory_format
-from .registry import register
+from .registry import AS_ANYBODY, Calling, register
 
 
-def _keep_packed(ctx: Any, operator: Any, x: Tensor, w: Tensor, *arguments: Any) -> tuple[Any, Tensor | None]:
+def keep_packed(ctx: Any, operator: Any, x: Tensor, w: Tensor, *arguments: Any) -> tuple[Any, Tensor | None]:
     """What operator(x, w, *arguments) returns, and what it packed of x, if it did and the gradient of w can take it."""
     if w.shape[1] > packing.MOST_CHANNELS or not ctx.needs_input_grad[1]:
         return operator(x, w, *arguments), None
@@ -36,45 +37,59 @@ def _keep_packed(ctx: Any, operator: Any, x: Tensor, w: Tensor, *arguments: Any)
     return result, kept.packed
 
 
-def _save_operands(ctx: Any, y: Tensor, x: Tensor, w: Tensor, *more: Tensor | None) -> None:
+def save_operands(ctx: Any, y: Tensor, x: Tensor, w: Tensor, *more: Tensor | None) -> None:
     """Keeps x only if w wants a gradient, and the other way round, so that a frozen weight costs no memory. Where their
     result y is empty it keeps both: an empty x takes no memory, and the gradients are laid out as x and w are.
+
+    ctx.layout is (shape of x, shape of w, whether their gradients are channels_last).
     """
     ctx.nothing = 0 in y.shape[:2]
     keep_x, keep_w = ctx.needs_input_grad[1] or ctx.nothing, ctx.needs_input_grad[0] or ctx.nothing
     ctx.save_for_backward(x if keep_x else None, w if keep_w else None, *more)
-    channels_last = convolution_format(x, w) == torch.channels_last
-    ctx.x_layout = x.shape, channels_last
-    ctx.w_layout = w.shape, channels_last
+    ctx.layout = x.shape, w.shape, convolution_format(x, w) == torch.channels_last
 
 
-def _zeros(ctx: Any, x: Tensor, w: Tensor, biases: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _zeros(
+    x: Tensor, w: Tensor, biases: int, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, w and bias where there was nothing to compute, each only if asked for."""
-    needs = ctx.needs_input_grad
     dx, dw = (torch.zeros_like(t) if wanted else None for t, wanted in ((x, needs[0]), (w, needs[1])))
     return dx, dw, x.new_zeros(biases) if needs[2] else None
 
 
-def _operand_grads(
-    ctx: Any, dy: Tensor, x: Tensor, w: Tensor, packed: Tensor | None, with_bias: bool = True
+def operand_gradients(
+    calling: Calling,
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    packed: Tensor | None,
+    x_shape: Any,
+    w_shape: Any,
+    channels_last: bool,
+    needs: Sequence[bool],
+    *geometry: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, w and, if it is not computed elsewhere, bias, each only if asked for. packed: of _keep_packed."""
-    if ctx.nothing:
-        return _zeros(ctx, x, w, w.shape[0])
-    needs = ctx.needs_input_grad
-    dx = conv_dgrad(dy, w, None, *ctx.x_layout, *ctx.geometry) if needs[0] else None
+    """Gradients of x, w and bias, each only if `needs` asks for it. x, w: as save_operands kept them, with the layout
+    that it noted; packed: of keep_packed.
+    """
+    if 0 in dy.shape[:2]:
+        assert x is not None
+        assert w is not None
+        return _zeros(x, w, w_shape[0], needs)
+    dx = calling(conv_dgrad)(dy, w, None, x_shape, channels_last, *geometry) if needs[0] else None
     dw = None
     if needs[1]:
+        assert x is not None
         with nullcontext() if packed is None else packing.given(x, packed):
-            dw = conv_wgrad(x, dy, *ctx.w_layout, *ctx.geometry)
-    return dx, dw, channel_sum(dy) if with_bias and needs[2] else None
+            dw = calling(conv_wgrad)(x, dy, w_shape, channels_last, *geometry)
+    return dx, dw, calling(channel_sum)(dy) if needs[2] else None
 
 
 def _transposed_grad(ctx: Any, ddx: Tensor, w: Tensor) -> Tensor:
     """The gradient of a transposed convolution's input, from that of its result. conv_fprop gives it the format of its
     own operands, which need not be the right one: then it is copied.
     """
-    shape, channels_last = ctx.x_layout
+    shape, _, channels_last = ctx.layout
     fmt = memory_format(channels_last)
     ddy = conv_fprop(ddx, w, None, *ctx.geometry)
     return ddy if result_format(ddy) == fmt else memory.empty(shape, ddy, fmt).copy_(ddy)
@@ -84,13 +99,14 @@ class _Fprop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, *geometry):
         ctx.geometry = geometry
-        y, packed = _keep_packed(ctx, conv_fprop, x, w, bias, *geometry)
-        _save_operands(ctx, y, x, w, packed)
+        y, packed = keep_packed(ctx, conv_fprop, x, w, bias, *geometry)
+        save_operands(ctx, y, x, w, packed)
         return y
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_operand_grads(ctx, dy, *ctx.saved_tensors), *[None] * len(ctx.geometry)
+        grads = operand_gradients(AS_ANYBODY, dy, *ctx.saved_tensors, *ctx.layout, ctx.needs_input_grad, *ctx.geometry)
+        return *grads, *[None] * len(ctx.geometry)
 
 
 class _Dgrad(torch.autograd.Function):
@@ -100,16 +116,16 @@ class _Dgrad(torch.autograd.Function):
     def forward(ctx, dy, w, bias, x_shape, channels_last, *geometry):
         ctx.geometry = geometry
         dx = conv_dgrad(dy, w, bias, x_shape, channels_last, *geometry)
-        _save_operands(ctx, dx, dy, w)
+        save_operands(ctx, dx, dy, w)
         return dx
 
     @staticmethod
     def backward(ctx, ddx):  # pyright: ignore[reportIncompatibleMethodOverride]
         dy, w = ctx.saved_tensors
         if ctx.nothing:
-            return *_zeros(ctx, dy, w, ddx.shape[1]), None, None, *[None] * len(ctx.geometry)
+            return *_zeros(dy, w, ddx.shape[1], ctx.needs_input_grad), None, None, *[None] * len(ctx.geometry)
         ddy = _transposed_grad(ctx, ddx, w) if ctx.needs_input_grad[0] else None
-        dw = conv_wgrad(ddx, dy, *ctx.w_layout, *ctx.geometry) if ctx.needs_input_grad[1] else None
+        dw = conv_wgrad(ddx, dy, *ctx.layout[1:], *ctx.geometry) if ctx.needs_input_grad[1] else None
         return ddy, dw, channel_sum(ddx) if ctx.needs_input_grad[2] else None, None, None, *[None] * len(ctx.geometry)
 
 
@@ -137,62 +153,19 @@ class _Stats(torch.autograd.Function):
     def forward(ctx, x, w, bias, *geometry):
         ctx.geometry = geometry
         ctx.set_materialize_grads(False)
-        (y, mean, var), packed = _keep_packed(ctx, conv_stats, x, w, bias, *geometry)
-        _save_operands(ctx, y, x, w, packed)
+        (y, mean, var), packed = keep_packed(ctx, conv_stats, x, w, bias, *geometry)
+        save_operands(ctx, y, x, w, packed)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
     def backward(ctx, dy, dmean, dvar):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = (None, None, None) if dy is None else _operand_grads(ctx, dy, *ctx.saved_tensors)
+        grads = None, None, None
+        if dy is not None:
+            grads = operand_gradients(
+                AS_ANYBODY, dy, *ctx.saved_tensors, *ctx.layout, ctx.needs_input_grad, *ctx.geometry
+            )
         return *grads, *[None] * len(ctx.geometry)
-
-
-class _BnAct(torch.autograd.Function):
-    """The fused form with frozen statistics and scale; its activation's derivative is read off its output."""
-
-    @staticmethod
-    def forward(ctx, x, w, bias, mean, var, gamma, beta, residual, eps, activation, slope, slopes, *geometry):
-        if activation == "prelu":
-            raise no_gradient_of_prelu("conv_bn_act")
-        ctx.geometry = geometry
-        ctx.norm = eps, activation, slope
-        fused = bias, mean, var, gamma, beta, residual, eps, activation, slope, slopes
-        z, packed = _keep_packed(ctx, _fused_bn_act, x, w, *fused, *geometry)
-        _save_operands(ctx, z, x, w, packed, z if activation else None, mean, var, gamma)
-        return z
-
-    @staticmethod
-    def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, w, packed, z, mean, var, gamma = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        of_output = any(needs[:3]), needs[6], needs[7]
-        dy, dbeta, dresidual = frozen_backward(dz, z, mean, var, gamma, *ctx.norm, needs=of_output)
-        grads = (None, None, None) if dy is None else _operand_grads(ctx, dy, x, w, packed)
-        return *grads, None, None, None, dbeta, dresidual, *[None] * 4, *[None] * len(ctx.geometry)
-
-
-class _Act(torch.autograd.Function):
-    """The fused form without a norm; its activation's derivative is read off its output."""
-
-    @staticmethod
-    def forward(ctx, x, w, bias, residual, activation, slope, slopes, *geometry):
-        if activation == "prelu":
-            raise no_gradient_of_prelu("conv_act")
-        ctx.geometry = geometry
-        ctx.activation = activation, slope
-        z, packed = _keep_packed(ctx, _fused_act, x, w, bias, residual, activation, slope, slopes, *geometry)
-        _save_operands(ctx, z, x, w, packed, z if activation else None)
-        return z
-
-    @staticmethod
-    def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, w, packed, z = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        wanted = any(needs[:2]), needs[2], needs[3]
-        dy, dbias, dresidual = frozen_backward(dz, z, None, None, None, 0.0, *ctx.activation, needs=wanted)
-        dx, dw = (None, None) if dy is None else _operand_grads(ctx, dy, x, w, packed, with_bias=False)[:2]
-        return dx, dw, dbias, dresidual, None, None, None, *[None] * len(ctx.geometry)
 
 
 conv_fprop = register(
@@ -222,69 +195,3 @@ conv_stats = register(
     implementations.fake_stats,
     _Stats,
 )
-_fused_bn_act = register(
-    "conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta,"
-    f" Tensor? residual, float eps, str? activation, float slope, Tensor? slopes, {GEOMETRY}) -> Tensor",
-    implementations.bn_act,
-    implementations.fake_bn_act,
-    _BnAct,
-)
-_fused_act = register(
-    "conv_act(Tensor x, Tensor w, Tensor? bias, Tensor? residual, str? activation, float slope, Tensor? slopes,"
-    f" {GEOMETRY}) -> Tensor",
-    implementations.act,
-    implementations.fake_bn_act,
-    _Act,
-)
-
-
-def conv_bn_act(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: str | None,
-    slope: float,
-    slopes: Tensor | None,
-    *geometry: Any,
-) -> Tensor:
-    """act(batch_norm(conv(x, w) + bias) + residual) with given statistics.
-
-    That is one kernel, unless a gradient needs what this kernel does not store: the convolution's own output, where
-    gamma wants a gradient, or what the activation was applied to, as gelu and others do.
-    """
-    wants_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, w, bias, gamma, beta, residual)
-    )
-    if wants_grad and ((gamma is not None and gamma.requires_grad) or not derivative_from_output(activation, slope)):
-        y = conv_fprop(x, w, bias, *geometry)
-        return normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, False)
-    return _fused_bn_act(x, w, bias, mean, var, gamma, beta, residual, eps, activation, slope, slopes, *geometry)
-
-
-def conv_act(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    slope: float,
-    slopes: Tensor | None,
-    *geometry: Any,
-) -> Tensor:
-    """act(conv(x, w) + bias + residual).
-
-    That is one kernel, unless a gradient needs what the activation was applied to, as gelu's and others' do. Then the
-    convolution's output is stored, and bias, residual and activation are a pass of their own, which computes its
-    argument again in backward.
-    """
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, bias, residual))
-    if wants_grad and not derivative_from_output(activation, slope):
-        y = conv_fprop(x, w, None, *geometry)
-        return normalize(y, None, None, None, bias, residual, 0.0, activation, slope, slopes, False)
-    return _fused_act(x, w, bias, residual, activation, slope, slopes, *geometry)

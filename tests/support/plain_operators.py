@@ -46,4 +46,13 @@ OPERATORS += (max_pool, max_pool_indices, avg_pool, adaptive_avg_pool, global_av
 
 def plain_operators() -> SimpleNamespace:
     """What stands in for cnnfast.functional's `ops`."""
-    return SimpleNamespace(**{operator.__name__: recorded(operator.__name__)(operator) for operator in OPERATORS})
+    ops = SimpleNamespace(**{operator.__name__: recorded(operator.__name__)(operator) for operator in OPERATORS})
+
+    def conv_bn_act_training(x: Tensor, w: Tensor, bias, mean, var, training, momentum, *rest: Any) -> tuple[Any, ...]:
+        y, *own = ops.conv_stats(x, w, bias, *rest[-5:])
+        if mean is not None and y.shape[0]:
+            ops.update_running(mean, var, *own, momentum, y.numel() // y.shape[1])
+        return ops.normalize(y, *own, *rest[:-5], True), y, *own
+
+    ops.conv_bn_act_training = conv_bn_act_training
+    return ops

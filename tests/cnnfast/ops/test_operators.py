@@ -19,6 +19,7 @@ from tests.support.convolutions import arrange
 
 GEOMETRY = ([1, 2], [1, 0, 1, 1], [1, 1], 2, "auto")
 IM2COL = (*GEOMETRY[:4], "im2col")
+LAYOUT = ([2, 4, 5, 4], [6, 2, 2, 3], True)  # of x and w, and of their gradients
 WINDOW = ([3, 2], [2, 2], [1, 1], [1, 1], True)
 AVERAGE = ([3, 2], [2, 2], [1, 1], True, False, None)
 
@@ -68,6 +69,35 @@ SAMPLES = {
         (*wants(X, W, BIAS), MEAN, VAR, WEIGHT, *wants(BIAS, Y), 1e-5, "relu", 0.0, None, *GEOMETRY),
         (NHWC, W, None, MEAN, VAR, None, None, None, 1e-5, "gelu", 0.0, None, *GEOMETRY),
         (NHWC, W, None, MEAN, VAR, None, None, None, 1e-5, "prelu", 0.0, BIAS, *GEOMETRY),
+    ],
+    "conv_bn_act_training": [
+        (*wants(X, W, BIAS), None, None, True, 0.0, *wants(WEIGHT, BIAS, Y), 1e-5, "relu", 0.0, None, *GEOMETRY),
+        (
+            *wants(NHWC, W),
+            None,
+            MEAN.clone(),
+            VAR.clone(),
+            True,
+            0.1,
+            None,
+            leaf(BIAS),
+            None,
+            1e-5,
+            "silu",
+            0.0,
+            None,
+            *GEOMETRY,
+        ),
+        (*wants(X, W), None, MEAN, VAR, False, 0.0, leaf(WEIGHT), None, None, 1e-5, None, 0.0, None, *IM2COL),
+        (NHWC, W, BIAS, None, None, True, 0.0, WEIGHT, None, Y, 1e-5, "prelu", 0.0, BIAS, *GEOMETRY),
+    ],
+    "conv_bn_act_backward": [
+        (Y, Y, None, MEAN, VAR, WEIGHT, BIAS, None, 1e-5, "relu", 0.0, True, X, W, None, *LAYOUT, [True] * 5 + [False])
+        + GEOMETRY,
+        (Y, None, Y, MEAN, VAR, None, None, None, 1e-5, "relu", 0.0, False, NHWC, None, None, *LAYOUT)
+        + ([False, True, False, False, True, True], *GEOMETRY),
+        (Y, None, None, None, None, None, None, None, 0.0, None, 0.0, False, None, W, None, *LAYOUT)
+        + ([True, False, False, False, True, False], *IM2COL),
     ],
     "conv_act": [
         (*wants(X, W, BIAS, Y), "relu", 0.0, None, *GEOMETRY),

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -158,25 +158,6 @@ def bare_operator() -> Callable[[], Any]:
     library.impl("bare", torch.empty_like, "CPU")
     x, operator = torch.ones(1), torch.ops.cnnfast_host_cost.bare.default
     return lambda: (library, operator(x))[1]  # an operator ends with the Library that defined it
-
-
-class StepKey(NamedTuple):
-    """A key as those of plans are."""
-
-    step: int
-    extents: tuple[int, ...]
-    name: str
-
-
-FIRST_KEY = StepKey(0, (1, 2, 3, 4), "")
-
-
-def yardstick(key: StepKey = FIRST_KEY) -> None:
-    """Enters a function and makes a key twenty times over, as a call does that asks for its plan: how fast this machine
-    runs Python at present.
-    """
-    if key.step < 20:
-        yardstick(StepKey(key.step + 1, key.extents, key.name))
 
 
 def microseconds(call: Callable[[], Any], repeat: int = 20) -> float:

@@ -105,12 +105,13 @@ def tile_moments(parts, rows, MASKS: tl.constexpr):
     """
     DTYPE: tl.constexpr = parts[0].dtype
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    SHARE: tl.constexpr = 1.0 / 4096  # a tile has at most so many rows
+    MOST_ROWS: tl.constexpr = 4096.0  # that a tile has
+    SHARE: tl.constexpr = 1.0 / 4096.0
 
     count = count_rows(parts, rows, MASKS).to(ACC)
     inverse = round_quotient(1.0, count)
     parts = [part.to(ACC) for part in mask_rows(parts, rows, MASKS)]
-    mean = sum_rows([part * SHARE for part in parts]) * (inverse / SHARE)
+    mean = sum_rows([part * SHARE for part in parts]) * (inverse * MOST_ROWS)
     mean = mean.to(DTYPE).to(ACC)
     parts = subtract(parts, mean, rows, MASKS)
     total = sum_rows(parts)

@@ -165,7 +165,7 @@ def convolutions(arch: int) -> Iterator[Case]:
     for layer in (DEEP, SHORTCUT):
         yield case("dgrad", layer, choose_tile(layer.problem, "dgrad", "half", arch=arch), "half")
     yield case("transposed", STRIDED, largest, "half")
-    yield case("wgrad", DEEP, largest, "half", split=1)
+    yield case("wgrad", DEEP, largest, "half", note=", one slot", split=1)
     yield case("infer", BODY, largest, "half", torch.float16)
     for activation in ACTIVATIONS:
         if activation not in (None, "relu"):

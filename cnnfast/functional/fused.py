@@ -15,14 +15,7 @@ from ..recording import record_torch
 from .arguments import Algorithm, Size, autocast, autocasts, batched, check_algorithm
 from .convolution import conv_geometry, conv_output_size, padded_for_torch
 from .entrance import operation
-from .normalization import (
-    batch_norm_of_torch,
-    check_group,
-    check_norm,
-    normalize_batch,
-    normalized,
-    values_per_channel,
-)
+from .normalization import batch_norm_of_torch, check_group, check_norm, normalize_batch, normalized, values_per_channel
 from .operators import ops
 
 if TYPE_CHECKING:
@@ -105,8 +98,8 @@ def conv_bn_act(
             norm = *running, True, momentum, gamma, beta
             z = ops.conv_bn_act_training(x, w, b, *norm, *end, *geometry, algorithm)[0]
         else:  # what the ranks exchange stands between the statistics and the norm
-            y, *statistics = ops.conv_stats(x, w, b, *geometry, algorithm)
-            z = normalize_batch(y, statistics, gamma, beta, running, momentum, *end, count, group)
+            y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
+            z = normalize_batch(y, (mean, var), gamma, beta, running, momentum, *end, count, group)
     else:
         z = ops.conv_bn_act(x, w, b, *running, gamma, beta, *end, *geometry, algorithm)
     return z if apart is None else F.prelu(z, apart)

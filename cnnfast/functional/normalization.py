@@ -102,7 +102,7 @@ def normalized(
 
 def normalize_batch(
     y: Tensor,
-    statistics: Sequence[Tensor],
+    statistics: tuple[Tensor, Tensor],
     gamma: Tensor | None,
     beta: Tensor | None,
     running: tuple[Tensor | None, Tensor | None],

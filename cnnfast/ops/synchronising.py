@@ -16,7 +16,6 @@ What differs from PyTorch's (torch/nn/modules/_functions.py):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ class _NormalizeOverRanks(torch.autograd.Function):
 @_disable_dynamo  # what ranks exchange is not traced; torch.compiler.disable would import torch._dynamo, for a second
 def normalize_over_ranks(
     y: Tensor,
-    statistics: Sequence[Tensor],
+    statistics: tuple[Tensor, Tensor],
     gamma: Tensor | None,
     beta: Tensor | None,
     running: tuple[Tensor | None, Tensor | None],

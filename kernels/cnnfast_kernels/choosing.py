@@ -33,9 +33,9 @@ from .tiling import (
 from .tma.tiles import BoxTile, box_count, box_programs, possible_boxes
 
 MOST_CANDIDATES = 12  # that measuring tries
-# Waves of programs that a weight gradient's sum may be cut into, as far as a model compares them.
+# What a model compares of the ways to cut a weight gradient's sum: parts, powers of two, and waves of programs.
+PARTS = tuple(2**i for i in range(MAX_SPLIT.bit_length()))
 WAVES = (1, 2, 3)
-POWERS = (1, 2, 4, 8, 16, 32, 64)  # parts that it may be cut into beside these
 
 
 def default_tile(q: Question) -> Tile:
@@ -77,7 +77,7 @@ def _cuts(q: Question, tile: Tile, gpu: KnownGpu) -> list[Tile]:
     """
     if isinstance(tile, BoxTile):
         one, most = box_programs(q.boxed, q.operation, tile), box_count(q.boxed, q.operation, tile)
-        usual = tile.SPLIT_K
+        usual = 1
     elif isinstance(tile, PackedTile):
         return [tile]
     else:
@@ -86,7 +86,7 @@ def _cuts(q: Question, tile: Tile, gpu: KnownGpu) -> list[Tile]:
         most = max(usual, steps_of_loop(q.problem, q.operation, tile) // MIN_STEPS_PER_SPLIT)
     places = gpu.multiprocessors * cost_of(q, tile, gpu).residents
     filling = [waves * places // max(one, 1) for waves in WAVES]
-    splits = {min(split, most, MAX_SPLIT) for split in (*POWERS, usual, *filling) if split >= 1}
+    splits = {min(split, most, MAX_SPLIT) for split in (*PARTS, usual, *filling) if split >= 1}
     return [replace(tile, SPLIT_K=split) for split in sorted(splits)]
 
 

@@ -120,16 +120,17 @@ def test_a_short_loop_takes_no_stages_that_keep_programs_away():
     assert choosing.default_tile(question("wgrad", "a100", 256, 64, 56, 64)).num_stages == 4, "for any image"
 
 
-def test_no_tile_is_modelled_to_take_longer_than_what_was_chosen_before():
-    """By a rule instead of the model: all stages of the tile, and sums cut as it said."""
+def test_what_a_rule_chose_before_is_compared():
+    """All stages of the tile, and sums cut as the rule of a family cuts them; so nothing costs more by the model."""
     short = question("fprop", "a100", 1, 64, 56, 64)
     assert choosing.default_tile(short).num_stages == 4, "no program is kept away"
     for q in (question("wgrad", "h200", 32, 128, 28, 512), question("wgrad", "a100", 8, 128, 56, 128, 3, 2)):
         found = choosing.possible(q, choosing.stand_in(*q.gpu))
         for tile in {replace(tile, SPLIT_K=1) for tile in found}:
             splits = {other.SPLIT_K for other in found if replace(other, SPLIT_K=1) == tile}
-            usual = 4 if isinstance(tile, BoxTile) else default_split(q.problem, tile)
-            assert {1, 2, usual} <= splits
+            boxes = isinstance(tile, BoxTile)
+            usual = {1, 2, 4} if boxes else {default_split(q.problem, tile)}
+            assert usual <= splits
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -189,11 +189,10 @@ def candidate_boxes(
             sums = prod(tile.gemm(operation)[:2])
             several_axes = pixels not in (tile.TILE_N, tile.TILE_W)
             serialised = operation == "wgrad" and several_axes and channels > MOST_CHANNELS_OF_BOXES
+            spills = short_of_registers and sums > MOST_SUMS
             if operation == "fprop" and num_warps == 8:
                 serialised = skips_taps(g, tile)
-            spills = short_of_registers and sums > MOST_SUMS
-            if operation == "fprop" and num_warps == 8 and tile.TILE_W > 128:
-                spills = arch >= 100  # with statistics, by triton 3.7.1
+                spills |= arch >= 100 and tile.TILE_W > 128  # with statistics, by triton 3.7.1
             if box_phases(g, operation, tile) is not None and not serialised and not spills:
                 yield tile
 

@@ -137,8 +137,8 @@ def over_bounds(bounds, seconds):
     return found
 
 
-# What was measured with a quarter on top, of two builds of Python the one with which these are more: in microseconds
-# machines differ by a half, in these by an eighth. That functions entered are few is bounded above, and closer.
+# What was measured with a quarter on top, by the one of two builds of Python that gave more: they differ by up to a
+# fifth. That functions entered are few is bounded above, and closer.
 BOUNDS = {
     "conv2d": {"inference": 12.7, "gradients": 21.9},
     "batch_norm": {"inference": 9.9, "gradients": 15.3},

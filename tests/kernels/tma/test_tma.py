@@ -372,7 +372,7 @@ def test_tensor_maps_serve_channels_last(launches, device):
     for mine, exact in zip(ours, reference(SERVED, x, w, dy), strict=True):
         assert torch.equal(mine, exact.half())
     assert [event.kernel for event in launches] == ["tma_fprop_kernel", "tma_dgrad_kernel", "tma_wgrad_kernel"]
-    assert {launches[0].tile.pixels, launches[0].tile.TILE_K, launches[0].tile.TILE_C} == {64}
+    assert str(launches[0].tile) == "4x4x4 pixels k64 c64 w4 s4"
 
 
 def test_statistics_and_residuals_come_by_tensor_maps(launches, device):

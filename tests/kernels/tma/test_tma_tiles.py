@@ -129,6 +129,7 @@ def test_erf_and_sm_100_leave_out_the_largest_sums():
     assert max(t.TILE_K * t.TILE_C for t in candidate_boxes(layer, "wgrad")) == 256 * 128
     assert max(t.TILE_K * t.TILE_C for t in candidate_boxes(layer, "wgrad", arch=100)) == 128 * 64
     one_tap = resnet_layer(32, 1024, 14, 256, 1)
+    assert max(t.pixels * t.TILE_K for t in candidate_boxes(one_tap, "fprop", "gelu")) == 128 * 64
     warps = {
         arch: {t.num_warps for t in candidate_boxes(one_tap, "fprop", arch=arch) if t.TILE_W == 256}
         for arch in (90, 100)

@@ -75,6 +75,7 @@ LAYERS = {
         "choosing_costs",
         "choosing",
         "conv",
+        "gram",
         "aot",
     ],
     "cnnfast": [

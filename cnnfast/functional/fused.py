@@ -95,8 +95,13 @@ def conv_bn_act(
     if training:
         count = values_per_channel("conv_bn_act", size, group)
         if group is None:
-            norm = *running, True, momentum, gamma, beta
-            z = ops.conv_bn_act_training(x, w, b, *norm, *end, *geometry, algorithm)[0]
+            if ops.gram_serves(x, w, count, activation, slope, geometry, algorithm):
+                z = ops.conv_bn_act_by_gram(x, w, b, *running, momentum, gamma, beta, *end[:-1], *geometry, algorithm)[
+                    0
+                ]
+            else:
+                norm = *running, True, momentum, gamma, beta
+                z = ops.conv_bn_act_training(x, w, b, *norm, *end, *geometry, algorithm)[0]
         else:  # what the ranks exchange stands between the statistics and the norm
             y, mean, var = ops.conv_stats(x, w, b, *geometry, algorithm)
             z = normalize_batch(y, (mean, var), gamma, beta, running, momentum, *end, count, group)

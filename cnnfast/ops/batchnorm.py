@@ -209,6 +209,15 @@ def _select(dz: Tensor, z: Tensor, activation: str | None, slope: float) -> Tens
     return dz
 
 
+def _activation_backward(dz: Tensor, z: Tensor | None, activation, slope) -> tuple[Tensor, Tensor]:
+    g, sums = batchnorm.activation_backward(dz, z, activation, slope)
+    return dz.new_empty(0) if g is None else g, sums
+
+
+def _fake_activation_backward(dz: Tensor, z: Tensor | None, activation, slope) -> tuple[Tensor, Tensor]:
+    return dz.new_empty(0) if activation is None else dense_like(dz), statistics_like(dz)
+
+
 class _ChannelSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -241,6 +250,11 @@ normalize_backward = register(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _normalize_backward,
     fake_normalize_backward,
+)
+activation_backward = register(
+    "activation_backward(Tensor dz, Tensor? z, str? activation, float slope) -> (Tensor, Tensor)",
+    _activation_backward,
+    _fake_activation_backward,
 )
 channel_sum = register(
     "channel_sum(Tensor x) -> Tensor",

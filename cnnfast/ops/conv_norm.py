@@ -164,7 +164,7 @@ class _BnAct(torch.autograd.Function):
             raise no_gradient_of_prelu("conv_bn_act")
         ctx.geometry, ctx.options = geometry, (eps, activation, slope, False)
         fused = bias, mean, var, gamma, beta, residual, eps, activation, slope, slopes
-        z, packed = keep_packed(ctx, _fused_bn_act, x, w, *fused, *geometry)
+        z, packed = keep_packed(ctx, fused_bn_act, x, w, *fused, *geometry)
         save_operands(ctx, z, x, w, packed, None, z if activation else None, mean, var, gamma, None, None)
         return z
 
@@ -213,7 +213,7 @@ conv_bn_act_backward = register(
     _fake_backward,
     composed=True,
 )
-_fused_bn_act = register(
+fused_bn_act = register(
     f"conv_bn_act(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, {END}, Tensor? slopes, {GEOMETRY})"
     " -> Tensor",
     implementations.bn_act,
@@ -255,7 +255,7 @@ def conv_bn_act(
     end = gamma, beta, residual, eps, activation, slope, slopes
     if wants_grad and ((gamma is not None and gamma.requires_grad) or not derivative_from_output(activation, slope)):
         return conv_bn_act_training(x, w, bias, mean, var, False, 0.0, *end, *geometry)[0]
-    return _fused_bn_act(x, w, bias, mean, var, *end, *geometry)
+    return fused_bn_act(x, w, bias, mean, var, *end, *geometry)
 
 
 def conv_act(

@@ -94,10 +94,20 @@ def _decision(plan: ConvolutionPlan, library_first: bool) -> Decision:
     return decide(plan.question, plan.row, library_first)
 
 
+def library_comes_first(device: torch.device) -> bool:
+    """Whether the library serves what was not measured there."""
+    kind = device.type
+    return (devices.type_of(device) if kind == "meta" else kind) in LIBRARY_FIRST
+
+
+def kernels_serve(plan: ConvolutionPlan, device: torch.device) -> bool:
+    """Whether our kernels would serve by the plan, of which no trace is told."""
+    return not (dispatch.library_allowed() and _decision(plan, library_comes_first(device)).library)
+
+
 def library_serves(plan: ConvolutionPlan, device: torch.device) -> Decision | None:
     """What the library is to do for tensors on `device`, or None if our kernels serve by the plan. Traces learn why."""
-    kind = device.type
-    decision: Decision = _decision(plan, (devices.type_of(device) if kind == "meta" else kind) in LIBRARY_FIRST)
+    decision: Decision = _decision(plan, library_comes_first(device))
     if not decision.reason:
         return None
     library = decision.library and dispatch.library_allowed()

@@ -254,11 +254,12 @@ def conv_wgrad(
     algorithm: Algorithm = "auto",
     tf32: bool = False,
     tile: Tile | None = None,
+    wide: bool = False,
 ) -> torch.Tensor:
-    """Gradient of sum(dy * conv(x, w)) with respect to w."""
+    """Gradient of sum(dy * conv(x, w)) with respect to w. wide: in the dtype of its sums, not in that of x."""
     if algorithm != "im2col":
-        return wgrad_plan(wgrad_key(x, dy, w_shape, fmt, geometry, tf32, tile)).run(x, dy)
-    dw = memory.empty(w_shape, x, fmt)
+        return wgrad_plan(wgrad_key(x, dy, w_shape, fmt, geometry, tf32, tile, wide)).run(x, dy)
+    dw = memory.empty(w_shape, x, fmt, accumulator_dtype(x.dtype) if wide else None)
     if dy.numel() == 0 or x.numel() == 0:
         return dw.zero_()
     im2col_wgrad(geometry.problem(x.shape, w_shape), precision_of(x.dtype, tf32), x, dy, dw)

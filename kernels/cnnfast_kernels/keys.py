@@ -77,7 +77,7 @@ class DgradKey(NamedTuple):
 
 
 class WgradKey(NamedTuple):
-    """Of the gradient with respect to w, in the format fmt."""
+    """Of the gradient with respect to w, in the format fmt. wide: in the dtype of its sums, not in that of x."""
 
     x_shape: Shape
     x_strides: Shape
@@ -91,12 +91,13 @@ class WgradKey(NamedTuple):
     tile: Tile | None
     gpu: devices.Gpu
     aligned: bool
+    wide: bool = False
 
     @property
     def question(self) -> Question:
         x, dy = Layout(self.x_shape, self.x_strides, self.dtype), Layout(self.dy_shape, self.dy_strides, self.dtype)
         how = self.w_shape, self.fmt, self.geometry, self.gpu
-        return wgrad_question(x, dy, *how, tf32=self.tf32, aligned=self.aligned)
+        return wgrad_question(x, dy, *how, tf32=self.tf32, aligned=self.aligned, wide=self.wide)
 
 
 def fprop_key(
@@ -144,9 +145,10 @@ def wgrad_key(
     geometry: Geometry,
     tf32: bool,
     tile: Tile | None,
+    wide: bool = False,
 ) -> WgradKey:
     aligned = (x.data_ptr() | dy.data_ptr()) % 16 == 0
     return tuple.__new__(WgradKey, (
         x.shape, x.stride(), dy.shape, dy.stride(), x.dtype, tuple(w_shape), fmt, geometry, tf32, tile,
-        devices.gpu(x.device), aligned,
+        devices.gpu(x.device), aligned, wide,
     ))  # fmt: skip

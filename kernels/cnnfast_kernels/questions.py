@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from . import devices, tables
+from .dtypes import accumulator_dtype
 from .gather.depthwise.tiles import StripTile
 from .gather.stem import run_problem, why_no_packing
 from .layout import Layout, convolution_format, dense
@@ -176,7 +177,8 @@ def wgrad_question(
     *,
     tf32: bool = False,
     aligned: bool = True,
+    wide: bool = False,
 ) -> Question:
-    """fmt: the format of the gradient of w."""
-    dw = dense(w_shape, x.dtype, fmt)
+    """fmt: the format of the gradient of w. wide: it is in the dtype of its sums, not in that of x."""
+    dw = dense(w_shape, accumulator_dtype(x.dtype) if wide else x.dtype, fmt)
     return Question("wgrad", geometry.problem(x.shape, w_shape), tf32, gpu, aligned, x, dw, dy)

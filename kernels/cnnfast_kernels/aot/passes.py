@@ -12,6 +12,7 @@ import torch
 
 from ..augment import Augmenting, ImageNumbers, ImageSource, augment_batch
 from ..batchnorm import (
+    activation_backward,
     apply_sums,
     batch_moments,
     channel_sum,
@@ -21,6 +22,7 @@ from ..batchnorm import (
     normalize_backward,
     update_running,
 )
+from ..gram import gram_gradients, gram_statistics
 from ..pooling import (
     adaptive_avg_pool,
     adaptive_avg_pool_backward,
@@ -79,6 +81,18 @@ def batch_norm_over_ranks(dtype: torch.dtype, ranks: int) -> None:
     apply_sums(y, y, y, statistics, *norm, sums, 1e-5, "relu", 0.0, (True, True))
 
 
+def gram_matrix(dtype: torch.dtype, C: int, K: int, stride: int) -> None:
+    """Statistics and gradients of a 1x1 convolution from C to K channels with its batch norm, all gradients asked for;
+    the first without an activation.
+    """
+    x, w = layers.empty(BATCH, C, 28, 28, dtype=dtype, fmt=LAST), layers.empty(K, C, 1, 1, dtype=dtype)
+    g = layers.empty(BATCH, K, 28 // stride, 28 // stride, dtype=dtype, fmt=LAST)
+    steps = stride, stride
+    _, var, *matrices = gram_statistics(x, w, None, steps)
+    _, sums = activation_backward(g, g, "relu" if stride == 1 else None, 0.0)
+    gram_gradients(g, sums, x, w, *matrices, var, layers.empty(K), 1e-5, steps, (True, True))
+
+
 def activation_pass(dtype: torch.dtype, fmt: torch.memory_format, activation: str) -> None:
     """Forward and backward of act(y + bias + residual) after a convolution that the library serves."""
     y = layers.empty(BATCH, 64, 56, 56, dtype=dtype, fmt=fmt)
@@ -129,6 +143,10 @@ def passes() -> Iterator[tuple[str, Callable[[], None]]]:
     # 8 ranks are those of one machine; 2048 make the highest block, of one channel, with float64's registers.
     yield ("batch norm over 8 ranks bfloat16", partial(batch_norm_over_ranks, torch.bfloat16, 8))
     yield ("batch norm over 2048 ranks float64", partial(batch_norm_over_ranks, torch.float64, 2048))
+    # the third convolution of bottlenecks, a projection, one of MobileNetV2, whose channels are no power of two
+    for C, K, stride in ((64, 256, 1), (512, 2048, 1), (256, 512, 2), (24, 144, 1)):
+        yield (f"gram matrix {C} to {K} stride {stride} bfloat16", partial(gram_matrix, torch.bfloat16, C, K, stride))
+    yield ("gram matrix 64 to 256 stride 1 float16", partial(gram_matrix, torch.float16, 64, 256, 1))
     # read off the result, computed again, and one whose slopes are operands
     for activation in ("relu", "mish", "prelu"):
         yield (f"bias and {activation} bfloat16", partial(activation_pass, torch.bfloat16, LAST, activation))

@@ -8,7 +8,7 @@ Everything is computed in float32, or float64 for float64 tensors.
 """
 
 from ..planes import contiguous
-from .gradients import normalize_backward
+from .gradients import activation_backward, normalize_backward
 from .normalising import normalize
 from .ranks import apply_sums, combine_ranks, gradient_sums
 from .running import update_running
@@ -16,6 +16,7 @@ from .statistics import batch_moments, combine_moments
 from .sums import channel_sum
 
 __all__ = [
+    "activation_backward",
     "apply_sums",
     "batch_moments",
     "channel_sum",

@@ -207,3 +207,23 @@ def normalize_backward(
         assert sum_g is not None
         dbeta = sum_g.to((of if beta is None else beta).dtype)
     return dy, dgamma, dbeta, dresidual
+
+
+def activation_backward(
+    dz: torch.Tensor, z: torch.Tensor | None, activation: str | None, slope: float
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(dz * act', its sum over all axes but channels [C] in float32, or float64 for float64), where act' can be told
+    from the result z. Without an activation the gradient is dz itself, and None is returned in its place.
+    """
+    if activation is None:
+        dz = mergeable(dz)
+        run, layout = plan_sums(dz.shape, strides(dz, None, None, None), dz.dtype, 0.0, None, 0.0, 1)
+        slots = memory.empty(layout, dz)
+        run(GradientSumsOperands(dz, *[None] * 7, slots))
+        return None, combine_slots(slots)[0]
+    like, dz, z = dz.stride(), mergeable(dz), mergeable(z)
+    of = strides(dz, None, z, None)
+    run, layout, of_slots = plan_backward(dz.shape, of, like, dz.dtype, 0.0, activation, slope, True, False)
+    g, slots = memory.empty(layout, dz), memory.empty(of_slots, dz)
+    run(NormalizeBackwardOperands(dz, None, z, *[None] * 8, g, None, slots))
+    return g, combine_slots(slots)[0]

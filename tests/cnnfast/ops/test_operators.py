@@ -31,6 +31,11 @@ MEAN, VAR, WEIGHT, BIAS = (normal(6, seed=i).abs() + 0.5 for i in range(3, 7))
 TOLD = torch.cat([torch.stack([MEAN, VAR]).flatten().repeat(3, 1), torch.tensor([[4.0], [0.0], [2.0]])], 1)
 COUNT, SUMS = torch.tensor([30.0], dtype=torch.float64), torch.stack([MEAN, VAR])
 TAPS = torch.tensor([3, 3, 2], dtype=torch.uint8).expand(2, 4, 3, 3).contiguous()  # taps that lie in the image
+# of a 1x1 convolution in half precision, of stride (2, 1)
+HALF, WIDE = (t.half().contiguous(memory_format=torch.channels_last) for t in (X, normal(6, 4, 1, 1, seed=1)))
+HALF_Y = normal(2, 6, 3, 4, seed=2).half().contiguous(memory_format=torch.channels_last)
+STRIDED = ([2, 1], [0, 0, 0, 0], [1, 1], 1, "auto")
+MATRICES = MEAN[:4].float(), normal(6, 4, seed=3, dtype=torch.float32), VAR.float()
 PICTURES = integers(2, 3, 5, 6, largest=127).add(127).to(torch.uint8)
 OFFSETS, SIZES = torch.tensor([0, 90]), torch.tensor([[5, 6], [6, 5]])
 NUMBERS = (
@@ -99,6 +104,22 @@ SAMPLES = {
         (Y, None, None, None, None, None, None, None, 0.0, None, 0.0, False, None, W, None, *LAYOUT)
         + ([True, False, False, False, True, False], *IM2COL),
     ],
+    "conv_bn_act_by_gram": [
+        (*wants(HALF, WIDE, BIAS), MEAN.clone(), VAR.clone(), 0.1, *wants(WEIGHT, BIAS, HALF_Y), 1e-5, "relu", 0.0)
+        + STRIDED,
+        (*wants(HALF, WIDE), None, None, None, 0.1, None, None, None, 1e-5, None, 0.0, *STRIDED),
+        (HALF, WIDE, None, None, None, 0.1, WEIGHT, BIAS, HALF_Y, 1e-5, "leaky_relu", 0.1, *STRIDED),
+    ],
+    "conv_bn_act_by_gram_backward": [
+        (HALF_Y, HALF_Y, BIAS, "relu", 0.0, HALF, WIDE, *MATRICES, WEIGHT, 1e-5, [2, 1], [True] * 6),
+        (HALF_Y, None, None, None, 0.0, HALF, WIDE, *MATRICES, None, 1e-5, [2, 1], [False, True] + [False] * 4),
+    ],
+    "gram_statistics": [(HALF, WIDE, BIAS, [2, 1]), (HALF, WIDE, None, [1, 1])],
+    "gram_gradients": [
+        (HALF_Y, MEAN.float(), HALF, WIDE, *MATRICES, WEIGHT, 1e-5, [2, 1], [True, True]),
+        (HALF_Y, MEAN.float(), HALF, WIDE, *MATRICES, None, 1e-5, [2, 1], [False, True]),
+    ],
+    "activation_backward": [(Y, Y, "relu", 0.0), (HALF_Y, HALF_Y, "leaky_relu", 0.1), (Y, None, None, 0.0)],
     "conv_act": [
         (*wants(X, W, BIAS, Y), "relu", 0.0, None, *GEOMETRY),
         (*wants(X, W), None, leaf(Y), None, 0.0, None, *GEOMETRY),

@@ -1,0 +1,112 @@
+"""Batch norm behind a 1x1 convolution whose input is narrower than its output, without the convolution's own result:
+the statistics before it runs, and the gradients after it, from the Gram matrix of the input.
+
+batchnorm/gram.py has the formulas and the small matrices' kernels; the products over all pixels are those of conv.py.
+All tensors are of half precision, whose products are summed in float32. In float32 the differences of large sums that
+this takes cost accuracy: four times PyTorch's own error.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from . import memory
+from .batchnorm import batch_moments, contiguous
+from .batchnorm.gram import (
+    OwnOperands,
+    StatisticsOperands,
+    WeightGradientOperands,
+    plan_own,
+    plan_statistics,
+    plan_weight_gradient,
+)
+from .conv import conv_wgrad, fprop_plan
+from .epilogue import NO_NORM, BatchNorm, Epilogue
+from .keys import fprop_key
+from .layout import Layout, dense
+from .questions import Geometry
+
+LAST = torch.channels_last
+POINTWISE = Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1)
+
+
+def met(x: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
+    """The pixels of x [N, C, H, W] that a 1x1 convolution of this stride meets: a view."""
+    return x if stride == (1, 1) else x[:, :, :: stride[0], :: stride[1]]
+
+
+@lru_cache(1024)
+def _floats(*shapes: tuple[int, ...]) -> tuple[Layout, ...]:
+    return tuple(dense(shape, torch.float32) for shape in shapes)
+
+
+def gram_statistics(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(mean [K], biased variance [K], mu [C], P [K, C]) in float32: the statistics of conv(x, w) + bias over its N * P
+    * Q pixels, the mean of each channel of x over them, and W Cov (batchnorm/gram.py).
+
+    Shapes: x [N, C, H, W], w [K, C, 1, 1], of one dtype, float16 or bfloat16, in any memory layout; bias [K].
+    """
+    x = met(x, stride)
+    N, C, P, Q = x.shape
+    K = w.shape[0]
+    mu, _ = batch_moments(x)
+    gram = conv_wgrad(x, x, (C, C, 1, 1), POINTWISE, wide=True)
+    products, mean, var = (memory.empty(of, x) for of in _floats((K, C), (K,), (K,)))
+    run = plan_statistics(K, C, w.stride(), N * P * Q)
+    run(StatisticsOperands(gram, mu, w, *contiguous(bias), products, mean, var))
+    return mean, var, mu, products
+
+
+def gram_gradients(
+    g: torch.Tensor,
+    sums: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    mu: torch.Tensor,
+    products: torch.Tensor,
+    var: torch.Tensor,
+    gamma: torch.Tensor | None,
+    eps: float,
+    stride: tuple[int, int],
+    needs: tuple[bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """(dx, dw, dgamma) of batch_norm(conv(x, w)) in training, dx and dw channels_last and only if `needs` asks,
+    dgamma [K] in float32.
+
+    Shapes: g [N, K, P, Q], the gradient of the norm's result, and `sums` [K], its sums over all pixels, in float32;
+    x, w, mu, products and var as gram_statistics has them; gamma [K].
+    """
+    N, K, P, Q = g.shape
+    C = x.shape[1]
+    geometry = POINTWISE._replace(stride=stride)
+    gradient = conv_wgrad(x, g, (K, C, 1, 1), geometry, wide=True)
+    dgamma, slopes, norm = (memory.empty(of, g) for of in _floats((K,), (K,), (4, C)))
+    scaled = memory.empty((C, K, 1, 1), w)
+    dw = memory.empty(w.shape, w, LAST) if needs[1] else None
+    (gamma,) = contiguous(gamma)
+    count = N * P * Q
+    run = plan_weight_gradient(K, C, w.stride(), (0, 0) if dw is None else dw.stride(), count, eps)
+    run(WeightGradientOperands(gradient, sums, products, mu, var, w, gamma, dgamma, slopes, scaled, dw))
+    if not needs[0]:
+        return None, dw, dgamma
+    own = memory.empty((C, C, 1, 1), w)
+    plan_own(K, C, w.stride(), count)(OwnOperands(w, slopes, scaled, sums, mu, own, norm))
+    mean, ones, back, k = norm.unbind()
+    of_own = _pointwise(met(x, stride), own, Epilogue(None, BatchNorm(mean, ones, back, k, 0.0)))
+    dx = _pointwise(g, scaled, Epilogue(None, NO_NORM, of_own))
+    if stride == (1, 1) and dx.is_contiguous(memory_format=LAST):
+        return dx, dw, dgamma
+    whole = memory.empty(x.shape, x, LAST)
+    if stride != (1, 1):
+        whole.zero_()
+    met(whole, stride).copy_(dx)
+    return whole, dw, dgamma
+
+
+def _pointwise(x: torch.Tensor, w: torch.Tensor, epilogue: Any) -> torch.Tensor:
+    return fprop_plan(fprop_key(x, w, POINTWISE, epilogue, False, False, None)).run(x, w, epilogue)

@@ -13,6 +13,7 @@ GEMM_M = N * H * W input pixels of a class, GEMM_N = C channels, GEMM_K = taps o
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -21,6 +22,18 @@ import triton.language as tl
 
 from .. import launch
 from ..dtypes import KERNEL_DTYPES, accumulator_dtype
+from ..epilogue import Channels, Finish, Residual, load_channels, load_residual
+from ..gradient_epilogue import (
+    NO_EPILOGUE,
+    NOTHING_BELOW,
+    Below,
+    BitWords,
+    GradientEpilogue,
+    GradientLayouts,
+    finish_gradient,
+    store_sums,
+    sum_existing,
+)
 from ..indexing import channel_offset, class_axis, has_nan, pixel_offset, unravel_npq
 from ..layout import Laid, Strides, strides_nhwc
 from ..operands import DgradOperands
@@ -29,7 +42,7 @@ from ..tiling import Precision, TileConfig, cdiv, register_limit
 from .tiles import Rows, hide_steps, load_taps, multiply_accumulate, reaches, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
-STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx") for d in "nhwc"]
+STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx", "residual", "y", "z") for d in "nhwc"]
 # Columns that the careful loop sums at a time: the fewest that a product may have.
 CAREFUL_N = tl.constexpr(16)
 
@@ -40,6 +53,28 @@ class DgradAlignments(NamedTuple):
     dy: int
     w: int
     dx: int
+    residual: int = 1
+    y: int = 1
+    z: int = 1
+
+
+class GradientTile(NamedTuple):
+    """Inside a kernel, what is stored of a tile's rows, pixels (n, h, w) as far as they exist, beside dx: all that an
+    epilogue reads and leaves. tensors: pointers and layout.Strides of residual, y and z; tile: its slot's number;
+    first: the first of its pixels, of H x W in an image and so many `pixels` in all; C: channels of all groups.
+    """
+
+    tensors: tuple
+    words: tl.tensor
+    pointers: Channels
+    slots: tl.tensor
+    tile: tl.tensor
+    first: tl.tensor
+    H: tl.tensor
+    W: tl.tensor
+    pixels: tl.tensor
+    C: tl.tensor
+    TOGETHER: tl.constexpr  # as BitWords has it
 
 
 class ClassTaps(NamedTuple):
@@ -75,13 +110,33 @@ def load_filters(w_ptr, strides, taps, step, first_k, c, C, EVEN: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def store_dx(dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, strides):
+def store_dx(dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, strides, of, e: tl.constexpr):
     """Stores rows of acc to pixels (n, h, w), columns of it to channels `column` of all groups.
 
-    Adds the bias of these channels, if there is one.
+    Adds the bias of these channels, if there is one. e: Finish of a gradient's epilogue, to which GradientTile `of`
+    belongs, or None.
     """
     if bias_ptr is not None:
         acc = acc + tl.load(bias_ptr + column, mask=c_ok, other=0.0).to(acc.dtype)[None, :]
+    if e is not None:
+        residual, y, z = of.tensors
+        pixel = n, h, w
+        m = (n * of.H + h) * of.W + w
+        below = Below(
+            Residual(residual[0], pixel, column, row_ok, c_ok, residual[1]),
+            Residual(y[0], pixel, column, row_ok, c_ok, y[1]),
+            Residual(z[0], pixel, column, row_ok, c_ok, z[1]),
+            BitWords(of.words, m, row_ok, column, c_ok, of.C, of.first, of.pixels, of.TOGETHER),
+        )
+        channels = load_channels(of.pointers, column, c_ok, e)
+        ACC: tl.constexpr = acc.dtype
+        acc, centred = finish_gradient(acc, below, channels, of.pointers, e, load_residual)
+        if of.slots is not None:
+            g, sum_g = sum_existing(acc.to(dx_ptr.dtype.element_ty).to(ACC), row_ok)
+            sum_gy = sum_g
+            if y[0] is not None:
+                sum_gy = tl.sum(g * centred, 0)
+            store_sums(of.slots, of.tile, sum_g, sum_gy, column, c_ok, of.C, y[0] is not None)
     dx = (dx_ptr + pixel_offset(n, h, w, strides))[:, None] + channel_offset(column, strides.c)[None, :]
     tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
 
@@ -89,18 +144,23 @@ def store_dx(dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, strides):
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
 @no_type_check
 def conv_dgrad_kernel(
-    dy_ptr, w_ptr, dx_ptr, bias_ptr, N, H, W, P, Q, C,
+    dy_ptr, w_ptr, dx_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, words_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    slots_ptr, N, H, W, P, Q, C,
     dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
     w_stride_k, w_stride_r, w_stride_s, w_stride_c,
     dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c,
-    g: tl.constexpr, align: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MISSES: tl.constexpr,
+    residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c,
+    y_stride_n, y_stride_h, y_stride_w, y_stride_c,
+    z_stride_n, z_stride_h, z_stride_w, z_stride_c,
+    g: tl.constexpr, e: tl.constexpr, align: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MISSES: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx, plus the bias of a transposed convolution if there is one. C are the channels of a group.
+    """One tile of dx, plus the bias of a transposed convolution if there is one, or what an epilogue makes of it. C are
+    the channels of a group; `slots` [tiles of all classes, 1 or 2, C * groups].
 
-    g: ConvGeometry, with the filters of a group; align: DgradAlignments. STEP_H, STEP_W: distance between taps that
-    meet the same pixel. MISSES: some pixel has taps that lie outside dy.
+    g: ConvGeometry, with the filters of a group; e: the epilogue's Finish, or None; align: DgradAlignments. STEP_H,
+    STEP_W: distance between taps that meet the same pixel. MISSES: some pixel has taps that lie outside dy.
     """
     K: tl.constexpr = g.K
     MAX_R: tl.constexpr = (g.R + STEP_H - 1) // STEP_H  # taps of the class that meets most
@@ -133,6 +193,22 @@ def conv_dgrad_kernel(
     dy_strides = Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, align.dy)
     w_strides = Strides(w_stride_k, w_stride_r, w_stride_s, w_stride_c, align.w)
     dx_strides = Strides(dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, align.dx)
+    of = None
+    if e is not None:
+        tensors = (
+            (
+                residual_ptr,
+                Strides(residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c, align.residual),
+            ),
+            (y_ptr, Strides(y_stride_n, y_stride_h, y_stride_w, y_stride_c, align.y)),
+            (z_ptr, Strides(z_stride_n, z_stride_h, z_stride_w, z_stride_c, align.z)),
+        )
+        of_channels = Channels(None, mean_ptr, var_ptr, gamma_ptr, beta_ptr, None)
+        tile = pid // tiles_c % (g.stride_h * g.stride_w * tiles_m)
+        TOGETHER: tl.constexpr = g.stride_h * g.stride_w == 1 and BLOCK_M % 32 == 0
+        of = GradientTile(
+            tensors, words_ptr, of_channels, slots_ptr, tile, tile_m * BLOCK_M, H, W, M, C * g.groups, TOGETHER
+        )
     pixels = dy_ptr + pixel_offset(n, p, q, dy_strides) + channel_offset(group * K, dy_stride_c)
     bits = None if FLAT or MAX_R * MAX_S > 31 else tap_bits(p, q, row_ok, P, Q, MAX_R, MAX_S, P_STEP, Q_STEP)
     dy_rows = Rows(pixels, p, q, row_ok, bits)
@@ -166,28 +242,43 @@ def conv_dgrad_kernel(
                 reached = reaches(dy_rows, k[0], k[1], P, Q, MAX_S, P_STEP, Q_STEP)
                 part = tl.where(reached[:, None], multiply_accumulate(dy, w, part, PRECISION), part)
             column = group * C + columns
-            store_dx(dx_ptr, bias_ptr, part, n, h, w_pixel, row_ok, column, columns < C, dx_strides)
+            store_dx(dx_ptr, bias_ptr, part, n, h, w_pixel, row_ok, column, columns < C, dx_strides, of, e)
     else:
-        store_dx(dx_ptr, bias_ptr, acc, n, h, w_pixel, row_ok, group * C + c, c < C, dx_strides)
+        store_dx(dx_ptr, bias_ptr, acc, n, h, w_pixel, row_ok, group * C + c, c < C, dx_strides, of, e)
 
 
 def plan_dgrad(
-    problem: ConvProblem, tile: TileConfig, precision: Precision, dy: Laid, w: Laid, dx: Laid
+    problem: ConvProblem,
+    tile: TileConfig,
+    precision: Precision,
+    dy: Laid,
+    w: Laid,
+    dx: Laid,
+    below: GradientLayouts = NOTHING_BELOW,
+    e: Finish | None = None,
 ) -> launch.Launch[DgradOperands]:
-    """See `dgrad`."""
+    """See `dgrad`. below: the layouts of what the epilogue reads; e: its Finish, None where there is none."""
     g = problem
-    pixels = g.N * cdiv(g.H, g.stride_h) * cdiv(g.W, g.stride_w)  # of the largest class
-    grid = (cdiv(pixels, tile.BLOCK_M) * g.parities * cdiv(g.group_channels, tile.BLOCK_N) * g.groups,)
+    grid = (tile_rows(g, tile) * cdiv(g.group_channels, tile.BLOCK_N) * g.groups,)
     dys, ws, dxs = strides_nhwc(dy), strides_nhwc(w), strides_nhwc(dx)
+    rest = [None if t is None else strides_nhwc(t) for t in below]
+    aligns = [1 if t is None else t.align for t in rest]
     return launch.Launch(
         conv_dgrad_kernel, grid, g.N, g.H, g.W, g.P, g.Q, g.group_channels, *dys[:4], *ws[:4], *dxs[:4],
-        tile=tile, g=g.geometry(K=g.group_filters), align=DgradAlignments(dys.align, ws.align, dxs.align),
+        *chain(*((None,) * 4 if t is None else t[:4] for t in rest)),
+        tile=tile, g=g.geometry(K=g.group_filters), e=e, align=DgradAlignments(dys.align, ws.align, dxs.align, *aligns),
         STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
         MISSES=g.taps_miss_h or g.taps_miss_w,
         PRECISION=precision, ACC=KERNEL_DTYPES[accumulator_dtype(dx.dtype)],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=register_limit(g, "dgrad", precision, tile),
     )  # fmt: skip
+
+
+def tile_rows(problem: ConvProblem, tile: TileConfig) -> int:
+    """Tiles along the pixels, those of all classes, in one group: as many as slots have rows."""
+    g = problem
+    return cdiv(g.N * cdiv(g.H, g.stride_h) * cdiv(g.W, g.stride_w), tile.BLOCK_M) * g.parities
 
 
 def dgrad(
@@ -198,10 +289,17 @@ def dgrad(
     w: torch.Tensor,
     dx: torch.Tensor,
     bias: torch.Tensor | None = None,
+    epilogue: GradientEpilogue = NO_EPILOGUE,
+    slots: torch.Tensor | None = None,
 ) -> None:
-    """Writes every element of dx: the gradient of a convolution's input, to which `bias` is added, if given.
+    """Writes every element of dx: the gradient of a convolution's input, to which `bias` is added, if given, and what
+    `epilogue` makes of it; and the sums of each tile to `slots`, if given.
 
     Shapes: dy [N, K, P, Q], w [K, C / groups, R, S], dx [N, C, H, W], in any memory layout; bias [C]: then it is
-    the result of a transposed convolution.
+    the result of a transposed convolution. slots [tile_rows(problem, tile), 2 if the epilogue has y else 1, C], in the
+    accumulator's dtype: of g, and of g * (y - mean).
     """
-    plan_dgrad(problem, tile, precision, dy, w, dx)(DgradOperands(dy, w, dx, bias))
+    e = epilogue
+    finish = e.compiled(dx.dtype) if slots is not None or e is not NO_EPILOGUE else None
+    prepared = plan_dgrad(problem, tile, precision, dy, w, dx, GradientLayouts(e.residual, e.y, e.z), finish)
+    prepared(DgradOperands(dy, w, dx, bias, *e[:4], *e.norm[:4], slots))

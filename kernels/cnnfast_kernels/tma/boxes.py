@@ -141,6 +141,44 @@ def load_residual_box(residual):
     return load_box(residual.source, residual.n, residual.h, residual.w, residual.c)
 
 
+class GradientBox(NamedTuple):
+    """Inside a kernel, what `load_gradient_box` loads: of the box that begins at (n, h, w, c) of a tensor map, seen in
+    phases, part number `part` of PARTS. `source` is None where there is no tensor.
+    """
+
+    source: tl.tensor
+    n: tl.tensor
+    h: tl.tensor
+    w: tl.tensor
+    c: tl.tensor
+    part: tl.tensor
+    phases: tuple
+    PARTS: tl.constexpr
+
+
+@triton.jit
+@no_type_check
+def load_gradient_box(box):
+    """[pixels, channels] of a GradientBox."""
+    phases: tl.constexpr = box.phases
+    PARTS: tl.constexpr = box.PARTS
+    return take_part(load_phases(box.source, box.n, box.h, box.w, box.c, phases), box.part, PARTS)
+
+
+@triton.jit
+@no_type_check
+def locate_half(n, h, w, half, box: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr):
+    """Where a half of the box at (n, h, w) begins, which is cut along the first axis of which it has several pixels:
+    half 0 or 1. Its pixels are STRIDE_H rows and STRIDE_W columns apart.
+    """
+    if box.TILE_N > 1:
+        return n + half * (box.TILE_N // 2), h, w
+    elif box.TILE_H > 1:
+        return n, h + half * (box.TILE_H // 2 * STRIDE_H), w
+    else:
+        return n, h, w + half * (box.TILE_W // 2 * STRIDE_W)
+
+
 @triton.jit
 @no_type_check
 def load_column(x_map, n, h, w, c):

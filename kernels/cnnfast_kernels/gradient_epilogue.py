@@ -153,6 +153,18 @@ class Below(NamedTuple):
 
 @triton.jit
 @no_type_check
+def take_columns(sums, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """Piece number PIECE of sums [rows, columns], whose columns are cut into PIECES, a power of two."""
+    if PIECES == 1:
+        return sums
+    else:
+        halves = tl.split(sums.reshape(sums.shape[0], 2, sums.shape[1] // 2).permute(0, 2, 1))
+        HALF: tl.constexpr = PIECES // 2
+        return take_columns(halves[PIECE // HALF], PIECE % HALF, HALF)
+
+
+@triton.jit
+@no_type_check
 def load_bits(words):
     """Whether the bit of each element is set: [rows, columns] of BitWords."""
     TOGETHER: tl.constexpr = words.TOGETHER

@@ -33,6 +33,7 @@ from ..gradient_epilogue import (
     finish_gradient,
     store_sums,
     sum_existing,
+    take_columns,
 )
 from ..indexing import channel_offset, class_axis, has_nan, pixel_offset, unravel_npq
 from ..layout import Laid, Strides, strides_nhwc
@@ -74,7 +75,6 @@ class GradientTile(NamedTuple):
     W: tl.tensor
     pixels: tl.tensor
     C: tl.tensor
-    TOGETHER: tl.constexpr  # as BitWords has it
 
 
 class ClassTaps(NamedTuple):
@@ -110,11 +110,11 @@ def load_filters(w_ptr, strides, taps, step, first_k, c, C, EVEN: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def store_dx(dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, strides, of, e: tl.constexpr):
+def store_dx(dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, strides, of, e: tl.constexpr, TOGETHER: tl.constexpr):
     """Stores rows of acc to pixels (n, h, w), columns of it to channels `column` of all groups.
 
     Adds the bias of these channels, if there is one. e: Finish of a gradient's epilogue, to which GradientTile `of`
-    belongs, or None.
+    belongs, or None. TOGETHER: as BitWords has it.
     """
     if bias_ptr is not None:
         acc = acc + tl.load(bias_ptr + column, mask=c_ok, other=0.0).to(acc.dtype)[None, :]
@@ -122,15 +122,19 @@ def store_dx(dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, strides, of, 
         residual, y, z = of.tensors
         pixel = n, h, w
         m = (n * of.H + h) * of.W + w
-        below = Below(
-            Residual(residual[0], pixel, column, row_ok, c_ok, residual[1]),
-            Residual(y[0], pixel, column, row_ok, c_ok, y[1]),
-            Residual(z[0], pixel, column, row_ok, c_ok, z[1]),
-            BitWords(of.words, m, row_ok, column, c_ok, of.C, of.first, of.pixels, of.TOGETHER),
-        )
         channels = load_channels(of.pointers, column, c_ok, e)
         ACC: tl.constexpr = acc.dtype
-        acc, centred = finish_gradient(acc, below, channels, of.pointers, e, load_residual)
+        # What a tuple holds for the compiler would become numbers of the program if the tuple were given a name here.
+        acc, centred = finish_gradient(
+            acc,
+            Below(
+                Residual(residual[0], pixel, column, row_ok, c_ok, residual[1]),
+                Residual(y[0], pixel, column, row_ok, c_ok, y[1]),
+                Residual(z[0], pixel, column, row_ok, c_ok, z[1]),
+                BitWords(of.words, m, row_ok, column, c_ok, of.C, of.first, of.pixels, TOGETHER),
+            ),
+            channels, of.pointers, e, load_residual,
+        )  # fmt: skip
         if of.slots is not None:
             g, sum_g = sum_existing(acc.to(dx_ptr.dtype.element_ty).to(ACC), row_ok)
             sum_gy = sum_g
@@ -193,6 +197,7 @@ def conv_dgrad_kernel(
     dy_strides = Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, align.dy)
     w_strides = Strides(w_stride_k, w_stride_r, w_stride_s, w_stride_c, align.w)
     dx_strides = Strides(dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, align.dx)
+    TOGETHER: tl.constexpr = g.stride_h * g.stride_w == 1 and BLOCK_M % 32 == 0
     of = None
     if e is not None:
         tensors = (
@@ -205,10 +210,7 @@ def conv_dgrad_kernel(
         )
         of_channels = Channels(None, mean_ptr, var_ptr, gamma_ptr, beta_ptr, None)
         tile = pid // tiles_c % (g.stride_h * g.stride_w * tiles_m)
-        TOGETHER: tl.constexpr = g.stride_h * g.stride_w == 1 and BLOCK_M % 32 == 0
-        of = GradientTile(
-            tensors, words_ptr, of_channels, slots_ptr, tile, tile_m * BLOCK_M, H, W, M, C * g.groups, TOGETHER
-        )
+        of = GradientTile(tensors, words_ptr, of_channels, slots_ptr, tile, tile_m * BLOCK_M, H, W, M, C * g.groups)
     pixels = dy_ptr + pixel_offset(n, p, q, dy_strides) + channel_offset(group * K, dy_stride_c)
     bits = None if FLAT or MAX_R * MAX_S > 31 else tap_bits(p, q, row_ok, P, Q, MAX_R, MAX_S, P_STEP, Q_STEP)
     dy_rows = Rows(pixels, p, q, row_ok, bits)
@@ -242,9 +244,18 @@ def conv_dgrad_kernel(
                 reached = reaches(dy_rows, k[0], k[1], P, Q, MAX_S, P_STEP, Q_STEP)
                 part = tl.where(reached[:, None], multiply_accumulate(dy, w, part, PRECISION), part)
             column = group * C + columns
-            store_dx(dx_ptr, bias_ptr, part, n, h, w_pixel, row_ok, column, columns < C, dx_strides, of, e)
+            store_dx(dx_ptr, bias_ptr, part, n, h, w_pixel, row_ok, column, columns < C, dx_strides, of, e, TOGETHER)
+    elif e is None:
+        store_dx(dx_ptr, bias_ptr, acc, n, h, w_pixel, row_ok, group * C + c, c < C, dx_strides, of, e, TOGETHER)
     else:
-        store_dx(dx_ptr, bias_ptr, acc, n, h, w_pixel, row_ok, group * C + c, c < C, dx_strides, of, e)
+        # What an epilogue reads must not take more registers than the sums leave.
+        PIECES: tl.constexpr = BLOCK_N // 32 if BLOCK_M * BLOCK_N >= 128 * 64 else 1
+        WIDTH: tl.constexpr = BLOCK_N // PIECES
+        for piece in tl.static_range(PIECES):
+            c_piece = pid % tiles_c * BLOCK_N + piece * WIDTH + tl.arange(0, WIDTH)
+            dz = take_columns(acc, piece, PIECES)
+            at = group * C + c_piece
+            store_dx(dx_ptr, bias_ptr, dz, n, h, w_pixel, row_ok, at, c_piece < C, dx_strides, of, e, TOGETHER)
 
 
 def plan_dgrad(
@@ -271,7 +282,8 @@ def plan_dgrad(
         MISSES=g.taps_miss_h or g.taps_miss_w,
         PRECISION=precision, ACC=KERNEL_DTYPES[accumulator_dtype(dx.dtype)],
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=register_limit(g, "dgrad", precision, tile),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        maxnreg=register_limit(g, "dgrad", precision, tile, e is not None),
     )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ the same taps, which are stride / gcd(stride, dilation) apart, and within a clas
 over dy. The pixels of a box are of one class. So boxes of dy need no phases, and dx is stored through phases (boxes.py
 explains them).
 
-Where an epilogue follows (gradient_epilogue.py), it takes the accumulator in two halves of the box's pixels, each of
-which is loaded, finished and stored as a box of its own: of all pixels at once it would take twice the registers.
+Where an epilogue follows (gradient_epilogue.py), it takes the accumulator in pieces of the box's pixels, each of which
+is loaded, finished and stored as a box of its own: of all pixels at once it would take twice the registers.
 
 The accumulator is [channels, pixels] = w transposed [C, filters] times the transposed box of dy [pixels, filters]. The
 weights are read as they lie; no flipped copy of them is made.
@@ -37,6 +37,7 @@ from ..gradient_epilogue import (
     finish_gradient,
     store_sums,
     sum_existing,
+    take_columns,
 )
 from ..indexing import class_axis, has_nan
 from ..layout import Laid
@@ -48,7 +49,7 @@ from .boxes import (
     load_box,
     load_gradient_box,
     locate_box,
-    locate_half,
+    locate_piece,
     pixels_inside,
     store_phases,
     take_part,
@@ -56,7 +57,7 @@ from .boxes import (
     unravel_step,
 )
 from .tiles import BoxTile, box_count, box_grid, box_programs
-from .views import Phases, flattened, map_filters, map_image, phases_of
+from .views import flattened, map_filters, map_image, phases_of
 
 EXTENTS = ["H", "W", "P", "Q", "rows", "columns"]
 # How many sums the careful loop holds at a time: each in two versions, beside a box of results. They may take all
@@ -66,14 +67,15 @@ CAREFUL_SUMS = tl.constexpr(2048)
 
 class GradientViews(NamedTuple):
     """What a kernel is compiled for of what its epilogue reads: elements from one pixel to the next of residual, y and
-    z, 0 where there is none; and whether pixels are numbered from column to column of one long row, as words number
-    them.
+    z, of what is absent those of dx; whether the image is one long row, in which neighbours share a word of bits; and
+    into how many pieces the pixels of a box are cut.
     """
 
     residual: int
     y: int
     z: int
     one_row: bool
+    pieces: int
 
 
 class GradientMaps(NamedTuple):
@@ -114,9 +116,9 @@ def finish_part(
     pixels of g and of g * (y - mean)). of: GradientMaps; at: BoxPlace; views: GradientViews.
     """
     PIXELS: tl.constexpr = dz.shape[0]
-    IN_HALF: tl.constexpr = PARTS // 2
-    n, h, w = locate_half(at.n, at.h, at.w, number // IN_HALF, box, g.stride_h, g.stride_w)
-    part = number % IN_HALF
+    IN_PIECE: tl.constexpr = PARTS // views.pieces
+    n, h, w = locate_piece(at.n, at.h, at.w, number // IN_PIECE, views.pieces, box, g.stride_h, g.stride_w)
+    part = number % IN_PIECE
     m = number * PIXELS + tl.arange(0, PIXELS)
     image = at.n + m // (box.TILE_H * box.TILE_W)
     exist = pixels_inside(m, at.i, at.j, at.rows, at.columns, box) & (image < N)
@@ -125,17 +127,21 @@ def finish_part(
     c = at.c + tl.arange(0, box.TILE_C)
     c_ok = c < at.C
     TOGETHER: tl.constexpr = views.one_row and box.TILE_W == PARTS * PIXELS and PIXELS % 32 == 0
-    below = Below(
-        GradientBox(of.residual, n, h, w, at.c, part, Phases(phases.h, phases.w, views.residual), IN_HALF),
-        GradientBox(of.y, n, h, w, at.c, part, Phases(phases.h, phases.w, views.y), IN_HALF),
-        GradientBox(of.z, n, h, w, at.c, part, Phases(phases.h, phases.w, views.z), IN_HALF),
-        BitWords(
-            of.words, (image * at.H + row) * at.W + column, exist, c, c_ok, at.C, at.w + number * PIXELS,
-            N * at.H * at.W, TOGETHER,
-        ),
-    )  # fmt: skip
     channels = load_channels(of.pointers, c, c_ok, e)
-    dz, centred = finish_gradient(dz, below, channels, of.pointers, e, load_gradient_box)
+    # What a tuple holds for the compiler would become numbers of the program if the tuple were given a name here.
+    dz, centred = finish_gradient(
+        dz,
+        Below(
+            GradientBox(of.residual, n, h, w, at.c, part, phases.h, phases.w, views.residual, IN_PIECE),
+            GradientBox(of.y, n, h, w, at.c, part, phases.h, phases.w, views.y, IN_PIECE),
+            GradientBox(of.z, n, h, w, at.c, part, phases.h, phases.w, views.z, IN_PIECE),
+            BitWords(
+                of.words, (image * at.H + row) * at.W + column, exist, c, c_ok, at.C, at.w + number * PIXELS,
+                N * at.H * at.W, TOGETHER,
+            ),
+        ),
+        channels, of.pointers, e, load_gradient_box,
+    )  # fmt: skip
     dx = dz.to(DTYPE)
     rounded, sum_g = sum_existing(dx.to(tl.float32), exist)
     return dx, sum_g, tl.sum(rounded * centred, 0)
@@ -164,13 +170,13 @@ def tma_dgrad_kernel(
 
     rows x columns: pixels of the largest class. g: ConvGeometry, with the filters; e: the epilogue's Finish, or None,
     and views: its GradientViews; box: Box; phases: those of dx, Phases. With an epilogue the maps but for those of dy
-    and w are of half a box. STEP_H, STEP_W: from one tap that a class meets to the next. MISSES: a tap that reaches one pixel of a box
+    and w are of a piece of a box. STEP_H, STEP_W: from one tap that a class meets to the next. MISSES: a tap that reaches one pixel of a box
     may lie outside dy for another.
     """
     TILE_K: tl.constexpr = box.TILE_K
     TILE_C: tl.constexpr = box.TILE_C
     PIXELS: tl.constexpr = box.TILE_N * box.TILE_H * box.TILE_W
-    HALVES: tl.constexpr = 1 if e is None else 2
+    PIECES: tl.constexpr = 1 if e is None else views.pieces
     STEPS_K: tl.constexpr = (g.K + TILE_K - 1) // TILE_K
     P_STEP: tl.constexpr = -(g.dil_h * STEP_H // g.stride_h)
     Q_STEP: tl.constexpr = -(g.dil_w * STEP_W // g.stride_w)
@@ -206,8 +212,7 @@ def tma_dgrad_kernel(
         )
         at = BoxPlace(n0, h, w_pixel, i0, j0, class_rows, class_columns, H, W, c0, C)
         N = dx_map.shape[0]
-        sum_g = tl.zeros((TILE_C,), tl.float32)
-        sum_gy = tl.zeros((TILE_C,), tl.float32)
+        c = c0 + tl.arange(0, TILE_C)
 
     # Where a tap misses dy, the box holds zeros that stand for nothing, and these must not meet a weight that is
     # infinite or NaN. If they did, some sum is NaN. That is rare, and then the box is summed again: pixels that the tap
@@ -217,9 +222,11 @@ def tma_dgrad_kernel(
     if MISSES:
         careful = has_nan(acc)
     if careful:
-        PART: tl.constexpr = min(PIXELS // HALVES, CAREFUL_SUMS // TILE_C)
+        PART: tl.constexpr = min(PIXELS // PIECES, CAREFUL_SUMS // TILE_C)
         part = tl.arange(0, PIXELS // PART)[:, None, None]
         parts = tl.zeros((PIXELS // PART, PART, TILE_C), dx_map.dtype)
+        sum_g = tl.zeros((TILE_C,), tl.float32)
+        sum_gy = tl.zeros((TILE_C,), tl.float32)
         for i in tl.range(PIXELS // PART, num_stages=1):
             m = i * PART + tl.arange(0, PART)
             sums = tl.zeros((TILE_C, PART), tl.float32)
@@ -231,33 +238,38 @@ def tma_dgrad_kernel(
                 w = w_map.load([r0 + tap_r * STEP_H, s0 + tap_s * STEP_W, k, c0]).reshape(TILE_K, TILE_C)
                 reached = pixels_inside(m, p, q, P, Q, box)
                 sums = tl.where(reached[None, :], tl.dot(w.T, dy.T, sums), sums)
-            dx = add_bias(bias_ptr, sums.T, c0, C, TILE_C)
+            finished = add_bias(bias_ptr, sums.T, c0, C, TILE_C)
             if e is not None:
-                dx, part_g, part_gy = finish_part(
-                    dx, i, PIXELS // PART, of, at, N, g, e, box, phases, views, dx_map.dtype
+                finished, part_g, part_gy = finish_part(
+                    finished, i, PIXELS // PART, of, at, N, g, e, box, phases, views, dx_map.dtype
                 )
                 sum_g += part_g
                 sum_gy += part_gy
-            parts = tl.where(part == i, dx.to(dx_map.dtype)[None], parts)
-        dx = parts.reshape(PIXELS, TILE_C)
-        for half in tl.static_range(HALVES):
-            n, h_half, w_half = locate_half(n0, h, w_pixel, half, box, g.stride_h, g.stride_w)
-            store_phases(dx_map, n, h_half, w_half, c0, take_part(dx, half, HALVES), phases)
+            parts = tl.where(part == i, finished.to(dx_map.dtype)[None], parts)
+        if e is None:
+            store_phases(dx_map, n0, h, w_pixel, c0, parts.reshape(PIXELS, TILE_C), phases)
+        else:
+            for piece in tl.static_range(PIECES):
+                n, row, column = locate_piece(n0, h, w_pixel, piece, PIECES, box, g.stride_h, g.stride_w)
+                stored = take_part(parts.reshape(PIXELS, TILE_C), piece, PIECES)
+                store_phases(dx_map, n, row, column, c0, stored, phases)
+            if slots_ptr is not None:
+                store_sums(slots_ptr, pid // tiles_c, sum_g, sum_gy, c, c < C, C, y_map is not None)
     elif e is not None:
-        first, second = tl.split(acc.reshape(TILE_C, 2, PIXELS // 2).permute(0, 2, 1))
-        for half in tl.static_range(2):
-            dx = add_bias(bias_ptr, (first if half == 0 else second).T, c0, C, TILE_C)
-            dx, part_g, part_gy = finish_part(dx, half, 2, of, at, N, g, e, box, phases, views, dx_map.dtype)
-            sum_g += part_g
-            sum_gy += part_gy
-            n, h_half, w_half = locate_half(n0, h, w_pixel, half, box, g.stride_h, g.stride_w)
-            store_phases(dx_map, n, h_half, w_half, c0, dx, phases)
+        total_g = tl.zeros((TILE_C,), tl.float32)
+        total_gy = tl.zeros((TILE_C,), tl.float32)
+        for piece in tl.static_range(PIECES):
+            dz = add_bias(bias_ptr, take_columns(acc, piece, PIECES).T, c0, C, TILE_C)
+            dx, piece_g, piece_gy = finish_part(dz, piece, PIECES, of, at, N, g, e, box, phases, views, dx_map.dtype)
+            total_g += piece_g
+            total_gy += piece_gy
+            n, row, column = locate_piece(n0, h, w_pixel, piece, PIECES, box, g.stride_h, g.stride_w)
+            store_phases(dx_map, n, row, column, c0, dx, phases)
+        if slots_ptr is not None:
+            store_sums(slots_ptr, pid // tiles_c, total_g, total_gy, c, c < C, C, y_map is not None)
     else:
         dx = add_bias(bias_ptr, acc.T, c0, C, TILE_C).to(dx_map.dtype)
         store_phases(dx_map, n0, h, w_pixel, c0, dx, phases)
-    if slots_ptr is not None:
-        c = c0 + tl.arange(0, TILE_C)
-        store_sums(slots_ptr, pid // tiles_c, sum_g, sum_gy, c, c < C, C, y_map is not None)
 
 
 def plan_tma_dgrad(
@@ -274,13 +286,14 @@ def plan_tma_dgrad(
     g, (dy, dx, *images) = flattened(problem, dy, dx, *given)
     box, phases = tile.box, phases_of(g, "dgrad", tile, dx)
     pixels = box[:3]
-    stored = pixels if e is None else half_box(pixels)
+    pieces = 1 if e is None else pieces_of(tile)
+    stored = pixels if e is None else piece_of(pixels, pieces)
     maps = {
         0: map_image(dy, pixels, tile.TILE_K),
         1: map_filters(w, tile.TILE_K, tile.TILE_C),
         2: map_image(dx, stored, tile.TILE_C, phases),
     }
-    views = [0, 0, 0]
+    views = [phases.pixel] * 3
     for i, t in zip((i for i in range(3) if below[i] is not None), images, strict=True):
         seen = phases_of(g, "dgrad", tile, t)
         maps[4 + i] = map_image(t, stored, tile.TILE_C, seen)
@@ -288,18 +301,25 @@ def plan_tma_dgrad(
     return launch.Launch(
         tma_dgrad_kernel, (box_programs(g, "dgrad", tile),), g.H, g.W, g.P, g.Q, *box_grid(g, "dgrad"), g.C,
         tile=tile, maps=maps, g=g.geometry(K=g.K), e=e, box=box, phases=phases,
-        views=None if e is None else GradientViews(*views, g.N * g.H == 1 and g.parities == 1),
+        views=None if e is None else GradientViews(*views, g.N * g.H == 1 and g.parities == 1, pieces),
         STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
         MISSES=(tile.TILE_H > 1 and g.taps_miss_h) or (tile.TILE_W > 1 and g.taps_miss_w),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
 
-def half_box(pixels: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Half a box of several pixels (images, rows, columns), cut as boxes.locate_half cuts it."""
-    axis = next(i for i in range(3) if pixels[i] > 1)
-    n, h, w = (extent // 2 if i == axis else extent for i, extent in enumerate(pixels))
-    return n, h, w
+def pieces_of(tile: BoxTile) -> int:
+    """Into how many pieces an epilogue cuts the pixels of a box: so many that a thread has 32 sums of each or fewer."""
+    sums = tile.pixels * tile.TILE_C // (32 * tile.num_warps)
+    return max(2, sums // 32)
+
+
+def piece_of(pixels: tuple[int, int, int], pieces: int) -> tuple[int, int, int]:
+    """The extents of each of `pieces` pieces of a box of pixels (images, rows, columns), as boxes.locate_piece cuts."""
+    images, rows, columns = pixels
+    of_n = min(pieces, images)
+    of_h = min(pieces // of_n, rows)
+    return images // of_n, rows // of_h, columns // (pieces // (of_n * of_h))
 
 
 def slot_rows(problem: ConvProblem, tile: BoxTile) -> int:

@@ -60,6 +60,7 @@ def possible(q: Question, gpu: KnownGpu) -> list[Tile]:
     if not q.why_no_packing and packing_pays(q.problem, q.x, q.w):
         return [choose_packed_tile(*q.packed_how)]
     heavy = q.activation not in (None, "relu") or (q.statistics == "norm" and q.residual is not None)
+    heavy = heavy or (q.operation == "dgrad" and q.finished)
     found += possible_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch, heavy)
     found = [tile for tile in found if not _spills(q, tile)] or found[-1:]
     return [cut for tile in found for cut in _cuts(q, tile, gpu)] if q.operation == "wgrad" else found

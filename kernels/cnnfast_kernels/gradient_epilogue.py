@@ -21,11 +21,22 @@ import triton.language as tl
 
 from .activations import ACTIVATIONS, FROM_OUTPUT, activate_backward
 from .epilogue import NO_NORM, BatchNorm, Finish, finish_of
-from .layout import Laid
+from .layout import Layout, layout_of
 
 WORD = tl.constexpr(32)  # pixels whose bits are in one word
 # Activations whose derivative follows from z > 0.
 FROM_SIGN = ("relu", "leaky_relu")
+
+
+class GradientLayouts(NamedTuple):
+    """How the images lie that a gradient's epilogue reads; None for what is absent."""
+
+    residual: Layout | None = None
+    y: Layout | None = None
+    z: Layout | None = None
+
+
+NOTHING_BELOW = GradientLayouts()
 
 
 class GradientEpilogue(NamedTuple):
@@ -45,23 +56,17 @@ class GradientEpilogue(NamedTuple):
     activation: str | None = None
     slope: float = 0.0
 
+    @property
+    def layouts(self) -> GradientLayouts:
+        residual, y, z = (None if t is None else layout_of(t) for t in (self.residual, self.y, self.z))
+        return GradientLayouts(residual, y, z)
+
     def compiled(self, dtype: torch.dtype) -> Finish:
         """What of it a kernel for tensors of `dtype` is compiled for."""
         return finish_of(dtype, self.norm.eps, self.activation, self.slope)
 
 
 NO_EPILOGUE = GradientEpilogue()
-
-
-class GradientLayouts(NamedTuple):
-    """How the images lie that a gradient's epilogue reads; None for what is absent."""
-
-    residual: Laid | None = None
-    y: Laid | None = None
-    z: Laid | None = None
-
-
-NOTHING_BELOW = GradientLayouts()
 
 
 def check_gradient_epilogue(

@@ -56,6 +56,10 @@ from .passes import passes
 DTYPES: dict[Precision, torch.dtype] = {"half": torch.bfloat16, "tf32": FLOAT32, "ieee": FLOAT32, "fp64": torch.float64}
 
 
+# Sums of a warp of the tiles whose threads have 128 of them.
+MOST_BUSY = 128 * 32
+
+
 def square_convolutions() -> Iterator[Case]:
     """The square tile, which only runs before sm_90, with every epilogue that it may have; of loops that the compiler
     would unroll too, for then it would spill.
@@ -230,6 +234,26 @@ def box_convolutions(arch: int) -> Iterator[Case]:
             yield case("infer", BODY, tile, "half", note=f" in boxes {activation}", activation=activation)
 
 
+def masked_gradients(arch: int) -> Iterator[Case]:
+    """dgrad with an epilogue: the heaviest, which reads three images, of the tiles that have the fewest registers left
+    for it, and each other tensor that may tell the mask on one tile.
+    """
+    largest, *_ = candidate_tiles(BODY.problem, "dgrad", "half", arch=arch)
+    yield case("masked", BODY, largest, "half")
+    yield case("masked", STRIDED, largest, "half", note=" words", mask="words")
+    yield case("masked", DEEP, largest, "half", note=" silu", mask="y", activation="silu")
+    yield case("masked", BODY, candidate_tiles(BODY.problem, "dgrad", "fp64", arch=arch)[0], "fp64")
+    if why_not_on(arch):
+        return
+    for tile in candidate_boxes(BODY.problem, "dgrad", arch=arch):
+        if (tile.TILE_H, tile.TILE_W) == (8, 8) and tile.pixels * tile.TILE_C >= MOST_BUSY * tile.num_warps:
+            yield case("masked", BODY, tile, "half", note=" in boxes")
+    tile = next(candidate_boxes(STRIDED.problem, "dgrad", arch=arch))
+    yield case("masked", STRIDED, tile, "half", note=" in boxes", mask="y")
+    row = next(tile for tile in candidate_boxes(DEEP.problem, "dgrad", arch=arch) if tile.TILE_W == tile.pixels)
+    yield case("masked", DEEP, row, "half", note=" in boxes, words", mask="words", sums=False)
+
+
 def cases(arch: int = 90) -> list[Case]:
     """All of them for sm_90 or another, in an order that every process of one version agrees on."""
     boxes = () if why_not_on(arch) else box_convolutions(arch)
@@ -241,4 +265,5 @@ def cases(arch: int = 90) -> list[Case]:
         *[Case(*case) for case in passes()],
         *boxes,
         *leaner,
+        *masked_gradients(arch),
     ]

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from ..conv import conv_dgrad, conv_dgrad_sums, conv_fprop, conv_stats, conv_wgrad
 from ..devices import Gpu
 from ..epilogue import NO_NORM, BatchNorm, Epilogue
+from ..gradient_epilogue import GradientEpilogue
 from ..layout import layout_of
 from ..problem import ConvProblem
 from ..questions import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
@@ -101,6 +102,27 @@ class CaseLayer:
         conv_dgrad(
             self.y(dtype), self.w(dtype), x_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile
         )
+
+    def masked(
+        self,
+        tile: Tile | None,
+        precision: Precision,
+        dtype: torch.dtype,
+        mask: str = "z",
+        activation: str = "relu",
+        sums: bool = True,
+    ) -> None:
+        """dgrad with an epilogue: a residual, a mask that is told by "y", "z" or "words", and both sums, or none."""
+        x = self.x(dtype)
+        shape = tuple(x.shape)
+        words = torch.empty(-(-BATCH * self.size**2 // 32), self.C, device="meta", dtype=torch.int32)
+        with_y = sums or mask == "y"
+        epilogue = GradientEpilogue(
+            x, x if with_y else None, x if mask == "z" else None, words if mask == "words" else None,
+            BatchNorm(*(empty(self.C) for _ in range(4))) if with_y else NO_NORM, activation, 0.01,
+        )  # fmt: skip
+        how = self.y(dtype), self.w(dtype), shape, self.geometry, epilogue
+        (conv_dgrad_sums if sums else conv_dgrad)(*how, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
 
     def transposed(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
         """dgrad with the bias of a transposed convolution."""

@@ -22,17 +22,12 @@ import triton.language as tl
 
 from .. import launch
 from ..dtypes import KERNEL_DTYPES, accumulator_dtype
-from ..epilogue import Channels, Finish, Residual, load_channels, load_residual
+from ..epilogue import Channels, Finish
 from ..gradient_epilogue import (
     NO_EPILOGUE,
     NOTHING_BELOW,
-    Below,
-    BitWords,
     GradientEpilogue,
     GradientLayouts,
-    finish_gradient,
-    store_sums,
-    sum_existing,
     take_columns,
 )
 from ..indexing import channel_offset, class_axis, has_nan, pixel_offset, unravel_npq
@@ -40,6 +35,7 @@ from ..layout import Laid, Strides, strides_nhwc
 from ..operands import DgradOperands
 from ..problem import ConvProblem, tap_step
 from ..tiling import Precision, TileConfig, cdiv, register_limit
+from .gradient_tiles import GradientTile, store_dx
 from .tiles import Rows, hide_steps, load_taps, multiply_accumulate, reaches, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
@@ -57,24 +53,6 @@ class DgradAlignments(NamedTuple):
     residual: int = 1
     y: int = 1
     z: int = 1
-
-
-class GradientTile(NamedTuple):
-    """Inside a kernel, what is stored of a tile's rows, pixels (n, h, w) as far as they exist, beside dx: all that an
-    epilogue reads and leaves. tensors: pointers and layout.Strides of residual, y and z; tile: its slot's number;
-    first: the first of its pixels, of H x W in an image and so many `pixels` in all; C: channels of all groups.
-    """
-
-    tensors: tuple
-    words: tl.tensor
-    pointers: Channels
-    slots: tl.tensor
-    tile: tl.tensor
-    first: tl.tensor
-    H: tl.tensor
-    W: tl.tensor
-    pixels: tl.tensor
-    C: tl.tensor
 
 
 class ClassTaps(NamedTuple):
@@ -108,43 +86,6 @@ def load_filters(w_ptr, strides, taps, step, first_k, c, C, EVEN: tl.constexpr):
     return tl.load(columns[None, :] + rows[:, None], mask=c_ok if EVEN else c_ok & k_ok[:, None], other=0.0)
 
 
-@triton.jit
-@no_type_check
-def store_dx(dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, strides, of, e: tl.constexpr, TOGETHER: tl.constexpr):
-    """Stores rows of acc to pixels (n, h, w), columns of it to channels `column` of all groups.
-
-    Adds the bias of these channels, if there is one. e: Finish of a gradient's epilogue, to which GradientTile `of`
-    belongs, or None. TOGETHER: as BitWords has it.
-    """
-    if bias_ptr is not None:
-        acc = acc + tl.load(bias_ptr + column, mask=c_ok, other=0.0).to(acc.dtype)[None, :]
-    if e is not None:
-        residual, y, z = of.tensors
-        pixel = n, h, w
-        m = (n * of.H + h) * of.W + w
-        channels = load_channels(of.pointers, column, c_ok, e)
-        ACC: tl.constexpr = acc.dtype
-        # What a tuple holds for the compiler would become numbers of the program if the tuple were given a name here.
-        acc, centred = finish_gradient(
-            acc,
-            Below(
-                Residual(residual[0], pixel, column, row_ok, c_ok, residual[1]),
-                Residual(y[0], pixel, column, row_ok, c_ok, y[1]),
-                Residual(z[0], pixel, column, row_ok, c_ok, z[1]),
-                BitWords(of.words, m, row_ok, column, c_ok, of.C, of.first, of.pixels, TOGETHER),
-            ),
-            channels, of.pointers, e, load_residual,
-        )  # fmt: skip
-        if of.slots is not None:
-            g, sum_g = sum_existing(acc.to(dx_ptr.dtype.element_ty).to(ACC), row_ok)
-            sum_gy = sum_g
-            if y[0] is not None:
-                sum_gy = tl.sum(g * centred, 0)
-            store_sums(of.slots, of.tile, sum_g, sum_gy, column, c_ok, of.C, y[0] is not None)
-    dx = (dx_ptr + pixel_offset(n, h, w, strides))[:, None] + channel_offset(column, strides.c)[None, :]
-    tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
-
-
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
 @no_type_check
 def conv_dgrad_kernel(
@@ -156,8 +97,8 @@ def conv_dgrad_kernel(
     residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c,
     y_stride_n, y_stride_h, y_stride_w, y_stride_c,
     z_stride_n, z_stride_h, z_stride_w, z_stride_c,
-    g: tl.constexpr, e: tl.constexpr, align: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MISSES: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    g: tl.constexpr, e: tl.constexpr, align: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    MISSES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of dx, plus the bias of a transposed convolution if there is one, or what an epilogue makes of it. C are
@@ -313,5 +254,5 @@ def dgrad(
     """
     e = epilogue
     finish = e.compiled(dx.dtype) if slots is not None or e is not NO_EPILOGUE else None
-    prepared = plan_dgrad(problem, tile, precision, dy, w, dx, GradientLayouts(e.residual, e.y, e.z), finish)
+    prepared = plan_dgrad(problem, tile, precision, dy, w, dx, e.layouts, finish)
     prepared(DgradOperands(dy, w, dx, bias, *e[:4], *e.norm[:4], slots))

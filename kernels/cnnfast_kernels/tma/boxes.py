@@ -169,10 +169,11 @@ def load_gradient_box(box):
 
 @triton.jit
 @no_type_check
-def locate_piece(n, h, w, piece, PIECES: tl.constexpr, box: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr):
-    """Where piece number `piece` of the box at (n, h, w) begins, of PIECES, a power of two, of equally many neighbouring
-    pixels: the box is cut along images, then rows, then columns. Its pixels are STRIDE_H rows and STRIDE_W columns
-    apart.
+def locate_piece(
+    n, h, w, piece, PIECES: tl.constexpr, box: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr
+):
+    """Where piece number `piece` of the box at (n, h, w) begins, of PIECES, a power of two, of as many pixels each: the
+    box is cut along images, then rows, then columns. Its pixels are STRIDE_H rows and STRIDE_W columns apart.
     """
     OF_N: tl.constexpr = min(PIECES, box.TILE_N)
     OF_H: tl.constexpr = min(PIECES // OF_N, box.TILE_H)

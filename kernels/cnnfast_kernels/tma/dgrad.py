@@ -8,8 +8,7 @@ the same taps, which are stride / gcd(stride, dilation) apart, and within a clas
 over dy. The pixels of a box are of one class. So boxes of dy need no phases, and dx is stored through phases (boxes.py
 explains them).
 
-Where an epilogue follows (gradient_epilogue.py), it takes the accumulator in pieces of the box's pixels, each of which
-is loaded, finished and stored as a box of its own: of all pixels at once it would take twice the registers.
+Where an epilogue follows, it takes the accumulator in pieces of the box's pixels (gradient_pieces.py).
 
 The accumulator is [channels, pixels] = w transposed [C, filters] times the transposed box of dy [pixels, filters]. The
 weights are read as they lie; no flipped copy of them is made.
@@ -19,24 +18,20 @@ Written for sm_90 and later. Not yet run on a GPU.
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
 
 from .. import launch
-from ..epilogue import Channels, Finish, load_channels
+from ..epilogue import Channels, Finish
 from ..gradient_epilogue import (
     NO_EPILOGUE,
     NOTHING_BELOW,
-    Below,
-    BitWords,
     GradientEpilogue,
     GradientLayouts,
-    finish_gradient,
     store_sums,
-    sum_existing,
     take_columns,
 )
 from ..indexing import class_axis, has_nan
@@ -45,9 +40,7 @@ from ..operands import DgradOperands
 from ..problem import ConvProblem, tap_step
 from ..tiling import MAX_REGISTERS
 from .boxes import (
-    GradientBox,
     load_box,
-    load_gradient_box,
     locate_box,
     locate_piece,
     pixels_inside,
@@ -56,6 +49,7 @@ from .boxes import (
     taps_inside,
     unravel_step,
 )
+from .gradient_pieces import BoxPlace, GradientMaps, GradientViews, finish_part, piece_of, pieces_of
 from .tiles import BoxTile, box_count, box_grid, box_programs
 from .views import flattened, map_filters, map_image, phases_of
 
@@ -63,88 +57,6 @@ EXTENTS = ["H", "W", "P", "Q", "rows", "columns"]
 # How many sums the careful loop holds at a time: each in two versions, beside a box of results. They may take all
 # registers of a thread, for it is shared memory that bounds how many programs a multiprocessor runs.
 CAREFUL_SUMS = tl.constexpr(2048)
-
-
-class GradientViews(NamedTuple):
-    """What a kernel is compiled for of what its epilogue reads: elements from one pixel to the next of residual, y and
-    z, of what is absent those of dx; whether the image is one long row, in which neighbours share a word of bits; and
-    into how many pieces the pixels of a box are cut.
-    """
-
-    residual: int
-    y: int
-    z: int
-    one_row: bool
-    pieces: int
-
-
-class GradientMaps(NamedTuple):
-    """Inside a kernel, what its epilogue reads and leaves: maps of residual, y and z, and pointers."""
-
-    residual: tl.tensor
-    y: tl.tensor
-    z: tl.tensor
-    words: tl.tensor
-    pointers: Channels
-
-
-class BoxPlace(NamedTuple):
-    """Inside a kernel, where its box lies: it begins at pixel (n, h, w), which is row i and column j of a class of
-    rows x columns pixels, of an image of H x W, and at channel c of C.
-    """
-
-    n: tl.tensor
-    h: tl.tensor
-    w: tl.tensor
-    i: tl.tensor
-    j: tl.tensor
-    rows: tl.tensor
-    columns: tl.tensor
-    H: tl.tensor
-    W: tl.tensor
-    c: tl.tensor
-    C: tl.tensor
-
-
-@triton.jit
-@no_type_check
-def finish_part(
-    dz, number, PARTS: tl.constexpr, of, at, N,
-    g: tl.constexpr, e: tl.constexpr, box: tl.constexpr, phases: tl.constexpr, views: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """What the epilogue makes of part `number` of PARTS of a box, dz [pixels, TILE_C]: (g in DTYPE, the sums over its
-    pixels of g and of g * (y - mean)). of: GradientMaps; at: BoxPlace; views: GradientViews.
-    """
-    PIXELS: tl.constexpr = dz.shape[0]
-    IN_PIECE: tl.constexpr = PARTS // views.pieces
-    n, h, w = locate_piece(at.n, at.h, at.w, number // IN_PIECE, views.pieces, box, g.stride_h, g.stride_w)
-    part = number % IN_PIECE
-    m = number * PIXELS + tl.arange(0, PIXELS)
-    image = at.n + m // (box.TILE_H * box.TILE_W)
-    exist = pixels_inside(m, at.i, at.j, at.rows, at.columns, box) & (image < N)
-    row = at.h + m // box.TILE_W % box.TILE_H * g.stride_h
-    column = at.w + m % box.TILE_W * g.stride_w
-    c = at.c + tl.arange(0, box.TILE_C)
-    c_ok = c < at.C
-    TOGETHER: tl.constexpr = views.one_row and box.TILE_W == PARTS * PIXELS and PIXELS % 32 == 0
-    channels = load_channels(of.pointers, c, c_ok, e)
-    # What a tuple holds for the compiler would become numbers of the program if the tuple were given a name here.
-    dz, centred = finish_gradient(
-        dz,
-        Below(
-            GradientBox(of.residual, n, h, w, at.c, part, phases.h, phases.w, views.residual, IN_PIECE),
-            GradientBox(of.y, n, h, w, at.c, part, phases.h, phases.w, views.y, IN_PIECE),
-            GradientBox(of.z, n, h, w, at.c, part, phases.h, phases.w, views.z, IN_PIECE),
-            BitWords(
-                of.words, (image * at.H + row) * at.W + column, exist, c, c_ok, at.C, at.w + number * PIXELS,
-                N * at.H * at.W, TOGETHER,
-            ),
-        ),
-        channels, of.pointers, e, load_gradient_box,
-    )  # fmt: skip
-    dx = dz.to(DTYPE)
-    rounded, sum_g = sum_existing(dx.to(tl.float32), exist)
-    return dx, sum_g, tl.sum(rounded * centred, 0)
 
 
 @triton.jit
@@ -170,8 +82,8 @@ def tma_dgrad_kernel(
 
     rows x columns: pixels of the largest class. g: ConvGeometry, with the filters; e: the epilogue's Finish, or None,
     and views: its GradientViews; box: Box; phases: those of dx, Phases. With an epilogue the maps but for those of dy
-    and w are of a piece of a box. STEP_H, STEP_W: from one tap that a class meets to the next. MISSES: a tap that reaches one pixel of a box
-    may lie outside dy for another.
+    and w are of a piece of a box. STEP_H, STEP_W: from one tap that a class meets to the next. MISSES: a tap that
+    reaches one pixel of a box may lie outside dy for another.
     """
     TILE_K: tl.constexpr = box.TILE_K
     TILE_C: tl.constexpr = box.TILE_C
@@ -293,33 +205,20 @@ def plan_tma_dgrad(
         1: map_filters(w, tile.TILE_K, tile.TILE_C),
         2: map_image(dx, stored, tile.TILE_C, phases),
     }
-    views = [phases.pixel] * 3
+    pixel = [phases.pixel] * 3
     for i, t in zip((i for i in range(3) if below[i] is not None), images, strict=True):
         seen = phases_of(g, "dgrad", tile, t)
         maps[4 + i] = map_image(t, stored, tile.TILE_C, seen)
-        views[i] = seen.pixel
+        pixel[i] = seen.pixel
+    one_row = g.N * g.H == 1 and g.parities == 1
     return launch.Launch(
         tma_dgrad_kernel, (box_programs(g, "dgrad", tile),), g.H, g.W, g.P, g.Q, *box_grid(g, "dgrad"), g.C,
         tile=tile, maps=maps, g=g.geometry(K=g.K), e=e, box=box, phases=phases,
-        views=None if e is None else GradientViews(*views, g.N * g.H == 1 and g.parities == 1, pieces),
+        views=None if e is None else GradientViews(pixel[0], pixel[1], pixel[2], one_row, pieces),
         STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
         MISSES=(tile.TILE_H > 1 and g.taps_miss_h) or (tile.TILE_W > 1 and g.taps_miss_w),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-
-
-def pieces_of(tile: BoxTile) -> int:
-    """Into how many pieces an epilogue cuts the pixels of a box: so many that a thread has 32 sums of each or fewer."""
-    sums = tile.pixels * tile.TILE_C // (32 * tile.num_warps)
-    return max(2, sums // 32)
-
-
-def piece_of(pixels: tuple[int, int, int], pieces: int) -> tuple[int, int, int]:
-    """The extents of each of `pieces` pieces of a box of pixels (images, rows, columns), as boxes.locate_piece cuts."""
-    images, rows, columns = pixels
-    of_n = min(pieces, images)
-    of_h = min(pieces // of_n, rows)
-    return images // of_n, rows // of_h, columns // (pieces // (of_n * of_h))
 
 
 def slot_rows(problem: ConvProblem, tile: BoxTile) -> int:
@@ -347,5 +246,5 @@ def tma_dgrad(
     """
     e = epilogue
     finish = e.compiled(dx.dtype) if slots is not None or e is not NO_EPILOGUE else None
-    prepared = plan_tma_dgrad(problem, tile, dy, w, dx, GradientLayouts(e.residual, e.y, e.z), finish)
+    prepared = plan_tma_dgrad(problem, tile, dy, w, dx, e.layouts, finish)
     prepared(DgradOperands(dy, w, dx, bias, *e[:4], *e.norm[:4], slots))

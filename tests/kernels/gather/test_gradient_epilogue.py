@@ -7,25 +7,19 @@ import torch
 
 from cnnfast_kernels.gather.dgrad import dgrad, tile_rows
 from cnnfast_kernels.moments import combine_slots
-from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig
 from tests.support.convolutions import (
-    CASES,
-    DTYPES,
     EVEN,
     GROUPED,
     RAGGED,
     SMALL,
     STRIDED,
     TILED,
-    WHOLE_TILE,
     Case,
     arrange,
     assert_exact,
-    input_gradient,
     operands,
     output,
     reference,
-    with_special_values,
 )
 from tests.support.gradient_epilogues import drawn
 from tests.support.poison import poison

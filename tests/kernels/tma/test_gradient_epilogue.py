@@ -10,8 +10,12 @@ from cnnfast_kernels.tma.dgrad import slot_rows, tma_dgrad
 from cnnfast_kernels.tma.tiles import BoxTile
 from cnnfast_kernels.tma.views import flattened
 from tests.kernels.tma.test_tma import ODD, PHASES, POINTWISE, RAGGED, arrange, operands, output
-from tests.support.convolutions import Case, assert_exact, input_gradient, needs_tensor_maps, reference
-from tests.support.convolutions import with_special_values
+from tests.support.convolutions import (
+    Case,
+    assert_exact,
+    needs_tensor_maps,
+    reference,
+)
 from tests.support.gradient_epilogues import drawn
 from tests.support.poison import poison
 

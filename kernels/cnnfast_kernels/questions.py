@@ -88,8 +88,8 @@ class Question(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether the kernel of a gradient has an epilogue."""
-        return bool(self.statistics or self.residual or self.activation)
+        """Whether the kernel is that of an image's gradient, and has an epilogue."""
+        return self.operation == "dgrad" and bool(self.statistics or self.residual or self.activation)
 
     @property
     def adjacent(self) -> bool:

@@ -124,22 +124,21 @@ def candidate_tiles(
     return tiles[1:] if few or arch >= 100 else tiles
 
 
-def register_limit(
-    problem: ConvProblem, operation: Operation, precision: Precision, tile: TileConfig, epilogue: bool = False
-) -> int | None:
+def register_limit(problem: ConvProblem, operation: Operation, precision: Precision, tile: TileConfig) -> int | None:
     """The limit on a thread's registers that ptxas is given for a kernel of gather/; None: it is given none.
 
-    Without one ptxas takes a few registers too few for some kernels, so that one more program may run, and spills 8 to
-    16 bytes. That of triton 3.7.1: dgrad with 64 sums a thread, on sm_80 and sm_89; with 16, on sm_89, fprop in
+    Without a limit ptxas takes a few registers too few for some kernels, so that one more program may run, and spills 8
+    to 16 bytes. That of triton 3.7.1: dgrad with 64 sums a thread, on sm_80 and sm_89; with 16, on sm_89, fprop in
     float32, and in half precision on a packed image; wgrad with 32, on sm_89 on a packed image, on sm_80 where a block
     of columns spans two taps, and in float64 with 16 on sm_89. That of 3.9.0: wgrad of strided windows with 64, on
-    sm_89. The limits, those of 3, 4 and 5 programs of 4 warps, make no tile spill; dgrad with 128 sums, or 64 and an
-    `epilogue`, may take all. Other kernels get none, because ptxas uses up what it is given.
+    sm_89. The limits, which are what 3, 4 and 5 programs of 4 warps may have, make no tile spill. Other kernels get
+    none, because ptxas uses a limit up where fewer registers would do. dgrad with 128 sums, which do not fit into 168,
+    may take all.
     """
     sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
     on_packed = precision == "half" and isinstance(tile, PackedTile)
     if operation == "dgrad" and sums >= 64:
-        return 168 if sums < 128 and not epilogue else MAX_REGISTERS
+        return 168 if sums < 128 else MAX_REGISTERS
     if operation == "fprop" and sums <= 16 and problem.group_channels >= tile.BLOCK_K:
         return 128 if precision == "ieee" else 96 if on_packed else None
     if operation == "wgrad" and precision == "fp64":

@@ -56,10 +56,6 @@ from .passes import passes
 DTYPES: dict[Precision, torch.dtype] = {"half": torch.bfloat16, "tf32": FLOAT32, "ieee": FLOAT32, "fp64": torch.float64}
 
 
-# Sums of a warp of the tiles whose threads have 128 of them.
-MOST_BUSY = 128 * 32
-
-
 def square_convolutions() -> Iterator[Case]:
     """The square tile, which only runs before sm_90, with every epilogue that it may have; of loops that the compiler
     would unroll too, for then it would spill.
@@ -245,12 +241,13 @@ def masked_gradients(arch: int) -> Iterator[Case]:
     yield case("masked", BODY, candidate_tiles(BODY.problem, "dgrad", "fp64", arch=arch)[0], "fp64")
     if why_not_on(arch):
         return
-    for tile in candidate_boxes(BODY.problem, "dgrad", arch=arch):
-        if (tile.TILE_H, tile.TILE_W) == (8, 8) and tile.pixels * tile.TILE_C >= MOST_BUSY * tile.num_warps:
+    for tile in candidate_boxes(BODY.problem, "dgrad", arch=arch, finished=True):
+        if (tile.TILE_H, tile.TILE_W) == (8, 8) and (tile.pixels, tile.TILE_C) != (64, 64):
             yield case("masked", BODY, tile, "half", note=" in boxes")
-    tile = next(candidate_boxes(STRIDED.problem, "dgrad", arch=arch))
+    tile = next(candidate_boxes(STRIDED.problem, "dgrad", arch=arch, finished=True))
     yield case("masked", STRIDED, tile, "half", note=" in boxes", mask="y")
-    row = next(tile for tile in candidate_boxes(DEEP.problem, "dgrad", arch=arch) if tile.TILE_W == tile.pixels)
+    boxes = candidate_boxes(DEEP.problem, "dgrad", arch=arch, finished=True)
+    row = next(tile for tile in boxes if tile.TILE_W == tile.pixels)
     yield case("masked", DEEP, row, "half", note=" in boxes, words", mask="words", sums=False)
 
 

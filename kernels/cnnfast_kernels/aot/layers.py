@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..conv import conv_dgrad, conv_dgrad_sums, conv_fprop, conv_stats, conv_wgrad
+from .. import memory
+from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad, dgrad_plan
 from ..devices import Gpu
 from ..epilogue import NO_NORM, BatchNorm, Epilogue
 from ..gradient_epilogue import GradientEpilogue
+from ..keys import dgrad_key
 from ..layout import layout_of
 from ..problem import ConvProblem
 from ..questions import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
@@ -112,17 +114,21 @@ class CaseLayer:
         activation: str = "relu",
         sums: bool = True,
     ) -> None:
-        """dgrad with an epilogue: a residual, a mask that is told by "y", "z" or "words", and both sums, or none."""
+        """dgrad's kernel with an epilogue: a residual, a mask that is told by "y", "z" or "words", and the sums of its
+        tiles, or none.
+        """
         x = self.x(dtype)
-        shape = tuple(x.shape)
         words = torch.empty(-(-BATCH * self.size**2 // 32), self.C, device="meta", dtype=torch.int32)
         with_y = sums or mask == "y"
         epilogue = GradientEpilogue(
             x, x if with_y else None, x if mask == "z" else None, words if mask == "words" else None,
             BatchNorm(*(empty(self.C) for _ in range(4))) if with_y else NO_NORM, activation, 0.01,
         )  # fmt: skip
-        how = self.y(dtype), self.w(dtype), shape, self.geometry, epilogue
-        (conv_dgrad_sums if sums else conv_dgrad)(*how, fmt=self.fmt, tf32=precision == "tf32", tile=tile)
+        dy, w = self.y(dtype), self.w(dtype)
+        plan = dgrad_plan(
+            dgrad_key(dy, w, tuple(x.shape), self.fmt, self.geometry, precision == "tf32", tile, epilogue, sums)
+        )
+        plan.run(dy, w, None, epilogue, memory.empty(plan.slots, dy) if sums else None)
 
     def transposed(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
         """dgrad with the bias of a transposed convolution."""

@@ -70,7 +70,7 @@ def finish_part(
     PIXELS: tl.constexpr = dz.shape[0]
     IN_PIECE: tl.constexpr = PARTS // views.pieces
     n, h, w = locate_piece(at.n, at.h, at.w, number // IN_PIECE, views.pieces, box, g.stride_h, g.stride_w)
-    part = number % IN_PIECE
+    part = (IN_PIECE - 1) & number  # a power of two
     m = number * PIXELS + tl.arange(0, PIXELS)
     image = at.n + m // (box.TILE_H * box.TILE_W)
     exist = pixels_inside(m, at.i, at.j, at.rows, at.columns, box) & (image < N)

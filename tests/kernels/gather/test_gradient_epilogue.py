@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cnnfast_kernels.epilogue import BatchNorm
 from cnnfast_kernels.gather.dgrad import dgrad, tile_rows
+from cnnfast_kernels.gradient_epilogue import GradientEpilogue
 from cnnfast_kernels.moments import combine_slots
 from cnnfast_kernels.tiling import DEFAULT_TILES
 from tests.support.convolutions import (
@@ -113,3 +115,17 @@ def test_sums_are_those_of_what_is_stored(device):
     dgrad(case.problem, DEFAULT_TILES["half"][1], "half", dy, w, dx, slots=slots)
     assert torch.equal(dx, torch.full_like(dx, 2048.0))
     assert torch.equal(slots, torch.full_like(slots, 64 * 2048.0))
+
+
+def test_mask_is_that_of_what_was_stored(device):
+    """An argument of 2**-25 is 0 in float16, and so is the derivative there."""
+    case = Case("", (1, 16, 4, 8), (16, 1, 1))
+    x, w, dy = operands(case, torch.float16, device)
+    y = torch.ones(case.x, device=device).half()
+    y[:, :, 1] = 2
+    vector = torch.ones(16, device=device)
+    norm = BatchNorm(vector * 0, vector, vector * 2.0**-25, None, 0.0)
+    dx = output(case.x, torch.float16, device)
+    epilogue = GradientEpilogue(y=y, norm=norm, activation="relu")
+    dgrad(case.problem, SMALL, "half", dy, w, dx, epilogue=epilogue)
+    assert_exact(dx, torch.where(y == 2, reference(case, x, w, dy)[1], 0.0))

@@ -13,7 +13,7 @@ from .gather.depthwise.dgrad import plan_depthwise_dgrad
 from .gather.depthwise.filters import DepthwiseDgradOperands, StripLaunch
 from .gather.depthwise.tiles import StripTile
 from .gather.dgrad import plan_dgrad, tile_rows
-from .gradient_epilogue import NO_EPILOGUE, GradientEpilogue
+from .gradient_epilogue import NO_EPILOGUE, GradientEpilogue, GradientLayouts
 from .gradient_passes import apply_epilogue, sum_gradient
 from .keys import DgradKey
 from .layout import Layout, dense
@@ -37,6 +37,7 @@ class DgradPlan(ConvolutionPlan):
         below = q.below._replace(residual=q.residual)
         if isinstance(tile, BoxTile):
             return plan_tma_dgrad(q.problem, tile, q.y, q.w, q.x, below, self.finish)
+        below = GradientLayouts(*(t and q.x for t in below))
         return plan_dgrad(q.problem, tile, q.precision, q.y, q.w, q.x, below, self.finish)
 
     @cached_property
@@ -62,9 +63,17 @@ class DgradPlan(ConvolutionPlan):
             self.prepared(DepthwiseDgradOperands(dy, w, dx, bias))
             return apply_epilogue(dx, epilogue)
         residual, y, z, words, norm, _, _ = epilogue
+        if not isinstance(self.tile, BoxTile):
+            residual, y, z = (self.as_result(t) for t in (residual, y, z))
         mean, var, gamma, beta = contiguous(*norm[:4])
         self.prepared(DgradOperands(dy, w, dx, bias, residual, y, z, words, mean, var, gamma, beta, slots))
         return dx
+
+    def as_result(self, t: torch.Tensor | None) -> torch.Tensor | None:
+        """What the kernels that load by pointers read beside dy, in the strides of dx: a copy, if it has others."""
+        if t is None or t.stride() == self.result.strides:
+            return t
+        return memory.empty(self.result, t).copy_(t)
 
     def run_with_sums(
         self, dy: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, epilogue: GradientEpilogue

@@ -13,7 +13,6 @@ GEMM_M = N * H * W input pixels of a class, GEMM_N = C channels, GEMM_K = taps o
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -21,7 +20,6 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..dtypes import KERNEL_DTYPES, accumulator_dtype
 from ..epilogue import Channels, Finish
 from ..gradient_epilogue import (
     NO_EPILOGUE,
@@ -39,7 +37,7 @@ from .gradient_tiles import GradientTile, store_dx
 from .tiles import Rows, hide_steps, load_taps, multiply_accumulate, reaches, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
-STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx", "residual", "y", "z") for d in "nhwc"]
+STRIDES = [f"{t}_stride_{d}" for t in ("dy", "dx") for d in "nhwc"]
 # Columns that the careful loop sums at a time: the fewest that a product may have.
 CAREFUL_N = tl.constexpr(16)
 
@@ -50,9 +48,25 @@ class DgradAlignments(NamedTuple):
     dy: int
     w: int
     dx: int
-    residual: int = 1
-    y: int = 1
-    z: int = 1
+
+
+class DgradForm(NamedTuple):
+    """What else the kernel is compiled for. STEP_H, STEP_W: distance between taps that meet the same pixel. MISSES:
+    some pixel has taps that lie outside dy. PRECISION: as multiply_accumulate has it.
+    """
+
+    STEP_H: int
+    STEP_W: int
+    MISSES: bool
+    PRECISION: Precision
+
+
+class DgradBlock(NamedTuple):
+    """The extents of a tile: pixels, channels, and filters of a k-step."""
+
+    M: int
+    N: int
+    K: int
 
 
 class ClassTaps(NamedTuple):
@@ -94,19 +108,21 @@ def conv_dgrad_kernel(
     dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
     w_stride_k, w_stride_r, w_stride_s, w_stride_c,
     dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c,
-    residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c,
-    y_stride_n, y_stride_h, y_stride_w, y_stride_c,
-    z_stride_n, z_stride_h, z_stride_w, z_stride_c,
-    g: tl.constexpr, e: tl.constexpr, align: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    MISSES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    g: tl.constexpr, e: tl.constexpr, align: tl.constexpr, form: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One tile of dx, plus the bias of a transposed convolution if there is one, or what an epilogue makes of it. C are
     the channels of a group; `slots` [tiles of all classes, 1 or 2, C * groups].
 
-    g: ConvGeometry, with the filters of a group; e: the epilogue's Finish, or None; align: DgradAlignments. STEP_H,
-    STEP_W: distance between taps that meet the same pixel. MISSES: some pixel has taps that lie outside dy.
+    g: ConvGeometry, with the filters of a group; e: the epilogue's Finish, or None; align: DgradAlignments; form:
+    DgradForm; block: DgradBlock. The epilogue's images have the strides of dx.
     """
+    STEP_H: tl.constexpr = form.STEP_H
+    STEP_W: tl.constexpr = form.STEP_W
+    PRECISION: tl.constexpr = form.PRECISION
+    ACC: tl.constexpr = tl.float64 if PRECISION == "fp64" else tl.float32
+    BLOCK_M: tl.constexpr = block.M
+    BLOCK_N: tl.constexpr = block.N
+    BLOCK_K: tl.constexpr = block.K
     K: tl.constexpr = g.K
     MAX_R: tl.constexpr = (g.R + STEP_H - 1) // STEP_H  # taps of the class that meets most
     MAX_S: tl.constexpr = (g.S + STEP_W - 1) // STEP_W
@@ -141,17 +157,10 @@ def conv_dgrad_kernel(
     TOGETHER: tl.constexpr = g.stride_h * g.stride_w == 1 and BLOCK_M % 32 == 0
     of = None
     if e is not None:
-        tensors = (
-            (
-                residual_ptr,
-                Strides(residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c, align.residual),
-            ),
-            (y_ptr, Strides(y_stride_n, y_stride_h, y_stride_w, y_stride_c, align.y)),
-            (z_ptr, Strides(z_stride_n, z_stride_h, z_stride_w, z_stride_c, align.z)),
-        )
         of_channels = Channels(None, mean_ptr, var_ptr, gamma_ptr, beta_ptr, None)
+        images = residual_ptr, y_ptr, z_ptr
         tile = pid // tiles_c % (g.stride_h * g.stride_w * tiles_m)
-        of = GradientTile(tensors, words_ptr, of_channels, slots_ptr, tile, tile_m * BLOCK_M, H, W, M, C * g.groups)
+        of = GradientTile(images, words_ptr, of_channels, slots_ptr, tile, tile_m * BLOCK_M, H, W, M, C * g.groups)
     pixels = dy_ptr + pixel_offset(n, p, q, dy_strides) + channel_offset(group * K, dy_stride_c)
     bits = None if FLAT or MAX_R * MAX_S > 31 else tap_bits(p, q, row_ok, P, Q, MAX_R, MAX_S, P_STEP, Q_STEP)
     dy_rows = Rows(pixels, p, q, row_ok, bits)
@@ -172,7 +181,7 @@ def conv_dgrad_kernel(
     # not reach keep what they had. This is done for a few columns at a time: each sum is there in two versions, and
     # more of them would take registers from the loop above.
     careful = False
-    if MISSES:
+    if form.MISSES:
         careful = has_nan(acc)
     if careful:
         for block in tl.range(BLOCK_N // CAREFUL_N, num_stages=1):
@@ -185,9 +194,9 @@ def conv_dgrad_kernel(
                 reached = reaches(dy_rows, k[0], k[1], P, Q, MAX_S, P_STEP, Q_STEP)
                 part = tl.where(reached[:, None], multiply_accumulate(dy, w, part, PRECISION), part)
             column = group * C + columns
-            store_dx(dx_ptr, bias_ptr, part, n, h, w_pixel, row_ok, column, columns < C, dx_strides, of, e, TOGETHER)
+            store_dx(dx_ptr, bias_ptr, part, (n, h, w_pixel), row_ok, column, columns < C, dx_strides, of, e, TOGETHER)
     elif e is None:
-        store_dx(dx_ptr, bias_ptr, acc, n, h, w_pixel, row_ok, group * C + c, c < C, dx_strides, of, e, TOGETHER)
+        store_dx(dx_ptr, bias_ptr, acc, (n, h, w_pixel), row_ok, group * C + c, c < C, dx_strides, of, e, TOGETHER)
     else:
         # What an epilogue reads must not take more registers than the sums leave.
         PIECES: tl.constexpr = BLOCK_N // 32 if BLOCK_M * BLOCK_N >= 128 * 64 else 1
@@ -196,7 +205,7 @@ def conv_dgrad_kernel(
             c_piece = pid % tiles_c * BLOCK_N + piece * WIDTH + tl.arange(0, WIDTH)
             dz = take_columns(acc, piece, PIECES)
             at = group * C + c_piece
-            store_dx(dx_ptr, bias_ptr, dz, n, h, w_pixel, row_ok, at, c_piece < C, dx_strides, of, e, TOGETHER)
+            store_dx(dx_ptr, bias_ptr, dz, (n, h, w_pixel), row_ok, at, c_piece < C, dx_strides, of, e, TOGETHER)
 
 
 def plan_dgrad(
@@ -209,21 +218,24 @@ def plan_dgrad(
     below: GradientLayouts = NOTHING_BELOW,
     e: Finish | None = None,
 ) -> launch.Launch[DgradOperands]:
-    """See `dgrad`. below: the layouts of what the epilogue reads; e: its Finish, None where there is none."""
+    """See `dgrad`. below: the layouts of what the epilogue reads; e: its Finish, None where there is none. Raises
+    ValueError where one of these layouts is not that of dx.
+    """
     g = problem
     grid = (tile_rows(g, tile) * cdiv(g.group_channels, tile.BLOCK_N) * g.groups,)
     dys, ws, dxs = strides_nhwc(dy), strides_nhwc(w), strides_nhwc(dx)
-    rest = [None if t is None else strides_nhwc(t) for t in below]
-    aligns = [1 if t is None else t.align for t in rest]
+    for field, t in zip(below._fields, below, strict=True):
+        if t is not None and strides_nhwc(t) != dxs:
+            raise ValueError(f"{field} must have the strides of dx, {dx.stride()}, but has {t.stride()}")
     limit = register_limit(g, "dgrad", precision, tile)  # by 168 an epilogue of 64 sums a thread spills 8 to 32 bytes
     return launch.Launch(
         conv_dgrad_kernel, grid, g.N, g.H, g.W, g.P, g.Q, g.group_channels, *dys[:4], *ws[:4], *dxs[:4],
-        *chain(*((None,) * 4 if t is None else t[:4] for t in rest)),
-        tile=tile, g=g.geometry(K=g.group_filters), e=e, align=DgradAlignments(dys.align, ws.align, dxs.align, *aligns),
-        STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
-        MISSES=g.taps_miss_h or g.taps_miss_w,
-        PRECISION=precision, ACC=KERNEL_DTYPES[accumulator_dtype(dx.dtype)],
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
+        tile=tile, g=g.geometry(K=g.group_filters), e=e, align=DgradAlignments(dys.align, ws.align, dxs.align),
+        form=DgradForm(
+            STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
+            MISSES=g.taps_miss_h or g.taps_miss_w, PRECISION=precision,
+        ),
+        block=DgradBlock(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
         maxnreg=limit if e is None or limit is None else MAX_REGISTERS,
     )  # fmt: skip
@@ -250,8 +262,9 @@ def dgrad(
     `epilogue` makes of it; and the sums of each tile to `slots`, if given.
 
     Shapes: dy [N, K, P, Q], w [K, C / groups, R, S], dx [N, C, H, W], in any memory layout; bias [C]: then it is
-    the result of a transposed convolution. slots [tile_rows(problem, tile), 2 if the epilogue has y else 1, C], in the
-    accumulator's dtype: of g, and of g * (y - mean).
+    the result of a transposed convolution. The epilogue's images have the strides of dx. slots [tile_rows, 2 if the
+    epilogue has y else 1, C], in the accumulator's dtype: of g, and of g * (y - mean). Raises ValueError where an image
+    of the epilogue has other strides.
     """
     e = epilogue
     finish = e.compiled(dx.dtype) if slots is not None or e is not NO_EPILOGUE else None

@@ -14,11 +14,11 @@ from ..indexing import channel_offset, pixel_offset
 
 class GradientTile(NamedTuple):
     """Inside a kernel, what is stored of a tile's rows, pixels (n, h, w) as far as they exist, beside dx: all that an
-    epilogue reads and leaves. tensors: pointers and layout.Strides of residual, y and z; tile: its slot's number;
+    epilogue reads and leaves. images: pointers to residual, y and z, which lie as dx does; tile: its slot's number;
     first: the first of its pixels, of H x W in an image and so many `pixels` in all; C: channels of all groups.
     """
 
-    tensors: tuple
+    images: tuple
     words: tl.tensor
     pointers: Channels
     slots: tl.tensor
@@ -32,19 +32,17 @@ class GradientTile(NamedTuple):
 
 @triton.jit
 @no_type_check
-def store_dx(
-    dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, strides, of, e: tl.constexpr, TOGETHER: tl.constexpr
-):
-    """Stores rows of acc to pixels (n, h, w), columns of it to channels `column` of all groups.
+def store_dx(dx_ptr, bias_ptr, acc, pixel, row_ok, column, c_ok, strides, of, e: tl.constexpr, TOGETHER: tl.constexpr):
+    """Stores rows of acc to the pixels (n, h, w) of `pixel`, columns of it to channels `column` of all groups.
 
     Adds the bias of these channels, if there is one. e: Finish of a gradient's epilogue, to which GradientTile `of`
     belongs, or None. TOGETHER: as BitWords has it.
     """
+    n, h, w = pixel
     if bias_ptr is not None:
         acc = acc + tl.load(bias_ptr + column, mask=c_ok, other=0.0).to(acc.dtype)[None, :]
     if e is not None:
-        residual, y, z = of.tensors
-        pixel = n, h, w
+        residual, y, z = of.images
         m = (n * of.H + h) * of.W + w
         channels = load_channels(of.pointers, column, c_ok, e)
         ACC: tl.constexpr = acc.dtype
@@ -52,9 +50,9 @@ def store_dx(
         acc, centred = finish_gradient(
             acc,
             Below(
-                Residual(residual[0], pixel, column, row_ok, c_ok, residual[1]),
-                Residual(y[0], pixel, column, row_ok, c_ok, y[1]),
-                Residual(z[0], pixel, column, row_ok, c_ok, z[1]),
+                Residual(residual, pixel, column, row_ok, c_ok, strides),
+                Residual(y, pixel, column, row_ok, c_ok, strides),
+                Residual(z, pixel, column, row_ok, c_ok, strides),
                 BitWords(of.words, m, row_ok, column, c_ok, of.C, of.first, of.pixels, TOGETHER),
             ),
             channels, of.pointers, e, load_residual,
@@ -62,8 +60,8 @@ def store_dx(
         if of.slots is not None:
             g, sum_g = sum_existing(acc.to(dx_ptr.dtype.element_ty).to(ACC), row_ok)
             sum_gy = sum_g
-            if y[0] is not None:
+            if y is not None:
                 sum_gy = tl.sum(g * centred, 0)
-            store_sums(of.slots, of.tile, sum_g, sum_gy, column, c_ok, of.C, y[0] is not None)
+            store_sums(of.slots, of.tile, sum_g, sum_gy, column, c_ok, of.C, y is not None)
     dx = (dx_ptr + pixel_offset(n, h, w, strides))[:, None] + channel_offset(column, strides.c)[None, :]
     tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])

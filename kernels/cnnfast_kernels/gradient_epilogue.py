@@ -23,7 +23,7 @@ from .activations import ACTIVATIONS, FROM_OUTPUT, activate_backward
 from .epilogue import NO_NORM, BatchNorm, Finish, finish_of
 from .layout import Layout, layout_of
 
-WORD = tl.constexpr(32)  # pixels whose bits are in one word
+WORD = 32  # pixels whose bits are in one word
 # Activations whose derivative follows from z > 0.
 FROM_SIGN = ("relu", "leaky_relu")
 
@@ -84,7 +84,7 @@ def check_gradient_epilogue(
                 f"{tuple(t.shape)} and {t.dtype}"
             )
     if (words := e.words) is not None:
-        rows = -(-N * H * W // WORD.value)
+        rows = -(-N * H * W // WORD)
         if words.shape != (rows, C) or words.dtype != torch.int32 or not words.is_contiguous():
             raise ValueError(
                 f"{name}.words must be a contiguous tensor {(rows, C)} of int32, a row for 32 pixels, but is "
@@ -175,17 +175,17 @@ def load_bits(words):
     TOGETHER: tl.constexpr = words.TOGETHER
     if TOGETHER:
         ROWS: tl.constexpr = words.pixel.shape[0]
-        i = words.first // WORD + tl.arange(0, ROWS // WORD)
-        exist = (i < tl.cdiv(words.pixels, WORD))[:, None] & words.column_ok[None, :]
+        i = words.first // 32 + tl.arange(0, ROWS // 32)
+        exist = (i < tl.cdiv(words.pixels, 32))[:, None] & words.column_ok[None, :]
         pointers = words.source + (i.to(tl.int64) * words.C)[:, None] + words.column[None, :]
         loaded = tl.load(pointers, mask=exist, other=0)
-        bits = loaded[:, None, :] >> tl.arange(0, WORD)[None, :, None]
+        bits = loaded[:, None, :] >> tl.arange(0, 32)[None, :, None]
         return (bits.reshape(ROWS, words.column.shape[0]) & 1) != 0
     else:
         exist = words.row_ok[:, None] & words.column_ok[None, :]
-        rows = (words.pixel // WORD).to(tl.int64) * words.C
+        rows = (words.pixel // 32).to(tl.int64) * words.C
         loaded = tl.load(words.source + rows[:, None] + words.column[None, :], mask=exist, other=0)
-        return ((loaded >> (words.pixel % WORD)[:, None]) & 1) != 0
+        return ((loaded >> (words.pixel % 32)[:, None]) & 1) != 0
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from .planes import mergeable
 def unpack_words(words: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A tensor as `like` [N, C, H, W], 1 where the bit of words [ceil(N * H * W / 32), C] is set, else 0."""
     N, C, H, W = like.shape
-    bits = torch.arange(WORD.value, device=words.device, dtype=torch.int32)
+    bits = torch.arange(WORD, device=words.device, dtype=torch.int32)
     pixels = ((words[:, None, :] >> bits[None, :, None]) & 1).flatten(0, 1)[: N * H * W]
     return pixels.view(N, H, W, C).permute(0, 3, 1, 2).to(like.dtype)
 

@@ -100,8 +100,8 @@ def test_no_box_of_many_sums_on_sm_100():
     assert found[100] == {tile for tile in found[90] if tile.pixels * tile.TILE_C <= 128 * 64}
 
 
-IMAGE, SHORT = torch.empty(DENSE.x), torch.empty(2, 16, 3, 6)
-WORDS, VECTOR = torch.empty(2, 16, dtype=torch.int32), torch.empty(16)
+IMAGE, SHORT = (torch.empty(shape, device="meta") for shape in (DENSE.x, (2, 16, 3, 6)))
+WORDS, VECTOR = torch.empty(2, 16, dtype=torch.int32, device="meta"), torch.empty(16, device="meta")
 WRONG = {
     "epilogue.residual must have": GradientEpilogue(SHORT),
     "epilogue.y must have": GradientEpilogue(None, IMAGE.double(), activation="relu"),

@@ -184,8 +184,8 @@ def conv_dgrad_kernel(
     if form.MISSES:
         careful = has_nan(acc)
     if careful:
-        for block in tl.range(BLOCK_N // CAREFUL_N, num_stages=1):
-            columns = pid % tiles_c * BLOCK_N + block * CAREFUL_N + tl.arange(0, CAREFUL_N)
+        for part_n in tl.range(BLOCK_N // CAREFUL_N, num_stages=1):
+            columns = pid % tiles_c * BLOCK_N + part_n * CAREFUL_N + tl.arange(0, CAREFUL_N)
             part = tl.zeros((BLOCK_M, CAREFUL_N), ACC)
             for step in tl.range(careful_steps, num_stages=1):
                 k = unravel_rsc(step, K, taps_r, taps_s, BLOCK_K, False)

@@ -43,8 +43,8 @@ FORBIDDEN = [
             f"cnnfast_kernels.{importer}*",
             f"cnnfast_kernels.{imported}*",
             [
-                *(f"cnnfast_kernels.gather.{shared}*" for shared in ("tiles", "depthwise")),
-                *(f"cnnfast_kernels.tma.{shared}*" for shared in ("boxes", "tiles", "views")),
+                *(f"cnnfast_kernels.gather.{shared}*" for shared in ("tiles", "gradient_tiles", "depthwise")),
+                *(f"cnnfast_kernels.tma.{shared}*" for shared in ("boxes", "tiles", "views", "gradient_pieces")),
                 "by cnnfast_kernels.gather.im2col",
                 "by cnnfast_kernels.gather.stem",
                 "by cnnfast_kernels.tma.stem",

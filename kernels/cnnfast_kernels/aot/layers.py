@@ -119,10 +119,10 @@ class CaseLayer:
         """
         x = self.x(dtype)
         words = torch.empty(-(-BATCH * self.size**2 // 32), self.C, device="meta", dtype=torch.int32)
-        with_y = sums or mask == "y"
+        vector, with_y = empty(self.C), sums or mask == "y"
         epilogue = GradientEpilogue(
             x, x if with_y else None, x if mask == "z" else None, words if mask == "words" else None,
-            BatchNorm(*(empty(self.C) for _ in range(4))) if with_y else NO_NORM, activation, 0.01,
+            BatchNorm(vector, vector, vector, vector) if with_y else NO_NORM, activation, 0.01,
         )  # fmt: skip
         dy, w = self.y(dtype), self.w(dtype)
         plan = dgrad_plan(

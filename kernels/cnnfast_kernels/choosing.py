@@ -56,10 +56,10 @@ def possible(q: Question, gpu: KnownGpu) -> list[Tile]:
     """
     found: list[Tile] = []
     if not q.why_no_boxes and not q.packed:
-        found += possible_boxes(q.boxed, q.operation, q.activation, q.gpu.arch)
+        found += possible_boxes(q.boxed, q.operation, q.activation, q.gpu.arch, q.finished)
     if not q.why_no_packing and packing_pays(q.problem, q.x, q.w):
         return [choose_packed_tile(*q.packed_how)]
-    heavy = q.activation not in (None, "relu") or (q.statistics == "norm" and q.residual is not None)
+    heavy = q.activation not in (None, "relu") or (q.statistics == "norm" and q.residual is not None) or q.finished
     found += possible_tiles(q.problem, q.operation, q.precision, q.adjacent, q.gpu.arch, heavy)
     found = [tile for tile in found if not _spills(q, tile)] or found[-1:]
     return [cut for tile in found for cut in _cuts(q, tile, gpu)] if q.operation == "wgrad" else found
@@ -108,7 +108,7 @@ def candidates(q: Question) -> list[Tile]:
         if not q.why_no_packing:
             families.insert(0, [*search_packed_tiles(*q.packed_how)])
         if not q.why_no_boxes:
-            boxes: list[Tile] = [*possible_boxes(q.boxed, q.operation, q.activation, q.gpu.arch)]
+            boxes: list[Tile] = [*possible_boxes(q.boxed, q.operation, q.activation, q.gpu.arch, q.finished)]
             if q.operation == "wgrad":
                 boxes = [cut for box in boxes for cut in _cuts(q, box, gpu)]
             families.insert(0, boxes)

@@ -16,28 +16,28 @@ import torch
 
 from . import launch, memory
 from .batchnorm import batch_moments, contiguous
-from .choosing import choose, measured
+from .dgrad_plans import DgradPlan
 from .dtypes import accumulator_dtype
 from .epilogue import PLAIN, BatchNorm, Epilogue
-from .gather.depthwise.dgrad import plan_depthwise_dgrad
 from .gather.depthwise.filters import StripLaunch
 from .gather.depthwise.fprop import moments_rows, plan_depthwise_fprop
 from .gather.depthwise.tiles import StripTile
 from .gather.depthwise.wgrad import plan_depthwise_wgrad
-from .gather.dgrad import plan_dgrad
 from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
 from .gather.stem import plan_stem_fprop, plan_stem_wgrad
 from .gather.wgrad import plan_wgrad
+from .gradient_epilogue import NO_EPILOGUE, GradientEpilogue, check_gradient_epilogue
+from .gradient_passes import apply_epilogue, sum_gradient
 from .keys import DgradKey, FpropKey, WgradKey, dgrad_key, fprop_key, wgrad_key
 from .layout import Layout, convolution_format, dense
 from .moments import TileRows, combine
-from .operands import DgradOperands, FpropOperands, WgradOperands
+from .operands import FpropOperands, WgradOperands
 from .packing import PackedFpropLaunches, PackedWgradLaunches
+from .plans import ConvolutionPlan
 from .questions import Geometry, Tile, precision_of
 from .slots import WgradLaunches
 from .tiling import PackedTile, cdiv
-from .tma.dgrad import plan_tma_dgrad
 from .tma.fprop import box_rows, plan_tma_fprop
 from .tma.stem import plan_tma_stem_fprop, plan_tma_stem_wgrad
 from .tma.tiles import BoxTile
@@ -47,34 +47,6 @@ Algorithm = Literal["auto", "direct", "im2col"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plans: all of a call but its tensors
-
-
-class ConvolutionPlan:
-    """What the three operations' plans have in common.
-
-    The question, the measured row and the result's layout are there at once. The tile and the launch are made when the
-    plan is first called: where the library serves, it never is.
-    """
-
-    def __init__(self, key: FpropKey | DgradKey | WgradKey) -> None:
-        self.question = q = key.question
-        self.row = measured(q) if key.tile is None else None
-        self.result = q.result
-        self.given_tile = key.tile
-
-    @cached_property
-    def tile(self) -> Tile:
-        """The one that was given, or else the choice."""
-        if self.given_tile is None:
-            return choose(self.question, self.row)
-        if isinstance(self.given_tile, BoxTile) and (reason := self.question.why_no_boxes):
-            raise ValueError(
-                f"tile={self.given_tile} is of the kernels that load by tensor maps, which cannot serve this call: "
-                f"{reason}"
-            )
-        if isinstance(self.given_tile, PackedTile) and (reason := self.question.why_no_packing):
-            raise ValueError(f"tile={self.given_tile} is for a packed image, which cannot serve this call: {reason}")
-        return self.given_tile
 
 
 class FpropPlan(ConvolutionPlan):
@@ -133,24 +105,6 @@ class FpropPlan(ConvolutionPlan):
         (bias,) = contiguous(bias)
         self.prepared(FpropOperands(x, w, y, bias, moments=moments))
         return y, *combine(moments, rows)
-
-
-class DgradPlan(ConvolutionPlan):
-    @cached_property
-    def prepared(self) -> launch.Launch | StripLaunch:
-        q, tile = self.question, self.tile
-        if isinstance(tile, StripTile):
-            return plan_depthwise_dgrad(q.problem, tile, q.y, q.w, q.x)
-        if isinstance(tile, BoxTile):
-            return plan_tma_dgrad(q.problem, tile, q.y, q.w, q.x)
-        return plan_dgrad(q.problem, tile, q.precision, q.y, q.w, q.x)
-
-    def run(self, dy: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """dx, plus `bias` [C]."""
-        (bias,) = contiguous(bias)
-        dx = memory.empty(self.result, dy)
-        self.prepared(DgradOperands(dy, w, dx, bias))
-        return dx
 
 
 class WgradPlan(ConvolutionPlan):
@@ -228,6 +182,7 @@ def conv_dgrad(
     w: torch.Tensor,
     x_shape: Sequence[int],
     geometry: Geometry,
+    epilogue: GradientEpilogue = NO_EPILOGUE,
     *,
     bias: torch.Tensor | None = None,
     fmt: torch.memory_format = torch.contiguous_format,
@@ -235,13 +190,42 @@ def conv_dgrad(
     tf32: bool = False,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Gradient of sum(dy * conv(x, w)) with respect to x, plus `bias` [C]: the transposed convolution of dy."""
+    """Gradient of sum(dy * conv(x, w)) with respect to x, plus `bias` [C]: the transposed convolution of dy; and what
+    `epilogue` makes of it. Raises ValueError where the epilogue does not fit x.
+    """
     if algorithm != "im2col":
-        return dgrad_plan(dgrad_key(dy, w, x_shape, fmt, geometry, tf32, tile)).run(dy, w, bias)
+        return dgrad_plan(dgrad_key(dy, w, x_shape, fmt, geometry, tf32, tile, epilogue)).run(dy, w, bias, epilogue)
+    if epilogue is not NO_EPILOGUE:
+        check_gradient_epilogue(epilogue, x_shape, dy.dtype, False)
     dx = memory.empty(x_shape, dy, fmt)
     (bias,) = contiguous(bias)
     im2col_dgrad(geometry.problem(x_shape, w.shape), precision_of(dy.dtype, tf32), dy, w, dx, bias)
-    return dx
+    return apply_epilogue(dx, epilogue)
+
+
+def conv_dgrad_sums(
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    x_shape: Sequence[int],
+    geometry: Geometry,
+    epilogue: GradientEpilogue,
+    *,
+    fmt: torch.memory_format = torch.contiguous_format,
+    algorithm: Algorithm = "auto",
+    tf32: bool = False,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(g, the sum of g [C], the sum of g * (y - mean) [C] or, without y, None) of what `epilogue` makes of the gradient
+    with respect to x: those of the rounded g, in the accumulator's dtype. The first sum is the gradient of beta, and
+    the second, divided by sqrt(var + eps), that of gamma. By im2col the sums are passes of their own over g.
+    """
+    if algorithm != "im2col":
+        key = dgrad_key(dy, w, x_shape, fmt, geometry, tf32, tile, epilogue, True)
+        return dgrad_plan(key).run_with_sums(dy, w, None, epilogue)
+    check_gradient_epilogue(epilogue, x_shape, dy.dtype, True)
+    dx = conv_dgrad(dy, w, x_shape, geometry, fmt=fmt, algorithm=algorithm, tf32=tf32)
+    g = apply_epilogue(dx, epilogue)
+    return g, *sum_gradient(g, epilogue)
 
 
 def conv_wgrad(

@@ -14,6 +14,7 @@ import torch
 
 from . import devices
 from .epilogue import Epilogue, Finish, finish_of
+from .gradient_epilogue import NO_EPILOGUE, GradientEpilogue, GradientLayouts, check_gradient_epilogue
 from .layout import Layout
 from .questions import Geometry, Question, Statistics, Tile, dgrad_question, fprop_question, wgrad_question
 
@@ -53,8 +54,26 @@ class FpropKey(NamedTuple):
         )  # fmt: skip
 
 
+class BelowKey(NamedTuple):
+    """Of the epilogue of a gradient: strides of what it reads, whether words of bits are among that, and its sums."""
+
+    residual_strides: Shape | None
+    y_strides: Shape | None
+    z_strides: Shape | None
+    words: bool
+    eps: float
+    activation: str | None
+    slope: float
+    sums: bool
+
+    def layouts(self, shape: Shape, dtype: torch.dtype) -> GradientLayouts:
+        strides = self.residual_strides, self.y_strides, self.z_strides
+        residual, y, z = (None if s is None else Layout(shape, s, dtype) for s in strides)
+        return GradientLayouts(residual, y, z)
+
+
 class DgradKey(NamedTuple):
-    """Of the gradient with respect to x, in the format fmt."""
+    """Of the gradient with respect to x, in the format fmt. below: None where there is no epilogue."""
 
     dy_shape: Shape
     dy_strides: Shape
@@ -68,12 +87,23 @@ class DgradKey(NamedTuple):
     tile: Tile | None
     gpu: devices.Gpu
     aligned: bool
+    below: BelowKey | None = None
+
+    @property
+    def finish(self) -> Finish | None:
+        below = self.below
+        return below and finish_of(self.dtype, below.eps, below.activation, below.slope)
 
     @property
     def question(self) -> Question:
         dy, w = Layout(self.dy_shape, self.dy_strides, self.dtype), Layout(self.w_shape, self.w_strides, self.dtype)
         how = self.x_shape, self.fmt, self.geometry, self.gpu
-        return dgrad_question(dy, w, *how, tf32=self.tf32, aligned=self.aligned)
+        if (below := self.below) is None:
+            return dgrad_question(dy, w, *how, tf32=self.tf32, aligned=self.aligned)
+        return dgrad_question(
+            dy, w, *how, sums=below.sums, below=below.layouts(self.x_shape, self.dtype),
+            activation=below.activation, words=below.words, tf32=self.tf32, aligned=self.aligned,
+        )  # fmt: skip
 
 
 class WgradKey(NamedTuple):
@@ -129,11 +159,23 @@ def dgrad_key(
     geometry: Geometry,
     tf32: bool,
     tile: Tile | None,
+    epilogue: GradientEpilogue = NO_EPILOGUE,
+    sums: bool = False,
 ) -> DgradKey:
-    aligned = (dy.data_ptr() | w.data_ptr()) % 16 == 0
+    """sums: whether the kernel shall leave those of what the epilogue makes. Raises ValueError where the epilogue does
+    not fit the gradient.
+    """
+    addresses, below, x_shape = dy.data_ptr() | w.data_ptr(), None, tuple(x_shape)
+    if sums or epilogue is not NO_EPILOGUE:
+        check_gradient_epilogue(epilogue, x_shape, dy.dtype, sums)
+        residual, y, z, words, norm, activation, slope = epilogue
+        for t in (residual, y, z):
+            addresses |= 0 if t is None else t.data_ptr()
+        strides = [None if t is None else t.stride() for t in (residual, y, z)]
+        below = tuple.__new__(BelowKey, (*strides, words is not None, norm.eps, activation, slope, sums))
     return tuple.__new__(DgradKey, (
-        dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, tuple(x_shape), fmt, geometry, tf32, tile,
-        devices.gpu(dy.device), aligned,
+        dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, x_shape, fmt, geometry, tf32, tile,
+        devices.gpu(dy.device), addresses % 16 == 0, below,
     ))  # fmt: skip
 
 

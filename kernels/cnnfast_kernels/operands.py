@@ -33,12 +33,26 @@ class FpropOperands(NamedTuple):
 
 
 class DgradOperands(NamedTuple):
-    """dy [N, K, P, Q], w [K, C / groups, R, S] and the result dx [N, C, H, W], to which bias [C] is added, if given."""
+    """dy [N, K, P, Q], w [K, C / groups, R, S] and the result dx [N, C, H, W]; what of the rest is absent is None.
+
+    bias [C] is added. residual, y, z, words and the batch norm's mean, var, gamma and beta: what
+    gradient_epilogue.GradientEpilogue has. slots: where the kernel leaves the sums of each of its tiles, [tiles, 1, C],
+    or [tiles, 2, C] where there is y, in the accumulator's dtype.
+    """
 
     dy: Tensor
     w: Tensor
     dx: Tensor
     bias: Tensor | None = None
+    residual: Tensor | None = None
+    y: Tensor | None = None
+    z: Tensor | None = None
+    words: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    slots: Tensor | None = None
 
 
 class WgradOperands(NamedTuple):

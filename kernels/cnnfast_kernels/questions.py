@@ -13,6 +13,7 @@ from . import devices, tables
 from .dtypes import accumulator_dtype
 from .gather.depthwise.tiles import StripTile
 from .gather.stem import run_problem, why_no_packing
+from .gradient_epilogue import NOTHING_BELOW, GradientLayouts
 from .layout import Layout, convolution_format, dense
 from .problem import ConvProblem
 from .tiling import Operation, PackedTile, Precision, TileConfig, precision_class
@@ -23,9 +24,9 @@ from .tma.views import flattened, why_not
 # The tile of a general kernel, on an image as it lies or packed, of one for depthwise convolution, and of one that
 # loads by tensor maps.
 Tile = TileConfig | PackedTile | StripTile | BoxTile
-# What a forward kernel has to do with the statistics of a batch norm: nothing; "stats": it leaves those of its result;
-# "norm": it normalises by given ones.
-Statistics = Literal["", "stats", "norm"]
+# What a kernel has to do with the statistics of a batch norm: nothing; "stats": a forward kernel leaves those of its
+# result; "norm": it normalises by given ones; "sums": a gradient's kernel leaves the sums that a norm's gradients need.
+Statistics = Literal["", "stats", "norm", "sums"]
 
 
 class Geometry(NamedTuple):
@@ -48,7 +49,8 @@ class Question(NamedTuple):
     """Which kernel and tile shall serve this convolution? All that the answer follows from.
 
     x, w, y: of the operands and the result; of a gradient, where it stands for what it is the gradient of. aligned:
-    whether both operands, and the residual, start at multiples of 16 bytes.
+    whether both operands, the residual and what lies below start at multiples of 16 bytes. below: what the epilogue of
+    a gradient reads beside its residual (gradient_epilogue.py); words: whether words of bits tell its mask.
     """
 
     operation: Operation
@@ -62,6 +64,8 @@ class Question(NamedTuple):
     statistics: Statistics = ""
     residual: Layout | None = None
     activation: str | None = None
+    below: GradientLayouts = NOTHING_BELOW
+    words: bool = False
 
     @property
     def precision(self) -> Precision:
@@ -69,11 +73,24 @@ class Question(NamedTuple):
 
     @property
     def key(self) -> tables.Key:
-        words = self.statistics, "" if self.residual is None else "residual", self.activation
+        residual = "" if self.residual is None else "residual"
+        words = self.statistics, residual, self.activation
+        if self.operation == "dgrad":
+            words = residual, self.activation, self.mask, self.statistics
         epilogue = " ".join(filter(None, words))
         dtype = "tf32" if self.tf32 else str(self.x.dtype).removeprefix("torch.")
         layout = " ".join("NHWC" if _adjacent(t) else "NCHW" for t in (self.x, self.w, self.y))
         return tables.Key(*self.gpu, self.operation, epilogue, dtype, layout, self.problem)
+
+    @property
+    def mask(self) -> str:
+        """Of the epilogue of a gradient, what tells the activation's derivative: "words", "z", or "" for y."""
+        return "words" if self.words else "z" if self.below.z is not None else ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the kernel is that of an image's gradient, and has an epilogue."""
+        return self.operation == "dgrad" and bool(self.statistics or self.residual or self.activation)
 
     @property
     def adjacent(self) -> bool:
@@ -93,7 +110,8 @@ class Question(NamedTuple):
 
     @property
     def images(self) -> list[Layout]:
-        return [self.x, self.y] if self.residual is None else [self.x, self.y, self.residual]
+        rest = self.residual, self.below.y, self.below.z
+        return [self.x, self.y, *[t for t in rest if t is not None]]
 
     @property
     def packed(self) -> bool:
@@ -159,12 +177,22 @@ def dgrad_question(
     geometry: Geometry,
     gpu: devices.Gpu,
     *,
+    sums: bool = False,
+    below: GradientLayouts = NOTHING_BELOW,
+    activation: str | None = None,
+    words: bool = False,
     tf32: bool = False,
     aligned: bool = True,
 ) -> Question:
-    """fmt: the format of the gradient of x."""
+    """fmt: the format of the gradient of x. sums: whether the kernel shall leave sums; below, activation and words: of
+    its epilogue (gradient_epilogue.py).
+    """
     dx = dense(x_shape, dy.dtype, fmt)
-    return Question("dgrad", geometry.problem(x_shape, w.shape), tf32, gpu, aligned, dx, w, dy)
+    statistics: Statistics = "sums" if sums else ""
+    return Question(
+        "dgrad", geometry.problem(x_shape, w.shape), tf32, gpu, aligned, dx, w, dy, statistics, below.residual,
+        activation, below._replace(residual=None), words,
+    )  # fmt: skip
 
 
 def wgrad_question(

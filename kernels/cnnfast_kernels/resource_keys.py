@@ -17,6 +17,8 @@ def epilogue_class(q: Question) -> EpilogueClass:
     """The class of what follows the sums. An activation of one instruction is as good as none."""
     if q.statistics == "stats":
         return "moments"
+    if q.operation == "dgrad":
+        return "norm" if q.finished else "plain"
     light = q.statistics == "" and q.residual is None and q.activation in (None, "relu")
     return "plain" if light else "norm"
 

@@ -230,6 +230,27 @@ def box_convolutions(arch: int) -> Iterator[Case]:
             yield case("infer", BODY, tile, "half", note=f" in boxes {activation}", activation=activation)
 
 
+def masked_gradients(arch: int) -> Iterator[Case]:
+    """dgrad with an epilogue: the heaviest, which reads three images, of the tiles that have the fewest registers left
+    for it, and each other tensor that may tell the mask on one tile.
+    """
+    largest, *_ = candidate_tiles(BODY.problem, "dgrad", "half", arch=arch)
+    yield case("masked", BODY, largest, "half")
+    yield case("masked", STRIDED, largest, "half", note=" words", mask="words")
+    yield case("masked", DEEP, largest, "half", note=" silu", mask="y", activation="silu")
+    yield case("masked", BODY, candidate_tiles(BODY.problem, "dgrad", "fp64", arch=arch)[0], "fp64")
+    if why_not_on(arch):
+        return
+    for tile in candidate_boxes(BODY.problem, "dgrad", arch=arch, finished=True):
+        if (tile.TILE_H, tile.TILE_W) == (8, 8) and (tile.pixels, tile.TILE_C) != (64, 64):
+            yield case("masked", BODY, tile, "half", note=" in boxes")
+    tile = next(candidate_boxes(STRIDED.problem, "dgrad", arch=arch, finished=True))
+    yield case("masked", STRIDED, tile, "half", note=" in boxes", mask="y")
+    boxes = candidate_boxes(DEEP.problem, "dgrad", arch=arch, finished=True)
+    row = next(tile for tile in boxes if tile.TILE_W == tile.pixels)
+    yield case("masked", DEEP, row, "half", note=" in boxes, words", mask="words", sums=False)
+
+
 def cases(arch: int = 90) -> list[Case]:
     """All of them for sm_90 or another, in an order that every process of one version agrees on."""
     boxes = () if why_not_on(arch) else box_convolutions(arch)
@@ -241,4 +262,5 @@ def cases(arch: int = 90) -> list[Case]:
         *[Case(*case) for case in passes()],
         *boxes,
         *leaner,
+        *masked_gradients(arch),
     ]

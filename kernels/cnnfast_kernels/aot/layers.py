@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from .. import memory
+from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad, dgrad_plan
 from ..devices import Gpu
 from ..epilogue import NO_NORM, BatchNorm, Epilogue
+from ..gradient_epilogue import GradientEpilogue
+from ..keys import dgrad_key
 from ..layout import layout_of
 from ..problem import ConvProblem
 from ..questions import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
@@ -101,6 +104,31 @@ class CaseLayer:
         conv_dgrad(
             self.y(dtype), self.w(dtype), x_shape, self.geometry, fmt=self.fmt, tf32=precision == "tf32", tile=tile
         )
+
+    def masked(
+        self,
+        tile: Tile | None,
+        precision: Precision,
+        dtype: torch.dtype,
+        mask: str = "z",
+        activation: str = "relu",
+        sums: bool = True,
+    ) -> None:
+        """dgrad's kernel with an epilogue: a residual, a mask that is told by "y", "z" or "words", and the sums of its
+        tiles, or none.
+        """
+        x = self.x(dtype)
+        words = torch.empty(-(-BATCH * self.size**2 // 32), self.C, device="meta", dtype=torch.int32)
+        vector, with_y = empty(self.C), sums or mask == "y"
+        epilogue = GradientEpilogue(
+            x, x if with_y else None, x if mask == "z" else None, words if mask == "words" else None,
+            BatchNorm(vector, vector, vector, vector) if with_y else NO_NORM, activation, 0.01,
+        )  # fmt: skip
+        dy, w = self.y(dtype), self.w(dtype)
+        plan = dgrad_plan(
+            dgrad_key(dy, w, tuple(x.shape), self.fmt, self.geometry, precision == "tf32", tile, epilogue, sums)
+        )
+        plan.run(dy, w, None, epilogue, memory.empty(plan.slots, dy) if sums else None)
 
     def transposed(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
         """dgrad with the bias of a transposed convolution."""

@@ -20,12 +20,20 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..dtypes import KERNEL_DTYPES, accumulator_dtype
+from ..epilogue import Channels, Finish
+from ..gradient_epilogue import (
+    NO_EPILOGUE,
+    NOTHING_BELOW,
+    GradientEpilogue,
+    GradientLayouts,
+    take_columns,
+)
 from ..indexing import channel_offset, class_axis, has_nan, pixel_offset, unravel_npq
 from ..layout import Laid, Strides, strides_nhwc
 from ..operands import DgradOperands
 from ..problem import ConvProblem, tap_step
-from ..tiling import Precision, TileConfig, cdiv, register_limit
+from ..tiling import MAX_REGISTERS, Precision, TileConfig, cdiv, register_limit
+from .gradient_tiles import GradientTile, store_dx
 from .tiles import Rows, hide_steps, load_taps, multiply_accumulate, reaches, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
@@ -40,6 +48,25 @@ class DgradAlignments(NamedTuple):
     dy: int
     w: int
     dx: int
+
+
+class DgradForm(NamedTuple):
+    """What else the kernel is compiled for. STEP_H, STEP_W: distance between taps that meet the same pixel. MISSES:
+    some pixel has taps that lie outside dy. PRECISION: as multiply_accumulate has it.
+    """
+
+    STEP_H: int
+    STEP_W: int
+    MISSES: bool
+    PRECISION: Precision
+
+
+class DgradBlock(NamedTuple):
+    """The extents of a tile: pixels, channels, and filters of a k-step."""
+
+    M: int
+    N: int
+    K: int
 
 
 class ClassTaps(NamedTuple):
@@ -73,35 +100,29 @@ def load_filters(w_ptr, strides, taps, step, first_k, c, C, EVEN: tl.constexpr):
     return tl.load(columns[None, :] + rows[:, None], mask=c_ok if EVEN else c_ok & k_ok[:, None], other=0.0)
 
 
-@triton.jit
-@no_type_check
-def store_dx(dx_ptr, bias_ptr, acc, n, h, w, row_ok, column, c_ok, strides):
-    """Stores rows of acc to pixels (n, h, w), columns of it to channels `column` of all groups.
-
-    Adds the bias of these channels, if there is one.
-    """
-    if bias_ptr is not None:
-        acc = acc + tl.load(bias_ptr + column, mask=c_ok, other=0.0).to(acc.dtype)[None, :]
-    dx = (dx_ptr + pixel_offset(n, h, w, strides))[:, None] + channel_offset(column, strides.c)[None, :]
-    tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
-
-
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
 @no_type_check
 def conv_dgrad_kernel(
-    dy_ptr, w_ptr, dx_ptr, bias_ptr, N, H, W, P, Q, C,
+    dy_ptr, w_ptr, dx_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, words_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    slots_ptr, N, H, W, P, Q, C,
     dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c,
     w_stride_k, w_stride_r, w_stride_s, w_stride_c,
     dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c,
-    g: tl.constexpr, align: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MISSES: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    g: tl.constexpr, e: tl.constexpr, align: tl.constexpr, form: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx, plus the bias of a transposed convolution if there is one. C are the channels of a group.
+    """One tile of dx, plus the bias of a transposed convolution if there is one, or what an epilogue makes of it. C are
+    the channels of a group; `slots` [tiles of all classes, 1 or 2, C * groups].
 
-    g: ConvGeometry, with the filters of a group; align: DgradAlignments. STEP_H, STEP_W: distance between taps that
-    meet the same pixel. MISSES: some pixel has taps that lie outside dy.
+    g: ConvGeometry, with the filters of a group; e: the epilogue's Finish, or None; align: DgradAlignments; form:
+    DgradForm; block: DgradBlock. The epilogue's images have the strides of dx.
     """
+    STEP_H: tl.constexpr = form.STEP_H
+    STEP_W: tl.constexpr = form.STEP_W
+    PRECISION: tl.constexpr = form.PRECISION
+    ACC: tl.constexpr = tl.float64 if PRECISION == "fp64" else tl.float32
+    BLOCK_M: tl.constexpr = block.M
+    BLOCK_N: tl.constexpr = block.N
+    BLOCK_K: tl.constexpr = block.K
     K: tl.constexpr = g.K
     MAX_R: tl.constexpr = (g.R + STEP_H - 1) // STEP_H  # taps of the class that meets most
     MAX_S: tl.constexpr = (g.S + STEP_W - 1) // STEP_W
@@ -133,6 +154,13 @@ def conv_dgrad_kernel(
     dy_strides = Strides(dy_stride_n, dy_stride_h, dy_stride_w, dy_stride_c, align.dy)
     w_strides = Strides(w_stride_k, w_stride_r, w_stride_s, w_stride_c, align.w)
     dx_strides = Strides(dx_stride_n, dx_stride_h, dx_stride_w, dx_stride_c, align.dx)
+    TOGETHER: tl.constexpr = g.stride_h * g.stride_w == 1 and BLOCK_M % 32 == 0
+    of = None
+    if e is not None:
+        of_channels = Channels(None, mean_ptr, var_ptr, gamma_ptr, beta_ptr, None)
+        images = residual_ptr, y_ptr, z_ptr
+        tile = pid // tiles_c % (g.stride_h * g.stride_w * tiles_m)
+        of = GradientTile(images, words_ptr, of_channels, slots_ptr, tile, tile_m * BLOCK_M, H, W, M, C * g.groups)
     pixels = dy_ptr + pixel_offset(n, p, q, dy_strides) + channel_offset(group * K, dy_stride_c)
     bits = None if FLAT or MAX_R * MAX_S > 31 else tap_bits(p, q, row_ok, P, Q, MAX_R, MAX_S, P_STEP, Q_STEP)
     dy_rows = Rows(pixels, p, q, row_ok, bits)
@@ -153,11 +181,11 @@ def conv_dgrad_kernel(
     # not reach keep what they had. This is done for a few columns at a time: each sum is there in two versions, and
     # more of them would take registers from the loop above.
     careful = False
-    if MISSES:
+    if form.MISSES:
         careful = has_nan(acc)
     if careful:
-        for block in tl.range(BLOCK_N // CAREFUL_N, num_stages=1):
-            columns = pid % tiles_c * BLOCK_N + block * CAREFUL_N + tl.arange(0, CAREFUL_N)
+        for part_n in tl.range(BLOCK_N // CAREFUL_N, num_stages=1):
+            columns = pid % tiles_c * BLOCK_N + part_n * CAREFUL_N + tl.arange(0, CAREFUL_N)
             part = tl.zeros((BLOCK_M, CAREFUL_N), ACC)
             for step in tl.range(careful_steps, num_stages=1):
                 k = unravel_rsc(step, K, taps_r, taps_s, BLOCK_K, False)
@@ -166,28 +194,57 @@ def conv_dgrad_kernel(
                 reached = reaches(dy_rows, k[0], k[1], P, Q, MAX_S, P_STEP, Q_STEP)
                 part = tl.where(reached[:, None], multiply_accumulate(dy, w, part, PRECISION), part)
             column = group * C + columns
-            store_dx(dx_ptr, bias_ptr, part, n, h, w_pixel, row_ok, column, columns < C, dx_strides)
+            store_dx(dx_ptr, bias_ptr, part, (n, h, w_pixel), row_ok, column, columns < C, dx_strides, of, e, TOGETHER)
+    elif e is None:
+        store_dx(dx_ptr, bias_ptr, acc, (n, h, w_pixel), row_ok, group * C + c, c < C, dx_strides, of, e, TOGETHER)
     else:
-        store_dx(dx_ptr, bias_ptr, acc, n, h, w_pixel, row_ok, group * C + c, c < C, dx_strides)
+        # What an epilogue reads must not take more registers than the sums leave.
+        PIECES: tl.constexpr = BLOCK_N // 32 if BLOCK_M * BLOCK_N >= 128 * 64 else 1
+        WIDTH: tl.constexpr = BLOCK_N // PIECES
+        for piece in tl.static_range(PIECES):
+            c_piece = pid % tiles_c * BLOCK_N + piece * WIDTH + tl.arange(0, WIDTH)
+            dz = take_columns(acc, piece, PIECES)
+            at = group * C + c_piece
+            store_dx(dx_ptr, bias_ptr, dz, (n, h, w_pixel), row_ok, at, c_piece < C, dx_strides, of, e, TOGETHER)
 
 
 def plan_dgrad(
-    problem: ConvProblem, tile: TileConfig, precision: Precision, dy: Laid, w: Laid, dx: Laid
+    problem: ConvProblem,
+    tile: TileConfig,
+    precision: Precision,
+    dy: Laid,
+    w: Laid,
+    dx: Laid,
+    below: GradientLayouts = NOTHING_BELOW,
+    e: Finish | None = None,
 ) -> launch.Launch[DgradOperands]:
-    """See `dgrad`."""
+    """See `dgrad`. below: the layouts of what the epilogue reads; e: its Finish, None where there is none. Raises
+    ValueError where one of these layouts is not that of dx.
+    """
     g = problem
-    pixels = g.N * cdiv(g.H, g.stride_h) * cdiv(g.W, g.stride_w)  # of the largest class
-    grid = (cdiv(pixels, tile.BLOCK_M) * g.parities * cdiv(g.group_channels, tile.BLOCK_N) * g.groups,)
+    grid = (tile_rows(g, tile) * cdiv(g.group_channels, tile.BLOCK_N) * g.groups,)
     dys, ws, dxs = strides_nhwc(dy), strides_nhwc(w), strides_nhwc(dx)
+    for field, t in zip(below._fields, below, strict=True):
+        if t is not None and strides_nhwc(t) != dxs:
+            raise ValueError(f"{field} must have the strides of dx, {dx.stride()}, but has {t.stride()}")
+    limit = register_limit(g, "dgrad", precision, tile)  # by 168 an epilogue of 64 sums a thread spills 8 to 32 bytes
     return launch.Launch(
         conv_dgrad_kernel, grid, g.N, g.H, g.W, g.P, g.Q, g.group_channels, *dys[:4], *ws[:4], *dxs[:4],
-        tile=tile, g=g.geometry(K=g.group_filters), align=DgradAlignments(dys.align, ws.align, dxs.align),
-        STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
-        MISSES=g.taps_miss_h or g.taps_miss_w,
-        PRECISION=precision, ACC=KERNEL_DTYPES[accumulator_dtype(dx.dtype)],
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=register_limit(g, "dgrad", precision, tile),
+        tile=tile, g=g.geometry(K=g.group_filters), e=e, align=DgradAlignments(dys.align, ws.align, dxs.align),
+        form=DgradForm(
+            STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
+            MISSES=g.taps_miss_h or g.taps_miss_w, PRECISION=precision,
+        ),
+        block=DgradBlock(tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        maxnreg=limit if e is None or limit is None else MAX_REGISTERS,
     )  # fmt: skip
+
+
+def tile_rows(problem: ConvProblem, tile: TileConfig) -> int:
+    """Tiles along the pixels, those of all classes, in one group: as many as slots have rows."""
+    g = problem
+    return cdiv(g.N * cdiv(g.H, g.stride_h) * cdiv(g.W, g.stride_w), tile.BLOCK_M) * g.parities
 
 
 def dgrad(
@@ -198,10 +255,18 @@ def dgrad(
     w: torch.Tensor,
     dx: torch.Tensor,
     bias: torch.Tensor | None = None,
+    epilogue: GradientEpilogue = NO_EPILOGUE,
+    slots: torch.Tensor | None = None,
 ) -> None:
-    """Writes every element of dx: the gradient of a convolution's input, to which `bias` is added, if given.
+    """Writes every element of dx: the gradient of a convolution's input, to which `bias` is added, if given, and what
+    `epilogue` makes of it; and the sums of each tile to `slots`, if given.
 
     Shapes: dy [N, K, P, Q], w [K, C / groups, R, S], dx [N, C, H, W], in any memory layout; bias [C]: then it is
-    the result of a transposed convolution.
+    the result of a transposed convolution. The epilogue's images have the strides of dx. slots [tile_rows, 2 if the
+    epilogue has y else 1, C], in the accumulator's dtype: of g, and of g * (y - mean). Raises ValueError where an image
+    of the epilogue has other strides.
     """
-    plan_dgrad(problem, tile, precision, dy, w, dx)(DgradOperands(dy, w, dx, bias))
+    e = epilogue
+    finish = e.compiled(dx.dtype) if slots is not None or e is not NO_EPILOGUE else None
+    prepared = plan_dgrad(problem, tile, precision, dy, w, dx, e.layouts, finish)
+    prepared(DgradOperands(dy, w, dx, bias, *e[:4], *e.norm[:4], slots))

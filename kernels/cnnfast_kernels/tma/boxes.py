@@ -141,6 +141,49 @@ def load_residual_box(residual):
     return load_box(residual.source, residual.n, residual.h, residual.w, residual.c)
 
 
+class GradientBox(NamedTuple):
+    """Inside a kernel, what `load_gradient_box` loads: of the box that begins at (n, h, w, c) of a tensor map, seen in
+    PHASES_H x PHASES_W phases whose pixels are PIXEL elements apart, part number `part` of PARTS. `source` is None
+    where there is no tensor.
+    """
+
+    source: tl.tensor
+    n: tl.tensor
+    h: tl.tensor
+    w: tl.tensor
+    c: tl.tensor
+    part: tl.tensor
+    PHASES_H: tl.constexpr
+    PHASES_W: tl.constexpr
+    PIXEL: tl.constexpr
+    PARTS: tl.constexpr
+
+
+@triton.jit
+@no_type_check
+def load_gradient_box(box):
+    """[pixels, channels] of a GradientBox."""
+    loaded = load_in_phases(box.source, box.n, box.h, box.w, box.c, box.PHASES_H, box.PHASES_W, box.PIXEL)
+    return take_part(loaded, box.part, box.PARTS)
+
+
+@triton.jit
+@no_type_check
+def locate_piece(
+    n, h, w, piece, PIECES: tl.constexpr, box: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr
+):
+    """Where piece number `piece` of the box at (n, h, w) begins, of PIECES, a power of two, of as many pixels each: the
+    box is cut along images, then rows, then columns. Its pixels are STRIDE_H rows and STRIDE_W columns apart.
+    """
+    OF_N: tl.constexpr = min(PIECES, box.TILE_N)
+    OF_H: tl.constexpr = min(PIECES // OF_N, box.TILE_H)
+    OF_W: tl.constexpr = PIECES // (OF_N * OF_H)
+    n += piece // (OF_H * OF_W) * (box.TILE_N // OF_N)
+    h += piece // OF_W % OF_H * (box.TILE_H // OF_H * STRIDE_H)
+    w += piece % OF_W * (box.TILE_W // OF_W * STRIDE_W)
+    return n, h, w
+
+
 @triton.jit
 @no_type_check
 def load_column(x_map, n, h, w, c):
@@ -153,17 +196,22 @@ def load_column(x_map, n, h, w, c):
 @no_type_check
 def load_phases(x_map, n, h, w, c, phases: tl.constexpr):
     """`load_box` from an image that is seen in phases (views.Phases)."""
-    if phases.h * phases.w == 1:
+    return load_in_phases(x_map, n, h, w, c, phases.h, phases.w, phases.pixel)
+
+
+@triton.jit
+@no_type_check
+def load_in_phases(x_map, n, h, w, c, PHASES_H: tl.constexpr, PHASES_W: tl.constexpr, PIXEL: tl.constexpr):
+    """`load_phases` of phases that are told one by one."""
+    if PHASES_H * PHASES_W == 1:
         return load_box(x_map, n, h, w, c)
     else:
         # Pixels in the padding have negative coordinates, whose quotients must be rounded down, but `//` rounds toward
         # zero. LIFT phases more than any padding has make them positive for the division.
         LIFT: tl.constexpr = 1 << 20
-        h += LIFT * phases.h
-        w += LIFT * phases.w
-        loaded = x_map.load(
-            [n, h // phases.h - LIFT, h % phases.h, w // phases.w - LIFT, w % phases.w * phases.pixel + c]
-        )
+        h += LIFT * PHASES_H
+        w += LIFT * PHASES_W
+        loaded = x_map.load([n, h // PHASES_H - LIFT, h % PHASES_H, w // PHASES_W - LIFT, w % PHASES_W * PIXEL + c])
         return loaded.reshape(loaded.numel // loaded.shape[-1], loaded.shape[-1])
 
 

@@ -8,6 +8,8 @@ the same taps, which are stride / gcd(stride, dilation) apart, and within a clas
 over dy. The pixels of a box are of one class. So boxes of dy need no phases, and dx is stored through phases (boxes.py
 explains them).
 
+Where an epilogue follows, it takes the accumulator in pieces of the box's pixels (gradient_pieces.py).
+
 The accumulator is [channels, pixels] = w transposed [C, filters] times the transposed box of dy [pixels, filters]. The
 weights are read as they lie; no flipped copy of them is made.
 
@@ -23,13 +25,32 @@ import triton
 import triton.language as tl
 
 from .. import launch
+from ..epilogue import Channels, Finish
+from ..gradient_epilogue import (
+    NO_EPILOGUE,
+    NOTHING_BELOW,
+    GradientEpilogue,
+    GradientLayouts,
+    store_sums,
+    take_columns,
+)
 from ..indexing import class_axis, has_nan
 from ..layout import Laid
 from ..operands import DgradOperands
 from ..problem import ConvProblem, tap_step
 from ..tiling import MAX_REGISTERS
-from .boxes import load_box, locate_box, pixels_inside, store_phases, take_part, taps_inside, unravel_step
-from .tiles import BoxTile, box_grid, box_programs
+from .boxes import (
+    load_box,
+    locate_box,
+    locate_piece,
+    pixels_inside,
+    store_phases,
+    take_part,
+    taps_inside,
+    unravel_step,
+)
+from .gradient_pieces import BoxPlace, GradientMaps, GradientViews, finish_part, piece_of, pieces_of
+from .tiles import BoxTile, box_count, box_grid, box_programs
 from .views import flattened, map_filters, map_image, phases_of
 
 EXTENTS = ["H", "W", "P", "Q", "rows", "columns"]
@@ -51,19 +72,23 @@ def add_bias(bias_ptr, dx, c0, C, TILE_C: tl.constexpr):
 @triton.jit(do_not_specialize=EXTENTS)
 @no_type_check
 def tma_dgrad_kernel(
-    dy_map, w_map, dx_map, bias_ptr, H, W, P, Q, rows, columns, C,
-    g: tl.constexpr, box: tl.constexpr, phases: tl.constexpr,
+    dy_map, w_map, dx_map, bias_ptr, residual_map, y_map, z_map, words_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    slots_ptr, H, W, P, Q, rows, columns, C,
+    g: tl.constexpr, e: tl.constexpr, box: tl.constexpr, phases: tl.constexpr, views: tl.constexpr,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr, MISSES: tl.constexpr,
 ):  # fmt: skip
-    """One box of one class of dx, TILE_C channels of it, plus the bias of a transposed convolution if there is one.
+    """One box of one class of dx, TILE_C channels of it, plus the bias of a transposed convolution if there is one, or
+    what an epilogue makes of it; `slots` [boxes of all classes, 1 or 2, C].
 
-    rows x columns: pixels of the largest class. g: ConvGeometry, with the filters; box: Box; phases: those of dx,
-    Phases. STEP_H, STEP_W: from one tap that a class meets to the next. MISSES: a tap that reaches one pixel of a box
-    may lie outside dy for another.
+    rows x columns: pixels of the largest class. g: ConvGeometry, with the filters; e: the epilogue's Finish, or None,
+    and views: its GradientViews; box: Box; phases: those of dx, Phases. With an epilogue the maps but for those of dy
+    and w are of a piece of a box. STEP_H, STEP_W: from one tap that a class meets to the next. MISSES: a tap that
+    reaches one pixel of a box may lie outside dy for another.
     """
     TILE_K: tl.constexpr = box.TILE_K
     TILE_C: tl.constexpr = box.TILE_C
     PIXELS: tl.constexpr = box.TILE_N * box.TILE_H * box.TILE_W
+    PIECES: tl.constexpr = 1 if e is None else views.pieces
     STEPS_K: tl.constexpr = (g.K + TILE_K - 1) // TILE_K
     P_STEP: tl.constexpr = -(g.dil_h * STEP_H // g.stride_h)
     Q_STEP: tl.constexpr = -(g.dil_w * STEP_W // g.stride_w)
@@ -76,8 +101,8 @@ def tma_dgrad_kernel(
     first_w = pid // tiles_c // g.stride_h % g.stride_w
     n0, i0, j0 = locate_box(pid // tiles_c // (g.stride_h * g.stride_w), rows, columns, box)
 
-    _, r0, taps_r, p0 = class_axis(first_h, H, g.R, g.stride_h, g.pad_h, g.dil_h, STEP_H)
-    _, s0, taps_s, q0 = class_axis(first_w, W, g.S, g.stride_w, g.pad_w, g.dil_w, STEP_W)
+    class_rows, r0, taps_r, p0 = class_axis(first_h, H, g.R, g.stride_h, g.pad_h, g.dil_h, STEP_H)
+    class_columns, s0, taps_s, q0 = class_axis(first_w, W, g.S, g.stride_w, g.pad_w, g.dil_w, STEP_W)
     p0 += i0
     q0 += j0
     tap_r0, taps_r = taps_inside(p0, P, taps_r, P_STEP, box.TILE_H)
@@ -93,6 +118,14 @@ def tma_dgrad_kernel(
         w = w_map.load([r0 + tap_r * STEP_H, s0 + tap_s * STEP_W, k, c0]).reshape(TILE_K, TILE_C)
         acc = tl.dot(w.T, dy.T, acc)
 
+    if e is not None:
+        of = GradientMaps(
+            residual_map, y_map, z_map, words_ptr, Channels(None, mean_ptr, var_ptr, gamma_ptr, beta_ptr, None)
+        )
+        at = BoxPlace(n0, h, w_pixel, i0, j0, class_rows, class_columns, H, W, c0, C)
+        N = dx_map.shape[0]
+        c = c0 + tl.arange(0, TILE_C)
+
     # Where a tap misses dy, the box holds zeros that stand for nothing, and these must not meet a weight that is
     # infinite or NaN. If they did, some sum is NaN. That is rare, and then the box is summed again: pixels that the tap
     # of a step does not reach keep the sums that they had. The registers do not hold two versions of all sums, so this
@@ -101,9 +134,11 @@ def tma_dgrad_kernel(
     if MISSES:
         careful = has_nan(acc)
     if careful:
-        PART: tl.constexpr = min(PIXELS, CAREFUL_SUMS // TILE_C)
+        PART: tl.constexpr = min(PIXELS // PIECES, CAREFUL_SUMS // TILE_C)
         part = tl.arange(0, PIXELS // PART)[:, None, None]
         parts = tl.zeros((PIXELS // PART, PART, TILE_C), dx_map.dtype)
+        sum_g = tl.zeros((TILE_C,), tl.float32)
+        sum_gy = tl.zeros((TILE_C,), tl.float32)
         for i in tl.range(PIXELS // PART, num_stages=1):
             m = i * PART + tl.arange(0, PART)
             sums = tl.zeros((TILE_C, PART), tl.float32)
@@ -115,30 +150,80 @@ def tma_dgrad_kernel(
                 w = w_map.load([r0 + tap_r * STEP_H, s0 + tap_s * STEP_W, k, c0]).reshape(TILE_K, TILE_C)
                 reached = pixels_inside(m, p, q, P, Q, box)
                 sums = tl.where(reached[None, :], tl.dot(w.T, dy.T, sums), sums)
-            parts = tl.where(part == i, add_bias(bias_ptr, sums.T, c0, C, TILE_C).to(dx_map.dtype)[None], parts)
-        store_phases(dx_map, n0, h, w_pixel, c0, parts.reshape(PIXELS, TILE_C), phases)
+            finished = add_bias(bias_ptr, sums.T, c0, C, TILE_C)
+            if e is not None:
+                finished, part_g, part_gy = finish_part(
+                    finished, i, PIXELS // PART, of, at, N, g, e, box, phases, views, dx_map.dtype
+                )
+                sum_g += part_g
+                sum_gy += part_gy
+            parts = tl.where(part == i, finished.to(dx_map.dtype)[None], parts)
+        if e is None:
+            store_phases(dx_map, n0, h, w_pixel, c0, parts.reshape(PIXELS, TILE_C), phases)
+        else:
+            for piece in tl.static_range(PIECES):
+                n, row, column = locate_piece(n0, h, w_pixel, piece, PIECES, box, g.stride_h, g.stride_w)
+                stored = take_part(parts.reshape(PIXELS, TILE_C), piece, PIECES)
+                store_phases(dx_map, n, row, column, c0, stored, phases)
+            if slots_ptr is not None:
+                store_sums(slots_ptr, pid // tiles_c, sum_g, sum_gy, c, c < C, C, y_map is not None)
+    elif e is not None:
+        total_g = tl.zeros((TILE_C,), tl.float32)
+        total_gy = tl.zeros((TILE_C,), tl.float32)
+        for piece in tl.static_range(PIECES):
+            dz = add_bias(bias_ptr, take_columns(acc, piece, PIECES).T, c0, C, TILE_C)
+            dx, piece_g, piece_gy = finish_part(dz, piece, PIECES, of, at, N, g, e, box, phases, views, dx_map.dtype)
+            total_g += piece_g
+            total_gy += piece_gy
+            n, row, column = locate_piece(n0, h, w_pixel, piece, PIECES, box, g.stride_h, g.stride_w)
+            store_phases(dx_map, n, row, column, c0, dx, phases)
+        if slots_ptr is not None:
+            store_sums(slots_ptr, pid // tiles_c, total_g, total_gy, c, c < C, C, y_map is not None)
     else:
         dx = add_bias(bias_ptr, acc.T, c0, C, TILE_C).to(dx_map.dtype)
         store_phases(dx_map, n0, h, w_pixel, c0, dx, phases)
 
 
-def plan_tma_dgrad(problem: ConvProblem, tile: BoxTile, dy: Laid, w: Laid, dx: Laid) -> launch.Launch[DgradOperands]:
-    """The launch of `tma_dgrad` but for its tensors."""
-    g, (dy, dx) = flattened(problem, dy, dx)
+def plan_tma_dgrad(
+    problem: ConvProblem,
+    tile: BoxTile,
+    dy: Laid,
+    w: Laid,
+    dx: Laid,
+    below: GradientLayouts = NOTHING_BELOW,
+    e: Finish | None = None,
+) -> launch.Launch[DgradOperands]:
+    """The launch of `tma_dgrad` but for its tensors; arguments as gather.dgrad.plan_dgrad has them."""
+    given = [t for t in below if t is not None]
+    g, (dy, dx, *images) = flattened(problem, dy, dx, *given)
     box, phases = tile.box, phases_of(g, "dgrad", tile, dx)
     pixels = box[:3]
+    pieces = 1 if e is None else pieces_of(tile)
+    stored = pixels if e is None else piece_of(pixels, pieces)
     maps = {
         0: map_image(dy, pixels, tile.TILE_K),
         1: map_filters(w, tile.TILE_K, tile.TILE_C),
-        2: map_image(dx, pixels, tile.TILE_C, phases),
+        2: map_image(dx, stored, tile.TILE_C, phases),
     }
+    pixel = [phases.pixel] * 3
+    for i, t in zip((i for i in range(3) if below[i] is not None), images, strict=True):
+        seen = phases_of(g, "dgrad", tile, t)
+        maps[4 + i] = map_image(t, stored, tile.TILE_C, seen)
+        pixel[i] = seen.pixel
+    one_row = g.N * g.H == 1 and g.parities == 1
     return launch.Launch(
         tma_dgrad_kernel, (box_programs(g, "dgrad", tile),), g.H, g.W, g.P, g.Q, *box_grid(g, "dgrad"), g.C,
-        tile=tile, maps=maps, g=g.geometry(K=g.K), box=box, phases=phases,
+        tile=tile, maps=maps, g=g.geometry(K=g.K), e=e, box=box, phases=phases,
+        views=None if e is None else GradientViews(pixel[0], pixel[1], pixel[2], one_row, pieces),
         STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
         MISSES=(tile.TILE_H > 1 and g.taps_miss_h) or (tile.TILE_W > 1 and g.taps_miss_w),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
+
+
+def slot_rows(problem: ConvProblem, tile: BoxTile) -> int:
+    """Boxes of all classes: as many as slots have rows. problem: as `views.flattened` makes it."""
+    return box_count(problem, "dgrad", tile) * problem.parities
 
 
 def tma_dgrad(
@@ -148,11 +233,18 @@ def tma_dgrad(
     w: torch.Tensor,
     dx: torch.Tensor,
     bias: torch.Tensor | None = None,
+    epilogue: GradientEpilogue = NO_EPILOGUE,
+    slots: torch.Tensor | None = None,
 ) -> None:
     """Writes every element of dx, the gradient of a convolution's input, or with `bias` the result of a transposed
-    convolution.
+    convolution, and what `epilogue` makes of it; and the sums of each box to `slots`, if given.
 
     Shapes: dy [N, K, P, Q], w [K, C, R, S], dx [N, C, H, W], all of one dtype, float16 or bfloat16, and laid out as
-    `views.why_not` demands; bias [C]. Raises ValueError where the tile's boxes cannot step with the problem's stride.
+    `views.why_not` demands, and so are the epilogue's images; bias [C]. slots [slot_rows, 2 if the epilogue has y else
+    1, C] in float32: of g, and of g * (y - mean). Raises ValueError where the tile's boxes cannot step with the
+    problem's stride.
     """
-    plan_tma_dgrad(problem, tile, dy, w, dx)(DgradOperands(dy, w, dx, bias))
+    e = epilogue
+    finish = e.compiled(dx.dtype) if slots is not None or e is not NO_EPILOGUE else None
+    prepared = plan_tma_dgrad(problem, tile, dy, w, dx, e.layouts, finish)
+    prepared(DgradOperands(dy, w, dx, bias, *e[:4], *e.norm[:4], slots))

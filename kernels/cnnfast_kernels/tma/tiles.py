@@ -107,7 +107,8 @@ SIZES: dict[Operation, tuple[BoxSize, ...]] = {
 # waits after every wgmma.
 MOST_CHANNELS_OF_BOXES = 64
 # The most sums (rows x columns of the product) of a tile where a kernel needs many registers for something else: for
-# erf, which needs the most of all activations, and on sm_100 for the addresses of a gradient's weights.
+# erf, which needs the most of all activations, and on sm_100 for the addresses of a gradient's weights, and for what
+# the epilogue of a gradient reads.
 MOST_SUMS = 128 * 64
 # (rows, columns) of an image that a box may have; it takes as many images as it needs for its pixels. Boxes of a single
 # long row are tried too.
@@ -168,15 +169,15 @@ def form_of(problem: ConvProblem, operation: Operation, tile: BoxTile) -> str:
 
 
 def candidate_boxes(
-    problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
+    problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90, finished: bool = False
 ) -> Iterator[BoxTile]:
     """The tiles that a convolution may get, each of which compiles without spills and without a wait after every wgmma:
     each size with every shape of box that can step with the stride.
 
-    arch: 90 for sm_90.
+    arch: 90 for sm_90. finished: whether dgrad has an epilogue.
     """
     g = problem
-    short_of_registers = activation == "gelu" or (operation == "wgrad" and arch >= 100)
+    short_of_registers = activation == "gelu" or (arch >= 100 and (operation == "wgrad" or finished))
     for pixels, filters, channels, num_warps, num_stages in SIZES[operation]:
         if operation == "fprop" and g.C <= 32:
             channels = 32
@@ -221,7 +222,7 @@ def box_steps(problem: ConvProblem, operation: Operation, tile: BoxTile) -> int:
 
 
 def possible_boxes(
-    problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90
+    problem: ConvProblem, operation: Operation, activation: str | None = None, arch: int = 90, finished: bool = False
 ) -> list[BoxTile]:
     """The tiles that may run where nothing was measured: of each size the shapes of box with the fewest steps, at most
     SHAPES_OF_SIZE, and each of them with fewer stages as well, which take less shared memory.
@@ -231,7 +232,7 @@ def possible_boxes(
     rows, columns = box_grid(problem, operation)
     pixels = problem.N * rows * columns
     sizes: dict[object, list[BoxTile]] = {}
-    for tile in candidate_boxes(problem, operation, activation, arch):
+    for tile in candidate_boxes(problem, operation, activation, arch, finished):
         useful = pixels >= MIN_USEFUL * tile.pixels * box_count(problem, operation, tile)
         if useful and not is_half_empty(problem, operation, tile):
             sizes.setdefault((tile.pixels, tile.TILE_K, tile.TILE_C), []).append(tile)

@@ -20,10 +20,9 @@ from ... import launch
 from ...dtypes import KERNEL_DTYPES, accumulator_dtype
 from ...indexing import channel_offset, class_axis, divisor, pixel_offset
 from ...layout import Laid, Strides, strides_nhwc
-from ...operands import DgradOperands
 from ...problem import ConvProblem, tap_step
 from ...tiling import MAX_REGISTERS, cdiv
-from .filters import StripLaunch, filters_layout
+from .filters import DepthwiseDgradOperands, StripLaunch, filters_layout
 from .strips import StripBlock, StripRows, Strips, accumulate_column, in_range, locate_strips, mask_row, zeros
 from .tiles import StripTile, taps_at_once
 
@@ -124,7 +123,7 @@ def depthwise_dgrad_kernel(
 
 def plan_depthwise_dgrad(
     problem: ConvProblem, tile: StripTile, dy: Laid, w: Laid, dx: Laid
-) -> StripLaunch[DgradOperands]:
+) -> StripLaunch[DepthwiseDgradOperands]:
     """See `depthwise_dgrad`."""
     g = problem
     if tile.ROWS % g.stride_h:
@@ -161,4 +160,4 @@ def depthwise_dgrad(
     Shapes: dy [N, K, P, Q], w [K, 1, R, S], dx [N, C, H, W], in any memory layout; bias [C]. tile.ROWS must be a
     multiple of the stride.
     """
-    plan_depthwise_dgrad(problem, tile, dy, w, dx)(DgradOperands(dy, w, dx, bias))
+    plan_depthwise_dgrad(problem, tile, dy, w, dx)(DepthwiseDgradOperands(dy, w, dx, bias))

@@ -8,7 +8,7 @@ import torch
 
 from ... import launch
 from ...layout import Laid, Layout, Strides, dense, strides_nhwc
-from ...operands import DgradOperands, FpropOperands
+from ...operands import FpropOperands
 from ...tiling import VECTOR_BYTES
 from .tiles import StripTile
 
@@ -32,7 +32,16 @@ def filters_as_channels(w: Laid) -> Layout:
     return Layout((1, K, R, S), (0, w.stride(0), w.stride(2), w.stride(3)), w.dtype)
 
 
-Operands = TypeVar("Operands", FpropOperands, DgradOperands)
+class DepthwiseDgradOperands(NamedTuple):
+    """dy [N, K, P, Q], w [K, 1, R, S] and the result dx [N, C, H, W], to which bias [C] is added, if given."""
+
+    dy: torch.Tensor
+    w: torch.Tensor
+    dx: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+Operands = TypeVar("Operands", FpropOperands, DepthwiseDgradOperands)
 
 
 class StripLaunch(NamedTuple, Generic[Operands]):

@@ -22,8 +22,8 @@ from ..layout import Layout, Strides, dense, is_channels_last, result_format, st
 from ..planes import PlaneTile, contiguous
 from ..problem import PoolProblem
 from ..tiling import BUSY_PROGRAMS, MAX_REGISTERS, cdiv
-from .maximum import taps_dtype
-from .rows import MAX_UNROLL, PART_UNROLL, lies_within, step_offset
+from .maximum import first_tap, taps_dtype
+from .rows import MAX_UNROLL, PART_UNROLL, step_offset
 
 SIZES = ["N", "H", "W", "P", "Q"]
 
@@ -100,27 +100,34 @@ def normalised_max_pool_kernel(
     y_strides = Strides(y_stride_n, y_stride_h, y_stride_w, y_stride_c, Y_ALIGN)
     y_rows = y_ptr + tile_offset(n, h0, w0, c, y_strides)
 
-    best = comparable(tl.zeros((BLOCK_M, BLOCK_C), ACC), STORED)
-    best_tap = tl.full((BLOCK_M, BLOCK_C), -1, tl.int32)  # none yet: the first pixel inside is taken, whatever it is
-    at_max = tl.zeros((BLOCK_M, BLOCK_C), ACC)
+    # A tap beyond the image stands for the nearest one inside, which has its turn too: masks would cost more. The first
+    # is the maximum until a greater one comes: relu's results are never less than 0, and nothing is computed of those.
+    LEAST: tl.constexpr = 0.0 if e.activation == "relu" or e.activation == "relu6" else float("-inf")
+    best = comparable(tl.full((BLOCK_M, BLOCK_C), LEAST, ACC), STORED)
+    first_r = first_tap(h0, 1)
+    first_s = first_tap(w0, 1)
+    mask = ok[:, None] & c_ok[None, :]
+    at_max = tl.load(y_rows + step_offset(first_r, first_s, y_strides)[:, None], mask=mask, other=0.0).to(ACC)
+    best_tap = (first_r * g.S + first_s)[:, None] + tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
     for tap in tl.range(g.R * g.S, loop_unroll_factor=UNROLL):
-        r = tap // g.S
-        s = tap % g.S
-        inside = lies_within(ok, h0 + r, w0 + s, H, W)[:, None]
-        mask = inside & c_ok[None, :]
-        y = tl.load(y_rows + step_offset(r, s, y_strides), mask=mask, other=0.0).to(ACC)
+        r = tl.minimum(tl.maximum(first_r, tap // g.S), H - 1 - h0)
+        s = tl.minimum(tl.maximum(first_s, tap % g.S), W - 1 - w0)
+        y = tl.load(y_rows + step_offset(r, s, y_strides)[:, None], mask=mask, other=0.0).to(ACC)
         u = (y - channels[0][None, :]) * channels[1][None, :]
         if beta_ptr is not None:
             u = u + channels[2][None, :]
-        z = comparable(activate(u, slope, e.activation), STORED)
-        take = inside & ((best_tap < 0) | (z > best) | (z != z))
+        if e.activation == "relu6":
+            u = tl.where(u > 6, 6.0, u)
+        elif e.activation != "relu":
+            u = activate(u, slope, e.activation)
+        z = comparable(u, STORED)
+        take = (z > best) | (z != z)
         best = tl.where(take, z, best)
-        best_tap = tl.where(take, tap, best_tap)
+        best_tap = tl.where(take, (r * g.S + s)[:, None], best_tap)
         at_max = tl.where(take, y, at_max)
 
     z_strides = Strides(z_stride_n, z_stride_h, z_stride_w, z_stride_c, Z_ALIGN)
     at = tile_offset(n, p, q, c, z_strides)
-    mask = ok[:, None] & c_ok[None, :]
     tl.store(z_ptr + at, best.to(STORED), mask=mask)
     tl.store(taps_ptr + at, best_tap.to(taps_ptr.dtype.element_ty), mask=mask)
     tl.store(at_max_ptr + at, at_max.to(STORED), mask=mask)
@@ -131,20 +138,23 @@ def choose_tile(pixels: int, C: int, channels_fast: bool, dtype: torch.dtype) ->
     neighbouring pixels; fewer pixels where a multiprocessor would have nothing to do. Not more pixels than 1024
     (problem.MAX_PIXELS).
     """
-    elements = 1024 if dtype == torch.float64 else 2048
     BLOCK_C = min(64, triton.next_power_of_2(C)) if channels_fast else 1
+    elements = 2048 if channels_fast and dtype != torch.float64 else 512
     while elements > 512 and cdiv(pixels, elements // BLOCK_C) * cdiv(C, BLOCK_C) < 2 * BUSY_PROGRAMS:
         elements //= 2
     return PlaneTile(min(1024, elements // BLOCK_C), BLOCK_C)
 
 
-def constants(tile: PlaneTile, loop: int) -> dict[str, Any]:
-    """What a launch is given by keyword of its tile and of the number of turns of its loop."""
-    unroll = loop if loop <= MAX_UNROLL else PART_UNROLL
+def constants(tile: PlaneTile, unroll: int) -> dict[str, Any]:
+    """What a launch is given by keyword of its tile and of how many turns of its loop are one."""
     return {
-        "tile": tile, "UNROLL": unroll, "BLOCK_M": tile.BLOCK_L, "BLOCK_C": tile.BLOCK_C,
-        "num_warps": tile.num_warps, "maxnreg": MAX_REGISTERS,
-    }  # fmt: skip
+        "tile": tile,
+        "UNROLL": unroll,
+        "BLOCK_M": tile.BLOCK_L,
+        "BLOCK_C": tile.BLOCK_C,
+        "num_warps": tile.num_warps,
+        "maxnreg": MAX_REGISTERS,
+    }
 
 
 @launch.planned
@@ -153,13 +163,14 @@ def _plan(
 ) -> tuple[launch.Launch[NormalisedPoolOperands], Layout, Layout]:
     y = Layout(problem.image, strides, dtype)
     z, taps = (dense(problem.pooled, t, result_format(y)) for t in (dtype, taps_dtype(problem)))
+    # a row of a usual window at once: all of it would take too many registers
     tile = choose_tile(problem.N * problem.P * problem.Q, problem.C, is_channels_last(z), dtype)
     of_y, of_z = strides_nhwc(y), strides_nhwc(z)
     grid = (cdiv(problem.N * problem.P * problem.Q, tile.BLOCK_L) * cdiv(problem.C, tile.BLOCK_C),)
     run = launch.Launch(
         normalised_max_pool_kernel, grid, problem.N, problem.H, problem.W, problem.P, problem.Q, *of_y[:4], *of_z[:4],
         g=problem.geometry(), e=finish_of(dtype, eps, activation, slope), Y_ALIGN=of_y.align, Z_ALIGN=of_z.align,
-        **constants(tile, problem.R * problem.S),
+        **constants(tile, problem.S if problem.R * problem.S <= MAX_UNROLL else PART_UNROLL),
     )  # fmt: skip
     return run, z, taps
 

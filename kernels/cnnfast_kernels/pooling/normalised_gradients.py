@@ -26,7 +26,7 @@ from ..problem import PoolProblem
 from ..rounding import round_quotient, round_root
 from ..tiling import cdiv
 from .normalised import SIZES, choose_tile, constants, locate_pixels, tile_offset
-from .rows import first_covering, lies_within, step_offset
+from .rows import MAX_UNROLL, PART_UNROLL, first_covering, lies_within, step_offset
 
 STRIDES = [f"{t}_stride_{d}" for t in ("dz", "taps", "y", "dy") for d in "nhwc"]
 
@@ -121,12 +121,13 @@ def _plan_backward(
     dy = dense(problem.image, dtype, result_format(y))
     laid = [strides_nhwc(t) for t in (dz, taps, y, dy)]
     pixels, geometry = problem.N * problem.H * problem.W, problem.geometry()
+    covering = geometry.cover_h * geometry.cover_w
     tile = choose_tile(pixels, problem.C, is_channels_last(dy), dtype)
     run = launch.Launch(
         normalised_max_pool_backward_kernel, (cdiv(pixels, tile.BLOCK_L) * cdiv(problem.C, tile.BLOCK_C),),
         problem.N, problem.H, problem.W, problem.P, problem.Q, *(s for t in laid for s in t[:4]),
         g=geometry, e=finish_of(dtype, eps, activation, slope), align=NormalisedAlignments(*(t.align for t in laid)),
-        **constants(tile, geometry.cover_h * geometry.cover_w),
+        **constants(tile, covering if covering <= MAX_UNROLL else PART_UNROLL),
     )  # fmt: skip
     return run, dy
 

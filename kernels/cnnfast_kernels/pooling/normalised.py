@@ -92,6 +92,7 @@ def normalised_max_pool_kernel(
     """
     ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     STORED: tl.constexpr = y_ptr.dtype.element_ty
+    ACTIVATION: tl.constexpr = e.activation
     n, p, q, ok, c, c_ok = locate_pixels(N * P * Q, P, Q, g.C, BLOCK_M, BLOCK_C)
     channels = load_channels(Channels(None, mean_ptr, var_ptr, gamma_ptr, beta_ptr, None), c, c_ok, e)
     slope = tl.full((), e.slope, ACC)
@@ -102,7 +103,7 @@ def normalised_max_pool_kernel(
 
     # A tap beyond the image stands for the nearest one inside, which has its turn too: masks would cost more. The first
     # is the maximum until a greater one comes: relu's results are never less than 0, and nothing is computed of those.
-    LEAST: tl.constexpr = 0.0 if e.activation == "relu" or e.activation == "relu6" else float("-inf")
+    LEAST: tl.constexpr = 0.0 if ACTIVATION == "relu" or ACTIVATION == "relu6" else float("-inf")
     best = comparable(tl.full((BLOCK_M, BLOCK_C), LEAST, ACC), STORED)
     first_r = first_tap(h0, 1)
     first_s = first_tap(w0, 1)
@@ -116,10 +117,10 @@ def normalised_max_pool_kernel(
         u = (y - channels[0][None, :]) * channels[1][None, :]
         if beta_ptr is not None:
             u = u + channels[2][None, :]
-        if e.activation == "relu6":
+        if ACTIVATION == "relu6":
             u = tl.where(u > 6, 6.0, u)
-        elif e.activation != "relu":
-            u = activate(u, slope, e.activation)
+        elif ACTIVATION != "relu":
+            u = activate(u, slope, ACTIVATION)
         z = comparable(u, STORED)
         take = (z > best) | (z != z)
         best = tl.where(take, z, best)

@@ -67,6 +67,7 @@ def normalised_max_pool_backward_kernel(
 ):  # fmt: skip
     """A tile of dy. g: PoolGeometry, not dilated; e: Finish; align: NormalisedAlignments."""
     ACC: tl.constexpr = tl.float64 if e.double else tl.float32
+    ACTIVATION: tl.constexpr = e.activation
     n, h, w, ok, c, c_ok = locate_pixels(N * H * W, H, W, g.C, BLOCK_M, BLOCK_C)
     p0, q0 = first_covering(h, w, g)
     dz_strides = Strides(dz_stride_n, dz_stride_h, dz_stride_w, dz_stride_c, align.dz)
@@ -96,7 +97,7 @@ def normalised_max_pool_backward_kernel(
     u = centred * scale[None, :]
     if beta_ptr is not None:
         u = u + load_vector(beta_ptr, c, c_ok, ACC)[None, :]
-    gradient = activate_backward(gradient, u, tl.full((), e.slope, ACC), e.activation, y_ptr.dtype.element_ty)
+    gradient = activate_backward(gradient, u, tl.full((), e.slope, ACC), ACTIVATION, y_ptr.dtype.element_ty)
     rows = (N * H * W).to(ACC)
     mean_g = round_quotient(load_vector(sums_ptr, c, c_ok, ACC), rows)
     mean_gx = round_quotient(load_vector(sums_ptr + g.C, c, c_ok, ACC), rows)

@@ -31,6 +31,9 @@ MEAN, VAR, WEIGHT, BIAS = (normal(6, seed=i).abs() + 0.5 for i in range(3, 7))
 TOLD = torch.cat([torch.stack([MEAN, VAR]).flatten().repeat(3, 1), torch.tensor([[4.0], [0.0], [2.0]])], 1)
 COUNT, SUMS = torch.tensor([30.0], dtype=torch.float64), torch.stack([MEAN, VAR])
 TAPS = torch.tensor([3, 3, 2], dtype=torch.uint8).expand(2, 4, 3, 3).contiguous()  # taps that lie in the image
+POOL = ([3, 2], [2, 2], [1, 1], False)  # of y
+POOLED = normal(2, 6, 3, 2, seed=8)
+TAPS_OF_Y = torch.tensor([3, 2], dtype=torch.uint8).expand(2, 6, 3, 2).contiguous()
 PICTURES = integers(2, 3, 5, 6, largest=127).add(127).to(torch.uint8)
 OFFSETS, SIZES = torch.tensor([0, 90]), torch.tensor([[5, 6], [6, 5]])
 NUMBERS = (
@@ -98,6 +101,29 @@ SAMPLES = {
         + ([False, True, False, False, True, True], *GEOMETRY),
         (Y, None, None, None, None, None, None, None, 0.0, None, 0.0, False, None, W, None, *LAYOUT)
         + ([True, False, False, False, True, False], *IM2COL),
+    ],
+    "conv_bn_act_pool_training": [
+        (*wants(X, W, BIAS), None, None, 0.0, *wants(WEIGHT, BIAS), 1e-5, "relu", 0.0, *POOL, *GEOMETRY),
+        (*wants(NHWC, W), None, MEAN.clone(), VAR.clone(), 0.1, None, leaf(BIAS), 1e-5, "leaky_relu", 0.1)
+        + (*POOL, *GEOMETRY),
+        (NHWC, W, BIAS, None, None, 0.0, leaf(WEIGHT), None, 1e-5, None, 0.0, *POOL, *IM2COL),
+    ],
+    "conv_bn_act_pool_backward": [
+        (POOLED, TAPS_OF_Y, POOLED, Y, MEAN, VAR, WEIGHT, BIAS, 1e-5, "relu", 0.0, *POOL, X, W, None, *LAYOUT)
+        + ([True] * 5, *GEOMETRY),
+        (POOLED, None, POOLED, None, MEAN, VAR, None, BIAS, 1e-5, "relu6", 0.0, *POOL, None, None, None, *LAYOUT)
+        + ([False, False, False, False, True], *GEOMETRY),
+    ],
+    "normalize_max_pool": [
+        (Y, MEAN, VAR, WEIGHT, BIAS, 1e-5, "relu", 0.0, *POOL),
+        (NHWC, MEAN[:4], VAR[:4], None, None, 1e-5, None, 0.0, *POOL),
+        (arrange(Y, "transposed"), MEAN, VAR, None, BIAS, 1e-5, "leaky_relu", 0.1, *POOL),
+    ],
+    "normalize_max_pool_backward": [
+        (POOLED, TAPS_OF_Y, POOLED, Y, MEAN, VAR, WEIGHT, BIAS, 1e-5, "relu", 0.0, *POOL, [True, True, True]),
+        (POOLED, TAPS_OF_Y, POOLED, arrange(Y, "transposed"), MEAN, VAR, None, None, 1e-5, "relu", 0.0, *POOL)
+        + ([True, False, False],),
+        (POOLED, None, POOLED, None, MEAN, VAR, WEIGHT, BIAS, 1e-5, None, 0.0, *POOL, [False, True, True]),
     ],
     "conv_act": [
         (*wants(X, W, BIAS, Y), "relu", 0.0, None, *GEOMETRY),

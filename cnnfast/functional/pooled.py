@@ -42,24 +42,19 @@ def conv_bn_act_pool(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    stride: Size = 1,
-    padding: Size | str = 0,
-    dilation: Size = 1,
-    groups: int = 1,
     process_group: ProcessGroup | None = None,
+    **geometry: Any,
 ) -> Tensor:
-    """max_pool2d(conv_bn_act(...), *window): the same bits. window: kernel_size, stride, padding, dilation, ceil_mode.
+    """max_pool2d(conv_bn_act(...), *window): the same bits. window: kernel_size, stride, padding, dilation, ceil_mode;
+    geometry: stride, padding, dilation and groups of the convolution, as conv_bn_act has them.
 
     In training, where a gradient is wanted, the activation's derivative is told from its output and the window is not
     dilated and has at most 255 taps, it is one operator, which never writes what is pooled. Everywhere else, and where
     calls are captured, it is the two functions. Everything else as these have it.
     """
     norm = running_mean, running_var, bn_weight, bn_bias
-    how: dict[str, Any] = {
-        "bias": bias, "activation": activation, "activation_arg": activation_arg, "training": training,
-        "momentum": momentum, "eps": eps, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups,
-        "process_group": process_group,
-    }  # fmt: skip
+    how: dict[str, Any] = {"bias": bias, "activation": activation, "activation_arg": activation_arg, **geometry}
+    how |= {"training": training, "momentum": momentum, "eps": eps, "process_group": process_group}
     tensors = input, weight, bias, *norm
     if (
         not training
@@ -74,8 +69,11 @@ def conv_bn_act_pool(
     ):
         return max_pool2d(conv_bn_act(input, weight, *norm, **how), *window)
     x, w, b = autocast(input, weight, bias)
-    geometry = conv_geometry("conv_bn_act", x, w, b, stride, padding, dilation, groups)
-    size = conv_output_size(x, w, geometry)
+    where = (
+        geometry.get(name, usual) for name, usual in (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
+    )
+    of_convolution = conv_geometry("conv_bn_act", x, w, b, *where)
+    size = conv_output_size(x, w, of_convolution)
     pool_size, pool_stride, pool_padding, pool_dilation, ceil_mode = checked_window("max_pool2d", size, *window)
     slope = LEAKY_SLOPE if activation_arg is None else float(activation_arg)
     unusual = pool_dilation != (1, 1) or pool_size[0] * pool_size[1] > MOST_TAPS
@@ -84,4 +82,6 @@ def conv_bn_act_pool(
     gamma, beta, momentum, eps = check_norm("conv_bn_act", w.shape[0], x.dtype, *norm, True, momentum, eps)
     values_per_channel("conv_bn_act", size)
     of_pass = gamma, beta, eps, activation, slope, pool_size, pool_stride, pool_padding, ceil_mode
-    return ops.conv_bn_act_pool_training(x, w, b, running_mean, running_var, momentum, *of_pass, *geometry, "auto")[0]
+    return ops.conv_bn_act_pool_training(
+        x, w, b, running_mean, running_var, momentum, *of_pass, *of_convolution, "auto"
+    )[0]

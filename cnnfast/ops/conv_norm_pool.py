@@ -68,8 +68,9 @@ def _pool_backward(
         problem = _problem(y.shape, *_window(*window))
         norm = mean, var, gamma, beta, sums, eps, activation, slope
         dy = pooling.normalised_max_pool_backward(problem, dz, taps, y, *norm)
+    # results of an operator share no memory
     of_channels = (
-        sums[i].to((mean if t is None else t).dtype) if need else dz.new_empty(0)
+        sums[i].to((mean if t is None else t).dtype, copy=True) if need else dz.new_empty(0)
         for i, t, need in ((1, gamma, needs[1]), (0, beta, needs[2]))
     )
     return dy, *of_channels

@@ -35,7 +35,7 @@ FORWARD = (
         "update_running",
         "normalize",
     ),
-    *("max_pool", "avg_pool", "adaptive_avg_pool", "global_avg_pool"),
+    *("normalize_max_pool", "max_pool", "avg_pool", "adaptive_avg_pool", "global_avg_pool"),
 )
 
 Recorder = TypeVar("Recorder", bound="CallRecorder")

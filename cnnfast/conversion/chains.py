@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from .. import nn as cnn
+from ..functional.pooled import ACTIVATIONS
 from ..patterns import NAMES, Activation, activation_of, addition, called_activation, is_activation
 from .effects import Effects, Obstacle
 from .grafts import base_of
@@ -81,6 +83,27 @@ class Chains:
         else:
             return None
         return chain
+
+    def pool(self, chain: Chain) -> fx.Node | None:
+        """The call of a max pool of ours that follows a convolution and a norm at once, and alone reads their result;
+        None if there is none, or if pooling cannot be one operator with them (functional/pooled.py).
+        """
+        last = chain.nodes[-1]
+        user, module = last.next, self.module(last.next)
+        activation = (
+            activation_of(self.modules[chain.activation]) if isinstance(chain.activation, str) else chain.activation
+        )
+        if (
+            None in (chain.conv, chain.norm)
+            or chain.residual is not None
+            or (activation is not None and activation[0] not in ACTIVATIONS)
+            or list(last.users) != [user]
+            or not isinstance(module, cnn.MaxPool2d)
+            or type(module).forward is not cnn.MaxPool2d.forward
+            or self._argument(user) is not last
+        ):
+            return None
+        return user
 
     # Each of these steps adds to a chain what it can, and returns why the chain stops there, or the empty string.
 

@@ -3,9 +3,10 @@
     convolution > batch norm > addition > activation
 
 is one call of nn.conv_bn_act, and without the norm one of nn.conv_act, without the convolution one of nn.bn_act
-(chains.py finds these groups, in which also the addition and the activation may be absent). The members of a group are
-computed in the place of the last of them, if nothing in between depends on their order (effects.py); otherwise the
-group ends earlier, or is not fused. Everything else of the forward stays as it was and where it was.
+(chains.py finds these groups, in which also the addition and the activation may be absent). A max pool that follows a
+convolution and a norm at once is part of their call, for in training it may be one operator with them. The members of a
+group are computed in the place of the last of them, if nothing in between depends on their order (effects.py);
+otherwise the group ends earlier, or is not fused. Everything else of the forward stays as it was and where it was.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .. import nn as cnn
 from ..activations import LEAKY_SLOPE, ActivationName, activate
 from ..dispatch import on_gpu
 from ..nn.fused import takes
+from ..nn.pooled import conv_bn_act_pool
 from ..patterns import activation_of
 from .chains import Chain, Chains
 from .effects import Conduct, Effects, Traits, buffers, traits
@@ -169,10 +171,18 @@ def call(
     in_place: bool,
     activation: nn.Module | ActivationName | None,
     slope: float | None,
+    pool: nn.Module | None = None,
 ) -> Tensor:
     """What a generated forward calls for a group. conv, norm: one of the two may be None. in_place: the sum was written
-    into what stands before it, and so it has that dtype, whatever the residual's is.
+    into what stands before it, and so it has that dtype, whatever the residual's is. pool: what is called of the
+    result, or computed with it.
     """
+    if pool is not None:
+        if isinstance(activation, nn.Module):
+            activation, slope = activation_of(activation)  # pyright: ignore
+        if takes(conv, x):
+            return conv_bn_act_pool(conv, norm, x, pool, activation, slope)
+        return pool(call(conv, norm, x, residual, in_place, activation, slope))
     if not takes(norm if conv is None else conv, x):
         return _one_by_one(conv, norm, x, residual, in_place, activation, slope)
     if in_place and isinstance(residual, Tensor):
@@ -225,21 +235,30 @@ class _Rewriter:
         found = []
         groups = []
         fused: set[fx.Node] = set()
+        pools: list[fx.Node] = []
         for node in list(self.graph.nodes):
             chain = chains.find(node) if node not in fused else None
             if chain is not None:
                 found.append(chain.said)
                 if chain.is_fused and not self._fuses_itself(chain):
                     fused.update(chain.nodes)
-                    groups.append(self._replace(chain))
+                    pool = chains.pool(chain)
+                    groups.append(self._replace(chain, [] if pool is None else [pool]))
+                    pools += [] if pool is None else [pool]
+        if self.moved:  # one group may stand past another now, and what is called of that
+            self.crossed |= {str(pool.target): None for pool in pools}
         return groups, [sentence for sentence in found if sentence]
 
     def _fuses_itself(self, chain: Chain) -> bool:
         """Whether a chain is a call of a single module of ours, whose own forward is one step already."""
         return len(chain.nodes) == 1 and is_ours(self.modules[str(chain.nodes[0].target)])
 
-    def _replace(self, chain: Chain) -> Group:
-        first, last = chain.nodes[0], chain.nodes[-1]
+    def _replace(self, chain: Chain, pools: list[fx.Node]) -> Group:
+        """pools: the max pool that follows the chain, if it is part of the call. It is no member of the group: it is
+        called by itself wherever something else than the whole in one operator is computed.
+        """
+        own = [*chain.nodes, *pools]
+        first, last = own[0], own[-1]
         conv, norm = ("" if node is None else str(node.target) for node in (chain.conv, chain.norm))
         activation = chain.activation
         name, slope = activation if isinstance(activation, tuple) else (None, None)
@@ -248,12 +267,15 @@ class _Rewriter:
         with self.graph.inserting_before(last):
             act = self.graph.get_attr(activation) if isinstance(activation, str) else name
             modules = [self.graph.get_attr(path) if path else None for path in (conv, norm)]
+            pool = [self.graph.get_attr(str(node.target)) for node in pools]
             source = (*first.args, *first.kwargs.values())[0]
-            fused = self.graph.call_function(call, (*modules, source, chain.residual, chain.in_place, act, slope))
+            fused = self.graph.call_function(
+                call, (*modules, source, chain.residual, chain.in_place, act, slope, *pool)
+            )
         fused.meta["named"] = " with ".join(f"self.{path}" for path in (conv, norm) if path)
         last.replace_all_uses_with(fused)
-        self.effects.replace(chain.nodes, fused)
-        for node in reversed(chain.nodes):
+        self.effects.replace(own, fused)
+        for node in reversed(own):
             self.graph.erase_node(node)
         members = [str(node.target) for node in chain.nodes if node.op == "call_module"]
         if norm and normalizes_and_activates(self.modules[norm]):

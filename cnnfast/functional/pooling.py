@@ -90,7 +90,7 @@ def max_pool2d(
         record_torch("max_pool2d", reason, input)
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)  # pyright: ignore
     x, unbatched = _batched(input)
-    window = _window("max_pool2d", x, kernel_size, stride, padding, dilation, ceil_mode)
+    window = checked_window("max_pool2d", x.shape, kernel_size, stride, padding, dilation, ceil_mode)
     y, taps = ops.max_pool(x, bool(return_indices), *window)
     if not return_indices:
         return y.squeeze(0) if unbatched else y
@@ -122,7 +122,7 @@ def avg_pool2d(
         if divisor_override == 0:
             raise RuntimeError("avg_pool2d(): divisor_override must not be zero, but got divisor_override=0")
     x, unbatched = _batched(input)
-    kernel, step, pad, _, _ = _window("avg_pool2d", x, kernel_size, stride, padding, 1, ceil_mode)
+    kernel, step, pad, _, _ = checked_window("avg_pool2d", x.shape, kernel_size, stride, padding, 1, ceil_mode)
     y = ops.avg_pool(x, kernel, step, pad, ceil_mode, count_include_pad, divisor_override)
     return y.squeeze(0) if unbatched else y
 
@@ -215,12 +215,18 @@ def _planes(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format) if x.shape[2:] == (1, 1) and x.stride(3) != 1 else x
 
 
-def _window(
-    function: str, input: Tensor, kernel_size: Size, stride: Size | None, padding: Size, dilation: Size, ceil_mode: bool
+def checked_window(
+    function: str,
+    size: Sequence[int],
+    kernel_size: Size,
+    stride: Size | None,
+    padding: Size,
+    dilation: Size,
+    ceil_mode: bool,
 ):
-    """The checked window of a pooling: (kernel_size, stride, padding, dilation, ceil_mode)."""
+    """The checked window of a pooling of an input of this size: (kernel_size, stride, padding, dilation, ceil_mode)."""
     check_flag(function, "ceil_mode", ceil_mode)
-    _check_image(function, input)
+    _check_image(function, size)
     kernel = axis_sizes(function, "kernel_size", kernel_size, 1)
     own = stride is None or (isinstance(stride, (tuple, list)) and not stride)
     step = kernel if own else axis_sizes(function, "stride", stride, 1)
@@ -230,21 +236,19 @@ def _window(
         raise RuntimeError(
             f"{function}(): padding must be at most half of kernel_size, but got padding={pad}, kernel_size={kernel}"
         )
-    _, _, H, W = input.shape
+    _, _, H, W = size
     P = pool_extent(H, kernel[0], step[0], pad[0], dil[0], ceil_mode)
     Q = pool_extent(W, kernel[1], step[1], pad[1], dil[1], ceil_mode)
     if P < 1 or Q < 1:
         raise RuntimeError(
-            f"{function}(): with kernel_size={kernel} the output of input size {list(input.shape)} would be "
-            f"{P}x{Q}: too small"
+            f"{function}(): with kernel_size={kernel} the output of input size {list(size)} would be {P}x{Q}: too small"
         )
     return kernel, step, pad, dil, ceil_mode
 
 
-def _check_image(function: str, input: Tensor) -> None:
-    if input.dim() != 4 or 0 in input.shape[1:]:
-        error = IndexError if function == "avg_pool2d" and input.dim() < 3 else RuntimeError
+def _check_image(function: str, size: Sequence[int]) -> None:
+    if len(size) != 4 or 0 in size[1:]:
+        error = IndexError if function == "avg_pool2d" and len(size) < 3 else RuntimeError
         raise error(
-            f"{function}(): expected input of size [C, H, W] or [N, C, H, W], only N may be 0, "
-            f"but got {list(input.shape)}"
+            f"{function}(): expected input of size [C, H, W] or [N, C, H, W], only N may be 0, but got {list(size)}"
         )

@@ -111,7 +111,7 @@ class ResNet(TraceToScript):
         return nn.Sequential(*stage)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(conv_bn_relu(x, self.conv1, self.bn1, self.relu))
+        x = conv_bn_relu(x, self.conv1, self.bn1, self.relu, pool=self.maxpool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

@@ -18,6 +18,7 @@ from ..activations import LEAKY_SLOPE, ActivationName, activate, check_activatio
 from ..spelling import keywords_explained
 from .fused import conv_bn_act, fusable, is_batch_norm, is_conv2d
 from .layers import BatchNorm2d, Conv2d
+from .pooled import conv_bn_act_pool
 from .scripting import TraceToScript
 
 Size2 = int | tuple[int, int]
@@ -95,17 +96,23 @@ def conv_bn_relu(
     bn: nn.Module,
     relu: nn.Module | None = None,
     shortcut: Callable[[], Tensor] | None = None,
+    pool: nn.Module | None = None,
 ) -> Tensor:
-    """relu(bn(conv(x)) + shortcut()) of a ResNet's members: in one step if `fusable`, else in torchvision's order."""
+    """pool(relu(bn(conv(x)) + shortcut())) of a ResNet's members, the pool not with a shortcut: in one step if
+    `fusable`, else in torchvision's order.
+    """
     members = (conv, bn) if relu is None else (conv, bn, relu)
     if fusable(x, *members) and is_conv2d(conv) and is_batch_norm(bn) and (relu is None or type(relu) is nn.ReLU):
+        if pool is not None:
+            return conv_bn_act_pool(conv, bn, x, pool, None if relu is None else "relu")  # pyright: ignore[reportArgumentType]
         # the addition in place below keeps the dtype that autocast gave to bn's output, and so does this
         residual = None if shortcut is None else shortcut().to(x.dtype)
         return conv_bn_act(conv, bn, x, residual, None if relu is None else "relu")  # pyright: ignore[reportArgumentType]
     y = bn(conv(x))
     if shortcut is not None:
         y += shortcut()
-    return y if relu is None else relu(y)
+    y = y if relu is None else relu(y)
+    return y if pool is None else pool(y)
 
 
 class _Block(TraceToScript):

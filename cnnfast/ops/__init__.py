@@ -10,6 +10,7 @@ from .augmentation import augment
 from .batchnorm import batch_moments, channel_sum, normalize, update_running
 from .conv import conv_dgrad, conv_fprop, conv_stats
 from .conv_norm import conv_act, conv_bn_act, conv_bn_act_training
+from .conv_norm_pool import conv_bn_act_pool_training
 from .gram import conv_bn_act_by_gram, gram_serves
 from .pooling import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool, max_pool_indices
 from .synchronising import normalize_over_ranks
@@ -23,6 +24,7 @@ __all__ = [
     "conv_act",
     "conv_bn_act",
     "conv_bn_act_by_gram",
+    "conv_bn_act_pool_training",
     "conv_bn_act_training",
     "conv_dgrad",
     "conv_fprop",

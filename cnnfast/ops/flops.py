@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import conv, conv_norm, gram  # noqa: F401 - define the operators
+from . import conv, conv_norm, conv_norm_pool, gram  # noqa: F401 - define the operators
 
 OPERATORS = torch.ops.cnnfast
 
@@ -30,6 +30,11 @@ def _fprop(x_shape, w_shape, *rest: Any, out_shape, **options: Any) -> int:
 @register_flop_formula([OPERATORS.conv_stats, OPERATORS.conv_bn_act_training, OPERATORS.conv_bn_act_by_gram])
 def _stats(x_shape, w_shape, *rest: Any, out_shape, **options: Any) -> int:
     return _flops(out_shape[0], w_shape)
+
+
+@register_flop_formula(OPERATORS.conv_bn_act_pool_training)
+def _pooled(x_shape, w_shape, *rest: Any, out_shape, **options: Any) -> int:
+    return _flops(out_shape[1], w_shape)
 
 
 @register_flop_formula(OPERATORS.conv_dgrad)
@@ -52,3 +57,9 @@ def _backward(dz_shape, *rest: Any, **options: Any) -> int:
 def _gram_backward(dz_shape, z_shape, beta_shape, activation, slope, x_shape, w_shape, *rest: Any, **options) -> int:
     dx, dw, *_ = rest[-1]
     return (dx + dw) * _flops(dz_shape, w_shape)
+
+
+@register_flop_formula(OPERATORS.conv_bn_act_pool_backward)
+def _pooled_backward(dz_shape, taps_shape, at_max_shape, y_shape, *rest: Any, **options: Any) -> int:
+    w_shape, _, (dx, dw, *_) = rest[-8:-5]
+    return (dx + dw) * _flops(y_shape, w_shape) if dx or dw else 0

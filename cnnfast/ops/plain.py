@@ -93,6 +93,15 @@ def max_pool(x: Tensor, with_taps: bool, *window: Any) -> tuple[Tensor, Tensor]:
     return F.max_pool2d_with_indices(x, *window)
 
 
+def normalize_max_pool(
+    y: Tensor, mean, var, gamma, beta, eps, activation, slope, size, stride, padding, ceil_mode
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions h * W + w in the place of taps."""
+    z = normalize(y, mean, var, gamma, beta, None, eps, activation, slope, None, True)
+    pooled, winners = F.max_pool2d_with_indices(z, size, stride, padding, (1, 1), ceil_mode)
+    return pooled, winners, y.flatten(2).gather(2, winners.flatten(2)).view(winners.shape)
+
+
 def max_pool_backward(dy: Tensor, winners: Tensor, x_shape) -> Tensor:
     """winners: int64 positions h * W + w, as max_pool2d returns them."""
     N, C, H, W = x_shape

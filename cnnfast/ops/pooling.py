@@ -76,7 +76,7 @@ def _fake_pooled(x: Tensor, problem: PoolProblem, dtype: torch.dtype | None = No
     return memory.empty((problem.N, problem.C, problem.P, problem.Q), x, result_format(x), dtype)
 
 
-def _fake_max(x: Tensor, with_taps: bool, *window: Any) -> tuple[Tensor, Tensor]:
+def fake_max(x: Tensor, with_taps: bool, *window: Any) -> tuple[Tensor, Tensor]:
     problem = _fake_problem(x.shape, *window)
     taps = _fake_pooled(x, problem, pooling.taps_dtype(problem)) if with_taps else x.new_empty(0, dtype=torch.uint8)
     return _fake_pooled(x, problem), taps
@@ -191,7 +191,7 @@ class _AdaptiveBackward(torch.autograd.Function):
         return global_avg_pool(ddx) if whole else adaptive_avg_pool(ddx, ctx.output_size), None, None
 
 
-max_pool = register(f"max_pool(Tensor x, bool with_taps, {WINDOW}) -> (Tensor, Tensor)", _max, _fake_max, _Max)
+max_pool = register(f"max_pool(Tensor x, bool with_taps, {WINDOW}) -> (Tensor, Tensor)", _max, fake_max, _Max)
 max_pool_indices = register(
     f"max_pool_indices(Tensor taps, SymInt[4] x_shape, {WINDOW}) -> Tensor",
     _max_indices,

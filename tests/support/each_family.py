@@ -16,6 +16,7 @@ from torch import Tensor
 
 import cnnfast
 import cnnfast.functional as F
+from cnnfast.functional.pooled import conv_bn_act_pool
 from cnnfast_kernels import batchnorm, conv, devices, packing
 from cnnfast_kernels.conv import Geometry
 from cnnfast_kernels.questions import Tile
@@ -128,6 +129,11 @@ def trained(x: Tensor, w: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return F.conv_bn_act(x, w, mean, var, gamma, beta, residual=x, training=True, padding=1)
 
 
+def pooled(x: Tensor, w: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """A convolution with statistics, and one pass that normalises, activates and pools."""
+    return conv_bn_act_pool(x, w, None, None, gamma, beta, (3, 2, 1, 1, False), training=True, padding=1)
+
+
 def folded(x: Tensor, w: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     mean, var = torch.zeros_like(gamma, requires_grad=False), torch.ones_like(gamma, requires_grad=False)
     return F.conv_bn_act(x, w, mean, var, gamma, beta, residual=x, padding=1)
@@ -223,6 +229,12 @@ FAMILIES: dict[str, Family] = {
     "norm, over ranks": Family(OverRanks.apply, (IMAGE, (16,), (16,)), SINGLE, ("combine_ranks_kernel", *NORM)),
     "max pool": Family(
         max_pool, (IMAGE,), SINGLE, ("max_pool_kernel", "max_pool_indices_kernel", "max_pool_backward_kernel")
+    ),
+    "max pool of a norm": Family(
+        pooled,
+        (IMAGE, (16, 16, 3, 3), (16,), (16,)),
+        HALF,
+        ("normalised_max_pool_kernel", "normalised_max_pool_backward_kernel"),
     ),
     "average pool": Family(
         lambda x: F.avg_pool2d(x, 3, 2, 1), (IMAGE,), HALF, ("avg_pool_kernel", "avg_pool_backward_kernel")

@@ -24,6 +24,7 @@ from cnnfast.ops.plain import (
     global_avg_pool,
     max_pool,
     normalize,
+    normalize_max_pool,
     update_running,
 )
 from cnnfast.recording import recorded
@@ -41,7 +42,7 @@ def max_pool_indices(taps: Tensor, x_shape: torch.Size, *window: Any) -> Tensor:
 
 
 OPERATORS = (conv_fprop, conv_dgrad, conv_stats, conv_bn_act, conv_act, batch_moments, update_running, normalize)
-OPERATORS += (max_pool, max_pool_indices, avg_pool, adaptive_avg_pool, global_avg_pool)
+OPERATORS += (max_pool, normalize_max_pool, max_pool_indices, avg_pool, adaptive_avg_pool, global_avg_pool)
 
 
 def plain_operators() -> SimpleNamespace:
@@ -54,5 +55,13 @@ def plain_operators() -> SimpleNamespace:
             ops.update_running(mean, var, *own, momentum, y.numel() // y.shape[1])
         return ops.normalize(y, *own, *rest[:-5], True), y, *own
 
+    def conv_bn_act_pool_training(x: Tensor, w: Tensor, bias, mean, var, momentum, *rest: Any) -> tuple[Any, ...]:
+        y, *own = ops.conv_stats(x, w, bias, *rest[-5:])
+        if mean is not None and y.shape[0]:
+            ops.update_running(mean, var, *own, momentum, y.numel() // y.shape[1])
+        z, *found = ops.normalize_max_pool(y, *own, *rest[:-5])
+        return z, y, *found, *own
+
     ops.conv_bn_act_training = conv_bn_act_training
+    ops.conv_bn_act_pool_training = conv_bn_act_pool_training
     return ops

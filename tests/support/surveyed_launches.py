@@ -170,6 +170,11 @@ def pools(dtype: torch.dtype, fmt: torch.memory_format) -> None:
         pooling.max_pool_backward(g, y, taps, fmt)
         pooling.avg_pool_backward(g, pooling.avg_pool(g, x, True, None), True, None, fmt)
         pooling.avg_pool(g, x, False, None)
+        for activation in ("relu", "leaky_relu") if window < 16 else ():
+            norm = *batchnorm.batch_moments(x), *((empty(24), empty(24)) if activation == "relu" else (None, None))
+            z, taps, at_max = pooling.normalised_max_pool(g, x, *norm, 1e-5, activation, 0.1)
+            sums = batchnorm.gradient_sums(z, at_max, None, *norm, None, 1e-5, activation, 0.1)
+            pooling.normalised_max_pool_backward(g, z, taps, x, *norm, sums, 1e-5, activation, 0.1)
     pooling.adaptive_avg_pool_backward(pooling.adaptive_avg_pool(x, 3, 3), (2, 24, 23, 23), fmt)
     pooling.global_avg_pool(x)
     pooling.global_avg_pool(empty(1, 8, 224, 224, dtype=dtype, fmt=fmt))

@@ -32,6 +32,8 @@ from ..pooling import (
     max_pool,
     max_pool_backward,
     max_pool_indices,
+    normalised_max_pool,
+    normalised_max_pool_backward,
 )
 from ..problem import PoolProblem
 from . import layers
@@ -117,6 +119,19 @@ def pooling(dtype: torch.dtype, fmt: torch.memory_format) -> None:
     global_avg_pool(layers.empty(BATCH, 512, 7, 7, dtype=dtype, fmt=fmt))
 
 
+def normalised_pooling(dtype: torch.dtype, fmt: torch.memory_format, activation: str = "relu") -> None:
+    """ResNet's stem in training after its convolution: forward and backward of its norm, activation and max pool."""
+    C = 64
+    y = layers.empty(BATCH, C, 112, 112, dtype=dtype, fmt=fmt)
+    window = PoolProblem.of(tuple(y.shape), (3, 3), (2, 2), (1, 1))
+    mean, var = batch_moments(y)
+    norm = mean, var, layers.empty(C), layers.empty(C)
+    how = 1e-5, activation, 0.01
+    z, taps, at_max = normalised_max_pool(window, y, *norm, *how)
+    sums = gradient_sums(z, at_max, None, *norm, None, *how)
+    normalised_max_pool_backward(window, z, taps, y, *norm, sums, *how)
+
+
 def augmentation(images: torch.dtype, dtype: torch.dtype, everything: bool, C: int = 3, noise: bool = False) -> None:
     """A map alone, or everything that can be done to images, of one size in NCHW or of different sizes."""
     x = layers.empty(BATCH, C, 256, 256, dtype=images)
@@ -153,6 +168,10 @@ def passes() -> Iterator[tuple[str, Callable[[], None]]]:
     yield ("bias and mish float32 NCHW", partial(activation_pass, FLOAT32, NCHW, "mish"))
     yield ("pooling bfloat16", partial(pooling, torch.bfloat16, LAST))
     yield ("pooling float32 NCHW", partial(pooling, FLOAT32, NCHW))
+    yield ("a stem's norm and pooling bfloat16", partial(normalised_pooling, torch.bfloat16, LAST))
+    yield ("a stem's norm and pooling float16", partial(normalised_pooling, torch.float16, LAST, "leaky_relu"))
+    yield ("a stem's norm and pooling float32 NCHW", partial(normalised_pooling, FLOAT32, NCHW, "relu6"))
+    yield ("a stem's norm and pooling float64", partial(normalised_pooling, torch.float64, LAST))
     yield ("augmentation uint8 to bfloat16, a map", partial(augmentation, torch.uint8, torch.bfloat16, False))
     yield ("augmentation uint8 to bfloat16", partial(augmentation, torch.uint8, torch.bfloat16, True))
     yield ("augmentation uint8 to float16, noise", partial(augmentation, torch.uint8, torch.float16, True, 3, True))

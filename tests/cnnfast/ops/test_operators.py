@@ -36,6 +36,9 @@ HALF, WIDE = (t.half().contiguous(memory_format=torch.channels_last) for t in (X
 HALF_Y = normal(2, 6, 3, 4, seed=2).half().contiguous(memory_format=torch.channels_last)
 STRIDED = ([2, 1], [0, 0, 0, 0], [1, 1], 1, "auto")
 MATRICES = MEAN[:4].float(), normal(6, 4, seed=3, dtype=torch.float32), VAR.float()
+POOL = ([3, 2], [2, 2], [1, 1], False)  # of y
+POOLED = normal(2, 6, 3, 2, seed=8)
+TAPS_OF_Y = torch.tensor([3, 2], dtype=torch.uint8).expand(2, 6, 3, 2).contiguous()
 PICTURES = integers(2, 3, 5, 6, largest=127).add(127).to(torch.uint8)
 OFFSETS, SIZES = torch.tensor([0, 90]), torch.tensor([[5, 6], [6, 5]])
 NUMBERS = (
@@ -120,6 +123,29 @@ SAMPLES = {
         (HALF_Y, MEAN.float(), HALF, WIDE, *MATRICES, None, 1e-5, [2, 1], [False, True]),
     ],
     "activation_backward": [(Y, Y, "relu", 0.0), (HALF_Y, HALF_Y, "leaky_relu", 0.1), (Y, None, None, 0.0)],
+    "conv_bn_act_pool_training": [
+        (*wants(X, W, BIAS), None, None, 0.0, *wants(WEIGHT, BIAS), 1e-5, "relu", 0.0, *POOL, *GEOMETRY),
+        (*wants(NHWC, W), None, MEAN.clone(), VAR.clone(), 0.1, None, leaf(BIAS), 1e-5, "leaky_relu", 0.1)
+        + (*POOL, *GEOMETRY),
+        (NHWC, W, BIAS, None, None, 0.0, leaf(WEIGHT), None, 1e-5, None, 0.0, *POOL, *IM2COL),
+    ],
+    "conv_bn_act_pool_backward": [
+        (POOLED, TAPS_OF_Y, POOLED, Y, MEAN, VAR, WEIGHT, BIAS, 1e-5, "relu", 0.0, *POOL, X, W, None, *LAYOUT)
+        + ([True] * 5, *GEOMETRY),
+        (POOLED, None, POOLED, None, MEAN, VAR, None, BIAS, 1e-5, "relu6", 0.0, *POOL, None, None, None, *LAYOUT)
+        + ([False, False, False, False, True], *GEOMETRY),
+    ],
+    "normalize_max_pool": [
+        (Y, MEAN, VAR, WEIGHT, BIAS, 1e-5, "relu", 0.0, *POOL),
+        (NHWC, MEAN[:4], VAR[:4], None, None, 1e-5, None, 0.0, *POOL),
+        (arrange(Y, "transposed"), MEAN, VAR, None, BIAS, 1e-5, "leaky_relu", 0.1, *POOL),
+    ],
+    "normalize_max_pool_backward": [
+        (POOLED, TAPS_OF_Y, POOLED, Y, MEAN, VAR, WEIGHT, BIAS, 1e-5, "relu", 0.0, *POOL, [True, True, True]),
+        (POOLED, TAPS_OF_Y, POOLED, arrange(Y, "transposed"), MEAN, VAR, None, None, 1e-5, "relu", 0.0, *POOL)
+        + ([True, False, False],),
+        (POOLED, None, POOLED, None, MEAN, VAR, WEIGHT, BIAS, 1e-5, None, 0.0, *POOL, [False, True, True]),
+    ],
     "conv_act": [
         (*wants(X, W, BIAS, Y), "relu", 0.0, None, *GEOMETRY),
         (*wants(X, W), None, leaf(Y), None, 0.0, None, *GEOMETRY),

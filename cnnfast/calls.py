@@ -31,6 +31,7 @@ FORWARD = (
         "conv_bn_act",
         "conv_act",
         "conv_dgrad",
+        "gram_statistics",
         "batch_moments",
         "update_running",
         "normalize",

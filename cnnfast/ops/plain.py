@@ -57,6 +57,14 @@ def conv_stats(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> tuple[Te
     return y, *batch_moments(y.detach())
 
 
+def gram_statistics(x: Tensor, w: Tensor, bias: Tensor | None, stride: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    met = x[:, :, :: stride[0], :: stride[1]].transpose(0, 1).flatten(1).float()
+    filters = w.detach().flatten(1).float()
+    products = filters @ torch.cov(met, correction=0).view(len(met), -1)
+    mean = filters @ met.mean(1)
+    return mean if bias is None else mean + bias, (products * filters).sum(1), met.mean(1), products
+
+
 def update_running(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
 ) -> None:

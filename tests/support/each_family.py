@@ -129,6 +129,11 @@ def trained(x: Tensor, w: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return F.conv_bn_act(x, w, mean, var, gamma, beta, residual=x, training=True, padding=1)
 
 
+def widened(x: Tensor, w: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor) -> Tensor:
+    """A 1x1 convolution to more channels, in training by the Gram matrix of its input."""
+    return F.conv_bn_act(x, w, None, None, gamma, beta, residual=residual, training=True)
+
+
 def pooled(x: Tensor, w: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """A convolution with statistics, and one pass that normalises, activates and pools."""
     return conv_bn_act_pool(x, w, None, None, gamma, beta, (3, 2, 1, 1, False), training=True, padding=1)
@@ -227,6 +232,12 @@ FAMILIES: dict[str, Family] = {
         NCHW,
     ),
     "norm, over ranks": Family(OverRanks.apply, (IMAGE, (16,), (16,)), SINGLE, ("combine_ranks_kernel", *NORM)),
+    "1x1 by the Gram matrix": Family(
+        widened,
+        ((2, 16, 9, 9), (40, 16, 1, 1), (40,), (40,), (2, 40, 9, 9)),
+        HALF,
+        ("gram_statistics_kernel", "gram_weight_gradient_kernel", "gram_own_kernel", "normalize_backward_kernel"),
+    ),
     "max pool": Family(
         max_pool, (IMAGE,), SINGLE, ("max_pool_kernel", "max_pool_indices_kernel", "max_pool_backward_kernel")
     ),

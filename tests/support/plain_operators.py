@@ -62,6 +62,7 @@ def plain_operators() -> SimpleNamespace:
         z, *found = ops.normalize_max_pool(y, *own, *rest[:-5])
         return z, y, *found, *own
 
+    ops.gram_serves = lambda *arguments: False
     ops.conv_bn_act_training = conv_bn_act_training
     ops.conv_bn_act_pool_training = conv_bn_act_pool_training
     return ops

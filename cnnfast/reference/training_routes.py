@@ -40,6 +40,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .windows import Size2, pair
 
@@ -158,8 +159,8 @@ class _Ordinary(torch.autograd.Function):
         s = gamma.to(wide) * invstd
         dy = _of_channels(s) * masked - _of_channels(s * invstd * dgamma / count) * centred
         dy = (dy - _of_channels(s * dbeta / count)).to(dtype).to(wide)
-        dx = torch.nn.grad.conv2d_input(x.shape, operand.to(wide), dy, *geometry).to(dtype)
-        dw = torch.nn.grad.conv2d_weight(x.to(wide), operand.shape, dy, *geometry).to(of_w)
+        dx = conv2d_input(x.shape, operand.to(wide), dy, *geometry).to(dtype)
+        dw = conv2d_weight(x.to(wide), operand.shape, dy, *geometry).to(of_w)
         dresidual = g if ctx.needs_input_grad[4] else None
         return dx, dw, dgamma.to(gamma.dtype), dbeta.to(of_beta), dresidual, None, None, None
 

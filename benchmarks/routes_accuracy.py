@@ -12,7 +12,7 @@ held out after the last epoch; a network of PyTorch's own layers in float32 is t
 
 The same accuracy means that the means of five seeds differ by no more than half a percentage point, and each is at
 least 95 %: networks that learnt nothing would say nothing. Exits with 1 where that does not hold. It takes about ten
-minutes.
+minutes of a core.
 """
 
 from __future__ import annotations

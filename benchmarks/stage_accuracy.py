@@ -6,7 +6,7 @@ a whole ResNet-18.
 
 Triton's interpreter runs the kernels, as the tests mend it for bfloat16 (tests/support/interpreter.py). Networks are
 torchvision's with random weights; what is judged, and by which rule, is cnnfast/checking/trained.py's: each tensor's
-error against float64 is to be at most twice PyTorch's own in the same dtype (the largest of five runs on images that
+error against float64 is to be at most twice PyTorch's own in the same dtype (the middle one of five runs on images that
 differ by a unit) and one unit in the last place, after one step, and after three of SGD. Prints the tensors that are
 nearest to their limits and exits with 1 where one is beyond.
 

@@ -238,3 +238,12 @@ def check_addresses() -> None:
     InterpreterBuilder.create_masked_store = create_masked_store
     InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
     InterpreterBuilder.create_atomic_cas = create_atomic_cas
+
+
+if __name__ == "__main__":  # a script, and its arguments, with the interpreter as tests have it
+    import runpy
+    import sys
+
+    install()
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

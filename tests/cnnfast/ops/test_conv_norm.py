@@ -236,7 +236,8 @@ def test_bytes_that_a_network_saves(torchvision, monkeypatch, name, backend, mos
     ]
     ours = [kernel for kernel in counts[0].kernels if "fprop" in kernel]
     assert bool(ours) == (backend == "kernels")
-    assert (counts[1].saved_bytes - counts[0].saved_bytes) / 256 <= most * 1e6
+    of_the_image = 3 * 224 * 224 * 2  # which is there anyway
+    assert (counts[1].saved_bytes - counts[0].saved_bytes) / 256 - of_the_image <= most * 1e6
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import cnnfast
 import cnnfast.functional as ours
 from cnnfast import ops
 from cnnfast.activations import activate
+from cnnfast.reference.training_routes import gram_conv_bn_act
 from cnnfast_kernels import tables
 from cnnfast_kernels.tiling import TileConfig
 from tests.support.agreement import leaf, normal, saved_for_backward
@@ -157,6 +158,27 @@ def test_no_worse_than_pytorch(device, case):
         assert errors[0].square().mean() <= 4 * errors[1].square().mean() + floor**2, name
         assert mine[name].dtype == own[name].dtype, name
         assert mine[name].stride() == own[name].stride(), name
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_the_numbers_of_the_reference(device, stride, activation):
+    """The plain PyTorch that rounds where the kernels do, of which benchmarks/routes_accuracy.py says how it trains.
+    Another order of sums moves a few numbers by a unit in the last place.
+    """
+    x, w, _, gamma, beta, residual = operands(device, C=16, K=64, N=5, H=8, stride=(stride, stride))
+    inputs = [x, w, None, gamma, beta, residual]
+
+    def plain(x, w, bias, gamma, beta, residual):
+        return gram_conv_bn_act(x, w, gamma, beta, residual, 1e-5, activation, stride)[0]
+
+    mine, _ = gradients(layer, inputs, stride=stride, activation=activation)
+    right, _ = gradients(plain, inputs)
+    for name, expected in right.items():
+        distance = (mine[name].double() - expected.double()).abs()
+        unit = torch.finfo(expected.dtype).eps * float(expected.abs().max())
+        assert float(distance.max()) <= 2 * unit if expected.dim() == 4 else 64 * unit, name
+        assert float(distance.mean()) <= 0.02 * unit if expected.dtype == torch.float16 else 16 * unit, name
 
 
 def test_running_statistics(device):

@@ -1,0 +1,107 @@
+"""How far gradients and training err by our kernels, beside PyTorch's own error: of a whole stage of ResNet-50, and of
+a whole ResNet-18.
+
+    TRITON_INTERPRET=1 python -m tests.support.interpreter benchmarks/stage_accuracy.py \
+        > benchmarks/results/stage_accuracy.txt
+
+Triton's interpreter runs the kernels, as the tests mend it for bfloat16 (tests/support/interpreter.py). Networks are
+torchvision's with random weights; what is judged, and by which rule, is cnnfast/checking/trained.py's: each tensor's
+error against float64 is to be at most twice PyTorch's own in the same dtype (the middle one of five runs on images that
+differ by a unit) and one unit in the last place, after one step, and after three of SGD. Prints the tensors that are
+nearest to their limits and exits with 1 where one is beyond.
+
+It takes about twenty minutes of a core. --network and --dtype take a part of it, whose text is the same: parts that ran
+side by side make the same file.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+from torch import nn
+
+from cnnfast.checking.report import Comparison
+from cnnfast.checking.trained import TrainingRow, judge_training
+from cnnfast.torchvision_import import torchvision
+
+SHOWN = 6
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Subject(NamedTuple):
+    """size: of its input. steps: of SGD, by dtype; where the interpreter takes many minutes for one, that is all."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    size: tuple[int, int, int, int]
+    steps: dict[str, int]
+
+
+SUBJECTS = {
+    # 512 pixels, 8 for each channel of the third convolutions' inputs
+    "layer1": Subject(
+        "layer1 of ResNet-50, three blocks",
+        lambda: torchvision().models.resnet50(weights=None).layer1,
+        (2, 64, 16, 16),
+        dict.fromkeys(DTYPES, 3),
+    ),
+    "resnet18": Subject(
+        "ResNet-18, ten classes",
+        lambda: torchvision().models.resnet18(weights=None, num_classes=10),
+        (4, 3, 32, 32),
+        {"float16": 3, "float32": 1, "bfloat16": 1},
+    ),
+}
+
+
+def ratio(ours: float, theirs: float) -> str:
+    return f"{ours / theirs:.2f}" if theirs else "-"
+
+
+def line(c: Comparison) -> str:
+    errors = f"{c.rms:>10.2e}{c.torch_rms:>10.2e}{ratio(c.rms, c.torch_rms):>8}{c.rms / c.rms_limit:>8.2f}"
+    return f"  {c.tensor:<44}{errors}{ratio(c.error, c.torch_error):>9}{c.message and '  ' + c.message}"
+
+
+def told(row: TrainingRow) -> str:
+    """The tensors nearest to their limits, and of all together how many are where."""
+    ranked = sorted(row.comparisons, key=lambda c: (not c.message, -c.rms / max(c.rms_limit, 1e-300)))
+    head = f"  {'nearest to their limits':<44}{'ours':>10}{'PyTorch':>10}{'ratio':>8}{'/ limit':>8}{'largest':>9}"
+    whole = [c for c in row.comparisons if c.tensor.startswith("all parameters") and c not in ranked[:SHOWN]]
+    larger = sum(c.error > c.limit for c in row.comparisons)
+    middle = sorted(c.rms / c.torch_rms for c in row.comparisons if c.torch_rms)[len(row.comparisons) // 2]
+    counts = f"{len(row.comparisons)} tensors, {len(row.beyond)} beyond the limit; the median ratio is {middle:.2f};"
+    return "\n".join(
+        [head, *map(line, [*ranked[:SHOWN], *whole]), f"  {counts} largest errors beyond it: {larger} (not judged)"]
+    )
+
+
+def main(
+    network: Annotated[list[str] | None, typer.Option(help="Only this one; repeat it for several.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Only this one; repeat it for several.")] = None,
+) -> None:
+    """Judge gradients and training of whole networks by kernels in Triton's interpreter."""
+    torch.set_num_threads(1)
+    beyond = 0
+    for name in network or SUBJECTS:
+        subject = SUBJECTS[name]
+        for kind in dtype or DTYPES:
+            torch.manual_seed(0)
+            model, x = subject.build(), torch.randn(subject.size)
+            began, steps = time.perf_counter(), subject.steps[kind]
+            row = judge_training(model, x, DTYPES[kind], steps)
+            size = " x ".join(map(str, subject.size))
+            print(f"{subject.title}, [{size}], {kind}, steps: {steps}, kernels launched: {row.launches}")
+            print(told(row), flush=True)
+            print(f"{name} {kind}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+            beyond += len(row.beyond)
+    raise typer.Exit(bool(beyond))
+
+
+if __name__ == "__main__":
+    typer.run(main)

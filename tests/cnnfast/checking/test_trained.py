@@ -1,0 +1,122 @@
+"""Training by kernels beside PyTorch's and float64: the quick part of benchmarks/stage_accuracy.py, and its judge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cnnfast.checking import trained
+from cnnfast.checking.report import Comparison
+from cnnfast.checking.trained import by_the_middle, judge_training
+
+pytest.importorskip("triton")
+NARROW, WIDE = 16, 64
+
+
+class NarrowToWide(nn.Module):
+    """A bottleneck block that sees as few channels as its middle has, so that it ends in two convolutions from narrow
+    to wide, one of them a projection. All its channels, on half of which the ReLU is 0, stay away from the kink: errors
+    are those of rounding alone, and the same in every run of the dice.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2, self.bn2 = nn.Conv2d(NARROW, NARROW, 3, padding=1, bias=False), nn.BatchNorm2d(NARROW)
+        self.conv3, self.bn3 = nn.Conv2d(NARROW, WIDE, 1, bias=False), nn.BatchNorm2d(WIDE)
+        self.downsample = nn.Sequential(nn.Conv2d(NARROW, WIDE, 1, bias=False), nn.BatchNorm2d(WIDE))
+        self.relu = nn.ReLU(inplace=True)
+        for norm in (self.bn2, self.bn3, self.downsample[1]):
+            nn.init.constant_(norm.weight, 0.125)
+        for norm in (self.bn2, self.bn3):
+            with torch.no_grad():
+                norm.bias.copy_(1.0 - 2.0 * (torch.arange(norm.num_features) % 2))
+
+    def forward(self, x):
+        y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(x)))))
+        y += self.downsample(x)
+        return self.relu(y)
+
+
+def judged(dtype, steps, model):
+    return judge_training(model, torch.randn(2, NARROW, 8, 8), dtype, steps)  # 8 pixels for each channel
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+def test_gradients_and_training_err_no_more_than_twice_as_pytorchs(dtype):
+    row = judged(dtype, 2, NarrowToWide())
+    assert not [(c.tensor, c.message, c.rms, c.rms_limit) for c in row.beyond]
+    names = {c.tensor for c in row.comparisons}
+    assert len(names) == len(row.comparisons) == 2 + 9 + 6 + 9 + 6 + 1
+    assert {"output", "grad of input", "grad of conv3.weight", "bn3.running_var"} <= names
+    assert {"conv3.weight after 2 steps", "bn3.running_var after 2 steps", "all parameters after 2 steps"} <= names
+    assert row.launches > 2 * 9
+    if dtype != torch.float32:  # of rounding, not zero
+        assert sum(c.torch_rms > 0 for c in row.comparisons) > 25
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8)), torch.randn(2, 4, 4, 4)
+
+
+def rms(t):
+    return float(t.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "share"),
+    [
+        ("grad of 0.weight", 0.97),
+        ("grad of 0.weight", 1.03),
+        ("1.running_mean", 1.03),
+        ("all parameters after 2 steps", 1.03),
+    ],
+)
+def test_what_errs_more_is_found(monkeypatch, wrong, share):
+    """One tensor of ours, which are the first to be computed, is off by a share of its limit."""
+    seen, train = [], trained.trained
+
+    def spoilt(*arguments):
+        seen.append(train(*arguments))
+        if len(seen) == 3:  # theirs and the float64 network are computed, ours is still to be compared
+            mine, theirs, exact = (found[wrong] for found in seen)
+            limit = 2 * rms(theirs.double() - exact) + torch.finfo(mine.dtype).eps * rms(exact)
+            seen[0][wrong] = exact + share * limit
+        return seen[-1]
+
+    monkeypatch.setattr(trained, "trained", spoilt)
+    monkeypatch.setattr(trained, "compare", at_float64(trained.compare))
+    monkeypatch.setattr(trained, "DRAWS", 0)
+    row = judge_training(*small(), torch.float32, 2)
+    assert [c.tensor for c in row.beyond] == [wrong] * (share > 1)
+
+
+def at_float64(compare):
+    """`compare` for a tensor of ours that is float64, since float32 would round what spoils it."""
+
+    def wider(name, mine, theirs, *others, **how):
+        return compare(name, mine, theirs.to(mine.dtype), *others, **how)
+
+    return wider
+
+
+def test_the_limit_is_by_the_middle_one_of_pytorchs_own_errors(monkeypatch):
+    """One draw of PyTorch's may be lucky, and one may jump at a kink; each is compared with the float64 network on its
+    own images.
+    """
+    draws = [
+        Comparison("t", error=3.0, torch_error=own, limit=2 * own + 1, rms=2.0, torch_rms=own / 2, rms_limit=own + 1)
+        for own in (1.0, 1e6, 2.0)
+    ]
+    judged = by_the_middle(*draws)
+    assert (judged.error, judged.torch_error, judged.limit) == (3.0, 2.0, 5.0)
+    assert (judged.rms, judged.torch_rms, judged.rms_limit) == (2.0, 1.0, 3.0)
+
+    found = []
+    monkeypatch.setattr(trained, "by_the_middle", lambda *draws: found.append(draws) or by_the_middle(*draws))
+    row = judge_training(*small(), torch.float16, 1)
+    assert [len(draws) for draws in found] == [5] * len(row.comparisons)
+    (output,) = ([c.torch_rms for c in draws] for draws in found if draws[0].tensor == "output")
+    assert len(set(output)) == 5
+    assert max(output) < 1.5 * min(output)

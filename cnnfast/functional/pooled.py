@@ -7,10 +7,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.overrides import has_torch_function
+from torch.overrides import _get_current_function_mode_stack, has_torch_function
+from torch.utils._device import DeviceContext
 
 from ..activations import LEAKY_SLOPE, ActivationName
-from ..dispatch import why_torch
+from ..dispatch import PLAIN, why_torch
 from .arguments import Size, autocast
 from .convolution import conv_geometry, conv_output_size
 from .entrance import captured
@@ -62,7 +63,7 @@ def conv_bn_act_pool(
         or activation not in ACTIVATIONS
         or isinstance(activation_arg, Tensor)
         or captured()
-        or has_torch_function(tensors)
+        or (has_torch_function(tensors) and _seen_by_others(tensors))
         or input.dim() != 4
         or not wants_gradient(input, weight, bias, bn_weight, bn_bias)
         or why_torch(*tensors)
@@ -85,3 +86,13 @@ def conv_bn_act_pool(
     return ops.conv_bn_act_pool_training(
         x, w, b, running_mean, running_var, momentum, *of_pass, *of_convolution, "auto"
     )[0]
+
+
+def _seen_by_others(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a tensor's class or a mode is to see the calls of public functions. A default device is a mode too, which
+    looks at nothing that makes no tensor.
+    """
+    modes = _get_current_function_mode_stack()
+    return any(t is not None and type(t) not in PLAIN for t in tensors) or any(
+        type(mode) is not DeviceContext for mode in modes
+    )

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import cnnfast
 import cnnfast.nn as cnn
@@ -99,6 +100,19 @@ def test_without_gradients_it_is_apart(quick):
     model.requires_grad_(False)
     assert forwards(model, image(quick))[1] == APART
     assert forwards(model, leaf(image(quick)))[1] == ONE
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "expected"), [(torch.device, ONE), (lambda device: Watching(), APART)])
+def test_modes_that_see_functions(quick, mode, expected):
+    """A default device looks at no call of ours; any other may, and sees the public functions."""
+    model, x = cnnfast.convert(ASmallStem().to(quick)), image(quick)
+    with mode(quick):
+        assert forwards(model, x)[1] == expected
 
 
 def test_by_kernels(device):

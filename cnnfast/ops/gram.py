@@ -25,7 +25,7 @@ from cnnfast_kernels.layout import convolution_format
 
 from .. import dispatch
 from . import conv_implementations as implementations
-from .batchnorm import activation_backward, derivative_from_output, differentiable_gradients, update_running
+from .batchnorm import activation_backward, dense_like, derivative_from_output, differentiable_gradients, update_running
 from .conv import conv_fprop, operand_gradients
 from .conv_implementations import GEOMETRY, unpack
 from .conv_norm import fused_bn_act
@@ -82,9 +82,9 @@ def _fake_statistics(x: Tensor, w: Tensor, bias: Tensor | None, stride: Any) -> 
 
 
 def _gradients(g: Tensor, sums: Tensor, x: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *matrices, eps, stride, needs = rest
-    how = eps, tuple(stride), needs
-    return tuple(g.new_empty(0) if t is None else t for t in gram.gram_gradients(g, sums, x, w, *matrices, *how))
+    mu, products, var, gamma, eps, stride, needs = rest
+    found = gram.gram_gradients(g, sums, x, w, mu, products, var, gamma, eps, tuple(stride), needs)
+    return tuple(g.new_empty(0) if t is None else t for t in found)
 
 
 def _fake_gradients(g: Tensor, sums: Tensor, x: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -155,7 +155,7 @@ def _fake_backward(dz: Tensor, z: Tensor | None, beta: Tensor | None, activation
         implementations.fake_wgrad(x, dz, w.shape, True),
         dz.new_empty(dz.shape[1]),
         *of_channels,
-        torch.empty_like(dz if z is None else z),
+        dense_like(dz),
     )
     return tuple(g if need else dz.new_empty(0) for g, need in zip(grads, needs, strict=True))
 
@@ -184,21 +184,19 @@ class _ByGram(torch.autograd.Function):
         eps, activation, slope = ctx.options
         needs = tuple(ctx.needs_input_grad[i] for i in (0, 1, 2, 6, 7, 8))
         grads: list[Tensor | None] = [None] * 6
-        if dz is None:
-            pass
-        elif torch.is_grad_enabled() or dispatch.transformed():
-            y = conv_fprop(x, w, bias, *ctx.geometry)
-            of_norm = y, z, mean, var, gamma, beta, None, *ctx.options, True
+        if dz is not None and (torch.is_grad_enabled() or dispatch.transformed()):
+            y = None if x is None else conv_fprop(x, w, bias, *ctx.geometry)
+            of_norm = y, z, mean, var, gamma, beta, None, eps, activation, slope, True
             dy, *of_channels = differentiable_gradients(dz, *of_norm, needs=(any(needs[:3]), *needs[3:]))
             grads = [None, None, None, *of_channels]
             if dy is not None:
                 layout = x.shape, w.shape, True
                 grads[:3] = operand_gradients(AS_ANYBODY, dy, x, w, None, *layout, needs, *ctx.geometry)
-        else:
+        elif dz is not None:
             asked = *needs[:5], needs[5] and activation is not None
             if any(asked):
-                of_x = of_x, products, var, gamma, eps, ctx.geometry[0], asked
-                found = conv_bn_act_by_gram_backward(dz, z, beta, activation, slope, x, w, *of_x)
+                how = of_x, products, var, gamma, eps, ctx.geometry[0], asked
+                found = conv_bn_act_by_gram_backward(dz, z, beta, activation, slope, x, w, *how)
                 grads = [grad if need else None for grad, need in zip(found, asked, strict=True)]
             if needs[5] and activation is None:
                 grads[5] = dz

@@ -57,8 +57,9 @@ def gram_statistics(
     mu, _ = batch_moments(x)
     gram = conv_wgrad(x, x, (C, C, 1, 1), POINTWISE, wide=True)
     products, mean, var = (memory.empty(of, x) for of in _floats((K, C), (K,), (K,)))
+    (bias,) = contiguous(bias)
     run = plan_statistics(K, C, w.stride(), N * P * Q)
-    run(StatisticsOperands(gram, mu, w, *contiguous(bias), products, mean, var))
+    run(StatisticsOperands(gram, mu, w, bias, products, mean, var))
     return mean, var, mu, products
 
 

@@ -90,9 +90,9 @@ def gram_matrix(dtype: torch.dtype, C: int, K: int, stride: int) -> None:
     x, w = layers.empty(BATCH, C, 28, 28, dtype=dtype, fmt=LAST), layers.empty(K, C, 1, 1, dtype=dtype)
     g = layers.empty(BATCH, K, 28 // stride, 28 // stride, dtype=dtype, fmt=LAST)
     steps = stride, stride
-    _, var, *matrices = gram_statistics(x, w, None, steps)
+    _, var, mu, products = gram_statistics(x, w, None, steps)
     _, sums = activation_backward(g, g, "relu" if stride == 1 else None, 0.0)
-    gram_gradients(g, sums, x, w, *matrices, var, layers.empty(K), 1e-5, steps, (True, True))
+    gram_gradients(g, sums, x, w, mu, products, var, layers.empty(K), 1e-5, steps, (True, True))
 
 
 def activation_pass(dtype: torch.dtype, fmt: torch.memory_format, activation: str) -> None:

@@ -219,11 +219,12 @@ def activation_backward(
         dz = mergeable(dz)
         run, layout = plan_sums(dz.shape, strides(dz, None, None, None), dz.dtype, 0.0, None, 0.0, 1)
         slots = memory.empty(layout, dz)
-        run(GradientSumsOperands(dz, *[None] * 7, slots))
+        run(GradientSumsOperands(dz, None, None, None, None, None, None, None, slots))
         return None, combine_slots(slots)[0]
     like, dz, z = dz.stride(), mergeable(dz), mergeable(z)
     of = strides(dz, None, z, None)
     run, layout, of_slots = plan_backward(dz.shape, of, like, dz.dtype, 0.0, activation, slope, True, False)
     g, slots = memory.empty(layout, dz), memory.empty(of_slots, dz)
-    run(NormalizeBackwardOperands(dz, None, z, *[None] * 8, g, None, slots))
+    nothing = None, None, None, None, None, None, None, None
+    run(NormalizeBackwardOperands(dz, None, z, *nothing, g, None, slots))
     return g, combine_slots(slots)[0]

@@ -269,6 +269,30 @@ def test_second_derivatives(device):
         assert (mine.double() - exact).abs().max() <= 0.02 * exact.abs().max() + 1e-3
 
 
+@pytest.mark.parametrize("wanted", [(5,), (4,), (0,), (3,)], ids=str)
+def test_a_gradient_to_be_differentiated_of_one_operand(device, wanted):
+    """Where x and w were not kept too: about what the fused backward gives."""
+    once, _ = gradients(layer, operands(device), wanted=wanted)
+    inputs = [t if i not in wanted else leaf(t) for i, t in enumerate(operands(device))]
+    z = layer(*inputs)
+    dz = torch.empty_like(z, requires_grad=False).copy_(normal(*z.shape, seed=9))
+    (again,) = torch.autograd.grad(z, [t for t in inputs if t.requires_grad], dz, create_graph=True)
+    expected = once[NAMES[wanted[0]]]
+    torch.testing.assert_close(again, expected, rtol=1e-2, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_a_batch_of_gradients(device):
+    """Under a transform that reaches into backward, PyTorch's operators serve."""
+    x, *rest = operands(device)
+    x = leaf(x)
+    z = layer(x, *rest)
+    batch = torch.stack([normal(*z.shape, seed=i) for i in (9, 10)]).to(z)
+    (found,) = torch.autograd.grad(z, x, batch, is_grads_batched=True, retain_graph=True)
+    for mine, dz in zip(found, batch, strict=True):
+        (right,) = torch.autograd.grad(z, x, dz, retain_graph=True)
+        torch.testing.assert_close(mine, right, rtol=1e-2, atol=2e-3 * float(right.abs().max()))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # PyTorch's world around it
 

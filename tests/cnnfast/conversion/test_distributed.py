@@ -29,3 +29,9 @@ def test_wrapped_models_train_as_the_original(wrapper, results):
         assert result[wrapper]["moved"] > 1e-3
         assert result[wrapper]["first"] == results[0][wrapper]["first"]
         assert result[wrapper]["fused"] == 2 * CONVOLUTIONS
+
+
+def test_accumulated_gradients_of_operators_that_training_has(results):
+    """Under DistributedDataParallel with no_sync, in float16 by autocast."""
+    for result in results:
+        assert result["accumulated"] == {"error": 0, "of gram": 2, "of stem": 2}

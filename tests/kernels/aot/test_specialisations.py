@@ -279,7 +279,8 @@ def how_many_programs(lines, pairs):
 
 TENSOR = {"tensor": "float16", "aligned": True}
 RECORDS = "sum_rows_kernel"
-FPROP, DGRAD, DEPTHWISE = "conv_fprop_kernel", "conv_dgrad_kernel", "depthwise_fprop_kernel"
+FPROP, DGRAD, WGRAD = "conv_fprop_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel"
+DEPTHWISE = "depthwise_fprop_kernel"
 WINDOW = {"tuple": list(records.WINDOW), "class": "tests.support.records:Window"}
 
 
@@ -297,8 +298,8 @@ PAIRS = [
     (
         "a stride and the taps of its classes",
         DGRAD,
-        {"g.R": 9, "g.stride_h": 2, "STEP_H": 2},
-        {"g.R": 9, "g.stride_h": 3, "STEP_H": 3},
+        {"g.R": 9, "g.stride_h": 2, "form.STEP_H": 2},
+        {"g.R": 9, "g.stride_h": 3, "form.STEP_H": 3},
         1,
     ),
     ("the turns of an unrolled loop", DEPTHWISE, {"block.ROWS": 4}, {"block.ROWS": 8}, 1),
@@ -306,7 +307,7 @@ PAIRS = [
     ("the dtype of an operand", FPROP, {"residual_ptr": TENSOR}, {"residual_ptr": TENSOR | {"tensor": "float32"}}, 2),
     ("a number is absent", FPROP, {"x_stride_c": None}, {"x_stride_c": 2}, 2),
     ("a name", FPROP, {"e.activation": None}, {"e.activation": "relu"}, 2),
-    ("a type", DGRAD, {"ACC": {"constant": "fp32"}}, {"ACC": {"constant": "fp64"}}, 2),
+    ("a type", WGRAD, {"ACC": {"constant": "fp32"}}, {"ACC": {"constant": "fp64"}}, 2),
     ("a number is 1", FPROP, {"K": 1}, {"K": 2}, 2),
     ("a number takes 64 bits", FPROP, {"K": 2}, {"K": 2**40}, 2),
     ("EVEN", FPROP, {"g.C": 32, "BLOCK_K": 16}, {"g.C": 33, "BLOCK_K": 16}, 2),
@@ -342,6 +343,7 @@ def programs():
     with described_launches() as lines:
         y = conv.conv_fprop(x, w, GEOMETRY)
         conv.conv_dgrad(y, w, x.shape, GEOMETRY)
+        conv.conv_wgrad(x, y, w.shape, GEOMETRY)
         conv.conv_fprop(x, narrow, GEOMETRY._replace(groups=32))
     constants = {"g": records.WINDOW, "e": records.ENDING, "BLOCK": records.BLOCK}
     told = specialisations.described(records.sum_rows_kernel, (*records.operands(), 16, None), constants)

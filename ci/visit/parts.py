@@ -111,7 +111,7 @@ def smoke(folder: Path, pretended: KnownGpu | None) -> Part:
     ]
     what = f"every kernel once, in {len(plain)} processes, then under {sanitizer.PROGRAM} where it is installed"
     limit = len(plain) * SMOKE_LIMIT if pretended else SMOKE_LIMIT  # a machine without a GPU may have one core
-    return Part("smoke", what, (Stage(tuple(plain), limit, workers()), Stage(tuple(checked), 23.0, workers())))
+    return Part("smoke", what, (Stage(tuple(plain), limit, workers()), Stage(tuple(checked), 22.0, workers())))
 
 
 def tests(folder: Path, pretended: KnownGpu | None) -> Part:
@@ -143,7 +143,7 @@ def tests(folder: Path, pretended: KnownGpu | None) -> Part:
 
 def demo(folder: Path, pretended: KnownGpu | None) -> Part:
     """Without a GPU it interprets its kernels, which takes minutes."""
-    limit = 420.0 if pretended else 52.0
+    limit = 420.0 if pretended else 53.0
     stage = one("demo", limit, "cnnfast", "demo", "--out", folder / "demo", "--budget", DEMO_SECONDS)
     return Part("demo", "the story on real images, in every dtype", (stage,))
 

@@ -190,6 +190,7 @@ class _ByGram(torch.autograd.Function):
             dy, *of_channels = differentiable_gradients(dz, *of_norm, needs=(any(needs[:3]), *needs[3:]))
             grads = [None, None, None, *of_channels]
             if dy is not None:
+                assert x is not None
                 layout = x.shape, w.shape, True
                 grads[:3] = operand_gradients(AS_ANYBODY, dy, x, w, None, *layout, needs, *ctx.geometry)
         elif dz is not None:

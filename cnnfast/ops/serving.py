@@ -107,7 +107,8 @@ def kernels_serve(plan: ConvolutionPlan, device: torch.device) -> bool:
 
 def library_serves(plan: ConvolutionPlan, device: torch.device) -> Decision | None:
     """What the library is to do for tensors on `device`, or None if our kernels serve by the plan. Traces learn why."""
-    decision: Decision = _decision(plan, library_comes_first(device))
+    kind = device.type  # asked here, as in every call, without entering a function more
+    decision: Decision = _decision(plan, library_comes_first(device) if kind == "meta" else kind in LIBRARY_FIRST)
     if not decision.reason:
         return None
     library = decision.library and dispatch.library_allowed()

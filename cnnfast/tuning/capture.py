@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,31 @@ def capture(
     """
     with dispatch.backend("auto"):
         calls = operator_calls(model, inputs, gpu=gpu, device_type=device_type, **how)
-    return Counter(
-        {Convolution(call.operator, call.arguments): n for call, n in calls.items() if call.operator in OPERATORS}
-    )
+    found: Counter[Convolution] = Counter()
+    for call, n in calls.items():
+        for operator, arguments in _asked(call):
+            if operator in OPERATORS:
+                found[Convolution(operator, arguments)] += n
+    return found
+
+
+def _asked(call: OperatorCall) -> Iterator[tuple[str, tuple[tuple[str, Any], ...]]]:
+    """The call; in the place of one by the Gram matrix, those of the other way, by whose row it is decided which of the
+    two a layer takes (ops/gram.py).
+    """
+    if call.operator not in ("gram_statistics", "gram_gradients"):
+        yield call.operator, call.arguments
+        return
+    x, w = call["x"], call["w"]
+    how = {
+        "stride": call["stride"], "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": 1, "algorithm": "auto",
+    }  # fmt: skip
+    if call.operator == "gram_statistics":
+        yield "conv_stats", tuple({"x": x, "w": w, "bias": call["bias"], **how}.items())
+        return
+    dy, (dx, dw) = call["g"], call["needs"]
+    if dx:
+        of_x = {"dy": dy, "w": w, "bias": None, "x_shape": x.shape, "channels_last": True}
+        yield "conv_dgrad", tuple({**of_x, **how}.items())
+    if dw:
+        yield "conv_wgrad", tuple({"x": x, "dy": dy, "w_shape": w.shape, "channels_last": True, **how}.items())

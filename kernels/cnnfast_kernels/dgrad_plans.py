@@ -59,6 +59,9 @@ class DgradPlan(ConvolutionPlan):
         """dx, plus `bias` [C], and what the epilogue makes of it that the plan was made for."""
         (bias,) = contiguous(bias)
         dx = memory.empty(self.result, dy)
+        if epilogue is NO_EPILOGUE and slots is None and not isinstance(self.tile, StripTile):
+            self.prepared(DgradOperands(dy, w, dx, bias))  # most gradients: there is nothing to look at
+            return dx
         if isinstance(self.tile, StripTile):
             self.prepared(DepthwiseDgradOperands(dy, w, dx, bias))
             return apply_epilogue(dx, epilogue)

@@ -15,8 +15,9 @@ that round equally well one may have a jump in a small tensor and the other none
 one of several trainings, the further ones (DRAWS) on images that are moved by a unit in the last place and with a
 float64 training of their own, all of which take little time beside the interpreter's. The largest of them would be no
 measure: in float32, where jumps are rare, it is that of the one training that has a jump, thousands of times the
-others'. The largest error of a tensor is told and not judged: errors of single elements are judged call by call
-(cnnfast.check).
+others'. For the same reason a tensor of ours that is beyond its limit may be looked at again: then ours is trained on
+the moved images too, and its middle error is judged. The largest error of a tensor is told and not judged: errors of
+single elements are judged call by call (cnnfast.check).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,10 +46,13 @@ Tensors = dict[str, Tensor]
 
 
 class TrainingRow(NamedTuple):
-    """All tensors of a training, judged; and how many kernels ours launched."""
+    """All tensors of a training, judged; how many kernels ours launched; and the names of those that were looked at
+    again.
+    """
 
     comparisons: list[Comparison]
     launches: int
+    looked_again: tuple[str, ...] = ()
 
     @property
     def beyond(self) -> list[Comparison]:
@@ -60,41 +65,67 @@ def within(c: Comparison) -> bool:
     return not c.message and c.rms <= c.rms_limit
 
 
-def judge_training(model: nn.Module, x: Tensor, dtype: torch.dtype, steps: int) -> TrainingRow:
+def judge_training(
+    model: nn.Module, x: Tensor, dtype: torch.dtype, steps: int, look_again: bool = False
+) -> TrainingRow:
     """Judges `steps` steps of `model`, rounded to `dtype`, on the images `x` [N, C, H, W]. `model` stays as it is.
 
     Of the first step the output, the gradients of x and of all parameters and the buffers are judged; if there are
-    more, parameters and buffers after the last too, each and all parameters together. Raises RuntimeError where PyTorch
-    would have to serve a call of the converted model.
+    more, parameters and buffers after the last too, each and all parameters together. look_again: where some are beyond
+    their limits, for those. Raises RuntimeError where PyTorch would have to serve a call of the converted model.
     """
     model, x = prepared(model, dtype), x.to(dtype).contiguous(memory_format=torch.channels_last)
-    with float32_products("ieee"), dispatch.backend("kernels"), trace() as calls:
-        ours = trained(convert(copy.deepcopy(model)), x, steps)
-    compared: dict[str, list[Comparison]] = {name: [] for name in ours}
+    with trace() as calls:
+        ours = by_kernels(model, x, steps)
+    judged = [by_the_middle(*draws) for draws in compared(model, x, steps, [ours]).values()]
+    row = TrainingRow(judged, len(calls.launches))
+    if not (look_again and row.beyond):
+        return row
+    names = tuple(c.tensor for c in row.beyond)
+    steps = steps if any(" after " in name for name in names) else 1
+    again = compared(model, x, steps, [by_kernels(model, images, steps) for images in drawn(x)])
+    judged = [by_the_middle(*again[c.tensor], ours=True) if c.tensor in names else c for c in judged]
+    return TrainingRow(judged, row.launches, names)
+
+
+def drawn(x: Tensor) -> Iterator[Tensor]:
+    """`x`, and DRAWS times `x` moved by a unit in the last place."""
+    yield x
+    for draw in range(1, 1 + DRAWS):
+        yield Mover(torch.finfo(x.dtype).eps, 0.0, draw).moved(x.double()).to(x.dtype)
+
+
+def by_kernels(model: nn.Module, x: Tensor, steps: int) -> Tensors:
+    with float32_products("ieee"), dispatch.backend("kernels"):
+        return trained(convert(copy.deepcopy(model)), x, steps)
+
+
+def compared(model: nn.Module, x: Tensor, steps: int, ours: Sequence[Tensors]) -> dict[str, list[Comparison]]:
+    """Of every tensor, each draw's comparison: with ours where there is one, with itself where there is none."""
+    found: dict[str, list[Comparison]] = {name: [] for name in ours[0]}
     with float32_products("ieee"), dispatch.backend("torch"):
-        for draw in range(1 + DRAWS):
-            images = Mover(torch.finfo(dtype).eps, 0.0, draw).moved(x.double()).to(dtype) if draw else x
+        for draw, images in enumerate(drawn(x)):
             theirs = trained(copy.deepcopy(model), images, steps)
             exact = trained(copy.deepcopy(model).double(), images.double(), steps)
-            assert ours.keys() == theirs.keys() == exact.keys()
+            assert ours[0].keys() == theirs.keys() == exact.keys()
             for name, t in theirs.items():
-                mine = t if draw else ours[name]
+                mine = ours[draw][name] if draw < len(ours) else t
                 own = compare(name, mine, t, exact[name], exact[name], precision=name_of(t.dtype))
-                compared[name].append(own)
-    return TrainingRow([by_the_middle(*draws) for draws in compared.values()], len(calls.launches))
+                found[name].append(own)
+    return found
 
 
-def by_the_middle(judged: Comparison, *others: Comparison) -> Comparison:
-    """`judged`, with limits by the middle one of PyTorch's errors in it and the others."""
-    error, rms = (
-        statistics.median(getattr(c, name) for c in (judged, *others)) for name in ("torch_error", "torch_rms")
-    )
+def by_the_middle(judged: Comparison, *others: Comparison, ours: bool = False) -> Comparison:
+    """`judged`, with limits by the middle one of PyTorch's errors in it and the others; and, if asked, with ours."""
+    middle = {
+        name: statistics.median(getattr(c, name) for c in (judged, *others))
+        for name in ("torch_error", "torch_rms", *(("error", "rms") if ours else ()))
+    }
     return dataclasses.replace(
         judged,
-        torch_error=error,
-        torch_rms=rms,
-        limit=judged.limit + 2 * (error - judged.torch_error),
-        rms_limit=judged.rms_limit + 2 * (rms - judged.torch_rms),
+        **middle,
+        limit=judged.limit + 2 * (middle["torch_error"] - judged.torch_error),
+        rms_limit=judged.rms_limit + 2 * (middle["torch_rms"] - judged.torch_rms),
     )
 
 

@@ -92,6 +92,31 @@ def test_what_errs_more_is_found(monkeypatch, wrong, share):
     assert [c.tensor for c in row.beyond] == [wrong] * (share > 1)
 
 
+@pytest.mark.parametrize("wrong", ["grad of 0.weight", "0.weight after 2 steps"])
+def test_what_errs_more_by_chance_is_looked_at_again(monkeypatch, wrong):
+    """Of ours, the first training and one of the five that are looked at have a jump; with the same in all of them the
+    tensor stays beyond. As many steps are made again as the tensor takes.
+    """
+    by_kernels, steps_made = trained.by_kernels, []
+
+    def spoilt(model, x, steps):
+        found = by_kernels(model, x, steps)
+        steps_made.append(steps)
+        if len(steps_made) <= 2 or always:
+            found[wrong] = found[wrong] * 1.5
+        return found
+
+    monkeypatch.setattr(trained, "by_kernels", spoilt)
+    for always in (False, True):
+        steps_made.clear()
+        row = judge_training(*small(), torch.float16, 2, look_again=True)
+        assert wrong in row.looked_again
+        assert (wrong in [c.tensor for c in row.beyond]) == always
+        expected = 2 if any("after" in name for name in row.looked_again) else 1
+        assert steps_made == [2] + 5 * [expected]
+    assert judge_training(*small(), torch.float16, 2).looked_again == ()
+
+
 def at_float64(compare):
     """`compare` for a tensor of ours that is float64, since float32 would round what spoils it."""
 

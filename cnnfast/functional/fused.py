@@ -50,7 +50,9 @@ def conv_bn_act(
         y = conv_bn_act(x, conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, residual=x, padding=1)
 
     In eval one kernel. In training the convolution leaves the statistics of its output, running_mean and running_var
-    are updated in place if given, and a second kernel normalises, adds and activates.
+    are updated in place if given, and a second kernel normalises, adds and activates. For a 1x1 convolution to more
+    channels in half precision, where our kernels serve, it is one kernel in training too: the Gram matrix of the input
+    tells the statistics before (ops/gram.py), and the convolution's own result is never stored.
 
     Shapes and dtypes as conv2d; running_mean, running_var, bn_weight, bn_bias [K], of input's dtype or float32;
     residual of the output's size and dtype. activation: None, "relu", "leaky_relu" (activation_arg: slope, 0.01),

@@ -18,12 +18,15 @@ import cnnfast
 import cnnfast.nn as cnn
 from cnnfast import functional
 from cnnfast.conversion import ConversionReport
+from cnnfast.nn import pooled
 from cnnfast.recording import Trace
 
 Mode = Literal["no_grad", "eval", "train"]
 MODES: tuple[Mode, ...] = ("no_grad", "eval", "train")
 
-FUSED = ("conv_bn_act", "conv_stats")  # the operators that a fused convolution and norm call
+# The operators that a fused convolution and norm call, of which gram_statistics is followed by conv_bn_act.
+FUSED = ("conv_bn_act", "conv_stats")
+STEM = "conv_bn_act_pool"  # a fused convolution, norm and pool
 
 CONVOLUTIONS = (cnn.Conv1d, cnn.Conv2d, cnn.ConvTranspose2d)
 NORMS = (cnn.BatchNorm1d, cnn.BatchNorm2d, cnn.BatchNorm3d)
@@ -173,6 +176,8 @@ def fused_steps(trace: Trace) -> Iterator[list[Step]]:
         for name in ("conv_bn_act", "conv_act", "bn_act"):
             function = watched(name, getattr(functional, name))
             stack.enter_context(mock.patch.object(functional, name, function))
+        function = watched(STEM, pooled.computed)
+        stack.enter_context(mock.patch.object(pooled, "computed", function))
         yield steps
 
 
@@ -185,7 +190,7 @@ def _seen(trace: Trace, steps: list[Step]) -> dict[str, Any]:
         "alone": Counter(_size(call.shapes[1]) for call in alone if call.operation in ALONE),
         "norms fused": sum(step.function != "conv_act" for step in steps),
         "norms alone": operations["normalize"] + operations["batch_norm"],
-        "pools": sum(operations[name] for name in POOLING),
+        "pools": sum(operations[name] for name in POOLING) + sum(step.function == STEM for step in steps),
     }
 
 

@@ -30,6 +30,9 @@ def explain(
 
         print(cnnfast.explain(model, torch.empty(256, 3, 224, 224, device="meta"), gpu="h200", train=True))
 
+    A layer in training is told by its usual operators: neither by the Gram matrix of its input, nor with a stem's pool
+    (ops/gram.py, ops/conv_norm_pool.py).
+
     A copy of the model is converted and run on tensors that have a shape but no memory; its kernels are chosen as under
     backend("kernels") and not launched. Each operation takes as long as whichever takes longest: the products, the
     issue of instructions, the loads from each level of memory. This is a model: nothing was measured but what tables

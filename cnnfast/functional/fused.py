@@ -14,7 +14,7 @@ from ..dispatch import why_torch
 from ..recording import record_torch
 from .arguments import Algorithm, Size, autocast, autocasts, batched, check_algorithm
 from .convolution import conv_geometry, conv_output_size, padded_for_torch
-from .entrance import operation
+from .entrance import captured, operation
 from .normalization import batch_norm_of_torch, check_group, check_norm, normalize_batch, normalized, values_per_channel
 from .operators import ops
 
@@ -97,7 +97,8 @@ def conv_bn_act(
     if training:
         count = values_per_channel("conv_bn_act", size, group)
         if group is None:
-            if ops.gram_serves(x, w, count, activation, slope, geometry, algorithm):
+            # Who captures calls is told of the layer's usual operators, one for each part.
+            if not captured() and ops.gram_serves(x, w, count, activation, slope, geometry, algorithm):
                 z = ops.conv_bn_act_by_gram(x, w, b, *running, momentum, gamma, beta, *end[:-1], *geometry, algorithm)[
                     0
                 ]

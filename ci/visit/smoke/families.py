@@ -29,7 +29,7 @@ from .convolutions import (
     stats,
     wgrad,
 )
-from .passes import PLANES, average, max_pool, moments, normalize, plane_mean, ranks
+from .passes import PLANES, average, gram, max_pool, moments, normalised_max_pool, normalize, plane_mean, ranks
 from .trial import HALF, LAST, NCHW, SINGLE, SmokeTrial
 
 
@@ -81,6 +81,17 @@ FAMILIES: dict[str, Family] = {
     "normalize-gradients": Family(
         ("gradient_sums_kernel", "normalize_backward_kernel"),
         tuple(normalize(*planes, gradients=True) for planes in PLANES),
+    ),
+    "gram": Family(
+        ("gram_statistics_kernel", "gram_weight_gradient_kernel", "gram_own_kernel"),
+        (gram((4, 32, 8, 8), 128, 1, HALF), gram((3, 24, 9, 7), 40, 2, HALF)),
+    ),
+    "norm-max-pool": Family(
+        ("normalised_max_pool_kernel", "normalised_max_pool_backward_kernel"),
+        (
+            normalised_max_pool((2, 32, 8, 8), 2, 2, 0, HALF, LAST),
+            normalised_max_pool((3, 17, 9, 11), 3, 2, 1, SINGLE, NCHW),
+        ),
     ),
     "max-pool": Family(
         ("max_pool_kernel", "max_pool_indices_kernel", "max_pool_backward_kernel"),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnnfast_kernels import batchnorm, pooling
+from cnnfast_kernels.gram import gram_gradients, gram_statistics
 from cnnfast_kernels.problem import PoolProblem
 
 from .trial import HALF, LAST, NCHW, SINGLE, SmokeTrial, Tensors, integers
@@ -92,8 +93,63 @@ def normalize(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_form
 PLANES = (((4, 32, 8, 8), HALF, LAST), ((3, 17, 5, 6), SINGLE, NCHW))
 
 
+def gram(shape: tuple[int, ...], K: int, stride: int, dtype: torch.dtype) -> SmokeTrial:
+    """Statistics of a 1x1 convolution from its input's Gram matrix, and the gradients behind its batch norm, which
+    rounding moves.
+    """
+    C, eps, steps = shape[1], 0.5, (stride, stride)
+
+    def ours(x: Tensor, w: Tensor, g: Tensor, gamma: Tensor) -> Tensors:
+        mean, var, mu, products = gram_statistics(x, w, None, steps)
+        sums = g.float().sum((0, 2, 3))
+        dx, dw, dgamma = gram_gradients(g, sums, x, w, mu, products, var, gamma, eps, steps, (True, True))
+        assert dx is not None
+        assert dw is not None
+        return mean, var, dx, dw, dgamma
+
+    def exact(x: Tensor, w: Tensor, g: Tensor, gamma: Tensor) -> Tensors:
+        leaves = [t.requires_grad_() for t in (x, w, gamma)]
+        y = F.conv2d(x, w, None, stride)
+        z = F.batch_norm(y, None, None, gamma, None, True, eps=eps)
+        var, mean = torch.var_mean(y.detach(), (0, 2, 3), unbiased=False)
+        return mean, var, *torch.autograd.grad(z, leaves, g)
+
+    def operands(device: torch.device) -> Tensors:
+        N, _, H, W = shape
+        g = integers((N, K, (H - 1) // stride + 1, (W - 1) // stride + 1), 3, device, dtype, LAST)
+        x, w = integers(shape, 2, device, dtype, LAST), integers((K, C, 1, 1), 2, device, dtype)
+        return x, w, g, integers((K,), 2, device, SINGLE)
+
+    return SmokeTrial(f"gram {shape} to {K}/{stride}", operands, ours, exact, tolerance=2.0**-6)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pooling
+
+
+def normalised_max_pool(
+    shape: tuple[int, ...], window: int, stride: int, pad: int, dtype: torch.dtype, fmt: torch.memory_format
+) -> SmokeTrial:
+    """max_pool(relu((y - mean) * 2)), and its gradient by sums that are given."""
+    g = pool(shape, window, stride, pad)
+
+    def ours(y: Tensor, dz: Tensor, mean: Tensor) -> Tensors:
+        norm = mean, torch.full_like(mean, 0.25), None, None
+        z, taps, at_max = pooling.normalised_max_pool(g, y, *norm, 0.0, "relu", 0.0)
+        sums = torch.zeros(2, shape[1], device=y.device)
+        return z, at_max, pooling.normalised_max_pool_backward(g, dz, taps, y, *norm, sums, 0.0, "relu", 0.0)
+
+    def exact(y: Tensor, dz: Tensor, mean: Tensor) -> Tensors:
+        u = torch.relu((y.requires_grad_() - mean.view(-1, 1, 1)) * 2)
+        z, winners = F.max_pool2d(u, window, stride, pad, return_indices=True)
+        at_max = y.detach().flatten(2).gather(2, winners.flatten(2)).view_as(z)
+        return z.detach(), at_max, *torch.autograd.grad(z, y, dz)
+
+    def operands(device: torch.device) -> Tensors:
+        gradients = integers((g.N, g.C, g.P, g.Q), 3, device, dtype, fmt)
+        return integers(shape, 100, device, dtype, fmt), gradients, integers(shape[1:2], 2, device, SINGLE) - 100
+
+    return SmokeTrial(f"norm, max pool {shape} {window}x{window}/{stride}", operands, ours, exact)
 
 
 def pool(shape: tuple[int, ...], window: int, stride: int, pad: int) -> PoolProblem:

@@ -39,7 +39,18 @@ def test_families_without_tensor_maps_run_on_every_architecture():
 # Those with tensor maps take the interpreter half a minute each.
 @pytest.mark.parametrize(
     "name",
-    ["fprop", "wgrad", "moments", "normalize-gradients", "max-pool", "average-pool", "global-pool", "augmentation"],
+    [
+        "fprop",
+        "wgrad",
+        "moments",
+        "normalize-gradients",
+        "max-pool",
+        "average-pool",
+        "global-pool",
+        "augmentation",
+        "gram",
+        "norm-max-pool",
+    ],
 )
 def test_a_family_is_right(name, device):
     from ci.visit.smoke.__main__ import run

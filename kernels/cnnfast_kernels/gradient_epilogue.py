@@ -158,14 +158,22 @@ class Below(NamedTuple):
 
 @triton.jit
 @no_type_check
+def take_half(sums, HALF: tl.constexpr):
+    """The first half of the columns of sums [rows, columns], number 0, or the second."""
+    return tl.split(sums.reshape(sums.shape[0], 2, sums.shape[1] // 2).permute(0, 2, 1))[HALF]
+
+
+@triton.jit
+@no_type_check
 def take_columns(sums, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Piece number PIECE of sums [rows, columns], whose columns are cut into PIECES, a power of two."""
+    """Piece number PIECE of sums [rows, columns], whose columns are cut into PIECES: 1, 2 or 4."""
+    tl.static_assert(PIECES == 1 or PIECES == 2 or PIECES == 4)
     if PIECES == 1:
         return sums
+    elif PIECES == 2:
+        return take_half(sums, PIECE)
     else:
-        halves = tl.split(sums.reshape(sums.shape[0], 2, sums.shape[1] // 2).permute(0, 2, 1))
-        HALF: tl.constexpr = PIECES // 2
-        return take_columns(halves[PIECE // HALF], PIECE % HALF, HALF)
+        return take_half(take_half(sums, PIECE // 2), PIECE % 2)
 
 
 @triton.jit

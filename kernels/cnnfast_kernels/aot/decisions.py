@@ -47,11 +47,24 @@ def code_of(expression: ast.expr) -> CodeType:
     return compile(ast.Expression(expression), "<kernel>", "eval")
 
 
-class Reader:
-    """Reads one call of a jit function, and those that it makes, whose decisions go to the same list."""
+# How often a helper that halves something calls itself at most; where it is not known how many parts there are, a
+# reader would never come to an end.
+MOST_TURNS = 10
 
-    def __init__(self, function: JITFunction, arguments: Mapping[str, Any], decisions: list[Any]) -> None:
-        self.function, self.decisions = function, decisions
+
+class Reader:
+    """Reads one call of a jit function, and those that it makes, whose decisions go to the same list. within: those
+    whose call it is part of.
+    """
+
+    def __init__(
+        self,
+        function: JITFunction,
+        arguments: Mapping[str, Any],
+        decisions: list[Any],
+        within: tuple[JITFunction, ...] = (),
+    ) -> None:
+        self.function, self.decisions, self.within = function, decisions, (*within, function)
         self.names = {**function.fn.__globals__, **dict.fromkeys(function.arg_names, UNKNOWN), **arguments}
         self.statements(body_of(function))
 
@@ -118,7 +131,8 @@ class Reader:
             elif isinstance(node, ast.Call) and isinstance(helper := self.value(node.func), JITFunction):
                 arguments = dict(zip(helper.arg_names, map(self.value, node.args), strict=False))
                 arguments |= {keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}
-                Reader(helper, arguments, self.decisions)
+                if sum(caller is helper for caller in self.within) < MOST_TURNS:
+                    Reader(helper, arguments, self.decisions, self.within)
 
 
 def decisions(kernel: JITFunction, arguments: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -357,6 +357,19 @@ def test_launches_are_one_program_if_types_and_decisions_are_the_same(i, program
     assert programs[i] == PAIRS[i][-1]
 
 
+def decided_of_parts():
+    from cnnfast_kernels.aot.decisions import UNKNOWN, decisions
+    from cnnfast_kernels.tma.boxes import take_part
+
+    return [len(decisions(take_part, {"PARTS": parts})) for parts in (1, 8, UNKNOWN)]
+
+
+@pytest.mark.compiled
+def test_a_helper_that_calls_itself_is_read_to_an_end():
+    """As often as it has parts, and if these are not known not for ever."""
+    assert run_compiled(decided_of_parts) == [1, 4, 0]
+
+
 def chosen(recordings):
     from cnnfast_kernels.aot.specialisations import representatives
 

@@ -11,7 +11,7 @@ differ by a unit) and one unit in the last place, after one step, and after thre
 looked at again, by the middle one of ours on these images. Prints the tensors that are
 nearest to their limits and exits with 1 where one is beyond.
 
-It takes about twenty minutes of a core. --network and --dtype take a part of it, whose text is the same: parts that ran
+It takes about half an hour of a core. --network and --dtype take a part of it, whose text is the same: parts that ran
 side by side make the same file.
 """
 

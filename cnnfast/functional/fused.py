@@ -99,9 +99,8 @@ def conv_bn_act(
         if group is None:
             # Who captures calls is told of the layer's usual operators, one for each part.
             if not captured() and ops.gram_serves(x, w, count, activation, slope, geometry, algorithm):
-                z = ops.conv_bn_act_by_gram(x, w, b, *running, momentum, gamma, beta, *end[:-1], *geometry, algorithm)[
-                    0
-                ]
+                norm = *running, momentum, gamma, beta
+                z = ops.conv_bn_act_by_gram(x, w, b, *norm, *end[:-1], *geometry, algorithm)[0]
             else:
                 norm = *running, True, momentum, gamma, beta
                 z = ops.conv_bn_act_training(x, w, b, *norm, *end, *geometry, algorithm)[0]

@@ -141,10 +141,9 @@ def _backward(
     if needs[0] or needs[1] or needs[3]:
         dx, dw, dgamma = calling(gram_gradients)(g, sums, *operands, gamma, eps, stride, needs[:2])
     dbias = dz.new_zeros(dz.shape[1]) if needs[2] else None
-    of_channels = dgamma if needs[3] else None, sums if needs[4] else None
-    dtypes = (SUMS if t is None else t.dtype for t in (gamma, beta))
-    of_channels = (None if t is None else t.to(dtype) for t, dtype in zip(of_channels, dtypes, strict=True))
-    return dx if needs[0] else None, dw if needs[1] else None, dbias, *of_channels, g if needs[5] else None
+    dgamma = dgamma.to(SUMS if gamma is None else gamma.dtype) if needs[3] and dgamma is not None else None
+    dbeta = sums.to(SUMS if beta is None else beta.dtype) if needs[4] else None
+    return dx if needs[0] else None, dw if needs[1] else None, dbias, dgamma, dbeta, g if needs[5] else None
 
 
 def _fake_backward(dz: Tensor, z: Tensor | None, beta: Tensor | None, activation, slope, x, w, *rest: Any):

@@ -8,7 +8,7 @@ from torch import nn
 
 from cnnfast.checking import trained
 from cnnfast.checking.report import Comparison
-from cnnfast.checking.trained import by_the_middle, judge_training
+from cnnfast.checking.trained import by_all_ratios, by_the_middle, judge_training
 
 pytest.importorskip("triton")
 NARROW, WIDE = 16, 64
@@ -115,6 +115,27 @@ def test_what_errs_more_by_chance_is_looked_at_again(monkeypatch, wrong):
         expected = 2 if any("after" in name for name in row.looked_again) else 1
         assert steps_made == [2] + 5 * [expected]
     assert judge_training(*small(), torch.float16, 2).looked_again == ()
+
+
+@pytest.mark.parametrize(("share", "beyond"), [(1.0, False), (1.5, False), (3.0, True)])
+def test_a_second_look_is_by_all_ratios(share, beyond):
+    """Half of PyTorch's trainings and most of ours have a jump, so that ours is beyond by the middle ones of both. What
+    errs three times as much throughout is beyond by the ratios too.
+    """
+    theirs = [3.0, 10.0, 2.5, 10.5, 3.5, 8.0, 2.6]
+    ours = [share * e for e in (10.0, 3.2, 2.7, 10.2, 9.0)]
+    draws = [
+        Comparison("t", error=a, torch_error=b, limit=2 * b, rms=a / 2, torch_rms=b / 2, rms_limit=b)
+        for a, b in zip([*ours, 0.0, 0.0], theirs, strict=True)
+    ]
+    assert by_the_middle(*draws).rms > by_the_middle(*draws).rms_limit
+    judged = by_all_ratios(draws, 5)
+    assert (judged.rms > judged.rms_limit, judged.error > judged.limit) == (beyond, beyond)
+    assert (judged.error, judged.rms) == (9.0 * share, 4.5 * share)
+    middle = sorted(a / b for a in ours for b in theirs)[17]
+    assert judged.error / judged.torch_error == judged.rms / judged.torch_rms == pytest.approx(middle)
+    exact = by_all_ratios([Comparison("t", error=0.0, torch_error=0.0, limit=1.0, rms=0.0, rms_limit=1.0)], 1)
+    assert (exact.error, exact.torch_error, exact.limit) == (0.0, 0.0, 1.0)
 
 
 def at_float64(compare):

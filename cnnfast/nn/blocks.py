@@ -19,6 +19,7 @@ from ..spelling import keywords_explained
 from .fused import conv_bn_act, fusable, is_batch_norm, is_conv2d
 from .layers import BatchNorm2d, Conv2d
 from .pooled import conv_bn_act_pool
+from .residual import residual_block
 from .scripting import TraceToScript
 
 Size2 = int | tuple[int, int]
@@ -119,6 +120,7 @@ class _Block(TraceToScript):
     """What torchvision's blocks share: the arguments, and a residual that `downsample` may adapt."""
 
     expansion: int
+    relu: nn.Module
 
     def __init__(
         self,
@@ -141,6 +143,15 @@ class _Block(TraceToScript):
     ) -> None:
         """Makes the convolutions and norms of the branch, in torchvision's order."""
         raise NotImplementedError
+
+    def as_one(self, x: Tensor, *branch: tuple[nn.Module, nn.Module]) -> Tensor | None:
+        """The whole block as one operator, in training, if that computes what its members would."""
+        down = self.downsample
+        if down is None:
+            return residual_block(x, branch, None, self.relu) if type(self.relu) is nn.ReLU else None
+        if type(self.relu) is not nn.ReLU or type(down) is not nn.Sequential or len(down) != 2:
+            return None
+        return residual_block(x, branch, (down[0], down[1]), self.relu, down)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """The residual: x, or `downsample` of x, in one step if that is a convolution and a norm."""
@@ -182,6 +193,9 @@ class BasicBlock(_Block):
         self.bn2 = norm(planes)
 
     def forward(self, x: Tensor) -> Tensor:
+        z = self.as_one(x, (self.conv1, self.bn1), (self.conv2, self.bn2))
+        if z is not None:
+            return z
         y = conv_bn_relu(x, self.conv1, self.bn1, self.relu)
         return conv_bn_relu(y, self.conv2, self.bn2, self.relu, lambda: self.shortcut(x))
 
@@ -209,6 +223,9 @@ class Bottleneck(_Block):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        z = self.as_one(x, (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        if z is not None:
+            return z
         y = conv_bn_relu(x, self.conv1, self.bn1, self.relu)
         y = conv_bn_relu(y, self.conv2, self.bn2, self.relu)
         return conv_bn_relu(y, self.conv3, self.bn3, self.relu, lambda: self.shortcut(x))

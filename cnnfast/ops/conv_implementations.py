@@ -15,6 +15,7 @@ from torch import Tensor
 from cnnfast_kernels import conv, memory
 from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.epilogue import NO_NORM, PLAIN, BatchNorm, Epilogue
+from cnnfast_kernels.gradient_epilogue import GradientEpilogue
 from cnnfast_kernels.keys import dgrad_key, fprop_key, wgrad_key
 from cnnfast_kernels.layout import convolution_format
 from cnnfast_kernels.problem import output_extent
@@ -94,6 +95,23 @@ def dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape: Any, channels_las
     return plan.run(dy, w, bias)
 
 
+def dgrad_below(
+    dy: Tensor, w: Tensor, residual, y, mean, var, gamma, beta, eps: float, *rest: Any
+) -> tuple[Tensor, ...]:
+    """(g, the sum of g, the sum of g * xhat), g = (dx + residual) * act'(norm(y)); without y the sums are empty. By our
+    kernels always: the library's convolution has no such end.
+    """
+    activation, slope, x_shape, channels_last, *how = rest
+    (geometry, algorithm), fmt = unpack(tuple(how)), memory_format(channels_last)
+    below = GradientEpilogue(residual, y, None, None, BatchNorm(mean, var, gamma, beta, eps), activation, slope)
+    options: Any = {"fmt": fmt, "algorithm": algorithm, "tf32": allow_tf32(dy)}
+    if y is not None:
+        g, *sums = conv.conv_dgrad_sums(dy, w, x_shape, geometry, below, **options)
+        return g, *sums  # pyright: ignore[reportReturnType]
+    g = conv.conv_dgrad(dy, w, x_shape, geometry, below, **options)
+    return g, dy.new_empty(0), dy.new_empty(0)
+
+
 def wgrad(x: Tensor, dy: Tensor, w_shape: Any, channels_last: bool, *how: Any) -> Tensor:
     geometry, algorithm = unpack(how)
     tf32, fmt = allow_tf32(x), memory_format(channels_last)
@@ -132,6 +150,12 @@ def fake_bn_act(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
 
 def fake_dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape: Any, channels_last: bool, *how: Any) -> Tensor:
     return memory.empty(x_shape, dy, memory_format(channels_last))
+
+
+def fake_dgrad_below(dy: Tensor, w: Tensor, residual, y, *rest: Any) -> tuple[Tensor, ...]:
+    x_shape, channels_last = rest[7:9]
+    sums = (dy.new_empty(0 if y is None else x_shape[1], dtype=accumulator_dtype(dy.dtype)) for _ in range(2))
+    return memory.empty(x_shape, dy, memory_format(channels_last)), *sums
 
 
 def fake_wgrad(x: Tensor, dy: Tensor, w_shape: Any, channels_last: bool, *how: Any) -> Tensor:

@@ -32,16 +32,21 @@ class _Found(NamedTuple):
     inside: set[fx.Node]
 
 
-def join_blocks(graph: fx.Graph, modules: Mapping[str, nn.Module], call: Call, block: Call) -> list[tuple[str, ...]]:
-    """Puts one call of `block` into the graph for each residual block of calls of `call`; returns of each block the
-    paths of its convolutions.
+def join_blocks(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], call: Call, block: Call, less_memory: bool
+) -> list[tuple[str, str]]:
+    """Puts one call of `block` into the graph for each residual block of calls of `call`. Returns of each group that a
+    residual is added to and a ReLU follows the path of its convolution, and why it ends no block, or the empty string
+    if it does.
     """
-    joined = []
+    ends = []
     for node in list(graph.nodes):
-        found = _block_that_ends(node, modules, call) if _is_group(node, call) else None
-        if found is not None:
-            joined.append(_join(graph, found, block))
-    return joined
+        if _is_group(node, call) and node.args[3] is not None and _is_relu(node, modules):
+            found = _block_that_ends(node, modules, call)
+            ends.append((str(node.args[0].target), found if isinstance(found, str) else ""))
+            if not isinstance(found, str):
+                _join(graph, found, block, less_memory)
+    return ends
 
 
 def _is_group(node: Any, call: Call) -> bool:
@@ -71,27 +76,29 @@ def _calls(node: Any, modules: Mapping[str, nn.Module], kind: type[nn.Module]) -
     return base_of(type(modules[str(node.target)])) is kind
 
 
-def _block_that_ends(last: fx.Node, modules: Mapping[str, nn.Module], call: Call) -> _Found | None:
-    """The block whose last group this is, if it is one."""
-    residual = last.args[3]
-    if residual is None or not _is_relu(last, modules):
-        return None
+def _block_that_ends(last: fx.Node, modules: Mapping[str, nn.Module], call: Call) -> _Found | str:
+    """The block whose last group this is, or why there is none."""
     inside: set[fx.Node] = {last}
     steps, x = [last], _without_identities(last.args[2], modules, inside)
-    shortcut, source = _shortcut(residual, modules, call)
+    shortcut, source = _shortcut(last.args[3], modules, call)
     while x is not source:
-        if len(steps) == LONGEST or not _is_group(x, call) or len(x.users) > 1:
-            return None
-        if x.args[3] is not None or not _is_relu(x, modules):
-            return None
+        if not _is_group(x, call) or len(x.users) > 1 or x.args[3] is not None or not _is_relu(x, modules):
+            return (
+                "what is added is not its branch's input, or a convolution and a norm of it, or the branch is not made"
+                " of convolutions, each with a norm and ReLU"
+            )
+        if len(steps) == LONGEST:
+            return f"its branch has more than {LONGEST} convolutions"
         inside.add(x)
         steps.insert(0, x)
         x = _without_identities(x.args[2], modules, inside)
     if len(steps) < SHORTEST:
-        return None
+        return "its branch has one convolution"
     if shortcut is not None:
         inside.add(shortcut)
-    return _Found(steps, x, shortcut, inside) if _alone(inside, last) else None
+    if not _alone(inside, last):
+        return "something else is computed between its members"
+    return _Found(steps, x, shortcut, inside)
 
 
 def _shortcut(residual: Any, modules: Mapping[str, nn.Module], call: Call) -> tuple[fx.Node | None, Any]:
@@ -116,7 +123,7 @@ def _alone(inside: set[fx.Node], last: fx.Node) -> bool:
     return True
 
 
-def _join(graph: fx.Graph, found: _Found, block: Call) -> tuple[str, ...]:
+def _join(graph: fx.Graph, found: _Found, block: Call, less_memory: bool) -> None:
     last = found.steps[-1]
     steps = tuple((*step.args[:2], *step.args[5:]) for step in found.steps)
     with graph.inserting_before(last):
@@ -124,10 +131,8 @@ def _join(graph: fx.Graph, found: _Found, block: Call) -> tuple[str, ...]:
         if shortcut is not None:
             sequential = shortcut.op == "call_module"
             shortcut = graph.get_attr(str(shortcut.target)) if sequential else shortcut.args[:2]  # pyright: ignore
-        joined = graph.call_function(block, (found.x, steps, shortcut, last.args[4]))
+        joined = graph.call_function(block, (found.x, steps, shortcut, last.args[4], less_memory))
     joined.meta["named"] = last.meta["named"]
     last.replace_all_uses_with(joined)
-    convolutions = tuple(str(step.args[0].target) for step in found.steps)  # pyright: ignore
     for node in reversed([n for n in graph.nodes if n in found.inside]):
         graph.erase_node(node)
-    return convolutions

@@ -13,7 +13,7 @@ from ..activations import LEAKY_SLOPE, ActivationName, activate
 from ..dispatch import on_gpu
 from ..nn.fused import takes
 from ..nn.pooled import conv_bn_act_pool
-from ..nn.residual import residual_block
+from ..nn.residual import layer_of, residual_block
 from ..patterns import activation_of
 from .leaves import normalizes_and_activates
 
@@ -73,16 +73,16 @@ def _one_by_one(conv, norm, x, residual, in_place, activation, slope) -> Tensor:
     )
 
 
-def call_block(x: Tensor, steps: tuple[Step, ...], shortcut: Any, in_place: bool) -> Tensor:
+def call_block(x: Tensor, steps: tuple[Step, ...], shortcut: Any, in_place: bool, less_memory: bool) -> Tensor:
     """What a generated forward calls for a residual block: in training one operator, else its groups one after the
     other. shortcut: None, a Sequential of a convolution and a norm, or these
-    two. in_place: of the sum, as `call` has it.
+    two. in_place: of the sum, as `call` has it. less_memory: as convert was told.
     """
     projection, others = shortcut, [activation for _, _, activation, _ in steps if isinstance(activation, nn.Module)]
     if isinstance(shortcut, nn.Module):
-        projection, others = tuple(shortcut.children()), [*others, shortcut]
-    if projection is None or len(projection) == 2:
-        z = residual_block(x, [step[:2] for step in steps], projection, *others)
+        projection, others = layer_of(shortcut), [*others, shortcut]
+    if shortcut is None or projection is not None:
+        z = residual_block(x, [step[:2] for step in steps], projection, *others, less_memory=less_memory)
         if z is not None:
             return z
     z = x

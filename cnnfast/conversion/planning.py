@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ..nn.residual import less_memory
 from .blocks import join_blocks
 from .calling import call, call_block
 from .chains import Chain, Chains
@@ -62,7 +63,7 @@ class Variant:
     conduct: Conduct
     names: tuple[tuple[str, Any], ...] = field(compare=False)  # what the source's global names stand for
     groups: tuple[Group, ...] = field(compare=False)
-    blocks: tuple[tuple[str, ...], ...] = field(compare=False)  # the convolutions of each residual block
+    sums: tuple[tuple[str, str], ...] = field(compare=False)  # of residuals, as blocks.join_blocks returns them
 
     def takes(self, args: tuple[Any, ...]) -> bool:
         return len(args) == len(self.kinds) and all(_is(a, kind) for a, kind in zip(args, self.kinds, strict=True))
@@ -137,7 +138,7 @@ def _may_fuse(block: nn.Module) -> bool:
 def _variant(block: nn.Module, traced: Traced) -> tuple[Variant | None, list[str]]:
     """(the fused forward, or None if there is nothing to fuse; sentences on what is not fused, and why)."""
     modules = dict(block.named_modules(remove_duplicate=False))
-    rewriter = _Rewriter(traced.graph, modules)
+    rewriter = _Rewriter(traced.graph, modules, less_memory(block))
     conduct = rewriter.effects.conduct
     groups, left = rewriter.rewrite()
     if not groups:
@@ -155,7 +156,7 @@ def _variant(block: nn.Module, traced: Traced) -> tuple[Variant | None, list[str
         conduct=conduct,
         names=tuple(code.globals.items()),
         groups=tuple(groups),
-        blocks=tuple(rewriter.blocks),
+        sums=tuple(rewriter.sums),
     )
     return variant, left
 
@@ -167,12 +168,12 @@ class _Rewriter:
     as they are for that (Effects.rests_on).
     """
 
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-        self.graph, self.modules = graph, modules
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], less_memory: bool) -> None:
+        self.graph, self.modules, self.less_memory = graph, modules, less_memory
         self.effects = Effects(graph, modules)
         self.crossed: dict[str, None] = {}
         self.moved = False
-        self.blocks: list[tuple[str, ...]] = []
+        self.sums: list[tuple[str, str]] = []
 
     def rewrite(self) -> tuple[list[Group], list[str]]:
         """(the groups, sentences on what is not fused, and why)."""
@@ -190,7 +191,7 @@ class _Rewriter:
                     pool = chains.pool(chain)
                     groups.append(self._replace(chain, [] if pool is None else [pool]))
                     pools += [] if pool is None else [pool]
-        self.blocks = join_blocks(self.graph, self.modules, call, call_block)
+        self.sums = join_blocks(self.graph, self.modules, call, call_block, self.less_memory)
         if self.moved:  # one group may stand past another now, and what is called of that
             self.crossed |= {str(pool.target): None for pool in pools}
         return groups, [sentence for sentence in found if sentence]

@@ -19,7 +19,7 @@ from ..spelling import keywords_explained
 from .fused import conv_bn_act, fusable, is_batch_norm, is_conv2d
 from .layers import BatchNorm2d, Conv2d
 from .pooled import conv_bn_act_pool
-from .residual import residual_block
+from .residual import layer_of, less_memory, residual_block
 from .scripting import TraceToScript
 
 Size2 = int | tuple[int, int]
@@ -146,20 +146,23 @@ class _Block(TraceToScript):
 
     def as_one(self, x: Tensor, *branch: tuple[nn.Module, nn.Module]) -> Tensor | None:
         """The whole block as one operator, in training, if that computes what its members would."""
-        down = self.downsample
-        if down is None:
-            return residual_block(x, branch, None, self.relu) if type(self.relu) is nn.ReLU else None
-        if type(self.relu) is not nn.ReLU or type(down) is not nn.Sequential or len(down) != 2:
+        down, less = self.downsample, less_memory(self)
+        if type(self.relu) is not nn.ReLU:
             return None
-        return residual_block(x, branch, (down[0], down[1]), self.relu, down)
+        if down is None:
+            return residual_block(x, branch, None, self.relu, less_memory=less)
+        projection = layer_of(down)
+        if projection is None:
+            return None
+        return residual_block(x, branch, projection, self.relu, down, less_memory=less)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """The residual: x, or `downsample` of x, in one step if that is a convolution and a norm."""
         if self.downsample is None:
             return x
-        if type(self.downsample) is nn.Sequential and len(self.downsample) == 2 and fusable(x, self.downsample):
-            conv, bn = self.downsample
-            return conv_bn_relu(x, conv, bn)
+        layer = layer_of(self.downsample)
+        if layer is not None and fusable(x, self.downsample):
+            return conv_bn_relu(x, *layer)
         return self.downsample(x)
 
 

@@ -13,6 +13,8 @@ from ..functional.blocks import residual_block as computed
 from .fused import fusable, is_batch_norm, is_conv2d
 from .layers import SameConv2d, running_statistics, synchronising_group
 
+# In a module's __dict__, where convert(memory="less") puts True: the blocks of its forward save less for backward.
+LESS_MEMORY = "_cnnfast_less_memory"
 Layer = tuple[nn.Module, nn.Module]  # a convolution and the norm of what it gives
 
 
@@ -39,6 +41,22 @@ def residual_block(
         return None
     taken = [_taken(conv, bn, running_statistics(bn)[3]) for conv, bn in layers]
     return computed(x, taken[: len(branch)], None if projection is None else taken[-1], less_memory)
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """The convolution and the norm that a Sequential is made of, also one that conversion gave a fused forward; None of
+    any other module.
+    """
+    kind = type(module)
+    if kind.__dict__.get("_cnnfast_base", kind) is not nn.Sequential or len(module._modules) != 2:
+        return None
+    conv, norm = module.children()
+    return conv, norm
+
+
+def less_memory(module: nn.Module) -> bool:
+    """Whether the residual blocks of a module's forward are to save less for backward."""
+    return LESS_MEMORY in module.__dict__
 
 
 def _is_plain(conv: Any) -> bool:

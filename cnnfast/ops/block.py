@@ -99,21 +99,24 @@ def _layer(
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     x, branch, projection, how, algorithm = members_of(arguments)
-    records, nothing = [], x.new_empty(0)
+    records: list[Tensor] = []
+
+    def nothing(count: int) -> list[Tensor]:
+        return [x.new_empty(0) for _ in range(count)]  # results of an operator share no memory
 
     def record(image: Tensor, member: Member, by_gram: bool, kept: bool) -> tuple[Tensor, list[Tensor]]:
         y, mean, var = implementations.fake_stats(image, member.w, None, *member.geometry, algorithm)
         z = dense_like(y)
         K, C = member.w.shape[:2]
-        gram = (x.new_empty(C, dtype=mean.dtype), x.new_empty((K, C), dtype=mean.dtype)) if by_gram else [nothing] * 2
-        return z, [nothing if by_gram else y, z if kept else nothing, mean, var, *gram]
+        gram = (x.new_empty(C, dtype=mean.dtype), x.new_empty((K, C), dtype=mean.dtype)) if by_gram else nothing(2)
+        return z, [x.new_empty(0) if by_gram else y, z if kept else x.new_empty(0), mean, var, *gram]
 
     z = x
     for i, member in enumerate(branch):
         last = i == len(branch) - 1
         z, left = record(z, member, last and how.gram, how.kept and not last)
         records += left
-    shortcut = [nothing] * OF_RECORD
+    shortcut = nothing(OF_RECORD)
     if projection is not None:
         _, shortcut = record(x, projection, how.projection_by_gram, False)
     return z, *records, *shortcut

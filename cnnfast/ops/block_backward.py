@@ -184,12 +184,11 @@ def _of_projection(
 
 def fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     dout, x, _, branch, projection, _, dx_needed, _ = trained_of(arguments)
-    nothing = dout.new_empty(0)
     last = convolution_format(x, branch[0].w) == torch.channels_last
-    grads = [implementations.fake_dgrad(dout, branch[0].w, None, x.shape, last) if dx_needed else nothing]
+    grads = [implementations.fake_dgrad(dout, branch[0].w, None, x.shape, last) if dx_needed else dout.new_empty(0)]
     for layer in [*branch, projection]:
         if layer is None:
-            grads += [nothing] * 3
+            grads += [dout.new_empty(0) for _ in range(3)]
             continue
         of_w = convolution_format(x, layer.w) == torch.channels_last
         of = implementations.fake_wgrad(x, dout, layer.w.shape, of_w), layer.gamma, layer.beta

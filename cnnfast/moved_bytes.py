@@ -48,6 +48,8 @@ def by_operator(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], resul
         return None
     if name in WRITE_ONLY:
         read = tensors_of((args[1:], kwargs))
+    elif any(argument.is_out for argument in func._schema.arguments):
+        read = tensors_of((args, [kwargs[a.name] for a in func._schema.arguments if a.name in kwargs and not a.is_out]))
     return Moved(_each_once(read), _each_once(written))
 
 

@@ -24,8 +24,8 @@ from ..explaining.placing import Modules, Places
 from ..moved_bytes import by_launch, by_operator, memory_of, tensors_of
 from ..ops.registry import OPERATORS
 
-# What lays a convolution's result on meta tensors out as a GPU has it from the beginning, besides memory without values.
-NO_LAUNCH = ("to", "_to_copy", "copy_")
+# Where no dtype changes, these lay a convolution's result on meta tensors out as a GPU has it from the beginning.
+LAYING_OUT = ("to", "_to_copy", "copy_")
 FILTERS = 3  # axes that a convolution's weights have at least, and no other parameter of a layer
 
 
@@ -111,7 +111,7 @@ class _StepTally(TorchDispatchMode):
                     return operator.implementation(*(tuple(a) if isinstance(a, list) else a for a in args))
         result = func(*args, **(kwargs or {}))
         moved, name = by_operator(func, args, kwargs or {}, result), func._overloadpacket.__name__
-        if moved is not None and name not in NO_LAUNCH:
+        if moved is not None and (name not in LAYING_OUT or len({t.dtype for t in (*moved.read, *moved.written)}) > 1):
             self.operators[name] += 1
             self.moved.append((*self.places.now(), moved.bytes))
         return result

@@ -56,7 +56,7 @@ def training_traffic(
     cast, products = argument(dtype, "training_traffic")
     if not any(p.requires_grad for p in model.parameters()):
         raise RuntimeError(f"{type(model).__name__} has nothing to train: no parameter of it wants a gradient")
-    copied = meta_copy(model)
+    copied: Any = meta_copy(model)
     copied = copied.to(cast) if cast else copied
     if any(is_lazy(p) or p.dim() == 5 for p in model.parameters()):
         memory_format = None

@@ -113,9 +113,9 @@ def info(
 
     target, module = options.module_of(model)
     sizes = sizes or [options.shape_for(module)]
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    parameters = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     with refused_by("--input", RuntimeError):
-        summary = summarize(module, *(torch.empty(size, dtype=dtype, device="meta") for size in sizes))
+        summary = summarize(module, *(torch.empty(size, dtype=parameters, device="meta") for size in sizes))
 
     console = printer(json_file)
     given = ", ".join("x".join(map(str, size)) for size in sizes)

@@ -45,7 +45,7 @@ X = torch.zeros(4, 6)  # 96 bytes
         (lambda x: torch.empty_like(x).copy_(x), [None, 2 * 96]),
         (lambda x: torch.empty_like(x).zero_(), [None, 96]),
         (lambda x: torch.sum(x, 0, out=torch.empty(6)), [None, 96 + 24]),
-        (lambda x: torch._foreach_add_([x.clone()], 1.0), [2 * 96, 2 * 96]),  # which returns nothing
+        (lambda x: torch.ops.aten._foreach_add_.Scalar([x.clone()], 1.0), [2 * 96, 2 * 96]),  # which returns nothing
         (lambda x: x.view(-1)[2:].reshape(2, 11), [None] * 3),
     ],
 )  # fmt: skip

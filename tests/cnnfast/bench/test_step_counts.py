@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -20,9 +22,9 @@ BATCHES = 2 * 8  # how many batches a norm has seen, read and written
 
 def layer(relu: nn.Module) -> tuple[nn.Module, torch.Tensor]:
     with torch.device("meta"):
-        model = nn.Sequential(nn.Conv2d(32, 16, 1, bias=False), nn.BatchNorm2d(16), relu)
+        model: Any = nn.Sequential(nn.Conv2d(32, 16, 1, bias=False), nn.BatchNorm2d(16), relu)
         x = torch.empty(4, 32, 8, 8, dtype=torch.bfloat16).contiguous(memory_format=LAST)
-    return model.bfloat16().to(memory_format=LAST), x
+    return model.to(torch.bfloat16, memory_format=LAST), x
 
 
 def test_the_bytes_of_a_layer_by_our_kernels():
@@ -56,11 +58,12 @@ def test_the_bytes_of_a_layer_by_pytorch():
     assert not found.kernels
 
 
-@pytest.mark.parametrize("backend", ["auto", "kernels"])
+@pytest.mark.parametrize("backend", ["auto", "prefer kernels"])
 def test_layers_of_a_network_add_up_to_its_step(backend):
     with torch.device("meta"):
-        model = Net().bfloat16().to(memory_format=LAST)
-    found = count_step(model, image().contiguous(memory_format=LAST), None, "prefer kernels", gpu=H200)
+        model: Any = Net().bfloat16()
+        model = model.to(memory_format=LAST)
+    found = count_step(model, image().contiguous(memory_format=LAST), None, backend, gpu=H200)
     layers = {row.layer: row for row in found.layers}
     assert len(layers) == len(found.layers)
     assert sum(row.launches for row in found.layers) == found.launches

@@ -86,7 +86,7 @@ LAYERS = {
         "functional summary drawing",
         "nn",
         "models conversion",
-        "targets",
+        "targets moved_bytes",
         "calls",
         "warming workers",
         "checking tuning",

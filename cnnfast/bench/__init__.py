@@ -9,7 +9,8 @@ surroundings (surroundings.py). Rows (rows.py) hold what was found beside what t
 graph.py). They are printed (report.py), drawn (pictures.py), and compared with an earlier run (compare.py).
 
 A task may also be augmentation, of a batch of images (augmentation.py), by its own providers (augmenters.py), whose
-launches are counted (counting.py); step_counts.py counts those of a training step.
+launches are counted (counting.py); step_counts.py counts those of a training step, and training_traffic.py what it
+moves and keeps beside PyTorch's.
 
 host_cost.py is apart from all that: what the host's part of a call costs, without a GPU.
 """

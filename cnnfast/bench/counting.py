@@ -4,8 +4,8 @@ What PyTorch launches is counted by its operators: on a GPU each launches one ke
 memory that is there. Only operators count that read or write a tensor as large as an image of the result, because the
 small tensors of random numbers may lie on the CPU. So that is a lower bound. What ours launch is replayed on meta
 tensors that stand for a GPU's: that is exact, but for the copy of the numbers to the GPU, which is no kernel. Of each
-launch the bytes are those of all its tensors: images count whole,
-though a crop reads a part of them, and what a cache saves is not known.
+the bytes are those of all its tensors (moved_bytes.py): images count whole, though a crop reads a part of them, and
+what a cache saves is not known.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from .. import dispatch
+from .. import dispatch, moved_bytes
 from ..aside import leaving_no_trace
 from ..ops.registry import OPERATORS
 
 STEPS = 4  # that are counted: how much is done depends on what is drawn
-WRITE_ONLY = ("copy_", "fill_", "zero_")  # operators that do not read what they write into
 
 
 class Count(NamedTuple):
@@ -47,22 +44,11 @@ class OperatorTally(TorchDispatchMode):
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(backend), *args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        read, written = _tensors((args, kwargs)), _tensors(result)
-        if not func._schema.is_mutable:
-            memory = {t.untyped_storage()._cdata for t in read}
-            written = [t for t in written if t.untyped_storage()._cdata not in memory]
-        name = func._overloadpacket.__name__
-        if not written or "empty" in name or max(t.numel() for t in (*read, *written)) < self.least:
-            return result  # a view, memory without values, or no image
-        if name in WRITE_ONLY:
-            read = read[1:]
-        self.launches += 1
-        self.moved_bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in (*read, *written))
+        moved = moved_bytes.by_operator(func, args, kwargs or {}, result)
+        if moved is not None and max(t.numel() for t in (*moved.read, *moved.written)) >= self.least:
+            self.launches += 1
+            self.moved_bytes += moved.bytes
         return result
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 def by_operators(step: Callable[[], object], least: int) -> Count:
@@ -98,7 +84,7 @@ def by_replaying(call: Callable[[], object]) -> Count | None:
     moved: list[int] = []
 
     def note(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
-        moved.append(sum(t.nbytes for t in arguments if isinstance(t, Tensor)))
+        moved.append(moved_bytes.by_launch(arguments))
 
     with leaving_no_trace(), dispatch.backend("auto"), calls.standing_for(devices.NO_GPU), ExitStack() as stack:
         stack.enter_context(dispatch.launch.substituted(note))

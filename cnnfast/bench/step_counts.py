@@ -1,5 +1,6 @@
-"""What a training step launches, and what it keeps for backward, counted on meta tensors that stand for a GPU's: exact
-for our kernels. An operator of PyTorch's counts as one launch, and on a GPU is one or more.
+"""What a training step launches, how many bytes it moves, and what it keeps for backward, layer by layer: counted on
+meta tensors that stand for a GPU's. Exact for our kernels. An operator of PyTorch's counts as one launch that moves
+each of its tensors once, and on a GPU is one or more (moved_bytes.py).
 """
 
 from __future__ import annotations
@@ -11,86 +12,191 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from cnnfast_kernels import devices
 
 from .. import calls, dispatch
 from ..aside import leaving_no_trace, meta, meta_copy
 from ..conversion import convert
-from ..dispatch import Backend
+from ..explaining.placing import Modules, Places
+from ..moved_bytes import by_launch, by_operator, memory_of, tensors_of
 from ..ops.registry import OPERATORS
 
-# Memory without values; and what lays a convolution's result on meta tensors out as a GPU has it from the beginning.
-NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "to", "_to_copy", "copy_")
+# Where no dtype changes, these lay a convolution's result on meta tensors out as a GPU has it from the beginning.
+LAYING_OUT = ("to", "_to_copy", "copy_")
+FILTERS = 3  # axes that a convolution's weights have at least, and no other parameter of a layer
+
+
+class LayerCount(NamedTuple):
+    """layer: the module's name, "" for the model itself and for what is no module's, such as the loss. launches: of our
+    kernels and of PyTorch's operators. forward_bytes, backward_bytes: that they move. saved_bytes: of the memory that
+    this layer is the first to keep for backward.
+    """
+
+    layer: str
+    launches: int
+    forward_bytes: int
+    backward_bytes: int
+    saved_bytes: int
+
+    @property
+    def moved_bytes(self) -> int:
+        return self.forward_bytes + self.backward_bytes
 
 
 class StepCount(NamedTuple):
     """kernels: launches of ours, by the kernel's name. operators: calls of PyTorch's operators that compute, by name.
-    saved_bytes: of the memory that forward keeps for backward, parameters and buffers aside.
+    layers: those that launch or keep something, in the order in which they first do.
+
+    saved_bytes: of the memory that forward keeps for backward, parameters and buffers aside, the images too if they are
+    kept. forward_bytes, backward_bytes, moved_bytes: that launches read and write.
     """
 
     kernels: Counter[str]
     operators: Counter[str]
-    saved_bytes: int
+    layers: tuple[LayerCount, ...]
 
     @property
     def launches(self) -> int:
         return self.kernels.total() + self.operators.total()
 
+    @property
+    def saved_bytes(self) -> int:
+        return sum(layer.saved_bytes for layer in self.layers)
+
+    @property
+    def forward_bytes(self) -> int:
+        return sum(layer.forward_bytes for layer in self.layers)
+
+    @property
+    def backward_bytes(self) -> int:
+        return sum(layer.backward_bytes for layer in self.layers)
+
+    @property
+    def moved_bytes(self) -> int:
+        return self.forward_bytes + self.backward_bytes
+
+
+class _Kept(NamedTuple):
+    """Memory that is kept for backward by a node of autograd's graph. running: the module that runs meanwhile."""
+
+    tensor: Tensor
+    node: int
+    running: Modules
+
 
 class _StepTally(TorchDispatchMode):
-    """Counts PyTorch's operators, also those that ours call, which do on meta tensors what they would do on a GPU's."""
+    """Counts our kernels and PyTorch's operators, also those that ours call, which do on meta tensors what they would
+    do on a GPU's.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, places: Places) -> None:
         super().__init__()
+        self.places = places
+        self.kernels: Counter[str] = Counter()
         self.operators: Counter[str] = Counter()
+        self.moved: list[tuple[Modules, bool, int]] = []  # by each launch: whose it is, whether in backward, bytes
+        self.kept: dict[int, _Kept] = {}
+        self.own = _owners(model)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _, ours, name = func._schema.name.partition("cnnfast::")
         if ours:
-            with self:
-                return OPERATORS[name].implementation(*(tuple(a) if isinstance(a, list) else a for a in args))
+            operator = OPERATORS[name]
+            with self.places.within(self.owner(args, operator.composed)):
+                self.places.now()  # so that the node which was just made is this operator's, and not its first part's
+                with self:
+                    return operator.implementation(*(tuple(a) if isinstance(a, list) else a for a in args))
         result = func(*args, **(kwargs or {}))
-        held = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        written = [t for t in _tensors(result) if t.numel() and t.untyped_storage()._cdata not in held]
-        name = func._overloadpacket.__name__
-        if (written or func._schema.is_mutable) and name not in NO_LAUNCH:
+        moved, name = by_operator(func, args, kwargs or {}, result), func._overloadpacket.__name__
+        if moved is not None and (name not in LAYING_OUT or len({t.dtype for t in (*moved.read, *moved.written)}) > 1):
             self.operators[name] += 1
+            self.moved.append((*self.places.now(), moved.bytes))
         return result
 
+    def owner(self, args: Sequence[Any], composed: bool) -> Modules:
+        """The module whose parameters an operator of ours is given, which in a fused step is not the one that runs: of
+        a convolution with its norm, the convolution. Nobody where there are several of them, or no convolution in an
+        operator that is composed of others.
+        """
+        own = [t for t in tensors_of(args) if memory_of(t) in self.own]
+        filters = [t for t in own if t.dim() >= FILTERS]
+        tensors = filters if filters or composed else own
+        modules = {id(module): module for module in (self.own[memory_of(t)] for t in tensors)}
+        return tuple(modules.values()) if len(modules) == 1 else ()
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+        """Is called in the place of a launch."""
+        self.kernels[kernel.__name__] += 1
+        self.moved.append((*self.places.now(), by_launch(arguments)))
+
+    def keep(self, t: Tensor) -> Tensor:
+        """Is called with every tensor that is saved; which keeps the memory's name from another's use."""
+        self.kept.setdefault(memory_of(t), _Kept(t, self.places.node, self.places.running[-1]))
+        return t
+
+    def counted(self) -> StepCount:
+        rows: dict[str, list[int]] = {}
+        for modules, backward, count in self.moved:
+            row = rows.setdefault(self.places.names[id(modules[0])], [0] * 4)
+            row[0] += 1
+            row[1 + backward] += count
+        own = _owners(self.places.model)  # lazy modules have got their parameters
+        for memory, kept in self.kept.items():
+            if memory not in own:
+                modules = self.places.forward_of.get(kept.node, kept.running)
+                row = rows.setdefault(self.places.names[id(modules[0])], [0] * 4)
+                row[3] += kept.tensor.untyped_storage().nbytes()
+        return StepCount(self.kernels, self.operators, tuple(LayerCount(name, *row) for name, row in rows.items()))
+
+
+def _owners(model: nn.Module) -> dict[int, nn.Module]:
+    """Whose the memory of each parameter and buffer is: of those that share one, the first's."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is not None and not is_lazy(t):
+                found.setdefault(memory_of(t), module)
+    return found
 
 
 def count_step(
-    model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = torch.sum, backend: Backend = "auto"
+    model: nn.Module,
+    x: Tensor | tuple[Tensor, ...],
+    loss: Callable[[Any], Tensor] | None = torch.sum,
+    backend: dispatch.Choice = "auto",
+    *,
+    converted: bool = True,
+    gpu: devices.Gpu = devices.NO_GPU,
 ) -> StepCount:
-    """Counts forward, loss(model(x)) and backward of a converted copy of a model, whose modules are in the modes that
-    the model's are in. Raises RuntimeError without triton.
+    """Counts forward, loss(model(x)) and backward of a copy of a model, whose modules are in the modes that the model's
+    are in.
+
+    x: the input, or several of them. loss: None counts none, and the gradients of all that the model returns are given.
+    converted: whether the copy is converted. gpu: that meta tensors stand for. Raises RuntimeError without triton, and
+    if nothing that the model returns wants a gradient.
     """
     if dispatch.launch is None:
         raise RuntimeError("launches are counted by triton, which is not installed")
-    from cnnfast_kernels import devices
-
-    kernels: Counter[str] = Counter()
-    kept: dict[int, Tensor] = {}
-
-    def note(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
-        kernels[kernel.__name__] += 1
-
-    def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage()._cdata] = t  # which keeps the memory's name from another's use
-        return t
-
-    with leaving_no_trace(), dispatch.backend(backend), calls.standing_for(devices.NO_GPU), ExitStack() as stack:
+    with leaving_no_trace(), calls.standing_for(gpu), ExitStack() as stack:
+        stack.enter_context(dispatch.prefer_kernels() if backend == "prefer kernels" else dispatch.backend(backend))
         stack.enter_context(torch.device("meta"))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(dispatch.launch.substituted(note))
-        copied = convert(meta_copy(model), inplace=True)
-        own = {t.untyped_storage()._cdata for t in (*copied.parameters(), *copied.buffers())}
-        tally = stack.enter_context(_StepTally())
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t))
-        loss(copied(meta(x))).backward()
-    saved = sum(t.untyped_storage().nbytes() for memory, t in kept.items() if memory not in own)
-    return StepCount(kernels, tally.operators, saved)
+        copied = meta_copy(model)
+        copied = convert(copied, inplace=True) if converted else copied
+        places = stack.enter_context(Places(copied))
+        tally = _StepTally(copied, places)
+        stack.enter_context(dispatch.launch.substituted(tally.launch))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda t: t))
+        inputs = meta(x if isinstance(x, tuple) else (x,))
+        with tally:
+            results = tensors_of(copied(*inputs) if loss is None else loss(copied(*inputs)))
+        ends = [t for t in results if t.requires_grad]
+        if not ends:
+            raise RuntimeError(f"{type(model).__name__} has nothing to train: no parameter of it wants a gradient")
+        gradients = [torch.empty_like(t) for t in ends] if loss is None else None
+        with tally:
+            torch.autograd.backward(ends, gradients)
+        return tally.counted()

@@ -26,11 +26,7 @@ def explain(
     model: options.Model,
     gpu: Annotated[
         str,
-        typer.Option(
-            help="The GPU, which need not be here: b200, h200, h100, a100, l40s, rtx-4090 or rtx-3090.",
-            metavar="NAME",
-            rich_help_panel=options.INPUTS,
-        ),
+        typer.Option(help=options.GPU_HELP, metavar="NAME", rich_help_panel=options.INPUTS),
     ] = "h200",
     batch: Annotated[
         int | None,

@@ -1,4 +1,4 @@
-"""`cnnfast info`: the layers of a model: shapes, parameters, FLOPs and receptive fields."""
+"""`cnnfast info`: the layers of a model: shapes, parameters, FLOPs and receptive fields; or its training step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options
+from . import info_training, options
 from .console import JsonFile, printer, refuse_unwritable, refused_by, table, write_json
 
 if TYPE_CHECKING:
@@ -20,10 +20,12 @@ EXAMPLES = (
     "cnnfast info resnet50",
     "cnnfast info torchvision:efficientnet_b0 --depth 1",
     "cnnfast info model.py:Net --input 1x3x64x64 --json net.json",
+    "cnnfast info resnet50 --training --batch 256 --depth 2",
 )
 STYLES = {"conv": "cyan", "linear": "magenta", "norm": "green", "pool": "yellow", "attention": "blue"}
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 MIB = 2**20
+STEP = "Training step"  # the panel of what decides it
 # Columns that a narrow window leaves out, the most dispensable first, until so many characters are left for names.
 DISPENSABLE, NAMES = ("step", "field"), 20
 
@@ -41,6 +43,44 @@ def info(
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
+    training: Annotated[
+        bool,
+        typer.Option(
+            "--training",
+            help="Show what a training step moves, launches and keeps for backward instead.",
+            rich_help_panel=STEP,
+        ),
+    ] = False,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images a step.",
+            metavar="N",
+            show_default=str(info_training.BATCH),
+            rich_help_panel=STEP,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help=options.DTYPE_HELP, metavar=options.DTYPE, show_default=info_training.DTYPE, rich_help_panel=STEP
+        ),
+    ] = None,
+    memory_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help=options.FORMAT_HELP,
+            metavar="LAYOUT",
+            show_default=info_training.FORMAT,
+            rich_help_panel=STEP,
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help=options.GPU_HELP, metavar="NAME", show_default=info_training.GPU, rich_help_panel=STEP),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Show the layers of MODEL: output shape, parameters, FLOPs and receptive field of each, and totals by kind.
@@ -49,9 +89,22 @@ def info(
     memory. FLOPs are the multiplications and additions of convolutions and matrix products, two to a
     multiply-accumulate (MAC). The field is the number of input rows that one output can depend on ("all" after global
     pooling, attention, or a linear layer over positions), and the step that from one output to the next.
+
+    With --training: bytes that a step reads and writes, launches of our kernels, calls of PyTorch's operators, and
+    bytes kept for backward, of all and by layer, as cnnfast serves it, beside PyTorch's eager mode; and what
+    torch.compile keeps, by its partitioner. All are counted from shapes, for a GPU that need not be here.
     """
     sizes = options.sizes_of(shapes)
+    of_a_step = {"--batch": batch, "--dtype": dtype, "--format": memory_format, "--gpu": gpu}
+    if not training:
+        for option, given in of_a_step.items():
+            if given is not None:
+                raise typer.BadParameter("it is of a training step: add --training", param_hint=option)
     refuse_unwritable(json_file)
+    if training:
+        how = dtype or info_training.DTYPE, memory_format or info_training.FORMAT, gpu or info_training.GPU
+        info_training.show(model, sizes, batch, *how, depth, json_file)
+        return
 
     import torch
     from rich.text import Text
@@ -60,9 +113,9 @@ def info(
 
     target, module = options.module_of(model)
     sizes = sizes or [options.shape_for(module)]
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    parameters = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     with refused_by("--input", RuntimeError):
-        summary = summarize(module, *(torch.empty(size, dtype=dtype, device="meta") for size in sizes))
+        summary = summarize(module, *(torch.empty(size, dtype=parameters, device="meta") for size in sizes))
 
     console = printer(json_file)
     given = ", ".join("x".join(map(str, size)) for size in sizes)

@@ -35,6 +35,8 @@ DTYPE_HELP = (
     "bf16, fp16, fp32, tf32 or fp64, or PyTorch's names, such as bfloat16 or torch.half. fp32 multiplies as IEEE says; "
     "tf32 is float32 whose products are rounded to TF32."
 )
+FORMAT_HELP = "Layout of images and weights in memory: channels_last or contiguous."
+GPU_HELP = "The GPU, which need not be here: b200, h200, h100, a100, l40s, rtx-4090 or rtx-3090."
 SECONDS_HELP = "How long one timing takes."
 
 SHAPE, DTYPE, MODE, MODES, SECONDS = "1x3x224x224", "DTYPE", "infer|train", "infer,train", "SECONDS"
@@ -49,7 +51,7 @@ MemoryFormat = Annotated[
     str,
     typer.Option(
         "--format",
-        help="Layout of images and weights in memory: channels_last or contiguous.",
+        help=FORMAT_HELP,
         metavar="LAYOUT",
         rich_help_panel=INPUTS,
     ),

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-
 from cnnfast_kernels import devices, launch
 
-from .. import calls
+from .. import calls, moved_bytes
 from ..conversion.costs import size_of
 
 
@@ -40,8 +37,7 @@ def launched(call: calls.OperatorCall, gpu: devices.Gpu, device_type: str = "cud
     found: list[KernelLaunch] = []
 
     def note(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Mapping[str, Any]) -> _Told:
-        tensors = (getattr(argument, "base", argument) for argument in arguments)  # of a tensor map: what it maps
-        return _Told(sum(size_of(t) for t in tensors if isinstance(t, Tensor)))
+        return _Told(moved_bytes.by_launch(arguments))
 
     def hear(event: launch.Launched) -> None:
         if isinstance(event.compiled, _Told):  # another thread's launches are heard too
@@ -49,6 +45,6 @@ def launched(call: calls.OperatorCall, gpu: devices.Gpu, device_type: str = "cud
 
     with calls.standing_for(gpu, device_type), launch.observe(hear), launch.substituted(note, told=True):
         operands, results = calls.replay(call)
-    read, written = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in (operands, results))
-    memory = {t.untyped_storage()._cdata: size_of(t) for t in (*written, *read)}
+    tensors = moved_bytes.tensors_of((results, operands))
+    memory = {moved_bytes.memory_of(t): size_of(t) for t in tensors}
     return Replayed(found, sum(memory.values()))

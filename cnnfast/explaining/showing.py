@@ -150,6 +150,7 @@ def _sentences(e: Explanation) -> list[str]:
         )
     if e.train:
         lines.append("The loss and the optimizer are not counted.")
+        lines.append("What a step keeps for backward, layer by layer: cnnfast info MODEL --training.")
     return lines
 
 

@@ -109,6 +109,7 @@ OWN = "from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self): 
 JSON = {
     "info model.py:Net": lambda data: data["total"]["parameters"] == 112,
     "info model.py:Net --depth 0": lambda data: len(data["layers"]) == 1,
+    "info model.py:Net --training --input 1x3x8x8": lambda data: data["steps"]["kernels"]["launches"] >= 2,
     "doctor": lambda data: "findings" in data,
     "check model.py:Net --input 1x3x4x4 --no-backward": lambda data: data["ok"],
     "bench model.py:Net --input 1x3x8x8 --provider eager --seconds 0": lambda data: data[0]["mode"] == "infer",

@@ -1,9 +1,12 @@
-"""`cnnfast info` as its users meet it: what it prints in a narrow window, what it adds up, and the same as JSON."""
+"""`cnnfast info` as its users meet it: what it prints in a narrow window, what it adds up, and the same as JSON; and
+what it tells of a training step.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -13,10 +16,12 @@ from typer.testing import CliRunner
 from cnnfast import summary
 from cnnfast.__main__ import app
 from cnnfast.commands.info import broken, short
+from cnnfast.commands.info_training import short as of_a_step
 from cnnfast.models import resnet18
 from cnnfast.summary import by_kind, summarize, to_depth
 from tests.support.packages import package
 
+NET = "tests.support.explained:Net"
 WHERE = "cnnfast.demo.plain:PlainDigitNet"
 
 
@@ -155,3 +160,90 @@ def test_a_buffer_that_two_modules_hold_is_counted_once():
     other.running_mean = one.running_mean
     found = summarize(nn.Sequential(nn.Conv2d(3, 3, 1), one, other), torch.zeros(1, 3, 5, 5))
     assert found.buffer_bytes == 3 * 3 * 4 + 2 * 8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --training
+
+STEPS = {"unmeasured": "cnnfast, unmeasured", "kernels": "cnnfast, kernels", "eager": "PyTorch eager"}
+BYTES = ("forward_bytes", "backward_bytes", "moved_bytes", "saved_bytes")
+
+
+def training(*arguments: str, width: int = 120):
+    pytest.importorskip("triton")
+    result = info(NET, "--training", "--input", "32x8x12x12", *arguments, "--json", "-", width=width)
+    return json.loads(result.stdout), result.stderr
+
+
+def test_a_step_and_its_layers_in_tables_and_in_a_file():
+    data, text = training("--batch", "4")
+    assert f"{NET} on NVIDIA H200, training, bfloat16, input 4x8x12x12" in text
+    assert (data["model"], data["gpu"], data["input"], data["dtype"]) == (
+        NET,
+        "NVIDIA H200",
+        [[4, 8, 12, 12]],
+        "bfloat16",
+    )
+    for key, who in STEPS.items():
+        step = data["steps"][key]
+        (line,) = re.findall(rf"^{who} .*$", text, re.MULTILINE)
+        numbers = (
+            *(f"{sum(step[part].values()):,}" for part in ("kernels", "operators")),
+            short_in(1e9, step["moved_bytes"]),
+        )
+        assert set(numbers) <= set(line.split())
+        assert line.split()[-1] == short_in(4e6, step["saved_bytes"])
+        assert step["launches"] == sum(step["kernels"].values()) + sum(step["operators"].values())
+        assert all(sum(layer[name] for layer in step["layers"]) == step[name] for name in BYTES)
+    assert re.search(rf"^torch.compile +{short_in(4e6, data['compile']['saved_bytes'])}$", text, re.MULTILINE)
+    assert data["steps"]["eager"]["kernels"] == {}
+    rows = {layer["layer"]: layer for layer in data["steps"]["kernels"]["layers"]}
+    (line,) = re.findall(r"^stem .*$", text, re.MULTILINE)
+    assert line.split()[-2:] == [short_in(1e6, rows["stem"][name]) for name in ("moved_bytes", "saved_bytes")]
+
+
+def short_in(unit: float, number: int) -> str:
+    return of_a_step(number / unit)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, ""), (1234.56, "1,234.6"), (12.345, "12.35"), (0.1, "0.10"), (0.0123, "0.01")]
+)
+def test_numbers_of_a_step_have_three_digits_or_so(number, text):
+    assert of_a_step(number) == text
+
+
+def test_options_decide_which_step_it_is():
+    whole, data = (
+        training()[0],
+        training("--dtype", "fp32", "--gpu", "a100", "--format", "contiguous", "--depth", "1")[0],
+    )
+    assert whole["input"] == data["input"] == [[32, 8, 12, 12]]
+    assert (data["gpu"], data["dtype"], data["format"]) == ("NVIDIA A100-SXM4-80GB", "float32", "contiguous")
+    assert data["steps"]["eager"]["saved_bytes"] > 1.5 * whole["steps"]["eager"]["saved_bytes"]
+    assert "tma_fprop_kernel" in whole["steps"]["kernels"]["kernels"]
+    assert "conv_fprop_kernel" in data["steps"]["kernels"]["kernels"]
+    names = [layer["layer"] for layer in data["steps"]["kernels"]["layers"]]
+    assert len(names) == len(set(names))
+    assert {"body", "stem"} < set(names)
+    assert not any("." in name for name in names)
+
+
+def test_what_cannot_be_traced_and_a_narrow_window(monkeypatch):
+    def refuse(*arguments):
+        raise ValueError("nobody traces this\nat all")
+
+    pytest.importorskip("triton")
+    monkeypatch.setattr("cnnfast.bench.training_traffic.saved_when_compiled", refuse)
+    data, text = training(width=60)
+    assert data["compile"] == {"saved_bytes": None, "reason": "ValueError: nobody traces this"}
+    assert "torch.compile: not known, ValueError: nobody traces this" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 60
+    assert "…" not in text
+
+
+def test_without_a_triton_that_fits_no_step_is_counted(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cnnfast.bench.training_traffic", None)
+    result = CliRunner().invoke(app, ["info", NET, "--training"], env={"COLUMNS": "500", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert "no step can be counted: cnnfast's kernels need triton 3.6 to 3.9" in result.output

@@ -62,7 +62,8 @@ def convert(
     memory_format: torch.channels_last lays out the weights, which are the original's too, so that kernels read vectors.
     Outputs then become channels_last, and a later `.view` may raise where `.reshape` would not. None keeps all strides.
     memory: "less" trains residual blocks by our kernels, whatever would serve their convolutions, and computes what
-    inner activations gave again in backward, so that they save less; `report` says which are one operator.
+    inner activations gave again in backward, so that they save less; `report` says which are one operator. A model that
+    was converted so stays so, until revert.
     Converting a converted model converts what is new in it. `report` says what was done, and what was left and why.
 
     Several threads may convert, report and call models at once, the same one too. As everywhere in PyTorch, a model
@@ -87,7 +88,6 @@ def convert(
             # A library that had wrapped the forward left the class's own here. The class is about to change.
             del module.__dict__["forward"]
         swap(module)
-        module.__dict__.pop(LESS_MEMORY, None)
         if memory == "less" and module._modules:
             module.__dict__[LESS_MEMORY] = True
     for module in reversed(modules):  # children first: then it is known what calling one may do to its arguments

@@ -101,25 +101,25 @@ def residual_block(
     """
     parts = [*layers, *([] if projection is None else [projection])]
     x, *weights = autocast(input, *(layer.weight for layer in parts))
+    images: list[Any] = [x]
+    for layer in layers:
+        images.append(_after(images[-1], layer))
+    images[-1] = x  # the last is the block's result, in whose place stands what the shortcut's layer takes
+    of = [(image, w, layer.geometry) for image, w, layer in zip(images, weights, parts, strict=False)]
+    ours = less_memory or not library_allowed() or ops.kernels_serve_unasked(*of[0])
+    algorithm = "direct" if ours else "auto"
     tensors: list[Any] = []
     momenta, eps, geometries, by_gram = [], [], [], []
-    ours = less_memory or not library_allowed() or not ops.library_comes_first(x.device)
-    algorithm = "direct" if ours else "auto"
-    image: Any = x
-    for i, (layer, w) in enumerate(zip(parts, weights, strict=True)):
-        if i == len(layers):
-            image = x
-        where = layer.geometry
+    for i, ((image, w, geometry), layer) in enumerate(zip(of, parts, strict=True)):
         norm = check_norm("conv_bn_act", w.shape[0], x.dtype, *layer.tensors[1:], True, layer.momentum, layer.eps)
         gamma, beta, momentum, e = norm
         tensors += [w, gamma, beta, layer.running_mean, layer.running_var]
         momenta.append(momentum)
         eps.append(e)
-        geometries += ops.flat_geometry(where)
-        N, _, P, Q = conv_output_size(image, w, where)
+        geometries += ops.flat_geometry(geometry)
+        N, _, P, Q = conv_output_size(image, w, geometry)
         activation, may = "relu" if i < len(layers) else None, ours and i >= len(layers) - 1
-        by_gram.append(may and ops.gram_serves(image, w, N * P * Q, activation, 0.0, where, algorithm))
-        image = _after(image, layer)
+        by_gram.append(may and ops.gram_serves(image, w, N * P * Q, activation, 0.0, geometry, algorithm))
     if projection is None:
         tensors += [None] * 5
         by_gram.append(False)

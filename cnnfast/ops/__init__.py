@@ -11,11 +11,11 @@ from .batchnorm import batch_moments, channel_sum, normalize, update_running
 from .block import basic_block, bottleneck
 from .block_positions import flat_geometry
 from .conv import conv_dgrad, conv_fprop, conv_stats
+from .conv_implementations import kernels_serve_unasked
 from .conv_norm import conv_act, conv_bn_act, conv_bn_act_training
 from .conv_norm_pool import conv_bn_act_pool_training
 from .gram import conv_bn_act_by_gram, gram_serves
 from .pooling import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool, max_pool_indices
-from .serving import library_comes_first
 from .synchronising import normalize_over_ranks
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "flat_geometry",
     "global_avg_pool",
     "gram_serves",
-    "library_comes_first",
+    "kernels_serve_unasked",
     "max_pool",
     "max_pool_indices",
     "normalize",

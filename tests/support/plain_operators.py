@@ -78,7 +78,7 @@ def plain_operators() -> SimpleNamespace:
         return (layer(z, branch[-1], residual, "relu"),)
 
     ops.basic_block = ops.bottleneck = block
-    ops.flat_geometry, ops.library_comes_first = flat_geometry, lambda device: False
+    ops.flat_geometry, ops.kernels_serve_unasked = flat_geometry, lambda *arguments: True
     ops.gram_serves = lambda *arguments: False
     ops.conv_bn_act_training = conv_bn_act_training
     ops.conv_bn_act_pool_training = conv_bn_act_pool_training

@@ -358,8 +358,8 @@ def test_memory_is_kept_and_given_up():
     model = nn.Sequential(build(), build())
     less = cnnfast.convert(model, memory="less")
     assert all("_cnnfast_less_memory" in block.__dict__ for block in copy.deepcopy(less))
-    for again in (cnnfast.convert(less), cnnfast.revert(less)):
-        assert not any("_cnnfast_less_memory" in module.__dict__ for module in again.modules())
+    assert all("_cnnfast_less_memory" in block.__dict__ for block in cnnfast.convert(less))
+    assert not any("_cnnfast_less_memory" in module.__dict__ for module in cnnfast.revert(less).modules())
     with pytest.raises(ValueError, match=r"memory must be 'fast' or 'less', but got memory='low'"):
         cnnfast.convert(model, memory="low")  # pyright: ignore[reportArgumentType]
 

@@ -12,7 +12,7 @@ from cnnfast_kernels.layout import convolution_format
 
 from . import conv_implementations as implementations
 from .batchnorm import activation_backward, apply_gradient_sums, kernel_gradients, normalize
-from .block_positions import RELU, How, Trained, trained_of
+from .block_positions import RELU, How, TrainedMember, trained_of
 from .conv import conv_dgrad, conv_dgrad_below, conv_wgrad
 from .gram import gram_gradients, gram_gradients_below
 from .registry import Calling
@@ -23,7 +23,9 @@ Gradients = tuple[Tensor | None, ...]
 class _Descent:
     """The gradients of a block, from its result down to x."""
 
-    def __init__(self, calling: Calling, x: Tensor, branch: list[Trained], how: How, dx: bool, algorithm: str) -> None:
+    def __init__(
+        self, calling: Calling, x: Tensor, branch: list[TrainedMember], how: How, dx: bool, algorithm: str
+    ) -> None:
         self.calling, self.x, self.branch, self.how, self.algorithm = calling, x, branch, how, algorithm
         self.grads: list[Gradients] = [(None, None, None)] * len(branch)
         # Of each layer, whether the gradient of its input is needed.
@@ -115,7 +117,7 @@ class _Descent:
         return self.from_sums(i - 1, dx, grads, residual) if grads else self.from_z(i - 1, dx, residual)
 
 
-def _of_channels(layer: Trained, dgamma: Tensor, dbeta: Tensor) -> Gradients:
+def _of_channels(layer: TrainedMember, dgamma: Tensor, dbeta: Tensor) -> Gradients:
     """Those that are needed, in the dtypes of gamma and beta, of memory of their own."""
     return tuple(
         found.to(t.dtype, copy=True) if need and t is not None else None
@@ -123,7 +125,7 @@ def _of_channels(layer: Trained, dgamma: Tensor, dbeta: Tensor) -> Gradients:
     )
 
 
-def _by_gram(g: Tensor, sums: Tensor, image: Tensor, layer: Trained) -> tuple[Any, ...]:
+def _by_gram(g: Tensor, sums: Tensor, image: Tensor, layer: TrainedMember) -> tuple[Any, ...]:
     """The first positions of gram_gradients."""
     left = layer.left
     return g, sums, image, layer.w, left.mu, left.products, left.var, layer.gamma, layer.eps, layer.geometry[0]
@@ -160,7 +162,7 @@ def _of_projection(
     g: Any,
     sums: Tensor | None,
     x: Tensor,
-    layer: Trained,
+    layer: TrainedMember,
     how: How,
     dx_needed: bool,
     algorithm: str,

@@ -45,7 +45,7 @@ class Record(NamedTuple):
     products: Tensor | None = None
 
 
-class Trained(NamedTuple):
+class TrainedMember(NamedTuple):
     """A layer in backward. needs: of w, gamma and beta."""
 
     w: Tensor
@@ -94,7 +94,7 @@ def members_of(arguments: Sequence[Any]) -> tuple[Tensor, list[Member], Member |
 
 def trained_of(
     arguments: Sequence[Any],
-) -> tuple[Tensor, Tensor, Tensor, list[Trained], Trained | None, How, bool, str]:
+) -> tuple[Tensor, Tensor, Tensor, list[TrainedMember], TrainedMember | None, How, bool, str]:
     """(dout, x, out, the branch, the shortcut's layer, how, whether dx is needed, algorithm) of a backward operator's
     positions.
     """
@@ -102,7 +102,7 @@ def trained_of(
     eps, geometries, how, needs, algorithm = arguments[-5:]
     tensors, geometries = cut(tensors, 3 + OF_RECORD), cut(geometries, OF_GEOMETRY)
     found = [
-        Trained(*of[:3], Record(*of[3:]), e, geometry_of(g), tuple(need))
+        TrainedMember(*of[:3], Record(*of[3:]), e, geometry_of(g), tuple(need))
         for of, e, g, need in zip(tensors, eps, geometries, cut(needs[1:], 3), strict=False)
     ]
     branch = len(tensors) - 1

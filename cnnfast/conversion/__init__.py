@@ -9,12 +9,13 @@ what they were. (A GraphModule of torch.fx has a class that was made for it alon
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from ..nn.fused import forward_replaced
+from ..nn.residual import LESS_MEMORY
 from ..spelling import keywords_explained, unknown_value
 from .fusion import fuse, unfuse
 from .leaves import swap, swap_back
@@ -26,6 +27,7 @@ __all__ = ["CollectedRow", "ConversionReport", "ConvolutionRow", "convert", "rep
 
 M = TypeVar("M", bound=nn.Module)
 
+MEMORY = ("fast", "less")
 FORMATS = (None, torch.channels_last, torch.contiguous_format)
 # What somebody may call them, as spelling.py folds words.
 OTHER_FORMATS = {
@@ -36,7 +38,13 @@ OTHER_FORMATS = {
 
 
 @keywords_explained
-def convert(model: M, *, inplace: bool = False, memory_format: torch.memory_format | None = None) -> M:
+def convert(
+    model: M,
+    *,
+    inplace: bool = False,
+    memory_format: torch.memory_format | None = None,
+    memory: Literal["fast", "less"] = "fast",
+) -> M:
     """The same model on cnnfast's kernels: convolutions, batch norms and pools replaced, and fused where they follow
     one another. state_dict, parameters, buffers, hooks, methods and isinstance are the model's own.
 
@@ -53,6 +61,9 @@ def convert(model: M, *, inplace: bool = False, memory_format: torch.memory_form
 
     memory_format: torch.channels_last lays out the weights, which are the original's too, so that kernels read vectors.
     Outputs then become channels_last, and a later `.view` may raise where `.reshape` would not. None keeps all strides.
+    memory: "less" trains residual blocks by our kernels, whatever would serve their convolutions, and computes what
+    inner activations gave again in backward, so that they save less; `report` says which are one operator. A model that
+    was converted so stays so, until revert.
     Converting a converted model converts what is new in it. `report` says what was done, and what was left and why.
 
     Several threads may convert, report and call models at once, the same one too. As everywhere in PyTorch, a model
@@ -61,10 +72,12 @@ def convert(model: M, *, inplace: bool = False, memory_format: torch.memory_form
     torch.fx refuses both.
 
     Raises TypeError if `model` is no module, and if a part of it cannot be copied over the same tensors, as a scripted
-    module (then use inplace=True), and for an unknown keyword; ValueError for another memory format, and for a compiled
-    model (convert it first, then compile).
+    module (then use inplace=True), and for an unknown keyword; ValueError for another memory format or another word for
+    memory, and for a compiled model (convert it first, then compile).
     """
     _check("convert", model)
+    if memory not in MEMORY:
+        raise unknown_value("convert", "memory", memory, MEMORY)
     if memory_format not in FORMATS:
         raise unknown_value("convert", "memory_format", memory_format, FORMATS, OTHER_FORMATS)
     if not inplace:
@@ -75,6 +88,8 @@ def convert(model: M, *, inplace: bool = False, memory_format: torch.memory_form
             # A library that had wrapped the forward left the class's own here. The class is about to change.
             del module.__dict__["forward"]
         swap(module)
+        if memory == "less" and module._modules:
+            module.__dict__[LESS_MEMORY] = True
     for module in reversed(modules):  # children first: then it is known what calling one may do to its arguments
         fuse(module)
     return model if memory_format is None else model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
@@ -96,6 +111,7 @@ def revert(model: M, *, inplace: bool = False) -> M:
     for module in model.modules():
         unfuse(module)
         swap_back(module)
+        module.__dict__.pop(LESS_MEMORY, None)
     return model
 
 

@@ -4,26 +4,22 @@
 
 is one call of nn.conv_bn_act, and without the norm one of nn.conv_act, without the convolution one of nn.bn_act
 (chains.py finds these groups, in which also the addition and the activation may be absent). A max pool that follows a
-convolution and a norm at once is part of their call, for in training it may be one operator with them. The members of a
-group are computed in the place of the last of them, if nothing in between depends on their order (effects.py);
-otherwise the group ends earlier, or is not fused. Everything else of the forward stays as it was and where it was.
+convolution and a norm at once is part of their call, for in training it may be one operator with them. Groups that make
+up a residual block become one call (blocks.py). The members of a group are computed in the place of the last of them,
+if nothing in between depends on their order (effects.py); otherwise the group ends earlier, or is not fused. Everything
+else of the forward stays as it was and where it was.
 """
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from .. import nn as cnn
-from ..activations import LEAKY_SLOPE, ActivationName, activate
-from ..dispatch import on_gpu
-from ..nn.fused import takes
-from ..nn.pooled import conv_bn_act_pool
-from ..patterns import activation_of
+from ..nn.residual import less_memory
+from .blocks import join_blocks
+from .calling import call, call_block
 from .chains import Chain, Chains
 from .effects import Conduct, Effects, Traits, buffers, traits
 from .grafts import own_class
@@ -67,6 +63,7 @@ class Variant:
     conduct: Conduct
     names: tuple[tuple[str, Any], ...] = field(compare=False)  # what the source's global names stand for
     groups: tuple[Group, ...] = field(compare=False)
+    sums: tuple[tuple[str, str], ...] = field(compare=False)  # of residuals, as blocks.join_blocks returns them
 
     def takes(self, args: tuple[Any, ...]) -> bool:
         return len(args) == len(self.kinds) and all(_is(a, kind) for a, kind in zip(args, self.kinds, strict=True))
@@ -141,7 +138,7 @@ def _may_fuse(block: nn.Module) -> bool:
 def _variant(block: nn.Module, traced: Traced) -> tuple[Variant | None, list[str]]:
     """(the fused forward, or None if there is nothing to fuse; sentences on what is not fused, and why)."""
     modules = dict(block.named_modules(remove_duplicate=False))
-    rewriter = _Rewriter(traced.graph, modules)
+    rewriter = _Rewriter(traced.graph, modules, less_memory(block))
     conduct = rewriter.effects.conduct
     groups, left = rewriter.rewrite()
     if not groups:
@@ -159,61 +156,9 @@ def _variant(block: nn.Module, traced: Traced) -> tuple[Variant | None, list[str
         conduct=conduct,
         names=tuple(code.globals.items()),
         groups=tuple(groups),
+        sums=tuple(rewriter.sums),
     )
     return variant, left
-
-
-def call(
-    conv: Any,
-    norm: Any,
-    x: Tensor,
-    residual: Tensor | None,
-    in_place: bool,
-    activation: nn.Module | ActivationName | None,
-    slope: float | None,
-    pool: nn.Module | None = None,
-) -> Tensor:
-    """What a generated forward calls for a group. conv, norm: one of the two may be None. in_place: the sum was written
-    into what stands before it, and so it has that dtype, whatever the residual's is. pool: what is called of the
-    result, or computed with it.
-    """
-    if pool is not None:
-        if isinstance(activation, nn.Module):
-            activation, slope = activation_of(activation)  # pyright: ignore
-        if takes(conv, x):
-            return conv_bn_act_pool(conv, norm, x, pool, activation, slope)
-        return pool(call(conv, norm, x, residual, in_place, activation, slope))
-    if not takes(norm if conv is None else conv, x):
-        return _one_by_one(conv, norm, x, residual, in_place, activation, slope)
-    if in_place and isinstance(residual, Tensor):
-        device = "cuda" if on_gpu(x) else x.device.type
-        casts = device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta: that has no autocast
-        half = conv is not None and casts and x.dtype != torch.float64
-        residual = residual.to(torch.get_autocast_dtype(device) if half else x.dtype)
-    if isinstance(activation, nn.Module):
-        activation, slope = activation_of(activation)  # pyright: ignore
-    if conv is None:
-        return cnn.bn_act(norm, x, residual, activation, slope)
-    if norm is None:
-        return cnn.conv_act(conv, x, residual, activation, slope)
-    return cnn.conv_bn_act(conv, norm, x, residual, activation, slope)
-
-
-def _one_by_one(conv, norm, x, residual, in_place, activation, slope) -> Tensor:
-    """The same by the modules themselves, as the container's own forward calls them, for an input that the fused call
-    does not take: an unbatched image, or one that PyTorch refuses.
-    """
-    y = x if conv is None else conv(x)
-    y = y if norm is None else norm(y)
-    if residual is not None:
-        y = operator.iadd(y, residual) if in_place else y + residual
-    if norm is not None and normalizes_and_activates(norm):
-        return y
-    return (
-        activation(y)
-        if isinstance(activation, nn.Module)
-        else activate(y, activation, LEAKY_SLOPE if slope is None else slope)
-    )
 
 
 class _Rewriter:
@@ -223,11 +168,12 @@ class _Rewriter:
     as they are for that (Effects.rests_on).
     """
 
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-        self.graph, self.modules = graph, modules
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], less_memory: bool) -> None:
+        self.graph, self.modules, self.less_memory = graph, modules, less_memory
         self.effects = Effects(graph, modules)
         self.crossed: dict[str, None] = {}
         self.moved = False
+        self.sums: list[tuple[str, str]] = []
 
     def rewrite(self) -> tuple[list[Group], list[str]]:
         """(the groups, sentences on what is not fused, and why)."""
@@ -245,6 +191,7 @@ class _Rewriter:
                     pool = chains.pool(chain)
                     groups.append(self._replace(chain, [] if pool is None else [pool]))
                     pools += [] if pool is None else [pool]
+        self.sums = join_blocks(self.graph, self.modules, call, call_block, self.less_memory)
         if self.moved:  # one group may stand past another now, and what is called of that
             self.crossed |= {str(pool.target): None for pool in pools}
         return groups, [sentence for sentence in found if sentence]

@@ -16,6 +16,7 @@ from cnnfast_kernels.problem import ConvProblem
 from .. import dispatch
 from ..nn.fused import forward_replaced
 from ..nn.layers import SameConv2d
+from .block_sums import blocks_told
 from .costs import Spender, Spent
 from .fusion import groups_of, plan_of, why_not_fused
 from .grafts import base_of
@@ -237,6 +238,7 @@ def _sizes(inputs: tuple[Any, ...]) -> str:
 
 
 def _notes(model: nn.Module, run: ObservedRun | None, sizes: str) -> Iterator[str]:
+    yield from blocks_told(model)
     weights = [stored_weight(m) for m in model.modules() if isinstance(m, nn.Conv2d) and is_ours(m)]
     if not weights:
         return

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnnfast_kernels.layout import convolution_format
+from cnnfast_kernels.layout import Laid, convolution_format
 from cnnfast_kernels.problem import output_extent
 
 from ..dispatch import why_torch
@@ -274,7 +274,7 @@ def _image_size(n: int) -> str:
     return ("L", "H, W")[n - 1]
 
 
-def conv_output_size(x: Tensor, w: Tensor, geometry) -> tuple[int, ...]:
+def conv_output_size(x: Laid, w: Tensor, geometry) -> tuple[int, ...]:
     stride, pads, dilation, _ = geometry
     N, _, H, W = x.shape
     K, _, R, S = w.shape

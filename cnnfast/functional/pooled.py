@@ -63,7 +63,7 @@ def conv_bn_act_pool(
         or activation not in ACTIVATIONS
         or isinstance(activation_arg, Tensor)
         or captured()
-        or (has_torch_function(tensors) and _seen_by_others(tensors))
+        or (has_torch_function(tensors) and seen_by_others(tensors))
         or input.dim() != 4
         or not wants_gradient(input, weight, bias, bn_weight, bn_bias)
         or why_torch(*tensors)
@@ -88,7 +88,7 @@ def conv_bn_act_pool(
     )[0]
 
 
-def _seen_by_others(tensors: tuple[Tensor | None, ...]) -> bool:
+def seen_by_others(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a tensor's class or a mode is to see the calls of public functions. A default device is a mode too, which
     looks at nothing that makes no tensor.
     """

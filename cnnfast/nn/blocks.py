@@ -19,6 +19,7 @@ from ..spelling import keywords_explained
 from .fused import conv_bn_act, fusable, is_batch_norm, is_conv2d
 from .layers import BatchNorm2d, Conv2d
 from .pooled import conv_bn_act_pool
+from .residual import layer_of, less_memory, residual_block
 from .scripting import TraceToScript
 
 Size2 = int | tuple[int, int]
@@ -119,6 +120,7 @@ class _Block(TraceToScript):
     """What torchvision's blocks share: the arguments, and a residual that `downsample` may adapt."""
 
     expansion: int
+    relu: nn.Module
 
     def __init__(
         self,
@@ -142,13 +144,25 @@ class _Block(TraceToScript):
         """Makes the convolutions and norms of the branch, in torchvision's order."""
         raise NotImplementedError
 
+    def as_one(self, x: Tensor, *branch: tuple[nn.Module, nn.Module]) -> Tensor | None:
+        """The whole block as one operator, in training, if that computes what its members would."""
+        down, less = self.downsample, less_memory(self)
+        if type(self.relu) is not nn.ReLU:
+            return None
+        if down is None:
+            return residual_block(x, branch, None, self.relu, less_memory=less)
+        projection = layer_of(down)
+        if projection is None:
+            return None
+        return residual_block(x, branch, projection, self.relu, down, less_memory=less)
+
     def shortcut(self, x: Tensor) -> Tensor:
         """The residual: x, or `downsample` of x, in one step if that is a convolution and a norm."""
         if self.downsample is None:
             return x
-        if type(self.downsample) is nn.Sequential and len(self.downsample) == 2 and fusable(x, self.downsample):
-            conv, bn = self.downsample
-            return conv_bn_relu(x, conv, bn)
+        layer = layer_of(self.downsample)
+        if layer is not None and fusable(x, self.downsample):
+            return conv_bn_relu(x, *layer)
         return self.downsample(x)
 
 
@@ -182,6 +196,9 @@ class BasicBlock(_Block):
         self.bn2 = norm(planes)
 
     def forward(self, x: Tensor) -> Tensor:
+        z = self.as_one(x, (self.conv1, self.bn1), (self.conv2, self.bn2))
+        if z is not None:
+            return z
         y = conv_bn_relu(x, self.conv1, self.bn1, self.relu)
         return conv_bn_relu(y, self.conv2, self.bn2, self.relu, lambda: self.shortcut(x))
 
@@ -209,6 +226,9 @@ class Bottleneck(_Block):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        z = self.as_one(x, (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        if z is not None:
+            return z
         y = conv_bn_relu(x, self.conv1, self.bn1, self.relu)
         y = conv_bn_relu(y, self.conv2, self.bn2, self.relu)
         return conv_bn_relu(y, self.conv3, self.bn3, self.relu, lambda: self.shortcut(x))

@@ -8,7 +8,10 @@ host cost of torch.library.register_autograd.
 from . import flops as _flops  # noqa: F401 - registers its formulas
 from .augmentation import augment
 from .batchnorm import batch_moments, channel_sum, normalize, update_running
+from .block import basic_block, bottleneck
+from .block_positions import flat_geometry
 from .conv import conv_dgrad, conv_fprop, conv_stats
+from .conv_implementations import kernels_serve_unasked
 from .conv_norm import conv_act, conv_bn_act, conv_bn_act_training
 from .conv_norm_pool import conv_bn_act_pool_training
 from .gram import conv_bn_act_by_gram, gram_serves
@@ -19,7 +22,9 @@ __all__ = [
     "adaptive_avg_pool",
     "augment",
     "avg_pool",
+    "basic_block",
     "batch_moments",
+    "bottleneck",
     "channel_sum",
     "conv_act",
     "conv_bn_act",
@@ -29,8 +34,10 @@ __all__ = [
     "conv_dgrad",
     "conv_fprop",
     "conv_stats",
+    "flat_geometry",
     "global_avg_pool",
     "gram_serves",
+    "kernels_serve_unasked",
     "max_pool",
     "max_pool_indices",
     "normalize",

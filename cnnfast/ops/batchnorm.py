@@ -85,7 +85,7 @@ def no_gradient_of_prelu(operator: str) -> RuntimeError:
     return RuntimeError(f"cnnfast::{operator} has no gradient with prelu: apply torch.prelu to what it gives without")
 
 
-def _replay(y, mean, var, gamma, beta, residual, eps, activation, slope, training) -> Tensor:
+def replayed(y, mean, var, gamma, beta, residual, eps, activation, slope, training) -> Tensor:
     """normalize in PyTorch's own differentiable operators: derivatives above the first are taken of this."""
     u = y
     if mean is not None:
@@ -174,7 +174,7 @@ def differentiable_gradients(
 
     def replay(*inputs):
         y, gamma, beta, residual = (inputs[wanted.index(i)] if i in wanted else t for i, t in enumerate(operands))
-        return _replay(y, mean, var, gamma, beta, residual, eps, activation, slope, training)
+        return replayed(y, mean, var, gamma, beta, residual, eps, activation, slope, training)
 
     inputs = [operands[i] for i in wanted]
     if torch._C._are_functorch_transforms_active():  # autograd.grad knows no tensor of an outer level
@@ -218,6 +218,14 @@ def _fake_activation_backward(dz: Tensor, z: Tensor | None, activation, slope) -
     return dz.new_empty(0) if activation is None else dense_like(dz), statistics_like(dz)
 
 
+def _apply_gradient_sums(g: Tensor, y: Tensor, mean: Tensor, var: Tensor, gamma, eps, sum_g, sum_gx) -> Tensor:
+    """dy of batch_norm(y) in training, from the gradient g of its result and what it sums to."""
+    statistics, sums, needs = (mean, var, None), (sum_g, sum_gx), (True, False)
+    dy, _ = batchnorm.apply_sums(g, y, None, statistics, gamma, None, None, sums, eps, None, 0.0, needs)
+    assert dy is not None
+    return dy
+
+
 class _ChannelSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -255,6 +263,12 @@ activation_backward = register(
     "activation_backward(Tensor dz, Tensor? z, str? activation, float slope) -> (Tensor, Tensor)",
     _activation_backward,
     _fake_activation_backward,
+)
+apply_gradient_sums = register(
+    "apply_gradient_sums(Tensor g, Tensor y, Tensor mean, Tensor var, Tensor? gamma, float eps, Tensor sum_g,"
+    " Tensor sum_gx) -> Tensor",
+    _apply_gradient_sums,
+    lambda g, y, *rest: dense_like(y),
 )
 channel_sum = register(
     "channel_sum(Tensor x) -> Tensor",

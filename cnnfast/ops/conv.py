@@ -182,6 +182,13 @@ conv_dgrad = register(
     _Dgrad,
     plain.conv_dgrad,
 )
+conv_dgrad_below = register(
+    "conv_dgrad_below(Tensor dy, Tensor w, Tensor? residual, Tensor? y, Tensor? mean, Tensor? var, Tensor? gamma,"
+    f" Tensor? beta, float eps, str? activation, float slope, SymInt[4] x_shape, bool channels_last, {GEOMETRY})"
+    " -> (Tensor, Tensor, Tensor)",
+    implementations.dgrad_below,
+    implementations.fake_dgrad_below,
+)
 conv_wgrad = register(
     f"conv_wgrad(Tensor x, Tensor dy, SymInt[4] w_shape, bool channels_last, {GEOMETRY}) -> Tensor",
     implementations.wgrad,

@@ -11,18 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from cnnfast_kernels import conv, memory
 from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.epilogue import NO_NORM, PLAIN, BatchNorm, Epilogue
+from cnnfast_kernels.gradient_epilogue import GradientEpilogue
 from cnnfast_kernels.keys import dgrad_key, fprop_key, wgrad_key
 from cnnfast_kernels.layout import convolution_format
 from cnnfast_kernels.problem import output_extent
 from cnnfast_kernels.questions import Geometry
 
+from .. import dispatch
 from ..precision import allow_tf32
 from . import library_convolution
-from .serving import library_serves
+from .serving import kernels_serve, library_comes_first, library_serves
 
 # Called `how` below: the positions that tell how the filters move over the image, and who computes it how.
 GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, int groups, str algorithm"
@@ -31,6 +34,18 @@ GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, int groups,
 def unpack(how: tuple[Any, ...]) -> tuple[Geometry, Any]:
     """(geometry, algorithm) of the positions GEOMETRY."""
     return tuple.__new__(Geometry, how[:4]), how[4]  # in half the time that Geometry(*how[:4]) takes
+
+
+def kernels_serve_unasked(x: Tensor, w: Tensor, geometry: Any) -> bool:
+    """Whether our kernels serve a convolution though nobody asked for them: the library does not come first, and no row
+    says otherwise. While torch.compile traces, no row is asked.
+    """
+    if library_comes_first(x.device):
+        return False
+    if is_compiling() or type(x) not in dispatch.PLAIN:
+        return True
+    key = fprop_key(x, w, unpack((*geometry, "auto"))[0], PLAIN, True, False, None)
+    return kernels_serve(conv.fprop_plan(key), x.device)
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
@@ -94,6 +109,23 @@ def dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape: Any, channels_las
     return plan.run(dy, w, bias)
 
 
+def dgrad_below(
+    dy: Tensor, w: Tensor, residual, y, mean, var, gamma, beta, eps: float, *rest: Any
+) -> tuple[Tensor, ...]:
+    """(g, the sum of g, the sum of g * xhat), g = (dx + residual) * act'(norm(y)); without y the sums are empty. By our
+    kernels always: the library's convolution has no such end.
+    """
+    activation, slope, x_shape, channels_last, *how = rest
+    (geometry, algorithm), fmt = unpack(tuple(how)), memory_format(channels_last)
+    below = GradientEpilogue(residual, y, None, None, BatchNorm(mean, var, gamma, beta, eps), activation, slope)
+    options: Any = {"fmt": fmt, "algorithm": algorithm, "tf32": allow_tf32(dy)}
+    if y is not None:
+        g, *sums = conv.conv_dgrad_sums(dy, w, x_shape, geometry, below, **options)
+        return g, *sums  # pyright: ignore[reportReturnType]
+    g = conv.conv_dgrad(dy, w, x_shape, geometry, below, **options)
+    return g, dy.new_empty(0), dy.new_empty(0)
+
+
 def wgrad(x: Tensor, dy: Tensor, w_shape: Any, channels_last: bool, *how: Any) -> Tensor:
     geometry, algorithm = unpack(how)
     tf32, fmt = allow_tf32(x), memory_format(channels_last)
@@ -132,6 +164,12 @@ def fake_bn_act(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
 
 def fake_dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape: Any, channels_last: bool, *how: Any) -> Tensor:
     return memory.empty(x_shape, dy, memory_format(channels_last))
+
+
+def fake_dgrad_below(dy: Tensor, w: Tensor, residual, y, *rest: Any) -> tuple[Tensor, ...]:
+    x_shape, channels_last = rest[7:9]
+    sums = (dy.new_empty(0 if y is None else x_shape[1], dtype=accumulator_dtype(dy.dtype)) for _ in range(2))
+    return memory.empty(x_shape, dy, memory_format(channels_last)), *sums
 
 
 def fake_wgrad(x: Tensor, dy: Tensor, w_shape: Any, channels_last: bool, *how: Any) -> Tensor:

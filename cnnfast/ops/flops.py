@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import conv, conv_norm, conv_norm_pool, gram  # noqa: F401 - define the operators
+from cnnfast_kernels.problem import output_extent
+
+from . import block, conv, conv_norm, conv_norm_pool, gram  # noqa: F401 - define the operators
+from .block_positions import members_of, trained_of
 
 OPERATORS = torch.ops.cnnfast
 
@@ -37,7 +40,7 @@ def _pooled(x_shape, w_shape, *rest: Any, out_shape, **options: Any) -> int:
     return _flops(out_shape[1], w_shape)
 
 
-@register_flop_formula(OPERATORS.conv_dgrad)
+@register_flop_formula([OPERATORS.conv_dgrad, OPERATORS.conv_dgrad_below])
 def _dgrad(dy_shape, w_shape, *rest: Any, **options: Any) -> int:
     return _flops(dy_shape, w_shape)
 
@@ -63,3 +66,36 @@ def _gram_backward(dz_shape, z_shape, beta_shape, activation, slope, x_shape, w_
 def _pooled_backward(dz_shape, taps_shape, at_max_shape, y_shape, *rest: Any, **options: Any) -> int:
     w_shape, _, (dx, dw, *_) = rest[-8:-5]
     return (dx + dw) * _flops(y_shape, w_shape) if dx or dw else 0
+
+
+def _after(image: Sequence[int], w: Sequence[int], geometry: Any) -> tuple[int, ...]:
+    """The size of what a convolution gives."""
+    stride, padding, dilation, _ = geometry
+    P = output_extent(image[2], w[2], stride[0], padding[0], padding[1], dilation[0])
+    Q = output_extent(image[3], w[3], stride[1], padding[2], padding[3], dilation[1])
+    return image[0], w[0], P, Q
+
+
+@register_flop_formula([OPERATORS.basic_block, OPERATORS.bottleneck])
+def _block(*arguments: Any, **options: Any) -> int:
+    x, branch, projection, *_ = members_of(arguments)
+    image: Any = x
+    total = 0
+    for layer in branch:
+        image = _after(image, layer.w, layer.geometry)  # pyright: ignore[reportArgumentType]
+        total += _flops(image, layer.w)  # pyright: ignore[reportArgumentType]
+    return total + (_flops(image, projection.w) if projection is not None else 0)  # pyright: ignore[reportArgumentType]
+
+
+@register_flop_formula([OPERATORS.basic_block_backward, OPERATORS.bottleneck_backward])
+def _block_backward(*arguments: Any, **options: Any) -> int:
+    _, x, _, branch, projection, _, dx, _ = trained_of(arguments)
+    image: Any = x
+    total, wanted = 0, dx
+    for layer in branch:
+        image = _after(image, layer.w, layer.geometry)  # pyright: ignore[reportArgumentType]
+        total += (wanted + layer.needs[0]) * _flops(image, layer.w)  # pyright: ignore[reportArgumentType]
+        wanted = wanted or any(layer.needs)
+    if projection is not None:
+        total += (dx + projection.needs[0]) * _flops(image, projection.w)  # pyright: ignore[reportArgumentType]
+    return total

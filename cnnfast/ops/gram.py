@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from cnnfast_kernels import conv, gram
-from cnnfast_kernels.epilogue import PLAIN
+from cnnfast_kernels.epilogue import PLAIN, BatchNorm
+from cnnfast_kernels.gradient_epilogue import GradientEpilogue
 from cnnfast_kernels.keys import fprop_key
 from cnnfast_kernels.layout import convolution_format
 
@@ -92,6 +93,21 @@ def _fake_gradients(g: Tensor, sums: Tensor, x: Tensor, w: Tensor, *rest: Any) -
     dx = implementations.fake_dgrad(g, w, None, x.shape, True) if needs[0] else g.new_empty(0)
     dw = implementations.fake_wgrad(x, g, w.shape, True) if needs[1] else g.new_empty(0)
     return dx, dw, torch.empty_like(sums)
+
+
+def _gradients_below(g: Tensor, sums: Tensor, x: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """(g of the layer below, dw, dgamma, and of that g the sums of conv_dgrad_below), where x is relu(norm(y))."""
+    mu, products, var, gamma, eps, stride, y, mean_below, var_below, gamma_below, beta_below, eps_below, need_w = rest
+    norm = BatchNorm(mean_below, var_below, gamma_below, beta_below, eps_below)
+    below = GradientEpilogue(None, y, None, None, norm, "relu", 0.0)
+    of = g, sums, x, w, mu, products, var, gamma, eps, tuple(stride), (True, need_w)
+    found = gram.gram_gradients(*of, below)
+    return tuple(g.new_empty(0) if t is None else t for t in found)
+
+
+def _fake_gradients_below(g: Tensor, sums: Tensor, x: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    own = x.new_empty(x.shape[1], dtype=SUMS)
+    return *_fake_gradients(g, sums, x, w, (True, rest[-1])), own, torch.empty_like(own)
 
 
 def _by_gram(
@@ -213,6 +229,13 @@ gram_gradients = register(
     " float eps, SymInt[2] stride, bool[2] needs) -> (Tensor, Tensor, Tensor)",
     _gradients,
     _fake_gradients,
+)
+gram_gradients_below = register(
+    "gram_gradients_below(Tensor g, Tensor sums, Tensor x, Tensor w, Tensor mu, Tensor products, Tensor var,"
+    " Tensor? gamma, float eps, SymInt[2] stride, Tensor y, Tensor mean_below, Tensor var_below, Tensor? gamma_below,"
+    " Tensor? beta_below, float eps_below, bool need_w) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gradients_below,
+    _fake_gradients_below,
 )
 conv_bn_act_by_gram = register(
     "conv_bn_act_by_gram(Tensor x, Tensor w, Tensor? bias, Tensor(a!)? mean, Tensor(b!)? var, float momentum,"

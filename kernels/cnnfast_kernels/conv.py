@@ -215,9 +215,10 @@ def conv_dgrad_sums(
     tf32: bool = False,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(g, the sum of g [C], the sum of g * (y - mean) [C] or, without y, None) of what `epilogue` makes of the gradient
-    with respect to x: those of the rounded g, in the accumulator's dtype. The first sum is the gradient of beta, and
-    the second, divided by sqrt(var + eps), that of gamma. By im2col the sums are passes of their own over g.
+    """(g, the sum of g [C], the sum of g * xhat [C] or, without y, None) of what `epilogue` makes of the gradient with
+    respect to x: those of the rounded g, in the accumulator's dtype. xhat is (y - mean) / sqrt(var + eps), without a
+    norm y. The first sum is the gradient of beta, and the second that of gamma. By im2col the sums are passes of their
+    own over g.
     """
     if algorithm != "im2col":
         key = dgrad_key(dy, w, x_shape, fmt, geometry, tf32, tile, epilogue, True)

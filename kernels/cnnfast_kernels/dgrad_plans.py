@@ -88,4 +88,6 @@ class DgradPlan(ConvolutionPlan):
             dx = self.run(dy, w, bias, epilogue)
             return dx, *sum_gradient(dx, epilogue)
         slots = memory.empty(self.slots, dy)
-        return self.run(dy, w, bias, epilogue, slots), *combine_slots(slots)
+        dx = self.run(dy, w, bias, epilogue, slots)
+        (var,) = contiguous(epilogue.norm.var)
+        return dx, *combine_slots(slots, var, epilogue.norm.eps, centred=True)

@@ -166,14 +166,16 @@ def take_half(sums, HALF: tl.constexpr):
 @triton.jit
 @no_type_check
 def take_columns(sums, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """Piece number PIECE of sums [rows, columns], whose columns are cut into PIECES: 1, 2 or 4."""
-    tl.static_assert(PIECES == 1 or PIECES == 2 or PIECES == 4)
+    """Piece number PIECE of sums [rows, columns], whose columns are cut into PIECES: 1, 2, 4 or 8."""
+    tl.static_assert(PIECES == 1 or PIECES == 2 or PIECES == 4 or PIECES == 8)
     if PIECES == 1:
         return sums
     elif PIECES == 2:
         return take_half(sums, PIECE)
-    else:
+    elif PIECES == 4:
         return take_half(take_half(sums, PIECE // 2), PIECE % 2)
+    else:
+        return take_half(take_half(take_half(sums, PIECE // 4), PIECE // 2 % 2), PIECE % 2)
 
 
 @triton.jit

@@ -43,14 +43,13 @@ def apply_epilogue(dz: torch.Tensor, e: GradientEpilogue) -> torch.Tensor:
 
 
 def sum_gradient(g: torch.Tensor, e: GradientEpilogue) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The sums [C] of g, and of g * (y - mean) if the epilogue has y."""
-    y, mean, one = e.y, e.norm.mean, None
-    if y is not None:
-        mean = y.new_zeros(y.shape[1]) if mean is None else mean
-        one = torch.ones_like(mean)  # a variance by which nothing is divided
-    g, y = mergeable(g), mergeable(y)
-    mean, one = contiguous(mean, one)
-    run, layout = plan_sums(g.shape, strides(g, y, None, None), g.dtype, 0.0, None, 0.0, 1 if y is None else 2)
+    """The sums [C] of g, and of g * xhat, or of g * y without a norm, if the epilogue has y."""
+    g, y = mergeable(g), mergeable(e.y)
+    mean, var = contiguous(e.norm.mean, e.norm.var)
+    if y is not None and var is None:
+        mean, var = y.new_zeros(y.shape[1]), y.new_ones(y.shape[1])  # by which nothing is changed
+    of = strides(g, y, None, None)
+    run, layout = plan_sums(g.shape, of, g.dtype, e.norm.eps, None, 0.0, 1 if y is None else 2)
     slots = memory.empty(layout, g)
-    run(GradientSumsOperands(g, y, None, None, mean, one, None, None, slots))
-    return combine_slots(slots)
+    run(GradientSumsOperands(g, y, None, None, mean, var, None, None, slots))
+    return combine_slots(slots, var, e.norm.eps)

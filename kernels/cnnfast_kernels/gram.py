@@ -9,7 +9,6 @@ this takes cost accuracy: four times PyTorch's own error.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -23,8 +22,9 @@ from .batchnorm.gram import (
     plan_statistics,
     plan_weight_gradient,
 )
-from .conv import conv_wgrad, fprop_plan
-from .epilogue import NO_NORM, BatchNorm, Epilogue
+from .conv import conv_dgrad, conv_dgrad_sums, conv_wgrad, fprop_plan
+from .epilogue import BatchNorm, Epilogue
+from .gradient_epilogue import NO_EPILOGUE, GradientEpilogue
 from .keys import fprop_key
 from .layout import Layout, dense
 from .questions import Geometry
@@ -75,19 +75,21 @@ def gram_gradients(
     eps: float,
     stride: tuple[int, int],
     needs: tuple[bool, bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    below: GradientEpilogue = NO_EPILOGUE,
+) -> tuple[torch.Tensor | None, ...]:
     """(dx, dw, dgamma) of batch_norm(conv(x, w)) in training, dx and dw channels_last and only if `needs` asks,
     dgamma [K] in float32.
 
     Shapes: g [N, K, P, Q], the gradient of the norm's result, and `sums` [K], its sums over all pixels, in float32;
-    x, w, mu, products and var as gram_statistics has them; gamma [K].
+    x, w, mu, products and var as gram_statistics has them; gamma [K]. below: what is to be made of dx, where the stride
+    is 1, and then the two sums that conv_dgrad_sums leaves are returned too.
     """
     N, K, P, Q = g.shape
-    C = x.shape[1]
+    C, shape = x.shape[1], x.shape
     geometry = POINTWISE._replace(stride=stride)
     gradient = conv_wgrad(x, g, (K, C, 1, 1), geometry, wide=True)
     dgamma, slopes, norm = (memory.empty(of, g) for of in _floats((K,), (K,), (4, C)))
-    scaled = memory.empty((C, K, 1, 1), w)
+    scaled = memory.empty((K, C, 1, 1), w)
     dw = memory.empty(w.shape, w, LAST) if needs[1] else None
     (gamma,) = contiguous(gamma)
     count = N * P * Q
@@ -98,16 +100,16 @@ def gram_gradients(
     own = memory.empty((C, C, 1, 1), w)
     plan_own(K, C, w.stride(), count)(OwnOperands(w, slopes, scaled, sums, mu, own, norm))
     mean, ones, back, k = norm.unbind()
-    of_own = _pointwise(met(x, stride), own, Epilogue(None, BatchNorm(mean, ones, back, k, 0.0)))
-    dx = _pointwise(g, scaled, Epilogue(None, NO_NORM, of_own))
-    if stride == (1, 1) and dx.is_contiguous(memory_format=LAST):
+    of_own = Epilogue(None, BatchNorm(mean, ones, back, k, 0.0))
+    x = met(x, stride)
+    own = fprop_plan(fprop_key(x, own, POINTWISE, of_own, False, False, None)).run(x, own, of_own)
+    last = g, scaled, x.shape, POINTWISE, below._replace(residual=own)
+    if below is not NO_EPILOGUE:
+        dx, *below_sums = conv_dgrad_sums(*last, fmt=LAST)
+        return dx, dw, dgamma, *below_sums
+    dx = conv_dgrad(*last, fmt=LAST)
+    if stride == (1, 1):
         return dx, dw, dgamma
-    whole = memory.empty(x.shape, x, LAST)
-    if stride != (1, 1):
-        whole.zero_()
+    whole = memory.empty(shape, x, LAST).zero_()
     met(whole, stride).copy_(dx)
     return whole, dw, dgamma
-
-
-def _pointwise(x: torch.Tensor, w: torch.Tensor, epilogue: Any) -> torch.Tensor:
-    return fprop_plan(fprop_key(x, w, POINTWISE, epilogue, False, False, None)).run(x, w, epilogue)

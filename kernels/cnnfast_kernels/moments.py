@@ -17,7 +17,7 @@ from . import launch, memory
 from .dtypes import KERNEL_DTYPES
 from .layout import Layout, dense
 from .planes import PlaneTile
-from .rounding import round_quotient
+from .rounding import round_quotient, round_root
 from .tiling import cdiv
 
 
@@ -94,13 +94,13 @@ def merge_moments(first, variance_ptr, count, origin, mask):
 def combine_kernel(
     entries_ptr, var_ptr, first_ptr, second_ptr,
     T, tiles_l, L, ROWS, columns, group, tiles, WIDTH, planes, DEPTH,
-    C: tl.constexpr, QUANTITIES: tl.constexpr, MOMENTS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, QUANTITIES: tl.constexpr, MOMENTS: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T of T entries into one: sums, or MOMENTS, where entry t stands for tiles [t, t + 1) * group.
 
-    Where `var_ptr` is given, the second sum of a channel whose 1 / sqrt(var + EPS) is infinite becomes that many times
-    as large.
+    Where `var_ptr` is given, the second sum of a channel becomes 1 / sqrt(var + EPS) times as large: of every channel
+    if it is CENTRED, else of those where that is infinite.
     """
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     out = tl.program_id(0) // TILES_C
@@ -126,14 +126,17 @@ def combine_kernel(
         if QUANTITIES == 2:
             second = tl.sum(tl.load(entries + C, mask=mask, other=0.0), 0)
             if var_ptr is not None:
-                infinite = tl.load(var_ptr + c, mask=c_ok, other=1.0).to(ACC) + EPS == 0.0
-                second = second * tl.where(infinite, float("inf"), 1.0)
+                var = tl.load(var_ptr + c, mask=c_ok, other=1.0).to(ACC) + EPS
+                if CENTRED:
+                    second = second * round_quotient(1.0, round_root(var))
+                else:
+                    second = second * tl.where(var == 0.0, float("inf"), 1.0)
             tl.store(second_ptr + at, second, mask=c_ok)
 
 
 @launch.planned
 def plan_combine(
-    T: int, quantities: int, C: int, dtype: torch.dtype, rows: TileRows | None, eps: float = 0.0
+    T: int, quantities: int, C: int, dtype: torch.dtype, rows: TileRows | None, eps: float = 0.0, centred: bool = False
 ) -> list[tuple[launch.Launch[CombineOperands], Layout]]:
     """The launch of each level, and the layout of what it leaves: at last that of a vector [C]. rows: those of moments;
     None for slots.
@@ -148,8 +151,8 @@ def plan_combine(
         groups = max(1, cdiv(T, tile.BLOCK_L))
         level = launch.Launch(
             combine_kernel, (groups * cdiv(C, BLOCK_C),), T, *cut,
-            tile=tile, C=C, QUANTITIES=quantities, MOMENTS=rows is not None, EPS=eps, ACC=KERNEL_DTYPES[dtype],
-            BLOCK_T=tile.BLOCK_L, BLOCK_C=BLOCK_C, num_warps=tile.num_warps,
+            tile=tile, C=C, QUANTITIES=quantities, MOMENTS=rows is not None, EPS=eps, CENTRED=centred,
+            ACC=KERNEL_DTYPES[dtype], BLOCK_T=tile.BLOCK_L, BLOCK_C=BLOCK_C, num_warps=tile.num_warps,
         )  # fmt: skip
         levels.append((level, dense((C,) if groups == 1 else (groups, quantities, C), dtype)))
         T, cut = groups, cut._replace(group=cut.group * tile.BLOCK_L)
@@ -164,14 +167,18 @@ def combine(moments: torch.Tensor, rows: TileRows) -> tuple[torch.Tensor, torch.
 
 
 def combine_slots(
-    slots: torch.Tensor, var: torch.Tensor | None = None, eps: float = 0.0, out: torch.Tensor | None = None
+    slots: torch.Tensor,
+    var: torch.Tensor | None = None,
+    eps: float = 0.0,
+    out: torch.Tensor | None = None,
+    centred: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The sums [C] of slots [T, 1 or 2, C], one a quantity. They are written into `out` [2, C], if it is given.
 
-    var [C], contiguous: the second sums of channels whose 1 / sqrt(var + eps) is infinite are multiplied by it, all
-    others are left.
+    var [C], contiguous: the second sums are multiplied by 1 / sqrt(var + eps), which makes sums of g * xhat of those of
+    g * (y - mean): all of them if they are `centred`, else those for which that is infinite.
     """
-    return _combined(slots, None, var, eps, out)
+    return _combined(slots, None, var, eps, out, centred)
 
 
 def _combined(
@@ -180,9 +187,10 @@ def _combined(
     var: torch.Tensor | None = None,
     eps: float = 0.0,
     out: torch.Tensor | None = None,
+    centred: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     T, quantities, C = entries.shape
-    *levels, (last, vector) = plan_combine(T, quantities, C, entries.dtype, rows, eps)
+    *levels, (last, vector) = plan_combine(T, quantities, C, entries.dtype, rows, eps, centred)
     for level, layout in levels:
         combined = memory.empty(layout, entries)
         level(CombineOperands(entries, None, combined[:, 0], combined[:, 1] if quantities == 2 else None))

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from cnnfast.functional import convolution, fused, normalization, pooled, pooling
+from cnnfast.functional import blocks, convolution, fused, normalization, pooled, pooling
 from tests.support.blocks import Net, build, image
 from tests.support.plain_operators import plain_operators
 
@@ -17,7 +17,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> torch.device
     """The device; every call there is served on the kernels' path, but computed by PyTorch's own operators."""
     pytest.importorskip("triton")
     plain = plain_operators()
-    for functions in (convolution, fused, normalization, pooled, pooling):
+    for functions in (blocks, convolution, fused, normalization, pooled, pooling):
         monkeypatch.setattr(functions, "ops", plain)
     return device
 

@@ -26,7 +26,8 @@ def pack_words(z: Tensor) -> Tensor:
 
 
 class Judged(NamedTuple):
-    """An epilogue, and of what it makes of dz, in float64: the gradient, and the sums of g and of g * (y - mean)."""
+    """An epilogue, and of what it makes of dz, in float64: the gradient, and the sums of g and of g * xhat,
+    xhat = (y - mean) / sqrt(var)."""
 
     epilogue: GradientEpilogue
     judge: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -60,8 +61,8 @@ def drawn(
     var = 4.0 ** integers(1, C).float()
     norm = BatchNorm(mean, var, gamma, beta, 0.0)
     column: Any = [t.double()[:, None, None] for t in norm[:4]]
-    centred = y.double() - column[0]
-    u = centred / column[1].sqrt() * column[2] + column[3]
+    xhat = (y.double() - column[0]) / column[1].sqrt()
+    u = xhat * column[2] + column[3]
     z = torch.where(u > 0, u, u * slope) if activation == "leaky_relu" else torch.relu(u)
     if activation == "relu6":
         z = z.clamp(max=6)
@@ -81,7 +82,7 @@ def drawn(
         if activation is not None:
             passes = (u > 0) & (u < 6 if activation == "relu6" else True)
             g = torch.where(passes, g, g * slope if activation == "leaky_relu" else 0.0)
-        return g, g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3))
+        return g, g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))
 
     return Judged(epilogue, judge)
 

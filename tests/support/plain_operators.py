@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cnnfast.ops.block_positions import Member, flat_geometry, members_of
 from cnnfast.ops.plain import (
     adaptive_avg_pool,
     avg_pool,
@@ -62,6 +63,22 @@ def plain_operators() -> SimpleNamespace:
         z, *found = ops.normalize_max_pool(y, *own, *rest[:-5])
         return z, y, *found, *own
 
+    def block(*arguments: Any) -> tuple[Any, ...]:
+        x, branch, projection, _, algorithm = members_of(arguments)
+
+        def layer(image: Tensor, member: Member, residual: Tensor | None, activation: str | None) -> Tensor:
+            end = member.gamma, member.beta, residual, member.eps, activation, 0.0, None
+            running = member.mean, member.var, True, member.momentum
+            return conv_bn_act_training(image, member.w, None, *running, *end, *member.geometry, algorithm)[0]
+
+        z = x
+        for member in branch[:-1]:
+            z = layer(z, member, None, "relu")
+        residual = x if projection is None else layer(x, projection, None, None)
+        return (layer(z, branch[-1], residual, "relu"),)
+
+    ops.basic_block = ops.bottleneck = block
+    ops.flat_geometry, ops.kernels_serve_unasked = flat_geometry, lambda *arguments: True
     ops.gram_serves = lambda *arguments: False
     ops.conv_bn_act_training = conv_bn_act_training
     ops.conv_bn_act_pool_training = conv_bn_act_pool_training

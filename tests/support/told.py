@@ -18,7 +18,7 @@ import cnnfast
 import cnnfast.nn as cnn
 from cnnfast import functional
 from cnnfast.conversion import ConversionReport
-from cnnfast.nn import pooled
+from cnnfast.nn import pooled, residual
 from cnnfast.recording import Trace
 
 Mode = Literal["no_grad", "eval", "train"]
@@ -27,6 +27,7 @@ MODES: tuple[Mode, ...] = ("no_grad", "eval", "train")
 # The operators that a fused convolution and norm call, of which gram_statistics is followed by conv_bn_act.
 FUSED = ("conv_bn_act", "conv_stats")
 STEM = "conv_bn_act_pool"  # a fused convolution, norm and pool
+BLOCK = "residual_block"
 
 CONVOLUTIONS = (cnn.Conv1d, cnn.Conv2d, cnn.ConvTranspose2d)
 NORMS = (cnn.BatchNorm1d, cnn.BatchNorm2d, cnn.BatchNorm3d)
@@ -146,7 +147,7 @@ def _told(model: nn.Module, report: ConversionReport, calls: Counter[str]) -> di
 
 
 class Step(NamedTuple):
-    """A call of one of functional's fused functions. weight: the size of the convolution's, if it has one. calls: which
+    """A call of one of functional's fused functions, or a layer of a residual block that is one. weight: the size of the convolution's, if it has one. calls: which
     of a trace's calls were made in it.
     """
 
@@ -172,7 +173,16 @@ def fused_steps(trace: Trace) -> Iterator[list[Step]]:
 
         return call
 
+    def block(x: Any, layers: Any, projection: Any, *how: Any) -> Any:
+        before = len(trace)
+        result = computed(x, layers, projection, *how)
+        for layer in (*layers, *([] if projection is None else [projection])):
+            steps.append(Step(BLOCK, _size(layer.weight.shape), range(before, len(trace))))
+        return result
+
+    computed = residual.computed
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(residual, "computed", block))
         for name in ("conv_bn_act", "conv_act", "bn_act"):
             function = watched(name, getattr(functional, name))
             stack.enter_context(mock.patch.object(functional, name, function))

@@ -104,8 +104,7 @@ def gram_statistics_kernel(
 class WeightGradientOperands(NamedTuple):
     """products [K, C], mu [C], var [K], sums = sg [K] and gradient = G [K, C] in float32; w [K, C], gamma [K].
 
-    Results: dgamma and slopes = B, [K] in float32, dw [K, C] if asked for, and Ws transposed, scaled [C, K], in w's
-    dtype.
+    Results: dgamma and slopes = B, [K] in float32, dw [K, C] if asked for, and Ws, scaled [K, C], in w's dtype.
     """
 
     gradient: torch.Tensor
@@ -151,7 +150,7 @@ def gram_weight_gradient_kernel(
         ok = k_ok[:, None] & (c < C)[None, :]
         w = load_block(w_ptr, k, c, w_stride_k, w_stride_c, ok)
         scaled = (scale[:, None] * w).to(scaled_ptr.dtype.element_ty)
-        tl.store(scaled_ptr + c.to(tl.int64)[None, :] * K + k[:, None], scaled, mask=ok)
+        tl.store(scaled_ptr + k.to(tl.int64)[:, None] * C + c[None, :], scaled, mask=ok)
         if dw_ptr is not None:
             mu = tl.load(mu_ptr + c, mask=c < C, other=0.0)
             centred = tl.fma(-sums[:, None], mu[None, :], load_block(gradient_ptr, k, c, C, 1, ok))
@@ -162,7 +161,7 @@ def gram_weight_gradient_kernel(
 
 
 class OwnOperands(NamedTuple):
-    """w [K, C], slopes = B [K], scaled = Ws transposed [C, K], sums = sg [K], mu [C].
+    """w [K, C], slopes = B [K], scaled = Ws [K, C], sums = sg [K], mu [C].
 
     Results: own [C, C], in w's dtype, is V with each row times a power of two, so that float16 holds it. norm [4, C] in
     float32 is the mean, variance, gamma and beta of the batch norm, with an eps of 0, that makes x V + k of x own.
@@ -206,7 +205,7 @@ def gram_own_kernel(
         w = load_block(w_ptr, k, c, w_stride_k, w_stride_c, k_ok[:, None] & c_ok[None, :])
         acc = tl.dot(rows.to(HALF), w.to(HALF), acc)
         sums = tl.load(sums_ptr + k, mask=k_ok, other=0.0)
-        of_sums += tl.sum(load_block(scaled_ptr, row, k, K, 1, ok) * sums[None, :], 1)
+        of_sums += tl.sum(load_block(scaled_ptr, row, k, 1, C, ok) * sums[None, :], 1)
 
     row_factor, row_inverse = power_of_two(tl.max(tl.abs(acc), 1))
     own = (acc * row_factor[:, None]).to(HALF)

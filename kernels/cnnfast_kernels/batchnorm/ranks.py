@@ -138,11 +138,11 @@ def apply_sums(
     dz: torch.Tensor,
     y: torch.Tensor,
     z: torch.Tensor | None,
-    statistics: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    statistics: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     gamma: torch.Tensor | None,
     beta: torch.Tensor | None,
     residual: torch.Tensor | None,
-    sums: torch.Tensor,
+    sums: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     eps: float,
     activation: str | None,
     slope: float,
@@ -150,7 +150,8 @@ def apply_sums(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(dy, dresidual), None where `needs` is false, of dz's shape and dtype and y's memory format.
 
-    statistics: what `combine_ranks` returned. sums: those of all ranks' `gradient_sums`. z as there.
+    statistics: what `combine_ranks` returned; without a count, of dz's own rows. sums: those of all ranks'
+    `gradient_sums`, [2, C] or two of [C]. z as there.
     """
     mean, var, count = statistics
     like = y.stride()  # of which `mergeable` may make a copy of another format

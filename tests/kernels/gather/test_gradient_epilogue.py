@@ -9,7 +9,7 @@ from cnnfast_kernels.epilogue import BatchNorm
 from cnnfast_kernels.gather.dgrad import dgrad, tile_rows
 from cnnfast_kernels.gradient_epilogue import GradientEpilogue
 from cnnfast_kernels.moments import combine_slots
-from cnnfast_kernels.tiling import DEFAULT_TILES
+from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig
 from tests.support.convolutions import (
     EVEN,
     OTHER_DTYPES,
@@ -57,7 +57,7 @@ def check(
     dz = input_gradient(case, w, dy).to(device) if special else reference(case, x, w, dy)[1]
     g, *sums = judged.judge(dz)
     assert_exact(dx, g)
-    assert_sums(combine_slots(slots), sums)
+    assert_sums(combine_slots(slots, judged.epilogue.norm.var, centred=True), sums)
 
 
 @pytest.mark.parametrize("mask", ["y", "z", "words"])
@@ -73,6 +73,14 @@ def test_masks(case, mask, device):
 def test_dtype(dtype, precision, device):
     judged = drawn(RAGGED.x, dtype, device, arrange, "y")
     check(RAGGED, device, judged, DEFAULT_TILES[precision][0], dtype, precision)
+
+
+@pytest.mark.parametrize("columns", [128, 256])
+def test_pieces(columns, device):
+    """A tile of so many sums is finished in pieces of its columns, 4 or 8 here."""
+    case = Case("", (1, 200, 5, 5), (18, 1, 1))
+    judged = drawn(case.x, torch.float16, device, arrange, "y")
+    check(case, device, judged, TileConfig(64, columns, 16, 4, 2), torch.float16, "half")
 
 
 def test_layout(device):

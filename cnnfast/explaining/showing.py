@@ -149,8 +149,8 @@ def _sentences(e: Explanation) -> list[str]:
             'cnnfast.backend("kernels").'
         )
     if e.train:
-        lines.append("The loss and the optimizer are not counted.")
         lines.append("What a step keeps for backward, layer by layer: cnnfast info MODEL --training.")
+        lines.append("The loss and the optimizer are not counted.")
     return lines
 
 

@@ -30,9 +30,6 @@ def seen(call, *operands):
     return found.bytes
 
 
-X = torch.zeros(4, 6)  # 96 bytes
-
-
 @pytest.mark.parametrize(
     ("call", "right"),
     [
@@ -50,7 +47,7 @@ X = torch.zeros(4, 6)  # 96 bytes
     ],
 )  # fmt: skip
 def test_an_operator_moves_what_it_reads_and_what_it_writes(call, right):
-    assert seen(call, X) == right
+    assert seen(call, torch.zeros(4, 6)) == right  # 96 bytes
 
 
 def test_a_norm_writes_its_running_statistics():

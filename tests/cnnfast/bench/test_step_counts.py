@@ -13,6 +13,7 @@ from tests.support.explained import H200, LAST, Net, image
 pytest.importorskip("triton")
 from cnnfast.bench.step_counts import LayerCount, count_step
 from cnnfast.bench.training_traffic import saved_when_compiled, training_traffic
+from cnnfast.ops.registry import OPERATORS
 
 # Bytes of a layer of 4 images of 8 x 8 in bfloat16: its input and filters, all of its image, a float32 and a bfloat16 a
 # channel, and the sums of four tiles.
@@ -84,6 +85,23 @@ def test_a_step_is_counted_once_whoever_composes_its_operators(torchvision):
     rows = {row.layer: row for row in found.layers}
     convolutions = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     assert all(rows[name].backward_bytes > 0 for name in convolutions)
+
+
+def test_a_gradient_is_its_operators_whatever_its_first_part_is_of(monkeypatch):
+    """Here the norm's statistics are updated before the convolution runs."""
+    model, x = layer(nn.ReLU())
+    right = {row.layer: row.backward_bytes for row in count_step(model, x, None, "kernels", gpu=H200).layers}
+    operator = OPERATORS["conv_bn_act_training"]
+
+    def norm_first(x, w, bias, mean, var, *rest):
+        own = torch.empty(16, dtype=torch.float32, device="meta")
+        torch.ops.cnnfast.update_running(mean, var, own, own, 0.1, 4)
+        return operator.implementation(x, w, bias, mean, var, *rest)
+
+    monkeypatch.setitem(OPERATORS, "conv_bn_act_training", operator._replace(implementation=norm_first))
+    found = count_step(model, x, None, "kernels", gpu=H200)
+    assert found.kernels["update_running_kernel"] == 2
+    assert {row.layer: row.backward_bytes for row in found.layers} == right
 
 
 def test_inputs_may_be_several_and_what_is_trained_must_be_something():

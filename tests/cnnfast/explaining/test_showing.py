@@ -71,6 +71,7 @@ def test_equal_operations_share_a_line_and_what_takes_longest_comes_first(explan
     text = " ".join(str(explanation).split())
     assert f"Kernels launched in a step: {explanation.launches}, which" in text
     assert "2 mm" in text
+    assert "layer by layer: cnnfast info MODEL --training." in text
     assert text.endswith("The loss and the optimizer are not counted.")
 
 

@@ -19,9 +19,9 @@ from .batchnorm import batch_moments, contiguous, pack_words
 from .dgrad_plans import DgradPlan
 from .dtypes import accumulator_dtype
 from .epilogue import PLAIN, BatchNorm, Epilogue
+from .fprop_plans import FpropPlan
 from .gather.depthwise.tiles import StripTile
 from .gather.depthwise.wgrad import plan_depthwise_wgrad
-from .fprop_plans import FpropPlan
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
 from .gather.stem import plan_stem_wgrad
 from .gather.wgrad import plan_wgrad

@@ -65,7 +65,7 @@ class FpropPlan(ConvolutionPlan):
         if isinstance(tile, BoxTile):
             whole = has_whole_words(q.boxed, tile)
         else:
-            whole = type(tile) is TileConfig and tile.BLOCK_M % WORD == 0
+            whole = isinstance(tile, TileConfig) and tile.BLOCK_M % WORD == 0
         return words_layout(self.result.shape) if whole else None
 
     @cached_property

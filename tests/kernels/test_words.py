@@ -128,6 +128,17 @@ def test_whoever_leaves_them(case, tile, dtype, layout, own_pass, device, launch
     assert ("normalize_kernel" in names) == (own_pass and z.numel() > 0)
 
 
+@needs_tensor_maps
+def test_boxes_of_an_image_with_gaps(device, monkeypatch):
+    """It is not one long row, of which each box would have whole words."""
+    monkeypatch.setattr(devices, "gpu", lambda _: devices.Gpu("", 90))
+    x, w, _ = (t.contiguous(memory_format=LAST) for t in draw(POINTWISE, torch.float16, device))
+    x = embed(x, 0, (0, 0, 0, 1))
+    geometry = conv.Geometry(POINTWISE.stride, POINTWISE.padding, POINTWISE.dilation, 1)
+    z, words = conv.conv_fprop_words(x, w, geometry, Epilogue(activation="relu"), tile=ROW)
+    assert_words(words, z)
+
+
 def test_without_an_epilogue_and_by_im2col(device):
     x, w, _ = (t.contiguous(memory_format=LAST) for t in draw(POINTWISE, torch.float16, device))
     geometry = conv.Geometry(POINTWISE.stride, POINTWISE.padding, POINTWISE.dilation, 1)
@@ -203,9 +214,12 @@ def test_packing(shape, dtype, device):
     assert torch.equal(positive, (~(z <= 0)).to(dtype))
 
 
-@pytest.mark.parametrize("layout", ["first", "transposed"])
-def test_packing_any_layout(layout, device):
-    z = special(integers((3, 70, 7, 9), torch.float16, device, layout=layout))
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((3, 70, 7, 9), "first"), ((3, 70, 7, 9), "transposed"), ((1, 3, 20, 15), "first")]
+)
+def test_packing_any_layout(shape, layout, device):
+    """The last is one plane, whose pixels are adjacent."""
+    z = special(integers(shape, torch.float16, device, layout=layout))
     assert_words(pack_words(z), z)
 
 

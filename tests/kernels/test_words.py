@@ -75,12 +75,16 @@ BOTH = [SMALL, pytest.param(ROW, marks=needs_tensor_maps)]
     ids=str,
 )
 def test_beside_a_convolution(tile, case, dtype, device):
-    """Of a residual some numbers are NaN, whose bits are set. A third of what is activated is 0 or less."""
+    """Of a residual some numbers are NaN, whose bits are set. Those of pixels that do not exist, to which a norm adds as
+    well, are not.
+    """
     addend = dense_output(case.y, dtype, device)
     addend.copy_(torch.randint(-3, 4, case.y, generator=torch.Generator().manual_seed(2)))
     addend[1, ::5, 2] = NAN
-    y, words = written(case, tile, dtype, device, Epilogue(residual=addend, activation="relu"))
-    exact = (reference(case, *draw(case, dtype, device))[0] + addend.double()).relu()
+    one = torch.ones(case.filters[0], device=device)
+    epilogue = Epilogue(None, BatchNorm(one * 0, one, one, one, 0.0), addend, "relu")
+    y, words = written(case, tile, dtype, device, epilogue)
+    exact = (reference(case, *draw(case, dtype, device))[0] + 1 + addend.double()).relu()
     assert_exact(y, exact)
     assert 0.2 < float((exact <= 0).double().mean()) < 0.8
     assert_words(words, exact)
@@ -263,8 +267,11 @@ def test_a_norms_bits_are_those_of_what_is_stored(dtype, least, device):
 
 @pytest.mark.parametrize(("shape", "dtype"), CHECKS)
 def test_backward(shape, dtype, device):
-    """By words as by the result that they are of, and PyTorch's derivative where it is NaN too."""
+    """By words as by the result that they are of, and PyTorch's derivative where it is NaN too, or where the gradient
+    above is infinite.
+    """
     z, dz = special(integers(shape, dtype, device).relu()), integers(shape, dtype, device, 1)
+    dz = torch.where(z <= 0, float("inf"), dz)
     words = words_of(z)
     with poisoned_workspaces():
         g, sums = activation_backward(dz, None, "relu", 0.0, words)

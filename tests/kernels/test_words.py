@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,8 +73,8 @@ BOTH = [SMALL, pytest.param(ROW, marks=needs_tensor_maps)]
     ids=str,
 )
 def test_beside_a_convolution(tile, case, dtype, device):
-    """Of a residual some numbers are NaN, whose bits are set. Those of pixels that do not exist, to which a norm adds as
-    well, are not.
+    """Of a residual some numbers are NaN, whose bits are set. Those of pixels that do not exist are not, to which a
+    norm adds as well.
     """
     addend = dense_output(case.y, dtype, device)
     addend.copy_(torch.randint(-3, 4, case.y, generator=torch.Generator().manual_seed(2)))
@@ -307,17 +305,18 @@ def test_backward_of_leaky_relu_without_sums(device):
 
 
 @pytest.mark.parametrize(
-    ("message", "activation", "slope", "words"),
+    ("message", "activation", "slope", "shape", "dtype"),
     [
-        ("words must be a contiguous tensor \\(2, 16\\)", "relu", 0.0, torch.empty(1, 16, dtype=torch.int32)),
-        ("words must be .* but is \\(2, 16\\) of torch.int64", "relu", 0.0, torch.empty(2, 16, dtype=torch.int64)),
-        ("words must be .* strides \\(1, 2\\)", "relu", 0.0, torch.empty(16, 2, dtype=torch.int32).T),
-        ("activation='relu6' with slope=0.0 has no", "relu6", 0.0, torch.empty(2, 16, dtype=torch.int32)),
-        ("activation='leaky_relu' with slope=-1.0", "leaky_relu", -1.0, torch.empty(2, 16, dtype=torch.int32)),
+        ("words must be a contiguous tensor \\(2, 16\\)", "relu", 0.0, (1, 16), torch.int32),
+        ("words must be .* but is \\(2, 16\\) of torch.int64", "relu", 0.0, (2, 16), torch.int64),
+        ("words must be .* strides \\(1, 2\\)", "relu", 0.0, (16, 2), torch.int32),
+        ("activation='relu6' with slope=0.0 has no", "relu6", 0.0, (2, 16), torch.int32),
+        ("activation='leaky_relu' with slope=-1.0", "leaky_relu", -1.0, (2, 16), torch.int32),
     ],
 )
-def test_what_fits_not(message, activation, slope, words, device):
+def test_what_fits_not(message, activation, slope, shape, dtype, device):
+    """Words of 42 pixels of 16 channels: the third are transposed."""
     dz = torch.empty(2, 16, 3, 7, device=device)
-    assert prod(dz.shape) == 42 * 16
+    words = torch.empty(shape, dtype=dtype, device=device)
     with pytest.raises(ValueError, match=message):
-        activation_backward(dz, None, activation, slope, words.to(device))
+        activation_backward(dz, None, activation, slope, words if shape[1] == 16 else words.T)

@@ -21,7 +21,7 @@ from .moments import TileRows, combine
 from .operands import FpropOperands
 from .packing import PackedFpropLaunches
 from .plans import ConvolutionPlan
-from .tiling import PackedTile, TileConfig, cdiv
+from .tiling import SQUARE_TILE, PackedTile, TileConfig, cdiv
 from .tma.fprop import box_rows, has_whole_words, plan_tma_fprop
 from .tma.stem import plan_tma_stem_fprop
 from .tma.tiles import BoxTile
@@ -66,6 +66,7 @@ class FpropPlan(ConvolutionPlan):
             whole = has_whole_words(q.boxed, tile)
         else:
             whole = isinstance(tile, TileConfig) and tile.BLOCK_M % WORD == 0
+            whole &= tile != SQUARE_TILE or q.residual is None  # beside a residual it would spill
         return words_layout(self.result.shape) if whole else None
 
     @cached_property

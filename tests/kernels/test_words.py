@@ -10,7 +10,7 @@ from cnnfast_kernels import conv, devices
 from cnnfast_kernels.batchnorm import activation_backward, masked_gradient, normalize, normalize_words, pack_words
 from cnnfast_kernels.epilogue import PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.gather.fprop import fprop
-from cnnfast_kernels.tiling import DEFAULT_TILES, TileConfig
+from cnnfast_kernels.tiling import DEFAULT_TILES, SQUARE_TILE, TileConfig
 from cnnfast_kernels.tma.fprop import tma_fprop
 from cnnfast_kernels.tma.tiles import BoxTile
 from cnnfast_kernels.words import unpack_words
@@ -146,6 +146,17 @@ def test_boxes_of_an_image_with_gaps(device, monkeypatch):
     geometry = conv.Geometry(POINTWISE.stride, POINTWISE.padding, POINTWISE.dilation, 1)
     z, words = conv.conv_fprop_words(x, w, geometry, Epilogue(activation="relu"), tile=ROW)
     assert_words(words, z)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_square_tile(residual, device, launches):
+    """It has no registers left for words beside a residual."""
+    x, w, dy = (t.contiguous(memory_format=LAST) for t in draw(POINTWISE, torch.float16, device))
+    geometry = conv.Geometry(POINTWISE.stride, POINTWISE.padding, POINTWISE.dilation, 1)
+    epilogue = Epilogue(residual=dy if residual else None, activation="relu")
+    z, words = conv.conv_fprop_words(x, w, geometry, epilogue, tile=SQUARE_TILE)
+    assert_words(words, z)
+    assert len(launches) == (2 if residual else 1)
 
 
 def test_without_an_epilogue_and_by_im2col(device):

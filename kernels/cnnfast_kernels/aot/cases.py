@@ -259,7 +259,7 @@ def joins(arch: int) -> Iterator[Case]:
     yield case("joined", SHALLOW, None, "half", torch.float16)
     if arch < 90:
         for layer in (SHALLOW, DEEP):
-            yield case("joined", layer, SQUARE_TILE, "half")
+            yield case("joined", layer, SQUARE_TILE, "half", note=" no residual", residual=False)
     if why_not_on(arch):
         return
     for layer in (SHALLOW, DEEP):

@@ -67,20 +67,30 @@ def activate(u, slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def largest_zero(u, STORED: tl.constexpr):
+    """The largest number of u's dtype that is stored as 0 in the dtype STORED, None: in u's own. Ties are to even.
+
+    To round u and widen it again, to be compared, would do nothing: LLVM takes the one for the inverse of the other.
+    """
+    # half the smallest subnormal number
+    ZERO: tl.constexpr = 2.0**-25 if STORED == tl.float16 else 2.0**-134 if STORED == tl.bfloat16 else 0.0
+    return tl.full((), ZERO, u.dtype)
+
+
+@triton.jit
+@no_type_check
 def activate_backward(dz, u, slope, ACTIVATION: tl.constexpr, STORED: tl.constexpr = None):
     """dz * act'(u), with PyTorch's choice at the kinks. For activations of FROM_OUTPUT `u` may be act(u) as well.
 
     STORED: for these, the dtype in which act(u) was stored, if u itself was not rounded to it. Then the choice is that
     of what was stored: the two bounds are the largest u that rounds to 0 and the least that rounds to 6, ties to even.
-    To round u here and widen it again would do nothing: LLVM takes the one for the inverse of the other.
 
     prelu is not among them: where a gradient is wanted, PyTorch's own prelu follows a kernel without an activation.
     """
     if ACTIVATION == "relu" or ACTIVATION == "relu6" or ACTIVATION == "leaky_relu":
-        # half the smallest subnormal number, and 6 less half a unit in the last place of what lies below it
-        ZERO: tl.constexpr = 2.0**-25 if STORED == tl.float16 else 2.0**-134 if STORED == tl.bfloat16 else 0.0
+        # 6 less half a unit in the last place of what lies below it
         SIX: tl.constexpr = 6 - 2.0**-9 if STORED == tl.float16 else 6 - 2.0**-6 if STORED == tl.bfloat16 else 6.0
-        zero = tl.full((), ZERO, u.dtype)
+        zero = largest_zero(u, STORED)
         if ACTIVATION == "relu":
             dz = tl.where(u <= zero, 0.0, dz)
         elif ACTIVATION == "relu6":

@@ -15,31 +15,27 @@ from typing import Literal
 import torch
 
 from . import launch, memory
-from .batchnorm import batch_moments, contiguous
+from .batchnorm import batch_moments, contiguous, pack_words
 from .dgrad_plans import DgradPlan
 from .dtypes import accumulator_dtype
 from .epilogue import PLAIN, BatchNorm, Epilogue
-from .gather.depthwise.filters import StripLaunch
-from .gather.depthwise.fprop import moments_rows, plan_depthwise_fprop
+from .fprop_plans import FpropPlan
 from .gather.depthwise.tiles import StripTile
 from .gather.depthwise.wgrad import plan_depthwise_wgrad
-from .gather.fprop import plan_fprop
 from .gather.im2col import im2col_dgrad, im2col_fprop, im2col_wgrad
-from .gather.stem import plan_stem_fprop, plan_stem_wgrad
+from .gather.stem import plan_stem_wgrad
 from .gather.wgrad import plan_wgrad
 from .gradient_epilogue import NO_EPILOGUE, GradientEpilogue, check_gradient_epilogue
 from .gradient_passes import apply_epilogue, sum_gradient
 from .keys import DgradKey, FpropKey, WgradKey, dgrad_key, fprop_key, wgrad_key
-from .layout import Layout, convolution_format, dense
-from .moments import TileRows, combine
-from .operands import FpropOperands, WgradOperands
-from .packing import PackedFpropLaunches, PackedWgradLaunches
+from .layout import convolution_format
+from .operands import WgradOperands
+from .packing import PackedWgradLaunches
 from .plans import ConvolutionPlan
 from .questions import Geometry, Tile, precision_of
 from .slots import WgradLaunches
-from .tiling import PackedTile, cdiv
-from .tma.fprop import box_rows, plan_tma_fprop
-from .tma.stem import plan_tma_stem_fprop, plan_tma_stem_wgrad
+from .tiling import PackedTile
+from .tma.stem import plan_tma_stem_wgrad
 from .tma.tiles import BoxTile
 from .tma.wgrad import plan_tma_wgrad
 
@@ -47,64 +43,6 @@ Algorithm = Literal["auto", "direct", "im2col"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plans: all of a call but its tensors
-
-
-class FpropPlan(ConvolutionPlan):
-    def __init__(self, key: FpropKey) -> None:
-        super().__init__(key)
-        self.finish = key.finish
-
-    @cached_property
-    def prepared(self) -> launch.Launch | StripLaunch | PackedFpropLaunches:
-        q, tile = self.question, self.tile
-        tensors = q.x, q.w, q.y, q.residual
-        if isinstance(tile, StripTile):
-            return plan_depthwise_fprop(q.problem, tile, *tensors, self.finish)
-        if isinstance(tile, BoxTile):
-            plan = plan_tma_stem_fprop if q.packed else plan_tma_fprop
-            return plan(q.problem, tile, *tensors, self.finish)
-        if isinstance(tile, PackedTile):
-            return plan_stem_fprop(q.problem, tile, q.precision, *tensors, self.finish)
-        return plan_fprop(q.problem, tile, q.precision, *tensors, self.finish)
-
-    @cached_property
-    def moments(self) -> tuple[Layout, TileRows]:
-        """The layout of the moments that the kernel can leave of its tiles, and which pixels each tile has."""
-        g, tile = self.question.problem, self.tile
-        if isinstance(tile, StripTile):
-            rows = moments_rows(g, tile)
-            tiles = cdiv(rows.tiles, tile.BLOCK_M)
-        elif isinstance(tile, BoxTile):
-            rows = box_rows(self.question.boxed, tile)
-            tiles = rows.tiles
-        else:
-            pixels = g.N * g.P * g.Q
-            tiles = cdiv(pixels, tile.BLOCK_M)
-            rows = TileRows(max(tiles, 1), pixels, tile.BLOCK_M)
-        return dense((tiles, 2, g.K), accumulator_dtype(self.result.dtype)), rows
-
-    def run(self, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
-        """y, of the epilogue that the plan was made for, and with any bias."""
-        y = memory.empty(self.result, x)
-        if epilogue is PLAIN:  # most convolutions: there is nothing to look at
-            self.prepared(FpropOperands(x, w, y))
-            return y
-        bias, (mean, var, gamma, beta, _), residual, _, _, slopes = epilogue
-        bias, mean, var, gamma, beta, slopes = contiguous(bias, mean, var, gamma, beta, slopes)
-        self.prepared(FpropOperands(x, w, y, bias, mean, var, gamma, beta, residual, None, slopes))
-        return y
-
-    def run_with_statistics(
-        self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(y, mean [K], biased variance [K]) by a plan for "stats": the kernel leaves the moments of its tiles, and a
-        small one combines them.
-        """
-        layout, rows = self.moments
-        y, moments = memory.empty(self.result, x), memory.empty(layout, x)
-        (bias,) = contiguous(bias)
-        self.prepared(FpropOperands(x, w, y, bias, moments=moments))
-        return y, *combine(moments, rows)
 
 
 class WgradPlan(ConvolutionPlan):
@@ -158,6 +96,26 @@ def conv_fprop(
     epilogue = Epilogue(bias, BatchNorm(mean, var, gamma, beta, norm.eps), residual, activation, slope, slopes)
     im2col_fprop(g, precision_of(x.dtype, tf32), x, w, y, epilogue)
     return y
+
+
+def conv_fprop_words(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    geometry: Geometry,
+    epilogue: Epilogue = PLAIN,
+    *,
+    algorithm: Algorithm = "auto",
+    tf32: bool = False,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(z, its words of bits [ceil(N * P * Q / 32), K], see words.py) of what `epilogue` makes of conv(x, w). The kernel
+    of a 1x1 convolution of channels_last images in half precision leaves both; elsewhere the words are a pass of their
+    own over z.
+    """
+    if algorithm == "im2col":
+        z = conv_fprop(x, w, geometry, epilogue, algorithm=algorithm, tf32=tf32)
+        return z, pack_words(z)
+    return fprop_plan(fprop_key(x, w, geometry, epilogue, False, tf32, tile, True)).run_with_words(x, w, epilogue)
 
 
 def conv_stats(

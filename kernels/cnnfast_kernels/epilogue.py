@@ -50,7 +50,8 @@ PLAIN = Epilogue()
 
 class Finish(NamedTuple):
     """What a kernel is compiled for of its epilogue: batch norm's eps, the activation's name, whether sums are float64,
-    leaky_relu's slope, and whether prelu has one slope for all channels.
+    leaky_relu's slope, whether prelu has one slope for all channels, and whether a forward kernel leaves words of bits
+    beside its result (words.py), and not the moments of its tiles.
 
     No dtype stands in it: Triton hands constants to whoever hooks into its compiler as JSON, which has none.
     """
@@ -60,6 +61,7 @@ class Finish(NamedTuple):
     double: bool
     slope: float = 0.0
     one_slope: bool = False
+    words: bool = False
 
 
 def finish_of(

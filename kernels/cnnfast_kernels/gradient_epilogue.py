@@ -6,8 +6,9 @@ With dz such a sum, and u the argument of the activation whose result the image 
 
 which is the gradient of what stands below the activation. u follows from y, the raw result of the convolution below, as
 u = (y - mean) * gamma / sqrt(var + eps) + beta, to the bits that epilogue.finish made of it. Or act'(u) follows from z,
-the activation's result, or from words, one bit of which says of each element whether z > 0. A kernel may also leave, of
-its tile, the sums over pixels of g and of g * (y - mean), from which the gradients of beta and gamma follow.
+the activation's result, or from words, one bit of which says of each element whether not z <= 0 (words.py). A kernel
+may also leave, of its tile, the sums over pixels of g and of g * (y - mean), from which the gradients of beta and gamma
+follow.
 """
 
 from __future__ import annotations
@@ -22,10 +23,7 @@ import triton.language as tl
 from .activations import ACTIVATIONS, FROM_OUTPUT, activate_backward
 from .epilogue import NO_NORM, BatchNorm, Finish, finish_of
 from .layout import Layout, layout_of
-
-WORD = 32  # pixels whose bits are in one word
-# Activations whose derivative follows from z > 0.
-FROM_SIGN = ("relu", "leaky_relu")
+from .words import BitWords, check_words, mask_gradient, tells_derivative
 
 
 class GradientLayouts(NamedTuple):
@@ -43,9 +41,9 @@ class GradientEpilogue(NamedTuple):
     """What a kernel makes of the gradient dz of an image [N, C, H, W]: (dz + residual) * act'(u).
 
     residual, y, z: of the image's shape and dtype, in any layout. words [ceil(N * H * W / 32), C], int32 and
-    contiguous: bit i of a row says of pixel m = (n * H + h) * W + w, which is pixel i of that row's 32, whether z > 0.
-    norm: how u follows from y, its vectors [C]. Of words, z and y the first that is given tells act'(u); beside words
-    or z, y is there for the sums alone. slope: leaky_relu's.
+    contiguous: bit i of a row says of pixel m = (n * H + h) * W + w, which is pixel i of that row's 32, whether not
+    z <= 0 (words.py). norm: how u follows from y, its vectors [C]. Of words, z and y the first that is given tells
+    act'(u); beside words or z, y is there for the sums alone. slope: leaky_relu's.
     """
 
     residual: torch.Tensor | None = None
@@ -83,13 +81,8 @@ def check_gradient_epilogue(
                 f"{name}.{field} must have the gradient's shape {(N, C, H, W)} and dtype {dtype}, but has "
                 f"{tuple(t.shape)} and {t.dtype}"
             )
-    if (words := e.words) is not None:
-        rows = -(-N * H * W // WORD)
-        if words.shape != (rows, C) or words.dtype != torch.int32 or not words.is_contiguous():
-            raise ValueError(
-                f"{name}.words must be a contiguous tensor {(rows, C)} of int32, a row for 32 pixels, but is "
-                f"{tuple(words.shape)} of {words.dtype} with strides {words.stride()}"
-            )
+    if e.words is not None:
+        check_words(e.words, shape, f"{name}.words")
     for field in ("mean", "var", "gamma", "beta"):
         t = getattr(e.norm, field)
         if t is not None and t.shape != (C,):
@@ -104,7 +97,7 @@ def check_gradient_epilogue(
     if e.activation is None:
         source, unused = True, e.words is not None or e.z is not None
     elif e.words is not None:
-        source, unused = e.activation in FROM_SIGN and positive, e.z is not None
+        source, unused = tells_derivative(e.activation, e.slope), e.z is not None
     elif e.z is not None:
         source, unused = e.activation in FROM_OUTPUT and positive, False
     else:
@@ -124,25 +117,6 @@ def check_gradient_epilogue(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Inside kernels
-
-
-class BitWords(NamedTuple):
-    """Inside a kernel, where the bits of a tile lie: of pixels `pixel` [rows], which are numbered through all images,
-    and channels `column` of C in all, as far as they exist. source: of words, or None.
-
-    first: the first pixel; pixels: how many there are. TOGETHER: whether the pixels are those from `first` on, a
-    multiple of 32, so that 32 rows share a word.
-    """
-
-    source: tl.tensor
-    pixel: tl.tensor
-    row_ok: tl.tensor
-    column: tl.tensor
-    column_ok: tl.tensor
-    C: tl.tensor
-    first: tl.tensor
-    pixels: tl.tensor
-    TOGETHER: tl.constexpr
 
 
 class Below(NamedTuple):
@@ -180,26 +154,6 @@ def take_columns(sums, PIECE: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def load_bits(words):
-    """Whether the bit of each element is set: [rows, columns] of BitWords."""
-    TOGETHER: tl.constexpr = words.TOGETHER
-    if TOGETHER:
-        ROWS: tl.constexpr = words.pixel.shape[0]
-        i = words.first // 32 + tl.arange(0, ROWS // 32)
-        exist = (i < tl.cdiv(words.pixels, 32))[:, None] & words.column_ok[None, :]
-        pointers = words.source + (i.to(tl.int64) * words.C)[:, None] + words.column[None, :]
-        loaded = tl.load(pointers, mask=exist, other=0)
-        bits = loaded[:, None, :] >> tl.arange(0, 32)[None, :, None]
-        return (bits.reshape(ROWS, words.column.shape[0]) & 1) != 0
-    else:
-        exist = words.row_ok[:, None] & words.column_ok[None, :]
-        rows = (words.pixel // 32).to(tl.int64) * words.C
-        loaded = tl.load(words.source + rows[:, None] + words.column[None, :], mask=exist, other=0)
-        return ((loaded >> (words.pixel % 32)[:, None]) & 1) != 0
-
-
-@triton.jit
-@no_type_check
 def finish_gradient(dz, below, channels, pointers, e: tl.constexpr, LOAD: tl.constexpr):
     """(g, y - mean) of dz [rows, columns], in the accumulator's dtype. Without y nobody needs the second, and dz stands
     in its place.
@@ -220,8 +174,7 @@ def finish_gradient(dz, below, channels, pointers, e: tl.constexpr, LOAD: tl.con
     if ACTIVATION is not None:
         slope = tl.full((), e.slope, ACC)
         if below.words.source is not None:
-            positive = load_bits(below.words)
-            dz = tl.where(positive, dz, dz * slope if ACTIVATION == "leaky_relu" else 0.0)
+            dz = mask_gradient(dz, below.words, slope, ACTIVATION)
         elif below.z.source is not None:
             dz = activate_backward(dz, LOAD(below.z).to(ACC), slope, ACTIVATION)
         else:

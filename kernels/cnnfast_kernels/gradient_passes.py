@@ -9,20 +9,12 @@ from __future__ import annotations
 import torch
 
 from . import memory
-from .batchnorm import contiguous, normalize, normalize_backward
+from .batchnorm import contiguous, masked_gradient, normalize, normalize_backward
 from .batchnorm.sums import GradientSumsOperands, plan_sums, strides
 from .epilogue import NO_NORM
-from .gradient_epilogue import WORD, GradientEpilogue
+from .gradient_epilogue import GradientEpilogue
 from .moments import combine_slots
 from .planes import mergeable
-
-
-def unpack_words(words: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A tensor as `like` [N, C, H, W], 1 where the bit of words [ceil(N * H * W / 32), C] is set, else 0."""
-    N, C, H, W = like.shape
-    bits = torch.arange(WORD, device=words.device, dtype=torch.int32)
-    pixels = ((words[:, None, :] >> bits[None, :, None]) & 1).flatten(0, 1)[: N * H * W]
-    return pixels.view(N, H, W, C).permute(0, 3, 1, 2).to(like.dtype)
 
 
 def apply_epilogue(dz: torch.Tensor, e: GradientEpilogue) -> torch.Tensor:
@@ -31,9 +23,11 @@ def apply_epilogue(dz: torch.Tensor, e: GradientEpilogue) -> torch.Tensor:
         dz = normalize(dz, None, None, None, None, e.residual, 0.0, None, 0.0)
     if e.activation is None:
         return dz
+    if e.words is not None:
+        return masked_gradient(dz, e.words, e.activation, e.slope, sums=False)[0]
     y, z, norm = e.y, e.z, e.norm
-    if e.words is not None or z is not None:
-        y, z, norm = None, z if e.words is None else unpack_words(e.words, dz), NO_NORM
+    if z is not None:
+        y, norm = None, NO_NORM
     needs = False, False, False, True
     g = normalize_backward(
         dz, y, z, norm.mean, norm.var, norm.gamma, norm.beta, None, norm.eps, e.activation, e.slope, False, needs

@@ -22,7 +22,9 @@ Shape = tuple[int, ...]
 
 
 class FpropKey(NamedTuple):
-    """Of a forward pass. tile: the one to run; None: the choice. `aligned` as in Question."""
+    """Of a forward pass. tile: the one to run; None: the choice. `aligned` as in Question. words: whether words of
+    bits of the result are asked for.
+    """
 
     x_shape: Shape
     x_strides: Shape
@@ -40,6 +42,7 @@ class FpropKey(NamedTuple):
     tile: Tile | None
     gpu: devices.Gpu
     aligned: bool
+    words: bool = False
 
     @property
     def finish(self) -> Finish:
@@ -138,8 +141,11 @@ def fprop_key(
     stats: bool,
     tf32: bool,
     tile: Tile | None,
+    words: bool = False,
 ) -> FpropKey:
-    """stats: whether the kernel shall leave the moments of its result, after which the epilogue has only a bias."""
+    """stats: whether the kernel shall leave the moments of its result, after which the epilogue has only a bias; words:
+    whether it shall leave words of bits.
+    """
     _, norm, residual, activation, slope, slopes = epilogue
     statistics: Statistics = "stats" if stats else "" if norm.mean is None else "norm"
     addresses, residual_strides = x.data_ptr() | w.data_ptr(), None
@@ -148,6 +154,7 @@ def fprop_key(
     return tuple.__new__(FpropKey, (
         x.shape, x.stride(), w.shape, w.stride(), residual_strides, x.dtype, geometry, statistics, norm.eps, activation,
         slope, slopes is not None and slopes.numel() == 1, tf32, tile, devices.gpu(x.device), addresses % 16 == 0,
+        words,
     ))  # fmt: skip
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 class FpropOperands(NamedTuple):
     """x [N, C, H, W], w [K, C / groups, R, S] and the result y [N, K, P, Q]; what of the rest is absent is None.
 
-    bias and the batch norm's mean, var, gamma and beta: [K], contiguous. residual: of y's shape. moments: where the
-    kernel leaves mean and variance of each of its tiles of y, [tiles, 2, K] in the accumulator's dtype. slopes:
-    prelu's, [1] or [K], contiguous.
+    bias and the batch norm's mean, var, gamma and beta: [K], contiguous. residual: of y's shape. beside: where the
+    kernel leaves mean and variance of each of its tiles of y, [tiles, 2, K] in the accumulator's dtype; or words of
+    bits of y (words.py). slopes: prelu's, [1] or [K], contiguous.
     """
 
     x: Tensor
@@ -28,7 +28,7 @@ class FpropOperands(NamedTuple):
     gamma: Tensor | None = None
     beta: Tensor | None = None
     residual: Tensor | None = None
-    moments: Tensor | None = None
+    beside: Tensor | None = None
     slopes: Tensor | None = None
 
 

@@ -103,9 +103,11 @@ class Planes:
         return {"tile": t, "g": g, "num_warps": t.num_warps}
 
 
-def choose_plane_tile(N: int, L: int, C: int, rows_adjacent: bool, dtype: torch.dtype) -> PlaneTile:
+def choose_plane_tile(
+    N: int, L: int, C: int, rows_adjacent: bool, dtype: torch.dtype, least_rows: int = 16
+) -> PlaneTile:
     """A tile of 4096 elements, 32 for each thread, or of 1024 in float64 and where larger ones leave multiprocessors
-    idle. It is 64 channels wide, or, where rows are adjacent, 256 rows high.
+    idle. It is 64 channels wide, or, where rows are adjacent, 256 rows high; and has least_rows, 16 or 32, or more.
 
     For each C there are two tiles with adjacent channels and six with adjacent rows: other N, H and W compile no more
     kernels than that.
@@ -113,10 +115,10 @@ def choose_plane_tile(N: int, L: int, C: int, rows_adjacent: bool, dtype: torch.
     tile = None
     for elements in (1024,) if dtype == torch.float64 else (4096, 1024):
         if rows_adjacent:
-            BLOCK_L = 256 if L > 128 else 64 if L > 16 else 16
+            BLOCK_L = 256 if L > 128 else 64 if L > 16 else least_rows
             BLOCK_C = min(elements // BLOCK_L, triton.next_power_of_2(C))
         else:
-            BLOCK_C = min(64, triton.next_power_of_2(C))
+            BLOCK_C = min(64, elements // least_rows, triton.next_power_of_2(C))
             BLOCK_L = elements // BLOCK_C
         tile = PlaneTile(BLOCK_L, BLOCK_C)
         if N * cdiv(L, BLOCK_L) * cdiv(C, BLOCK_C) >= 2 * BUSY_PROGRAMS:
@@ -138,9 +140,11 @@ def spatial_stride(shape: Sequence[int], stride: Sequence[int]) -> int | None:
 
 
 @launch.planned
-def common_planes(shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], dtype: torch.dtype) -> Planes:
-    """Operands of one shape with these strides (None: absent) as planes, with the tile for their dtype. Their spatial
-    axes must merge.
+def common_planes(
+    shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], dtype: torch.dtype, least_rows: int = 16
+) -> Planes:
+    """Operands of one shape with these strides (None: absent) as planes, with the tile for their dtype, of least_rows
+    or more. Their spatial axes must merge.
     """
     N, C = shape[:2]
     L = 1
@@ -162,7 +166,7 @@ def common_planes(shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None,
         PlaneStrides(n // ALIGN, None if l == 1 else l // ALIGN, None if c == 1 else c // ALIGN) for n, l, c in present
     )
     units = tuple(ABSENT if s is None else next(each) for s in strides)
-    tile = choose_plane_tile(N, L, C, rows_adjacent and all(c != 1 for _, _, c in present), dtype)
+    tile = choose_plane_tile(N, L, C, rows_adjacent and all(c != 1 for _, _, c in present), dtype, least_rows)
     return Planes(N, L, C, units, ALIGN, L_ALIGN, tile)
 
 

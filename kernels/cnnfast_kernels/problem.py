@@ -108,6 +108,12 @@ class ConvProblem:
         return self.K // self.groups
 
     @property
+    def is_pointwise(self) -> bool:
+        """Whether each output pixel is that of one input pixel, in the same order: 1x1, stride 1, no padding."""
+        g = self
+        return (g.R, g.S, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.P, g.Q) == (1, 1, 1, 1, 0, 0, g.H, g.W)
+
+    @property
     def is_depthwise(self) -> bool:
         return self.groups == self.C and self.groups > 1
 

@@ -19,6 +19,7 @@ import cnnfast.functional as F
 from cnnfast.functional.pooled import conv_bn_act_pool
 from cnnfast_kernels import batchnorm, conv, devices, packing
 from cnnfast_kernels.conv import Geometry
+from cnnfast_kernels.epilogue import Epilogue
 from cnnfast_kernels.questions import Tile
 from cnnfast_kernels.tiling import PackedTile, TileConfig
 from cnnfast_kernels.tma.tiles import BoxTile
@@ -97,6 +98,26 @@ class Pointers(torch.autograd.Function):
         x, w = ctx.saved_tensors
         dx = conv.conv_dgrad(dy, w, x.shape, Pointers.geometry, fmt=LAST, tile=Pointers.tile)
         return dx, conv.conv_wgrad(x, dy, w.shape, Pointers.geometry, fmt=LAST, tile=replace(Pointers.tile, SPLIT_K=2))
+
+
+class Joined(torch.autograd.Function):
+    """relu(conv(x) + residual) of a 1x1 convolution, which keeps words of bits for its gradient."""
+
+    geometry = Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, residual: Tensor) -> Tensor:
+        z, words = conv.conv_fprop_words(x, w, Joined.geometry, Epilogue(residual=residual, activation="relu"))
+        ctx.save_for_backward(x, w, words)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, words = ctx.saved_tensors
+        g, _ = batchnorm.activation_backward(dz, None, "relu", 0.0, words)
+        assert g is not None
+        dx = conv.conv_dgrad(g, w, x.shape, Joined.geometry, fmt=LAST)
+        return dx, conv.conv_wgrad(x, g, w.shape, Joined.geometry, fmt=LAST), g
 
 
 class Stem(torch.autograd.Function):
@@ -247,6 +268,7 @@ FAMILIES: dict[str, Family] = {
         HALF,
         ("normalised_max_pool_kernel", "normalised_max_pool_backward_kernel"),
     ),
+    "words of bits": Family(Joined.apply, (IMAGE, (24, 16, 1, 1), (2, 24, 8, 8)), HALF, ("masked_gradient_kernel",)),
     "average pool": Family(
         lambda x: F.avg_pool2d(x, 3, 2, 1), (IMAGE,), HALF, ("avg_pool_kernel", "avg_pool_backward_kernel")
     ),

@@ -12,15 +12,15 @@ from cnnfast_kernels.epilogue import NO_NORM, BatchNorm
 from cnnfast_kernels.gradient_epilogue import GradientEpilogue
 
 
-def pack_words(z: Tensor) -> Tensor:
-    """[ceil(N * H * W / 32), C] int32 of z [N, C, H, W]: bit i of a row says whether pixel i of its 32 is positive.
-    Bits of pixels that do not exist are set.
+def pack_words(z: Tensor, beyond: int = 1) -> Tensor:
+    """[ceil(N * pixels / 32), C] int32 of z [N, C, *spatial]: bit i of a row says whether not z <= 0 of pixel i of its
+    32. Bits of pixels that do not exist are `beyond`: readers must not mind them.
     """
-    N, C, H, W = z.shape
-    positive = (z > 0).permute(0, 2, 3, 1).reshape(-1, C)
-    rows = -(-N * H * W // 32)
-    bits = torch.ones(rows * 32, C, dtype=torch.int64, device=z.device)
-    bits[: len(positive)] = positive.long()
+    C = z.shape[1]
+    passes = (~(z <= 0)).movedim(1, -1).reshape(-1, C)
+    rows = -(-len(passes) // 32)
+    bits = torch.full((rows * 32, C), beyond, dtype=torch.int64, device=z.device)
+    bits[: len(passes)] = passes.long()
     words = (bits.view(rows, 32, C) << torch.arange(32, device=z.device)[None, :, None]).sum(1)
     return torch.where(words >= 2**31, words - 2**32, words).int()
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from cnnfast_kernels import devices
 from cnnfast_kernels.choosing import default_tile
-from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
-from cnnfast_kernels.epilogue import BatchNorm, Epilogue
+from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_fprop_words, conv_stats, conv_wgrad
+from cnnfast_kernels.epilogue import NO_NORM, BatchNorm, Epilogue
 from cnnfast_kernels.layout import layout_of
 from cnnfast_kernels.packed_tiles import choose_packed_tile
 from cnnfast_kernels.questions import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
 from cnnfast_kernels.tiling import choose_tile
 from cnnfast_kernels.tma.tiles import candidate_boxes
+from cnnfast_kernels.words import unpack_words
 
 from .trial import HALF, LAST, NCHW, SINGLE, SmokeTrial, Tensors, integers
 
@@ -98,6 +99,12 @@ def box_tile(q: Question) -> Tile:
     return next(candidate_boxes(q.boxed, q.operation, q.activation, q.gpu.arch))
 
 
+def row_tile(q: Question) -> Tile:
+    """The first of them whose boxes are one long row."""
+    tiles = candidate_boxes(q.boxed, q.operation, q.activation, q.gpu.arch)
+    return next(tile for tile in tiles if tile.TILE_W == tile.pixels)
+
+
 def split_tile(q: Question) -> Tile:
     """The default tile with the gradient in three partial sums, which a kernel of their own adds."""
     return replace(gather_tile(q), SPLIT_K=3)
@@ -123,6 +130,22 @@ def fprop(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
         return (torch.relu((c.convolve(x, w) - mean) * 2 + shift + residual),)
 
     return SmokeTrial(f"fprop {c}", lambda d: (c.x(d), c.w(d), c.dy(d), c.vector(d), c.vector(d, 2)), ours, exact)
+
+
+def joined(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
+    """The end of a residual block, which leaves its result and words of bits of it."""
+
+    def ours(x: Tensor, w: Tensor, residual: Tensor) -> Tensors:
+        gpu, fused = devices.gpu(x.device), {"residual_strides": residual.stride(), "activation": "relu"}
+        q = fprop_question(layout_of(x), layout_of(w), c.geometry, gpu, **fused)
+        z, words = conv_fprop_words(x, w, c.geometry, Epilogue(None, NO_NORM, residual, "relu"), tile=tile(q))
+        return z, unpack_words(words, z)
+
+    def exact(x: Tensor, w: Tensor, residual: Tensor) -> Tensors:
+        z = torch.relu(c.convolve(x, w) + residual)
+        return z, (z > 0).double()
+
+    return SmokeTrial(f"joined {c}", lambda d: (c.x(d), c.w(d), c.dy(d)), ours, exact)
 
 
 def stats(c: SmokeConvolution, tile: ChooseTile) -> SmokeTrial:
@@ -186,9 +209,6 @@ RAGGED = SmokeConvolution(3, 17, 10, 9, 4, 2, 1, dtype=SINGLE)
 GROUPED = SmokeConvolution(2, 24, 7, 12, 3, 1, 2, 2, 2, HALF, NCHW)
 GENERAL = (BODY, RAGGED, GROUPED)
 DEPTHWISE = (SmokeConvolution(2, 64, 9, 64, 3, groups=64), SmokeConvolution(1, 17, 11, 34, 5, 2, 2, 1, 17, SINGLE))
-BOXES = (
-    BODY,
-    SmokeConvolution(1, 40, 11, 72, 3, 2, 1),
-    SmokeConvolution(3, 64, 7, 32, 1, 1, 0),
-)  # the last is one row of pixels
+ONE_ROW = SmokeConvolution(3, 64, 7, 32, 1, 1, 0)  # of pixels
+BOXES = (BODY, SmokeConvolution(1, 40, 11, 72, 3, 2, 1), ONE_ROW)
 STEM = (SmokeConvolution(2, 3, 32, 16, 7, 2, 3), SmokeConvolution(1, 3, 19, 24, 3, 2, 1))

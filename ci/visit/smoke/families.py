@@ -15,6 +15,7 @@ from .convolutions import (
     BOXES,
     DEPTHWISE,
     GENERAL,
+    ONE_ROW,
     RAGGED,
     STEM,
     ChooseTile,
@@ -24,12 +25,14 @@ from .convolutions import (
     fprop,
     gather_tile,
     im2col,
+    joined,
     packed_tile,
+    row_tile,
     split_tile,
     stats,
     wgrad,
 )
-from .passes import PLANES, average, gram, max_pool, moments, normalised_max_pool, normalize, plane_mean, ranks
+from .passes import PLANES, average, bits, gram, max_pool, moments, normalised_max_pool, normalize, plane_mean, ranks
 from .trial import HALF, LAST, NCHW, SINGLE, SmokeTrial
 
 
@@ -49,7 +52,10 @@ def of_all(
 
 
 FAMILIES: dict[str, Family] = {
-    "fprop": Family(("conv_fprop_kernel",), (*of_all(fprop, GENERAL, gather_tile), stats(BODY, gather_tile))),
+    "fprop": Family(
+        ("conv_fprop_kernel",),
+        (*of_all(fprop, GENERAL, gather_tile), stats(BODY, gather_tile), joined(ONE_ROW, gather_tile)),
+    ),
     "dgrad": Family(("conv_dgrad_kernel",), of_all(dgrad, GENERAL, gather_tile)),
     "wgrad": Family(
         ("conv_wgrad_kernel", "conv_wgrad_reduce_kernel"),
@@ -62,7 +68,9 @@ FAMILIES: dict[str, Family] = {
     "depthwise-dgrad": Family(("depthwise_dgrad_kernel",), of_all(dgrad, DEPTHWISE, gather_tile)),
     "depthwise-wgrad": Family(("depthwise_wgrad_kernel",), of_all(wgrad, DEPTHWISE, gather_tile)),
     "tma-fprop": Family(
-        ("tma_fprop_kernel",), (*of_all(fprop, BOXES, box_tile), stats(BODY, box_tile)), tensor_maps=True
+        ("tma_fprop_kernel",),
+        (*of_all(fprop, BOXES, box_tile), stats(BODY, box_tile), joined(ONE_ROW, row_tile)),
+        tensor_maps=True,
     ),
     "tma-dgrad": Family(("tma_dgrad_kernel",), of_all(dgrad, BOXES, box_tile), tensor_maps=True),
     "tma-wgrad": Family(("tma_wgrad_kernel",), of_all(wgrad, BOXES, box_tile), tensor_maps=True),
@@ -82,6 +90,7 @@ FAMILIES: dict[str, Family] = {
         ("gradient_sums_kernel", "normalize_backward_kernel"),
         tuple(normalize(*planes, gradients=True) for planes in PLANES),
     ),
+    "bits": Family(("masked_gradient_kernel",), tuple(bits(*planes) for planes in PLANES)),
     "gram": Family(
         ("gram_statistics_kernel", "gram_weight_gradient_kernel", "gram_own_kernel"),
         (gram((4, 32, 8, 8), 128, 1, HALF), gram((3, 24, 9, 7), 40, 2, HALF)),

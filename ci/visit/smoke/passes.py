@@ -9,6 +9,7 @@ from torch import Tensor
 from cnnfast_kernels import batchnorm, pooling
 from cnnfast_kernels.gram import gram_gradients, gram_statistics
 from cnnfast_kernels.problem import PoolProblem
+from cnnfast_kernels.words import unpack_words
 
 from .trial import HALF, LAST, NCHW, SINGLE, SmokeTrial, Tensors, integers
 
@@ -88,6 +89,28 @@ def normalize(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_form
         return *images, dz, integers((C,), 2, device, SINGLE), integers((C,), 3, device, SINGLE)
 
     return SmokeTrial(f"{'gradients' if gradients else 'normalize'} {shape}", operands, ours, exact)
+
+
+def bits(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format) -> SmokeTrial:
+    """Words of bits of z = relu(y + residual), from the pass that computes z and from z, and the gradient by them."""
+
+    def ours(y: Tensor, residual: Tensor, dz: Tensor) -> Tensors:
+        nothing = None, None, None, None
+        z, words = batchnorm.normalize_words(y, *nothing, residual, 0.0, "relu", 0.0)
+        g, sums = batchnorm.activation_backward(dz, None, "relu", 0.0, words)
+        assert g is not None
+        return z, unpack_words(words, z), unpack_words(batchnorm.pack_words(z), z), g, sums
+
+    def exact(y: Tensor, residual: Tensor, dz: Tensor) -> Tensors:
+        z = torch.relu(y + residual)
+        positive = (z > 0).double()
+        return z, positive, positive, dz * positive, (dz * positive).sum((0, 2, 3))
+
+    def operands(device: torch.device) -> Tensors:
+        y, residual, dz = (integers(shape, most, device, dtype, fmt) for most in (4, 3, 2))
+        return y, residual, dz
+
+    return SmokeTrial(f"words of bits {shape}", operands, ours, exact)
 
 
 PLANES = (((4, 32, 8, 8), HALF, LAST), ((3, 17, 5, 6), SINGLE, NCHW))

@@ -251,6 +251,23 @@ def masked_gradients(arch: int) -> Iterator[Case]:
     yield case("masked", DEEP, row, "half", note=" in boxes, words", mask="words", sums=False)
 
 
+def joins(arch: int) -> Iterator[Case]:
+    """1x1 convolutions that leave words of bits: every tile that may serve."""
+    for layer in (SHALLOW, DEEP):
+        for tile in candidate_tiles(layer.problem, "fprop", "half", arch=arch):
+            yield case("joined", layer, tile, "half")
+    yield case("joined", SHALLOW, None, "half", torch.float16)
+    if arch < 90:
+        for layer in (SHALLOW, DEEP):
+            yield case("joined", layer, SQUARE_TILE, "half", note=" no residual", residual=False)
+    if why_not_on(arch):
+        return
+    for layer in (SHALLOW, DEEP):
+        for tile in candidate_boxes(layer.problem, "fprop", "relu", arch):
+            if tile.TILE_W == tile.pixels:
+                yield case("joined", layer, tile, "half", note=" in boxes")
+
+
 def cases(arch: int = 90) -> list[Case]:
     """All of them for sm_90 or another, in an order that every process of one version agrees on."""
     boxes = () if why_not_on(arch) else box_convolutions(arch)
@@ -263,4 +280,5 @@ def cases(arch: int = 90) -> list[Case]:
         *boxes,
         *leaner,
         *masked_gradients(arch),
+        *joins(arch),
     ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import memory
-from ..conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad, dgrad_plan
+from ..conv import conv_dgrad, conv_fprop, conv_fprop_words, conv_stats, conv_wgrad, dgrad_plan
 from ..devices import Gpu
 from ..epilogue import NO_NORM, BatchNorm, Epilogue
 from ..gradient_epilogue import GradientEpilogue
@@ -80,6 +80,12 @@ class CaseLayer:
         slopes = empty(self.K, dtype=dtype) if activation == "prelu" else None
         epilogue = Epilogue(None, norm, self.y(dtype) if residual else None, activation, 0.01, slopes)
         conv_fprop(self.x(dtype), self.w(dtype), self.geometry, epilogue, tf32=precision == "tf32", tile=tile)
+
+    def joined(self, tile: Tile | None, precision: Precision, dtype: torch.dtype, residual: bool = True) -> None:
+        """The epilogue of a residual block's join in training: that of inference, and words of bits."""
+        norm = BatchNorm(empty(self.K), empty(self.K), empty(self.K), empty(self.K))
+        epilogue = Epilogue(None, norm, self.y(dtype) if residual else None, "relu")
+        conv_fprop_words(self.x(dtype), self.w(dtype), self.geometry, epilogue, tf32=precision == "tf32", tile=tile)
 
     def act(
         self,

@@ -20,6 +20,8 @@ from ..batchnorm import (
     gradient_sums,
     normalize,
     normalize_backward,
+    normalize_words,
+    pack_words,
     update_running,
 )
 from ..gram import gram_gradients, gram_statistics
@@ -81,6 +83,16 @@ def batch_norm_over_ranks(dtype: torch.dtype, ranks: int) -> None:
     norm = weight, bias, y
     sums = gradient_sums(y, y, y, *statistics[:2], *norm, 1e-5, "relu", 0.0)
     apply_sums(y, y, y, statistics, *norm, sums, 1e-5, "relu", 0.0, (True, True))
+
+
+def bits(dtype: torch.dtype, fmt: torch.memory_format) -> None:
+    """Words of bits beside act(batch_norm(y) + residual), those of a tensor, and backward by them."""
+    C = 64
+    y = layers.empty(BATCH, C, 56, 56, dtype=dtype, fmt=fmt)
+    vector = layers.empty(C)
+    z, words = normalize_words(y, vector, vector, vector, vector, y, 1e-5, "relu", 0.0)
+    pack_words(z)
+    activation_backward(z, None, "relu", 0.0, words)
 
 
 def gram_matrix(dtype: torch.dtype, C: int, K: int, stride: int) -> None:
@@ -162,6 +174,9 @@ def passes() -> Iterator[tuple[str, Callable[[], None]]]:
     for C, K, stride in ((64, 256, 1), (512, 2048, 1), (256, 512, 2), (24, 144, 1)):
         yield (f"gram matrix {C} to {K} stride {stride} bfloat16", partial(gram_matrix, torch.bfloat16, C, K, stride))
     yield ("gram matrix 64 to 256 stride 1 float16", partial(gram_matrix, torch.float16, 64, 256, 1))
+    yield ("words of bits bfloat16", partial(bits, torch.bfloat16, LAST))
+    yield ("words of bits float16 NCHW", partial(bits, torch.float16, NCHW))
+    yield ("words of bits float64", partial(bits, torch.float64, LAST))
     # read off the result, computed again, and one whose slopes are operands
     for activation in ("relu", "mish", "prelu"):
         yield (f"bias and {activation} bfloat16", partial(activation_pass, torch.bfloat16, LAST, activation))

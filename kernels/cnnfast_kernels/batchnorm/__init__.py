@@ -9,7 +9,8 @@ Everything is computed in float32, or float64 for float64 tensors.
 
 from ..planes import contiguous
 from .gradients import activation_backward, normalize_backward
-from .normalising import normalize
+from .masked import masked_gradient
+from .normalising import normalize, normalize_words, pack_words
 from .ranks import apply_sums, combine_ranks, gradient_sums
 from .running import update_running
 from .statistics import batch_moments, combine_moments
@@ -24,7 +25,10 @@ __all__ = [
     "combine_ranks",
     "contiguous",
     "gradient_sums",
+    "masked_gradient",
     "normalize",
     "normalize_backward",
+    "normalize_words",
+    "pack_words",
     "update_running",
 ]

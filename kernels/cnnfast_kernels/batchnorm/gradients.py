@@ -34,6 +34,7 @@ from ..planes import (
 )
 from ..rounding import round_quotient
 from .channels import load_scale
+from .masked import masked_gradient
 from .sums import GradientSumsOperands, Shape, load_gradient, plan_sums, strides
 
 STRIDES = [f"{t}_stride_{d}" for t in ("dz", "y", "z", "residual", "dy", "dresidual") for d in "nlc"]
@@ -210,10 +211,17 @@ def normalize_backward(
 
 
 def activation_backward(
-    dz: torch.Tensor, z: torch.Tensor | None, activation: str | None, slope: float
+    dz: torch.Tensor,
+    z: torch.Tensor | None,
+    activation: str | None,
+    slope: float,
+    words: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(dz * act', its sum over all axes but channels [C] in float32, or float64 for float64), where act' can be told
-    from the result z. Without an activation the gradient is dz itself, and None is returned in its place.
+    from the result z, or, where they are given, from its words of bits (words.py), and z is not read. Without an
+    activation the gradient is dz itself, and None is returned in its place.
+
+    Raises ValueError where words do not fit dz, or do not tell act'.
     """
     if activation is None:
         dz = mergeable(dz)
@@ -221,6 +229,10 @@ def activation_backward(
         slots = memory.empty(layout, dz)
         run(GradientSumsOperands(dz, None, None, None, None, None, None, None, slots))
         return None, combine_slots(slots)[0]
+    if words is not None:
+        g, sums = masked_gradient(dz, words, activation, slope, sums=True)
+        assert sums is not None
+        return g, sums
     like, dz, z = dz.stride(), mergeable(dz), mergeable(z)
     of = strides(dz, None, z, None)
     run, layout, of_slots = plan_backward(dz.shape, of, like, dz.dtype, 0.0, activation, slope, True, False)

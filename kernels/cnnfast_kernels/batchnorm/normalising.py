@@ -1,4 +1,6 @@
-"""Normalise, activate and, if there is a residual, add, in one pass over memory."""
+"""Normalise, activate and, if there is a residual, add, in one pass over memory, which may leave words of bits of the
+result too (words.py).
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,15 @@ from ..planes import (
     mergeable,
     tile_pointers,
 )
+from ..words import WORD, store_bits, words_layout
 from .channels import load_scale
 
 STRIDES = [f"{t}_stride_{d}" for t in ("y", "residual", "z") for d in "nlc"]
 
 
 class NormalizeOperands(NamedTuple):
-    """y and, of its shape, residual and the result z; the others [C], contiguous, slopes also [1]. What is absent is
-    None; without mean there is nothing of a norm but beta.
+    """y and, of its shape, residual and the result z; the others [C], contiguous, slopes also [1]; words of bits of z.
+    What is absent is None, z where only its words are wanted; without mean there is nothing of a norm but beta.
     """
 
     y: torch.Tensor
@@ -40,8 +43,9 @@ class NormalizeOperands(NamedTuple):
     gamma: torch.Tensor | None
     beta: torch.Tensor | None
     residual: torch.Tensor | None
-    z: torch.Tensor
+    z: torch.Tensor | None
     slopes: torch.Tensor | None
+    words: torch.Tensor | None = None
 
 
 class ResidualTile(NamedTuple):
@@ -64,11 +68,14 @@ def load_residual_tile(residual):
 @triton.jit(do_not_specialize=["L", *STRIDES])
 @no_type_check
 def normalize_kernel(
-    y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, z_ptr, slopes_ptr, L,
+    y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, z_ptr, slopes_ptr, words_ptr, L,
     y_stride_n, y_stride_l, y_stride_c, residual_stride_n, residual_stride_l, residual_stride_c,
     z_stride_n, z_stride_l, z_stride_c, g: tl.constexpr, e: tl.constexpr,
 ):  # fmt: skip
-    """One tile of z. g: PlaneGeometry; e: Finish."""
+    """One tile of z, and its words of bits, if asked for, where all images are one plane.
+
+    g: PlaneGeometry; e: Finish.
+    """
     ACC: tl.constexpr = tl.float64 if e.double else tl.float32
     at = locate_tile(L, g)
     y = load_tile(PlaneTensor(y_ptr, y_stride_n, y_stride_l, y_stride_c, g.ALIGN), at, ACC)
@@ -88,8 +95,12 @@ def normalize_kernel(
     addend = PlaneTensor(residual_ptr, residual_stride_n, residual_stride_l, residual_stride_c, g.ALIGN)
     residual = ResidualTile(residual_ptr, addend, at)
     z = finish(y, channels, residual, of_channels, e, load_residual_tile)
-    pointers = tile_pointers(PlaneTensor(z_ptr, z_stride_n, z_stride_l, z_stride_c, g.ALIGN), at)
-    tl.store(pointers, z.to(z_ptr.dtype.element_ty), mask=at.mask)
+    if z_ptr is not None:
+        pointers = tile_pointers(PlaneTensor(z_ptr, z_stride_n, z_stride_l, z_stride_c, g.ALIGN), at)
+        tl.store(pointers, z.to(z_ptr.dtype.element_ty), mask=at.mask)
+    if words_ptr is not None:
+        first = at.number.to(tl.int64) * g.BLOCK_L
+        store_bits(words_ptr, first, L * g.L_ALIGN, at.c, at.c_ok, g.C, z, y_ptr.dtype.element_ty)
 
 
 @launch.planned
@@ -97,18 +108,23 @@ def _plan_normalize(
     shape: tuple[int, ...],
     y_strides: tuple[int, ...],
     residual_strides: tuple[int, ...] | None,
-    like: tuple[int, ...],
+    like: tuple[int, ...] | None,
     dtype: torch.dtype,
     eps: float,
     activation: str | None,
     slope: float,
     one_slope: bool,
-) -> tuple[launch.Launch[NormalizeOperands], Layout]:
-    z = dense(shape, dtype, dense_format(Layout(shape, like, dtype)))
-    planes = common_planes(shape, (y_strides, residual_strides, z.strides), dtype)
+    words: bool = False,
+) -> tuple[launch.Launch[NormalizeOperands], Layout | None, Layout | None]:
+    """The launch, the layout of z, None where `like` is and z is not wanted, and that of its words, None where they are
+    not wanted, or the pass does not go through the pixels in their order.
+    """
+    z = None if like is None else dense(shape, dtype, dense_format(Layout(shape, like, dtype)))
+    operands = y_strides, residual_strides, None if z is None else z.strides
+    planes = common_planes(shape, operands, dtype, WORD if words else 16)
     e = finish_of(dtype, eps, activation, slope, one_slope)
     run = launch.Launch(normalize_kernel, planes.grid, planes.units, *chain(*planes.strides), e=e, **planes.constants)
-    return run, z
+    return run, z, words_layout(shape) if words and (planes.N == 1 or planes.rows == 0) else None
 
 
 def normalize(
@@ -130,12 +146,67 @@ def normalize(
     Shapes: y and residual [N, C, *spatial] in any layouts, the others [C] of any floating dtypes. slope: leaky_relu's;
     slopes: prelu's, [C] or [1].
     """
+    return _normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, out_like, False)[0]
+
+
+def normalize_words(
+    y: torch.Tensor,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    slopes: torch.Tensor | None = None,
+    out_like: Laid | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(z, its words of bits [ceil(N * pixels / 32), C], see words.py), z as `normalize` computes it. One pass leaves
+    both where all tensors are channels_last; elsewhere the words are a pass of their own over z.
+    """
+    of = y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, out_like
+    z, words = _normalize(*of, True)
+    return z, pack_words(z) if words is None else words
+
+
+def _normalize(
+    y: torch.Tensor,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    slopes: torch.Tensor | None,
+    out_like: Laid | None,
+    with_words: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     like = (y if out_like is None else out_like).stride()
     y, residual = mergeable(y), mergeable(residual)
     residual_strides = None if residual is None else residual.stride()
-    how = eps, activation, slope, slopes is not None and slopes.numel() == 1
-    run, layout = _plan_normalize(y.shape, y.stride(), residual_strides, like, y.dtype, *how)
-    z = memory.empty(layout, y)
+    how = eps, activation, slope, slopes is not None and slopes.numel() == 1, with_words
+    run, layout, of_words = _plan_normalize(y.shape, y.stride(), residual_strides, like, y.dtype, *how)
+    assert layout is not None
+    z, words = memory.empty(layout, y), None if of_words is None else memory.empty(of_words, y)
     mean, var, gamma, beta, slopes = contiguous(mean, var, gamma, beta, slopes)
-    run(NormalizeOperands(y, mean, var, gamma, beta, residual, z, slopes))
-    return z
+    run(NormalizeOperands(y, mean, var, gamma, beta, residual, z, slopes, words))
+    return z, words
+
+
+def pack_words(z: torch.Tensor) -> torch.Tensor:
+    """The words of bits of z [N, C, *spatial] in any layout: [ceil(N * pixels / 32), C], see words.py. Of z whose
+    pixels are not one plane of rows, as those of channels_last are, a copy is read that is.
+    """
+    how = None, None, z.dtype, 0.0, None, 0.0, False, True
+    z = mergeable(z)
+    run, _, layout = _plan_normalize(z.shape, z.stride(), *how)
+    if layout is None:
+        z = z.movedim(1, -1).contiguous().movedim(-1, 1)
+        run, _, layout = _plan_normalize(z.shape, z.stride(), *how)
+    assert layout is not None
+    words = memory.empty(layout, z)
+    run(NormalizeOperands(z, None, None, None, None, None, None, None, words))
+    return words

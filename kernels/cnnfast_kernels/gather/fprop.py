@@ -33,6 +33,7 @@ from ..operands import FpropOperands
 from ..problem import ConvProblem
 from ..tile_moments import FirstRows, masks_of_first, store_moments
 from ..tiling import Precision, TileConfig, cdiv, register_limit
+from ..words import store_bits
 from .tiles import Rows, hide_steps, load_taps, multiply_accumulate, tap_bits, unravel_rsc
 
 EXTENTS = ["N", "H", "W", "P", "Q"]
@@ -55,7 +56,7 @@ def load_filters(columns, step, k_ok, strides, EVEN: tl.constexpr):
 @triton.jit(do_not_specialize=EXTENTS + STRIDES)
 @no_type_check
 def conv_fprop_kernel(
-    x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, moments_ptr,
+    x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, beside_ptr,
     slopes_ptr, N, H, W, P, Q, K,
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
     w_stride_k, w_stride_r, w_stride_s, w_stride_c,
@@ -63,7 +64,8 @@ def conv_fprop_kernel(
     g: tl.constexpr, e: tl.constexpr, memory: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. K are the filters of a group; `moments` [tiles, 2, K * groups].
+    """One tile of y, and what it leaves beside y, if anything: moments [tiles, 2, K * groups], or, if e.words, words
+    [ceil(N * P * Q / 32), K * groups] of bits. K are the filters of a group.
 
     g: ConvGeometry, with the channels of a group; e: Finish; memory: FpropMemory.
     """
@@ -126,13 +128,17 @@ def conv_fprop_kernel(
     residual = Residual(residual_ptr, (n, p, q), column, row_ok, k_ok, residual_strides)
     of_channels = Channels(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slopes_ptr)
     channels = load_channels(of_channels, column, k_ok, e)
-    y = finish(acc, channels, residual, of_channels, e, load_residual).to(y_ptr.dtype.element_ty)
+    z = finish(acc, channels, residual, of_channels, e, load_residual)
+    y = z.to(y_ptr.dtype.element_ty)
     y_pixels = dense_pixel_offset(m, n, P, Q, K * g.groups, memory.y_channels_last, memory.y_align)
     y_columns = dense_channel_offset(column, P, Q, memory.y_channels_last)
     tl.store((y_ptr + y_pixels)[:, None] + y_columns[None, :], y, mask=row_ok[:, None] & k_ok[None, :])
-    if moments_ptr is not None:
-        rows = FirstRows(M - tile_m * BLOCK_M >= BLOCK_M, M - tile_m * BLOCK_M)
-        store_moments(moments_ptr, tile_m, (y,), rows, column, k_ok, K * g.groups, masks_of_first)
+    if beside_ptr is not None:
+        if e.words:
+            store_bits(beside_ptr, tile_m * BLOCK_M, M, column, k_ok, K * g.groups, z, y.dtype)
+        else:
+            rows = FirstRows(M - tile_m * BLOCK_M >= BLOCK_M, M - tile_m * BLOCK_M)
+            store_moments(beside_ptr, tile_m, (y,), rows, column, k_ok, K * g.groups, masks_of_first)
 
 
 def plan_fprop(
@@ -171,15 +177,17 @@ def fprop(
     w: torch.Tensor,
     y: torch.Tensor,
     epilogue: Epilogue = PLAIN,
-    moments: torch.Tensor | None = None,
+    beside: torch.Tensor | None = None,
+    words: bool = False,
 ) -> None:
-    """Writes y, which is what `epilogue` makes of conv(x, w), and, if asked, the mean and the biased variance of each
-    tile of BLOCK_M pixels of y.
+    """Writes y, which is what `epilogue` makes of conv(x, w), and, if asked, beside it: the mean and the biased
+    variance of each tile of BLOCK_M pixels of y, or its words of bits (words.py), which a tile has whole.
 
     Shapes: x [N, C, H, W], w [K, C / groups, R, S] and the residual [N, K, P, Q] in any memory layout; y [N, K, P, Q]
-    dense, channels_last or contiguous; bias and those of the batch norm [K]; moments [ceil(N * P * Q / BLOCK_M), 2, K]
-    in the accumulator's dtype. Raises ValueError if y is not dense.
+    dense, channels_last or contiguous; bias and those of the batch norm [K]; beside: moments
+    [ceil(N * P * Q / BLOCK_M), 2, K] in the accumulator's dtype, or words [ceil(N * P * Q / 32), K] in int32. Raises
+    ValueError if y is not dense.
     """
     e = epilogue
-    prepared = plan_fprop(problem, tile, precision, x, w, y, e.residual, e.compiled(x.dtype))
-    prepared(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments, e.slopes))
+    prepared = plan_fprop(problem, tile, precision, x, w, y, e.residual, e.compiled(x.dtype)._replace(words=words))
+    prepared(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, beside, e.slopes))

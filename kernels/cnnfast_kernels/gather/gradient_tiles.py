@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 from ..epilogue import Channels, Residual, load_channels, load_residual
-from ..gradient_epilogue import Below, BitWords, finish_gradient, store_sums, sum_existing
+from ..gradient_epilogue import Below, finish_gradient, store_sums, sum_existing
 from ..indexing import channel_offset, pixel_offset
+from ..words import BitWords
 
 
 class GradientTile(NamedTuple):

@@ -29,6 +29,7 @@ from ..operands import FpropOperands
 from ..problem import ConvProblem
 from ..tile_moments import store_moments
 from ..tiling import cdiv
+from ..words import WORD, store_bits
 from .boxes import (
     BoxPixels,
     ResidualBox,
@@ -49,11 +50,12 @@ EXTENTS = ["N", "H", "W", "P", "Q"]
 @triton.jit(do_not_specialize=EXTENTS)
 @no_type_check
 def tma_fprop_kernel(
-    x_map, w_map, y_map, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_map, moments_ptr,
+    x_map, w_map, y_map, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_map, beside_ptr,
     slopes_ptr, N, H, W, P, Q, K,
     g: tl.constexpr, e: tl.constexpr, box: tl.constexpr, phases: tl.constexpr,
 ):  # fmt: skip
-    """One box of y, TILE_K filters of it; `moments` [boxes, 2, K].
+    """One box of y, TILE_K filters of it, and what it leaves beside y, if anything: moments [boxes, 2, K], or, if
+    e.words, words [ceil(Q / 32), K] of bits, where the image is one row and so is a box.
 
     g: ConvGeometry, with the channels; e: Finish; box: Box; phases: those of x, Phases.
     """
@@ -84,12 +86,16 @@ def tma_fprop_kernel(
     residual = ResidualBox(residual_map, n0, p0, q0, k0)
     of_channels = Channels(bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, slopes_ptr)
     channels = load_channels(of_channels, k, k_ok, e)
-    y = finish(acc.T, channels, residual, of_channels, e, load_residual_box).to(y_map.dtype)  # [pixels, TILE_K]
+    z = finish(acc.T, channels, residual, of_channels, e, load_residual_box)  # [pixels, TILE_K]
+    y = z.to(y_map.dtype)
     store_box(y_map, n0, p0, q0, k0, y)
-    if moments_ptr is not None:
-        n, p, q = N - n0, P - p0, Q - q0
-        whole = (n >= box.TILE_N) & (p >= box.TILE_H) & (q >= box.TILE_W)
-        store_moments(moments_ptr, tile, (y,), BoxPixels(whole, n, p, q, box), k, k_ok, K, masks_of_box)
+    if beside_ptr is not None:
+        if e.words:
+            store_bits(beside_ptr, q0, Q, k, k_ok, K, z, y.dtype)
+        else:
+            n, p, q = N - n0, P - p0, Q - q0
+            whole = (n >= box.TILE_N) & (p >= box.TILE_H) & (q >= box.TILE_W)
+            store_moments(beside_ptr, tile, (y,), BoxPixels(whole, n, p, q, box), k, k_ok, K, masks_of_box)
 
 
 def plan_tma_fprop(
@@ -127,18 +133,28 @@ def tma_fprop(
     w: torch.Tensor,
     y: torch.Tensor,
     epilogue: Epilogue = PLAIN,
-    moments: torch.Tensor | None = None,
+    beside: torch.Tensor | None = None,
+    words: bool = False,
 ) -> None:
-    """Writes y, which is what `epilogue` makes of conv(x, w), and the mean and biased variance of each box of y to
-    `moments`, if given; `box_rows` tells which pixels a box has.
+    """Writes y, which is what `epilogue` makes of conv(x, w), and, if asked, beside it: the mean and biased variance of
+    each box of y, of which `box_rows` tells the pixels; or its words of bits (words.py), where boxes have them whole.
 
     Shapes: x [N, C, H, W], w [K, C, R, S], y and the residual [N, K, P, Q], all of one dtype, float16 or bfloat16, and
-    laid out as `views.why_not` demands; bias and what the batch norm reads [K]; moments [boxes, 2, K] in float32.
-    Raises ValueError where the tile's boxes cannot step with the problem's stride.
+    laid out as `views.why_not` demands; bias and what the batch norm reads [K]; beside: moments [boxes, 2, K] in
+    float32, or words [ceil(N * P * Q / 32), K] in int32. Raises ValueError where the tile's boxes cannot step with the
+    problem's stride.
     """
     e = epilogue
-    prepared = plan_tma_fprop(problem, tile, x, w, y, e.residual, e.compiled(x.dtype))
-    prepared(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, moments, e.slopes))
+    prepared = plan_tma_fprop(problem, tile, x, w, y, e.residual, e.compiled(x.dtype)._replace(words=words))
+    prepared(FpropOperands(x, w, y, e.bias, *e.norm[:4], e.residual, beside, e.slopes))
+
+
+def has_whole_words(problem: ConvProblem, tile: BoxTile) -> bool:
+    """Whether each box has all pixels of the words of bits that it has any of: those of its row, in an image of one.
+
+    problem: as `views.flattened` makes it, for that is what the kernel sees.
+    """
+    return problem.N * problem.P == 1 and tile.TILE_W == tile.pixels and tile.pixels % WORD == 0
 
 
 def box_rows(problem: ConvProblem, tile: BoxTile) -> TileRows:

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from ..epilogue import Channels, load_channels
-from ..gradient_epilogue import Below, BitWords, finish_gradient, sum_existing
+from ..gradient_epilogue import Below, finish_gradient, sum_existing
+from ..words import BitWords
 from .boxes import GradientBox, load_gradient_box, locate_piece, pixels_inside
 from .tiles import BoxTile
 

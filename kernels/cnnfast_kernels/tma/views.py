@@ -74,8 +74,8 @@ def flattened(problem: ConvProblem, *images: Laid) -> tuple[ConvProblem, Sequenc
     whose boxes waste no pixel. Any other stays as it is.
     """
     g = problem
-    plain = (g.R, g.S, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.P, g.Q) == (1, 1, 1, 1, 0, 0, g.H, g.W)
-    if not plain or any((n, h) != (t.shape[2] * h, t.shape[3] * w) for t in images for n, h, w in [strides_of(t)]):
+    gaps = ((n, h) != (t.shape[2] * h, t.shape[3] * w) for t in images for n, h, w in [strides_of(t)])
+    if not g.is_pointwise or any(gaps):
         return problem, images
     row = g.N * g.H * g.W
     pixels = [strides_of(t)[2] for t in images]

@@ -44,6 +44,7 @@ def test_families_without_tensor_maps_run_on_every_architecture():
         "wgrad",
         "moments",
         "normalize-gradients",
+        "bits",
         "max-pool",
         "average-pool",
         "global-pool",

@@ -90,6 +90,10 @@ def call_block(x: Tensor, steps: tuple[Step, ...], shortcut: Any, in_place: bool
         z = call(conv, norm, z, None, False, activation, slope)
     residual = x
     if shortcut is not None:
-        residual = shortcut(x) if isinstance(shortcut, nn.Module) else call(*shortcut, x, None, False, None, None)
+        if isinstance(shortcut, nn.Module):
+            residual = shortcut(x)
+        else:
+            conv, norm = shortcut
+            residual = call(conv, norm, x, None, False, None, None)
     conv, norm, activation, slope = steps[-1]
     return call(conv, norm, z, residual, in_place, activation, slope)

@@ -111,9 +111,10 @@ def residual_block(
     tensors: list[Any] = []
     momenta, eps, geometries, by_gram = [], [], [], []
     for i, ((image, w, geometry), layer) in enumerate(zip(of, parts, strict=True)):
-        norm = check_norm("conv_bn_act", w.shape[0], x.dtype, *layer.tensors[1:], True, layer.momentum, layer.eps)
+        running, of_norm = (layer.running_mean, layer.running_var), (layer.bn_weight, layer.bn_bias)
+        norm = check_norm("conv_bn_act", w.shape[0], x.dtype, *running, *of_norm, True, layer.momentum, layer.eps)
         gamma, beta, momentum, e = norm
-        tensors += [w, gamma, beta, layer.running_mean, layer.running_var]
+        tensors += [w, gamma, beta, *running]
         momenta.append(momentum)
         eps.append(e)
         geometries += ops.flat_geometry(geometry)

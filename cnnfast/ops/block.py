@@ -55,9 +55,9 @@ def _forward(calling: Calling, *arguments: Any) -> tuple[Tensor | None, ...]:
     x, branch, projection, how, algorithm = members_of(arguments)
     z, records = x, []
     for member in branch[:-1]:
-        y, *own = _statistics(calling, z, member, algorithm)
-        z = calling(normalize)(y, *own, member.gamma, member.beta, None, member.eps, *RELU, None, True)
-        records.append(Record(y, z if how.kept else None, *own))
+        y, mean, var = _statistics(calling, z, member, algorithm)
+        z = calling(normalize)(y, mean, var, member.gamma, member.beta, None, member.eps, *RELU, None, True)
+        records.append(Record(y, z if how.kept else None, mean, var))
     residual, of_shortcut = x, Record()
     if projection is not None:
         residual, of_shortcut = _layer(calling, x, projection, None, None, how.projection_by_gram, algorithm)
@@ -89,12 +89,12 @@ def _layer(
     """(act(norm(conv(x)) + residual), what is left of it)."""
     end = member.gamma, member.beta, residual, member.eps, activation, 0.0, None
     if not by_gram:
-        y, *own = _statistics(calling, x, member, algorithm)
-        return calling(normalize)(y, *own, *end, True), Record(y, None, *own)
-    *own, mu, products = calling(gram_statistics)(x, member.w, None, member.geometry[0])
-    z = calling(fused_bn_act)(x, member.w, None, *own, *end, *member.geometry, "direct")
-    _update(calling, member, own, z)
-    return z, Record(None, None, *own, mu, products)
+        y, mean, var = _statistics(calling, x, member, algorithm)
+        return calling(normalize)(y, mean, var, *end, True), Record(y, None, mean, var)
+    mean, var, mu, products = calling(gram_statistics)(x, member.w, None, member.geometry[0])
+    z = calling(fused_bn_act)(x, member.w, None, mean, var, *end, *member.geometry, "direct")
+    _update(calling, member, (mean, var), z)
+    return z, Record(None, None, mean, var, mu, products)
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -82,7 +82,7 @@ class _Descent:
         """The same from the gradient of what the activation of an inner layer gives."""
         layer = self.branch[i]
         needs = layer.needs[0] or self.goes_on[i], *layer.needs[1:], False
-        of_norm = dz, layer.left.y, None, *layer.norm, None, layer.eps, *RELU, True
+        of_norm: tuple[Any, ...] = dz, layer.left.y, None, *layer.norm, None, layer.eps, *RELU, True
         dy, dgamma, dbeta, _ = kernel_gradients(*of_norm, needs=needs, calling=self.calling)
         self.grads[i] = None, dgamma, dbeta
         return self.from_y(i, dy, residual)
@@ -137,16 +137,17 @@ def backward(calling: Calling, *arguments: Any) -> tuple[Tensor | None, ...]:
     descent = _Descent(calling, x, branch, how, dx_needed, algorithm)
     last = branch[-1]
     for_projection = projection is not None and (dx_needed or any(projection.needs))
-    g = sums = dy = None
+    g: Any = None
+    sums: Any = None
+    dy = None
     if how.gram or (for_projection and how.projection_by_gram):
         g, sums = calling(activation_backward)(dout, out, *RELU)
     if not how.gram:
         needs = last.needs[0] or descent.goes_on[-1], *last.needs[1:], g is None and (for_projection or dx_needed)
-        of_norm = last.left.y, out if g is None else None, *last.norm, None, last.eps
+        masked = (dout, last.left.y, out) if g is None else (g, last.left.y, None)
         act = RELU if g is None else (None, 0.0)
-        dy, dgamma, dbeta, of_residual = kernel_gradients(
-            dout if g is None else g, *of_norm, *act, True, needs=needs, calling=calling
-        )
+        of_norm: tuple[Any, ...] = *masked, *last.norm, None, last.eps, *act, True
+        dy, dgamma, dbeta, of_residual = kernel_gradients(*of_norm, needs=needs, calling=calling)
         descent.grads[-1] = None, dgamma, dbeta
         g = of_residual if g is None else g
     residual, of_shortcut = g if dx_needed else None, (None, None, None)
@@ -174,7 +175,7 @@ def _of_projection(
         dx, dw, dgamma = calling(gram_gradients)(*of, (dx_needed, layer.needs[0]))
         return dx if dx_needed else None, (dw if layer.needs[0] else None, *_of_channels(layer, dgamma, sums))
     needs = layer.needs[0] or dx_needed, *layer.needs[1:], False
-    of_norm = g, layer.left.y, None, *layer.norm, None, layer.eps, None, 0.0, True
+    of_norm: tuple[Any, ...] = g, layer.left.y, None, *layer.norm, None, layer.eps, None, 0.0, True
     dy, dgamma, dbeta, _ = kernel_gradients(*of_norm, needs=needs, calling=calling)
     dx = dw = None
     if dy is not None:

@@ -85,7 +85,7 @@ def members_of(arguments: Sequence[Any]) -> tuple[Tensor, list[Member], Member |
     momenta, eps, geometries, how, algorithm = arguments[-5:]
     tensors, geometries = cut(tensors, OF_MEMBER), cut(geometries, OF_GEOMETRY)
     found = [
-        Member(*of, momentum, e, geometry_of(g))
+        Member._make((*of, momentum, e, geometry_of(g)))
         for of, momentum, e, g in zip(tensors, momenta, eps, geometries, strict=False)
     ]
     branch = len(tensors) - 1
@@ -102,7 +102,7 @@ def trained_of(
     eps, geometries, how, needs, algorithm = arguments[-5:]
     tensors, geometries = cut(tensors, 3 + OF_RECORD), cut(geometries, OF_GEOMETRY)
     found = [
-        TrainedMember(*of[:3], Record(*of[3:]), e, geometry_of(g), tuple(need))
+        TrainedMember._make((*of[:3], Record._make(of[3:]), e, geometry_of(g), tuple(need)))
         for of, e, g, need in zip(tensors, eps, geometries, cut(needs[1:], 3), strict=False)
     ]
     branch = len(tensors) - 1

@@ -147,8 +147,8 @@ def _told(model: nn.Module, report: ConversionReport, calls: Counter[str]) -> di
 
 
 class Step(NamedTuple):
-    """A call of one of functional's fused functions, or a layer of a residual block that is one. weight: the size of the convolution's, if it has one. calls: which
-    of a trace's calls were made in it.
+    """A call of one of functional's fused functions, or a layer of a residual block that is one. weight: the size of
+    the convolution's, if it has one. calls: which of a trace's calls were made in it.
     """
 
     function: str

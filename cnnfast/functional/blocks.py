@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function
 from cnnfast_kernels.layout import Laid, Layout, convolution_format
 
 from ..dispatch import library_allowed, why_torch
-from .arguments import Size, autocast
+from .arguments import Size, autocast, autocasts
 from .convolution import conv_output_size
 from .entrance import captured
 from .fused import wants_gradient
@@ -65,8 +65,11 @@ def block_serves(input: Tensor, layers: Sequence[NormedConv], projection: Normed
         or why_torch(input, *tensors)
     ):
         return False
-    (cast,) = autocast(input)
-    image: Laid | None = input if cast.dtype == input.dtype else None  # else the shortcut has a dtype of its own
+    if autocasts(input):
+        fits = autocast(input.new_empty(0))[0].dtype == input.dtype  # else the shortcut has a dtype of its own
+    else:
+        fits = all(part.weight.dtype == input.dtype for part in parts)
+    image: Laid | None = input if fits else None
     for layer in layers:
         image = None if image is None else _after(image, layer)
     shortcut = input if projection is None else _after(input, projection)

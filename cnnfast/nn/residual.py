@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..functional.blocks import NormedConv, block_serves
 from ..functional.blocks import residual_block as computed
@@ -25,8 +26,8 @@ def residual_block(
 
     branch: two or three layers, each but the last followed by a ReLU; then projection(x), or x itself, is added, and
     ReLU follows. others: more modules whose calls this replaces. It is None where the modules do not train, no gradient
-    is wanted, one of them has a hook or is of another class, a convolution has a bias or pads in an unusual way, norms
-    do not normalise by statistics of their own batch alone, or functional/blocks.py has it so.
+    is wanted, one of them has a hook, is parametrized or of another class, a convolution has a bias or pads in an
+    unusual way, norms do not normalise by statistics of their own batch alone, or functional/blocks.py has it so.
     """
     layers = [*branch, *([] if projection is None else [projection])]
     modules = [module for layer in layers for module in layer]
@@ -36,10 +37,11 @@ def residual_block(
         return None
     if len({id(module) for module in modules}) < len(modules):  # one that is called twice takes statistics twice
         return None
-    usual = [_taken(conv, bn, 0.0) for conv, bn in layers]
-    if not block_serves(x, usual[: len(branch)], None if projection is None else usual[-1]):
+    taken = [_taken(conv, bn) for conv, bn in layers]
+    if not block_serves(x, taken[: len(branch)], None if projection is None else taken[-1]):
         return None
-    taken = [_taken(conv, bn, running_statistics(bn)[3]) for conv, bn in layers]
+    # These count the batch, and tell what share of the average it has.
+    taken = [each._replace(momentum=running_statistics(bn)[3]) for each, (_, bn) in zip(taken, layers, strict=True)]
     return computed(x, taken[: len(branch)], None if projection is None else taken[-1], less_memory)
 
 
@@ -62,6 +64,7 @@ def less_memory(module: nn.Module) -> bool:
 def _is_plain(conv: Any) -> bool:
     return (
         is_conv2d(conv)
+        and not is_parametrized(conv)  # who asks for its weight twice makes it compute that twice
         and not isinstance(conv, SameConv2d)
         and conv.bias is None
         and conv.padding_mode == "zeros"
@@ -72,13 +75,15 @@ def _is_plain(conv: Any) -> bool:
 def _trains(bn: Any, x: Tensor) -> bool:
     return (
         is_batch_norm(bn)
+        and not is_parametrized(bn)
         and bn.training
         and getattr(bn, "track_running_stats", None) is not None
         and synchronising_group(bn, x) is None
     )
 
 
-def _taken(conv: Any, bn: Any, momentum: float) -> NormedConv:
+def _taken(conv: Any, bn: Any) -> NormedConv:
+    """As functional takes them, but for the momentum."""
     tracked = bn.track_running_stats
     running = (bn.running_mean, bn.running_var) if tracked else (None, None)
     return NormedConv(
@@ -86,7 +91,7 @@ def _taken(conv: Any, bn: Any, momentum: float) -> NormedConv:
         *running,
         bn.weight,
         bn.bias,
-        momentum,
+        0.0,
         bn.eps,
         conv.stride,
         conv.padding,

@@ -223,6 +223,15 @@ def biased(block):
     block.conv1.bias = nn.Parameter(torch.zeros(8, dtype=torch.float64))
 
 
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def parametrized(block):
+    nn.utils.parametrize.register_parametrization(block.conv2, "weight", Halved())
+
+
 def reflecting(block):
     block.conv2.padding_mode = "reflect"
 
@@ -247,7 +256,17 @@ def nothing_wanted(block):
     block.requires_grad_(False)
 
 
-CHANGES = [hooked, frozen, biased, reflecting, other_activation, one_norm_twice, another_shortcut, eval_mode]
+CHANGES = [
+    hooked,
+    frozen,
+    biased,
+    parametrized,
+    reflecting,
+    other_activation,
+    one_norm_twice,
+    another_shortcut,
+    eval_mode,
+]
 
 
 @pytest.mark.parametrize("change", [*CHANGES, nothing_wanted], ids=lambda change: change.__name__)
@@ -285,6 +304,8 @@ def test_an_image_that_does_not_fit(device):
         with pytest.raises(error):
             block(wrong)
     assert int(block.bn1.num_batches_tracked) == 0
+    with pytest.raises(RuntimeError, match="dtype"):
+        block(x.float())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -414,11 +435,10 @@ def test_a_batch_of_gradients(device):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_compiled(device, dtype, dynamic):
+def test_compiled(device, dynamic):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    kind = "bottleneck, narrower"
+    kind, dtype = "bottleneck, narrower", torch.float16
     block = build(kind, dtype, device)
     compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend=counter, dynamic=dynamic)
     compilations = []

@@ -122,8 +122,9 @@ def residual_block(
         eps.append(e)
         geometries += ops.flat_geometry(geometry)
         N, _, P, Q = conv_output_size(image, w, geometry)
-        activation, may = "relu" if i < len(layers) else None, ours and i >= len(layers) - 1
-        by_gram.append(may and ops.gram_serves(image, w, N * P * Q, activation, 0.0, geometry, algorithm))
+        activation = "relu" if i < len(layers) else None
+        ends = i >= len(layers) - 1  # the branch, or the shortcut
+        by_gram.append(ends and ops.gram_serves(image, w, N * P * Q, activation, 0.0, geometry, algorithm))
     if projection is None:
         tensors += [None] * 5
         by_gram.append(False)

@@ -22,7 +22,7 @@ from cnnfast_kernels import conv, gram
 from cnnfast_kernels.epilogue import PLAIN, BatchNorm
 from cnnfast_kernels.gradient_epilogue import GradientEpilogue
 from cnnfast_kernels.keys import fprop_key
-from cnnfast_kernels.layout import convolution_format
+from cnnfast_kernels.layout import Laid, convolution_format
 
 from .. import dispatch
 from . import conv_implementations as implementations
@@ -44,10 +44,10 @@ SUMS = torch.float32
 
 
 def gram_serves(
-    x: Tensor, w: Tensor, pixels: int, activation: str | None, slope: float, geometry: Any, algorithm: str
+    x: Laid, w: Tensor, pixels: int, activation: str | None, slope: float, geometry: Any, algorithm: str
 ) -> bool:
-    """Whether conv_bn_act_by_gram is the way to act(batch_norm(conv(x, w)) + residual) in training. pixels: those of
-    the result, N * P * Q.
+    """Whether conv_bn_act_by_gram is the way to act(batch_norm(conv(x, w)) + residual) in training. x: a Layout where
+    it is not computed yet; pixels: those of the result, N * P * Q.
 
     It is where our kernel would serve conv_stats: by a measured row, or because it was asked for. While torch.compile
     traces, no row is asked, for the batch may be a variable.
@@ -63,10 +63,10 @@ def gram_serves(
     if pixels < PIXELS_PER_CHANNEL * C or convolution_format(x, w) != torch.channels_last:
         return False
     asked = algorithm == "direct" or not dispatch.library_allowed()
-    if asked or is_compiling() or type(x) not in dispatch.PLAIN:
-        return asked or not library_comes_first(x.device)
+    if asked or is_compiling() or type(w) not in dispatch.PLAIN:
+        return asked or not library_comes_first(w.device)
     how, _ = unpack((*geometry, algorithm))
-    return kernels_serve(conv.fprop_plan(fprop_key(x, w, how, PLAIN, True, False, None)), x.device)
+    return kernels_serve(conv.fprop_plan(fprop_key(x, w, how, PLAIN, True, False, None)), w.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

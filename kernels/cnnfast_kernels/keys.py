@@ -15,7 +15,7 @@ import torch
 from . import devices
 from .epilogue import Epilogue, Finish, finish_of
 from .gradient_epilogue import NO_EPILOGUE, GradientEpilogue, GradientLayouts, check_gradient_epilogue
-from .layout import Layout
+from .layout import Laid, Layout
 from .questions import Geometry, Question, Statistics, Tile, dgrad_question, fprop_question, wgrad_question
 
 Shape = tuple[int, ...]
@@ -134,7 +134,7 @@ class WgradKey(NamedTuple):
 
 
 def fprop_key(
-    x: torch.Tensor,
+    x: Laid,
     w: torch.Tensor,
     geometry: Geometry,
     epilogue: Epilogue,
@@ -143,8 +143,8 @@ def fprop_key(
     tile: Tile | None,
     words: bool = False,
 ) -> FpropKey:
-    """stats: whether the kernel shall leave the moments of its result, after which the epilogue has only a bias; words:
-    whether it shall leave words of bits.
+    """x: a Layout where it is not computed yet. stats: whether the kernel shall leave the moments of its result, after
+    which the epilogue has only a bias; words: whether it shall leave words of bits.
     """
     _, norm, residual, activation, slope, slopes = epilogue
     statistics: Statistics = "stats" if stats else "" if norm.mean is None else "norm"
@@ -153,7 +153,7 @@ def fprop_key(
         addresses, residual_strides = addresses | residual.data_ptr(), residual.stride()
     return tuple.__new__(FpropKey, (
         x.shape, x.stride(), w.shape, w.stride(), residual_strides, x.dtype, geometry, statistics, norm.eps, activation,
-        slope, slopes is not None and slopes.numel() == 1, tf32, tile, devices.gpu(x.device), addresses % 16 == 0,
+        slope, slopes is not None and slopes.numel() == 1, tf32, tile, devices.gpu(w.device), addresses % 16 == 0,
         words,
     ))  # fmt: skip
 

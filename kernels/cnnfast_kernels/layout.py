@@ -35,6 +35,10 @@ class Layout(NamedTuple):
     def dim(self) -> int:
         return len(self.shape)
 
+    def data_ptr(self) -> int:
+        """An address of memory that is still to be allocated, which is aligned."""
+        return 0
+
 
 Laid = torch.Tensor | Layout
 

@@ -19,6 +19,8 @@ import cnnfast.nn as cnn
 from cnnfast.checking.trained import judge_training
 from cnnfast.functional import blocks
 from cnnfast.ops import serving
+from cnnfast_kernels import tables
+from cnnfast_kernels.tiling import TileConfig
 from tests.support.agreement import normal, saved_for_backward
 
 LAST = torch.channels_last
@@ -122,6 +124,29 @@ def test_where_the_library_comes_first(device, kind, monkeypatch):
     layers = len([name for name, _ in block.named_modules() if "conv" in name])
     assert [c.operation for c in trace].count("normalize") == 2 * layers - 1 + ("narrower" in kind or "strided" in kind)
     assert_same(mine, right, 1e-11)
+
+
+def test_a_row_for_the_last_layer(gpu, device, monkeypatch):
+    """Where our kernel won its 1x1 convolution to many channels, that trains by its Gram matrix, and the others by the
+    library.
+    """
+
+    def found(key):
+        winner = "kernels" if key.problem.K > key.problem.C else "library"
+        return tables.TableRow(key, TileConfig(32, 32, 16, 4, 2), winner, {"kernels": 4.5, "library": 9.0})
+
+    block, x = build(dtype=torch.float16, device=device), image(dtype=torch.float16, device=device)
+    own, _ = trained(copy.deepcopy(block), x, "torch")
+    exact, _ = trained(copy.deepcopy(block).double(), x.double(), "torch")
+    served_first_by_the_library(monkeypatch)
+    monkeypatch.setattr(tables, "find", found)
+    mine, trace = trained(block, x, "auto")
+    servers = {(call.operation, call.served_by) for call in trace}
+    assert {("gram_statistics", "kernels"), ("gram_gradients", "kernels"), ("conv_stats", "library")} <= servers
+    assert ("conv_stats", "kernels") not in servers
+    for name, t in exact.items():
+        errors = [float((found[name].double() - t).norm()) for found in (mine, own)]
+        assert errors[0] <= 2 * errors[1] + 2**-11 * float(t.double().norm()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)

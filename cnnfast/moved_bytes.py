@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from .conversion.costs import size_of
+from .conversion.costs import memory_of, size_of, tensors_of
 
 WRITE_ONLY = ("copy_", "fill_", "zero_")  # operators that do not read what they write into
 
@@ -57,18 +56,6 @@ def by_launch(arguments: Iterable[Any]) -> int:
     """Bytes of the tensors among the arguments of a kernel, in tensor maps too."""
     tensors = (getattr(argument, "base", argument) for argument in arguments)  # of a tensor map: what it maps
     return sum(map(size_of, _each_once(t for t in tensors if isinstance(t, Tensor))))
-
-
-def tensors_of(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
-
-
-def memory_of(t: Tensor) -> int:
-    """What tells the memory of one tensor from that of others, as long as the tensor is there."""
-    try:
-        return t.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # a sparse tensor has none of its own
-        return id(t)
 
 
 def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -20,8 +20,9 @@ from cnnfast_kernels import devices
 from .. import calls, dispatch
 from ..aside import leaving_no_trace, meta, meta_copy
 from ..conversion import convert
+from ..conversion.costs import memory_of, tensors_of
 from ..explaining.placing import Modules, Places
-from ..moved_bytes import by_launch, by_operator, memory_of, tensors_of
+from ..moved_bytes import by_launch, by_operator
 from ..ops.registry import OPERATORS
 
 # Where no dtype changes, these lay a convolution's result on meta tensors out as a GPU has it from the beginning.

@@ -16,9 +16,9 @@ from cnnfast_kernels import devices
 
 from .. import dispatch
 from ..aside import does_not_run, leaving_no_trace, meta, meta_copy
+from ..conversion.costs import memory_of
 from ..conversion.observing import silence
 from ..dtypes import argument
-from ..moved_bytes import memory_of
 from ..precision import float32_products
 from .step_counts import StepCount, count_step
 

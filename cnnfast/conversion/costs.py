@@ -62,23 +62,23 @@ class Unit:
     made: dict[int, Tensor] = field(default_factory=dict)  # what it has written, kept so that no other takes its memory
 
     def operator(self, func: Any, read: list[Tensor], written: list[Tensor]) -> None:
-        inside = {_memory(t) for t in read}
+        inside = {memory_of(t) for t in read}
         if "empty" in func._overloadpacket.__name__:  # allocates, and neither reads nor writes
-            self.made |= {_memory(t): t for t in written}
+            self.made |= {memory_of(t): t for t in written}
             return
-        if not func._schema.is_mutable and all(_memory(t) in inside for t in written):  # a view, or a question
+        if not func._schema.is_mutable and all(memory_of(t) in inside for t in written):  # a view, or a question
             return
         self.apart += sum({_place(t): size_of(t) for t in read}.values()) + sum(map(size_of, written[:1]))
         for t in read:
-            if _memory(t) not in self.made:
+            if memory_of(t) not in self.made:
                 self.read[_place(t)] = max(size_of(t), self.read.get(_place(t), 0))
-        self.made |= {_memory(t): t for t in written}
+        self.made |= {memory_of(t): t for t in written}
         self.last = written
 
     @property
     def bytes(self) -> int:
         results = self.last[:1] if self.results is None else self.results
-        written = {_place(t): size_of(t) for t in results if _memory(t) in self.made}
+        written = {_place(t): size_of(t) for t in results if memory_of(t) in self.made}
         return sum(self.read.values()) + sum(written.values()) + self.between
 
 
@@ -118,7 +118,7 @@ class CostCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
-        read, written = _tensors((args, kwargs)), _tensors(result)
+        read, written = tensors_of((args, kwargs)), tensors_of(result)
         name = func._overloadpacket.__name__.strip("_")
         alone = Spender("attention", self.attention[-1]) if self.attention else Spender(_OF_A_FORWARD[flops > 0], name)
         unit = self.running or Unit(alone, results=written)
@@ -138,11 +138,12 @@ def size_of(t: Tensor) -> int:
     return elements * t.element_size()
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
-def _memory(t: Tensor) -> int:
+def memory_of(t: Tensor) -> int:
+    """What tells the memory of one tensor from that of others, as long as the tensor is there."""
     try:
         return t.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # a sparse tensor has none of its own
@@ -150,4 +151,4 @@ def _memory(t: Tensor) -> int:
 
 
 def _place(t: Tensor) -> tuple[int, int]:
-    return _memory(t), int(t.storage_offset()) if t.layout is torch.strided else 0
+    return memory_of(t), int(t.storage_offset()) if t.layout is torch.strided else 0

@@ -72,9 +72,14 @@ def capture(
 
 def _asked(call: OperatorCall) -> Iterator[tuple[str, tuple[tuple[str, Any], ...]]]:
     """The call; in the place of one by the Gram matrix, those of the other way, by whose row it is decided which of the
-    two a layer takes (ops/gram.py).
+    two a layer takes (ops/gram.py), and of a gradient with an epilogue, which a block asks of our kernels alone, that
+    without, which whoever serves a layer is asked for.
     """
-    if call.operator not in ("gram_statistics", "gram_gradients"):
+    if call.operator == "conv_dgrad_below":
+        names = ("dy", "w", "x_shape", "channels_last", "stride", "padding", "dilation", "groups", "algorithm")
+        yield "conv_dgrad", tuple({**{name: call[name] for name in names}, "bias": None}.items())
+        return
+    if call.operator not in ("gram_statistics", "gram_gradients", "gram_gradients_below"):
         yield call.operator, call.arguments
         return
     x, w = call["x"], call["w"]
@@ -84,7 +89,7 @@ def _asked(call: OperatorCall) -> Iterator[tuple[str, tuple[tuple[str, Any], ...
     if call.operator == "gram_statistics":
         yield "conv_stats", tuple({"x": x, "w": w, "bias": call["bias"], **how}.items())
         return
-    dy, (dx, dw) = call["g"], call["needs"]
+    dy, (dx, dw) = call["g"], call["needs"] if call.operator == "gram_gradients" else (True, call["need_w"])
     if dx:
         of_x = {"dy": dy, "w": w, "bias": None, "x_shape": x.shape, "channels_last": True}
         yield "conv_dgrad", tuple({**of_x, **how}.items())

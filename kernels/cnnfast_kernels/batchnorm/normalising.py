@@ -146,7 +146,7 @@ def normalize(
     Shapes: y and residual [N, C, *spatial] in any layouts, the others [C] of any floating dtypes. slope: leaky_relu's;
     slopes: prelu's, [C] or [1].
     """
-    return _normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, out_like, False)[0]
+    return normalize_leaving(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, out_like, False)[0]
 
 
 def normalize_words(
@@ -166,11 +166,11 @@ def normalize_words(
     both where all tensors are channels_last; elsewhere the words are a pass of their own over z.
     """
     of = y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, out_like
-    z, words = _normalize(*of, True)
+    z, words = normalize_leaving(*of, True)
     return z, pack_words(z) if words is None else words
 
 
-def _normalize(
+def normalize_leaving(
     y: torch.Tensor,
     mean: torch.Tensor | None,
     var: torch.Tensor | None,
@@ -184,6 +184,7 @@ def _normalize(
     out_like: Laid | None,
     with_words: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(z, its words of bits if asked for, and if the pass can leave them): see `normalize` and `normalize_words`."""
     like = (y if out_like is None else out_like).stride()
     y, residual = mergeable(y), mergeable(residual)
     residual_strides = None if residual is None else residual.stride()

@@ -56,6 +56,19 @@ def wants(*arguments):
     return tuple(leaf(a) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments)
 
 
+# Of a residual block: a layer of 1x1, in forward, and with what forward left of it; TALL_Y is of stride 1.
+LAYER = (*wants(normal(4, 4, 1, 1, seed=1), WEIGHT[:4], BIAS[:4]), MEAN[:4].clone(), VAR[:4].clone())
+LEFT = (*(t.detach() for t in LAYER[:3]), normal(2, 4, 5, 4, seed=7), X.relu(), MEAN[:4], VAR[:4], None, None)
+NO_LAYER, NO_LEFT = (None,) * 5, (None,) * 9
+TALL_Y = normal(2, 6, 5, 4, seed=2).half().contiguous(memory_format=torch.channels_last)
+BELOW = tuple(t[:4].float() for t in (MEAN, VAR, WEIGHT, BIAS))
+
+
+def numbers_of(layers):
+    """Momenta, eps and geometries."""
+    return [0.1] * layers, [1e-5] * layers, [1, 1, 0, 0, 0, 0, 1, 1, 1] * layers
+
+
 SAMPLES = {
     "conv_fprop": [
         wants(X, W, BIAS, *GEOMETRY),
@@ -70,6 +83,35 @@ SAMPLES = {
         (Y, W, None, X.shape, True, *IM2COL),
         wants(Y[:0], W, BIAS[:4], X[:0].shape, False, *GEOMETRY),
         wants(Y[:, :, :1, :1], W, BIAS[:4], (2, 4, 0, 0), True, (1, 1), (1, 1, 2, 1), (1, 1), 2, "auto"),
+    ],
+    "conv_dgrad_below": [
+        (Y, W, X, X, MEAN[:4], VAR[:4], WEIGHT[:4], BIAS[:4], 1e-5, "relu", 0.0, X.shape, True, *GEOMETRY),
+        (Y, W, X, None, None, None, None, None, 0.0, None, 0.0, X.shape, False, *IM2COL),
+    ],
+    "basic_block": [
+        (leaf(X), *LAYER, *LAYER, *NO_LAYER, *numbers_of(2), [True, True, False, False], "auto"),
+        (leaf(X), *LAYER, *LAYER, *LAYER, *numbers_of(3), [False] * 4, "auto"),
+        (X, *LAYER[:1], *[None] * 4, *LAYER, *NO_LAYER, *numbers_of(2), [True, False, False, False], "direct"),
+    ],
+    "bottleneck": [(leaf(X), *LAYER, *LAYER, *LAYER, *NO_LAYER, *numbers_of(3), [True, True, False, False], "auto")],
+    "basic_block_backward": [
+        (
+            X,
+            X,
+            X,
+            *LEFT,
+            *LEFT,
+            *NO_LEFT,
+            *numbers_of(2)[1:],
+            [True, True, False, False],
+            [True] * 7 + [False] * 3,
+            "auto",
+        ),
+        (X, X, X, *LEFT, *LEFT, *LEFT, *numbers_of(3)[1:], [False] * 4, [False, True] * 5, "auto"),
+    ],
+    "bottleneck_backward": [
+        (X, X, X, *LEFT, *LEFT, *LEFT, *NO_LEFT, *numbers_of(3)[1:], [True] * 2 + [False] * 2)
+        + ([True] * 3 + [False] * 10, "auto")
     ],
     "conv_wgrad": [wants(X, Y, W.shape, False, *GEOMETRY), (NHWC, Y, W.shape, True, *IM2COL)],
     "conv_stats": [wants(X, W, BIAS, *GEOMETRY), (NHWC, W, None, *GEOMETRY), (NHWC, W, None, *IM2COL)],
@@ -122,6 +164,11 @@ SAMPLES = {
         (HALF_Y, MEAN.float(), HALF, WIDE, *MATRICES, WEIGHT, 1e-5, [2, 1], [True, True]),
         (HALF_Y, MEAN.float(), HALF, WIDE, *MATRICES, None, 1e-5, [2, 1], [False, True]),
     ],
+    "gram_gradients_below": [
+        (TALL_Y, MEAN.float(), HALF, WIDE, *MATRICES, WEIGHT.float(), 1e-5, [1, 1], HALF, *BELOW, 1e-5, need)
+        for need in (True, False)
+    ],
+    "apply_gradient_sums": [(Y, Y, MEAN, VAR, WEIGHT, 1e-5, MEAN, VAR), (Y, Y, MEAN, VAR, None, 1e-5, MEAN, VAR)],
     "activation_backward": [(Y, Y, "relu", 0.0), (HALF_Y, HALF_Y, "leaky_relu", 0.1), (Y, None, None, 0.0)],
     "conv_bn_act_pool_training": [
         (*wants(X, W, BIAS), None, None, 0.0, *wants(WEIGHT, BIAS), 1e-5, "relu", 0.0, *POOL, *GEOMETRY),

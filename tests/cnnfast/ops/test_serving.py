@@ -15,7 +15,7 @@ import cnnfast.functional as F
 from cnnfast import dispatch
 from cnnfast.ops import serving
 from cnnfast.recording import Call
-from cnnfast_kernels import choosing, conv, launch, questions, tables
+from cnnfast_kernels import choosing, fprop_plans, launch, questions, tables
 from cnnfast_kernels.gather.fprop import plan_fprop
 from cnnfast_kernels.layout import dense
 from cnnfast_kernels.questions import Geometry
@@ -309,7 +309,7 @@ def test_the_decision_and_the_launch_come_from_one_plan(device, gpu, library_fir
     """A call of a new shape asks the tables once, whoever serves, and no launch is prepared for the library."""
     find, asked, made = tables.find, [], []
     monkeypatch.setattr(tables, "find", lambda key: asked.append(key) or find(key))
-    monkeypatch.setattr(conv, "plan_fprop", lambda *arguments: made.append(arguments) or plan_fprop(*arguments))
+    monkeypatch.setattr(fprop_plans, "plan_fprop", lambda *arguments: made.append(arguments) or plan_fprop(*arguments))
     x, w = image(fmt=NCHW, device=device), filters(fmt=NCHW, device=device)
     assert servers(lambda: F.conv2d(x, w)) == {"library"}
     assert (len(asked), len(made)) == (1, 0)

@@ -64,14 +64,14 @@ STRIDES = [f"{t}_stride_{d}" for t in ("x", "residual") for d in "nhwc"]
 @triton.jit(do_not_specialize=EXTENTS + DIVISORS + STRIDES)
 @no_type_check
 def depthwise_fprop_kernel(
-    x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, moments_ptr,
+    x_ptr, w_ptr, y_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, beside_ptr,
     slopes_ptr, N, H, W, P, Q, strips_per_column, strips_magic, strips_shift, q_magic, q_shift,
     x_stride_n, x_stride_h, x_stride_w, x_stride_c,
     w_stride_r, w_stride_s, w_stride_k,
     residual_stride_n, residual_stride_h, residual_stride_w, residual_stride_c,
     g: tl.constexpr, e: tl.constexpr, memory: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M strips of BLOCK_C filters of y; `moments` [tiles, 2, K].
+    """BLOCK_M strips of BLOCK_C filters of y; `beside`, moments [tiles, 2, K].
 
     g: ConvGeometry of groups of one channel; e: Finish; memory: FpropMemory; block: StripBlock.
     """
@@ -132,9 +132,9 @@ def depthwise_fprop_kernel(
         y = finish(acc[t], channels, residual, of_channels, e, load_residual).to(y_ptr.dtype.element_ty)
         tl.store(y_pixels + t * y_row, y, mask=mask)
         stored = stored + (y,)
-    if moments_ptr is not None:
+    if beside_ptr is not None:
         whole = (P % ROWS == 0) & (N * strips_per_column * Q - tile * BLOCK_M >= BLOCK_M)
-        store_moments(moments_ptr, tile, stored, StripPixels(whole, ok, p, P, ROWS), k, k_ok, K, masks_of_strips)
+        store_moments(beside_ptr, tile, stored, StripPixels(whole, ok, p, P, ROWS), k, k_ok, K, masks_of_strips)
 
 
 def plan_depthwise_fprop(

@@ -41,6 +41,7 @@ def masked_gradient_kernel(
     g: PlaneGeometry; e: Finish; TOGETHER: whether all images are one plane, so that 32 rows share a word.
     """
     ACC: tl.constexpr = tl.float64 if e.double else tl.float32
+    ACTIVATION: tl.constexpr = e.activation
     at = locate_tile(L, g)
     rows = L * g.L_ALIGN
     gradient = mask_gradient(
@@ -49,7 +50,7 @@ def masked_gradient_kernel(
             words_ptr, at.n * rows + at.l, at.l_ok, at.c, at.c_ok, g.C, at.number.to(tl.int64) * g.BLOCK_L, rows,
             TOGETHER,
         ),
-        tl.full((), e.slope, ACC), e.activation,
+        tl.full((), e.slope, ACC), ACTIVATION,
     )  # fmt: skip
     if slots_ptr is not None:
         slot = slots_ptr + at.number.to(tl.int64) * g.C + at.c

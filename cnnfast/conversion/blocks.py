@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
+from ..nn.residual import layer_of
 from ..patterns import activation_of
 from .grafts import base_of
 
@@ -22,11 +23,12 @@ LONGEST, SHORTEST = 3, 2  # groups of a branch
 
 
 class _Found(NamedTuple):
-    """The nodes of a block: its groups in their order, its input, what calls the shortcut, if anything does, and all
-    that it takes the place of.
+    """The nodes of a block: its groups in their order, the identities that are called before each, its input, what
+    calls the shortcut, if anything does, and all that it takes the place of.
     """
 
     steps: list[fx.Node]
+    before: list[list[fx.Node]]
     x: fx.Node
     shortcut: fx.Node | None
     inside: set[fx.Node]
@@ -62,12 +64,13 @@ def _is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return activation == "relu"
 
 
-def _without_identities(node: Any, modules: Mapping[str, nn.Module], passed: set[fx.Node]) -> Any:
-    """What a node is computed from, before identities that nobody else reads."""
+def _without_identities(node: Any, modules: Mapping[str, nn.Module]) -> tuple[Any, list[fx.Node]]:
+    """(what a node is computed from, before identities that nobody else reads; these identities in their order)."""
+    passed: list[fx.Node] = []
     while _calls(node, modules, nn.Identity) and len(node.args) == 1 and len(node.users) == 1:
-        passed.add(node)
+        passed.insert(0, node)
         node = node.args[0]
-    return node
+    return node, passed
 
 
 def _calls(node: Any, modules: Mapping[str, nn.Module], kind: type[nn.Module]) -> bool:
@@ -78,8 +81,8 @@ def _calls(node: Any, modules: Mapping[str, nn.Module], kind: type[nn.Module]) -
 
 def _block_that_ends(last: fx.Node, modules: Mapping[str, nn.Module], call: Call) -> _Found | str:
     """The block whose last group this is, or why there is none."""
-    inside: set[fx.Node] = {last}
-    steps, x = [last], _without_identities(last.args[2], modules, inside)
+    x, passed = _without_identities(last.args[2], modules)
+    steps, before = [last], [passed]
     shortcut, source = _shortcut(last.args[3], modules, call)
     while x is not source:
         if not _is_group(x, call) or len(x.users) > 1 or x.args[3] is not None or not _is_relu(x, modules):
@@ -89,23 +92,22 @@ def _block_that_ends(last: fx.Node, modules: Mapping[str, nn.Module], call: Call
             )
         if len(steps) == LONGEST:
             return f"its branch has more than {LONGEST} convolutions"
-        inside.add(x)
         steps.insert(0, x)
-        x = _without_identities(x.args[2], modules, inside)
+        x, passed = _without_identities(x.args[2], modules)
+        before.insert(0, passed)
     if len(steps) < SHORTEST:
         return "its branch has one convolution"
-    if shortcut is not None:
-        inside.add(shortcut)
+    inside = {*steps, *(node for nodes in before for node in nodes), *([] if shortcut is None else [shortcut])}
     if not _alone(inside, last):
         return "something else is computed between its members"
-    return _Found(steps, x, shortcut, inside)
+    return _Found(steps, before, x, shortcut, inside)
 
 
 def _shortcut(residual: Any, modules: Mapping[str, nn.Module], call: Call) -> tuple[fx.Node | None, Any]:
     """(the node that adapts a block's input, if one does; that input)."""
     if not isinstance(residual, fx.Node) or len(residual.users) != 1:
         return None, residual
-    if _calls(residual, modules, nn.Sequential) and len(modules[str(residual.target)]) == 2:  # pyright: ignore[reportArgumentType]
+    if _calls(residual, modules, nn.Sequential) and layer_of(modules[str(residual.target)]) is not None:
         return residual, residual.args[0] if len(residual.args) == 1 else None
     if _is_group(residual, call) and residual.args[3] is None and residual.args[5] is None:
         return residual, residual.args[2]
@@ -125,8 +127,9 @@ def _alone(inside: set[fx.Node], last: fx.Node) -> bool:
 
 def _join(graph: fx.Graph, found: _Found, block: Call, less_memory: bool) -> None:
     last = found.steps[-1]
-    steps = tuple((*step.args[:2], *step.args[5:]) for step in found.steps)
     with graph.inserting_before(last):
+        before = [tuple(graph.get_attr(str(node.target)) for node in nodes) for nodes in found.before]
+        steps = tuple((*step.args[:2], *step.args[5:], nodes) for step, nodes in zip(found.steps, before, strict=True))
         shortcut = found.shortcut
         if shortcut is not None:
             sequential = shortcut.op == "call_module"

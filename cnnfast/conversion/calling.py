@@ -17,7 +17,8 @@ from ..nn.residual import layer_of, residual_block
 from ..patterns import activation_of
 from .leaves import normalizes_and_activates
 
-Step = tuple[Any, Any, Any, Any]  # convolution, norm, activation (a module or a name), slope
+# Convolution, norm, activation (a module or a name), slope, and the identities that are called before.
+Step = tuple[Any, Any, Any, Any, tuple[nn.Module, ...]]
 
 
 def call(
@@ -75,10 +76,11 @@ def _one_by_one(conv, norm, x, residual, in_place, activation, slope) -> Tensor:
 
 def call_block(x: Tensor, steps: tuple[Step, ...], shortcut: Any, in_place: bool, less_memory: bool) -> Tensor:
     """What a generated forward calls for a residual block: in training one operator, else its groups one after the
-    other. shortcut: None, a Sequential of a convolution and a norm, or these
-    two. in_place: of the sum, as `call` has it. less_memory: as convert was told.
+    other. shortcut: None, a Sequential of a convolution and a norm, or these two. in_place: of the sum, as `call` has
+    it. less_memory: as convert was told.
     """
-    projection, others = shortcut, [activation for _, _, activation, _ in steps if isinstance(activation, nn.Module)]
+    projection: Any = shortcut
+    others = [m for *_, activation, _, before in steps for m in (activation, *before) if isinstance(m, nn.Module)]
     if isinstance(shortcut, nn.Module):
         projection, others = layer_of(shortcut), [*others, shortcut]
     if shortcut is None or projection is not None:
@@ -86,8 +88,8 @@ def call_block(x: Tensor, steps: tuple[Step, ...], shortcut: Any, in_place: bool
         if z is not None:
             return z
     z = x
-    for conv, norm, activation, slope in steps[:-1]:
-        z = call(conv, norm, z, None, False, activation, slope)
+    for conv, norm, activation, slope, before in steps[:-1]:
+        z = call(conv, norm, _through(before, z), None, False, activation, slope)
     residual = x
     if shortcut is not None:
         if isinstance(shortcut, nn.Module):
@@ -95,5 +97,12 @@ def call_block(x: Tensor, steps: tuple[Step, ...], shortcut: Any, in_place: bool
         else:
             conv, norm = shortcut
             residual = call(conv, norm, x, None, False, None, None)
-    conv, norm, activation, slope = steps[-1]
-    return call(conv, norm, z, residual, in_place, activation, slope)
+    conv, norm, activation, slope, before = steps[-1]
+    return call(conv, norm, _through(before, z), residual, in_place, activation, slope)
+
+
+def _through(identities: tuple[nn.Module, ...], z: Tensor) -> Tensor:
+    """They are called for the hooks that they may have."""
+    for identity in identities:
+        z = identity(z)
+    return z

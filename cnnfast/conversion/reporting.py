@@ -16,7 +16,7 @@ from cnnfast_kernels.problem import ConvProblem
 from .. import dispatch
 from ..nn.fused import forward_replaced
 from ..nn.layers import SameConv2d
-from .block_sums import blocks_told
+from .block_notes import blocks_told
 from .costs import Spender, Spent
 from .fusion import groups_of, plan_of, why_not_fused
 from .grafts import base_of

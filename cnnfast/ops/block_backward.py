@@ -53,9 +53,8 @@ class _Descent:
         layer, calling = self.branch[i], self.calling
         if dy is None:
             return residual
-        image_shape = self.x.shape if i == 0 else self.left(i - 1).shape
-        last = convolution_format(self.x, layer.w) == torch.channels_last
-        where = last, *layer.geometry, self.algorithm
+        image = image_like(self.x, self.branch, i)
+        where = convolution_format(image, layer.w) == torch.channels_last, *layer.geometry, self.algorithm
         if layer.needs[0]:
             dw = calling(conv_wgrad)(self.input_of(i), dy, layer.w.shape, *where)
             self.grads[i] = dw, *self.grads[i][1:]
@@ -64,19 +63,14 @@ class _Descent:
         if i == 0:
             if self.how.fused and residual is not None:
                 nothing = None, None, None, None, None, 0.0, None, 0.0
-                return calling(conv_dgrad_below)(dy, layer.w, residual, *nothing, image_shape, *where)[0]
-            dx = calling(conv_dgrad)(dy, layer.w, None, image_shape, *where)
+                return calling(conv_dgrad_below)(dy, layer.w, residual, *nothing, image.shape, *where)[0]
+            dx = calling(conv_dgrad)(dy, layer.w, None, image.shape, *where)
             return dx if residual is None else dx.add_(residual)
         if self.how.fused:
-            g, *sums = calling(conv_dgrad_below)(dy, layer.w, None, *self.below(i), image_shape, *where)
+            g, *sums = calling(conv_dgrad_below)(dy, layer.w, None, *self.below(i), image.shape, *where)
             return self.from_sums(i - 1, g, sums, residual)
-        dz = calling(conv_dgrad)(dy, layer.w, None, image_shape, *where)
+        dz = calling(conv_dgrad)(dy, layer.w, None, image.shape, *where)
         return self.from_z(i - 1, dz, residual)
-
-    def left(self, i: int) -> Tensor:
-        y = self.branch[i].left.y
-        assert y is not None  # of every layer but the last
-        return y
 
     def from_z(self, i: int, dz: Tensor, residual: Tensor | None) -> Tensor | None:
         """The same from the gradient of what the activation of an inner layer gives."""
@@ -104,7 +98,7 @@ class _Descent:
         image, down = self.input_of(i), self.goes_on[i]
         grads: Sequence[Tensor] = ()
         of = _by_gram(g, sums, image, layer)
-        if down and self.how.fused:
+        if down and self.how.fused and all(step == 1 for step in layer.geometry[0]):
             below = self.branch[i - 1]
             dx, dw, dgamma, *grads = self.calling(gram_gradients_below)(
                 *of, below.left.y, *below.norm, below.eps, layer.needs[0]
@@ -115,6 +109,13 @@ class _Descent:
         if not down:
             return residual
         return self.from_sums(i - 1, dx, grads, residual) if grads else self.from_z(i - 1, dx, residual)
+
+
+def image_like(x: Tensor, branch: list[TrainedMember], i: int) -> Tensor:
+    """A tensor of the size and layout of what layer i takes: of an inner activation's result its y."""
+    image = x if i == 0 else branch[i - 1].left.y
+    assert image is not None  # every layer but the last leaves its y
+    return image
 
 
 def _of_channels(layer: TrainedMember, dgamma: Tensor, dbeta: Tensor) -> Gradients:
@@ -189,11 +190,12 @@ def fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     dout, x, _, branch, projection, _, dx_needed, _ = trained_of(arguments)
     last = convolution_format(x, branch[0].w) == torch.channels_last
     grads = [implementations.fake_dgrad(dout, branch[0].w, None, x.shape, last) if dx_needed else dout.new_empty(0)]
-    for layer in [*branch, projection]:
+    images = [*(image_like(x, branch, i) for i in range(len(branch))), x]
+    for image, layer in zip(images, [*branch, projection], strict=True):
         if layer is None:
             grads += [dout.new_empty(0) for _ in range(3)]
             continue
-        of_w = convolution_format(x, layer.w) == torch.channels_last
+        of_w = convolution_format(image, layer.w) == torch.channels_last
         of = implementations.fake_wgrad(x, dout, layer.w.shape, of_w), layer.gamma, layer.beta
         for t, need in zip(of, layer.needs, strict=True):
             grads.append(torch.empty_like(t) if need and t is not None else dout.new_empty(0))

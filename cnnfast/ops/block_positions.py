@@ -11,8 +11,8 @@ RELU = "relu", 0.0  # an activation and its slope
 
 
 class How(NamedTuple):
-    """How a block is computed; block.py explains the words. gram, projection_by_gram: whether the last
-    layer's convolution, and the shortcut's, are trained by their Gram matrix.
+    """How a block is computed; block.py explains the words. gram, projection_by_gram: whether the last layer's
+    convolution, and the shortcut's, are trained by their Gram matrix.
     """
 
     fused: bool

@@ -358,6 +358,62 @@ def test_torchvisions_blocks_converted(torchvision, device, groups):
     assert_same(mine, right, 1e-11)
 
 
+class Strided(nn.Module):
+    """A block that ends in a strided 1x1 convolution to more channels, with an identity between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.between = nn.Identity()
+        self.conv2, self.bn2 = nn.Conv2d(8, 32, 1, 2, bias=False), nn.BatchNorm2d(32)
+        self.downsample = nn.Sequential(nn.Conv2d(8, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
+
+    def forward(self, x):
+        z = self.between(torch.relu(self.bn1(self.conv1(x))))
+        return torch.relu(self.bn2(self.conv2(z)) + self.downsample(x))
+
+
+def test_a_strided_end_by_its_gram_matrix(device):
+    torch.manual_seed(0)
+    block = Strided().to(device, torch.float16, memory_format=LAST)
+    for norm in (block.bn1, block.bn2, block.downsample[1]):
+        norm.float()
+    x = image("basic", torch.float16, device, n=4)
+    exact, _ = trained(copy.deepcopy(block).double(), x.double(), "torch")
+    own, _ = trained(copy.deepcopy(block), x, "torch")
+    mine, trace = trained(cnnfast.convert(block), x)
+    assert {"gram_gradients", "conv_dgrad_below"} <= {call.operation for call in trace}
+    for name, t in exact.items():
+        errors = [float((found[name].double() - t).norm()) for found in (mine, own)]
+        assert errors[0] <= 2 * errors[1] + 2**-11 * float(t.double().norm()), name
+
+
+def test_an_identity_inside_that_is_watched(device):
+    """It is called then; without a hook nobody can tell."""
+    block, x = cnnfast.convert(Strided().double().to(device)), image("basic", device=device)
+    right, trace = trained(copy.deepcopy(block), x)
+    assert is_one(trace)
+    seen = []
+    block.between.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    mine, trace = trained(block, x)
+    assert len(seen) == 1
+    assert not is_one(trace)
+    assert_same(mine, right, 1e-11)
+
+
+def test_weights_of_several_layouts(device):
+    """Each gradient is laid out as PyTorch's, though x is contiguous."""
+    block, x = build(device=device, fmt=torch.contiguous_format), image(device=device, fmt=torch.contiguous_format)
+    block.conv2.to(memory_format=LAST)
+    right, _ = trained(copy.deepcopy(block), x, "torch")
+    mine, trace = trained(block, x)
+    assert is_one(trace)
+    assert_same(mine, right, 1e-11)
+    for name, t in right.items():
+        longer = [d for d, extent in enumerate(t.shape) if extent > 1]  # the others' strides say nothing
+        assert [mine[name].stride(d) for d in longer] == [t.stride(d) for d in longer], name
+
+
 class Squeezed(nn.Module):
     """A block with something between its branch and the sum, and one of four convolutions."""
 
@@ -485,12 +541,12 @@ def test_checkpointed(device, reentrant):
     """Running statistics move once more, as PyTorch's own do."""
     block, x = build(device=device), image(device=device)
     plain, _ = trained(copy.deepcopy(block), x)
-    again, trace = trained(lambdas(block, reentrant), x)
+    again, trace = trained(Checkpointed(block, reentrant), x)
     assert is_one(trace)
     assert_same({n: again[n] for n in ("y", "x", "conv2.weight")}, {n: plain[n] for n in ("y", "x", "conv2.weight")})
 
 
-class lambdas(nn.Module):  # noqa: N801
+class Checkpointed(nn.Module):
     def __init__(self, block, reentrant):
         super().__init__()
         self.block, self.reentrant = block, reentrant

@@ -60,6 +60,7 @@ def wants(*arguments):
 LAYER = (*wants(normal(4, 4, 1, 1, seed=1), WEIGHT[:4], BIAS[:4]), MEAN[:4].clone(), VAR[:4].clone())
 LEFT = (*(t.detach() for t in LAYER[:3]), normal(2, 4, 5, 4, seed=7), X.relu(), MEAN[:4], VAR[:4], None, None)
 NO_LAYER, NO_LEFT = (None,) * 5, (None,) * 9
+FUSED_SOME = [True, True, False, False], [True] * 7 + [False] * 3  # how, and which gradients are needed
 TALL_Y = normal(2, 6, 5, 4, seed=2).half().contiguous(memory_format=torch.channels_last)
 BELOW = tuple(t[:4].float() for t in (MEAN, VAR, WEIGHT, BIAS))
 
@@ -95,18 +96,7 @@ SAMPLES = {
     ],
     "bottleneck": [(leaf(X), *LAYER, *LAYER, *LAYER, *NO_LAYER, *numbers_of(3), [True, True, False, False], "auto")],
     "basic_block_backward": [
-        (
-            X,
-            X,
-            X,
-            *LEFT,
-            *LEFT,
-            *NO_LEFT,
-            *numbers_of(2)[1:],
-            [True, True, False, False],
-            [True] * 7 + [False] * 3,
-            "auto",
-        ),
+        (X, X, X, *LEFT, *LEFT, *NO_LEFT, *numbers_of(2)[1:], *FUSED_SOME, "auto"),
         (X, X, X, *LEFT, *LEFT, *LEFT, *numbers_of(3)[1:], [False] * 4, [False, True] * 5, "auto"),
     ],
     "bottleneck_backward": [

@@ -21,6 +21,7 @@ from .fusion import fuse, unfuse
 from .leaves import swap, swap_back
 from .reporting import report_on
 from .rows import CollectedRow, ConversionReport, ConvolutionRow
+from .stages import link, unlink
 from .tree import share
 
 __all__ = ["CollectedRow", "ConversionReport", "ConvolutionRow", "convert", "report", "revert"]
@@ -92,6 +93,7 @@ def convert(
             module.__dict__[LESS_MEMORY] = True
     for module in reversed(modules):  # children first: then it is known what calling one may do to its arguments
         fuse(module)
+        link(module)
     return model if memory_format is None else model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
 
 
@@ -110,6 +112,7 @@ def revert(model: M, *, inplace: bool = False) -> M:
         model = share(model, "revert")
     for module in model.modules():
         unfuse(module)
+        unlink(module)
         swap_back(module)
         module.__dict__.pop(LESS_MEMORY, None)
     return model

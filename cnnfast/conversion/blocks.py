@@ -51,6 +51,15 @@ def join_blocks(
     return ends
 
 
+def is_one_block(graph: fx.Graph, block: Call) -> bool:
+    """Whether a graph is one call of `block` of its one argument, and nothing else."""
+    nodes = [node for node in graph.nodes if node.op != "get_attr"]
+    if [node.op for node in nodes] != ["placeholder", "call_function", "output"]:
+        return False
+    argument, called, output = nodes
+    return called.target is block and called.args[0] is argument and output.args[0] is called
+
+
 def _is_group(node: Any, call: Call) -> bool:
     """Whether a node calls a convolution and a norm, and no pool."""
     return isinstance(node, fx.Node) and node.target is call and None not in node.args[:2] and len(node.args) == 7

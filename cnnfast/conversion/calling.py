@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import nn as cnn
 from ..activations import LEAKY_SLOPE, ActivationName, activate
 from ..dispatch import on_gpu
+from ..functional.blocks import Link
 from ..nn.fused import takes
 from ..nn.pooled import conv_bn_act_pool
 from ..nn.residual import layer_of, residual_block
@@ -79,14 +80,23 @@ def call_block(x: Tensor, steps: tuple[Step, ...], shortcut: Any, in_place: bool
     other. shortcut: None, a Sequential of a convolution and a norm, or these two. in_place: of the sum, as `call` has
     it. less_memory: as convert was told.
     """
+    return call_linked_block((x, None), steps, shortcut, in_place, less_memory)[0]
+
+
+def call_linked_block(
+    of: tuple[Tensor, Link | None], steps: tuple[Step, ...], shortcut: Any, in_place: bool, less_memory: bool
+) -> tuple[Tensor, Link | None]:
+    """The same of a block that is linked (nn/stages.py). of: (x, what the block below handed over)."""
+    x, below = of
     projection: Any = shortcut
     others = [m for *_, activation, _, before in steps for m in (activation, *before) if isinstance(m, nn.Module)]
     if isinstance(shortcut, nn.Module):
         projection, others = layer_of(shortcut), [*others, shortcut]
     if shortcut is None or projection is not None:
-        z = residual_block(x, [step[:2] for step in steps], projection, *others, less_memory=less_memory)
-        if z is not None:
-            return z
+        branch = [step[:2] for step in steps]
+        found = residual_block(x, branch, projection, *others, less_memory=less_memory, below=below)
+        if found is not None:
+            return found
     z = x
     for conv, norm, activation, slope, before in steps[:-1]:
         z = call(conv, norm, _through(before, z), None, False, activation, slope)
@@ -98,7 +108,7 @@ def call_block(x: Tensor, steps: tuple[Step, ...], shortcut: Any, in_place: bool
             conv, norm = shortcut
             residual = call(conv, norm, x, None, False, None, None)
     conv, norm, activation, slope, before = steps[-1]
-    return call(conv, norm, _through(before, z), residual, in_place, activation, slope)
+    return call(conv, norm, _through(before, z), residual, in_place, activation, slope), None
 
 
 def _through(identities: tuple[nn.Module, ...], z: Tensor) -> Tensor:

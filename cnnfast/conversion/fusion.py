@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ..functional.blocks import Link
 from ..nn.fused import forward_replaced, served, why_watched
 from . import graphs
+from .calling import call_block, call_linked_block
 from .effects import buffers, traits
 from .grafts import base_of, graft, grafted, own_class, set_class
 from .planning import FusionPlan, Group, Variant, examine, plan
@@ -100,6 +102,7 @@ def _fused_class(base: Any, found: FusionPlan) -> type:
 
 def _graft_forward(base: Any, found: FusionPlan, purpose: Any) -> type:
     variants = [(variant, _compile(base, variant)) for variant in found.variants]
+    whole = [(variant, _compile(base, variant, linked=True)) for variant in found.variants if variant.whole]
     in_positions = _by_positions(base.forward)
     serves = _serves  # `forward` will have the global variables of base.forward: it sees only what it closes over
 
@@ -111,6 +114,13 @@ def _graft_forward(base: Any, found: FusionPlan, purpose: Any) -> type:
                     return fused(self, *given)
                 break
         return base.forward(self, *args, **kwargs)
+
+    def linked(self: Any, x: Any, below: Link | None) -> tuple[Tensor, Link | None] | None:
+        """See nn/stages.py."""
+        for variant, fused in whole:
+            if variant.takes((x,)) and serves(self, found, variant, (x,)):
+                return fused(self, (x, below))
+        return None
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
         base.__setattr__(self, name, value)
@@ -140,6 +150,8 @@ def _graft_forward(base: Any, found: FusionPlan, purpose: Any) -> type:
     methods = {"__setattr__": set_attribute, "__delattr__": delete_attribute, "_cnnfast_plan": found}
     methods["_replicate_for_data_parallel"] = replicate
     methods["forward"] = _in_place_of(base.forward, forward)
+    if whole:
+        methods["linked"] = linked
     if base.__repr__ is nn.Module.__repr__:  # whoever has a text of its own keeps it
         methods["__repr__"] = lambda self: shown(self, groups_of)
     if issubclass(base, fx.GraphModule):
@@ -182,11 +194,15 @@ def _by_positions(forward: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], t
     return in_positions
 
 
-def _compile(base: type, variant: Variant) -> Any:
-    """The function that the source of a variant defines. Tracebacks show its lines."""
+def _compile(base: type, variant: Variant, linked: bool = False) -> Any:
+    """The function that the source of a variant defines. Tracebacks show its lines. linked: it calls the residual block
+    that it is with what call_linked_block takes, and returns what that does.
+    """
     file = f"<cnnfast fusion of {base.__module__}.{base.__qualname__} {abs(hash(variant)):x}>"
     linecache.cache[file] = (len(variant.source), None, variant.source.splitlines(keepends=True), file)
     namespace: dict[str, Any] = dict(variant.names)
+    if linked:
+        namespace = {name: call_linked_block if of is call_block else of for name, of in variant.names}
     exec(compile(variant.source, file, "exec"), namespace)
     return namespace["forward"]
 

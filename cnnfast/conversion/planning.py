@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..nn.residual import less_memory
-from .blocks import join_blocks
+from .blocks import is_one_block, join_blocks
 from .calling import call, call_block
 from .chains import Chain, Chains
 from .effects import Conduct, Effects, Traits, buffers, traits
@@ -62,6 +62,7 @@ class Variant:
     buffers: int | None
     conduct: Conduct
     names: tuple[tuple[str, Any], ...] = field(compare=False)  # what the source's global names stand for
+    whole: bool = field(compare=False)  # whether it is one residual block of its argument, and nothing else
     groups: tuple[Group, ...] = field(compare=False)
     sums: tuple[tuple[str, str], ...] = field(compare=False)  # of residuals, as blocks.join_blocks returns them
 
@@ -155,6 +156,7 @@ def _variant(block: nn.Module, traced: Traced) -> tuple[Variant | None, list[str
         buffers=buffers(involved) if rewriter.moved else None,
         conduct=conduct,
         names=tuple(code.globals.items()),
+        whole=is_one_block(traced.graph, call_block),
         groups=tuple(groups),
         sums=tuple(rewriter.sums),
     )

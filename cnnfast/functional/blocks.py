@@ -47,6 +47,15 @@ class NormedConv(NamedTuple):
         return self[:5]
 
 
+class Link(NamedTuple):
+    """What a residual block hands to the next, whose input is this one's result and is seen by nobody else: words of
+    bits of the result, and the mean of its last layer, in whose gradient's place the next one hands back sums.
+    """
+
+    words: Tensor
+    mean: Tensor
+
+
 def block_serves(input: Tensor, layers: Sequence[NormedConv], projection: NormedConv | None) -> bool:
     """Whether residual_block computes this: relu(branch(input) + shortcut(input)), where the branch is `layers`, each
     but the last with a ReLU, and the shortcut is `projection`, or input itself.
@@ -93,14 +102,20 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def residual_block(
-    input: Tensor, layers: Sequence[NormedConv], projection: NormedConv | None, less_memory: bool = False
-) -> Tensor:
-    """relu(branch(input) + shortcut(input)) as one operator, where `block_serves`.
+    input: Tensor,
+    layers: Sequence[NormedConv],
+    projection: NormedConv | None,
+    less_memory: bool = False,
+    below: Link | None = None,
+) -> tuple[Tensor, Link | None]:
+    """(relu(branch(input) + shortcut(input)), what the next block may take as its `below`), as one operator, where
+    `block_serves`.
 
     input [N, C, H, W]; layers: two or three. Running statistics are updated. Where our kernels are asked for, or
     `less_memory` is, all convolutions are theirs; else each is served as everywhere, and what the inner activations
-    gave is computed again in backward. less_memory: that it is by our kernels too. Raises what conv_bn_act raises for
-    a norm that does not fit.
+    gave is computed again in backward. less_memory: that it is by our kernels too. below: of the block whose result
+    `input` is, if nobody but this one sees that; then the gradient that goes there is masked and summed for it already.
+    Raises what conv_bn_act raises for a norm that does not fit.
     """
     parts = [*layers, *([] if projection is None else [projection])]
     x, *weights = autocast(input, *(layer.weight for layer in parts))
@@ -128,6 +143,11 @@ def residual_block(
     if projection is None:
         tensors += [None] * 5
         by_gram.append(False)
-    how = ours, ours and not less_memory, *by_gram[-2:]
+    last = convolution_format(images[-2], weights[len(layers) - 1]) == torch.channels_last
+    bits = last and not less_memory
+    how = ours, ours and not less_memory, bits, *by_gram[-2:]
+    link = below if below is not None and ours and x is input else (None, None)
     operator = ops.bottleneck if len(layers) == 3 else ops.basic_block
-    return operator(x, *tensors, tuple(momenta), tuple(eps), tuple(geometries), how, algorithm)[0]
+    numbers = tuple(momenta), tuple(eps), tuple(geometries)
+    z, words, *records = operator(x, *link, *tensors, *numbers, how, algorithm)
+    return z, Link(words, records[ops.mean_of_last(len(layers))]) if bits else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..nn import AdaptiveAvgPool2d, BasicBlock, BatchNorm2d, Bottleneck, Conv2d, MaxPool2d
 from ..nn.blocks import NormLayer, conv_bn_relu
 from ..nn.scripting import TraceToScript
+from ..nn.stages import through
 from ..spelling import keywords_explained
 
 
@@ -112,7 +113,7 @@ class ResNet(TraceToScript):
 
     def forward(self, x: Tensor) -> Tensor:
         x = conv_bn_relu(x, self.conv1, self.bn1, self.relu, pool=self.maxpool)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x, _ = through((self.layer1, self.layer2, self.layer3, self.layer4), x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 

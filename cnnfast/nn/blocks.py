@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from ..activations import LEAKY_SLOPE, ActivationName, activate, check_activation
+from ..functional.blocks import Link
 from ..spelling import keywords_explained
 from .fused import conv_bn_act, fusable, is_batch_norm, is_conv2d
 from .layers import BatchNorm2d, Conv2d
@@ -144,17 +145,26 @@ class _Block(TraceToScript):
         """Makes the convolutions and norms of the branch, in torchvision's order."""
         raise NotImplementedError
 
-    def as_one(self, x: Tensor, *branch: tuple[nn.Module, nn.Module]) -> Tensor | None:
+    def branch(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        """Its convolutions, each with its norm."""
+        raise NotImplementedError
+
+    def linked(self, x: Tensor, below: Link | None) -> tuple[Tensor, Link | None] | None:
+        """See stages.py. A subclass may have another forward."""
+        own = type(self).forward in (BasicBlock.forward, Bottleneck.forward)
+        return self.as_one(x, below) if own else None
+
+    def as_one(self, x: Tensor, below: Link | None = None) -> tuple[Tensor, Link | None] | None:
         """The whole block as one operator, in training, if that computes what its members would."""
-        down, less = self.downsample, less_memory(self)
+        down, how = self.downsample, {"less_memory": less_memory(self), "below": below}
         if type(self.relu) is not nn.ReLU:
             return None
         if down is None:
-            return residual_block(x, branch, None, self.relu, less_memory=less)
+            return residual_block(x, self.branch(), None, self.relu, **how)
         projection = layer_of(down)
         if projection is None:
             return None
-        return residual_block(x, branch, projection, self.relu, down, less_memory=less)
+        return residual_block(x, self.branch(), projection, self.relu, down, **how)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """The residual: x, or `downsample` of x, in one step if that is a convolution and a norm."""
@@ -195,10 +205,13 @@ class BasicBlock(_Block):
         self.conv2 = _conv3x3(planes, planes)
         self.bn2 = norm(planes)
 
+    def branch(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        return (self.conv1, self.bn1), (self.conv2, self.bn2)
+
     def forward(self, x: Tensor) -> Tensor:
-        z = self.as_one(x, (self.conv1, self.bn1), (self.conv2, self.bn2))
-        if z is not None:
-            return z
+        found = self.as_one(x)
+        if found is not None:
+            return found[0]
         y = conv_bn_relu(x, self.conv1, self.bn1, self.relu)
         return conv_bn_relu(y, self.conv2, self.bn2, self.relu, lambda: self.shortcut(x))
 
@@ -225,10 +238,13 @@ class Bottleneck(_Block):
         self.bn3 = norm(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
 
+    def branch(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+
     def forward(self, x: Tensor) -> Tensor:
-        z = self.as_one(x, (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
-        if z is not None:
-            return z
+        found = self.as_one(x)
+        if found is not None:
+            return found[0]
         y = conv_bn_relu(x, self.conv1, self.bn1, self.relu)
         y = conv_bn_relu(y, self.conv2, self.bn2, self.relu)
         return conv_bn_relu(y, self.conv3, self.bn3, self.relu, lambda: self.shortcut(x))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..functional.blocks import NormedConv, block_serves
+from ..functional.blocks import Link, NormedConv, block_serves
 from ..functional.blocks import residual_block as computed
 from .fused import fusable, is_batch_norm, is_conv2d
 from .layers import SameConv2d, running_statistics, synchronising_group
@@ -20,9 +20,15 @@ Layer = tuple[nn.Module, nn.Module]  # a convolution and the norm of what it giv
 
 
 def residual_block(
-    x: Any, branch: Sequence[Layer], projection: Layer | None, *others: nn.Module, less_memory: bool = False
-) -> Tensor | None:
-    """The block of these modules as one operator, or None where that does not compute what calling them would.
+    x: Any,
+    branch: Sequence[Layer],
+    projection: Layer | None,
+    *others: nn.Module,
+    less_memory: bool = False,
+    below: Link | None = None,
+) -> tuple[Tensor, Link | None] | None:
+    """(the block of these modules as one operator, what the next block may take as its `below`), or None where that
+    does not compute what calling them would. below: see functional/blocks.py.
 
     branch: two or three layers, each but the last followed by a ReLU; then projection(x), or x itself, is added, and
     ReLU follows. others: more modules whose calls this replaces. It is None where the modules do not train, no gradient
@@ -42,7 +48,7 @@ def residual_block(
         return None
     # These count the batch, and tell what share of the average it has.
     taken = [each._replace(momentum=running_statistics(bn)[3]) for each, (_, bn) in zip(taken, layers, strict=True)]
-    return computed(x, taken[: len(branch)], None if projection is None else taken[-1], less_memory)
+    return computed(x, taken[: len(branch)], None if projection is None else taken[-1], less_memory, below)
 
 
 def layer_of(module: nn.Module) -> Layer | None:

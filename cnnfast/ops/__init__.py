@@ -9,7 +9,7 @@ from . import flops as _flops  # noqa: F401 - registers its formulas
 from .augmentation import augment
 from .batchnorm import batch_moments, channel_sum, normalize, update_running
 from .block import basic_block, bottleneck
-from .block_positions import flat_geometry
+from .block_positions import flat_geometry, mean_of_last
 from .conv import conv_dgrad, conv_fprop, conv_stats
 from .conv_implementations import kernels_serve_unasked
 from .conv_norm import conv_act, conv_bn_act, conv_bn_act_training
@@ -40,6 +40,7 @@ __all__ = [
     "kernels_serve_unasked",
     "max_pool",
     "max_pool_indices",
+    "mean_of_last",
     "normalize",
     "normalize_over_ranks",
     "update_running",

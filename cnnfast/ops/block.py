@@ -8,8 +8,12 @@ A block sees what no layer sees, and so it moves and saves less:
   kernel that computes it (cnnfast_kernels/gradient_epilogue.py); the shortcut's gradient is added by the kernel that
   computes that of x. So all convolutions of the gradients are ours. Where the library serves, the norm's gradients are
   passes of their own, as those of a layer are (conv_norm.py).
-- Saved are x, the result, and of each layer what its convolution gave (y) and the statistics; what an inner activation
-  gave (z) only if it is KEPT: else it is computed again in backward, to the same bits.
+- Saved are x, one bit of each element of the result (words.py in cnnfast_kernels), or the result itself where bits are
+  not asked for, and of each layer what its convolution gave (y) and the statistics; what an inner activation gave (z)
+  only if it is KEPT: else it is computed again in backward, to the same bits.
+- LINKED: where a block's input is another block's result that nobody else sees, its last gradient is masked by the
+  other's bits and summed, by the kernel that computes it: the other need not begin with a pass over it. The other hands
+  over its bits and, as a tensor whose gradient's place takes the sums, the mean of its last layer.
 - A 1x1 convolution whose input is narrower than its output is trained by its Gram matrix (gram.py), if so asked.
 
 Running statistics are updated. A gradient that may itself be differentiated is computed by separate operators, from x
@@ -27,7 +31,15 @@ from torch import Tensor
 
 from ..dispatch import transformed
 from . import conv_implementations as implementations
-from .batchnorm import dense_like, normalize, replayed, update_running
+from .batchnorm import (
+    dense_like,
+    fake_words,
+    normalize,
+    normalize_mean,
+    normalize_words,
+    replayed,
+    update_running,
+)
 from .block_backward import backward, fake_backward
 from .block_positions import (
     OF_MEMBER,
@@ -37,10 +49,11 @@ from .block_positions import (
     Record,
     cut,
     flat_geometry,
+    mean_of_last,
     members_of,
 )
 from .conv import conv_fprop, conv_stats
-from .conv_norm import fused_bn_act
+from .conv_norm import fused_bn_act, fused_bn_act_words
 from .gram import gram_statistics
 from .registry import Calling, register
 
@@ -51,18 +64,24 @@ LAYERS = {"basic_block": 2, "bottleneck": 3}  # of the branch
 
 
 def _forward(calling: Calling, *arguments: Any) -> tuple[Tensor | None, ...]:
-    """(the result, and a Record of each layer of the branch and of the shortcut)."""
+    """(the result, its words of bits, and a Record of each layer of the branch and of the shortcut)."""
     x, branch, projection, how, algorithm = members_of(arguments)
-    z, records = x, []
-    for member in branch[:-1]:
+    z, of_z, records = x, None, []
+    meets_all = all(step == 1 for step in branch[-1].geometry[0])  # the last layer, which is 1x1 where it is by Gram
+    for i, member in enumerate(branch[:-1]):
         y, mean, var = _statistics(calling, z, member, algorithm)
-        z = calling(normalize)(y, mean, var, member.gamma, member.beta, None, member.eps, *RELU, None, True)
+        norm = mean, var, member.gamma, member.beta
+        if how.gram and meets_all and i == len(branch) - 2:
+            z, of_z = calling(normalize_mean)(y, *norm, member.eps, *RELU)
+        else:
+            z = calling(normalize)(y, *norm, None, member.eps, *RELU, None, True)
         records.append(Record(y, z if how.kept else None, mean, var))
     residual, of_shortcut = x, Record()
     if projection is not None:
-        residual, of_shortcut = _layer(calling, x, projection, None, None, how.projection_by_gram, algorithm)
-    out, of_last = _layer(calling, z, branch[-1], residual, "relu", how.gram, algorithm)
-    return out, *(t for record in (*records, of_last, of_shortcut) for t in record)
+        residual, _, of_shortcut = _layer(calling, x, projection, None, None, how.projection_by_gram, algorithm)
+    last = z, branch[-1], residual, "relu", how.gram, algorithm, of_z, how.bits
+    out, words, of_last = _layer(calling, *last)
+    return out, words, *(t for record in (*records, of_last, of_shortcut) for t in record)
 
 
 def _statistics(calling: Calling, x: Tensor, member: Member, algorithm: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,16 +104,27 @@ def _layer(
     activation: str | None,
     by_gram: bool,
     algorithm: str,
-) -> tuple[Tensor, Record]:
-    """(act(norm(conv(x)) + residual), what is left of it)."""
+    of_x: Tensor | None = None,
+    bits: bool = False,
+) -> tuple[Tensor, Tensor | None, Record]:
+    """(act(norm(conv(x)) + residual), its words of bits if asked for, what is left of it). of_x: the mean of each
+    channel of x, if it is known.
+    """
     end = member.gamma, member.beta, residual, member.eps, activation, 0.0, None
-    if not by_gram:
+    if by_gram:
+        mean, var, mu, products = calling(gram_statistics)(x, member.w, None, member.geometry[0], of_x)
+        left = Record(None, None, mean, var, mu if of_x is None else of_x, products)
+        operator, operands = (fused_bn_act_words if bits else fused_bn_act), (x, member.w, None, mean, var)
+        rest: tuple[Any, ...] = *member.geometry, "direct"
+    else:
         y, mean, var = _statistics(calling, x, member, algorithm)
-        return calling(normalize)(y, mean, var, *end, True), Record(y, None, mean, var)
-    mean, var, mu, products = calling(gram_statistics)(x, member.w, None, member.geometry[0])
-    z = calling(fused_bn_act)(x, member.w, None, mean, var, *end, *member.geometry, "direct")
-    _update(calling, member, (mean, var), z)
-    return z, Record(None, None, mean, var, mu, products)
+        left = Record(y, None, mean, var)
+        operator, operands, rest = (normalize_words if bits else normalize), (y, mean, var), (True,)
+    z = calling(operator)(*operands, *end, *rest)
+    z, words = z if bits else (z, None)
+    if by_gram:
+        _update(calling, member, (mean, var), z)
+    return z, words, left
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -119,7 +149,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     shortcut = nothing(OF_RECORD)
     if projection is not None:
         _, shortcut = record(x, projection, how.projection_by_gram, False)
-    return z, *records, *shortcut
+    return z, fake_words(z) if how.bits else x.new_empty(0), *records, *shortcut
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,7 +174,9 @@ def _replay(members: Sequence[Any], tensors: Sequence[Tensor | None], algorithm:
 
 
 def _again(dout: Tensor, ctx: Any, tensors: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Tensor | None]:
-    """The gradients of those `tensors` that are wanted, by differentiating a replay."""
+    """The gradients of those `tensors` that are wanted, by differentiating a replay. To mask a gradient once more
+    changes nothing.
+    """
 
     def replay(*inputs: Tensor) -> Tensor:
         given = [inputs[wanted.index(i)] if i in wanted else t for i, t in enumerate(tensors)]
@@ -172,21 +204,25 @@ def _function(operators: dict[str, Any], name: str) -> type[torch.autograd.Funct
         def forward(ctx, *arguments):
             x, branch, projection, how, algorithm = members_of(arguments)
             layers = [*branch, *([] if projection is None else [projection])]
-            out, *records = operators[name](*arguments)
+            out, words, *records = operators[name](*arguments)
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*(t for t in records if t is not None))
+            ctx.handed_over = mean_of_last(len(branch))
+            apart = records[: ctx.handed_over] + records[ctx.handed_over + 1 :]
+            ctx.mark_non_differentiable(*(t for t in (words, *apart) if t is not None))
             ctx.members, ctx.how = [(layer.eps, layer.geometry) for layer in layers], how
             ctx.algorithm, ctx.layers = algorithm, len(branch) + 1
-            parameters = [t for of in cut(arguments[1:-5], OF_MEMBER) for t in of[:3]]
+            parameters = [t for of in cut(arguments[3:-5], OF_MEMBER) for t in of[:3]]
             kept = [t if t is not None and t.numel() else None for t in records]
-            ctx.save_for_backward(x, out, *parameters, *kept)
-            return out, *records
+            left = (None, words) if how.bits else (out, None)
+            ctx.save_for_backward(x, arguments[1], *left, *parameters, *kept)
+            return out, words, *records
 
         @staticmethod
-        def backward(ctx, dout, *others):  # pyright: ignore[reportIncompatibleMethodOverride]
+        def backward(ctx, dout, _, *others):  # pyright: ignore[reportIncompatibleMethodOverride]
             given, count = ctx.needs_input_grad, ctx.layers
-            needs = [given[0], *(given[1 + OF_MEMBER * i + j] for i in range(count) for j in range(3))]
-            x, out, *tensors = ctx.saved_tensors
+            needs = [given[0], *(given[3 + OF_MEMBER * i + j] for i in range(count) for j in range(3))]
+            x, words_below, out, words, *tensors = ctx.saved_tensors
+            sums_below = None
             parameters, records = tensors[: 3 * count], tensors[3 * count :]
             wanted = [i for i, need in enumerate(needs) if need]
             if dout is None:
@@ -199,9 +235,12 @@ def _function(operators: dict[str, Any], name: str) -> type[torch.autograd.Funct
                 eps, geometries = zip(*ctx.members, strict=True)
                 numbers = tuple(n for geometry in geometries for n in flat_geometry(geometry))
                 how = eps, numbers, tuple(ctx.how), tuple(needs), ctx.algorithm
-                found = operators[f"{name}_backward"](dout, x, out, *flat, *how)
+                of_result = others[ctx.handed_over], x, words_below, out, words
+                dx, sums_below, *found = operators[f"{name}_backward"](dout, *of_result, *flat, *how)
+                found = dx, *found
+                sums_below = sums_below if given[2] else None
             dx, *grads = (grad if need else None for grad, need in zip(found, needs, strict=True))
-            return dx, *(grad for of in cut(grads, 3) for grad in (*of, None, None)), *[None] * 5
+            return dx, None, sums_below, *(grad for of in cut(grads, 3) for grad in (*of, None, None)), *[None] * 5
 
     return Block
 
@@ -209,16 +248,17 @@ def _function(operators: dict[str, Any], name: str) -> type[torch.autograd.Funct
 def _schemas(name: str, layers: int) -> tuple[str, str]:
     """Of the operator and of its backward."""
     letters = iter("abcdefgh")
-    forward, backward = ["Tensor x"], ["Tensor dout, Tensor x, Tensor out"]
+    forward = ["Tensor x, Tensor? words_below, Tensor? mean_below"]
+    backward = ["Tensor dout, Tensor? sums, Tensor x, Tensor? words_below, Tensor? out, Tensor? words"]
     for i in range(1, layers + 2):
         of, at = ("?", "_projection") if i > layers else ("", str(i))
         statistics = ", ".join(f"Tensor({next(letters)}!)? {t}{at}" for t in ("running_mean", "running_var"))
         parameters = f"Tensor{of} w{at}, Tensor? gamma{at}, Tensor? beta{at}"
         forward.append(f"{parameters}, {statistics}")
         backward.append(", ".join([parameters, *(f"Tensor? {t}{at}" for t in Record._fields)]))
-    results = ", ".join(["Tensor"] * (1 + OF_RECORD * (layers + 1)))
-    grads = ", ".join(["Tensor"] * (1 + 3 * (layers + 1)))
-    how = "SymInt[] geometries, bool[4] how"
+    results = ", ".join(["Tensor"] * (2 + OF_RECORD * (layers + 1)))
+    grads = ", ".join(["Tensor"] * (2 + 3 * (layers + 1)))
+    how = "SymInt[] geometries, bool[5] how"
     return (
         f"{name}({', '.join(forward)}, float[] momenta, float[] eps, {how}, str algorithm) -> ({results})",
         f"{name}_backward({', '.join(backward)}, float[] eps, {how}, bool[] needs, str algorithm) -> ({grads})",

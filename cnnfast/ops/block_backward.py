@@ -11,7 +11,7 @@ from torch import Tensor
 from cnnfast_kernels.layout import convolution_format
 
 from . import conv_implementations as implementations
-from .batchnorm import activation_backward, apply_gradient_sums, kernel_gradients, normalize
+from .batchnorm import activation_backward, apply_gradient_sums, kernel_gradients, normalize, statistics_like
 from .block_positions import RELU, How, TrainedMember, trained_of
 from .conv import conv_dgrad, conv_dgrad_below, conv_wgrad
 from .gram import gram_gradients, gram_gradients_below
@@ -24,9 +24,18 @@ class _Descent:
     """The gradients of a block, from its result down to x."""
 
     def __init__(
-        self, calling: Calling, x: Tensor, branch: list[TrainedMember], how: How, dx: bool, algorithm: str
+        self,
+        calling: Calling,
+        x: Tensor,
+        words: Tensor | None,
+        branch: list[TrainedMember],
+        how: How,
+        dx: bool,
+        algorithm: str,
     ) -> None:
         self.calling, self.x, self.branch, self.how, self.algorithm = calling, x, branch, how, algorithm
+        # The bits of x, by which its gradient is masked, and then the sums of that.
+        self.words, self.sums = words, None
         self.grads: list[Gradients] = [(None, None, None)] * len(branch)
         # Of each layer, whether the gradient of its input is needed.
         self.goes_on = [dx or any(any(below.needs) for below in branch[:i]) for i in range(len(branch))]
@@ -44,7 +53,7 @@ class _Descent:
     def below(self, i: int) -> tuple[Any, ...]:
         """What the gradient of layer i's input is masked by: y, the norm and the activation of the layer below."""
         of = self.branch[i - 1]
-        return of.left.y, *of.norm, of.eps, *RELU
+        return of.left.y, None, *of.norm, of.eps, *RELU
 
     def from_y(self, i: int, dy: Tensor | None, residual: Tensor | None = None) -> Tensor | None:
         """Everything below dy, the gradient of what layer i's convolution gives: the gradient of x, to which `residual`
@@ -61,9 +70,11 @@ class _Descent:
         if not self.goes_on[i]:
             return residual
         if i == 0:
-            if self.how.fused and residual is not None:
-                nothing = None, None, None, None, None, 0.0, None, 0.0
-                return calling(conv_dgrad_below)(dy, layer.w, residual, *nothing, image.shape, *where)[0]
+            if self.how.fused and not (residual is None and self.words is None):
+                mask = None, self.words, *[None] * 4, 0.0, None if self.words is None else "relu", 0.0
+                dx, sums, _ = calling(conv_dgrad_below)(dy, layer.w, residual, *mask, image.shape, *where)
+                self.sums = None if self.words is None else sums
+                return dx
             dx = calling(conv_dgrad)(dy, layer.w, None, image.shape, *where)
             return dx if residual is None else dx.add_(residual)
         if self.how.fused:
@@ -133,19 +144,23 @@ def _by_gram(g: Tensor, sums: Tensor, image: Tensor, layer: TrainedMember) -> tu
 
 
 def backward(calling: Calling, *arguments: Any) -> tuple[Tensor | None, ...]:
-    """(dx, and dw, dgamma and dbeta of each layer of the branch and of the shortcut), None where not needed."""
-    dout, x, out, branch, projection, how, dx_needed, algorithm = trained_of(arguments)
-    descent = _Descent(calling, x, branch, how, dx_needed, algorithm)
+    """(dx, its sums if it is masked by words of bits of x, and dw, dgamma and dbeta of each layer of the branch and of
+    the shortcut), None where not needed.
+    """
+    dout, x, words_below, result, branch, projection, how, dx_needed, algorithm = trained_of(arguments)
+    descent = _Descent(calling, x, words_below, branch, how, dx_needed, algorithm)
     last = branch[-1]
     for_projection = projection is not None and (dx_needed or any(projection.needs))
     g: Any = None
     sums: Any = None
     dy = None
-    if how.gram or (for_projection and how.projection_by_gram):
-        g, sums = calling(activation_backward)(dout, out, *RELU)
+    if result.sums is not None:
+        g, sums = dout, result.sums
+    elif result.words is not None or how.gram or (for_projection and how.projection_by_gram):
+        g, sums = calling(activation_backward)(dout, result.out, result.words, *RELU)
     if not how.gram:
         needs = last.needs[0] or descent.goes_on[-1], *last.needs[1:], g is None and (for_projection or dx_needed)
-        masked = (dout, last.left.y, out) if g is None else (g, last.left.y, None)
+        masked = (dout, last.left.y, result.out) if g is None else (g, last.left.y, None)
         act = RELU if g is None else (None, 0.0)
         of_norm: tuple[Any, ...] = *masked, *last.norm, None, last.eps, *act, True
         dy, dgamma, dbeta, of_residual = kernel_gradients(*of_norm, needs=needs, calling=calling)
@@ -156,7 +171,7 @@ def backward(calling: Calling, *arguments: Any) -> tuple[Tensor | None, ...]:
         assert projection is not None
         residual, of_shortcut = _of_projection(calling, g, sums, x, projection, how, dx_needed, algorithm)
     dx = descent.from_gram(g, sums, residual) if how.gram else descent.from_y(len(branch) - 1, dy, residual)
-    return dx if dx_needed else None, *(grad for of in (*descent.grads, of_shortcut) for grad in of)
+    return dx if dx_needed else None, descent.sums, *(grad for of in (*descent.grads, of_shortcut) for grad in of)
 
 
 def _of_projection(
@@ -187,9 +202,11 @@ def _of_projection(
 
 
 def fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    dout, x, _, branch, projection, _, dx_needed, _ = trained_of(arguments)
+    dout, x, words_below, _, branch, projection, how, dx_needed, _ = trained_of(arguments)
     last = convolution_format(x, branch[0].w) == torch.channels_last
     grads = [implementations.fake_dgrad(dout, branch[0].w, None, x.shape, last) if dx_needed else dout.new_empty(0)]
+    masked = how.fused and dx_needed and words_below is not None
+    grads.append(statistics_like(x) if masked else dout.new_empty(0))
     images = [*(image_like(x, branch, i) for i in range(len(branch))), x]
     for image, layer in zip(images, [*branch, projection], strict=True):
         if layer is None:

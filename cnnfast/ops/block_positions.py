@@ -11,12 +11,13 @@ RELU = "relu", 0.0  # an activation and its slope
 
 
 class How(NamedTuple):
-    """How a block is computed; block.py explains the words. gram, projection_by_gram: whether the last layer's
-    convolution, and the shortcut's, are trained by their Gram matrix.
+    """How a block is computed; block.py explains the words. bits: whether words of bits are left of the result; gram,
+    projection_by_gram: whether the last layer's convolution, and the shortcut's, are trained by their Gram matrix.
     """
 
     fused: bool
     kept: bool
+    bits: bool
     gram: bool
     projection_by_gram: bool
 
@@ -43,6 +44,16 @@ class Record(NamedTuple):
     var: Tensor | None = None
     mu: Tensor | None = None
     products: Tensor | None = None
+
+
+class Result(NamedTuple):
+    """What backward is given of the block's result: itself, or its words of bits (cnnfast_kernels/words.py). sums:
+    where the gradient is masked by these already, its sums over all pixels [K].
+    """
+
+    out: Tensor | None
+    words: Tensor | None
+    sums: Tensor | None
 
 
 class TrainedMember(NamedTuple):
@@ -75,13 +86,18 @@ def geometry_of(numbers: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(numbers[:2]), tuple(numbers[2:6]), tuple(numbers[6:8]), numbers[8]
 
 
+def mean_of_last(layers: int) -> int:
+    """Where the mean of a branch's last layer stands among the records."""
+    return (layers - 1) * OF_RECORD + Record._fields.index("mean")
+
+
 def cut(flat: Sequence[Any], size: int) -> list[Any]:
     return [flat[i : i + size] for i in range(0, len(flat), size)]
 
 
 def members_of(arguments: Sequence[Any]) -> tuple[Tensor, list[Member], Member | None, How, str]:
     """(x, the branch, the shortcut's layer, how, algorithm) of a forward operator's positions."""
-    x, *tensors = arguments[:-5]
+    x, _, _, *tensors = arguments[:-5]
     momenta, eps, geometries, how, algorithm = arguments[-5:]
     tensors, geometries = cut(tensors, OF_MEMBER), cut(geometries, OF_GEOMETRY)
     found = [
@@ -94,11 +110,11 @@ def members_of(arguments: Sequence[Any]) -> tuple[Tensor, list[Member], Member |
 
 def trained_of(
     arguments: Sequence[Any],
-) -> tuple[Tensor, Tensor, Tensor, list[TrainedMember], TrainedMember | None, How, bool, str]:
-    """(dout, x, out, the branch, the shortcut's layer, how, whether dx is needed, algorithm) of a backward operator's
-    positions.
+) -> tuple[Tensor, Tensor, Tensor | None, Result, list[TrainedMember], TrainedMember | None, How, bool, str]:
+    """(dout, x, the words of bits of x, the result, the branch, the shortcut's layer, how, whether dx is needed,
+    algorithm) of a backward operator's positions.
     """
-    dout, x, out, *tensors = arguments[:-5]
+    dout, sums, x, words_below, out, words, *tensors = arguments[:-5]
     eps, geometries, how, needs, algorithm = arguments[-5:]
     tensors, geometries = cut(tensors, 3 + OF_RECORD), cut(geometries, OF_GEOMETRY)
     found = [
@@ -107,4 +123,5 @@ def trained_of(
     ]
     branch = len(tensors) - 1
     projection = found[branch] if len(found) > branch else None
-    return dout, x, out, found[:branch], projection, How(*how), needs[0], algorithm
+    result = Result(out, words, sums)
+    return dout, x, words_below, result, found[:branch], projection, How(*how), needs[0], algorithm

@@ -183,9 +183,9 @@ conv_dgrad = register(
     plain.conv_dgrad,
 )
 conv_dgrad_below = register(
-    "conv_dgrad_below(Tensor dy, Tensor w, Tensor? residual, Tensor? y, Tensor? mean, Tensor? var, Tensor? gamma,"
-    f" Tensor? beta, float eps, str? activation, float slope, SymInt[4] x_shape, bool channels_last, {GEOMETRY})"
-    " -> (Tensor, Tensor, Tensor)",
+    "conv_dgrad_below(Tensor dy, Tensor w, Tensor? residual, Tensor? y, Tensor? words, Tensor? mean, Tensor? var,"
+    " Tensor? gamma, Tensor? beta, float eps, str? activation, float slope, SymInt[4] x_shape, bool channels_last,"
+    f" {GEOMETRY}) -> (Tensor, Tensor, Tensor)",
     implementations.dgrad_below,
     implementations.fake_dgrad_below,
 )

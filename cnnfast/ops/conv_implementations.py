@@ -25,6 +25,7 @@ from cnnfast_kernels.questions import Geometry
 from .. import dispatch
 from ..precision import allow_tf32
 from . import library_convolution
+from .batchnorm import fake_words
 from .serving import kernels_serve, library_comes_first, library_serves
 
 # Called `how` below: the positions that tell how the filters move over the image, and who computes it how.
@@ -83,6 +84,15 @@ def bn_act(
     return _with_epilogue(x, w, Epilogue(bias, norm, residual, activation, slope, slopes), how)
 
 
+def bn_act_words(
+    x: Tensor, w: Tensor, bias, mean, var, gamma, beta, residual, eps: float, activation, slope, slopes, *how: Any
+) -> tuple[Tensor, Tensor]:
+    """(what bn_act gives, its words of bits). By our kernels always: the library's convolution leaves none."""
+    geometry, algorithm = unpack(how)
+    epilogue = Epilogue(bias, BatchNorm(mean, var, gamma, beta, eps), residual, activation, slope, slopes)
+    return conv.conv_fprop_words(x, w, geometry, epilogue, algorithm=algorithm, tf32=allow_tf32(x))
+
+
 def act(x: Tensor, w: Tensor, bias, residual, activation, slope: float, slopes, *how: Any) -> Tensor:
     return _with_epilogue(x, w, Epilogue(bias, NO_NORM, residual, activation, slope, slopes), how)
 
@@ -110,20 +120,22 @@ def dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape: Any, channels_las
 
 
 def dgrad_below(
-    dy: Tensor, w: Tensor, residual, y, mean, var, gamma, beta, eps: float, *rest: Any
+    dy: Tensor, w: Tensor, residual, y, words, mean, var, gamma, beta, eps: float, *rest: Any
 ) -> tuple[Tensor, ...]:
-    """(g, the sum of g, the sum of g * xhat), g = (dx + residual) * act'(norm(y)); without y the sums are empty. By our
-    kernels always: the library's convolution has no such end.
+    """(g, the sum of g, the sum of g * xhat), g = (dx + residual) * act'(norm(y)), or masked by words of bits of the
+    activation's result. Without y the second sum is empty, and without words too the first. By our kernels always: the
+    library's convolution has no such end.
     """
     activation, slope, x_shape, channels_last, *how = rest
     (geometry, algorithm), fmt = unpack(tuple(how)), memory_format(channels_last)
-    below = GradientEpilogue(residual, y, None, None, BatchNorm(mean, var, gamma, beta, eps), activation, slope)
+    below = GradientEpilogue(residual, y, None, words, BatchNorm(mean, var, gamma, beta, eps), activation, slope)
     options: Any = {"fmt": fmt, "algorithm": algorithm, "tf32": allow_tf32(dy)}
-    if y is not None:
+    empty = dy.new_empty(0, dtype=accumulator_dtype(dy.dtype))
+    if y is not None or words is not None:
         g, *sums = conv.conv_dgrad_sums(dy, w, x_shape, geometry, below, **options)
-        return g, *sums  # pyright: ignore[reportReturnType]
+        return g, *(empty if t is None else t for t in sums)
     g = conv.conv_dgrad(dy, w, x_shape, geometry, below, **options)
-    return g, dy.new_empty(0), dy.new_empty(0)
+    return g, empty, torch.empty_like(empty)
 
 
 def wgrad(x: Tensor, dy: Tensor, w_shape: Any, channels_last: bool, *how: Any) -> Tensor:
@@ -162,13 +174,19 @@ def fake_bn_act(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
     return _fake_output(x, w, w.shape[0], rest[-5:])
 
 
+def fake_bn_act_words(x: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    z = fake_bn_act(x, w, *rest)
+    return z, fake_words(z)
+
+
 def fake_dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, x_shape: Any, channels_last: bool, *how: Any) -> Tensor:
     return memory.empty(x_shape, dy, memory_format(channels_last))
 
 
-def fake_dgrad_below(dy: Tensor, w: Tensor, residual, y, *rest: Any) -> tuple[Tensor, ...]:
+def fake_dgrad_below(dy: Tensor, w: Tensor, residual, y, words, *rest: Any) -> tuple[Tensor, ...]:
     x_shape, channels_last = rest[7:9]
-    sums = (dy.new_empty(0 if y is None else x_shape[1], dtype=accumulator_dtype(dy.dtype)) for _ in range(2))
+    sizes = (0 if y is None and words is None else x_shape[1], 0 if y is None else x_shape[1])
+    sums = (dy.new_empty(size, dtype=accumulator_dtype(dy.dtype)) for size in sizes)
     return memory.empty(x_shape, dy, memory_format(channels_last)), *sums
 
 

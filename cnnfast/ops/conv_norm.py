@@ -220,6 +220,12 @@ fused_bn_act = register(
     implementations.fake_bn_act,
     _BnAct,
 )
+fused_bn_act_words = register(
+    f"conv_bn_act_words(Tensor x, Tensor w, Tensor? bias, Tensor mean, Tensor var, {END}, Tensor? slopes, {GEOMETRY})"
+    " -> (Tensor, Tensor)",
+    implementations.bn_act_words,
+    implementations.fake_bn_act_words,
+)
 _fused_act = register(
     "conv_act(Tensor x, Tensor w, Tensor? bias, Tensor? residual, str? activation, float slope, Tensor? slopes,"
     f" {GEOMETRY}) -> Tensor",

@@ -5,8 +5,9 @@ activates and pools what the convolution gave (y), and leaves the tap of each ma
 result goes to one pixel of y alone, so that the sums of the norm's gradients go over the pixels of the result.
 
 What it saves: x only for the gradient of w, and w only for that of x; y and the taps where any of the two, or the bias,
-wants a gradient; y at the maxima. Activations are those whose derivative is told from their output, and windows are not
-dilated and of at most 255 taps: the functions see to that.
+wants a gradient; y at the maxima. An image that the kernels packed is packed again in backward: kept, it would be as
+large as y at the maxima, and a pass over an image of few channels is short. Activations are those whose derivative is
+told from their output, and windows are not dilated and of at most 255 taps: the functions see to that.
 
 A gradient that may itself be differentiated is computed by the separate operators, as conv_norm.py has it.
 """
@@ -25,7 +26,7 @@ from cnnfast_kernels.problem import PoolProblem
 from ..dispatch import transformed
 from . import conv_implementations as implementations
 from .batchnorm import dense_like, differentiable_gradients, kernel_gradients, update_running
-from .conv import conv_stats, keep_packed, operand_gradients, save_operands
+from .conv import conv_stats, operand_gradients, save_operands
 from .conv_implementations import GEOMETRY
 from .pooling import fake_max, max_pool_backward
 from .registry import AS_ANYBODY, Calling, register
@@ -127,17 +128,17 @@ def _fake_training(x: Tensor, w: Tensor, bias, mean, var, *rest: Any) -> tuple[T
 
 def _backward(calling: Calling, *arguments: Any) -> tuple[Tensor | None, ...]:
     """(dx, dw, dbias, dgamma, dbeta), None where not needed."""
-    of_pass, (x, w, packed, *layout, needs), geometry = arguments[:15], arguments[15:22], arguments[22:]
+    of_pass, (x, w, *layout, needs), geometry = arguments[:15], arguments[15:21], arguments[21:]
     wanted = any(needs[:3]), *needs[3:]
     dy, *of_channels = calling(normalize_max_pool_backward)(*of_pass, wanted)
     of_operands = None, None, None
     if wanted[0]:
-        of_operands = operand_gradients(calling, dy, x, w, packed, *layout, needs, *geometry)
+        of_operands = operand_gradients(calling, dy, x, w, None, *layout, needs, *geometry)
     return *of_operands, *of_channels
 
 
 def _fake_backward(dz: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    x_shape, w_shape, channels_last, needs = rest[17:21]
+    x_shape, w_shape, channels_last, needs = rest[16:20]
     _, *of_channels = _fake_pool_backward(dz, *rest[:14], (False, *needs[3:]))
     of_operands = (
         implementations.fake_dgrad(dz, dz, None, x_shape, channels_last) if needs[0] else dz.new_empty(0),
@@ -155,7 +156,7 @@ def _by_separate_operators(
     Where y was not kept, because nobody it is computed from wants a gradient, its pixels beyond the maxima have no part
     in those of gamma and beta: y at the maxima stands for it, with statistics that are given.
     """
-    x, w, packed, y, taps, at_max, *norm = ctx.saved_tensors
+    x, w, y, taps, at_max, *norm = ctx.saved_tensors
     of_channels: list[Tensor | None] = [None] * 2
     if dz is not None:
         gradients: Any = differentiable_gradients if again else kernel_gradients
@@ -169,7 +170,7 @@ def _by_separate_operators(
         dy = more if dy is None or more is None else dy + more
     of_operands = None, None, None
     if dy is not None:
-        of_operands = operand_gradients(AS_ANYBODY, dy, x, w, packed, *ctx.layout, needs, *ctx.geometry)
+        of_operands = operand_gradients(AS_ANYBODY, dy, x, w, None, *ctx.layout, needs, *ctx.geometry)
     return [*of_operands, *of_channels]
 
 
@@ -183,10 +184,10 @@ class _ConvNormPool(torch.autograd.Function):
         ctx.options, ctx.window, ctx.geometry = rest[:3], rest[3:7], rest[7:]
         ctx.set_materialize_grads(False)
         how = bias, mean, var, momentum, gamma, beta, *rest
-        (z, y, taps, at_max, *own), packed = keep_packed(ctx, conv_bn_act_pool_training, x, w, *how)
+        z, y, taps, at_max, *own = conv_bn_act_pool_training(x, w, *how)
         ctx.mark_non_differentiable(taps, at_max, *own)
         of_pixels = (y, taps) if any(ctx.needs_input_grad[:3]) else (None, None)
-        save_operands(ctx, y, x, w, packed, *of_pixels, at_max, *own, gamma, beta)
+        save_operands(ctx, y, x, w, *of_pixels, at_max, *own, gamma, beta)
         return z, y, taps, at_max, *own
 
     @staticmethod
@@ -197,8 +198,8 @@ class _ConvNormPool(torch.autograd.Function):
         if dz is None or dy is not None or ctx.nothing or again:
             found = _by_separate_operators(ctx, dz, dy, needs, again)
         else:
-            x, w, packed, y, taps, at_max, *norm = ctx.saved_tensors
-            how = *norm, *ctx.options, *ctx.window, x, w, packed, *ctx.layout, needs, *ctx.geometry
+            x, w, y, taps, at_max, *norm = ctx.saved_tensors
+            how = *norm, *ctx.options, *ctx.window, x, w, *ctx.layout, needs, *ctx.geometry
             found = conv_bn_act_pool_backward(dz, taps, at_max, y, *how)
         dx, dw, dbias, *of_channels = (grad if need else None for grad, need in zip(found, needs, strict=True))
         return dx, dw, dbias, None, None, None, *of_channels, *[None] * 7, *[None] * len(ctx.geometry)
@@ -214,7 +215,7 @@ conv_bn_act_pool_training = register(
 )
 conv_bn_act_pool_backward = register(
     "conv_bn_act_pool_backward(Tensor dz, Tensor? taps, Tensor at_max, Tensor? y, Tensor mean, Tensor var,"
-    f" {NORM}, {WINDOW}, Tensor? x, Tensor? w, Tensor? packed, SymInt[4] x_shape, SymInt[4] w_shape,"
+    f" {NORM}, {WINDOW}, Tensor? x, Tensor? w, SymInt[4] x_shape, SymInt[4] w_shape,"
     f" bool channels_last, bool[5] needs, {GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,

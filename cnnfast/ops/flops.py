@@ -89,7 +89,7 @@ def _block(*arguments: Any, **options: Any) -> int:
 
 @register_flop_formula([OPERATORS.basic_block_backward, OPERATORS.bottleneck_backward])
 def _block_backward(*arguments: Any, **options: Any) -> int:
-    _, x, _, branch, projection, _, dx, _ = trained_of(arguments)
+    _, x, _, _, branch, projection, _, dx, _ = trained_of(arguments)
     image: Any = x
     total, wanted = 0, dx
     for layer in branch:

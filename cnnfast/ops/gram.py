@@ -73,13 +73,15 @@ def gram_serves(
 # What the operators do
 
 
-def _statistics(x: Tensor, w: Tensor, bias: Tensor | None, stride: Any) -> tuple[Tensor, ...]:
-    return gram.gram_statistics(x, w, bias, tuple(stride))
+def _statistics(x: Tensor, w: Tensor, bias: Tensor | None, stride: Any, given: Tensor | None) -> tuple[Tensor, ...]:
+    mean, var, mu, products = gram.gram_statistics(x, w, bias, tuple(stride), given)
+    return mean, var, mu if given is None else mean.new_empty(0), products
 
 
-def _fake_statistics(x: Tensor, w: Tensor, bias: Tensor | None, stride: Any) -> tuple[Tensor, ...]:
+def _fake_statistics(x: Tensor, w: Tensor, bias: Tensor | None, stride: Any, given: Tensor | None = None):
     K, C = w.shape[:2]
-    return tuple(x.new_empty(shape, dtype=SUMS) for shape in ((K,), (K,), (C,), (K, C)))
+    mu = (C,) if given is None else (0,)
+    return tuple(x.new_empty(shape, dtype=SUMS) for shape in ((K,), (K,), mu, (K, C)))
 
 
 def _gradients(g: Tensor, sums: Tensor, x: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -126,7 +128,7 @@ def _by_gram(
     rest: from gamma to slope, and GEOMETRY.
     """
     end, geometry = rest[:-5], rest[-5:]
-    *own, of_x, products = calling(gram_statistics)(x, w, bias, geometry[0])
+    *own, of_x, products = calling(gram_statistics)(x, w, bias, geometry[0], None)
     z = calling(fused_bn_act)(x, w, bias, *own, *end, None, *geometry[:4], "direct")
     if mean is not None:
         calling(update_running)(mean, var, *own, momentum, z.shape[0] * z.shape[2] * z.shape[3])
@@ -151,7 +153,7 @@ def _backward(
     Without an activation dresidual is dz itself, which nobody has to ask for.
     """
     *operands, gamma, eps, stride, needs = rest
-    g, sums = calling(activation_backward)(dz, z, activation, slope)
+    g, sums = calling(activation_backward)(dz, z, None, activation, slope)
     g = dz if activation is None else g
     dx = dw = dgamma = None
     if needs[0] or needs[1] or needs[3]:
@@ -220,7 +222,8 @@ class _ByGram(torch.autograd.Function):
 
 
 gram_statistics = register(
-    "gram_statistics(Tensor x, Tensor w, Tensor? bias, SymInt[2] stride) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gram_statistics(Tensor x, Tensor w, Tensor? bias, SymInt[2] stride, Tensor? mu)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _statistics,
     _fake_statistics,
 )

@@ -57,12 +57,13 @@ def conv_stats(x: Tensor, w: Tensor, bias: Tensor | None, *how: Any) -> tuple[Te
     return y, *batch_moments(y.detach())
 
 
-def gram_statistics(x: Tensor, w: Tensor, bias: Tensor | None, stride: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gram_statistics(x: Tensor, w: Tensor, bias: Tensor | None, stride: Any, mu: Tensor | None) -> tuple[Tensor, ...]:
     met = x[:, :, :: stride[0], :: stride[1]].transpose(0, 1).flatten(1).float()
     filters = w.detach().flatten(1).float()
     products = filters @ torch.cov(met, correction=0).view(len(met), -1)
     mean = filters @ met.mean(1)
-    return mean if bias is None else mean + bias, (products * filters).sum(1), met.mean(1), products
+    mean = mean if bias is None else mean + bias
+    return mean, (products * filters).sum(1), met.mean(1) if mu is None else mean[:0].clone(), products
 
 
 def update_running(
@@ -85,6 +86,21 @@ def conv_bn_act(
 ) -> Tensor:
     y = conv_fprop(x, w, bias, *how)
     return normalize(y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, False)
+
+
+def normalize_words(*arguments: Any) -> tuple[Tensor]:
+    """Without the words."""
+    return (normalize(*arguments),)
+
+
+def normalize_mean(y: Tensor, mean, var, gamma, beta, eps, activation, slope) -> tuple[Tensor, Tensor]:
+    z = normalize(y, mean, var, gamma, beta, None, eps, activation, slope, None, False)
+    return z, batch_moments(z)[0]
+
+
+def conv_bn_act_words(*arguments: Any) -> tuple[Tensor]:
+    """Without the words."""
+    return (conv_bn_act(*arguments),)
 
 
 def conv_act(x: Tensor, w: Tensor, bias, residual, activation, slope, slopes, *how: Any) -> Tensor:

@@ -44,17 +44,23 @@ def _floats(*shapes: tuple[int, ...]) -> tuple[Layout, ...]:
 
 
 def gram_statistics(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, int]
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int],
+    mu: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(mean [K], biased variance [K], mu [C], P [K, C]) in float32: the statistics of conv(x, w) + bias over its N * P
     * Q pixels, the mean of each channel of x over them, and W Cov (batchnorm/gram.py).
 
-    Shapes: x [N, C, H, W], w [K, C, 1, 1], of one dtype, float16 or bfloat16, in any memory layout; bias [K].
+    Shapes: x [N, C, H, W], w [K, C, 1, 1], of one dtype, float16 or bfloat16, in any memory layout; bias [K]. mu: where
+    who made x left it already (batchnorm.normalize_mean), which spares a pass over x.
     """
     x = met(x, stride)
     N, C, P, Q = x.shape
     K = w.shape[0]
-    mu, _ = batch_moments(x)
+    if mu is None:
+        mu, _ = batch_moments(x)
     gram = conv_wgrad(x, x, (C, C, 1, 1), POINTWISE, wide=True)
     products, mean, var = (memory.empty(of, x) for of in _floats((K, C), (K,), (K,)))
     (bias,) = contiguous(bias)

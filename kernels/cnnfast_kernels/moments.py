@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from . import launch, memory
-from .dtypes import KERNEL_DTYPES
+from .dtypes import KERNEL_DTYPES, accumulator_dtype
 from .layout import Layout, dense
-from .planes import PlaneTile
+from .planes import Planes, PlaneTile
 from .rounding import round_quotient, round_root
 from .tiling import cdiv
 
@@ -42,6 +42,12 @@ class TileRows(NamedTuple):
 
 
 NO_ROWS = TileRows(1, 0, 0)  # of slots, which stand for no number of elements
+
+
+def moments_of(planes: Planes, dtype: torch.dtype) -> tuple[Layout, TileRows]:
+    """The layout of the moments that a pass leaves of its tiles of a tensor of this dtype, and what they stand for."""
+    rows = TileRows(max(1, planes.tiles_l), planes.L, planes.tile.BLOCK_L)
+    return dense((planes.tiles, 2, planes.C), accumulator_dtype(dtype)), rows
 
 
 class CombineOperands(NamedTuple):

@@ -21,10 +21,11 @@ from cnnfast_kernels.batchnorm import (
     gradient_sums,
     normalize,
     normalize_backward,
+    normalize_mean,
     update_running,
 )
 from tests.support.child import run_compiled
-from tests.support.poison import embed
+from tests.support.poison import embed, poisoned_workspaces
 
 EPS = 1e-5
 SLOPE = 0.1
@@ -482,6 +483,28 @@ SPECIAL = [
     1e6,
 ]
 SPECIAL += [float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mean_beside_a_norm(layout, dtype, device, launches):
+    """That of what is stored: in half precision that of 1 + 2 ** -12 is 1."""
+    shape = (3, 70, 7, 9)
+    y = integers(shape, dtype, device, 0, layout)
+    mean, beta = (integers((70,), torch.float32, device, seed) for seed in (1, 2))
+    var, gamma = torch.full((70,), 0.25, device=device), torch.ones(70, device=device)
+    beta[0], y[:, 0], mean[0] = 1 + 2.0**-12, 0, 0
+    how = mean, var, gamma, beta
+    expected = normalize(y, *how, None, 0.0, "leaky_relu", 0.5)
+    launches.clear()
+    with poisoned_workspaces():
+        z, found = normalize_mean(y, *how, 0.0, "leaky_relu", 0.5)
+    assert torch.equal(z, expected)
+    assert z.stride() == expected.stride()
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    close = 8 * torch.finfo(found.dtype).eps
+    torch.testing.assert_close(found.double(), z.double().mean((0, 2, 3)), rtol=close, atol=close)
+    assert {launched.kernel for launched in launches} == {"normalize_kernel", "combine_kernel"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

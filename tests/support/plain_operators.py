@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnnfast.ops.block_positions import Member, flat_geometry, members_of
+from cnnfast.ops.block_positions import OF_RECORD, Member, flat_geometry, mean_of_last, members_of
 from cnnfast.ops.plain import (
     adaptive_avg_pool,
     avg_pool,
@@ -75,9 +75,11 @@ def plain_operators() -> SimpleNamespace:
         for member in branch[:-1]:
             z = layer(z, member, None, "relu")
         residual = x if projection is None else layer(x, projection, None, None)
-        return (layer(z, branch[-1], residual, "relu"),)
+        records = [None] * OF_RECORD * (len(branch) + 1)
+        return layer(z, branch[-1], residual, "relu"), None, *records
 
     ops.basic_block = ops.bottleneck = block
+    ops.mean_of_last = mean_of_last
     ops.flat_geometry, ops.kernels_serve_unasked = flat_geometry, lambda *arguments: True
     ops.gram_serves = lambda *arguments: False
     ops.conv_bn_act_training = conv_bn_act_training

@@ -60,8 +60,8 @@ def ranks(counts: tuple[int, ...], C: int) -> SmokeTrial:
 
 
 def normalize(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_format, gradients: bool) -> SmokeTrial:
-    """z = leaky_relu((y - mean) * 2 + bias + residual), or the gradients of y, weight, bias and residual with given
-    statistics.
+    """z = leaky_relu((y - mean) * 2 + bias + residual), and without the residual, with its mean; or the gradients of y,
+    weight, bias and residual with given statistics.
     """
     C, slope = shape[1], 0.5
 
@@ -69,7 +69,7 @@ def normalize(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_form
         var, weight = torch.full_like(mean, 0.25), torch.ones_like(mean)
         z = batchnorm.normalize(y, mean, var, weight, bias, residual, 0.0, "leaky_relu", slope)
         if not gradients:
-            return (z,)
+            return z, *batchnorm.normalize_mean(y, mean, var, weight, bias, 0.0, "leaky_relu", slope)
         found = batchnorm.normalize_backward(
             dz, y, z, mean, var, weight, bias, residual, 0.0, "leaky_relu", slope, False, (True, True, True, True)
         )
@@ -79,8 +79,12 @@ def normalize(shape: tuple[int, ...], dtype: torch.dtype, fmt: torch.memory_form
         weight = torch.ones(C, dtype=torch.float64)
         leaves = [t.requires_grad_() for t in (y, weight, bias, residual)]
         centred = (y - mean.view(-1, 1, 1)) * 2
-        z = F.leaky_relu(centred * weight.view(-1, 1, 1) + bias.view(-1, 1, 1) + residual, slope)
-        return (*torch.autograd.grad(z, leaves, dz), dz.sum((0, 2, 3))) if gradients else (z.detach(),)
+        u = centred * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
+        z = F.leaky_relu(u + residual, slope)
+        if gradients:
+            return *torch.autograd.grad(z, leaves, dz), dz.sum((0, 2, 3))
+        alone = F.leaky_relu(u, slope).detach()
+        return z.detach(), alone, alone.mean((0, 2, 3))
 
     def operands(device: torch.device) -> Tensors:
         images = [integers(shape, most, device, dtype, fmt) for most in (4, 3)]

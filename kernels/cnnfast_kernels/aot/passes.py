@@ -20,6 +20,7 @@ from ..batchnorm import (
     gradient_sums,
     normalize,
     normalize_backward,
+    normalize_mean,
     normalize_words,
     pack_words,
     update_running,
@@ -86,12 +87,15 @@ def batch_norm_over_ranks(dtype: torch.dtype, ranks: int) -> None:
 
 
 def bits(dtype: torch.dtype, fmt: torch.memory_format) -> None:
-    """Words of bits beside act(batch_norm(y) + residual), those of a tensor, and backward by them."""
+    """Words of bits beside act(batch_norm(y) + residual), those of a tensor, and backward by them; the mean beside
+    act(batch_norm(y)).
+    """
     C = 64
     y = layers.empty(BATCH, C, 56, 56, dtype=dtype, fmt=fmt)
     vector = layers.empty(C)
     z, words = normalize_words(y, vector, vector, vector, vector, y, 1e-5, "relu", 0.0)
     pack_words(z)
+    normalize_mean(y, vector, vector, vector, vector, 1e-5, "relu", 0.0)
     activation_backward(z, None, "relu", 0.0, words)
 
 

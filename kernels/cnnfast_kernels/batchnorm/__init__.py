@@ -10,7 +10,7 @@ Everything is computed in float32, or float64 for float64 tensors.
 from ..planes import contiguous
 from .gradients import activation_backward, normalize_backward
 from .masked import masked_gradient
-from .normalising import normalize, normalize_leaving, normalize_words, pack_words
+from .normalising import normalize, normalize_leaving, normalize_mean, normalize_words, pack_words
 from .ranks import apply_sums, combine_ranks, gradient_sums
 from .running import update_running
 from .statistics import batch_moments, combine_moments
@@ -29,6 +29,7 @@ __all__ = [
     "normalize",
     "normalize_backward",
     "normalize_leaving",
+    "normalize_mean",
     "normalize_words",
     "pack_words",
     "update_running",

@@ -1,11 +1,11 @@
 """Normalise, activate and, if there is a residual, add, in one pass over memory, which may leave words of bits of the
-result too (words.py).
+result too (words.py), or the moments of its tiles.
 """
 
 from __future__ import annotations
 
 from itertools import chain
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
@@ -14,7 +14,9 @@ import triton.language as tl
 from .. import launch, memory
 from ..epilogue import Channels, finish, finish_of, load_channels, load_slopes
 from ..layout import Laid, Layout, dense
+from ..moments import TileRows, combine, moments_of
 from ..planes import (
+    Planes,
     PlaneTensor,
     TilePlace,
     common_planes,
@@ -26,6 +28,7 @@ from ..planes import (
     mergeable,
     tile_pointers,
 )
+from ..tile_moments import FirstRows, masks_of_first, store_moments
 from ..words import WORD, store_bits, words_layout
 from .channels import load_scale
 
@@ -33,8 +36,9 @@ STRIDES = [f"{t}_stride_{d}" for t in ("y", "residual", "z") for d in "nlc"]
 
 
 class NormalizeOperands(NamedTuple):
-    """y and, of its shape, residual and the result z; the others [C], contiguous, slopes also [1]; words of bits of z.
-    What is absent is None, z where only its words are wanted; without mean there is nothing of a norm but beta.
+    """y and, of its shape, residual and the result z; the others [C], contiguous, slopes also [1]; words of bits of z;
+    moments of its tiles, [tiles, 2, C]. What is absent is None, z where only its words are wanted; without mean there
+    is nothing of a norm but beta.
     """
 
     y: torch.Tensor
@@ -46,6 +50,7 @@ class NormalizeOperands(NamedTuple):
     z: torch.Tensor | None
     slopes: torch.Tensor | None
     words: torch.Tensor | None = None
+    moments: torch.Tensor | None = None
 
 
 class ResidualTile(NamedTuple):
@@ -68,11 +73,11 @@ def load_residual_tile(residual):
 @triton.jit(do_not_specialize=["L", *STRIDES])
 @no_type_check
 def normalize_kernel(
-    y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, z_ptr, slopes_ptr, words_ptr, L,
+    y_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, residual_ptr, z_ptr, slopes_ptr, words_ptr, moments_ptr, L,
     y_stride_n, y_stride_l, y_stride_c, residual_stride_n, residual_stride_l, residual_stride_c,
     z_stride_n, z_stride_l, z_stride_c, g: tl.constexpr, e: tl.constexpr,
 ):  # fmt: skip
-    """One tile of z, and its words of bits, if asked for, where all images are one plane.
+    """One tile of z; if asked for, its words of bits, where all images are one plane, and its moments as it is stored.
 
     g: PlaneGeometry; e: Finish.
     """
@@ -101,6 +106,10 @@ def normalize_kernel(
     if words_ptr is not None:
         first = at.number.to(tl.int64) * g.BLOCK_L
         store_bits(words_ptr, first, L * g.L_ALIGN, at.c, at.c_ok, g.C, z, y_ptr.dtype.element_ty)
+    if moments_ptr is not None:
+        rows = FirstRows(at.rows >= g.BLOCK_L, at.rows)
+        stored = z.to(y_ptr.dtype.element_ty)
+        store_moments(moments_ptr, at.number, (stored,), rows, at.c, at.c_ok, g.C, masks_of_first)
 
 
 @launch.planned
@@ -115,16 +124,26 @@ def _plan_normalize(
     slope: float,
     one_slope: bool,
     words: bool = False,
-) -> tuple[launch.Launch[NormalizeOperands], Layout | None, Layout | None]:
-    """The launch, the layout of z, None where `like` is and z is not wanted, and that of its words, None where they are
-    not wanted, or the pass does not go through the pixels in their order.
+) -> tuple[launch.Launch[NormalizeOperands], Layout | None, Layout | None, Planes]:
+    """The launch, the layout of z, None where `like` is and z is not wanted, that of its words, None where they are
+    not wanted, or the pass does not go through the pixels in their order, and the planes that it goes through.
     """
     z = None if like is None else dense(shape, dtype, dense_format(Layout(shape, like, dtype)))
     operands = y_strides, residual_strides, None if z is None else z.strides
     planes = common_planes(shape, operands, dtype, WORD if words else 16)
     e = finish_of(dtype, eps, activation, slope, one_slope)
     run = launch.Launch(normalize_kernel, planes.grid, planes.units, *chain(*planes.strides), e=e, **planes.constants)
-    return run, z, words_layout(shape) if words and (planes.N == 1 or planes.rows == 0) else None
+    return run, z, words_layout(shape) if words and (planes.N == 1 or planes.rows == 0) else None, planes
+
+
+@launch.planned
+def _plan_mean(
+    shape: tuple[int, ...], y_strides: tuple[int, ...], like: tuple[int, ...], dtype: torch.dtype, *how: Any
+) -> tuple[launch.Launch[NormalizeOperands], Layout, Layout, TileRows]:
+    """The launch that leaves moments, the layouts of z and of the moments, and which rows these stand for."""
+    run, z, _, planes = _plan_normalize(shape, y_strides, None, like, dtype, *how, False)
+    assert z is not None
+    return run, z, *moments_of(planes, dtype)
 
 
 def normalize(
@@ -189,12 +208,33 @@ def normalize_leaving(
     y, residual = mergeable(y), mergeable(residual)
     residual_strides = None if residual is None else residual.stride()
     how = eps, activation, slope, slopes is not None and slopes.numel() == 1, with_words
-    run, layout, of_words = _plan_normalize(y.shape, y.stride(), residual_strides, like, y.dtype, *how)
+    run, layout, of_words, _ = _plan_normalize(y.shape, y.stride(), residual_strides, like, y.dtype, *how)
     assert layout is not None
     z, words = memory.empty(layout, y), None if of_words is None else memory.empty(of_words, y)
     mean, var, gamma, beta, slopes = contiguous(mean, var, gamma, beta, slopes)
     run(NormalizeOperands(y, mean, var, gamma, beta, residual, z, slopes, words))
     return z, words
+
+
+def normalize_mean(
+    y: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(z, the mean of each of its channels [C], in float32, or float64 for float64), z as `normalize` computes it of
+    these: one pass leaves both, and the mean is that of the stored z.
+    """
+    like, y = y.stride(), mergeable(y)
+    run, layout, of_moments, rows = _plan_mean(y.shape, y.stride(), like, y.dtype, eps, activation, slope)
+    z, moments = memory.empty(layout, y), memory.empty(of_moments, y)
+    mean, var, gamma, beta = contiguous(mean, var, gamma, beta)
+    run(NormalizeOperands(y, mean, var, gamma, beta, None, z, None, None, moments))
+    return z, combine(moments, rows)[0]
 
 
 def pack_words(z: torch.Tensor) -> torch.Tensor:
@@ -203,10 +243,10 @@ def pack_words(z: torch.Tensor) -> torch.Tensor:
     """
     how = None, None, z.dtype, 0.0, None, 0.0, False, True
     z = mergeable(z)
-    run, _, layout = _plan_normalize(z.shape, z.stride(), *how)
+    run, _, layout, _ = _plan_normalize(z.shape, z.stride(), *how)
     if layout is None:
         z = z.movedim(1, -1).contiguous().movedim(-1, 1)
-        run, _, layout = _plan_normalize(z.shape, z.stride(), *how)
+        run, _, layout, _ = _plan_normalize(z.shape, z.stride(), *how)
     assert layout is not None
     words = memory.empty(layout, z)
     run(NormalizeOperands(z, None, None, None, None, None, None, None, words))

@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 
 from .. import launch, memory
-from ..dtypes import accumulator_dtype
-from ..layout import Layout, dense
-from ..moments import TileRows, combine
+from ..layout import Layout
+from ..moments import TileRows, combine, moments_of
 from ..planes import PlaneTensor, common_planes, load_tile, locate_tile, mergeable
 from ..tile_moments import FirstRows, masks_of_first, store_moments
 from ..tiling import cdiv
@@ -39,10 +38,8 @@ def _plan_moments(
     shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[launch.Launch[MomentsOperands], Layout, TileRows]:
     planes = common_planes(shape, (strides,), dtype)
-    acc = accumulator_dtype(dtype)
     run = launch.Launch(batch_moments_kernel, planes.grid, planes.units, *planes.strides[0], **planes.constants)
-    rows = TileRows(max(1, planes.tiles_l), planes.L, planes.tile.BLOCK_L)
-    return run, dense((planes.tiles, 2, planes.C), acc), rows
+    return run, *moments_of(planes, dtype)
 
 
 def batch_moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,7 +60,9 @@ def wants(*arguments):
 LAYER = (*wants(normal(4, 4, 1, 1, seed=1), WEIGHT[:4], BIAS[:4]), MEAN[:4].clone(), VAR[:4].clone())
 LEFT = (*(t.detach() for t in LAYER[:3]), normal(2, 4, 5, 4, seed=7), X.relu(), MEAN[:4], VAR[:4], None, None)
 NO_LAYER, NO_LEFT = (None,) * 5, (None,) * 9
-FUSED_SOME = [True, True, False, False], [True] * 7 + [False] * 3  # how, and which gradients are needed
+WORDS = torch.arange(-4, 4, dtype=torch.int32).view(2, 4)  # of X
+UNLINKED = None, None
+FUSED_SOME = [True, True, False, False, False], [True] * 7 + [False] * 3  # how, and which gradients are needed
 TALL_Y = normal(2, 6, 5, 4, seed=2).half().contiguous(memory_format=torch.channels_last)
 BELOW = tuple(t[:4].float() for t in (MEAN, VAR, WEIGHT, BIAS))
 
@@ -86,21 +88,62 @@ SAMPLES = {
         wants(Y[:, :, :1, :1], W, BIAS[:4], (2, 4, 0, 0), True, (1, 1), (1, 1, 2, 1), (1, 1), 2, "auto"),
     ],
     "conv_dgrad_below": [
-        (Y, W, X, X, MEAN[:4], VAR[:4], WEIGHT[:4], BIAS[:4], 1e-5, "relu", 0.0, X.shape, True, *GEOMETRY),
-        (Y, W, X, None, None, None, None, None, 0.0, None, 0.0, X.shape, False, *IM2COL),
+        (Y, W, X, X, None, MEAN[:4], VAR[:4], WEIGHT[:4], BIAS[:4], 1e-5, "relu", 0.0, X.shape, True, *GEOMETRY),
+        (Y, W, X, None, WORDS, None, None, None, None, 0.0, "relu", 0.0, X.shape, True, *GEOMETRY),
+        (Y, W, X, None, None, None, None, None, None, 0.0, None, 0.0, X.shape, False, *IM2COL),
     ],
     "basic_block": [
-        (leaf(X), *LAYER, *LAYER, *NO_LAYER, *numbers_of(2), [True, True, False, False], "auto"),
-        (leaf(X), *LAYER, *LAYER, *LAYER, *numbers_of(3), [False] * 4, "auto"),
-        (X, *LAYER[:1], *[None] * 4, *LAYER, *NO_LAYER, *numbers_of(2), [True, False, False, False], "direct"),
+        (leaf(X), *UNLINKED, *LAYER, *LAYER, *NO_LAYER, *numbers_of(2), [True, True, False, False, False], "auto"),
+        (leaf(X), *UNLINKED, *LAYER, *LAYER, *LAYER, *numbers_of(3), [False] * 5, "auto"),
+        (
+            leaf(X),
+            WORDS,
+            leaf(MEAN[:4]),
+            *LAYER[:1],
+            *[None] * 4,
+            *LAYER,
+            *NO_LAYER,
+            *numbers_of(2),
+            [True, False, True, False, False],
+            "direct",
+        ),
     ],
-    "bottleneck": [(leaf(X), *LAYER, *LAYER, *LAYER, *NO_LAYER, *numbers_of(3), [True, True, False, False], "auto")],
+    "bottleneck": [
+        (leaf(X), *UNLINKED, *LAYER, *LAYER, *LAYER, *NO_LAYER, *numbers_of(3), [True] * 3 + [False] * 2, "auto")
+    ],
     "basic_block_backward": [
-        (X, X, X, *LEFT, *LEFT, *NO_LEFT, *numbers_of(2)[1:], *FUSED_SOME, "auto"),
-        (X, X, X, *LEFT, *LEFT, *LEFT, *numbers_of(3)[1:], [False] * 4, [False, True] * 5, "auto"),
+        (X, None, X, None, X, None, *LEFT, *LEFT, *NO_LEFT, *numbers_of(2)[1:], *FUSED_SOME, "auto"),
+        (
+            X,
+            None,
+            X,
+            WORDS,
+            None,
+            WORDS,
+            *LEFT,
+            *LEFT,
+            *LEFT,
+            *numbers_of(3)[1:],
+            [False] * 5,
+            [False, True] * 5,
+            "auto",
+        ),
     ],
     "bottleneck_backward": [
-        (X, X, X, *LEFT, *LEFT, *LEFT, *NO_LEFT, *numbers_of(3)[1:], [True] * 2 + [False] * 2)
+        (
+            X,
+            BIAS[:4],
+            X,
+            WORDS,
+            None,
+            WORDS,
+            *LEFT,
+            *LEFT,
+            *LEFT,
+            *NO_LEFT,
+            *numbers_of(3)[1:],
+            [True] * 3 + [False] * 2,
+        )
         + ([True] * 3 + [False] * 10, "auto")
     ],
     "conv_wgrad": [wants(X, Y, W.shape, False, *GEOMETRY), (NHWC, Y, W.shape, True, *IM2COL)],
@@ -109,6 +152,10 @@ SAMPLES = {
         (*wants(X, W, BIAS), MEAN, VAR, WEIGHT, *wants(BIAS, Y), 1e-5, "relu", 0.0, None, *GEOMETRY),
         (NHWC, W, None, MEAN, VAR, None, None, None, 1e-5, "gelu", 0.0, None, *GEOMETRY),
         (NHWC, W, None, MEAN, VAR, None, None, None, 1e-5, "prelu", 0.0, BIAS, *GEOMETRY),
+    ],
+    "conv_bn_act_words": [
+        (NHWC, W, BIAS, MEAN, VAR, WEIGHT, BIAS, Y, 1e-5, "relu", 0.0, None, *GEOMETRY),
+        (NHWC, W, None, MEAN, VAR, None, None, None, 1e-5, "relu", 0.0, None, *IM2COL),
     ],
     "conv_bn_act_training": [
         (*wants(X, W, BIAS), None, None, True, 0.0, *wants(WEIGHT, BIAS, Y), 1e-5, "relu", 0.0, None, *GEOMETRY),
@@ -149,7 +196,7 @@ SAMPLES = {
         (HALF_Y, HALF_Y, BIAS, "relu", 0.0, HALF, WIDE, *MATRICES, WEIGHT, 1e-5, [2, 1], [True] * 6),
         (HALF_Y, None, None, None, 0.0, HALF, WIDE, *MATRICES, None, 1e-5, [2, 1], [False, True] + [False] * 4),
     ],
-    "gram_statistics": [(HALF, WIDE, BIAS, [2, 1]), (HALF, WIDE, None, [1, 1])],
+    "gram_statistics": [(HALF, WIDE, BIAS, [2, 1], None), (HALF, WIDE, None, [1, 1], MEAN[:4].float())],
     "gram_gradients": [
         (HALF_Y, MEAN.float(), HALF, WIDE, *MATRICES, WEIGHT, 1e-5, [2, 1], [True, True]),
         (HALF_Y, MEAN.float(), HALF, WIDE, *MATRICES, None, 1e-5, [2, 1], [False, True]),
@@ -159,7 +206,10 @@ SAMPLES = {
         for need in (True, False)
     ],
     "apply_gradient_sums": [(Y, Y, MEAN, VAR, WEIGHT, 1e-5, MEAN, VAR), (Y, Y, MEAN, VAR, None, 1e-5, MEAN, VAR)],
-    "activation_backward": [(Y, Y, "relu", 0.0), (HALF_Y, HALF_Y, "leaky_relu", 0.1), (Y, None, None, 0.0)],
+    "activation_backward": [
+        *((Y, Y, None, "relu", 0.0), (HALF_Y, HALF_Y, None, "leaky_relu", 0.1), (Y, None, None, None, 0.0)),
+        (X, None, WORDS, "relu", 0.0),
+    ],
     "conv_bn_act_pool_training": [
         (*wants(X, W, BIAS), None, None, 0.0, *wants(WEIGHT, BIAS), 1e-5, "relu", 0.0, *POOL, *GEOMETRY),
         (*wants(NHWC, W), None, MEAN.clone(), VAR.clone(), 0.1, None, leaf(BIAS), 1e-5, "leaky_relu", 0.1)
@@ -167,9 +217,9 @@ SAMPLES = {
         (NHWC, W, BIAS, None, None, 0.0, leaf(WEIGHT), None, 1e-5, None, 0.0, *POOL, *IM2COL),
     ],
     "conv_bn_act_pool_backward": [
-        (POOLED, TAPS_OF_Y, POOLED, Y, MEAN, VAR, WEIGHT, BIAS, 1e-5, "relu", 0.0, *POOL, X, W, None, *LAYOUT)
+        (POOLED, TAPS_OF_Y, POOLED, Y, MEAN, VAR, WEIGHT, BIAS, 1e-5, "relu", 0.0, *POOL, X, W, *LAYOUT)
         + ([True] * 5, *GEOMETRY),
-        (POOLED, None, POOLED, None, MEAN, VAR, None, BIAS, 1e-5, "relu6", 0.0, *POOL, None, None, None, *LAYOUT)
+        (POOLED, None, POOLED, None, MEAN, VAR, None, BIAS, 1e-5, "relu6", 0.0, *POOL, None, None, *LAYOUT)
         + ([False, False, False, False, True], *GEOMETRY),
     ],
     "normalize_max_pool": [
@@ -189,6 +239,14 @@ SAMPLES = {
         (NHWC, W, BIAS, None, "mish", 0.0, None, *IM2COL),
         (NHWC, W, None, Y, "prelu", 0.0, BIAS[:1], *GEOMETRY),
         (*wants(X[:0], W, BIAS, Y[:0]), "relu", 0.0, None, *GEOMETRY),
+    ],
+    "normalize_words": [
+        (Y, MEAN, VAR, WEIGHT, BIAS, Y, 1e-5, "relu", 0.0, None, True),
+        (NHWC, MEAN[:4], VAR[:4], None, None, None, 1e-5, "relu", 0.0, None, True),
+    ],
+    "normalize_mean": [
+        (arrange(Y, "transposed"), MEAN, VAR, WEIGHT, BIAS, 1e-5, "relu", 0.0),
+        (HALF, MEAN[:4].float(), VAR[:4].float(), None, None, 1e-5, "silu", 0.0),
     ],
     "normalize": [
         (leaf(Y), MEAN, VAR, *wants(WEIGHT, BIAS, Y), 1e-5, "silu", 0.0, None, True),

@@ -80,21 +80,34 @@ def call_block(x: Tensor, steps: tuple[Step, ...], shortcut: Any, in_place: bool
     other. shortcut: None, a Sequential of a convolution and a norm, or these two. in_place: of the sum, as `call` has
     it. less_memory: as convert was told.
     """
-    return call_linked_block((x, None), steps, shortcut, in_place, less_memory)[0]
+    return _call_block(x, steps, shortcut, in_place, less_memory, None, False)[0]
 
 
-def call_linked_block(
-    of: tuple[Tensor, Link | None], steps: tuple[Step, ...], shortcut: Any, in_place: bool, less_memory: bool
-) -> tuple[Tensor, Link | None]:
-    """The same of a block that is linked (nn/stages.py). of: (x, what the block below handed over)."""
+def call_linked_block(of: tuple[Tensor, Link | None], *block: Any) -> tuple[Tensor, Link | None]:
+    """The same of a block that may be linked (nn/stages.py), and what it hands over. of: (x, what the block below
+    handed over).
+    """
     x, below = of
+    return _call_block(x, *block, below, True)
+
+
+def _call_block(
+    x: Tensor,
+    steps: tuple[Step, ...],
+    shortcut: Any,
+    in_place: bool,
+    less_memory: bool,
+    below: Link | None,
+    hands_over: bool,
+) -> tuple[Tensor, Link | None]:
     projection: Any = shortcut
     others = [m for *_, activation, _, before in steps for m in (activation, *before) if isinstance(m, nn.Module)]
     if isinstance(shortcut, nn.Module):
         projection, others = layer_of(shortcut), [*others, shortcut]
     if shortcut is None or projection is not None:
         branch = [step[:2] for step in steps]
-        found = residual_block(x, branch, projection, *others, less_memory=less_memory, below=below)
+        how: Any = {"less_memory": less_memory, "below": below, "hands_over": hands_over}
+        found = residual_block(x, branch, projection, *others, **how)
         if found is not None:
             return found
     z = x

@@ -107,9 +107,10 @@ def residual_block(
     projection: NormedConv | None,
     less_memory: bool = False,
     below: Link | None = None,
+    hands_over: bool = False,
 ) -> tuple[Tensor, Link | None]:
-    """(relu(branch(input) + shortcut(input)), what the next block may take as its `below`), as one operator, where
-    `block_serves`.
+    """(relu(branch(input) + shortcut(input)), if it `hands_over` what the next block may take as its `below`), as one
+    operator, where `block_serves`.
 
     input [N, C, H, W]; layers: two or three. Running statistics are updated. Where our kernels are asked for, or
     `less_memory` is, all convolutions are theirs; else each is served as everywhere, and what the inner activations
@@ -145,9 +146,9 @@ def residual_block(
         by_gram.append(False)
     last = convolution_format(images[-2], weights[len(layers) - 1]) == torch.channels_last
     bits = last and not less_memory
-    how = ours, ours and not less_memory, bits, *by_gram[-2:]
+    how = ours, ours and not less_memory, bits, bits and hands_over, *by_gram[-2:]
     link = below if below is not None and ours and x is input else (None, None)
     operator = ops.bottleneck if len(layers) == 3 else ops.basic_block
     numbers = tuple(momenta), tuple(eps), tuple(geometries)
     z, words, *records = operator(x, *link, *tensors, *numbers, how, algorithm)
-    return z, Link(words, records[ops.mean_of_last(len(layers))]) if bits else None
+    return z, Link(words, records[ops.mean_of_last(len(layers))]) if bits and hands_over else None

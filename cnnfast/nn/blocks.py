@@ -8,7 +8,7 @@ kernels do not serve, or a member has a hook or is of another class, the members
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -152,11 +152,14 @@ class _Block(TraceToScript):
     def linked(self, x: Tensor, below: Link | None) -> tuple[Tensor, Link | None] | None:
         """See stages.py. A subclass may have another forward."""
         own = type(self).forward in (BasicBlock.forward, Bottleneck.forward)
-        return self.as_one(x, below) if own else None
+        return self.as_one(x, below, hands_over=True) if own else None
 
-    def as_one(self, x: Tensor, below: Link | None = None) -> tuple[Tensor, Link | None] | None:
+    def as_one(
+        self, x: Tensor, below: Link | None = None, hands_over: bool = False
+    ) -> tuple[Tensor, Link | None] | None:
         """The whole block as one operator, in training, if that computes what its members would."""
-        down, how = self.downsample, {"less_memory": less_memory(self), "below": below}
+        down = self.downsample
+        how: Any = {"less_memory": less_memory(self), "below": below, "hands_over": hands_over}
         if type(self.relu) is not nn.ReLU:
             return None
         if down is None:

@@ -26,9 +26,10 @@ def residual_block(
     *others: nn.Module,
     less_memory: bool = False,
     below: Link | None = None,
+    hands_over: bool = False,
 ) -> tuple[Tensor, Link | None] | None:
-    """(the block of these modules as one operator, what the next block may take as its `below`), or None where that
-    does not compute what calling them would. below: see functional/blocks.py.
+    """(the block of these modules as one operator, what it hands over), or None where that does not compute what
+    calling them would. below, hands_over: see functional/blocks.py.
 
     branch: two or three layers, each but the last followed by a ReLU; then projection(x), or x itself, is added, and
     ReLU follows. others: more modules whose calls this replaces. It is None where the modules do not train, no gradient
@@ -48,7 +49,7 @@ def residual_block(
         return None
     # These count the batch, and tell what share of the average it has.
     taken = [each._replace(momentum=running_statistics(bn)[3]) for each, (_, bn) in zip(taken, layers, strict=True)]
-    return computed(x, taken[: len(branch)], None if projection is None else taken[-1], less_memory, below)
+    return computed(x, taken[: len(branch)], None if projection is None else taken[-1], less_memory, below, hands_over)
 
 
 def layer_of(module: nn.Module) -> Layer | None:

@@ -12,8 +12,9 @@ A block sees what no layer sees, and so it moves and saves less:
   not asked for, and of each layer what its convolution gave (y) and the statistics; what an inner activation gave (z)
   only if it is KEPT: else it is computed again in backward, to the same bits.
 - LINKED: where a block's input is another block's result that nobody else sees, its last gradient is masked by the
-  other's bits and summed, by the kernel that computes it: the other need not begin with a pass over it. The other hands
-  over its bits and, as a tensor whose gradient's place takes the sums, the mean of its last layer.
+  other's bits and summed, by the kernel that computes it: the other need not begin with a pass over it. For that the
+  other hands over its bits and the mean of its last layer, which is differentiable then: in its gradient's place the
+  sums come back, and what comes back to its result is the masked gradient.
 - A 1x1 convolution whose input is narrower than its output is trained by its Gram matrix (gram.py), if so asked.
 
 Running statistics are updated. A gradient that may itself be differentiated is computed by separate operators, from x
@@ -206,9 +207,11 @@ def _function(operators: dict[str, Any], name: str) -> type[torch.autograd.Funct
             layers = [*branch, *([] if projection is None else [projection])]
             out, words, *records = operators[name](*arguments)
             ctx.set_materialize_grads(False)
-            ctx.handed_over = mean_of_last(len(branch))
-            apart = records[: ctx.handed_over] + records[ctx.handed_over + 1 :]
-            ctx.mark_non_differentiable(*(t for t in (words, *apart) if t is not None))
+            ctx.handed_over, ctx.seen = mean_of_last(len(branch)), False
+            constant = [words, *records]
+            if how.hands_over:
+                del constant[1 + ctx.handed_over]
+            ctx.mark_non_differentiable(*(t for t in constant if t is not None))
             ctx.members, ctx.how = [(layer.eps, layer.geometry) for layer in layers], how
             ctx.algorithm, ctx.layers = algorithm, len(branch) + 1
             parameters = [t for of in cut(arguments[3:-5], OF_MEMBER) for t in of[:3]]
@@ -222,12 +225,13 @@ def _function(operators: dict[str, Any], name: str) -> type[torch.autograd.Funct
             given, count = ctx.needs_input_grad, ctx.layers
             needs = [given[0], *(given[3 + OF_MEMBER * i + j] for i in range(count) for j in range(3))]
             x, words_below, out, words, *tensors = ctx.saved_tensors
-            sums_below = None
+            sums_below, words_below = None, None if ctx.seen else words_below
             parameters, records = tensors[: 3 * count], tensors[3 * count :]
             wanted = [i for i, need in enumerate(needs) if need]
             if dout is None:
                 found: Sequence[Tensor | None] = [None] * len(needs)
             elif torch.is_grad_enabled() or transformed():
+                ctx.seen = True  # what follows from the gradients now is a function of x too
                 found = _again(dout, ctx, [x, *parameters], wanted)
             else:
                 of_layers = zip(cut(parameters, 3), cut(records, OF_RECORD), strict=True)
@@ -258,7 +262,7 @@ def _schemas(name: str, layers: int) -> tuple[str, str]:
         backward.append(", ".join([parameters, *(f"Tensor? {t}{at}" for t in Record._fields)]))
     results = ", ".join(["Tensor"] * (2 + OF_RECORD * (layers + 1)))
     grads = ", ".join(["Tensor"] * (2 + 3 * (layers + 1)))
-    how = "SymInt[] geometries, bool[5] how"
+    how = "SymInt[] geometries, bool[6] how"
     return (
         f"{name}({', '.join(forward)}, float[] momenta, float[] eps, {how}, str algorithm) -> ({results})",
         f"{name}_backward({', '.join(backward)}, float[] eps, {how}, bool[] needs, str algorithm) -> ({grads})",

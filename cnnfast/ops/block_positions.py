@@ -11,13 +11,15 @@ RELU = "relu", 0.0  # an activation and its slope
 
 
 class How(NamedTuple):
-    """How a block is computed; block.py explains the words. bits: whether words of bits are left of the result; gram,
-    projection_by_gram: whether the last layer's convolution, and the shortcut's, are trained by their Gram matrix.
+    """How a block is computed; block.py explains the words. bits: whether words of bits are left of the result;
+    hands_over: whether the next block may be linked to this one; gram, projection_by_gram: whether the last layer's
+    convolution, and the shortcut's, are trained by their Gram matrix.
     """
 
     fused: bool
     kept: bool
     bits: bool
+    hands_over: bool
     gram: bool
     projection_by_gram: bool
 

@@ -62,7 +62,7 @@ LEFT = (*(t.detach() for t in LAYER[:3]), normal(2, 4, 5, 4, seed=7), X.relu(), 
 NO_LAYER, NO_LEFT = (None,) * 5, (None,) * 9
 WORDS = torch.arange(-4, 4, dtype=torch.int32).view(2, 4)  # of X
 UNLINKED = None, None
-FUSED_SOME = [True, True, False, False, False], [True] * 7 + [False] * 3  # how, and which gradients are needed
+FUSED_SOME = [True, True, False, False, False, False], [True] * 7 + [False] * 3  # how, and which gradients are needed
 TALL_Y = normal(2, 6, 5, 4, seed=2).half().contiguous(memory_format=torch.channels_last)
 BELOW = tuple(t[:4].float() for t in (MEAN, VAR, WEIGHT, BIAS))
 
@@ -93,23 +93,24 @@ SAMPLES = {
         (Y, W, X, None, None, None, None, None, None, 0.0, None, 0.0, X.shape, False, *IM2COL),
     ],
     "basic_block": [
-        (leaf(X), *UNLINKED, *LAYER, *LAYER, *NO_LAYER, *numbers_of(2), [True, True, False, False, False], "auto"),
-        (leaf(X), *UNLINKED, *LAYER, *LAYER, *LAYER, *numbers_of(3), [False] * 5, "auto"),
+        (leaf(X), *UNLINKED, *LAYER, *LAYER, *NO_LAYER, *numbers_of(2), [True, True, *[False] * 4], "auto"),
+        (leaf(X), *UNLINKED, *LAYER, *LAYER, *LAYER, *numbers_of(3), [False] * 6, "auto"),
         (
             leaf(X),
             WORDS,
-            leaf(MEAN[:4]),
+            MEAN[:4],
             *LAYER[:1],
             *[None] * 4,
             *LAYER,
             *NO_LAYER,
             *numbers_of(2),
-            [True, False, True, False, False],
+            [True, False, True, False, False, False],
             "direct",
         ),
     ],
     "bottleneck": [
-        (leaf(X), *UNLINKED, *LAYER, *LAYER, *LAYER, *NO_LAYER, *numbers_of(3), [True] * 3 + [False] * 2, "auto")
+        (X, WORDS, MEAN[:4], *LAYER, *LAYER, *LAYER, *NO_LAYER, *numbers_of(3), [True] * 4 + [False] * 2, "auto"),
+        (leaf(X), *UNLINKED, *LAYER, *LAYER, *LAYER, *NO_LAYER, *numbers_of(3), [True] * 3 + [False] * 3, "auto"),
     ],
     "basic_block_backward": [
         (X, None, X, None, X, None, *LEFT, *LEFT, *NO_LEFT, *numbers_of(2)[1:], *FUSED_SOME, "auto"),
@@ -124,7 +125,7 @@ SAMPLES = {
             *LEFT,
             *LEFT,
             *numbers_of(3)[1:],
-            [False] * 5,
+            [False] * 6,
             [False, True] * 5,
             "auto",
         ),
@@ -142,7 +143,7 @@ SAMPLES = {
             *LEFT,
             *NO_LEFT,
             *numbers_of(3)[1:],
-            [True] * 3 + [False] * 2,
+            [True] * 3 + [False] * 3,
         )
         + ([True] * 3 + [False] * 10, "auto")
     ],

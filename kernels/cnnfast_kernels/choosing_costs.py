@@ -28,6 +28,7 @@ def work_of(q: Question, tile: Tile, packs: bool = True) -> TileWork:
     them. packs: False for a gradient whose image the forward pass has packed.
     """
     finishing = Finishing(q.statistics == "stats", q.statistics == "norm", q.residual is not None)
+    element = q.x.dtype.itemsize
     if isinstance(tile, StripTile):
         copied = q.operation != "wgrad" and filters_layout(q.w, tile)[1]
         return strips.work(q.problem, q.operation, q.precision, tile, finishing, copied)
@@ -36,9 +37,13 @@ def work_of(q: Question, tile: Tile, packs: bool = True) -> TileWork:
         work = gathering.work(packing.problem, q.operation, q.precision, tile, finishing, adjacent)
         return _with_packing(q, work, packing, tile.SPLIT_K, finishing, packs)
     if isinstance(tile, TileConfig):
-        return gathering.work(q.problem, q.operation, q.precision, tile, finishing, q.adjacent)
+        work = gathering.work(q.problem, q.operation, q.precision, tile, finishing, q.adjacent)
+        if q.second is None:
+            return work
+        # the second product is a forward pass, which reads x and writes what this kernel reads as its residual
+        return work._replace(launches=work.launches + 1, further=work.further + 3 * prod(q.second.shape) * element)
     if not q.packed:
-        return boxes.work(q.boxed, q.operation, tile, finishing)
+        return boxes.work(q.boxed, q.operation, tile, finishing, second=q.second is not None)
     packing = boxed_packing(q.problem, q.x.dtype)
     work = boxes.work(q.boxed, q.operation, tile, finishing, filter_channels=packing.w.shape[1])
     return _with_packing(q, work, packing, tile.SPLIT_K, finishing, packs)

@@ -22,12 +22,13 @@ from .batchnorm.gram import (
     plan_statistics,
     plan_weight_gradient,
 )
-from .conv import conv_dgrad, conv_dgrad_sums, conv_wgrad, fprop_plan
+from .conv import conv_wgrad, dgrad_plan, fprop_plan
 from .epilogue import BatchNorm, Epilogue
 from .gradient_epilogue import NO_EPILOGUE, GradientEpilogue
-from .keys import fprop_key
+from .keys import dgrad_key, fprop_key
 from .layout import Layout, dense
 from .questions import Geometry
+from .second_product import SecondProduct
 
 LAST = torch.channels_last
 POINTWISE = Geometry((1, 1), (0, 0, 0, 0), (1, 1), 1)
@@ -106,14 +107,19 @@ def gram_gradients(
     own = memory.empty((C, C, 1, 1), w)
     plan_own(K, C, w.stride(), count)(OwnOperands(w, slopes, scaled, sums, mu, own, norm))
     mean, ones, back, k = norm.unbind()
-    of_own = Epilogue(None, BatchNorm(mean, ones, back, k, 0.0))
     x = met(x, stride)
-    own = fprop_plan(fprop_key(x, own, POINTWISE, of_own, False, False, None)).run(x, own, of_own)
-    last = g, scaled, x.shape, POINTWISE, below._replace(residual=own)
-    if below is not NO_EPILOGUE:
-        dx, *below_sums = conv_dgrad_sums(*last, fmt=LAST)
-        return dx, dw, dgamma, *below_sums
-    dx = conv_dgrad(*last, fmt=LAST)
+    asked, sums_below = (g, scaled, x.shape, LAST, POINTWISE, False, None), below is not NO_EPILOGUE
+    second: SecondProduct | None = SecondProduct(x, own, back, k)
+    plan = dgrad_plan(dgrad_key(*asked, below, sums_below, second))
+    if not plan.sums_second:
+        of_own = Epilogue(None, BatchNorm(mean, ones, back, k, 0.0))
+        own_part = fprop_plan(fprop_key(x, own, POINTWISE, of_own, False, False, None)).run(x, own, of_own)
+        below, second = below._replace(residual=own_part), None
+        plan = dgrad_plan(dgrad_key(*asked, below, sums_below))
+    if sums_below:
+        dx, *of_below = plan.run_with_sums(g, scaled, None, below, second)
+        return dx, dw, dgamma, *of_below
+    dx = plan.run(g, scaled, None, below, second=second)
     if stride == (1, 1):
         return dx, dw, dgamma
     whole = memory.empty(shape, x, LAST).zero_()

@@ -17,6 +17,7 @@ from .epilogue import Epilogue, Finish, finish_of
 from .gradient_epilogue import NO_EPILOGUE, GradientEpilogue, GradientLayouts, check_gradient_epilogue
 from .layout import Laid, Layout
 from .questions import Geometry, Question, Statistics, Tile, dgrad_question, fprop_question, wgrad_question
+from .second_product import SecondProduct, check_second_product
 
 Shape = tuple[int, ...]
 
@@ -76,7 +77,9 @@ class BelowKey(NamedTuple):
 
 
 class DgradKey(NamedTuple):
-    """Of the gradient with respect to x, in the format fmt. below: None where there is no epilogue."""
+    """Of the gradient with respect to x, in the format fmt. below: None where there is no epilogue. second_strides: of
+    x of a second product, if there is one.
+    """
 
     dy_shape: Shape
     dy_strides: Shape
@@ -91,6 +94,7 @@ class DgradKey(NamedTuple):
     gpu: devices.Gpu
     aligned: bool
     below: BelowKey | None = None
+    second_strides: Shape | None = None
 
     @property
     def finish(self) -> Finish | None:
@@ -101,10 +105,12 @@ class DgradKey(NamedTuple):
     def question(self) -> Question:
         dy, w = Layout(self.dy_shape, self.dy_strides, self.dtype), Layout(self.w_shape, self.w_strides, self.dtype)
         how = self.x_shape, self.fmt, self.geometry, self.gpu
+        strides = self.second_strides
+        second = None if strides is None else Layout(self.x_shape, strides, self.dtype)
         if (below := self.below) is None:
-            return dgrad_question(dy, w, *how, tf32=self.tf32, aligned=self.aligned)
+            return dgrad_question(dy, w, *how, second=second, tf32=self.tf32, aligned=self.aligned)
         return dgrad_question(
-            dy, w, *how, sums=below.sums, below=below.layouts(self.x_shape, self.dtype),
+            dy, w, *how, sums=below.sums, below=below.layouts(self.x_shape, self.dtype), second=second,
             activation=below.activation, words=below.words, tf32=self.tf32, aligned=self.aligned,
         )  # fmt: skip
 
@@ -168,11 +174,18 @@ def dgrad_key(
     tile: Tile | None,
     epilogue: GradientEpilogue = NO_EPILOGUE,
     sums: bool = False,
+    second: SecondProduct | None = None,
 ) -> DgradKey:
-    """sums: whether the kernel shall leave those of what the epilogue makes. Raises ValueError where the epilogue does
-    not fit the gradient.
+    """sums: whether the kernel shall leave those of what the epilogue makes. Raises ValueError where the epilogue or
+    the second product does not fit the gradient.
     """
     addresses, below, x_shape = dy.data_ptr() | w.data_ptr(), None, tuple(x_shape)
+    second_strides = None
+    if second is not None:
+        problem = geometry.problem(x_shape, w.shape)
+        check_second_product(second, x_shape, dy.dtype, problem.is_pointwise and problem.groups == 1)
+        addresses |= second.x.data_ptr() | second.own.data_ptr()
+        second_strides = second.x.stride()
     if sums or epilogue is not NO_EPILOGUE:
         check_gradient_epilogue(epilogue, x_shape, dy.dtype, sums)
         residual, y, z, words, norm, activation, slope = epilogue
@@ -182,7 +195,7 @@ def dgrad_key(
         below = tuple.__new__(BelowKey, (*strides, words is not None, norm.eps, activation, slope, sums))
     return tuple.__new__(DgradKey, (
         dy.shape, dy.stride(), w.shape, w.stride(), dy.dtype, x_shape, fmt, geometry, tf32, tile,
-        devices.gpu(dy.device), addresses % 16 == 0, below,
+        devices.gpu(dy.device), addresses % 16 == 0, below, second_strides,
     ))  # fmt: skip
 
 

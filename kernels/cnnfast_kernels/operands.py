@@ -55,6 +55,30 @@ class DgradOperands(NamedTuple):
     slots: Tensor | None = None
 
 
+class BoxDgradOperands(NamedTuple):
+    """DgradOperands of kernels by tensor maps, and what second_product.SecondProduct has: x as dx, own [C, C, 1, 1],
+    scale and shift [C] in float32.
+    """
+
+    dy: Tensor
+    w: Tensor
+    dx: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    y: Tensor | None = None
+    z: Tensor | None = None
+    words: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    slots: Tensor | None = None
+    x: Tensor | None = None
+    own: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
 class WgradOperands(NamedTuple):
     """x [N, C, H, W], dy [N, K, P, Q] and the result dw [K, C / groups, R, S], or slots of it, one after the other."""
 

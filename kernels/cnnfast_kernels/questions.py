@@ -50,7 +50,8 @@ class Question(NamedTuple):
 
     x, w, y: of the operands and the result; of a gradient, where it stands for what it is the gradient of. aligned:
     whether both operands, the residual and what lies below start at multiples of 16 bytes. below: what the epilogue of
-    a gradient reads beside its residual (gradient_epilogue.py); words: whether words of bits tell its mask.
+    a gradient reads beside its residual (gradient_epilogue.py); words: whether words of bits tell its mask. second: x
+    of its second product (second_product.py).
     """
 
     operation: Operation
@@ -66,6 +67,7 @@ class Question(NamedTuple):
     activation: str | None = None
     below: GradientLayouts = NOTHING_BELOW
     words: bool = False
+    second: Layout | None = None
 
     @property
     def precision(self) -> Precision:
@@ -76,7 +78,8 @@ class Question(NamedTuple):
         residual = "" if self.residual is None else "residual"
         words = self.statistics, residual, self.activation
         if self.operation == "dgrad":
-            words = residual, self.activation, self.mask, self.statistics
+            second = "" if self.second is None else "second product"
+            words = second, residual, self.activation, self.mask, self.statistics
         epilogue = " ".join(filter(None, words))
         dtype = "tf32" if self.tf32 else str(self.x.dtype).removeprefix("torch.")
         layout = " ".join("NHWC" if _adjacent(t) else "NCHW" for t in (self.x, self.w, self.y))
@@ -110,7 +113,7 @@ class Question(NamedTuple):
 
     @property
     def images(self) -> list[Layout]:
-        rest = self.residual, self.below.y, self.below.z
+        rest = self.residual, self.below.y, self.below.z, self.second
         return [self.x, self.y, *[t for t in rest if t is not None]]
 
     @property
@@ -181,17 +184,18 @@ def dgrad_question(
     below: GradientLayouts = NOTHING_BELOW,
     activation: str | None = None,
     words: bool = False,
+    second: Layout | None = None,
     tf32: bool = False,
     aligned: bool = True,
 ) -> Question:
     """fmt: the format of the gradient of x. sums: whether the kernel shall leave sums; below, activation and words: of
-    its epilogue (gradient_epilogue.py).
+    its epilogue (gradient_epilogue.py); second: x of its second product (second_product.py).
     """
     dx = dense(x_shape, dy.dtype, fmt)
     statistics: Statistics = "sums" if sums else ""
     return Question(
         "dgrad", geometry.problem(x_shape, w.shape), tf32, gpu, aligned, dx, w, dy, statistics, below.residual,
-        activation, below._replace(residual=None), words,
+        activation, below._replace(residual=None), words, second,
     )  # fmt: skip
 
 

@@ -99,11 +99,16 @@ def fprop_traffic(
     )
 
 
-def dgrad_traffic(problem: ConvProblem, loop: LoopWork, element: int) -> TileWork:
+def dgrad_traffic(problem: ConvProblem, loop: LoopWork, element: int, second: int = 0) -> TileWork:
+    """second: tiles of pixels that begin with a second product (second_product.py); 0 where there is none."""
     g = problem
-    least = least_bytes(g, "dgrad", element)
-    outside = g.N * g.H * g.W * g.C * element
-    return TileWork(**loop._asdict(), outside=outside, moved=least, memory=least, flops=g.flops)
+    least, image = least_bytes(g, "dgrad", element), g.N * g.H * g.W * g.C
+    outside, flops = image * element, g.flops
+    if second:
+        least += (image + g.C * g.C) * element
+        outside += second * 2 * g.C * sum_bytes(loop.precision)
+        flops += 2 * image * g.C
+    return TileWork(**loop._asdict(), outside=outside, moved=least, memory=least, flops=flops)
 
 
 def wgrad_traffic(problem: ConvProblem, loop: LoopWork, element: int, slots: int) -> TileWork:

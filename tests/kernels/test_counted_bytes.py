@@ -11,7 +11,7 @@ import torch
 
 from cnnfast_kernels import launch
 from cnnfast_kernels.choosing_costs import work_of
-from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad
+from cnnfast_kernels.conv import conv_dgrad, conv_fprop, conv_stats, conv_wgrad, dgrad_plan
 from cnnfast_kernels.costs import TileWork
 from cnnfast_kernels.epilogue import NO_NORM, PLAIN, BatchNorm, Epilogue
 from cnnfast_kernels.gather import work as gathering
@@ -19,6 +19,7 @@ from cnnfast_kernels.gather.depthwise.tiles import StripTile
 from cnnfast_kernels.keys import dgrad_key, fprop_key, wgrad_key
 from cnnfast_kernels.moments import TileRows, plan_combine
 from cnnfast_kernels.questions import Geometry, Question, Tile
+from cnnfast_kernels.second_product import SecondProduct
 from cnnfast_kernels.tiling import Operation, TileConfig, cdiv
 from cnnfast_kernels.tma.tiles import BoxTile, box_steps, candidate_boxes
 from cnnfast_kernels.traffic import COMBINED, levels
@@ -162,6 +163,21 @@ def test_boxes(operation, case, tile):
     check(work, counted)
     main = main_of(counted)
     assert (work.loaded, work.outside, work.steps) == (main.loaded, main.stored, main.products)
+
+
+@pytest.mark.parametrize("tile", [BoxTile(1, 1, 64, 64, 64), BoxTile(1, 1, 128, 32, 128, 4, 3)], ids=str)
+def test_a_gradient_that_begins_with_a_second_product(tile):
+    case = Case("1x1: a plain GEMM", (2, 72, 7, 9), (136, 1, 1))
+    x, w, y = tensor(case.x), tensor(case.w), tensor(case.y)
+    second = SecondProduct(x, torch.ones(72, 72, 1, 1, dtype=x.dtype), *torch.ones(2, 72).unbind())
+    g = Geometry(case.stride, case.padding, case.dilation, case.groups)
+    plan = dgrad_plan(dgrad_key(y, w, case.x, LAST, g, False, tile, second=second))
+    with counted_bytes() as counted:
+        plan.run(y, w, None, second=second)
+    work, main = work_of(plan.question, tile), main_of(counted)
+    check(work, counted)
+    vectors = work.programs // 2 * 2 * 72 * 4 if tile.TILE_C == 64 else work.programs * 2 * 72 * 4
+    assert (work.loaded, work.outside, work.steps) == (main.loaded - vectors, main.stored + vectors, main.products)
 
 
 @pytest.mark.parametrize("tile", [SMALL, BoxTile(1, 4, 8, 32, 32)], ids=str)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as theirs
 
-from cnnfast_kernels import conv, memory
+from cnnfast_kernels import conv, launch, memory
 from cnnfast_kernels.gram import gram_gradients, gram_statistics
 from cnnfast_kernels.questions import Geometry
 from cnnfast_kernels.tiling import PackedTile, TileConfig
@@ -86,6 +86,29 @@ def test_gradients(device, C, K, stride, scale):
     alone, nothing, _ = gram_gradients(g, sums, x, w, mu, products, var, gamma, 1e-5, stride, (True, False))
     assert nothing is None
     assert torch.equal(alone, dx)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_input_enters_its_gradient_in_one_launch(device, dtype):
+    """Where tensor maps serve: what it adds is rounded with the gradient, once, and is no tensor of its own. x in
+    PyTorch's own format is a forward pass and a residual. Both are within what rounding the operands costs.
+    """
+    x, w = image(normal(3, 24, 5, 7).relu(), device, dtype), image(normal(40, 24, 1, 1, seed=1), device, dtype)
+    g = image(normal(3, 40, 5, 7, seed=4), device, dtype)
+    _, var, mu, products = gram_statistics(x, w, None, (1, 1))
+    gamma = normal(40, seed=3, dtype=torch.float32).to(device)
+    how = w, mu, products, var, gamma, 1e-5, (1, 1), (True, False)
+    exact, *_ = exact_gradients(x, w, g, gamma, (1, 1))
+    tolerance = 3e-3 if dtype == HALF else 2e-2
+    apart = ["conv_fprop_kernel", "conv_dgrad_kernel"]
+    for of_x, expected in ((x, ["tma_dgrad_kernel"]), (x.contiguous(), apart)):
+        kernels: list[str] = []
+        with launch.observe(lambda event, kernels=kernels: kernels.append(event.kernel)):
+            dx, *_ = gram_gradients(g, g.float().sum((0, 2, 3)), of_x, *how)
+        assert (dx.double() - exact).abs().max() <= tolerance * exact.abs().max()
+        products_of_dx = [name for name in kernels if "fprop" in name or "dgrad" in name]
+        if launch.INTERPRETED:  # which runs what sm_90 would
+            assert products_of_dx == expected
 
 
 def test_gradients_without_gamma_and_with_channels_apart(device):

@@ -11,7 +11,8 @@ explains them).
 Where an epilogue follows, it takes the accumulator in pieces of the box's pixels (gradient_pieces.py).
 
 The accumulator is [channels, pixels] = w transposed [C, filters] times the transposed box of dy [pixels, filters]. The
-weights are read as they lie; no flipped copy of them is made.
+weights are read as they lie; no flipped copy of them is made. Where there is a second product (second_product.py), the
+accumulator begins with it: own [C, channels] times the transposed box of x [pixels, channels], scaled and shifted.
 
 Written for sm_90 and later. Not yet run on a GPU.
 """
@@ -35,9 +36,10 @@ from ..gradient_epilogue import (
     take_columns,
 )
 from ..indexing import class_axis, has_nan
-from ..layout import Laid
-from ..operands import DgradOperands
+from ..layout import Laid, dense
+from ..operands import BoxDgradOperands
 from ..problem import ConvProblem, tap_step
+from ..second_product import SecondProduct
 from ..tiling import MAX_REGISTERS
 from .boxes import (
     load_box,
@@ -69,18 +71,30 @@ def add_bias(bias_ptr, dx, c0, C, TILE_C: tl.constexpr):
     return dx
 
 
+@triton.jit
+@no_type_check
+def scale_rows(acc, scale_ptr, shift_ptr, c0, C, TILE_C: tl.constexpr):
+    """acc [TILE_C, pixels] times the scale of channels from c0 on, plus their shift."""
+    c = c0 + tl.arange(0, TILE_C)
+    scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)
+    shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)
+    return acc * scale[:, None] + shift[:, None]
+
+
 @triton.jit(do_not_specialize=EXTENTS)
 @no_type_check
 def tma_dgrad_kernel(
     dy_map, w_map, dx_map, bias_ptr, residual_map, y_map, z_map, words_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
-    slots_ptr, H, W, P, Q, rows, columns, C,
+    slots_ptr, x_map, own_map, scale_ptr, shift_ptr, H, W, P, Q, rows, columns, C,
     g: tl.constexpr, e: tl.constexpr, box: tl.constexpr, phases: tl.constexpr, views: tl.constexpr,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr, MISSES: tl.constexpr,
 ):  # fmt: skip
     """One box of one class of dx, TILE_C channels of it, plus the bias of a transposed convolution if there is one, or
-    what an epilogue makes of it; `slots` [boxes of all classes, 1 or 2, C].
+    what an epilogue makes of it; `slots` [boxes of all classes, 1 or 2, C]. x, own, scale and shift: of a second
+    product, if there is one.
 
-    rows x columns: pixels of the largest class. g: ConvGeometry, with the filters; e: the epilogue's Finish, or None,
+    rows x columns: pixels of the largest class. g: ConvGeometry, with the filters, and beside a second product the
+    channels; e: the epilogue's Finish, or None,
     and views: its GradientViews; box: Box; phases: those of dx, Phases. With an epilogue the maps but for those of dy
     and w are of a piece of a box. STEP_H, STEP_W: from one tap that a class meets to the next. MISSES: a tap that
     reaches one pixel of a box may lie outside dy for another.
@@ -112,6 +126,13 @@ def tma_dgrad_kernel(
     w_pixel = first_w + j0 * g.stride_w
     steps = taps_r * taps_s * STEPS_K
     acc = tl.zeros((TILE_C, PIXELS), tl.float32)
+    if x_map is not None:
+        tl.static_assert(not MISSES)
+        for step in range((g.C + TILE_K - 1) // TILE_K):
+            x = load_box(x_map, n0, h, w_pixel, step * TILE_K)  # [pixels, TILE_K]
+            own = own_map.load([0, 0, c0, step * TILE_K]).reshape(TILE_C, TILE_K)
+            acc = tl.dot(own, x.T, acc)
+        acc = scale_rows(acc, scale_ptr, shift_ptr, c0, C, TILE_C)
     for step in range(steps):
         tap_r, tap_s, k = unravel_step(step, tap_r0, tap_s0, taps_s, STEPS_K, TILE_K)
         dy = load_box(dy_map, n0, p0 + tap_r * P_STEP, q0 + tap_s * Q_STEP, k)  # [pixels, TILE_K]
@@ -192,9 +213,12 @@ def plan_tma_dgrad(
     dx: Laid,
     below: GradientLayouts = NOTHING_BELOW,
     e: Finish | None = None,
-) -> launch.Launch[DgradOperands]:
-    """The launch of `tma_dgrad` but for its tensors; arguments as gather.dgrad.plan_dgrad has them."""
-    given = [t for t in below if t is not None]
+    second: Laid | None = None,
+) -> launch.Launch[BoxDgradOperands]:
+    """The launch of `tma_dgrad` but for its tensors; arguments as gather.dgrad.plan_dgrad has them. second: x of a
+    second product.
+    """
+    given = [t for t in (second, *below) if t is not None]
     g, (dy, dx, *images) = flattened(problem, dy, dx, *given)
     box, phases = tile.box, phases_of(g, "dgrad", tile, dx)
     pixels = box[:3]
@@ -205,6 +229,10 @@ def plan_tma_dgrad(
         1: map_filters(w, tile.TILE_K, tile.TILE_C),
         2: map_image(dx, stored, tile.TILE_C, phases),
     }
+    if second is not None:
+        seen, *images = images
+        own = dense((g.C, g.C, 1, 1), seen.dtype)
+        maps |= {13: map_image(seen, pixels, tile.TILE_K), 14: map_filters(own, tile.TILE_C, tile.TILE_K)}
     pixel = [phases.pixel] * 3
     for i, t in zip((i for i in range(3) if below[i] is not None), images, strict=True):
         seen = phases_of(g, "dgrad", tile, t)
@@ -213,7 +241,7 @@ def plan_tma_dgrad(
     one_row = g.N * g.H == 1 and g.parities == 1
     return launch.Launch(
         tma_dgrad_kernel, (box_programs(g, "dgrad", tile),), g.H, g.W, g.P, g.Q, *box_grid(g, "dgrad"), g.C,
-        tile=tile, maps=maps, g=g.geometry(K=g.K), e=e, box=box, phases=phases,
+        tile=tile, maps=maps, g=g.geometry(C=None if second is None else g.C, K=g.K), e=e, box=box, phases=phases,
         views=None if e is None else GradientViews(pixel[0], pixel[1], pixel[2], one_row, pieces),
         STEP_H=tap_step(g.stride_h, g.dil_h), STEP_W=tap_step(g.stride_w, g.dil_w),
         MISSES=(tile.TILE_H > 1 and g.taps_miss_h) or (tile.TILE_W > 1 and g.taps_miss_w),
@@ -235,9 +263,10 @@ def tma_dgrad(
     bias: torch.Tensor | None = None,
     epilogue: GradientEpilogue = NO_EPILOGUE,
     slots: torch.Tensor | None = None,
+    second: SecondProduct | None = None,
 ) -> None:
     """Writes every element of dx, the gradient of a convolution's input, or with `bias` the result of a transposed
-    convolution, and what `epilogue` makes of it; and the sums of each box to `slots`, if given.
+    convolution, begun with `second`, and what `epilogue` makes of it; and the sums of each box to `slots`, if given.
 
     Shapes: dy [N, K, P, Q], w [K, C, R, S], dx [N, C, H, W], all of one dtype, float16 or bfloat16, and laid out as
     `views.why_not` demands, and so are the epilogue's images; bias [C]. slots [slot_rows, 2 if the epilogue has y else
@@ -246,5 +275,5 @@ def tma_dgrad(
     """
     e = epilogue
     finish = e.compiled(dx.dtype) if slots is not None or e is not NO_EPILOGUE else None
-    prepared = plan_tma_dgrad(problem, tile, dy, w, dx, e.layouts, finish)
-    prepared(DgradOperands(dy, w, dx, bias, *e[:4], *e.norm[:4], slots))
+    prepared = plan_tma_dgrad(problem, tile, dy, w, dx, e.layouts, finish, second and second.x)
+    prepared(BoxDgradOperands(dy, w, dx, bias, *e[:4], *e.norm[:4], slots, *(second or ())))

@@ -107,11 +107,12 @@ def work(
     tile: BoxTile,
     finishing: Finishing = PLAIN_SUMS,
     filter_channels: int | None = None,
+    second: bool = False,
 ) -> TileWork:
     """What tma_fprop_kernel, tma_dgrad_kernel, or tma_wgrad_kernel with the sum of its slots, does in half precision.
 
     problem: as the kernels see it, see `views.flattened` and `stem.packing_of`. filter_channels: of the filters that
-    fprop loads, if they were packed to more than the problem's.
+    fprop loads, if they were packed to more than the problem's. second: whether dgrad has a second product.
     """
     g = problem
     rows, columns = axes(g, tile)
@@ -124,6 +125,9 @@ def work(
         h, w = dgrad_boxes(rows), dgrad_boxes(columns)
         boxes = images * h.pairs * w.pairs
         loaded = g.N * h.output * w.output * g.K * tiles_c + boxes * g.K * g.C
+        if second:
+            tiles_k += cdiv(g.C, tile.TILE_K)
+            loaded += g.N * g.H * g.W * g.C * tiles_c + boxes * g.C * g.C
     else:
         taps = wgrad_boxes(rows)
         h = AxisBoxes(*map(sum, zip(*taps, strict=True)))
@@ -147,5 +151,5 @@ def work(
     if operation == "fprop":
         return fprop_traffic(g, loop, ELEMENT, box_count(g, operation, tile), finishing)
     if operation == "dgrad":
-        return dgrad_traffic(g, loop, ELEMENT)
+        return dgrad_traffic(g, loop, ELEMENT, boxes if second else 0)
     return wgrad_traffic(g, loop, ELEMENT, tile.SPLIT_K)

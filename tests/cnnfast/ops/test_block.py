@@ -617,4 +617,6 @@ def test_opcheck(device, kind, less, monkeypatch):
     with cnnfast.backend("kernels"):
         block(x)
         ((name, arguments),) = calls
-        torch.library.opcheck(getattr(torch.ops.cnnfast, name).default, arguments)
+        # The gradient is that of a sum, all ones, so what batch norm lets pass of it is 0 and what rounding leaves: of
+        # half precision and summed over 189 pixels. That depends on the kernels, and they on the layout of the ones.
+        torch.library.opcheck(getattr(torch.ops.cnnfast, name).default, arguments, atol=0.2, rtol=1e-3)

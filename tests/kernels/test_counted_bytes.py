@@ -176,7 +176,7 @@ def test_a_gradient_that_begins_with_a_second_product(tile):
         plan.run(y, w, None, second=second)
     work, main = work_of(plan.question, tile), main_of(counted)
     check(work, counted)
-    vectors = work.programs // 2 * 2 * 72 * 4 if tile.TILE_C == 64 else work.programs * 2 * 72 * 4
+    vectors = work.programs // cdiv(72, tile.TILE_C) * 2 * 72 * 4  # scale and shift
     assert (work.loaded, work.outside, work.steps) == (main.loaded - vectors, main.stored + vectors, main.products)
 
 

@@ -251,6 +251,20 @@ def masked_gradients(arch: int) -> Iterator[Case]:
     yield case("masked", DEEP, row, "half", note=" in boxes, words", mask="words", sums=False)
 
 
+def second_products(arch: int) -> Iterator[Case]:
+    """dgrad that begins with a second product: every tile that may serve, with an epilogue and without."""
+    if why_not_on(arch):
+        return
+    for layer in (SHALLOW, DEEP):
+        for below in (True, False):
+            for tile in candidate_boxes(layer.problem, "dgrad", arch=arch, finished=below):
+                if tile.TILE_W == tile.pixels:
+                    note = " in boxes" if below else " in boxes, nothing below"
+                    yield case("begun", layer, tile, "half", note=note, below=below)
+    tile = next(candidate_boxes(SHALLOW.problem, "dgrad", arch=arch, finished=True))
+    yield case("begun", SHALLOW, tile, "half", torch.float16, note=" in boxes")
+
+
 def joins(arch: int) -> Iterator[Case]:
     """1x1 convolutions that leave words of bits: every tile that may serve."""
     for layer in (SHALLOW, DEEP):
@@ -280,5 +294,6 @@ def cases(arch: int = 90) -> list[Case]:
         *boxes,
         *leaner,
         *masked_gradients(arch),
+        *second_products(arch),
         *joins(arch),
     ]

@@ -10,11 +10,12 @@ from .. import memory
 from ..conv import conv_dgrad, conv_fprop, conv_fprop_words, conv_stats, conv_wgrad, dgrad_plan
 from ..devices import Gpu
 from ..epilogue import NO_NORM, BatchNorm, Epilogue
-from ..gradient_epilogue import GradientEpilogue
+from ..gradient_epilogue import NO_EPILOGUE, GradientEpilogue
 from ..keys import dgrad_key
 from ..layout import layout_of
 from ..problem import ConvProblem
 from ..questions import Geometry, Question, Tile, dgrad_question, fprop_question, wgrad_question
+from ..second_product import SecondProduct
 from ..tiling import Precision
 
 BATCH = 32
@@ -135,6 +136,19 @@ class CaseLayer:
             dgrad_key(dy, w, tuple(x.shape), self.fmt, self.geometry, precision == "tf32", tile, epilogue, sums)
         )
         plan.run(dy, w, None, epilogue, memory.empty(plan.slots, dy) if sums else None)
+
+    def begun(self, tile: Tile | None, precision: Precision, dtype: torch.dtype, below: bool = True) -> None:
+        """dgrad's kernel that begins with a second product, and below it the norm and the activation of another layer,
+        whose sums it leaves; or nothing.
+        """
+        x, dy, w, vector = self.x(dtype), self.y(dtype), self.w(dtype), empty(self.C)
+        second = SecondProduct(x, empty(self.C, self.C, 1, 1, dtype=dtype), vector, vector)
+        norm = BatchNorm(vector, vector, vector, vector)
+        epilogue = GradientEpilogue(None, x, None, None, norm, "relu") if below else NO_EPILOGUE
+        plan = dgrad_plan(
+            dgrad_key(dy, w, x.shape, self.fmt, self.geometry, precision == "tf32", tile, epilogue, below, second)
+        )
+        plan.run(dy, w, None, epilogue, memory.empty(plan.slots, dy) if below else None, second)
 
     def transposed(self, tile: Tile | None, precision: Precision, dtype: torch.dtype) -> None:
         """dgrad with the bias of a transposed convolution."""

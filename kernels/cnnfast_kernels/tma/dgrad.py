@@ -59,6 +59,7 @@ EXTENTS = ["H", "W", "P", "Q", "rows", "columns"]
 # How many sums the careful loop holds at a time: each in two versions, beside a box of results. They may take all
 # registers of a thread, for it is shared memory that bounds how many programs a multiprocessor runs.
 CAREFUL_SUMS = tl.constexpr(2048)
+LEAST_DEPTH = 16  # of a product
 
 
 @triton.jit
@@ -128,9 +129,10 @@ def tma_dgrad_kernel(
     acc = tl.zeros((TILE_C, PIXELS), tl.float32)
     if x_map is not None:
         tl.static_assert(not MISSES)
-        for step in range((g.C + TILE_K - 1) // TILE_K):
-            x = load_box(x_map, n0, h, w_pixel, step * TILE_K)  # [pixels, TILE_K]
-            own = own_map.load([0, 0, c0, step * TILE_K]).reshape(TILE_C, TILE_K)
+        STEP: tl.constexpr = own_map.block_shape[3]
+        for step in range((g.C + STEP - 1) // STEP):
+            x = load_box(x_map, n0, h, w_pixel, step * STEP)  # [pixels, STEP]
+            own = own_map.load([0, 0, c0, step * STEP]).reshape(TILE_C, STEP)
             acc = tl.dot(own, x.T, acc)
         acc = scale_rows(acc, scale_ptr, shift_ptr, c0, C, TILE_C)
     for step in range(steps):
@@ -232,7 +234,8 @@ def plan_tma_dgrad(
     if second is not None:
         seen, *images = images
         own = dense((g.C, g.C, 1, 1), seen.dtype)
-        maps |= {13: map_image(seen, pixels, tile.TILE_K), 14: map_filters(own, tile.TILE_C, tile.TILE_K)}
+        step = second_step(g.C, tile)
+        maps |= {13: map_image(seen, pixels, step), 14: map_filters(own, tile.TILE_C, step)}
     pixel = [phases.pixel] * 3
     for i, t in zip((i for i in range(3) if below[i] is not None), images, strict=True):
         seen = phases_of(g, "dgrad", tile, t)
@@ -247,6 +250,13 @@ def plan_tma_dgrad(
         MISSES=(tile.TILE_H > 1 and g.taps_miss_h) or (tile.TILE_W > 1 and g.taps_miss_w),
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
+
+
+def second_step(channels: int, tile: BoxTile) -> int:
+    """The channels that a step of a second product adds: as many as the other steps add filters, but so few that it has
+    two steps. Of a loop of one step the compiler keeps the boxes beside those of the next loop.
+    """
+    return min(tile.TILE_K, max(LEAST_DEPTH, triton.next_power_of_2(channels) // 2))
 
 
 def slot_rows(problem: ConvProblem, tile: BoxTile) -> int:

@@ -15,7 +15,7 @@ from cnnfast_kernels.keys import dgrad_key
 from cnnfast_kernels.moments import combine_slots
 from cnnfast_kernels.questions import Geometry
 from cnnfast_kernels.second_product import SecondProduct
-from cnnfast_kernels.tma.dgrad import slot_rows, tma_dgrad
+from cnnfast_kernels.tma.dgrad import second_step, slot_rows, tma_dgrad
 from cnnfast_kernels.tma.tiles import BoxTile
 from cnnfast_kernels.tma.views import flattened
 from tests.kernels.tma.test_tma import arrange, operands, output
@@ -129,10 +129,18 @@ def test_who_sums_it(device):
     apart = asked((4536, 63, 9, 1))
     assert apart.question.why_no_boxes.startswith("a tensor is not channels_last")
     assert not apart.sums_second
+    shifted = torch.empty(2 * 72 * 63 + 1, dtype=torch.float16)[1:].view(2, 7, 9, 72).permute(0, 3, 1, 2)
+    assert asked(x=shifted).question.why_no_boxes == "a tensor does not start at a multiple of 16 bytes"
     by_pointers = asked(tile=SMALL)
     assert not by_pointers.sums_second
     with pytest.raises(ValueError, match="tile=32x32x16 w4 s2 is of kernels that sum no second product"):
         _ = by_pointers.prepared
+
+
+@pytest.mark.parametrize(("channels", "step"), [(8, 16), (24, 16), (64, 32), (72, 64), (128, 64), (1024, 64)])
+def test_two_steps_or_more(channels, step):
+    """As long as a product has rows to sum. The compiler was seen to keep the boxes of one step beside others."""
+    assert second_step(channels, BoxTile(1, 1, 64, 64, 64)) == step
 
 
 def test_words_of_tables():

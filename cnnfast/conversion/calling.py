@@ -15,6 +15,7 @@ from ..functional.blocks import Link
 from ..nn.fused import takes
 from ..nn.pooled import conv_bn_act_pool
 from ..nn.residual import layer_of, residual_block
+from ..nn.stages import through
 from ..patterns import activation_of
 from .leaves import normalizes_and_activates
 
@@ -122,6 +123,11 @@ def _call_block(
             residual = call(conv, norm, x, None, False, None, None)
     conv, norm, activation, slope, before = steps[-1]
     return call(conv, norm, _through(before, z), residual, in_place, activation, slope), None
+
+
+def call_stages(stages: tuple[nn.Module, ...], x: Tensor) -> Tensor:
+    """What a generated forward calls for modules that may be linked, one after another."""
+    return through(stages, x)[0]
 
 
 def _through(identities: tuple[nn.Module, ...], z: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ from torch import Tensor, fx, nn
 
 from ..nn.residual import less_memory
 from .blocks import is_one_block, join_blocks
-from .calling import call, call_block
+from .calling import call, call_block, call_stages
 from .chains import Chain, Chains
 from .effects import Conduct, Effects, Traits, buffers, traits
 from .grafts import own_class
 from .leaves import is_convolution, is_norm, is_ours, normalizes_and_activates
 from .refused import Refused
+from .stages import join_stages
 from .tracing import Traced, signatures, trace
 
 
@@ -194,6 +195,7 @@ class _Rewriter:
                     groups.append(self._replace(chain, [] if pool is None else [pool]))
                     pools += [] if pool is None else [pool]
         self.sums = join_blocks(self.graph, self.modules, call, call_block, self.less_memory)
+        join_stages(self.graph, self.modules, call_stages)
         if self.moved:  # one group may stand past another now, and what is called of that
             self.crossed |= {str(pool.target): None for pool in pools}
         return groups, [sentence for sentence in found if sentence]

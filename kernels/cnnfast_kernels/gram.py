@@ -92,9 +92,8 @@ def gram_gradients(
     is 1, and then the two sums that conv_dgrad_sums leaves are returned too.
     """
     N, K, P, Q = g.shape
-    C, shape = x.shape[1], x.shape
-    geometry = POINTWISE._replace(stride=stride)
-    gradient = conv_wgrad(x, g, (K, C, 1, 1), geometry, wide=True)
+    C, shape, x = x.shape[1], x.shape, met(x, stride)
+    gradient = conv_wgrad(x, g, (K, C, 1, 1), POINTWISE, wide=True)
     dgamma, slopes, norm = (memory.empty(of, g) for of in _floats((K,), (K,), (4, C)))
     scaled = memory.empty((K, C, 1, 1), w)
     dw = memory.empty(w.shape, w, LAST) if needs[1] else None
@@ -107,7 +106,6 @@ def gram_gradients(
     own = memory.empty((C, C, 1, 1), w)
     plan_own(K, C, w.stride(), count)(OwnOperands(w, slopes, scaled, sums, mu, own, norm))
     mean, ones, back, k = norm.unbind()
-    x = met(x, stride)
     asked, sums_below = (g, scaled, x.shape, LAST, POINTWISE, False, None), below is not NO_EPILOGUE
     second: SecondProduct | None = SecondProduct(x, own, back, k)
     plan = dgrad_plan(dgrad_key(*asked, below, sums_below, second))

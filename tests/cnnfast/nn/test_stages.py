@@ -242,6 +242,34 @@ def test_a_converted_block_that_is_replaced(device):
         torch.testing.assert_close(mine[name], t, rtol=1e-11, atol=1e-11)
 
 
+class Network(nn.Module):
+    """Two stages one after another, of whose results nobody but the next sees anything unless it is `shown`."""
+
+    def __init__(self, shown=False):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.first, self.second = (nn.Sequential(*(Plain(8) for _ in range(2))) for _ in range(2))
+        self.shown = shown
+
+    def forward(self, x):
+        x = self.first(torch.relu(self.bn(self.conv(x))))
+        return self.second(x) + x if self.shown else self.second(x)
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_stages_of_a_converted_network(device, shown):
+    torch.manual_seed(0)
+    model, x = Network(shown).to(device, torch.float64, memory_format=LAST), image(device)
+    right, _ = trained(copy.deepcopy(model), x, "torch")
+    found = cnnfast.convert(model)
+    for watched in (False, True):
+        mine, trace = trained(copy.deepcopy(found), x)
+        assert passes(trace) == 1 + (shown or watched)
+        for name, t in right.items():
+            torch.testing.assert_close(mine[name], t, rtol=1e-11, atol=1e-11)
+        found.second.register_forward_pre_hook(lambda module, inputs: None)
+
+
 def test_less_memory_is_not_linked(device):
     """Its blocks keep no bits."""
     model = cnnfast.convert(converted(device, *(Plain(8) for _ in range(BLOCKS))), memory="less")

@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import cnnfast
+from cnnfast.functional import blocks, fused
+from cnnfast.ops import serving
 from tests.support.agreement import normal
 from tests.support.blocks import Block, Net, build, image
+from tests.support.plain_operators import plain_operators
+from tests.support.residual import IMAGES, converted, joined, of_ours, plain_blocks
 from tests.support.steps import fusions
 
 Wrapper = Callable[[nn.Module], nn.Module]
@@ -103,12 +108,69 @@ def compare_accumulated() -> dict[str, float]:
     }
 
 
+def by_block(model: Any) -> nn.Module:
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def by_convolution(model: Any) -> nn.Module:
+    """A convolution of the first block apart."""
+    fully_shard(model[0].conv2, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
+    return by_block(model)
+
+
+def train_blocks(wrap: Wrapper, make: Wrapper) -> tuple[list[Tensor], list[int]]:
+    """A step by the gradients of two parts of a batch, which are exchanged once. Returns the whole tensors of the
+    state_dict, and the blocks that were one operator.
+    """
+    model: Any = wrap(make(plain_blocks()).train())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with joined() as seen:
+        for i in range(2):
+            part = normal(*IMAGES, seed=2 * dist.get_rank() + i)
+            if wrap is not ddp:
+                model.set_requires_gradient_sync(i == 1)
+            with model.no_sync() if wrap is ddp and i == 0 else nullcontext():
+                model(part).square().mean().backward()
+    optimizer.step()
+    return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in model.state_dict().values()], seen
+
+
+def compare_blocks(wrap: Wrapper, make: Wrapper) -> dict[str, Any]:
+    """The largest difference from PyTorch's own, the least that any tensor moved, and the blocks that were one
+    operator.
+    """
+    right, _ = train_blocks(wrap, copy.deepcopy)
+    mine, joined_blocks = train_blocks(wrap, make)
+    found = [(a - b, b - c) for a, b, c in zip(mine, right, plain_blocks().state_dict().values(), strict=True)]
+    return {
+        "error": max(float(error.abs().max()) for error, _ in found),
+        "moved": min(float(moved.abs().max()) for _, moved in found),
+        "blocks": joined_blocks,
+    }
+
+
+def compare_all_blocks() -> dict[str, Any]:
+    """Once by our operators, with the library's convolutions, whose kernels have had their turn with other models; and
+    by PyTorch's in their place.
+    """
+    serving.LIBRARY_FIRST = ("cpu",)
+    found = {"by_block, converted": compare_blocks(by_block, converted)}
+    blocks.ops = fused.ops = plain_operators()
+    for wrap, make in ((ddp, converted), (by_block, of_ours), (by_convolution, converted)):
+        found[f"{wrap.__name__}, {make.__name__}"] = compare_blocks(wrap, make)
+    return found
+
+
 if __name__ == "__main__":
     rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     results = {wrap.__name__: compare(wrap) for wrap in (ddp, fsdp)}
     results["accumulated"] = compare_accumulated()
+    results["blocks"] = compare_all_blocks()
     dist.destroy_process_group()
     print(json.dumps(results), flush=True)
     os._exit(0)  # gloo's threads, which nobody can wait for, now and then abort a process that ends in the usual way

@@ -35,3 +35,23 @@ def test_accumulated_gradients_of_operators_that_training_has(results):
     """Under DistributedDataParallel with no_sync, in float16 by autocast."""
     for result in results:
         assert result["accumulated"] == {"error": 0, "of gram": 2, "of stem": 2}
+
+
+@pytest.mark.parametrize(
+    ("how", "blocks"),
+    [
+        ("ddp, converted", [3, 2]),
+        ("by_block, converted", [3, 2]),
+        ("by_block, of_ours", [3, 2]),
+        ("by_convolution, converted", [2]),
+    ],
+)
+def test_residual_blocks(how, blocks, results):
+    """Of which two parts of a batch accumulate gradients: each is one operator, but for the one of which a convolution
+    is wrapped by itself. Every tensor has moved, and to the same as without conversion.
+    """
+    for result in results:
+        found = result["blocks"][how]
+        assert found["error"] < 1e-11
+        assert found["moved"] > 1e-4
+        assert found["blocks"] == 2 * blocks

@@ -22,6 +22,7 @@ from tests.support.synchronised_steps import (
     NORMS,
     Preactivated,
     Residual,
+    ResidualBlock,
     images,
     model_steps,
     norm_of,
@@ -30,7 +31,17 @@ from tests.support.synchronised_steps import (
 )
 
 HAS_TIMM = importlib.util.find_spec("timm") is not None
-CASES = ("norms", "models", "preactivated", "frozen_input", "errors", "alone", "compiled", *["timms"] * HAS_TIMM)
+CASES = (
+    "norms",
+    "models",
+    "preactivated",
+    "blocks",
+    "frozen_input",
+    "errors",
+    "alone",
+    "compiled",
+    *["timms"] * HAS_TIMM,
+)
 PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 GATHER, REDUCE = ({"all_gather_single", "all_gather_into_tensor"}, {"all_reduce"})
 
@@ -126,7 +137,8 @@ def test_one_gather_forward_and_one_reduction_backward(name, two):
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("models", Residual), ("preactivated", Preactivated), ("timms", timm_model)]
+    ("name", "model"),
+    [("models", Residual), ("preactivated", Preactivated), ("blocks", ResidualBlock), ("timms", timm_model)],
 )
 def test_converted_models_under_distributed_data_parallel(name, model, two):
     """As one process that trains the original on the whole batch: parameters and buffers after two steps."""
@@ -150,6 +162,15 @@ def test_synchronised_groups_are_fused_in_training(two):
         assert not {"batch_moments", "update_running", "conv_fprop"} & set(found["operations"])
         assert found["served by"] == ["kernels"]
         assert {"stem.0", "conv", "conv2"} <= found["fused"].keys()
+        assert found["gathered"] == 6
+
+
+def test_a_residual_block_with_synchronised_norms_is_called_by_its_layers(two):
+    """Each of them exchanges its statistics, and every convolution is fused with its norm."""
+    for of_rank in two:
+        found = of_rank["blocks"]
+        assert found["operations"].items() >= {"conv_stats": 6, "normalize": 6, "combine_ranks": 6}.items()
+        assert "update_running" not in found["operations"]
         assert found["gathered"] == 6
 
 

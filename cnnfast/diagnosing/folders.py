@@ -153,14 +153,14 @@ def measured(gpus: Sequence[tuple[str, int]]) -> list[Finding]:
     return found
 
 
-def _told(rows: Sequence[tables.TableRow]) -> str:
+def _told(rows: Sequence[tables.AnyRow]) -> str:
     """How many rows there are of each dtype, and how many the library won."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(Counter(row.key.dtype for row in rows).items()))
     library = sum(row.winner == "library" for row in rows)
     return f"{_counted(len(rows), 'row')} ({dtypes}), of which the library won {library},"
 
 
-def _rows(files: Iterable[Path]) -> list[tables.TableRow]:
+def _rows(files: Iterable[Path]) -> list[tables.AnyRow]:
     return [row for file in files for row in _read(file)[0]]
 
 
@@ -171,7 +171,7 @@ def _files(folder: Path) -> list[Path]:
         return []
 
 
-def _read(file: Path) -> tuple[list[tables.TableRow], str]:
+def _read(file: Path) -> tuple[list[tables.AnyRow], str]:
     """The rows that can be used, and what tables.py warns of."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function
 
 from cnnfast_kernels.layout import Laid, Layout, convolution_format
 
-from ..dispatch import library_allowed, why_torch
+from ..dispatch import why_torch
 from .arguments import Size, autocast, autocasts
 from .convolution import conv_output_size
 from .entrance import captured
@@ -125,7 +125,7 @@ def residual_block(
         images.append(_after(images[-1], layer))
     images[-1] = x  # the last is the block's result, in whose place stands what the shortcut's layer takes
     of = [(image, w, layer.geometry) for image, w, layer in zip(images, weights, parts, strict=False)]
-    ours = less_memory or not library_allowed() or ops.kernels_serve_unasked(*of[0])
+    ours = ops.kernels_serve_block(x, of, len(layers), less_memory)
     algorithm = "direct" if ours else "auto"
     tensors: list[Any] = []
     momenta, eps, geometries, by_gram = [], [], [], []

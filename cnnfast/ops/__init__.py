@@ -10,8 +10,8 @@ from .augmentation import augment
 from .batchnorm import batch_moments, channel_sum, normalize, update_running
 from .block import basic_block, bottleneck
 from .block_positions import flat_geometry, mean_of_last
+from .block_serving import kernels_serve_block
 from .conv import conv_dgrad, conv_fprop, conv_stats
-from .conv_implementations import kernels_serve_unasked
 from .conv_norm import conv_act, conv_bn_act, conv_bn_act_training
 from .conv_norm_pool import conv_bn_act_pool_training
 from .gram import conv_bn_act_by_gram, gram_serves
@@ -37,7 +37,7 @@ __all__ = [
     "flat_geometry",
     "global_avg_pool",
     "gram_serves",
-    "kernels_serve_unasked",
+    "kernels_serve_block",
     "max_pool",
     "max_pool_indices",
     "mean_of_last",

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from cnnfast_kernels import conv, memory
 from cnnfast_kernels.dtypes import accumulator_dtype
@@ -22,11 +21,10 @@ from cnnfast_kernels.layout import convolution_format
 from cnnfast_kernels.problem import output_extent
 from cnnfast_kernels.questions import Geometry
 
-from .. import dispatch
 from ..precision import allow_tf32
 from . import library_convolution
 from .batchnorm import fake_words
-from .serving import kernels_serve, library_comes_first, library_serves
+from .serving import library_serves
 
 # Called `how` below: the positions that tell how the filters move over the image, and who computes it how.
 GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, int groups, str algorithm"
@@ -35,18 +33,6 @@ GEOMETRY = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, int groups,
 def unpack(how: tuple[Any, ...]) -> tuple[Geometry, Any]:
     """(geometry, algorithm) of the positions GEOMETRY."""
     return tuple.__new__(Geometry, how[:4]), how[4]  # in half the time that Geometry(*how[:4]) takes
-
-
-def kernels_serve_unasked(x: Tensor, w: Tensor, geometry: Any) -> bool:
-    """Whether our kernels serve a convolution though nobody asked for them: the library does not come first, and no row
-    says otherwise. While torch.compile traces, no row is asked.
-    """
-    if library_comes_first(x.device):
-        return False
-    if is_compiling() or type(x) not in dispatch.PLAIN:
-        return True
-    key = fprop_key(x, w, unpack((*geometry, "auto"))[0], PLAIN, True, False, None)
-    return kernels_serve(conv.fprop_plan(key), x.device)
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

@@ -1,11 +1,12 @@
-"""Which kernel and tile shall serve this convolution? The question, and all that its answer follows from: layouts
-alone, so that nothing here touches a tensor. choosing.py answers.
+"""Which kernel and tile shall serve this convolution, and who this residual block? The questions, and all that their
+answers follow from: layouts alone, so that nothing here touches a tensor. choosing.py answers the first, a measured row
+(tables.py) the second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -148,6 +149,39 @@ class Question(NamedTuple):
         weights = [] if self.operation == "wgrad" else [self.w]
         seen = self.images[1:] if self.packed else [*self.images, *weights]
         return why_not(self.problem, self.precision, self.gpu.arch, self.aligned, *seen)
+
+
+class BlockQuestion(NamedTuple):
+    """Who shall serve this residual block in training, all its convolutions alike?
+
+    layers: (shape and strides of the filters, geometry) of each, those of the branch first, `branch` of them, and then
+    that of the shortcut, if it has one. Calls make it, and an answer is kept by it: so it is flat.
+    """
+
+    gpu: devices.Gpu
+    dtype: torch.dtype
+    tf32: bool
+    x_shape: tuple[int, ...]
+    x_strides: tuple[int, ...]
+    branch: int
+    layers: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], ...]
+
+    @property
+    def problems(self) -> tuple[ConvProblem, ...]:
+        found: list[ConvProblem] = []
+        for i, (w_shape, _, geometry) in enumerate(self.layers):
+            before = found[-1] if 0 < i < self.branch else None
+            image = self.x_shape if before is None else (before.N, before.K, before.P, before.Q)
+            found.append(ConvProblem.of(tuple(image), tuple(w_shape), *geometry))
+        return tuple(found)
+
+    @property
+    def key(self) -> tables.BlockKey:
+        dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        laid = (self.x_shape, self.x_strides), *((shape, strides) for shape, strides, _ in self.layers)
+        layout = " ".join("NHWC" if _adjacent(Layout(*each, self.dtype)) else "NCHW" for each in laid)
+        projection = len(self.layers) > self.branch
+        return tables.BlockKey(*self.gpu, dtype, layout, projection, self.problems)
 
 
 def _adjacent(t: Layout) -> bool:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import __version__
-from .table_rows import TableRow
+from .table_rows import AnyRow, row_from_dict
 
 try:
     import fcntl
@@ -21,7 +21,7 @@ except ModuleNotFoundError:  # Windows, where two processes that write one table
 FORMAT = 1
 
 
-def read(file: Path) -> list[TableRow]:
+def read(file: Path) -> list[AnyRow]:
     """The rows of a table. A file that is no table of this version has none, and rows that cannot be understood are
     left out; a warning says so.
     """
@@ -35,11 +35,11 @@ def read(file: Path) -> list[TableRow]:
     if made_by != (FORMAT, __version__):
         warn(f"{file} is not used: cnnfast {made_by[1]} wrote it, and this is {__version__}; run cnnfast tune again")
         return []
-    rows: list[TableRow] = []
+    rows: list[AnyRow] = []
     wrong: list[str] = []
     for entry in entries:
         try:
-            rows.append(TableRow.from_dict(gpu, arch, entry))
+            rows.append(row_from_dict(gpu, arch, entry))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             wrong.append(f"{type(error).__name__}: {error}")
     if wrong:
@@ -71,7 +71,7 @@ def refuse_foreign(file: Path, gpu: str, arch: int) -> None:
         raise OSError(f"a table cannot be written to {file}: {error.strerror or error}") from error
 
 
-def merge(file: Path, gpu: str, arch: int, rows: Iterable[TableRow], about: Mapping[str, str]) -> None:
+def merge(file: Path, gpu: str, arch: int, rows: Iterable[AnyRow], about: Mapping[str, str]) -> None:
     """Adds rows to a table of a GPU, in the place of those of the same key.
 
     about: what else the head of the file shall say of the run (driver, versions), for people to read. A reader, even

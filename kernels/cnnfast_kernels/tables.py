@@ -1,15 +1,15 @@
 """Tables of measured tiles: which kernel serves a convolution on a GPU, or whether the library's is faster there.
 
 A table (table_files.py) is for one GPU, with one row (table_rows.py) for each convolution that was measured and checked
-on it. The user's tables lie in the platform's cache folder, where `cnnfast tune` writes them row by row. Those that
-come with cnnfast lie in tables/ beside this file, in a folder for each GPU, and say in their heads what they were
-measured with; `cnnfast tune --table` writes such a file. The user's rows go before them; where there is none, the
-defaults in code run.
+on it, and one for each residual block in training. The user's tables lie in the platform's cache folder, where `cnnfast
+tune` writes them row by row. Those that come with cnnfast lie in tables/ beside this file, in a folder for each GPU,
+and say in their heads what they were measured with; `cnnfast tune --table` writes such a file. The user's rows go
+before them; where there is none, the defaults in code run.
 
 A row serves a convolution that agrees with it in everything but the batch: GPU, operation, epilogue, dtype, layout,
-channels, image, filters, strides, padding. Another batch only makes more or fewer tiles: the row of the nearest one is
-taken, up to FARTHEST_BATCH times as large or as small. Another image also changes how tiles fit it, and has to be
-measured.
+channels, image, filters, strides, padding. A block's serves a block of the same convolutions. Another batch only makes
+more or fewer tiles: the row of the nearest one is taken, up to FARTHEST_BATCH times as large or as small. Another image
+also changes how tiles fit it, and has to be measured.
 
 Tables of another version of cnnfast are not used: its kernels were others. Nothing here is asked twice for one
 convolution, because plans keep the answer (launch.planned).
@@ -29,12 +29,15 @@ from .problem import ConvProblem
 from .table_files import FORMAT as FORMAT
 from .table_files import merge, read, warn
 from .table_files import refuse_foreign as refuse_foreign
+from .table_rows import AnyRow as AnyRow
+from .table_rows import BlockKey as BlockKey
+from .table_rows import BlockRow as BlockRow
 from .table_rows import Key, TableRow
 
 FARTHEST_BATCH = 2
 SHIPPED = Path(__file__).parent / "tables"
 
-Table = dict[Key, list[TableRow]]  # by key, but for the batch
+Table = dict[Key | BlockKey, list[AnyRow]]  # by key, but for the batch
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Looking up
@@ -47,16 +50,29 @@ def find(key: Key) -> TableRow | None:
     """The row that serves a convolution, if it was measured: that of the nearest batch, or of the smaller one of two
     that are equally near.
     """
+    row = _nearest(key)
+    assert not isinstance(row, BlockRow)
+    return row
+
+
+def find_block(key: BlockKey) -> BlockRow | None:
+    """The same of a residual block."""
+    row = _nearest(key)
+    assert not isinstance(row, TableRow)
+    return row
+
+
+def _nearest(key: Key | BlockKey) -> AnyRow | None:
     for table in _read():
-        near = [row for row in table.get(key.but_for_batch, ()) if _apart(row, key.problem.N) <= FARTHEST_BATCH]
+        near = [row for row in table.get(key.but_for_batch, ()) if _apart(row, key.batch) <= FARTHEST_BATCH]
         if near:
-            return min(near, key=lambda row: (_apart(row, key.problem.N), row.key.problem.N))
+            return min(near, key=lambda row: (_apart(row, key.batch), row.key.batch))
     return None
 
 
-def _apart(row: TableRow, N: int) -> float:
+def _apart(row: AnyRow, N: int) -> float:
     """How many times as large, or as small, the measured batch is as one of N images."""
-    return max(row.key.problem.N, N) / min(row.key.problem.N, N) if N else inf
+    return max(row.key.batch, N) / min(row.key.batch, N) if N else inf
 
 
 def was_measured(gpu: str, arch: int, problem: ConvProblem) -> bool:
@@ -68,7 +84,7 @@ def was_measured(gpu: str, arch: int, problem: ConvProblem) -> bool:
         for table in _read()
         for rows in table.values()
         for row in rows
-        if _apart(row, problem.N) <= FARTHEST_BATCH
+        if isinstance(row, TableRow) and _apart(row, problem.N) <= FARTHEST_BATCH
     )
     return any(
         (k.gpu, k.arch, k.operation) == (gpu, arch, "fprop") and replace(k.problem, N=problem.N) == problem
@@ -137,7 +153,7 @@ def writable() -> None:
         raise OSError(f"the user's tables cannot be written to {folder}: {error.strerror or error}") from error
 
 
-def write(gpu: str, arch: int, rows: Iterable[TableRow], about: Mapping[str, str], file: Path | None = None) -> Path:
+def write(gpu: str, arch: int, rows: Iterable[AnyRow], about: Mapping[str, str], file: Path | None = None) -> Path:
     """Adds rows to the user's table of a GPU, or to another file, as table_files.merge does, and returns its path.
 
     Raises OSError as `writable` does.

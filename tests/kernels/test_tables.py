@@ -27,7 +27,7 @@ from cnnfast_kernels.gather.depthwise.tiles import StripTile
 from cnnfast_kernels.layout import dense
 from cnnfast_kernels.problem import ConvProblem
 from cnnfast_kernels.questions import dgrad_question, fprop_question, wgrad_question
-from cnnfast_kernels.tables import Key, TableRow
+from cnnfast_kernels.tables import AnyRow, BlockKey, BlockRow, Key, TableRow
 from cnnfast_kernels.tiling import TileConfig, search_tiles, steps_of_loop
 from cnnfast_kernels.tma.tiles import BoxTile
 from tests.support.agreement import integers
@@ -44,7 +44,17 @@ def row(gpu, problem=PROBLEM, tile=TILE, winner="kernels", **changes) -> TableRo
     return TableRow(key, tile, winner, {"kernels": 9.0, "default": 12.0, "library": 10.0})
 
 
-def write(gpu, *rows: TableRow):
+# Of a residual block: a branch of a 3x3 convolution and a 1x1 to more channels, with a convolution as its shortcut.
+BRANCH = replace(PROBLEM, K=16), replace(PROBLEM, R=1, S=1, pad_h=0, pad_w=0)
+SHORTCUT = BRANCH[1]
+
+
+def block_row(gpu, *problems: ConvProblem, projection=True, winner="kernels") -> BlockRow:
+    key = BlockKey(*gpu, "float16", f"{LAST} NHWC", projection, problems or (*BRANCH, SHORTCUT))
+    return BlockRow(key, winner, {"kernels": 90.0, "library": 120.0})
+
+
+def write(gpu, *rows: AnyRow):
     return tables.write(*gpu, rows, ABOUT)
 
 
@@ -61,6 +71,24 @@ def test_a_row_comes_back_as_it_was_written(gpu):
     assert json.loads(file.read_text())["torch"] == "2.13.0"
     assert tables.was_measured(*gpu, PROBLEM)
     assert not tables.was_measured("another", gpu.arch, PROBLEM)
+
+
+def test_rows_of_blocks_lie_beside_those_of_layers(gpu):
+    rows = row(gpu), block_row(gpu), block_row(gpu, *BRANCH, replace(SHORTCUT, groups=2), winner="library")
+    write(gpu, *rows)
+    again = block_row(gpu, winner="library")
+    file = write(gpu, again)
+    assert tables.read(file) == [rows[0], again, rows[2]]
+    assert tables.find(rows[0].key) == rows[0]
+    assert [tables.find_block(r.key) for r in rows[1:]] == [again, rows[2]]
+    assert not tables.was_measured(*gpu, SHORTCUT)  # which is of convolutions by themselves
+
+
+@pytest.mark.parametrize("batch", [0, 3, 4, 16, 17])
+def test_a_blocks_row_serves_batches_up_to_twice_and_half(gpu, batch):
+    write(gpu, block_row(gpu))
+    found = tables.find_block(block_row(gpu, *(replace(g, N=batch) for g in (*BRANCH, SHORTCUT))).key)
+    assert (found is not None) == (4 <= batch <= 16)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(ConvProblem) if field.name not in ("N", "groups")])
@@ -373,6 +401,33 @@ def test_of_a_row_that_cannot_be_understood_the_others_serve(gpu, change, says):
     with pytest.warns(RuntimeWarning, match=f"1 of 2 rows.*{says}"):
         assert tables.find(row(gpu).key) is None
     assert tables.find(row(gpu, replace(PROBLEM, C=32)).key) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (edit("rows", 0, "kind", "network"), "not of a 'network'"),
+        (edit("rows", 0, "kind", "convolution"), "KeyError: 'problem'"),
+        (edit("rows", 0, "winner", "nobody"), "nobody"),
+        (edit("rows", 0, "projection", 1), "true or false, not 1"),
+        (edit("rows", 0, "projection", False), "ValueError: these 3 convolutions make no residual block"),
+        (edit("rows", 0, "problems", 1, "C", 8), "make no residual block"),
+        (edit("rows", 0, "problems", 2, "N", 4), "make no residual block"),
+        (edit("rows", 0, "problems", []), "ValueError"),
+        (edit("rows", 0, "problems", 2, "K", -1), "not negative"),
+        (edit("rows", 0, "problems", None), "TypeError"),
+        (edit("rows", 0, "microseconds", "kernels", "fast"), "fast"),
+    ],
+)
+def test_so_it_is_with_the_row_of_a_block(gpu, change, says):
+    file = write(gpu, block_row(gpu), row(gpu))
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+    tables.forget()
+    with pytest.warns(RuntimeWarning, match=f"1 of 2 rows.*{says}"):
+        assert tables.find_block(block_row(gpu).key) is None
+    assert tables.find(row(gpu).key) is not None
 
 
 def test_a_file_that_cannot_be_read_stops_nobody(gpu):

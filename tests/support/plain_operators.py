@@ -80,7 +80,7 @@ def plain_operators() -> SimpleNamespace:
 
     ops.basic_block = ops.bottleneck = block
     ops.mean_of_last = mean_of_last
-    ops.flat_geometry, ops.kernels_serve_unasked = flat_geometry, lambda *arguments: True
+    ops.flat_geometry, ops.kernels_serve_block = flat_geometry, lambda *arguments: True
     ops.gram_serves = lambda *arguments: False
     ops.conv_bn_act_training = conv_bn_act_training
     ops.conv_bn_act_pool_training = conv_bn_act_pool_training

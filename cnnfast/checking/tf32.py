@@ -4,6 +4,8 @@ backward, on any device.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,12 +22,17 @@ def rounded_products() -> TorchFunctionMode:
     return _RoundedProducts()
 
 
+def rounded_product(product: Callable[..., Tensor], left: Tensor, right: Tensor, *how: Any) -> Tensor:
+    """product(left, right, *how) of two float32 tensors, rounded likewise."""
+    return _RoundGradient.apply(product(_Round.apply(left), _Round.apply(right), *how))  # pyright: ignore[reportReturnType]
+
+
 class _RoundedProducts(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not torch.einsum:
             return func(*args, **(kwargs or {}))
         equation, *operands = args
-        return _RoundGradient.apply(func(equation, *map(_Round.apply, operands)))
+        return rounded_product(functools.partial(func, equation), *operands)
 
 
 class _Round(torch.autograd.Function):

@@ -1,4 +1,6 @@
-"""`cnnfast tune`: the convolutions of a model measured on this GPU, and a table that is used from then on."""
+"""`cnnfast tune`: the convolutions of a model measured on this GPU, its residual blocks in training too, and a table that
+is used from then on.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from cnnfast_kernels import devices
 
-    from ..tuning import Measured, Tuning
+    from ..tuning import Measured, MeasuredBlock, Tuning
 
 DRY = "Without a GPU"
 
@@ -75,12 +77,13 @@ def tune(
     """Measure the convolutions of MODEL on this GPU, and let the fastest serve from then on.
 
     MODEL is converted. Each of its convolutions is tried with about a dozen tiles and with the library's (cuDNN's)
-    kernels, on random numbers; a candidate that computes wrong results is excluded. The winner is written at once to a
+    kernels, on random numbers; a candidate that computes wrong results is excluded. In training each residual block is
+    tried as a whole too, and who is faster there serves all its convolutions. The winner is written at once to a
     table in your cache folder, which cnnfast reads in every later run; rows of other models and sizes stay in it. A row
     serves its own sizes, and batches half to twice as large.
 
     Measure the sizes and the dtype that you will run: PyTorch's convolutions of fp32 on a GPU are tf32 unless you set
-    them to IEEE. Ends with exit code 1 if a convolution could not be measured, or anything computed wrong numbers.
+    them to IEEE. Ends with exit code 1 if something could not be measured, or anything computed wrong numbers.
     Ctrl-C loses nothing: what was measured is printed and kept, and the exit code is 130, or 143 after SIGTERM.
     """
     sizes = options.sizes_of(shapes)
@@ -119,6 +122,7 @@ def tune(
         from .. import tuning
         from ..measuring.budget import Budget
         from ..tuning.planning import planned
+        from ..tuning.report import named
     except (ImportError, AttributeError) as error:
         what = "listed" if dry_run else "measured"
         raise typer.BadParameter(f"nothing can be {what}: {why_no_kernels(error)}", param_hint="tune") from None
@@ -140,7 +144,7 @@ def tune(
                 module, tuple(torch.empty(size, device="meta") for size in sizes), trains, gpu=listed_for, **how
             )
         console.printer(json_file).print(listed(found, listed_for))
-        data = [{"convolution": str(m), "count": m.count, "candidates": list(m.candidates)} for m in found]
+        data = [{**named(m), "count": m.count, "candidates": list(m.candidates)} for m in found]
         console.write_json(json_file, data)
         return
 
@@ -179,21 +183,25 @@ def tune(
 
 def _duration(tuning: Tuning, seconds: float, budget: float | None) -> str:
     """How long it will take, as far as that is known before a kernel is compiled: in timing, and at most."""
+    from ..tuning.report import counted
+
     candidates = sum(len(m.candidates) for m in tuning.left)
-    text = f"{len(tuning.left)} convolutions with {candidates} candidates: {console.about(seconds * candidates)} of"
+    text = f"{counted(tuning.left)} with {candidates} candidates: {console.about(seconds * candidates)} of"
     end = "compiling and judging them takes several times that"
     if budget is None:
         return f"{text} timing; {end}. --budget SECONDS ends it, and Ctrl-C loses nothing."
     return f"{text} timing; {end}, but --budget ends it after {console.about(budget)}."
 
 
-def listed(found: list[Measured], gpu: devices.Gpu | None) -> Table:
+def listed(found: list[Measured | MeasuredBlock], gpu: devices.Gpu | None) -> Table:
     """A table of what would be measured."""
+    from ..tuning.report import counted
+
     candidates = sum(len(m.candidates) for m in found)
     on = "any GPU of sm_90" if gpu is None else f"{gpu.name} (sm_{gpu.arch})"
-    what = f"{len(found)} convolutions to measure on {on}, with {candidates} candidates in all"
+    what = f"{counted(found)} to measure on {on}, with {candidates} candidates in all"
     table = console.table(
-        ("calls", "convolution", "dtype", "x, w, y", "candi-\ndates"),
+        ("calls", "what", "dtype", "x, w, y", "candi-\ndates"),
         right=("calls", "candi-\ndates"),
         title=f"{what}; what costs most comes first",
         title_justify="left",

@@ -1,5 +1,5 @@
-"""tune: measures the convolutions of a model on this GPU, and writes the winners to the user's table
-(cnnfast_kernels/tables.py).
+"""tune: measures the convolutions of a model on this GPU, its residual blocks in training too, and writes the winners
+to the user's table (cnnfast_kernels/tables.py).
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from ..measuring.timing import measure as take_turns
 from ..precision import float32_products
 from ..spelling import keywords_explained
 from .ahead import Compiling, compiled_ahead
+from .measured import Candidate, Measured, MeasuredBlock
 from .planning import device_of, gpu_of, planned
 from .racing import Measure, OutOfTimeError, race
-from .report import Candidate, Measured, Tuning
+from .report import Tuning
 
-__all__ = ["Candidate", "Measured", "Tuning", "begin", "plan", "proceed", "tune"]
+__all__ = ["Candidate", "Measured", "MeasuredBlock", "Tuning", "begin", "plan", "proceed", "tune"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -60,6 +61,10 @@ def tune(
     turns on the clock, each as one CUDA graph over sets of operands that together do not fit the GPU's second-level
     cache. The row says which of our tiles is the fastest, and whether the library is faster still.
 
+    With `train` a residual block that trains as one operator is a problem of its own: by our kernels, with the tiles
+    that were found for its convolutions, or by the library. Forward and backward are judged and timed as a whole, and
+    the row of the block says who serves it, whoever won its convolutions.
+
     model: on a GPU; it stays as it is. example_inputs: with the shapes, dtypes and layouts of the real ones.
     memory_format: as `convert` takes it.
 
@@ -75,7 +80,7 @@ def tune(
 
     table: a file to which the rows are written too, so that it can be shipped: a new file, or a table of this GPU and
     version. seconds: of one timing. measure: what times steps by their names, by default measuring/timing.py. progress:
-    called with (convolutions done, in all, what comes next).
+    called with (what is done, in all, what comes next).
 
     A row is written as soon as its convolution is measured, so that an interrupted run loses nothing. Returns a Tuning:
     str() is a table; .ok, .measured, .left, .rows, .to_json(). Raises ValueError for a name that is none of a dtype,
@@ -98,9 +103,9 @@ def plan(
     dtype: torch.dtype | str | None = None,
     memory_format: torch.memory_format | None = torch.channels_last,
     gpu: devices.Gpu | None = None,
-) -> list[Measured]:
-    """What `tune` would measure, in that order: each convolution that has a row of its own, with candidates that have
-    no times yet.
+) -> list[Measured | MeasuredBlock]:
+    """What `tune` would measure, in that order: each convolution that has a row of its own, and each residual block,
+    with candidates that have no times yet.
 
     No GPU is needed: `gpu` is the one that it would be measured on, by default the model's, or else any of sm_90. Other
     arguments, ValueError and RuntimeError are as `tune` has them.
@@ -159,8 +164,9 @@ def proceed(
     machine = {name: value for name, value in asdict(this_machine(device)).items() if name != "device"}
     about = {**machine, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     todo, written = list(tuning.left), len(tuning.rows)
-    # Seconds that each candidate of the last convolution took. The next ones cost less, and should not take longer.
-    each = 0.0
+    # Seconds that each candidate of the last convolution, or block, took. The next ones cost less, and should not take
+    # longer.
+    each: dict[type, float] = {}
 
     def write() -> None:
         nonlocal written
@@ -178,13 +184,15 @@ def proceed(
     try:
         with _undisturbed(device), compiled_ahead(todo, gpu, compiling, tuning.notes.append) as wait:
             for done, measured in enumerate(todo):
-                if budget.left < each * len(measured.candidates):
+                if budget.left < each.get(type(measured), 0.0) * len(measured.candidates):
                     continue
                 if progress is not None:
                     progress(done, len(todo), str(measured))
                 try:
                     wait(measured, budget.left)
                     started = monotonic()
+                    if isinstance(measured, MeasuredBlock):
+                        launch.forget_plans()  # it runs with the tiles that were found since those were made
                     with float32_products(measured.products):
                         race(measured, device, measure, in_time)
                 except OutOfTimeError:
@@ -193,7 +201,7 @@ def proceed(
                 tuning.measured.append(measured)
                 tuning.left.remove(measured)
                 write()
-                each = (monotonic() - started) / len(measured.candidates)
+                each[type(measured)] = (monotonic() - started) / len(measured.candidates)
         if progress is not None:
             progress(len(todo), len(todo), "")
     finally:

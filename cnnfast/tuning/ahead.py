@@ -5,28 +5,32 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import torch
+from torch import nn
 
 from cnnfast_kernels import devices, launch
 from cnnfast_kernels.aot.processes import usable_cores
 
-from .. import warming, workers
+from .. import calls, warming, workers
 from ..precision import float32_products
+from .capture import CallCounter
+from .measured import KERNELS, Measured, MeasuredBlock
 from .racing import OutOfTimeError
-from .report import Measured
 from .running import by_library, operands, ours
+from .running_blocks import by_us
+from .running_blocks import operands as operands_of_block
 
 Compiling = Callable[[devices.Gpu], AbstractContextManager[workers.Compile]]  # as workers.compiling
-Wait = Callable[[Measured, float], None]
+Wait = Callable[[Measured | MeasuredBlock, float], None]
 
 SECONDS_TO_END = 5.0  # how long the end waits for a kernel that is being compiled
 
 
 @contextmanager
 def compiled_ahead(
-    todo: Sequence[Measured], gpu: devices.Gpu, compiling: Compiling | None, note: Callable[[str], None]
+    todo: Sequence[Measured | MeasuredBlock], gpu: devices.Gpu, compiling: Compiling | None, note: Callable[[str], None]
 ) -> Iterator[Wait]:
     """Compiles for one convolution after the other, in the order given, as long as the context lasts.
 
@@ -59,7 +63,7 @@ def compiled_ahead(
 
     noted = False
 
-    def wait(measured: Measured, seconds: float) -> None:
+    def wait(measured: Measured | MeasuredBlock, seconds: float) -> None:
         nonlocal noted
         try:
             compiled[id(measured)].result(min(max(seconds, 0.0), threading.TIMEOUT_MAX))
@@ -87,11 +91,16 @@ def _beside_measuring(gpu: devices.Gpu) -> AbstractContextManager[workers.Compil
     return workers.compiling(gpu, max(1, usable_cores() - 1))
 
 
-def launches(measured: Measured, gpu: devices.Gpu) -> list[str]:
+def launches(measured: Measured | MeasuredBlock, gpu: devices.Gpu) -> list[str]:
     """The kernels that the candidates of a convolution launch, each as a line of JSON (aot/specialisations.py). A
-    candidate that cannot be called adds none, and fails when it is measured.
+    candidate that cannot be called adds none, and fails when it is measured. So do those of a block.
     """
     lines: dict[str, None] = {}
+    if isinstance(measured, MeasuredBlock):
+        for name in measured.candidates:
+            with float32_products(measured.products), suppress(Exception):
+                lines |= _launches_of_block(measured, name == KERNELS, gpu)
+        return list(lines)
     for candidate in measured.candidates.values():
         with float32_products(measured.products), warming.recorded(gpu) as recorded:
             a = operands(measured.convolution, torch.device("meta"))
@@ -103,3 +112,14 @@ def launches(measured: Measured, gpu: devices.Gpu) -> list[str]:
                 continue
         lines |= recorded
     return list(lines)
+
+
+def _launches_of_block(measured: MeasuredBlock, ours: bool, gpu: devices.Gpu) -> dict[str, None]:
+    """Of one candidate: the operators that it calls are seen on meta tensors, and then each is run."""
+    counter = CallCounter(nn.Identity(), False)
+    with calls.standing_for(gpu), counter:
+        by_us(measured.block, ours, operands_of_block(measured.block, torch.device("meta")))
+    with warming.recorded(gpu) as recorded:
+        for call in counter.calls:
+            calls.replay(call)
+    return recorded

@@ -1,9 +1,12 @@
-"""Which convolutions a model makes, forward and backward: it is converted and run once, and no kernel is launched."""
+"""Which convolutions a model makes, forward and backward, and which residual blocks it trains: it is converted and run
+once, and no kernel is launched.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +15,19 @@ from torch import nn
 
 from cnnfast_kernels import devices
 from cnnfast_kernels.layout import Layout
-from cnnfast_kernels.questions import Geometry, Question, Statistics, dgrad_question, fprop_question, wgrad_question
+from cnnfast_kernels.questions import (
+    BlockQuestion,
+    Geometry,
+    Question,
+    Statistics,
+    dgrad_question,
+    fprop_question,
+    wgrad_question,
+)
 
 from .. import dispatch
-from ..calls import OperatorCall, operator_calls
+from ..calls import CallRecorder, OperatorCall, recorded_run
+from ..ops.block_serving import asked_first
 
 # The operators of a forward pass, and what their kernels do besides the convolution (choosing.py has the words).
 FORWARD: dict[str, Statistics] = {"conv_fprop": "", "conv_stats": "stats", "conv_act": "", "conv_bn_act": "norm"}
@@ -54,20 +66,47 @@ class Convolution(OperatorCall):
         )  # fmt: skip
 
 
+class CallCounter(CallRecorder):
+    """Counts equal calls, and the blocks for which a row would be asked. In these our kernels serve, so that the calls
+    are those of which a block by our kernels needs tiles.
+    """
+
+    def __init__(self, model: nn.Module, with_numbers: bool) -> None:
+        super().__init__(model, with_numbers)
+        self.calls: Counter[OperatorCall] = Counter()
+        self.blocks: Counter[BlockQuestion] = Counter()
+        self.stack = ExitStack()
+
+    def __enter__(self) -> CallCounter:
+        self.stack.enter_context(asked_first(self.serves))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.close()
+        super().__exit__(*error)
+
+    def serves(self, block: BlockQuestion, less_memory: bool) -> bool:
+        self.blocks[block] += not less_memory
+        return True
+
+    def record(self, call: OperatorCall) -> None:
+        self.calls[call] += 1
+
+
 def capture(
     model: nn.Module, inputs: tuple[Any, ...], *, gpu: devices.Gpu, device_type: str, **how: Any
-) -> Counter[Convolution]:
+) -> tuple[Counter[Convolution], Counter[BlockQuestion]]:
     """The convolutions that our operators would be called with on a GPU, and how often each, whatever backend is in
-    force. Arguments and RuntimeError are as calls.operator_calls has them.
+    force; and the residual blocks. Arguments and RuntimeError are as calls.recorded_run has them.
     """
     with dispatch.backend("auto"):
-        calls = operator_calls(model, inputs, gpu=gpu, device_type=device_type, **how)
+        run = recorded_run(CallCounter, model, inputs, gpu=gpu, device_type=device_type, **how)
     found: Counter[Convolution] = Counter()
-    for call, n in calls.items():
+    for call, n in run.calls.items():
         for operator, arguments in _asked(call):
             if operator in OPERATORS:
                 found[Convolution(operator, arguments)] += n
-    return found
+    return found, +run.blocks
 
 
 def _asked(call: OperatorCall) -> Iterator[tuple[str, tuple[tuple[str, Any], ...]]]:

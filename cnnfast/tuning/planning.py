@@ -17,7 +17,7 @@ from ..calls import standing_for
 from ..dtypes import argument
 from ..precision import allow_tf32, float32_products
 from .capture import capture
-from .report import DEFAULT, LIBRARY, Candidate, Measured
+from .measured import DEFAULT, LIBRARY, Candidate, Measured, MeasuredBlock
 
 # Round numbers of a data-centre GPU, from data sheets: FLOPs a second by how operands are multiplied, and bytes of
 # memory a second. They put convolutions into an order, and are used for nothing else.
@@ -43,18 +43,26 @@ def planned(
     dtype: torch.dtype | str | None,
     memory_format: torch.memory_format | None,
     gpu: devices.Gpu | None = None,
-) -> list[Measured]:
-    """Each convolution that has a row of its own, for all modes together; the most expensive first."""
+) -> list[Measured | MeasuredBlock]:
+    """Each convolution, and each block, that has a row of its own, for all modes together; the most expensive first, a
+    block with its convolutions before it.
+    """
     device = device_of(model)
     where = device.type if gpu is None and gpu_of(device).name else "cuda"  # without a GPU here, that of one is assumed
     pretended = gpu is not None
     gpu = gpu or gpu_of(device)
     cast, products = argument(dtype, "tune")
     found: dict[tables.Key, Measured] = {}
+    blocks: dict[tables.BlockKey, MeasuredBlock] = {}
     with torch.inference_mode(False), float32_products(products) if products else nullcontext():
         for train in trains:
             how: dict[str, Any] = {"train": train, "dtype": cast, "memory_format": memory_format}
-            for convolution, count in capture(model, inputs, gpu=gpu, device_type=where, **how).items():
+            convolutions, of_blocks = capture(model, inputs, gpu=gpu, device_type=where, **how)
+            for block, count in of_blocks.items():
+                measured_block = blocks.setdefault(block.key, MeasuredBlock(block.key, block))
+                measured_block.count += count
+                measured_block.cost += count * _estimated_seconds_of_block(block)
+            for convolution, count in convolutions.items():
                 with standing_for(gpu, where) if pretended else nullcontext():
                     tf32 = allow_tf32(torch.empty(0, dtype=convolution.dtype, device="meta" if pretended else device))
                 question = convolution.question(tf32, gpu)
@@ -71,7 +79,28 @@ def planned(
         raise RuntimeError(
             f"{type(model).__name__} makes no convolution that cnnfast has kernels for: there is nothing to measure"
         )
-    return sorted(found.values(), key=lambda measured: -measured.cost)
+    return _in_order(list(found.values()), list(blocks.values()))
+
+
+def _in_order(convolutions: list[Measured], blocks: list[MeasuredBlock]) -> list[Measured | MeasuredBlock]:
+    """What costs most first. A block comes after its convolutions, since it runs with the tiles that are found for
+    them; and right after them, so that a budget which ends early leaves blocks with rows.
+    """
+    left = sorted(convolutions, key=lambda measured: -measured.cost)
+    parts: list[list[Measured | MeasuredBlock]] = []
+    for block in sorted(blocks, key=lambda measured: -measured.cost):
+        own = [m for m in left if m.key.dtype == block.key.dtype and m.key.problem in block.key.problems]
+        left = [m for m in left if m not in own]
+        parts.append([*own, block])
+    parts.extend([measured] for measured in left)
+    parts.sort(key=lambda part: -sum(m.cost for m in part if isinstance(m, Measured)))
+    return [measured for part in parts for measured in part]
+
+
+def _estimated_seconds_of_block(block: questions.BlockQuestion) -> float:
+    """Seconds of its products, forward and backward: it only orders blocks."""
+    rate = FLOPS_PER_SECOND[questions.precision_of(block.dtype, block.tf32)]
+    return 3 * sum(problem.flops for problem in block.problems) / rate
 
 
 def estimated_seconds(question: questions.Question) -> float:

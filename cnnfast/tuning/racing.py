@@ -1,11 +1,11 @@
-"""The candidates of one convolution: which compute right numbers, and how long each takes."""
+"""The candidates of one convolution, or of one block: which compute right numbers, and how long each takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,12 +15,14 @@ from ..measuring.failing import in_a_line, lost
 from ..measuring.graphs import captured
 from ..measuring.rotation import copies_for
 from ..measuring.timing import Step, Times, cudnn_benchmark
-from .capture import Convolution
-from .report import LIBRARY, Measured
+from .measured import KERNELS, LIBRARY, Measured, MeasuredBlock
 from .running import Arguments, Judge, by_library, operands, ours
+from .running_blocks import BlockJudge, by_us
+from .running_blocks import operands as operands_of_block
 
 Measure = Callable[[Mapping[str, Step]], Mapping[str, Times | Exception]]
 Compute = Callable[[Arguments], Any]
+Draw = Callable[[int], Arguments]  # of operands, by a seed
 
 FEWEST_SETS = 2
 
@@ -29,20 +31,39 @@ class OutOfTimeError(Exception):
     """The budget ended before a convolution was measured."""
 
 
-def race(measured: Measured, device: torch.device, measure: Measure, in_time: Callable[[], None]) -> None:
+class Contested(NamedTuple):
+    """What is the candidates' own: how each computes, on which operands, and who judges them."""
+
+    computes: dict[str, Compute]
+    draw: Draw
+    judge: Callable[[Arguments], Judge | BlockJudge]
+
+
+def _contested(measured: Measured | MeasuredBlock, device: torch.device) -> Contested:
+    if isinstance(measured, MeasuredBlock):
+        block = measured.block
+        computes: dict[str, Compute] = {name: partial(by_us, block, name == KERNELS) for name in measured.candidates}
+        return Contested(computes, partial(operands_of_block, block, device), partial(BlockJudge, block))
+    convolution = measured.convolution
+    computes = {
+        name: partial(by_library, convolution) if c.tile is None else partial(ours, convolution, tile=c.tile)
+        for name, c in measured.candidates.items()
+    }
+    return Contested(computes, lambda seed: operands(convolution, device, seed), partial(Judge, convolution))
+
+
+def race(
+    measured: Measured | MeasuredBlock, device: torch.device, measure: Measure, in_time: Callable[[], None]
+) -> None:
     """Judges and times the candidates, and writes the results, or what they raised, into them. in_time: called between
     candidates, raises OutOfTimeError if there is no time left. measure: leaves out what it has no time for.
 
     Raises OutOfTimeError if some could not be measured in time, and RuntimeError if the GPU no longer answers.
     """
-    convolution = measured.convolution
-    computes: dict[str, Compute] = {
-        name: partial(by_library, convolution) if c.tile is None else partial(ours, convolution, tile=c.tile)
-        for name, c in measured.candidates.items()
-    }
+    computes, draw, judge_of = _contested(measured, device)
     try:
-        first = operands(convolution, device)
-        judge = Judge(convolution, first)
+        first = draw(0)
+        judge = judge_of(first)
     except Exception as error:  # for want of memory, mostly
         end_if_lost(device, f"PyTorch on {measured}", error)
         measured.reason = f"PyTorch does not compute it: {in_a_line(error)}"
@@ -59,7 +80,7 @@ def race(measured: Measured, device: torch.device, measure: Measure, in_time: Ca
     in_time()
     del judge  # which holds results in float64
     right = {name: computes[name] for name, candidate in measured.candidates.items() if candidate.computes}
-    for name, result in timed(right, convolution, first, device, measure).items():
+    for name, result in timed(right, draw, first, device, measure).items():
         if isinstance(result, Exception):
             end_if_lost(device, f"{name} on {measured}", result)
             measured.candidates[name].failure = in_a_line(result)
@@ -68,7 +89,7 @@ def race(measured: Measured, device: torch.device, measure: Measure, in_time: Ca
 
 
 def timed(
-    computes: Mapping[str, Compute], convolution: Convolution, first: Arguments, device: torch.device, measure: Measure
+    computes: Mapping[str, Compute], draw: Draw, first: Arguments, device: torch.device, measure: Measure
 ) -> dict[str, float | Exception]:
     """The median seconds of one call of each candidate, or why it was not timed.
 
@@ -80,7 +101,7 @@ def timed(
     bytes_of_one = sum(t.nbytes for t in first.values() if isinstance(t, torch.Tensor))
     count = max(FEWEST_SETS, copies_for(bytes_of_one, device)) if device.type == "cuda" else FEWEST_SETS
     while True:
-        passes = _passes(computes, convolution, first, count, device)
+        passes = _passes(computes, draw, first, count, device)
         if not any(isinstance(result, Exception) and _is_of_memory(result) for result in passes.values()):
             break
         if count == FEWEST_SETS:
@@ -88,11 +109,7 @@ def timed(
                 break
             passes.clear()  # frees the memory that their graphs hold
             alone = ({name: compute} for name, compute in computes.items())
-            return {
-                name: result
-                for one in alone
-                for name, result in timed(one, convolution, first, device, measure).items()
-            }
+            return {name: result for one in alone for name, result in timed(one, draw, first, device, measure).items()}
         passes.clear()
         count = max(FEWEST_SETS, count // 2)
     times = measure({name: step for name, step in passes.items() if not isinstance(step, Exception)})
@@ -106,11 +123,11 @@ def timed(
 
 
 def _passes(
-    computes: Mapping[str, Compute], convolution: Convolution, first: Arguments, count: int, device: torch.device
+    computes: Mapping[str, Compute], draw: Draw, first: Arguments, count: int, device: torch.device
 ) -> dict[str, Step | Exception]:
     """For each candidate a step that is one pass over `count` sets of operands, or why there is none."""
     try:
-        sets = [first, *(operands(convolution, device, seed) for seed in range(1, count))]
+        sets = [first, *(draw(seed) for seed in range(1, count))]
     except torch.OutOfMemoryError as error:
         return dict.fromkeys(computes, error.with_traceback(None))
     passes: dict[str, Step | Exception] = {}

@@ -143,7 +143,7 @@ def test_every_candidate_of_a_model_is_right_and_its_rows_are_found(gpu, device,
     assert result.ok, str(result)
     assert [row.winner for row in result.rows] == ["kernels"] * len(result.measured)
     assert all(c.microseconds for m in result.measured for c in m.candidates.values())
-    assert all(tuning.report.LIBRARY in m.candidates for m in result.measured)
+    assert all(tuning.measured.LIBRARY in m.candidates for m in result.measured)
     assert [tables.find(row.key) for row in result.rows] == result.rows
     assert result.path == tables.user_file(*gpu)
 
@@ -380,15 +380,31 @@ def test_what_costs_the_model_most_comes_first():
 
 
 def test_a_resnet_has_at_most_twelve_candidates_a_convolution_and_the_library():
+    """And its blocks two each, after their convolutions, of which those of a block in training are together."""
     model, x = cnnfast.models.resnet50(), torch.empty(64, 3, 224, 224, device="meta")
     # in training five convolutions are asked for both ways, with statistics and by the Gram matrix with given ones
-    for train, convolutions in ((False, 24), (True, 73)):
-        planned = tuning.plan(model, x, train=train, dtype="bf16", gpu=devices.Gpu("NVIDIA H200", 90))
-        assert len(planned) == convolutions
+    for train, convolutions, blocks in ((False, 24, 0), (True, 73, 8)):
+        found = tuning.plan(model, x, train=train, dtype="bf16", gpu=devices.Gpu("NVIDIA H200", 90))
+        planned = [m for m in found if isinstance(m, tuning.Measured)]
+        of_blocks = [m for m in found if isinstance(m, tuning.MeasuredBlock)]
+        assert (len(planned), len(of_blocks)) == (convolutions, blocks)
+        assert sum(m.count for m in of_blocks) == 2 * blocks
+        assert all(list(m.candidates) == ["kernels", "library"] for m in of_blocks)
+        for block in of_blocks:
+            own = [i for i, m in enumerate(found) if m in planned and m.key.problem in block.key.problems]
+            assert max(own) < found.index(block)
+        costs, cost = [], 0.0
+        for m in found:  # of each block with what comes before it
+            cost += m.cost if m in planned else 0.0
+            if m in of_blocks:
+                costs.append(cost)
+                cost = 0.0
+        assert costs == sorted(costs, reverse=True)
         assert {m.key.gpu for m in planned} == {"NVIDIA H200"}
         assert max(len(m.candidates) for m in planned) == choosing.MOST_CANDIDATES + 1
         assert all(next(iter(m.candidates)) == "default" and list(m.candidates)[-1] == "library" for m in planned)
-        assert [m.cost for m in planned] == sorted((m.cost for m in planned), reverse=True)
+        if not train:
+            assert [m.cost for m in planned] == sorted((m.cost for m in planned), reverse=True)
 
 
 class Spent:

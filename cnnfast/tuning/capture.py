@@ -110,10 +110,13 @@ def capture(
 
 
 def _asked(call: OperatorCall) -> Iterator[tuple[str, tuple[tuple[str, Any], ...]]]:
-    """The call; in the place of one by the Gram matrix, those of the other way, by whose row it is decided which of the
-    two a layer takes (ops/gram.py), and of a gradient with an epilogue, which a block asks of our kernels alone, that
-    without, which whoever serves a layer is asked for.
+    """The call; in the place of one that leaves words of bits, that without, by whose row its tile is chosen; of one by
+    the Gram matrix, those of the other way, by whose row it is decided which of the two a layer takes (ops/gram.py); of
+    a gradient with an epilogue, which a block asks of our kernels alone, that without.
     """
+    if call.operator == "conv_bn_act_words":
+        yield "conv_bn_act", call.arguments
+        return
     if call.operator == "conv_dgrad_below":
         names = ("dy", "w", "x_shape", "channels_last", "stride", "padding", "dilation", "groups", "algorithm")
         yield "conv_dgrad", tuple({**{name: call[name] for name in names}, "bias": None}.items())

@@ -18,7 +18,6 @@ from cnnfast_kernels import batchnorm, memory
 from cnnfast_kernels.activations import FROM_OUTPUT
 from cnnfast_kernels.dtypes import accumulator_dtype
 from cnnfast_kernels.planes import dense_format
-from cnnfast_kernels.words import WORD
 
 from ..activations import activate
 from ..dispatch import transformed
@@ -45,26 +44,6 @@ def _fake_normalize(y: Tensor, *rest: Any) -> Tensor:
 def _normalize(y: Tensor, mean, var, gamma, beta, residual, eps, activation, slope, slopes, training) -> Tensor:
     how = y, mean, var, gamma, beta, residual, eps, activation, slope, slopes, None, False
     return batchnorm.normalize_leaving(*how)[0]  # which enters a function less than `normalize`
-
-
-def _normalize_words(y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """(z, its words of bits)."""
-    *how, _ = rest
-    return batchnorm.normalize_words(y, *how)
-
-
-def _fake_normalize_words(y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return dense_like(y), fake_words(y)
-
-
-def fake_words(z: Tensor) -> Tensor:
-    """Words of bits of z (cnnfast_kernels/words.py)."""
-    pixels = z.numel() // z.shape[1] if z.shape[1] else 0
-    return z.new_empty((-(-pixels // WORD), z.shape[1]), dtype=torch.int32)
-
-
-def _fake_normalize_mean(y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return dense_like(y), statistics_like(y)
 
 
 def _normalize_backward(dz: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -231,23 +210,6 @@ def _select(dz: Tensor, z: Tensor, activation: str | None, slope: float) -> Tens
     return dz
 
 
-def _activation_backward(dz: Tensor, z: Tensor | None, words, activation, slope) -> tuple[Tensor, Tensor]:
-    g, sums = batchnorm.activation_backward(dz, z, activation, slope, words)
-    return dz.new_empty(0) if g is None else g, sums
-
-
-def _fake_activation_backward(dz: Tensor, z: Tensor | None, words, activation, slope) -> tuple[Tensor, Tensor]:
-    return dz.new_empty(0) if activation is None else dense_like(dz), statistics_like(dz)
-
-
-def _apply_gradient_sums(g: Tensor, y: Tensor, mean: Tensor, var: Tensor, gamma, eps, sum_g, sum_gx) -> Tensor:
-    """dy of batch_norm(y) in training, from the gradient g of its result and what it sums to."""
-    statistics, sums, needs = (mean, var, None), (sum_g, sum_gx), (True, False)
-    dy, _ = batchnorm.apply_sums(g, y, None, statistics, gamma, None, None, sums, eps, None, 0.0, needs)
-    assert dy is not None
-    return dy
-
-
 class _ChannelSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -274,35 +236,12 @@ normalize = register(
     _Normalize,
     plain.normalize,
 )
-normalize_words = register(
-    "normalize_words(Tensor y, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, Tensor? residual, float eps,"
-    " str? activation, float slope, Tensor? slopes, bool training) -> (Tensor, Tensor)",
-    _normalize_words,
-    _fake_normalize_words,
-)
-normalize_mean = register(
-    "normalize_mean(Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, str? activation,"
-    " float slope) -> (Tensor, Tensor)",
-    batchnorm.normalize_mean,
-    _fake_normalize_mean,
-)
 normalize_backward = register(
     "normalize_backward(Tensor dz, Tensor? y, Tensor? z, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta,"
     " Tensor? residual, float eps, str? activation, float slope, bool training, bool[4] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _normalize_backward,
     fake_normalize_backward,
-)
-activation_backward = register(
-    "activation_backward(Tensor dz, Tensor? z, Tensor? words, str? activation, float slope) -> (Tensor, Tensor)",
-    _activation_backward,
-    _fake_activation_backward,
-)
-apply_gradient_sums = register(
-    "apply_gradient_sums(Tensor g, Tensor y, Tensor mean, Tensor var, Tensor? gamma, float eps, Tensor sum_g,"
-    " Tensor sum_gx) -> Tensor",
-    _apply_gradient_sums,
-    lambda g, y, *rest: dense_like(y),
 )
 channel_sum = register(
     "channel_sum(Tensor x) -> Tensor",

@@ -32,16 +32,9 @@ from torch import Tensor
 
 from ..dispatch import transformed
 from . import conv_implementations as implementations
-from .batchnorm import (
-    dense_like,
-    fake_words,
-    normalize,
-    normalize_mean,
-    normalize_words,
-    replayed,
-    update_running,
-)
+from .batchnorm import dense_like, normalize, replayed, update_running
 from .block_backward import backward, fake_backward
+from .block_passes import fake_words, normalize_mean, normalize_words
 from .block_positions import (
     OF_MEMBER,
     OF_RECORD,

@@ -11,7 +11,8 @@ from torch import Tensor
 from cnnfast_kernels.layout import convolution_format
 
 from . import conv_implementations as implementations
-from .batchnorm import activation_backward, apply_gradient_sums, kernel_gradients, normalize, statistics_like
+from .batchnorm import kernel_gradients, normalize, statistics_like
+from .block_passes import activation_backward, apply_gradient_sums
 from .block_positions import RELU, How, TrainedMember, trained_of
 from .conv import conv_dgrad, conv_dgrad_below, conv_wgrad
 from .gram import gram_gradients, gram_gradients_below

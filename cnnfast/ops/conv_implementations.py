@@ -23,7 +23,7 @@ from cnnfast_kernels.questions import Geometry
 
 from ..precision import allow_tf32
 from . import library_convolution
-from .batchnorm import fake_words
+from .block_passes import fake_words
 from .serving import library_serves
 
 # Called `how` below: the positions that tell how the filters move over the image, and who computes it how.

@@ -26,7 +26,8 @@ from cnnfast_kernels.layout import Laid, convolution_format
 
 from .. import dispatch
 from . import conv_implementations as implementations
-from .batchnorm import activation_backward, dense_like, derivative_from_output, differentiable_gradients, update_running
+from .batchnorm import dense_like, derivative_from_output, differentiable_gradients, update_running
+from .block_passes import activation_backward
 from .conv import conv_fprop, operand_gradients
 from .conv_implementations import GEOMETRY, unpack
 from .conv_norm import fused_bn_act

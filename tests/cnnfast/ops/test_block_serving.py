@@ -91,9 +91,7 @@ def test_where_ours_come_first_a_row_of_the_library_does(gpu, device, monkeypatc
 def test_rows_of_layers_do_not(gpu, library_first, device):
     """Whoever won them."""
     block, x = build(device=device), image(device=device)
-    keys = [
-        tables.Key(*gpu, "fprop", "stats", "float16", "NHWC NHWC NHWC", g) for g in question(block, x).key.problems
-    ]
+    keys = [tables.Key(*gpu, "fprop", "stats", "float16", "NHWC NHWC NHWC", g) for g in question(block, x).key.problems]
     tables.write(*gpu, [tables.TableRow(k, TileConfig(32, 32, 16), "kernels", {"kernels": 1.0}) for k in keys], {})
     launch.forget_plans()
     assert served(block, x) == {"kernels"}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import dispatch
-from .job import AUTOCAST, MODELS, Job, channels_last_of
+from .job import AUTOCAST, MODELS, STEP, Job, channels_last_of
 
 # What models in this process have launched: Triton keeps it in memory, and compiles none of it again in any cache.
 _launched: set[str] = set()
@@ -41,7 +41,7 @@ def launches(job: Job, network: nn.Module, input_gradient: bool = False) -> list
         inputs = job.inputs()
     else:
         described = (torch.empty(shape, dtype=job.dtype, device="meta") for shape in job.shapes)
-        inputs = [channels_last_of(t).requires_grad_(input_gradient) for t in described]
+        inputs = [channels_last_of(t).requires_grad_(input_gradient or job.mode == STEP) for t in described]
     with torch.autocast("cuda", job.dtype, enabled=job.mode == "train" and job.dtype in AUTOCAST):
         return warming.launches(network, *inputs, train=job.mode != "infer", gpu=devices.gpu(job.device))
 
@@ -51,7 +51,7 @@ def compile_for(job: Job, network: nn.Module) -> None:
     or compiled now is compiled when it is launched, or raises then.
     """
     new: list[str] = []
-    if job.mode in MODELS:
+    if job.mode in (*MODELS, STEP):
         with suppress(Exception):
             new = [line for line in launches(job, network) if line not in _launched]
     if new:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .job import Job
+from .job import STEP, Job
 from .providers import EAGER, Prepared, Provider
 
 
@@ -33,7 +33,7 @@ def saved_bytes(job: Job, provider: Provider, prepared: Prepared) -> int | None:
     """Bytes that a training step keeps for its backward pass, without parameters. None for a step that is captured or
     compiled, since that does not call the hooks of saved tensors.
     """
-    if job.mode != "train" or provider.graph or provider.how != EAGER:
+    if job.mode not in ("train", STEP) or provider.graph or provider.how != EAGER:
         return None
     kept: dict[int, Any] = {}
 

@@ -10,10 +10,10 @@ which takes seconds, and these calls are not timed. It multiplies float32 as the
 is in force.
 
 The floor is a sum of three. A few units of the dtype (of TF32 where its products are in force, since PyTorch's kernel
-may have rounded nothing). SUM units of float32, for sums in another order. And in a training step KINK: which of the
-activations nearest to a ReLU's kink pass it is chance, and one of a hundred positions is a tenth of a channel's
-gradient. A tensor that is small beside the others is measured as if it were not: the gradient of a bias before a batch
-norm is exactly zero, and whatever is computed for it is rounding.
+may have rounded nothing). SUM units of float32, for sums in another order. And in a training step, or a block's, KINK:
+which of the activations nearest to a ReLU's kink pass it is chance, and one of a hundred positions is a tenth of a
+channel's gradient. A tensor that is small beside the others is measured as if it were not: the gradient of a bias
+before a batch norm is exactly zero, and whatever is computed for it is rounding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..dtypes import name_of
 from ..measuring.timing import cudnn_benchmark
 from ..precision import UNIT as TF32_UNIT
 from ..precision import float32_products
-from .job import Job, placed, step_of
+from .job import STEP, Job, placed, step_of
 
 UNITS = 4
 SUM = 64
@@ -102,7 +102,7 @@ def expect(job: Job) -> Expected:
         off = f"{max(errors, default=math.inf):.1g}"
         raise ValueError(f"PyTorch's own results in {job.precision} are off by {off}: nothing to judge by")
     unit = TF32_UNIT if job.tf32 else torch.finfo(job.dtype).eps
-    floor = UNITS * unit + SUM * torch.finfo(torch.float32).eps + KINK * (job.mode == "train")
+    floor = UNITS * unit + SUM * torch.finfo(torch.float32).eps + KINK * (job.mode in ("train", STEP))
     return Expected(exact, errors, floor, name_of(precision), images)
 
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .. import dispatch
 from ..aside import leaving_no_trace
-from .job import BACKWARD, float_tensors, wanted_by
+from .job import BACKWARD, STEP, float_tensors, wanted_by
 
 Kind = Literal["matrix", "reduce", "map"]
 
@@ -84,7 +84,7 @@ class WorkGraph:
 
 def graph_of(model: nn.Module, shapes: Sequence[Sequence[int]], dtype: torch.dtype, mode: str) -> WorkGraph:
     """The graph of a forward pass (modes "infer" and "forward", see job.py), of a forward pass with all gradients of
-    parameters ("train"), or of gradients alone.
+    parameters ("train") and of the input ("step"), or of gradients alone.
 
     Nothing is computed. Raises whatever the model raises on meta tensors of these shapes.
     """
@@ -98,10 +98,13 @@ def graph_of(model: nn.Module, shapes: Sequence[Sequence[int]], dtype: torch.dty
             stack.enter_context(recorder)
             recorder.results(torch.autograd.grad(outputs, wanted, [torch.empty_like(t) for t in outputs]))
         else:
-            stack.enter_context(torch.set_grad_enabled(mode == "train"))
+            wanted = wanted_by(mode, model, inputs)
+            stack.enter_context(torch.set_grad_enabled(mode in ("train", STEP)))
             stack.enter_context(recorder)
             outputs = float_tensors(model(*inputs))
             recorder.results(outputs)
+            if mode == STEP:
+                recorder.results(torch.autograd.grad(outputs, wanted, [torch.empty_like(t) for t in outputs]))
             if mode == "train":
                 torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
                 recorder.results([p.grad for p in model.parameters() if p.grad is not None])

@@ -21,10 +21,11 @@ from .numbers import Numbers
 
 # The modes. Of models: "infer" is eval under inference_mode, and "train" a forward pass, all gradients, and SGD with
 # momentum, in 16 bits under autocast, as users train. Of single layers, which are in training mode: the forward pass,
-# or the gradients of the input ("dgrad"), of the parameters ("wgrad"), or of both ("backward").
+# or the gradients of the input ("dgrad"), of the parameters ("wgrad"), or of both ("backward"). Of blocks: a forward
+# pass and the gradients of both ("step"), with batch norms in float32 as training in 16 bits has them.
 MODELS = ("infer", "train")
 BACKWARD = ("dgrad", "wgrad", "backward")
-FORWARD = "forward"
+FORWARD, STEP = "forward", "step"
 AUTOCAST = (torch.float16, torch.bfloat16)
 
 
@@ -91,7 +92,7 @@ def numbers_drawn(job: Job) -> int:
     meta = replace(job, device=torch.device("meta"), numbers=Numbers())
     inputs = meta.inputs(channels_last=False)
     count = sum(math.prod(shape) for shape in job.shapes)
-    if job.mode != "train" and job.mode not in BACKWARD:
+    if job.mode not in ("train", STEP, *BACKWARD):
         return count
     with leaving_no_trace(), dispatch.backend("torch"), torch.no_grad():
         model = copy.deepcopy(job.model).to(device="meta", dtype=job.dtype).train()
@@ -137,14 +138,20 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
 
 def wanted_by(mode: str, model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The tensors whose gradients a step computes. Inputs among them are made to require a gradient."""
-    wanted = [t.requires_grad_() for t in inputs] if mode in ("dgrad", "backward") else []
-    return wanted + (parameters_of(model) if mode in ("wgrad", "backward") else [])
+    wanted = [t.requires_grad_() for t in inputs] if mode in ("dgrad", "backward", STEP) else []
+    return wanted + (parameters_of(model) if mode in ("wgrad", "backward", STEP) else [])
 
 
 def placed(model: nn.Module, job: Job) -> nn.Module:
     """A copy on the job's device, in its mode and its dtype; a 16-bit job in mode "train" keeps float32 parameters."""
     model = copy.deepcopy(model).to(job.device).train(job.mode != "infer")
-    return model if job.mode == "train" and job.dtype in AUTOCAST else model.to(job.dtype)
+    if job.mode == "train" and job.dtype in AUTOCAST:
+        return model
+    model = model.to(job.dtype)
+    for norm in model.modules() if job.mode == STEP and job.dtype in AUTOCAST else ():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.float()
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,6 +174,8 @@ def step_of(job: Job, network: Callable[..., Any], model: nn.Module, inputs: lis
     """A step of the job. network: `model`, or what was compiled from it."""
     if job.mode == "train":
         return _training_step(job, network, model, inputs)
+    if job.mode == STEP:
+        return _step_of_block(job, network, model, inputs)
     if job.mode in BACKWARD:
         wanted = wanted_by(job.mode, model, inputs)
         outputs = float_tensors(model(*inputs))
@@ -177,6 +186,19 @@ def step_of(job: Job, network: Callable[..., Any], model: nn.Module, inputs: lis
     def step() -> list[Tensor]:
         with no_gradients():
             return float_tensors(network(*inputs))
+
+    return step
+
+
+def _step_of_block(job: Job, network: Callable[..., Any], model: nn.Module, inputs: list[Tensor]) -> Step:
+    wanted = wanted_by(job.mode, model, inputs)
+    gradients: list[Tensor] = []
+
+    def step() -> list[Tensor]:
+        outputs = float_tensors(network(*inputs))
+        if not gradients:
+            gradients.extend(job.output_gradients(outputs))
+        return [*outputs, *torch.autograd.grad(outputs, wanted, gradients)]
 
     return step
 

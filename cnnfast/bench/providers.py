@@ -20,10 +20,11 @@ from ..measuring.graphs import captured
 from ..measuring.rotation import rotating
 from . import ahead, engines, folding, jax_model
 from .gate import Expected, Verdict
-from .job import BACKWARD, FORWARD, MODELS, Job, channels_last_of, placed, steps_of
+from .job import BACKWARD, FORWARD, MODELS, STEP, Job, channels_last_of, placed, steps_of
 from .roofline import CONV, OPERATORS, POINTWISE
 
-SINGLE = (FORWARD, *BACKWARD)
+SINGLE = (FORWARD, *BACKWARD, STEP)
+COMPILED = (*MODELS, STEP)
 INFER = MODELS[:1]
 EAGER, COMPILE, FREEZING, MAX_AUTOTUNE = "eager", "compile", "freezing", "max-autotune"
 
@@ -214,11 +215,11 @@ PROVIDERS = {
         CpuEngine("onnxruntime", "torch.onnx's export in onnxruntime", INFER, channels_last=False, level=CONV),
         CpuEngine("openvino", "torch.onnx's export in OpenVINO", INFER, channels_last=False, level=CONV),
         Jax("jax", "batch norm folded, jax.jit", INFER, level=CONV),
-        Provider("compile", "torch.compile", MODELS, COMPILE, level=POINTWISE),
+        Provider("compile", "torch.compile", COMPILED, COMPILE, level=POINTWISE),
         Ours(
             "cnnfast-compile",
             "torch.compile of the converted model",
-            MODELS,
+            COMPILED,
             COMPILE,
             baseline=False,
             ours=True,

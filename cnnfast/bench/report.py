@@ -14,6 +14,7 @@ from .augmenters import AUGMENTERS
 from .providers import PROVIDERS
 from .rows import (
     AUGMENTATION,
+    BLOCK,
     EVEN,
     FAILED,
     LAYER,
@@ -56,6 +57,7 @@ COSTS = f"{SERVED} what conversion costs. What a launch costs the host: pytest b
 NO_GPU = {
     MODEL: COSTS,
     LAYER: COSTS,
+    BLOCK: COSTS,
     AUGMENTATION: f"{SERVED} what cnnfast.nn.Augment costs a CPU; its launches are those of a GPU.",
 }
 STYLES = {LOSES: LOST, EVEN: "", WINS: "green", MEAN: ""}

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..measuring.machine import Machine, Peaks
 
 OK, UNAVAILABLE, WRONG, FAILED, LEFT_OUT = "ok", "unavailable", "wrong", "failed", "left out"
-MODEL, LAYER, AUGMENTATION = "model", "layer", "augmentation"
+MODEL, LAYER, BLOCK, AUGMENTATION = "model", "layer", "block", "augmentation"
 LOSES, EVEN, WINS = "loses", "even", "wins"
 
 
@@ -18,9 +18,9 @@ LOSES, EVEN, WINS = "loses", "even", "wins"
 class BenchRow:
     """One provider on one job.
 
-    kind: of the subject, "model", "layer" or "augmentation". count: how often its network has a layer. mode: as job.py
-    has it. status: "ok", "unavailable", "wrong" (by the gate), "failed" (it raised), or "left out" (there was no time
-    for it); `reason` says why.
+    kind: of the subject, "model", "layer", "block" or "augmentation". count: how often its network has a layer or a
+    block. mode: as job.py has it. status: "ok", "unavailable", "wrong" (by the gate), "failed" (it raised), or "left
+    out" (there was no time for it); `reason` says why.
 
     median, low, high: seconds of one step, the median of all samples, and what 20 and 80 % of them stay below. alone:
     whether the samples are of this provider by itself, right after its first result, because the run did not reach the

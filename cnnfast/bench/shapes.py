@@ -1,5 +1,5 @@
-"""The single layers that are measured: those of ResNet-50, and MobileNetV2's depthwise ones. Each is there once, with
-how often its network has it.
+"""The single layers that are measured: those of ResNet-50, and MobileNetV2's depthwise ones; and the residual blocks:
+ResNet-50's and ResNet-18's. Each is there once, with how often its network has it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..nn import BasicBlock, BatchNorm2d, Bottleneck, Conv2d
 from .job import FORWARD
 
 CONVOLUTION = (FORWARD, "dgrad", "wgrad")
@@ -29,6 +30,20 @@ class LayerShape:
 
     def __str__(self) -> str:
         return f"{self.name} {self.C}x{self.size}x{self.size}"
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """A residual block of cnnfast.nn for an input [batch, C, size, size]. count: how often its network has it."""
+
+    name: str
+    module: nn.Module
+    C: int
+    size: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.C}x{self.size}x{self.size}"
 
 
 def resnet50_convolutions() -> list[tuple[int, int, int, int, int, int]]:
@@ -80,3 +95,17 @@ def layers() -> Iterator[LayerShape]:
     yield LayerShape("max pool 3x3/2", nn.MaxPool2d(3, 2, 1), 64, 112, both)
     yield LayerShape("average pool 2x2/2", nn.AvgPool2d(2), 256, 56, both)
     yield LayerShape("global average pool", nn.AdaptiveAvgPool2d(1), 2048, 7, both)
+
+
+def blocks() -> Iterator[BlockShape]:
+    """ResNet-50's eight that differ, and ResNet-18's seven."""
+    for kind, name, depths in ((Bottleneck, "bottleneck", (3, 4, 6, 3)), (BasicBlock, "basic block", (2, 2, 2, 2))):
+        C, size = 64, 56
+        for planes, depth, stride in zip((64, 128, 256, 512), depths, (1, 2, 2, 2), strict=True):
+            K, alike = planes * kind.expansion, depth
+            if C != K:
+                down = nn.Sequential(Conv2d(C, K, 1, stride, bias=False), BatchNorm2d(K))
+                yield BlockShape(f"{name} > {K}/{stride}", kind(C, planes, stride, down), C, size, 1)
+                alike -= 1
+            C, size = K, size // stride
+            yield BlockShape(f"{name} > {K}/1", kind(C, planes), C, size, alike)

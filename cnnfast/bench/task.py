@@ -1,10 +1,9 @@
-"""A task is a job and the providers that are to do it. Models come in the order in which they are asked for, layers by
-what they cost.
+"""A task is a job and the providers that are to do it. Models come in the order in which they are asked for, then
+residual blocks and then layers, each by what they cost.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,11 +13,11 @@ from ..measuring.machine import Machine, Peaks
 from ..measuring.rotation import copies_for
 from .gate import Expected, expect
 from .graph import graph_of
-from .job import Job
+from .job import STEP, Job, plain
 from .providers import Provider
 from .roofline import OPERATORS, Work, levels
-from .rows import LAYER, LEFT_OUT, MODEL, BenchRow
-from .shapes import LayerShape, layers
+from .rows import BLOCK, LAYER, LEFT_OUT, MODEL, BenchRow
+from .shapes import BlockShape, LayerShape, blocks, layers
 
 
 def work_of(job: Job) -> dict[str, Work]:
@@ -48,8 +47,8 @@ class Task:
 
     def level_of(self, provider: Provider) -> str:
         """The level of fusion by which a provider is measured."""
-        kernels_ran = not provider.ours or self.job.device.type == "cuda"
-        return provider.level if provider.level in self.work and self.kind == MODEL and kernels_ran else OPERATORS
+        fuses = self.kind != LAYER and (not provider.ours or self.job.device.type == "cuda")
+        return provider.level if fuses and provider.level in self.work else OPERATORS
 
     def seconds(self, peaks: Peaks) -> float:
         """The least seconds that its network spends in the layer: computed by the roofline, not measured."""
@@ -108,8 +107,32 @@ def layer_tasks(
                 yield layer_task(layer, batch, mode, dtype, device, providers)
 
 
+def block_task(
+    block: BlockShape, batch: int, dtype: torch.dtype, device: torch.device, providers: Sequence[Provider]
+) -> Task:
+    """A task of a residual block, which is trained: PyTorch's modules of it, and what cnnfast makes of them."""
+    shapes = ((batch, block.C, block.size, block.size),)
+    job = Job(str(block), plain(block.module.train()), shapes, STEP, dtype, device, original=block.module)
+    work = work_of(job)
+    return Task(replace(job, copies=copies_for(work[OPERATORS].bytes, device)), providers, work, BLOCK, block.count)
+
+
+def block_tasks(
+    batches: Sequence[int], dtype: torch.dtype, device: torch.device, providers: Sequence[Provider]
+) -> Iterator[Task]:
+    """A task for every block."""
+    for batch in batches:
+        for block in blocks():
+            yield block_task(block, batch, dtype, device, providers)
+
+
 def in_order(tasks: Sequence[Task], peaks: Peaks) -> list[Task]:
-    """What matters most first: the models as they come, and then the layers, the one in which its network spends most
-    first.
+    """What matters most first: the models as they come, then the blocks and then the layers, of both the one in which
+    its network spends most first.
     """
-    return sorted(tasks, key=lambda task: -task.seconds(peaks) if task.kind == LAYER else -math.inf)
+
+    def place(task: Task) -> tuple[int, float]:
+        kind = {BLOCK: 1, LAYER: 2}.get(task.kind, 0)
+        return kind, -task.seconds(peaks) if kind else 0.0
+
+    return sorted(tasks, key=place)

@@ -17,7 +17,6 @@ from . import options
 from .bench_augmentation import ResultSize, augmentation_tasks, refuse_what_is_not_for
 from .bench_comparison import compared
 from .bench_jobs import (
-    BATCHES,
     batches,
     duration,
     file_tasks,
@@ -26,6 +25,7 @@ from .bench_jobs import (
     providers,
     refuse_impossible,
     refuse_unknown,
+    single_tasks,
 )
 from .console import (
     STANDARD_OUTPUT,
@@ -99,7 +99,7 @@ def bench(
         bool,
         typer.Option(
             "--layers",
-            help="Single layers of ResNet-50 and MobileNetV2 instead of a model.",
+            help="Single layers and residual blocks instead of a model.",
             rich_help_panel=options.INPUTS,
         ),
     ] = False,
@@ -158,14 +158,15 @@ def bench(
     three recipes: crop and flip; the same with colours and erasing; the same with rotation. Launches and bytes are
     counted, with a GPU or without.
 
-    Without MODEL the standard set runs: ResNet-50 in both modes, and --layers. Without a GPU PyTorch serves
-    every call, so that ratios show what conversion costs. `--compare` ends with exit code 1 if something became
+    Without MODEL the standard set runs: ResNet-50 in both modes, and --layers, that is layers of ResNet-50 and
+    MobileNetV2, and residual blocks of ResNet-50 and ResNet-18 in training, each as a whole. Without a GPU PyTorch
+    serves every call, so that ratios show what conversion costs. `--compare` ends with exit code 1 if something became
     slower or wrong.
 
     The file of --json is written after every result. Ctrl-C and SIGTERM end the run with a report of what it has, and
-    exit code 130 or 143. A --budget counts from the start, compilation included. Models come before layers, and those
-    that compute or move most come first. A measurement that has begun is finished: a provider that compiles for a
-    minute may exceed the budget by that minute.
+    exit code 130 or 143. A --budget counts from the start, compilation included. Models come before blocks, and these
+    before layers, and those that compute or move most come first. A measurement that has begun is finished: a provider
+    that compiles for a minute may exceed the budget by that minute.
     """
     modes = options.modes_of(mode)
     images = batches(batch)
@@ -201,7 +202,6 @@ def bench(
 
     from ..bench.report import report
     from ..bench.surroundings import one_thread, quick_collections
-    from ..bench.task import layer_tasks
     from ..precision import float32_products
 
     torch.manual_seed(0)  # the same parameters every time
@@ -240,8 +240,7 @@ def bench(
             wanted = modes or (MODES if model is None else (INFER,))
             tasks += model_tasks(model or STANDARD, wanted, images, sizes, precision, device, chosen)
         if layers or (model is None and not modes and not sizes):
-            of_layers = providers(provider or [], device, True)
-            tasks += layer_tasks(images or BATCHES[device.type]["layers"], precision, device, of_layers)
+            tasks += single_tasks(provider or [], images, precision, device)
         announce(json_file, duration(tasks, seconds, budget))
         series, code = _run(tasks, device, precision, seconds, limit, json_file)
 

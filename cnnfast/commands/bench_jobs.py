@@ -32,6 +32,10 @@ LAYER_PROVIDERS = {
     "cuda": ("eager-graph", "nchw", "cnnfast-graph", "cnnfast-kernels"),
     "cpu": ("eager", "nchw", "cnnfast"),
 }
+BLOCK_PROVIDERS = {
+    "cuda": ("eager-graph", "compile", "cnnfast-graph", "cnnfast-kernels"),
+    "cpu": ("eager", "cnnfast"),
+}
 # By whom the network of a file of cnnfast.freeze is run, and by whom a model is only where that is asked for.
 OF_A_FILE = ("eager", "frozen", "onnxruntime", "openvino", "compile-freezing")
 ENGINES = ("frozen", "onnxruntime", "openvino")
@@ -108,6 +112,17 @@ def providers(names: Sequence[str], device: torch.device, layers: bool, file: bo
     skipped = {p.name: slow for p in PROVIDERS.values() if p.how != EAGER} if device.type == "cpu" else {}
     skipped |= dict.fromkeys((*ENGINES, "compile-freezing"), apart)
     return [replace(p, skipped=skipped.get(p.name, "")) for p in PROVIDERS.values()]
+
+
+def single_tasks(names: Sequence[str], batches: list[int], dtype: torch.dtype, device: torch.device) -> Iterator[Task]:
+    """Of residual blocks in training, and of single layers. names: of the providers that were asked for."""
+    from ..bench.providers import PROVIDERS
+    from ..bench.task import block_tasks, layer_tasks
+
+    batches = batches or BATCHES[device.type]["layers"]
+    of_blocks = [PROVIDERS[name] for name in names or BLOCK_PROVIDERS[device.type]]
+    yield from block_tasks(batches, dtype, device, of_blocks)
+    yield from layer_tasks(batches, dtype, device, providers(names, device, True))
 
 
 def model_tasks(

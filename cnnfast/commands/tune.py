@@ -1,5 +1,5 @@
-"""`cnnfast tune`: the convolutions of a model, and its residual blocks in training, measured on this GPU, and a table
-that is used from then on.
+"""`cnnfast tune`: the convolutions of a model, and the blocks that it trains, measured on this GPU, and a table that is
+used from then on.
 """
 
 from __future__ import annotations

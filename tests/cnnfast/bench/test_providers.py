@@ -9,6 +9,7 @@ import types
 import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,15 @@ import torch
 from torch import nn
 
 import cnnfast
+import cnnfast.nn as cnn
 from cnnfast import dispatch
 from cnnfast.bench import folding, footprint, providers, running, surroundings
 from cnnfast.bench.gate import expect
 from cnnfast.bench.job import BACKWARD, Job, plain, without_dropout
 from cnnfast.bench.providers import PROVIDERS, Ours, Prepared, Provider
 from cnnfast.bench.rows import FAILED, OK, UNAVAILABLE, WRONG
-from cnnfast.bench.shapes import layers, resnet50_convolutions
-from cnnfast.bench.task import layer_task, model_task
+from cnnfast.bench.shapes import BlockShape, blocks, layers, resnet50_convolutions
+from cnnfast.bench.task import block_task, layer_task, model_task
 from cnnfast.measuring.machine import Peaks, this_machine
 from cnnfast.models import resnet18
 from cnnfast.precision import float32_products, nearest_tf32
@@ -301,6 +303,52 @@ def test_layers_run_on_every_eager_provider(name):
         assert {row.status: row.reason for row in rows} == {OK: ""}
         assert {row.level for row in rows} == {"operators"}
         assert {row.count for row in rows} == {layer.count}
+
+
+def test_the_blocks_are_those_of_resnets():
+    found = list(blocks())
+    assert [sum(block.count for block in found if kind in str(block)) for kind in ("bottleneck", "basic")] == [16, 8]
+    assert len({str(block) for block in found}) == len(found) == 8 + 7
+    for block, after in (*pairwise(found[:8]), *pairwise(found[8:])):  # each takes what the one before gives
+        y = block.module.to("meta")(torch.empty(1, block.C, block.size, block.size, device="meta"))
+        assert y.shape[1:] == (after.C, after.size, after.size)
+
+
+def test_a_block_is_trained_as_a_whole():
+    """Its result and the gradients of its input and of all parameters, PyTorch's modules beside ours."""
+    block = list(blocks())[7]
+    chosen = [PROVIDERS[n] for n in ("eager", "nchw", "cnnfast")]
+    trained = block_task(block, 1, torch.bfloat16, CPU, chosen)
+    assert not [m for m in trained.job.model.modules() if type(m).__module__.startswith("cnnfast")]
+    assert len(trained.expected(trained.job).exact) == 1 + 1 + 3 * 3
+    rows = running.run(trained, MACHINE, PEAKS, seconds=0)
+    assert {row.status: row.reason for row in rows} == {OK: ""}
+    assert {(row.kind, row.mode, row.count) for row in rows} == {("block", "step", 2)}
+    assert all(row.saved_bytes for row in rows)
+    convolutions = 3 * 2 * 49 * (2 * 2048 * 512 + 512 * 512 * 9)
+    assert {row.flops for row in rows} == {convolutions}
+    assert set(rows[0].ceilings) > {"operators", "conv"}
+
+
+def test_a_wrong_gradient_of_a_block_gets_no_time():
+    class Detached(Broken):
+        breaking = staticmethod(lambda model: Doubling(model))
+
+    block = BlockShape("small", cnn.BasicBlock(4, 4), 4, 6, 1)
+    (row,) = running.run(block_task(block, 2, torch.float32, CPU, [Detached("broken", "")]), MACHINE, PEAKS, seconds=0)
+    assert row.status == WRONG
+
+
+class Doubling(nn.Module):
+    """Gives the right result, and twice the gradients."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        y = self.model(x)
+        return 2 * y - y.detach()
 
 
 def test_a_wrong_gradient_of_a_layer_gets_no_time(monkeypatch):

@@ -23,7 +23,7 @@ from cnnfast.bench.rows import FAILED, LAYER, LEFT_OUT, OK, UNAVAILABLE, read
 from cnnfast.bench.running import ENDED
 from cnnfast.bench.series import Series
 from cnnfast.bench.shapes import layers
-from cnnfast.bench.task import in_order, layer_task, layer_tasks, model_task
+from cnnfast.bench.task import block_tasks, in_order, layer_task, layer_tasks, model_task
 from cnnfast.measuring import budget as budgets
 from cnnfast.measuring import failing
 from cnnfast.measuring.budget import Budget
@@ -209,6 +209,15 @@ def test_layers_come_after_models_and_by_their_cost():
     costs = [t.count * t.work["operators"].seconds(PEAKS) for t in ordered[2:]]
     assert costs == sorted(costs, reverse=True)
     assert ordered[2].count > 1  # not the largest single one, but what the network spends most in
+
+
+def test_blocks_come_between_them():
+    tasks = [*layer_tasks([1], torch.float32, CPU, [PYTORCH])]
+    tasks = [*tasks[:3], *block_tasks([1], torch.float32, CPU, [PYTORCH]), task(PYTORCH)]
+    ordered = in_order(tasks, PEAKS)
+    assert [t.kind for t in ordered] == ["model", *["block"] * 15, *[LAYER] * 3]
+    costs = [t.seconds(PEAKS) for t in ordered[1:16]]
+    assert costs == sorted(costs, reverse=True)
 
 
 def test_whoever_compiles_longest_runs_last():

@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from cnnfast_kernels.gpus import KnownGpu
 
 from ..modes import INFER, TRAIN
-from .rows import OPERATIONS, ForeignWork, Operation, OperationTotal
+from .rows import OPERATIONS, BlockServed, ForeignWork, Operation, OperationTotal
 from .showing import MODEL, shown
 
 WIDTH = 120  # of str(explanation)
@@ -21,7 +21,8 @@ WIDTH = 120  # of str(explanation)
 
 @dataclass(frozen=True)
 class Explanation:
-    """The operations of a step on a GPU, in the order of their calls, and what PyTorch's own operators do besides.
+    """The operations of a step on a GPU, in the order of their calls, what PyTorch's own operators do besides, and who
+    serves the residual blocks of a training step.
 
     model: the name of its class. dtype: of the first convolution's or pass's operands, or "tf32". shapes: of the
     inputs. str() is a table, in which equal operations share a line; rich prints it at the width of its console.
@@ -34,6 +35,7 @@ class Explanation:
     shapes: Sequence[tuple[int, ...]]
     rows: Sequence[Operation]
     foreign: Sequence[ForeignWork]
+    blocks: Sequence[BlockServed] = ()
 
     @property
     def mode(self) -> str:
@@ -61,7 +63,7 @@ class Explanation:
 
     def to_json(self) -> str:
         """An object with note (that this is a model), model, gpu, arch, mode, dtype, inputs, rows, totals, bytes,
-        launches and pytorch.
+        launches, pytorch and blocks.
         """
         data = {
             "note": MODEL,
@@ -76,6 +78,7 @@ class Explanation:
             "bytes": self.bytes,
             "launches": self.launches,
             "pytorch": [asdict(work) for work in self.foreign],
+            "blocks": [asdict(block) for block in self.blocks],
         }
         return json.dumps(data, indent=1, allow_nan=False)
 

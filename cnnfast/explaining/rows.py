@@ -53,6 +53,24 @@ class Operation:
 
 
 @dataclass(frozen=True)
+class BlockServed:
+    """A residual block that trains as one operator, and who would serve its convolutions today, forward and backward.
+
+    layer: the module's name, "" for the model itself. shape: of its input, as 2x64x56x56. served: "kernels" (ours) or
+    "library" (PyTorch's convolution). by: what says so: "measured row" (of a table: of the block as a whole),
+    "unmeasured" (there is none, and the library comes first), "less memory" (convert was asked for it). measured_us,
+    library_us: what the row has of our kernels and of the library, of forward and backward together.
+    """
+
+    layer: str
+    shape: str
+    served: str
+    by: str
+    measured_us: float | None = None
+    library_us: float | None = None
+
+
+@dataclass(frozen=True)
 class OperationTotal:
     """Microseconds of all rows of an operation, by the model and on the roofline."""
 

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .rows import ForeignWork, Operation
+from .rows import BlockServed, ForeignWork, Operation
 
 if TYPE_CHECKING:
     from .explanation import Explanation
@@ -148,9 +148,32 @@ def _sentences(e: Explanation) -> list[str]:
             "which no table says that ours are faster there. The figures are of our kernels, as under "
             'cnnfast.backend("kernels").'
         )
+    lines += _blocks(e.blocks)
     if e.train:
         lines.append("What a step keeps for backward, layer by layer: cnnfast info MODEL --training.")
         lines.append("The loss and the optimizer are not counted.")
+    return lines
+
+
+def _blocks(blocks: Sequence[BlockServed]) -> list[str]:
+    """Who serves residual blocks: a line for all that are served alike."""
+    if not blocks:
+        return []
+    groups: dict[BlockServed, list[str]] = {}
+    for block in blocks:
+        groups.setdefault(replace(block, layer="", shape=""), []).append(block.layer or "(model)")
+    who = "Who serves a block serves its convolutions, whatever is said of them above."
+    lines = [f"Residual blocks that train as one operator: {len(blocks)}. {who}"]
+    for block, layers in groups.items():
+        who = "our kernels" if block.served == "kernels" else "PyTorch's library"
+        why = {
+            "measured row": "by a measured row of the block",
+            "unmeasured": "unmeasured: cnnfast.tune(model, *inputs, train=True) measures them",
+            "less memory": 'asked for by convert(memory="less")',
+        }[block.by]
+        measured = {"ours": block.measured_us, "the library": block.library_us}
+        times = ", ".join(f"{name} {us:,.0f} us" for name, us in measured.items() if us is not None)
+        lines.append(f"  {who} ({why}{times and f'; {times}'}): {', '.join(layers)}")
     return lines
 
 

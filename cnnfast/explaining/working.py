@@ -27,6 +27,7 @@ from ..precision import allow_tf32, float32_products
 from ..spelling import unknown_value
 from ..tuning.capture import OPERATORS as CONVOLUTIONS
 from ..tuning.capture import Convolution
+from .blocks import blocks_served
 from .explanation import Explanation
 from .following import Follower, Foreign
 from .launching import KernelLaunch, launched
@@ -76,9 +77,10 @@ def explained(
         with dispatch.prefer_kernels():
             rows = [replace(model_of(f.call), layer=f.layer, backward=f.backward) for f in run.followed]
         foreign = _together(run.foreign, gpu)
+        blocks = blocks_served(model, inputs, on, dtype=cast, memory_format=memory_format) if train else []
         dtype_name = model_of.dtype_name(run.followed[0].call)
     shapes = [tuple(t.shape) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
-    return Explanation(type(model).__name__, gpu, train, dtype_name, shapes, rows, foreign)
+    return Explanation(type(model).__name__, gpu, train, dtype_name, shapes, rows, foreign, blocks)
 
 
 class _OperationModel:

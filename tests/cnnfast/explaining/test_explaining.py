@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cnnfast
 import cnnfast.functional as F
+import cnnfast.nn as cnn
 from cnnfast_kernels import launch, tables
 from tests.support.explained import LAST, Body, Net, counted, image
 
@@ -212,6 +213,55 @@ def test_what_a_table_has_measured_stands_beside(net, ours, library, served, mon
     assert others == {None}
     assert f"ours {ours:.0f} us" in str(found)
     assert f"library {library:.0f} us" in str(found)
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        down = nn.Sequential(nn.Conv2d(8, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
+        self.first, self.others = cnn.BasicBlock(8, 8), nn.Sequential(cnn.BasicBlock(8, 8), cnn.BasicBlock(8, 8))
+        self.last = cnn.Bottleneck(8, 8, 2, down)
+
+    def forward(self, x):
+        return self.last(self.others(self.first(x)))
+
+
+def test_who_serves_a_block_and_by_what_row(monkeypatch):
+    """The library without a row; and a row is of the block as a whole, on the GPU that is explained."""
+    with torch.device("meta"):
+        model = Blocks().bfloat16()
+    found = cnnfast.explain(model, image(), gpu="h200", train=True)
+    names = ["first", "others.0", "others.1", "last"]
+    assert [(b.layer, b.served, b.by) for b in found.blocks] == [(name, "library", "unmeasured") for name in names]
+    assert found.blocks[0].shape == "4x8x12x12"
+    text = " ".join(str(found).split())
+    assert "Residual blocks that train as one operator: 4." in text
+    assert "PyTorch's library (unmeasured: cnnfast.tune(model, *inputs, train=True) measures them): first," in text
+    asked = []
+
+    def find_block(key):
+        asked.append(key)
+        winner, times = ("library", (90.0, 80.0)) if key.projection else ("kernels", (50.0, 60.0))
+        return tables.BlockRow(key, winner, dict(zip(("kernels", "library"), times, strict=True)))
+
+    monkeypatch.setattr(tables, "find_block", find_block)
+    launch.forget_plans()
+    try:
+        found = cnnfast.explain(model, image(), gpu="h200", train=True)
+        assert [(b.served, b.by, b.measured_us, b.library_us) for b in found.blocks] == [
+            *[("kernels", "measured row", 50.0, 60.0)] * 3,
+            ("library", "measured row", 90.0, 80.0),
+        ]
+        assert {(key.gpu, key.arch) for key in asked} == {("NVIDIA H200", 90)}
+        text = " ".join(str(found).split())
+        assert "our kernels (by a measured row of the block; ours 50 us, the library 60 us): first, others.0" in text
+        less = cnnfast.convert(model, memory="less")
+        assert {(b.served, b.by) for b in cnnfast.explain(less, image(), gpu="h200", train=True).blocks} == {
+            ("kernels", "less memory")
+        }
+    finally:
+        launch.forget_plans()
+    assert cnnfast.explain(model, image(), gpu="h200").blocks == []
 
 
 class Measured:

@@ -27,7 +27,7 @@ def test_the_json_has_every_operation_and_adds_up(explanation):
     data = json.loads(explanation.to_json())
     assert data.keys() == {
         *("note", "model", "gpu", "arch", "mode", "dtype", "inputs"),
-        *("rows", "totals", "bytes", "launches", "pytorch"),
+        *("rows", "totals", "bytes", "launches", "pytorch", "blocks"),
     }
     assert "model's figures" in data["note"]
     assert (data["gpu"], data["arch"], data["mode"]) == ("NVIDIA A100-SXM4-80GB", 80, "train")

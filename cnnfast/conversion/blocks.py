@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from ..nn.residual import layer_of
-from ..patterns import activation_of
+from ..patterns import activation_of, addition, called_activation
 from .grafts import base_of
 
 # What a generated forward calls for a group, or for a block (calling.py).
@@ -37,11 +37,11 @@ class _Found(NamedTuple):
 def join_blocks(
     graph: fx.Graph, modules: Mapping[str, nn.Module], call: Call, block: Call, less_memory: bool
 ) -> list[tuple[str, str]]:
-    """Puts one call of `block` into the graph for each residual block of calls of `call`. Returns of each group that a
-    residual is added to and a ReLU follows the path of its convolution, and why it ends no block, or the empty string
-    if it does.
+    """Puts one call of `block` into the graph for each residual block of calls of `call`. Returns of each sum that a
+    ReLU follows the path of what gave the branch's result: of a group's convolution, or of another module; and why it
+    ends no block, or the empty string if it does.
     """
-    ends = []
+    ends = _other_sums(graph, modules, call)
     for node in list(graph.nodes):
         if _is_group(node, call) and node.args[3] is not None and _is_relu(node, modules):
             found = _block_that_ends(node, modules, call)
@@ -58,6 +58,31 @@ def is_one_block(graph: fx.Graph, block: Call) -> bool:
         return False
     argument, called, output = nodes
     return called.target is block and called.args[0] is argument and output.args[0] is called
+
+
+def _other_sums(graph: fx.Graph, modules: Mapping[str, nn.Module], call: Call) -> list[tuple[str, str]]:
+    """As join_blocks returns them, the sums to which another module stands between a group and the sum, as where a
+    branch ends in squeeze-and-excitation.
+    """
+    ends = []
+    for node in graph.nodes:
+        found = addition(node)
+        if found is None or len(node.users) != 1 or not _activates(next(iter(node.users)), modules):
+            continue
+        for branch in (found.left, found.right):
+            inside = branch.args[0] if isinstance(branch, fx.Node) and branch.op == "call_module" else None
+            if _is_group(inside, call):
+                path = str(branch.target)
+                ends.append((path, f"{path} stands between the last norm and the sum"))
+                break
+    return ends
+
+
+def _activates(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node calls a ReLU by itself."""
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    known = called_activation(node) if module is None else activation_of(module)
+    return known is not None and known[0] == "relu"
 
 
 def _is_group(node: Any, call: Call) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ import cnnfast
 import cnnfast.nn as cnn
 from tests.support.agreement import normal
 from tests.support.model_zoo import randomise
+from tests.support.packages import package
 from tests.support.residual import IMAGES, converted, joined, of_ours, plain_blocks
 from tests.support.steps import assert_same_steps, noise
 
@@ -471,3 +473,53 @@ def test_exported(device, library_first, mode, strict, operators):
         for name, p in plain.named_parameters():
             torch.testing.assert_close(module.get_parameter(name).grad, p.grad, rtol=1e-8, atol=1e-8, msg=name)
     assert_same_state(module, plain)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks of torchvision and timm, each of a block and one that adapts its input in the first of two stages
+
+POOLED_SHORTCUT = (
+    "layer1.0.conv3 and 1 more is not part of .* what is added is not its branch's input, or a convolution and a norm"
+)
+NETWORKS: dict[str, tuple[str, dict[str, Any], int, str]] = {
+    "resnet50": ("torchvision", {}, 3, ""),
+    "resnext50_32x4d": ("torchvision", {"groups": 4, "width_per_group": 8}, 3, ""),
+    "wide_resnet50_2": ("torchvision", {"width_per_group": 128}, 3, ""),
+    "timm's resnet50": ("timm", {}, 3, ""),
+    "timm's resnext50_32x4d": ("timm", {"cardinality": 4, "base_width": 8}, 3, ""),
+    "timm's wide_resnet50_2": ("timm", {"base_width": 128}, 3, ""),
+    "timm's resnet50d": ("timm", {"avg_down": True, "stem_type": "deep"}, 1, POOLED_SHORTCUT),
+    "timm's seresnet50": (
+        "timm",
+        {"block_args": {"attn_layer": "se"}},
+        0,
+        "layer1.0.se and 2 more is not .* se stands",
+    ),
+    "timm's ecaresnet50": (
+        "timm",
+        {"block_args": {"attn_layer": "eca"}},
+        0,
+        "layer1.0.se and 2 more is not .* se stands",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(quick, name):
+    """A report says how many blocks are one operator, which are not, and why; so many are, with PyTorch's numbers."""
+    library, options, count, apart = NETWORKS[name]
+    resnet = package(library).models.resnet
+    if library == "torchvision":
+        model = resnet.ResNet(resnet.Bottleneck, (2, 1, 0, 0), num_classes=3, **options)
+        model.fc = nn.Identity()
+    else:
+        model = resnet.ResNet(resnet.Bottleneck, (2, 1), channels=(8, 16), num_classes=3, **options)
+    model.layer3, model.layer4 = nn.Identity(), nn.Identity()
+    model, x = randomise(model).double().to(quick), normal(2, 3, 32, 32, seed=1).to(quick)
+    ours = cnnfast.convert(copy.deepcopy(model))
+    told = [note for note in cnnfast.report(ours, x).notes if "residual block" in note]
+    trains = f"{count} residual blocks train as one operator each."
+    trains = "1 residual block trains as one operator." if count == 1 else trains
+    assert told[: bool(count)] == [trains] * bool(count)
+    assert [bool(re.search(apart, note)) for note in told[bool(count) :]] == [True] * bool(apart), told
+    assert_trains(ours, model, x, [3] * count, tolerance=1e-9)

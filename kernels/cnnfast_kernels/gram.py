@@ -2,6 +2,9 @@
 the statistics before it runs, and the gradients after it, from the Gram matrix of the input.
 
 batchnorm/gram.py has the formulas and the small matrices' kernels; the products over all pixels are those of conv.py.
+What x adds to its own gradient, x V + k, is a second product (second_product.py) of the kernel of g Ws, or else a
+forward pass of x, and the residual of that kernel.
+
 All tensors are of half precision, whose products are summed in float32. In float32 the differences of large sums that
 this takes cost accuracy: four times PyTorch's own error.
 """

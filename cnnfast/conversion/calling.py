@@ -84,12 +84,14 @@ def call_block(x: Tensor, steps: tuple[Step, ...], shortcut: Any, in_place: bool
     return _call_block(x, steps, shortcut, in_place, less_memory, None, False)[0]
 
 
-def call_linked_block(of: tuple[Tensor, Link | None], *block: Any) -> tuple[Tensor, Link | None]:
+def call_linked_block(
+    of: tuple[Tensor, Link | None], steps: tuple[Step, ...], shortcut: Any, in_place: bool, less_memory: bool
+) -> tuple[Tensor, Link | None]:
     """The same of a block that may be linked (nn/stages.py), and what it hands over. of: (x, what the block below
     handed over).
     """
     x, below = of
-    return _call_block(x, *block, below, True)
+    return _call_block(x, steps, shortcut, in_place, less_memory, below, True)
 
 
 def _call_block(

@@ -85,7 +85,7 @@ def by_us(block: BlockQuestion, ours: bool, a: Arguments) -> Results:
             norm = a[f"mean{i}"], a[f"var{i}"], t[f"gamma{i}"], t[f"beta{i}"], 0.1, EPS
             layers.append(NormedConv(t[f"w{i}"], *norm, stride, (padding[0], padding[2]), dilation, groups))
         projection = layers[-1] if len(layers) > block.branch else None
-        y = residual_block(t["x"], layers[: block.branch], projection)
+        y, _ = residual_block(t["x"], layers[: block.branch], projection)
         return y.detach(), *torch.autograd.grad(y, list(t.values()), a["dout"])
 
 

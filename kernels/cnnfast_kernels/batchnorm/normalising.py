@@ -232,8 +232,7 @@ def normalize_mean(
     like, y = y.stride(), mergeable(y)
     run, layout, of_moments, rows = _plan_mean(y.shape, y.stride(), like, y.dtype, eps, activation, slope)
     z, moments = memory.empty(layout, y), memory.empty(of_moments, y)
-    mean, var, gamma, beta = contiguous(mean, var, gamma, beta)
-    run(NormalizeOperands(y, mean, var, gamma, beta, None, z, None, None, moments))
+    run(NormalizeOperands(y, *contiguous(mean, var, gamma, beta), None, z, None, None, moments))
     return z, combine(moments, rows)[0]
 
 

@@ -232,7 +232,8 @@ def normalize_mean(
     like, y = y.stride(), mergeable(y)
     run, layout, of_moments, rows = _plan_mean(y.shape, y.stride(), like, y.dtype, eps, activation, slope)
     z, moments = memory.empty(layout, y), memory.empty(of_moments, y)
-    run(NormalizeOperands(y, *contiguous(mean, var, gamma, beta), None, z, None, None, moments))
+    norm = contiguous(mean, var, gamma, beta)
+    run(NormalizeOperands(y, norm[0], norm[1], norm[2], norm[3], None, z, None, None, moments))
     return z, combine(moments, rows)[0]
 
 

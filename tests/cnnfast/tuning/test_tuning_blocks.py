@@ -167,6 +167,7 @@ def test_wrong_numbers_never_win(gpu, device, monkeypatch):
     assert not result.ok
     assert result.rows == []
     assert result.problems[0][1].startswith("kernels: the gradient of w0: error")
+    assert result.measured[0].candidates[LIBRARY].fault == ""
     assert "not measured" in str(result)
     assert not tables.user_file(*gpu).exists()
 

@@ -220,6 +220,18 @@ def test_every_result_is_judged(device):
         assert judge.fault((*right[:i], wrong, *right[i + 1 :])).startswith(f"{name}: error")
 
 
+def test_the_error_of_a_sum_that_cancels_is_measured_by_its_terms(device):
+    """A 1x1 convolution and its norm follow, and where the ReLU passes all, beta1 changes nothing."""
+    block = question(**FORMS["bottleneck"])
+    judge = running_blocks.BlockJudge(block, running_blocks.operands(block, device))
+    judge.theirs = judge.plain = right = tuple(t.float() for t in judge.exact)
+    i = judge.names.index("the gradient of beta1")
+    unit = torch.finfo(torch.float32).eps * judge.terms[i]
+    assert float(right[i].abs().max()) < 0.01 * judge.terms[i]
+    assert judge.fault((*right[:i], right[i] + 0.5 * unit, *right[i + 1 :])) == ""
+    assert judge.fault((*right[:i], right[i] + 2 * unit, *right[i + 1 :])).startswith("the gradient of beta1: error")
+
+
 def test_activations_stay_away_from_the_kink(device):
     """Else chance would tell which pass, and no rule of rounding would hold."""
     block = question(**FORMS["bottleneck"])

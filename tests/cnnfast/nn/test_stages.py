@@ -197,6 +197,25 @@ def test_compiled(device):
     assert passes(trace) == passes(eager) == 1
 
 
+def test_a_block_compiled_by_itself(device):
+    """It is called as it was compiled."""
+    torch._dynamo.reset()
+    model, counter = stage(device=device), CompileCounterWithBackend("aot_eager")
+    model[1].compile(backend=counter)
+    assert_as_pytorch(model, image(device), BLOCKS)
+    assert counter.frame_count >= 1
+
+
+def test_traced_by_fx_a_block_is_called(device):
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m, module_qualified_name):
+            return isinstance(m, cnn.BasicBlock)
+
+    model = stage(device=device)
+    called = [str(node.target) for node in Tracer().trace(model).nodes if node.op == "call_module"]
+    assert called == ["0", "1", "2"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Converted
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnnfast_kernels import devices
@@ -21,13 +20,12 @@ from .. import calls, dispatch
 from ..aside import leaving_no_trace, meta, meta_copy
 from ..conversion import convert
 from ..conversion.costs import memory_of, tensors_of
-from ..explaining.placing import Modules, Places
+from ..explaining.placing import Modules, Places, owners
 from ..moved_bytes import by_launch, by_operator
 from ..ops.registry import OPERATORS
 
 # Where no dtype changes, these lay a convolution's result on meta tensors out as a GPU has it from the beginning.
 LAYING_OUT = ("to", "_to_copy", "copy_")
-FILTERS = 3  # axes that a convolution's weights have at least, and no other parameter of a layer
 
 
 class LayerCount(NamedTuple):
@@ -93,20 +91,19 @@ class _StepTally(TorchDispatchMode):
     do on a GPU's.
     """
 
-    def __init__(self, model: nn.Module, places: Places) -> None:
+    def __init__(self, places: Places) -> None:
         super().__init__()
         self.places = places
         self.kernels: Counter[str] = Counter()
         self.operators: Counter[str] = Counter()
         self.moved: list[tuple[Modules, bool, int]] = []  # by each launch: whose it is, whether in backward, bytes
         self.kept: dict[int, _Kept] = {}
-        self.own = _owners(model)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _, ours, name = func._schema.name.partition("cnnfast::")
         if ours:
             operator = OPERATORS[name]
-            with self.places.within(self.owner(args, operator.composed)):
+            with self.places.within(self.places.owning(args, operator.composed)):
                 self.places.now()  # so that the node which was just made is this operator's, and not its first part's
                 with self:
                     return operator.implementation(*(tuple(a) if isinstance(a, list) else a for a in args))
@@ -116,17 +113,6 @@ class _StepTally(TorchDispatchMode):
             self.operators[name] += 1
             self.moved.append((*self.places.now(), moved.bytes))
         return result
-
-    def owner(self, args: Sequence[Any], composed: bool) -> Modules:
-        """The module whose parameters an operator of ours is given, which in a fused step is not the one that runs: of
-        a convolution with its norm, the convolution. Nobody where there are several of them, or no convolution in an
-        operator that is composed of others.
-        """
-        own = [t for t in tensors_of(args) if memory_of(t) in self.own]
-        filters = [t for t in own if t.dim() >= FILTERS]
-        tensors = filters if filters or composed else own
-        modules = {id(module): module for module in (self.own[memory_of(t)] for t in tensors)}
-        return tuple(modules.values()) if len(modules) == 1 else ()
 
     def launch(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
         """Is called in the place of a launch."""
@@ -144,23 +130,13 @@ class _StepTally(TorchDispatchMode):
             row = rows.setdefault(self.places.names[id(modules[0])], [0] * 4)
             row[0] += 1
             row[1 + backward] += count
-        own = _owners(self.places.model)  # lazy modules have got their parameters
+        own = owners(self.places.model)  # lazy modules have got their parameters
         for memory, kept in self.kept.items():
             if memory not in own:
                 modules = self.places.forward_of.get(kept.node, kept.running)
                 row = rows.setdefault(self.places.names[id(modules[0])], [0] * 4)
                 row[3] += kept.tensor.untyped_storage().nbytes()
         return StepCount(self.kernels, self.operators, tuple(LayerCount(name, *row) for name, row in rows.items()))
-
-
-def _owners(model: nn.Module) -> dict[int, nn.Module]:
-    """Whose the memory of each parameter and buffer is: of those that share one, the first's."""
-    found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        for t in (*module._parameters.values(), *module._buffers.values()):
-            if t is not None and not is_lazy(t):
-                found.setdefault(memory_of(t), module)
-    return found
 
 
 def count_step(
@@ -188,7 +164,7 @@ def count_step(
         copied = meta_copy(model)
         copied = convert(copied, inplace=True) if converted else copied
         places = stack.enter_context(Places(copied))
-        tally = _StepTally(copied, places)
+        tally = _StepTally(places)
         stack.enter_context(dispatch.launch.substituted(tally.launch))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda t: t))
         inputs = meta(x if isinstance(x, tuple) else (x,))

@@ -15,6 +15,9 @@ from .rows import BlockServed as BlockServed
 from .rows import ForeignWork as ForeignWork
 from .rows import Operation as Operation
 from .rows import OperationTotal as OperationTotal
+from .steps import OperatorStep as OperatorStep
+from .steps import StepAtRates as StepAtRates
+from .steps import TrainingStep as TrainingStep
 from .working import explained
 
 
@@ -31,9 +34,10 @@ def explain(
 
         print(cnnfast.explain(model, torch.empty(256, 3, 224, 224, device="meta"), gpu="h200", train=True))
 
-    A layer in training is told by its usual operators: neither by the Gram matrix of its input, nor with a stem's pool
-    (ops/gram.py, ops/conv_norm_pool.py), nor as a part of a residual block. Who serves the block, and by what row, is
-    told beside them.
+    In training a residual block is one operator, a stem is one with its pool, and what trains by a Gram matrix does: of
+    these the operations that they are made of are listed, and besides them what each block or layer moves and keeps for
+    backward, and who serves the blocks, by what row. The whole step stands beside PyTorch's eager mode, both at the
+    rates of the roofline.
 
     A copy of the model is converted and run on tensors that have a shape but no memory; its kernels are chosen as under
     backend("kernels") and not launched. Each operation takes as long as whichever takes longest: the products, the
@@ -46,7 +50,8 @@ def explain(
     its name, or "tf32". By default they keep theirs. memory_format: as `convert` takes it; a model with filters of
     three axes, or of no size yet, keeps its own.
 
-    Returns an Explanation: str() is a table; .rows, .totals, .blocks, .bytes, .launches, .to_json(), .picture(path).
+    Returns an Explanation: str() is a table; .rows, .totals, .blocks, .bytes, .launches, .training, .to_json(),
+    .picture(path).
     Raises ValueError for a GPU or a dtype that is not known; RuntimeError if the model does not run on these inputs, or
     calls nothing that cnnfast has kernels for.
     """

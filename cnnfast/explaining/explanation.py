@@ -15,6 +15,7 @@ from cnnfast_kernels.gpus import KnownGpu
 from ..modes import INFER, TRAIN
 from .rows import OPERATIONS, BlockServed, ForeignWork, Operation, OperationTotal
 from .showing import MODEL, shown
+from .steps import TrainingStep
 
 WIDTH = 120  # of str(explanation)
 
@@ -25,7 +26,9 @@ class Explanation:
     serves the residual blocks of a training step.
 
     model: the name of its class. dtype: of the first convolution's or pass's operands, or "tf32". shapes: of the
-    inputs. str() is a table, in which equal operations share a line; rich prints it at the width of its console.
+    inputs. training: of a step of training, what its operators are that are composed of others, what its layers keep
+    for backward, and how long it takes at the roofline's rates beside PyTorch's eager mode; else None. str() is a
+    table, in which equal operations share a line; rich prints it at the width of its console.
     """
 
     model: str
@@ -36,6 +39,7 @@ class Explanation:
     rows: Sequence[Operation]
     foreign: Sequence[ForeignWork]
     blocks: Sequence[BlockServed] = ()
+    training: TrainingStep | None = None
 
     @property
     def mode(self) -> str:
@@ -63,7 +67,7 @@ class Explanation:
 
     def to_json(self) -> str:
         """An object with note (that this is a model), model, gpu, arch, mode, dtype, inputs, rows, totals, bytes,
-        launches, pytorch and blocks.
+        launches, pytorch, blocks and training.
         """
         data = {
             "note": MODEL,
@@ -79,6 +83,7 @@ class Explanation:
             "launches": self.launches,
             "pytorch": [asdict(work) for work in self.foreign],
             "blocks": [asdict(block) for block in self.blocks],
+            "training": None if self.training is None else asdict(self.training),
         }
         return json.dumps(data, indent=1, allow_nan=False)
 

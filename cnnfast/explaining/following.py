@@ -1,39 +1,51 @@
-"""Which module each operator of a step belongs to, forward and backward, and in which order they are called.
+"""Which module each operator of a step belongs to, forward and backward, and in which order they are called; and which
+module keeps what for backward.
 
-It is the module that runs, or made the node of autograd's graph that does (placing.py), and in a fused step the one of
-its modules that the operator is of.
+It is the module whose parameters the operator is given, or that runs, or made the node of autograd's graph that does
+(placing.py).
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from ..calls import CallRecorder, OperatorCall
-from ..conversion.leaves import is_norm
-from ..functional.entrance import capture
+from ..conversion.costs import memory_of
 from ..moved_bytes import by_operator
-from ..nn.fused import observed
-from .placing import Places
+from ..ops.registry import OPERATORS
+from .placing import Modules, Places, owners
 
-# Our operators that are of a norm, where a step has a convolution too.
-OF_A_NORM = ("batch_moments", "update_running", "normalize", "normalize_backward", "combine_ranks", "gradient_sums")
+LAYING_OUT = ("to", "_to_copy", "copy_")  # of no other dtype
 
 
 class Followed(NamedTuple):
-    """A call of an operator of ours. layer: the module's name, "" for the model itself."""
+    """A call of an operator of ours. layer: the module's name, "" for the model itself. step: the number of the
+    operator's call that it is a part of, None if it is of none.
+    """
 
     layer: str
     backward: bool
     call: OperatorCall
+    step: int | None
+
+
+class FollowedStep(NamedTuple):
+    """A call of an operator that is composed of others."""
+
+    layer: str
+    backward: bool
+    operator: str
 
 
 class Foreign(NamedTuple):
-    """A call of an operator of PyTorch's that moves memory. flops: 0 unless it multiplies matrices or convolves."""
+    """A call of an operator of PyTorch's that moves memory. flops: 0 unless it multiplies matrices or convolves. step:
+    as Followed has it. lays_out: whether it only copies, which on a GPU's tensors it may not have to.
+    """
 
     layer: str
     backward: bool
@@ -41,46 +53,98 @@ class Foreign(NamedTuple):
     dtype: torch.dtype
     flops: int
     bytes: int
+    step: int | None
+    lays_out: bool
+
+
+class _Kept(NamedTuple):
+    """Memory that is kept for backward by a node of autograd's graph. running: the module that runs meanwhile."""
+
+    tensor: Tensor
+    node: int
+    running: Modules
 
 
 class Follower(CallRecorder):
-    """followed, foreign: the calls of a step, in their order."""
+    """followed, foreign, steps: the calls of a step, in their order."""
 
     def __init__(self, model: nn.Module, with_numbers: bool) -> None:
         super().__init__(model, with_numbers)
         self.followed: list[Followed] = []
         self.foreign: list[Foreign] = []
+        self.steps: list[FollowedStep] = []
         self.places = Places(model)
-        self.step: tuple[nn.Module, ...] = ()  # those of a fused step that is about to be computed
+        self.step: int | None = None  # the call of a composed operator that runs
+        # Followed calls of which the module is not known yet, and the images of convolutions, by their memory; with the
+        # tensors, which keeps it from another's use.
+        self.ownerless: dict[int | None, tuple[int, Any]] = {}
+        self.inputs: dict[tuple[int, tuple[int, ...]], tuple[nn.Module, Tensor]] = {}
+        self.kept: dict[int, _Kept] = {}
+        self.casts: list[Tensor] = []  # of parameters, which keeps their memory from another's use
         self.stack = ExitStack()
 
     def __enter__(self) -> Follower:
         self.stack.enter_context(self.places)
-        self.stack.enter_context(observed(self.begins))
-        self.stack.enter_context(capture(self.function))
-        return super().__enter__()
+        self.stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.keep, lambda t: t))
+        super().__enter__()
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        self.stack.close()
         super().__exit__(*error)
+        self.stack.close()
 
-    def begins(self, modules: tuple[nn.Module, ...], residual: bool, activation: str | None) -> None:
-        """Is told by nn/fused.py of a step, before it is computed."""
-        self.step = tuple(module for module in modules if id(module) in self.places.names)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        _, ours, name = func._schema.name.partition("cnnfast::")
+        if not ours:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        composed, outer = OPERATORS[name].composed, self.step
+        own = self.places.owning(args, composed)
+        if own and not composed:
+            self.owned(own[0], name, args)
+        with self.places.within(own or self.by_operands(name, args)):
+            modules, backward = self.places.now()  # by which the node is known that was made for this operator
+            if composed and outer is None:
+                self.step = len(self.steps)
+                self.steps.append(FollowedStep(self.places.names[id(modules[0])], backward, name))
+            try:
+                return super().__torch_dispatch__(func, types, args, kwargs)
+            finally:
+                self.step = outer
 
-    def function(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
-        """Is around every call of a function of cnnfast.functional."""
-        step, self.step = self.step, ()
-        return self.places.within(step)
+    def by_operands(self, name: str, args: tuple[Any, ...]) -> Modules:
+        """Whose an operator is that is given no parameter of it: the gradient of a weight is that convolution's which
+        had the same image, or which has the same gradient; statistics are those of the norm that is called next.
+        """
+        if name == "batch_moments":
+            self.ownerless[None] = len(self.followed), args
+        if name != "conv_wgrad":
+            return ()
+        x, dy, w_shape, *_ = args
+        known = self.inputs.get((memory_of(x), tuple(w_shape)))
+        if known is None:
+            self.ownerless[memory_of(dy)] = len(self.followed), args
+        return () if known is None else (known[0],)
+
+    def owned(self, module: nn.Module, name: str, args: tuple[Any, ...]) -> None:
+        """Is told of an operator that is given parameters of a module."""
+        for key in (None, memory_of(args[0])):
+            if key in self.ownerless and (key is None or name.startswith("conv_dgrad")):
+                index, _ = self.ownerless.pop(key)
+                self.followed[index] = self.followed[index]._replace(layer=self.places.names[id(module)])
+        if name.startswith("conv_") and not name.startswith("conv_dgrad"):
+            self.inputs[memory_of(args[0]), tuple(args[1].shape)] = module, args[0]
 
     def record(self, call: OperatorCall) -> None:
-        modules, backward = self.places.now()
-        ofs = [module for module in modules if is_norm(module)] if call.operator in OF_A_NORM else modules
-        self.followed.append(Followed(self.places.names[id((ofs or modules)[0])], backward, call))
+        (module, *_), backward = self.places.now()
+        self.followed.append(Followed(self.places.names[id(module)], backward, call, self.step))
 
     def others(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         (module, *_), backward = self.places.now()
         result = func(*args, **kwargs)
+        name = func._overloadpacket.__name__
+        if name == "_to_copy" and memory_of(args[0]) in self.places.own:  # as autocast does with weights
+            self.places.own[memory_of(result)] = self.places.own[memory_of(args[0])]
+            self.casts.append(result)
         if not self.places.in_model and not backward:  # the gradient of what the model returned is made
             return result
         moved = by_operator(func, args, kwargs, result)
@@ -88,6 +152,23 @@ class Follower(CallRecorder):
             return result
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
-        name, dtype = func._overloadpacket.__name__, moved.written[0].dtype
-        self.foreign.append(Foreign(self.places.names[id(module)], backward, name, dtype, flops, moved.bytes))
+        dtype = moved.written[0].dtype
+        lays_out = name in LAYING_OUT and len({t.dtype for t in (*moved.read, *moved.written)}) == 1
+        layer = self.places.names[id(module)]
+        self.foreign.append(Foreign(layer, backward, name, dtype, flops, moved.bytes, self.step, lays_out))
         return result
+
+    def keep(self, t: Tensor) -> Tensor:
+        """Is called with every tensor that is saved; which keeps the memory's name from another's use."""
+        self.kept.setdefault(memory_of(t), _Kept(t, self.places.node, self.places.running[-1]))
+        return t
+
+    def saved(self) -> dict[str, int]:
+        """Bytes that each layer is the first to keep for backward, by its name; parameters and buffers aside."""
+        own, found = owners(self.places.model), {}
+        for memory, kept in self.kept.items():
+            if memory not in own:
+                modules = self.places.forward_of.get(kept.node, kept.running)
+                name = self.places.names[id(modules[0])]
+                found[name] = found.get(name, 0) + kept.tensor.untyped_storage().nbytes()
+        return found

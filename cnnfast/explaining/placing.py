@@ -7,16 +7,20 @@ runs: PyTorch numbers nodes as they are made, right before the operators that th
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from ..conversion.costs import memory_of, tensors_of
 from ..conversion.observing import silence
 
 Modules = tuple[nn.Module, ...]
+FILTERS = 3  # axes that a convolution's weights have at least, and no other parameter of a layer
 # Nodes of autograd's graph that this thread has made: the number of the next one.
 _nodes_made = torch.autograd._get_sequence_nr  # pyright: ignore[reportPrivateImportUsage]
 
@@ -24,8 +28,8 @@ _nodes_made = torch.autograd._get_sequence_nr  # pyright: ignore[reportPrivateIm
 class Places:
     """As long as it is entered, it follows the modules of a copied model that run.
 
-    names: of the modules, by id. running: the modules that run, each within the one before it, or several that are
-    computed in one step.
+    names: of the modules, by id. running: the modules that run, each within the one before it. own: whose the memory of
+    each parameter and buffer is, of those that share one the first's.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,6 +37,7 @@ class Places:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.running: list[Modules] = [(model,)]
         self.forward_of: dict[int, Modules] = {}  # what ran when a node of autograd's graph was made
+        self.own = owners(model)
 
     def __enter__(self) -> Places:
         for module in self.model.modules():
@@ -59,6 +64,23 @@ class Places:
         finally:
             del self.running[len(self.running) - bool(modules) :]
 
+    def owning(self, args: Sequence[Any], composed: bool) -> Modules:
+        """The module whose parameters an operator of ours is given, which in a fused step is not the one that runs: of
+        a convolution with its norm, the convolution; of several convolutions, the module that has them all, if that is
+        within the one that runs. Nobody where there is none, or no convolution in an operator that is composed of
+        others.
+        """
+        own = [t for t in tensors_of(args) if memory_of(t) in self.own]
+        filters = [t for t in own if t.dim() >= FILTERS]
+        tensors = filters if filters or composed else own
+        modules = {id(module): module for module in (self.own[memory_of(t)] for t in tensors)}
+        if len(modules) < 2:
+            return tuple(modules.values())
+        paths = [self.names[of].split(".")[:-1] for of in modules]
+        shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        name, running = ".".join(parts[0] for parts in shared), self.names[id(self.running[-1][0])]
+        return (self.model.get_submodule(name),) if name and f"{name}.".startswith(running and f"{running}.") else ()
+
     @property
     def in_model(self) -> bool:
         """Whether the model runs, or a module of it again in a backward pass that it is checkpointed for."""
@@ -77,3 +99,13 @@ class Places:
             return self.running[-1], node is not None
         # The node that adds a gradient to a parameter has no number of its own.
         return self.forward_of.get(node._sequence_nr(), self.running[0]), True
+
+
+def owners(model: nn.Module) -> dict[int, nn.Module]:
+    """Whose the memory of each parameter and buffer is: of those that share one, the first's."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is not None and not is_lazy(t):
+                found.setdefault(memory_of(t), module)
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .rows import BlockServed, ForeignWork, Operation
+from .steps import OperatorStep, TrainingStep
 
 if TYPE_CHECKING:
     from .explanation import Explanation
@@ -35,7 +36,8 @@ def shown(explanation: Explanation, width: int) -> Group:
     e = explanation
     sizes = ", ".join("x".join(map(str, shape)) for shape in e.shapes)
     head = Text.assemble((e.model, "bold"), f" on {e.gpu.cuda}, {e.mode}, {e.dtype}, input {sizes}: {MODEL}")
-    return Group(head, _operations(e, width), Text(), _totals(e), *map(Text, _sentences(e)))
+    of_training = [] if e.training is None else [Text(), _steps(e.training), *map(Text, _whole_step(e.training))]
+    return Group(head, _operations(e, width), Text(), _totals(e), *of_training, *map(Text, _sentences(e)))
 
 
 def _table(*headings: str, left: Iterable[str]) -> Table:
@@ -150,7 +152,7 @@ def _sentences(e: Explanation) -> list[str]:
         )
     lines += _blocks(e.blocks)
     if e.train:
-        lines.append("What a step keeps for backward, layer by layer: cnnfast info MODEL --training.")
+        lines.append("Beside PyTorch's, layer by layer: cnnfast info MODEL --training.")
         lines.append("The loss and the optimizer are not counted.")
     return lines
 
@@ -175,6 +177,39 @@ def _blocks(blocks: Sequence[BlockServed]) -> list[str]:
         times = ", ".join(f"{name} {us:,.0f} us" for name, us in measured.items() if us is not None)
         lines.append(f"  {who} ({why}{times and f'; {times}'}): {', '.join(layers)}")
     return lines
+
+
+def _steps(training: TrainingStep) -> Table:
+    """What trains as one operator, equal ones in a line, and what each keeps for backward."""
+    found: dict[str, dict[bool, OperatorStep]] = {}
+    for step in training.operators:
+        found.setdefault(step.layer, {})[step.backward] = step
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for layer, of in found.items():
+        forward, backward = of.get(False), of.get(True)
+        operator = forward.operator if forward else backward.operator if backward else ""
+        numbers = [
+            *(_short(step.modelled_us) if step else "" for step in (forward, backward)),
+            _megabytes(sum(step.bytes for step in of.values())),
+            _megabytes(training.saved.get(layer, 0)),
+        ]
+        groups.setdefault((operator, *numbers), []).append(layer)
+    table = _table(
+        "layer", "one operator", "forward us", "backward us", "MB", "kept MB", left=("layer", "one operator")
+    )
+    for (operator, *numbers), layers in groups.items():
+        table.add_row(f"{layers[0] or '(model)'}{f' x{len(layers)}' if len(layers) > 1 else ''}", operator, *numbers)
+    others = sum(count for layer, count in training.saved.items() if layer not in found)
+    table.add_row("all others", "", "", "", "", _megabytes(others))
+    return table
+
+
+def _whole_step(training: TrainingStep) -> list[str]:
+    told = []
+    for who, step in (("A step by our kernels", training.ours), ("PyTorch's eager mode", training.eager)):
+        kept, moved = (f"{count / 1e9:.3g} GB" for count in (step.saved_bytes, step.bytes))
+        told.append(f"{who} moves {moved}, keeps {kept} for backward, and takes {step.us / 1e3:.3g} ms")
+    return [f"{told[0]}; {told[1]}: at the highest rates of this GPU, which nothing reaches."]
 
 
 def _besides(foreign: Sequence[ForeignWork]) -> str:

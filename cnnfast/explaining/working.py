@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -33,11 +34,15 @@ from .following import Follower, Foreign
 from .launching import KernelLaunch, launched
 from .modelling import modelled
 from .rows import ForeignWork, Operation
+from .steps import TrainingStep, at_rates, least_seconds, operator_steps
 
 PACKING = "pack_pixels_kernel"
+WITH_WORDS = {"conv_bn_act_words": "conv_bn_act"}  # what leaves its activation's mask besides
+PACKS_AGAIN = "conv_bn_act_pool"  # the composed operators that keep no packed image
 # What operators do, by the beginnings of their names; all others are of a norm. The forward pass of a transposed
-# convolution is a dgrad.
+# convolution is a dgrad. By the Gram matrix both gradients of a convolution are one operator.
 OPERATION_OF = {
+    "gram_gradients": "dgrad",
     "conv_dgrad": "dgrad",
     "conv_wgrad": "wgrad",
     "conv_": "fprop",
@@ -75,12 +80,37 @@ def explained(
             )
         model_of = _OperationModel(gpu, on)
         with dispatch.prefer_kernels():
-            rows = [replace(model_of(f.call), layer=f.layer, backward=f.backward) for f in run.followed]
+            keeping = [f.step is None or not run.steps[f.step].operator.startswith(PACKS_AGAIN) for f in run.followed]
+            pairs = zip(run.followed, keeping, strict=True)
+            rows = [replace(model_of(f.call, keeps), layer=f.layer, backward=f.backward) for f, keeps in pairs]
         foreign = _together(run.foreign, gpu)
         blocks = blocks_served(model, inputs, on, dtype=cast, memory_format=memory_format) if train else []
         dtype_name = model_of.dtype_name(run.followed[0].call)
+        trained = _trained(run, rows, model_of, model, inputs, how) if train else None
     shapes = [tuple(t.shape) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
-    return Explanation(type(model).__name__, gpu, train, dtype_name, shapes, rows, foreign, blocks)
+    return Explanation(type(model).__name__, gpu, train, dtype_name, shapes, rows, foreign, blocks, trained)
+
+
+def _trained(
+    run: Follower,
+    rows: Sequence[Operation],
+    model_of: _OperationModel,
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    how: dict[str, Any],
+) -> TrainingStep:
+    """What a step of training is besides its operations; for which the same step is followed by PyTorch's operators."""
+    with dispatch.backend("torch"):
+        eager = recorded_run(Follower, model, inputs, gpu=model_of.on, **how)
+    theirs = [call for call in eager.foreign if not call.lays_out]
+    gpu, products = model_of.gpu, model_of.products(run.followed[0].call)
+    numbered = [(f.step, row) for f, row in zip(run.followed, rows, strict=True)]
+    return TrainingStep(
+        operator_steps(run.steps, numbered, run.foreign, gpu),
+        run.saved(),
+        at_rates(rows, run.foreign, run.saved(), gpu, products),
+        at_rates([], theirs, eager.saved(), gpu, products),
+    )
 
 
 class _OperationModel:
@@ -91,22 +121,23 @@ class _OperationModel:
         self.found: dict[OperatorCall, Operation] = {}
         self.packed: set[Any] = set()  # layouts of images that a forward pass packs, which its gradient then takes
 
-    def __call__(self, call: OperatorCall) -> Operation:
+    def __call__(self, call: OperatorCall, keeps: bool) -> Operation:
+        """keeps: whether an image that is packed is kept for its gradient."""
         if call not in self.found:
-            self.found[call] = self.operation(call)
+            self.found[call] = self.operation(call, keeps)
         return self.found[call]
 
     def takes_packed(self, call: OperatorCall) -> bool:
         """Whether a gradient takes the image that its forward pass has packed."""
         return call.operator == "conv_wgrad" and call["x"] in self.packed
 
-    def operation(self, call: OperatorCall) -> Operation:
+    def operation(self, call: OperatorCall, keeps: bool) -> Operation:
         replayed = launched(call, self.on)
         launches, rate = replayed.launches, self.gpu.memory
         if call.operator in CONVOLUTIONS and any(launch.kernel == PACKING for launch in launches):
             if self.takes_packed(call):
                 launches = [launch for launch in launches if launch.kernel != PACKING]
-            elif call.operator != "conv_dgrad":
+            elif call.operator != "conv_dgrad" and keeps:
                 self.packed.add(call["x"])
         moved = sum(launch.bytes for launch in launches)
         most = max(launches, key=lambda launch: launch.bytes, default=None)
@@ -129,7 +160,21 @@ class _OperationModel:
             launches=len(launches),
             served="kernels",
         )
-        return self.convolution(call, row, launches) if call.operator in CONVOLUTIONS else row
+        convolution = WITH_WORDS.get(call.operator, call.operator)
+        if convolution in CONVOLUTIONS:
+            return self.convolution(replace(call, operator=convolution), row, launches)
+        flops = flops_of(call)
+        return self.multiplying(row, call, flops) if flops else row
+
+    def multiplying(self, row: Operation, call: OperatorCall, flops: int) -> Operation:
+        """The row of an operator that multiplies by kernels of several kinds: these take as long as their products, or
+        as what all of them read and write.
+        """
+        products = 1e6 * flops / self.products(call)
+        limiter: Limiter = "tensor" if products > row.modelled_us else "memory"
+        modelled_us = max(products, row.modelled_us)
+        roofline_us = max(products, min(row.roofline_us, row.modelled_us))  # a stride leaves some of a tensor unread
+        return replace(row, limiter=limiter, modelled_us=modelled_us, roofline_us=roofline_us, flops=flops)
 
     def convolution(self, call: OperatorCall, row: Operation, launches: Sequence[KernelLaunch]) -> Operation:
         """The row of a convolution, completed."""
@@ -137,15 +182,9 @@ class _OperationModel:
         q = convolution.question(self.tf32(convolution.dtype), self.on)
         row = replace(row, flops=q.problem.flops)
         main = next((launch for launch in launches if isinstance(launch.tile, Tile)), None)
-        if call["algorithm"] != "auto" or main is None:  # by im2col many kernels serve, or there is nothing to compute
-            products = 1e6 * q.problem.flops / self.gpu.flops(q.precision)
-            limiter: Limiter = "tensor" if products > row.modelled_us else "memory"
-            return replace(
-                row,
-                limiter=limiter,
-                modelled_us=max(products, row.modelled_us),
-                roofline_us=max(products, row.roofline_us),
-            )
+        # By im2col many kernels serve, or there is nothing to compute. A residual block asks for "direct".
+        if call["algorithm"] == "im2col" or main is None:
+            return self.multiplying(row, call, q.problem.flops)
         cost, roofline, registers, exact = modelled(q, main.tile, self.gpu, packs=not self.takes_packed(call))
         measured = choosing.measured(q)
         decision = decide(q, measured, True)
@@ -166,6 +205,11 @@ class _OperationModel:
             library_us=times.get("library"),
         )
 
+    def products(self, call: OperatorCall) -> float:
+        """FLOPs a second that the products of a call reach."""
+        dtype = next(value.dtype for _, value in call.arguments if isinstance(value, Layout))
+        return self.gpu.flops(precision_of(dtype, self.tf32(dtype)))
+
     def tf32(self, dtype: torch.dtype) -> bool:
         with standing_for(self.on):
             return allow_tf32(torch.empty(0, dtype=dtype, device="meta"))
@@ -174,6 +218,26 @@ class _OperationModel:
         """Of what a call computes in."""
         dtype = next(value.dtype for _, value in call.arguments if isinstance(value, Layout))
         return name_of(dtype, self.tf32(dtype))
+
+
+def flops_of(call: OperatorCall) -> int:
+    """Of the products that an operator which is none of CONVOLUTIONS takes; 0 of one that multiplies nothing."""
+    if call.operator == "conv_dgrad_below":
+        return 2 * _pixels(call["dy"]) * prod(call["w"].shape)
+    if call.operator == "gram_statistics":
+        N, C, H, W = call["x"].shape
+        stride_h, stride_w = call["stride"]
+        return 2 * N * -(-H // stride_h) * -(-W // stride_w) * C * C
+    if call.operator.startswith("gram_gradients"):
+        K, C = call["w"].shape[:2]
+        dx, dw = call["needs"] if call.operator == "gram_gradients" else (True, call["need_w"])
+        return 2 * _pixels(call["g"]) * (dx * (K + C) + dw * K) * C
+    return 0
+
+
+def _pixels(t: Layout) -> int:
+    N, _, P, Q = t.shape
+    return N * P * Q
 
 
 def _together(calls: Iterable[Foreign], gpu: KnownGpu) -> list[ForeignWork]:
@@ -189,15 +253,7 @@ def _together(calls: Iterable[Foreign], gpu: KnownGpu) -> list[ForeignWork]:
             calls=len(group),
             flops=sum(call.flops for call in group),
             bytes=sum(call.bytes for call in group),
-            roofline_us=1e6 * sum(_least_seconds(call, gpu) for call in group),
+            roofline_us=1e6 * sum(least_seconds(call, gpu) for call in group),
         )
         for (layer, backward, operator), group in groups.items()
     ]
-
-
-def _least_seconds(call: Foreign, gpu: KnownGpu) -> float:
-    moving = call.bytes / gpu.memory
-    if not call.flops:
-        return moving
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
-    return max(moving, call.flops / gpu.flops(precision_of(call.dtype, tf32)))

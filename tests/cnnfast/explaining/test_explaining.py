@@ -14,8 +14,11 @@ from torch.utils.checkpoint import checkpoint
 import cnnfast
 import cnnfast.functional as F
 import cnnfast.nn as cnn
+from cnnfast.bench.step_counts import count_step
 from cnnfast_kernels import launch, tables
-from tests.support.explained import LAST, Body, Net, counted, image
+from tests.support.explained import H200, LAST, Body, Net, counted, image
+
+BACKWARD = "conv_bn_act_pool_backward"
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +43,68 @@ def test_resnet50_at_batch_256(train):
     found = cnnfast.explain(model, x, gpu="h200", train=train)
     assert (found.launches, found.bytes) == counted(model, x, train)
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    # What trains by a Gram matrix has both gradients at once, and its statistics before the convolution.
+    by_gram = {row.layer for row in found.rows if row.kernel and row.operation == "norm" and row.layer in layers}
+    ends = {name for name in layers if name.endswith("conv3")} | {"layer1.0.downsample.0", "layer2.0.downsample.0"}
+    assert by_gram == (ends if train else set())
     for operation in ("fprop", "dgrad", "wgrad") if train else ("fprop",):
-        missing = {"conv1"} if operation == "dgrad" else set()  # nobody wants the gradient of the image
+        missing = {"fprop": set(), "dgrad": {"conv1"}, "wgrad": by_gram}[operation]  # nobody wants the image's gradient
         wanted = sorted((operation, layer, operation != "fprop") for layer in layers - missing)
         assert sorted(rows_of(found, operation)) == wanted
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    assert {(layer, backward) for _, layer, backward in rows_of(found, "norm")} == {
-        (norm, backward) for norm in norms for backward in (False, True) if train
-    }
+    last = {"layer4.2"}  # whose ReLU no block masks the gradient for
+    assert {layer for _, layer, _ in rows_of(found, "norm")} - by_gram == (norms | last if train else set())
     convolutions = [row for row in found.rows if row.tile is not None]
     assert all(row.modelled_us >= row.roofline_us > 0 for row in convolutions)
+    assert all(row.modelled_us >= row.roofline_us for row in found.rows)
     assert sum(row.flops for row in convolutions if row.operation == "fprop") == 256 * 8_174_272_512
+
+
+def test_what_trains_as_one_operator_and_what_it_keeps():
+    """As the counts of a step have it, whose layers are found in another way."""
+    with torch.device("meta"):
+        model, x = cnnfast.models.resnet18().bfloat16(), torch.empty(8, 3, 64, 64, dtype=torch.bfloat16)
+    found = cnnfast.explain(model, x, train=True)
+    assert cnnfast.explain(model, x).training is None
+    blocks = [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
+    forward = [("conv1", "conv_bn_act_pool_training"), *((block, "basic_block") for block in blocks)]
+    told = [(step.layer, step.operator) for step in found.training.operators]
+    assert told == [*forward, *((*of, "basic_block_backward") for of in zip(reversed(blocks))), ("conv1", BACKWARD)]
+    assert [step.backward for step in found.training.operators] == [False] * 9 + [True] * 9
+
+    given = model.train().to(memory_format=LAST), x.contiguous(memory_format=LAST)
+    how = {"loss": None, "gpu": H200}
+    ours = count_step(*given, backend="prefer kernels", **how)
+    eager = count_step(*given, backend="torch", converted=False, **how)
+    layers = {layer.layer: layer for layer in ours.layers}
+    saved = {name: layer.saved_bytes for name, layer in layers.items() if layer.saved_bytes}
+    assert found.training.saved == saved
+    moved = sum(layer.moved_bytes for name, layer in layers.items() if name.startswith(("layer", "conv1", "bn1")))
+    # PyTorch's operators within one of ours, on tensors of a channel each, are not told.
+    assert sum(step.bytes for step in found.training.operators) == pytest.approx(moved, rel=0.01)
+    for mine, right in ((found.training.ours, ours), (found.training.eager, eager)):
+        assert mine.saved_bytes == right.saved_bytes
+        assert mine.bytes == pytest.approx(right.moved_bytes, rel=0.01)
+    assert found.training.ours.us < found.training.eager.us
+    assert found.training.ours.us >= sum(row.bytes for row in found.rows) / found.gpu.memory * 1e6
+    text = " ".join(str(found).split())
+    assert "layer1.0" in text
+    assert "PyTorch's eager mode moves" in text
+
+
+def test_products_of_operators_by_a_gram_matrix():
+    """As the formulas of ops/gram.py take them: of x with itself, and in the gradient of x one with a C x C matrix."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(64, 256, 1, bias=False), nn.BatchNorm2d(256), nn.ReLU()).bfloat16()
+    x = torch.empty(64, 64, 32, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    found = cnnfast.explain(model, x, train=True)
+    pixels = 64 * 32 * 32
+    flops = [row.flops for row in found.rows if row.flops]
+    assert flops == [2 * pixels * 64 * 64, 2 * pixels * 64 * 256, 2 * pixels * 64 * (2 * 256 + 64)]
+    assert [step.operator for step in found.training.operators] == [
+        "conv_bn_act_by_gram",
+        "conv_bn_act_by_gram_backward",
+    ]
 
 
 def test_the_operations_of_a_training_step_and_their_layers(net):

@@ -27,7 +27,7 @@ def test_the_json_has_every_operation_and_adds_up(explanation):
     data = json.loads(explanation.to_json())
     assert data.keys() == {
         *("note", "model", "gpu", "arch", "mode", "dtype", "inputs"),
-        *("rows", "totals", "bytes", "launches", "pytorch", "blocks"),
+        *("rows", "totals", "bytes", "launches", "pytorch", "blocks", "training"),
     }
     assert "model's figures" in data["note"]
     assert (data["gpu"], data["arch"], data["mode"]) == ("NVIDIA A100-SXM4-80GB", 80, "train")
@@ -56,7 +56,7 @@ def printed(explanation, width: int) -> list[str]:
 def test_equal_operations_share_a_line_and_what_takes_longest_comes_first(explanation):
     lines = str(explanation).splitlines()
     assert sum("body.0.conv x2" in line for line in lines) == 3  # its three operations
-    assert not any("body.1.conv" in line for line in lines)
+    assert not any("body.1.conv" in line for line in lines[: lines.index("") if "" in lines else None])
     (fprop,) = [line.split() for line in lines if line.startswith("body.0.conv x2") and " fprop " in line]
     rows = [row for row in explanation.rows if row.operation == "fprop" and row.layer.startswith("body")]
     assert float(fprop[-5]) == pytest.approx(sum(row.modelled_us for row in rows), rel=0.06)

@@ -25,7 +25,7 @@ class BlockFollower(CallRecorder):
     def __init__(self, model: nn.Module, with_numbers: bool) -> None:
         super().__init__(model, with_numbers)
         self.found: list[BlockServed] = []
-        self.places = Places(model)
+        self.places = Places(model, links=False)
         self.stack = ExitStack()
 
     def __enter__(self) -> BlockFollower:

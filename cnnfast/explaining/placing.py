@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from ..conversion.costs import memory_of, tensors_of
 from ..conversion.observing import silence
+from ..nn.stages import may_link
 
 Modules = tuple[nn.Module, ...]
 FILTERS = 3  # axes that a convolution's weights have at least, and no other parameter of a layer
@@ -29,11 +30,13 @@ class Places:
     """As long as it is entered, it follows the modules of a copied model that run.
 
     names: of the modules, by id. running: the modules that run, each within the one before it. own: whose the memory of
-    each parameter and buffer is, of those that share one the first's.
+    each parameter and buffer is, of those that share one the first's. links: whether residual blocks are linked
+    meanwhile (nn/stages.py), as they are elsewhere: then nothing follows the calls of these, and of what calls them one
+    after another, and their operators are told by their parameters.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, links: bool = True) -> None:
+        self.model, self.links = model, links
         self.names = {id(module): name for name, module in model.named_modules()}
         self.running: list[Modules] = [(model,)]
         self.forward_of: dict[int, Modules] = {}  # what ran when a node of autograd's graph was made
@@ -42,7 +45,8 @@ class Places:
     def __enter__(self) -> Places:
         for module in self.model.modules():
             silence(module)
-            if not isinstance(module, torch.jit.ScriptModule):
+            linked = self.links and (may_link(module) or type(module) is nn.Sequential)
+            if not linked and not isinstance(module, torch.jit.ScriptModule):
                 module.__dict__["_compiled_call_impl"] = functools.partial(self.called, module)
         return self
 

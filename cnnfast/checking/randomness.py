@@ -38,6 +38,8 @@ class _DrawsAlike(TorchFunctionMode):
     dropout.
     """
 
+    sees_no_layer = True  # functional/pooled.py asks: what is one operator in training is judged as one
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in DROPOUTS:

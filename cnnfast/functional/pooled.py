@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Whose derivative is told from their output: leaky_relu's from a positive slope on.
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
+SEES_NO_LAYER = "sees_no_layer"  # an attribute of modes that do nothing with the functions of layers
 MOST_TAPS = 255  # that fit a byte
 
 
@@ -90,9 +91,9 @@ def conv_bn_act_pool(
 
 def seen_by_others(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a tensor's class or a mode is to see the calls of public functions. A default device is a mode too, which
-    looks at nothing that makes no tensor.
+    looks at nothing that makes no tensor; and of ours there are some that say so.
     """
     modes = _get_current_function_mode_stack()
     return any(t is not None and type(t) not in PLAIN for t in tensors) or any(
-        type(mode) is not DeviceContext for mode in modes
+        type(mode) is not DeviceContext and not getattr(mode, SEES_NO_LAYER, False) for mode in modes
     )

@@ -22,7 +22,9 @@ from cnnfast.checking import _judge_conversion_in_child, worker
 from cnnfast.checking.randomness import reproducible
 from cnnfast.checking.report import WIDTH, CheckReport, CheckRow, Comparison
 from cnnfast.checking.whole import _Step, judge_conversion, judge_whole, steps
+from cnnfast.functional import blocks
 from tests.support.child import run_compiled
+from tests.support.residual import joined
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -636,3 +638,16 @@ def test_a_child_that_cannot_load_the_model_says_so(tmp_path):
     (row,) = worker.rows(str(tmp_path / "data.pt"))
     assert row.verdict == "not judged"
     assert "cannot load it" in row.reason
+
+
+def test_training_is_judged_by_the_operator_that_a_block_is(device, monkeypatch):
+    """And a fault of that is found, which no single call and no step in eval shows."""
+    model, x = Block(4).to(device), torch.randn(3, 4, 6, 5, device=device)
+    with joined() as seen:
+        verdicts = {row.operation: row.verdict for row in judge_conversion(model, (x,))}
+    assert seen == [2]
+    assert verdicts == {"state": "ok", "infer": "ok", "train": "ok"}
+    operator = blocks.ops.basic_block
+    monkeypatch.setattr(blocks.ops, "basic_block", lambda *given: (operator(*given)[0] * 1.01,))
+    verdicts = {row.operation: row.verdict for row in judge_conversion(model, (x,))}
+    assert verdicts == {"state": "ok", "infer": "ok", "train": "FAIL"}

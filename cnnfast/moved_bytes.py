@@ -18,6 +18,8 @@ from torch import Tensor
 from .conversion.costs import memory_of, size_of, tensors_of
 
 WRITE_ONLY = ("copy_", "fill_", "zero_")  # operators that do not read what they write into
+# Where no dtype changes, these lay a convolution's result on meta tensors out as a GPU has it from the beginning.
+LAYING_OUT = ("to", "_to_copy", "copy_")
 
 
 class Moved(NamedTuple):
@@ -50,6 +52,11 @@ def by_operator(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], resul
     elif any(argument.is_out for argument in func._schema.arguments):
         read = tensors_of((args, [kwargs[a.name] for a in func._schema.arguments if a.name in kwargs and not a.is_out]))
     return Moved(_each_once(read), _each_once(written))
+
+
+def lays_out(name: str, moved: Moved) -> bool:
+    """Whether a call of an operator of this name only lays a tensor out."""
+    return name in LAYING_OUT and len({t.dtype for t in (*moved.read, *moved.written)}) == 1
 
 
 def by_launch(arguments: Iterable[Any]) -> int:

@@ -19,13 +19,10 @@ from cnnfast_kernels import devices
 from .. import calls, dispatch
 from ..aside import leaving_no_trace, meta, meta_copy
 from ..conversion import convert
-from ..conversion.costs import memory_of, tensors_of
-from ..explaining.placing import Modules, Places, owners
-from ..moved_bytes import by_launch, by_operator
+from ..conversion.costs import tensors_of
+from ..explaining.placing import Modules, Places
+from ..moved_bytes import by_launch, by_operator, lays_out
 from ..ops.registry import OPERATORS
-
-# Where no dtype changes, these lay a convolution's result on meta tensors out as a GPU has it from the beginning.
-LAYING_OUT = ("to", "_to_copy", "copy_")
 
 
 class LayerCount(NamedTuple):
@@ -78,14 +75,6 @@ class StepCount(NamedTuple):
         return self.forward_bytes + self.backward_bytes
 
 
-class _Kept(NamedTuple):
-    """Memory that is kept for backward by a node of autograd's graph. running: the module that runs meanwhile."""
-
-    tensor: Tensor
-    node: int
-    running: Modules
-
-
 class _StepTally(TorchDispatchMode):
     """Counts our kernels and PyTorch's operators, also those that ours call, which do on meta tensors what they would
     do on a GPU's.
@@ -97,7 +86,6 @@ class _StepTally(TorchDispatchMode):
         self.kernels: Counter[str] = Counter()
         self.operators: Counter[str] = Counter()
         self.moved: list[tuple[Modules, bool, int]] = []  # by each launch: whose it is, whether in backward, bytes
-        self.kept: dict[int, _Kept] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _, ours, name = func._schema.name.partition("cnnfast::")
@@ -109,7 +97,7 @@ class _StepTally(TorchDispatchMode):
                     return operator.implementation(*(tuple(a) if isinstance(a, list) else a for a in args))
         result = func(*args, **(kwargs or {}))
         moved, name = by_operator(func, args, kwargs or {}, result), func._overloadpacket.__name__
-        if moved is not None and (name not in LAYING_OUT or len({t.dtype for t in (*moved.read, *moved.written)}) > 1):
+        if moved is not None and not lays_out(name, moved):
             self.operators[name] += 1
             self.moved.append((*self.places.now(), moved.bytes))
         return result
@@ -119,23 +107,14 @@ class _StepTally(TorchDispatchMode):
         self.kernels[kernel.__name__] += 1
         self.moved.append((*self.places.now(), by_launch(arguments)))
 
-    def keep(self, t: Tensor) -> Tensor:
-        """Is called with every tensor that is saved; which keeps the memory's name from another's use."""
-        self.kept.setdefault(memory_of(t), _Kept(t, self.places.node, self.places.running[-1]))
-        return t
-
     def counted(self) -> StepCount:
         rows: dict[str, list[int]] = {}
         for modules, backward, count in self.moved:
             row = rows.setdefault(self.places.names[id(modules[0])], [0] * 4)
             row[0] += 1
             row[1 + backward] += count
-        own = owners(self.places.model)  # lazy modules have got their parameters
-        for memory, kept in self.kept.items():
-            if memory not in own:
-                modules = self.places.forward_of.get(kept.node, kept.running)
-                row = rows.setdefault(self.places.names[id(modules[0])], [0] * 4)
-                row[3] += kept.tensor.untyped_storage().nbytes()
+        for name, count in self.places.saved().items():
+            rows.setdefault(name, [0] * 4)[3] += count
         return StepCount(self.kernels, self.operators, tuple(LayerCount(name, *row) for name, row in rows.items()))
 
 
@@ -166,7 +145,7 @@ def count_step(
         places = stack.enter_context(Places(copied))
         tally = _StepTally(places)
         stack.enter_context(dispatch.launch.substituted(tally.launch))
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda t: t))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(places.keep, lambda t: t))
         inputs = meta(x if isinstance(x, tuple) else (x,))
         with tally:
             results = tensors_of(copied(*inputs) if loss is None else loss(copied(*inputs)))

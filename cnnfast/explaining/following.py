@@ -16,11 +16,9 @@ from torch.utils.flop_counter import flop_registry
 
 from ..calls import CallRecorder, OperatorCall
 from ..conversion.costs import memory_of
-from ..moved_bytes import by_operator
+from ..moved_bytes import by_operator, lays_out
 from ..ops.registry import OPERATORS
-from .placing import Modules, Places, owners
-
-LAYING_OUT = ("to", "_to_copy", "copy_")  # of no other dtype
+from .placing import Modules, Places
 
 
 class Followed(NamedTuple):
@@ -57,14 +55,6 @@ class Foreign(NamedTuple):
     lays_out: bool
 
 
-class _Kept(NamedTuple):
-    """Memory that is kept for backward by a node of autograd's graph. running: the module that runs meanwhile."""
-
-    tensor: Tensor
-    node: int
-    running: Modules
-
-
 class Follower(CallRecorder):
     """followed, foreign, steps: the calls of a step, in their order."""
 
@@ -75,17 +65,16 @@ class Follower(CallRecorder):
         self.steps: list[FollowedStep] = []
         self.places = Places(model)
         self.step: int | None = None  # the call of a composed operator that runs
-        # Followed calls of which the module is not known yet, and the images of convolutions, by their memory; with the
-        # tensors, which keeps it from another's use.
-        self.ownerless: dict[int | None, tuple[int, Any]] = {}
+        self.moments: int | None = None  # the followed call of statistics of which the norm is not known yet
+        # Convolutions by the memory of their images and the size of their weights; with the image, which keeps its
+        # memory from another's use.
         self.inputs: dict[tuple[int, tuple[int, ...]], tuple[nn.Module, Tensor]] = {}
-        self.kept: dict[int, _Kept] = {}
         self.casts: list[Tensor] = []  # of parameters, which keeps their memory from another's use
         self.stack = ExitStack()
 
     def __enter__(self) -> Follower:
         self.stack.enter_context(self.places)
-        self.stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.keep, lambda t: t))
+        self.stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.places.keep, lambda t: t))
         super().__enter__()
         return self
 
@@ -113,24 +102,22 @@ class Follower(CallRecorder):
 
     def by_operands(self, name: str, args: tuple[Any, ...]) -> Modules:
         """Whose an operator is that is given no parameter of it: the gradient of a weight is that convolution's which
-        had the same image, or which has the same gradient; statistics are those of the norm that is called next.
+        had the same image; statistics are those of the norm that is called next.
         """
         if name == "batch_moments":
-            self.ownerless[None] = len(self.followed), args
+            self.moments = len(self.followed)
         if name != "conv_wgrad":
             return ()
-        x, dy, w_shape, *_ = args
+        x, _, w_shape, *_ = args
         known = self.inputs.get((memory_of(x), tuple(w_shape)))
-        if known is None:
-            self.ownerless[memory_of(dy)] = len(self.followed), args
         return () if known is None else (known[0],)
 
     def owned(self, module: nn.Module, name: str, args: tuple[Any, ...]) -> None:
         """Is told of an operator that is given parameters of a module."""
-        for key in (None, memory_of(args[0])):
-            if key in self.ownerless and (key is None or name.startswith("conv_dgrad")):
-                index, _ = self.ownerless.pop(key)
-                self.followed[index] = self.followed[index]._replace(layer=self.places.names[id(module)])
+        if self.moments is not None:
+            layer = self.places.names[id(module)]
+            self.followed[self.moments] = self.followed[self.moments]._replace(layer=layer)
+            self.moments = None
         if name.startswith("conv_") and not name.startswith("conv_dgrad"):
             self.inputs[memory_of(args[0]), tuple(args[1].shape)] = module, args[0]
 
@@ -153,22 +140,6 @@ class Follower(CallRecorder):
         count = flop_registry.get(func._overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
         dtype = moved.written[0].dtype
-        lays_out = name in LAYING_OUT and len({t.dtype for t in (*moved.read, *moved.written)}) == 1
         layer = self.places.names[id(module)]
-        self.foreign.append(Foreign(layer, backward, name, dtype, flops, moved.bytes, self.step, lays_out))
+        self.foreign.append(Foreign(layer, backward, name, dtype, flops, moved.bytes, self.step, lays_out(name, moved)))
         return result
-
-    def keep(self, t: Tensor) -> Tensor:
-        """Is called with every tensor that is saved; which keeps the memory's name from another's use."""
-        self.kept.setdefault(memory_of(t), _Kept(t, self.places.node, self.places.running[-1]))
-        return t
-
-    def saved(self) -> dict[str, int]:
-        """Bytes that each layer is the first to keep for backward, by its name; parameters and buffers aside."""
-        own, found = owners(self.places.model), {}
-        for memory, kept in self.kept.items():
-            if memory not in own:
-                modules = self.places.forward_of.get(kept.node, kept.running)
-                name = self.places.names[id(modules[0])]
-                found[name] = found.get(name, 0) + kept.tensor.untyped_storage().nbytes()
-        return found

@@ -10,10 +10,10 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..conversion.costs import memory_of, tensors_of
@@ -24,6 +24,14 @@ Modules = tuple[nn.Module, ...]
 FILTERS = 3  # axes that a convolution's weights have at least, and no other parameter of a layer
 # Nodes of autograd's graph that this thread has made: the number of the next one.
 _nodes_made = torch.autograd._get_sequence_nr  # pyright: ignore[reportPrivateImportUsage]
+
+
+class _Kept(NamedTuple):
+    """Memory that is kept for backward by a node of autograd's graph. running: the module that runs meanwhile."""
+
+    tensor: Tensor
+    node: int
+    running: Modules
 
 
 class Places:
@@ -40,7 +48,8 @@ class Places:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.running: list[Modules] = [(model,)]
         self.forward_of: dict[int, Modules] = {}  # what ran when a node of autograd's graph was made
-        self.own = owners(model)
+        self.own = _owners(model)
+        self.kept: dict[int, _Kept] = {}
 
     def __enter__(self) -> Places:
         for module in self.model.modules():
@@ -85,6 +94,23 @@ class Places:
         name, running = ".".join(parts[0] for parts in shared), self.names[id(self.running[-1][0])]
         return (self.model.get_submodule(name),) if name and f"{name}.".startswith(running and f"{running}.") else ()
 
+    def keep(self, t: Tensor) -> Tensor:
+        """Is to be called with every tensor that is saved for backward; which keeps the memory's name from another's
+        use.
+        """
+        self.kept.setdefault(memory_of(t), _Kept(t, self.node, self.running[-1]))
+        return t
+
+    def saved(self) -> dict[str, int]:
+        """Bytes that each layer is the first to keep for backward, by its name; parameters and buffers aside."""
+        own = _owners(self.model)  # lazy modules have got their parameters
+        found: dict[str, int] = {}
+        for memory, kept in self.kept.items():
+            if memory not in own:
+                name = self.names[id(self.forward_of.get(kept.node, kept.running)[0])]
+                found[name] = found.get(name, 0) + kept.tensor.untyped_storage().nbytes()
+        return found
+
     @property
     def in_model(self) -> bool:
         """Whether the model runs, or a module of it again in a backward pass that it is checkpointed for."""
@@ -105,7 +131,7 @@ class Places:
         return self.forward_of.get(node._sequence_nr(), self.running[0]), True
 
 
-def owners(model: nn.Module) -> dict[int, nn.Module]:
+def _owners(model: nn.Module) -> dict[int, nn.Module]:
     """Whose the memory of each parameter and buffer is: of those that share one, the first's."""
     found: dict[int, nn.Module] = {}
     for module in model.modules():

@@ -107,9 +107,9 @@ def _trained(
     numbered = [(f.step, row) for f, row in zip(run.followed, rows, strict=True)]
     return TrainingStep(
         operator_steps(run.steps, numbered, run.foreign, gpu),
-        run.saved(),
-        at_rates(rows, run.foreign, run.saved(), gpu, products),
-        at_rates([], theirs, eager.saved(), gpu, products),
+        run.places.saved(),
+        at_rates(rows, run.foreign, run.places.saved(), gpu, products),
+        at_rates([], theirs, eager.places.saved(), gpu, products),
     )
 
 

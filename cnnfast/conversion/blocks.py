@@ -70,7 +70,8 @@ def _other_sums(graph: fx.Graph, modules: Mapping[str, nn.Module], call: Call) -
         if found is None or len(node.users) != 1 or not _activates(next(iter(node.users)), modules):
             continue
         for branch in (found.left, found.right):
-            inside = branch.args[0] if isinstance(branch, fx.Node) and branch.op == "call_module" else None
+            called = isinstance(branch, fx.Node) and branch.op == "call_module"
+            inside = next(iter((*branch.args, *branch.kwargs.values())), None) if called else None
             if _is_group(inside, call):
                 path = str(branch.target)
                 ends.append((path, f"{path} stands between the last norm and the sum"))

@@ -333,7 +333,7 @@ def test_its_products_are_counted(device):
 
 def test_tuning_sees_its_convolutions(gpu):
     """Recorders of calls are told of what the operators are composed of."""
-    seen = capture(
+    seen, _ = capture(
         cnn.ConvBNAct(8, 16, 3).train(), (torch.empty(2, 8, 8, 8, requires_grad=True),), gpu=devices.NO_GPU,
         device_type="cuda", train=True,
     )  # fmt: skip

@@ -144,8 +144,7 @@ def residual_block(
     if projection is None:
         tensors += [None] * 5
         by_gram.append(False)
-    last = convolution_format(images[-2], weights[len(layers) - 1]) == torch.channels_last
-    bits = last and not less_memory
+    bits = convolution_format(images[-2], weights[len(layers) - 1]) == torch.channels_last
     how = ours, ours and not less_memory, bits, bits and hands_over, *by_gram[-2:]
     link = below if below is not None and ours and x is input else (None, None)
     operator = ops.bottleneck if len(layers) == 3 else ops.basic_block

@@ -24,7 +24,8 @@ def rounded_products() -> TorchFunctionMode:
 
 def rounded_product(product: Callable[..., Tensor], left: Tensor, right: Tensor, *how: Any) -> Tensor:
     """product(left, right, *how) of two float32 tensors, rounded likewise."""
-    return _RoundGradient.apply(product(_Round.apply(left), _Round.apply(right), *how))  # pyright: ignore[reportReturnType]
+    rounded: Any = product(_Round.apply(left), _Round.apply(right), *how)
+    return _RoundGradient.apply(rounded)  # pyright: ignore[reportReturnType]
 
 
 class _RoundedProducts(TorchFunctionMode):

@@ -116,12 +116,11 @@ def dgrad_below(
     (geometry, algorithm), fmt = unpack(tuple(how)), memory_format(channels_last)
     below = GradientEpilogue(residual, y, None, words, BatchNorm(mean, var, gamma, beta, eps), activation, slope)
     options: Any = {"fmt": fmt, "algorithm": algorithm, "tf32": allow_tf32(dy)}
-    empty = dy.new_empty(0, dtype=accumulator_dtype(dy.dtype))
-    if y is not None or words is not None:
-        g, *sums = conv.conv_dgrad_sums(dy, w, x_shape, geometry, below, **options)
-        return g, *(empty if t is None else t for t in sums)
-    g = conv.conv_dgrad(dy, w, x_shape, geometry, below, **options)
-    return g, empty, torch.empty_like(empty)
+    if y is None and words is None:
+        g = conv.conv_dgrad(dy, w, x_shape, geometry, below, **options)
+        return g, *(dy.new_empty(0, dtype=accumulator_dtype(dy.dtype)) for _ in range(2))
+    g, sum_g, sum_gx = conv.conv_dgrad_sums(dy, w, x_shape, geometry, below, **options)
+    return g, sum_g, sum_g.new_empty(0) if sum_gx is None else sum_gx
 
 
 def wgrad(x: Tensor, dy: Tensor, w_shape: Any, channels_last: bool, *how: Any) -> Tensor:
